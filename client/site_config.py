@@ -1,0 +1,94 @@
+"""The site file: data folders, device, limits. It never leaves the site."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from unimiss_core.config import Config, load
+from unimiss_core.errors import ConfigError
+from unimiss_core.scan import Modality
+
+
+class TableConfig(Config):
+    """A CSV that says which files of a folder count, and whose they are."""
+
+    path: Path
+    file: str = "file"
+    """Column with the file's path below the folder."""
+    patient: str | None = None
+    """Column with the patient; where it stands, it overrules every other rule."""
+    modality: str | None = None
+    """Column with CT, MR, PT, XR or OT, for formats that do not say."""
+    where: Mapping[str, tuple[str, ...]] = {}
+    """Only rows whose column holds one of these texts are used, for each column named."""
+
+
+class DataSource(Config):
+    """One folder of scans, read with all its sub-folders; files are recognised by content, not by name."""
+
+    folder: Path
+    table: TableConfig | None = None
+    """Without a table every file of the folder is looked at."""
+    patient_pattern: str | None = None
+    """For PNG, NIfTI and the like: a regular expression with a group `patient`, searched in the path below folder.
+    Without it, and without a table, each such file counts as a patient of its own."""
+    modality: Modality | None = None
+    """For formats that do not say it; without it NIfTI counts as OT and pictures count as XR."""
+    patient_range: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Only patients whose hash falls in [from, to) of the unit interval: splits a folder by patient, reproducibly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.patient_range[0] >= self.patient_range[1]:
+            raise ValueError(f"patient_range: {self.patient_range} is empty")
+        if self.patient_pattern is not None and "(?P<patient>" not in self.patient_pattern:
+            raise ValueError("patient_pattern: needs a group named patient, as in '(?P<patient>[0-9]+)_'")
+        return self
+
+
+class SiteConfig(Config):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
+    data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    state: Path
+    """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
+    cache: Path | None = None
+    """Folder for preprocessed scans; None means `cache` in the state folder."""
+    cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """CPU threads for training; None leaves torch's choice."""
+    workers: Annotated[int, Field(gt=0)] | None = None
+    """Processes that read scans; None takes one for each core."""
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.state / "cache"
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Read a site file; relative paths in it count from the file's own folder. Raises ConfigError."""
+    return anchored(load(SiteConfig, path), path.resolve().parent)
+
+
+def anchored(site: SiteConfig, base: Path) -> SiteConfig:
+    """`site` with every relative path taken from `base`, and every data folder and table seen to exist."""
+    problems = []
+    sources = []
+    for index, source in enumerate(site.data):
+        folder = base / source.folder
+        table = source.table and source.table.model_copy(update={"path": base / source.table.path})
+        if not folder.is_dir():
+            problems.append(f"'data.{index}.folder': {folder} is not a folder")
+        if table and not table.path.is_file():
+            problems.append(f"'data.{index}.table.path': {table.path} is not a file")
+        sources.append(source.model_copy(update={"folder": folder, "table": table}))
+    if problems:
+        raise ConfigError(f"site '{site.name}':\n" + "\n".join(f"  - {line}" for line in problems))
+    return site.model_copy(
+        update={"data": tuple(sources), "state": base / site.state, "cache": site.cache and base / site.cache}
+    )

@@ -1,0 +1,1 @@
+"""The coordinator: rounds, aggregation, checkpoints, and simulation on one machine."""

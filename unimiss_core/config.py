@@ -1,0 +1,132 @@
+"""YAML -> frozen, typed configuration; every mistake in one message.
+
+A configuration class is a `Config` subclass; its field names are the YAML keys. `load` reads a file,
+`parse` a mapping that was read already. Both raise one `ConfigError` that lists every problem with its
+dotted path, and the nearest known key where one is close.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from unimiss_core.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+# PyYAML follows YAML 1.1, where an exponent needs a dot and a sign: 1e-4 is text there.
+_TEXT_THAT_LOOKS_LIKE_A_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
+
+
+class Config(BaseModel):
+    """Base of all configuration: frozen, no unknown keys, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def canonical(self) -> str:
+        """The one JSON text of this configuration: sorted keys, every default written out."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """sha256 of `canonical()`, in hex: two parties agree exactly when their digests do."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def load(kind: type[ConfigT], path: Path) -> ConfigT:
+    """Read `path` as `kind`. Raises ConfigError: no such file, not YAML, or any mistake in its content."""
+    return parse(kind, read_yaml(path), where=str(path))
+
+
+def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
+    """Check `raw` (what YAML gave) as `kind`; `where` begins the message of a ConfigError."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of settings, got {_describe(raw)}")
+    try:
+        # Through JSON, so that YAML lists become tuples and texts become paths while types stay strict.
+        return kind.model_validate_json(json.dumps(raw))
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}; write dates and binary values as text in quotes") from None
+    except ValidationError as error:
+        problems = [_explain(kind, detail) for detail in error.errors(include_url=False)]
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  - {line}" for line in problems)) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises ConfigError: unreadable, not YAML, or a key written twice."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise ConfigError(f"{path}: is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
+
+
+def dump_yaml(config: Config) -> str:
+    """`config` as YAML that `load` reads back to an equal object, keys in the order of the class."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; a config must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
+    at = problem["loc"]
+    path = ".".join(str(part) for part in at) or "(top level)"
+    given = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(kind, at[:-1])
+        near = difflib.get_close_matches(str(at[-1]), known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
+        return f"unknown key '{path}' ({hint})"
+    if problem["type"] == "missing":
+        return f"missing key '{path}'"
+    if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given):
+        return f"'{path}': YAML reads {given} as text; write {float(given):.1e} (a dot and a signed exponent)"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"'{path}': {message}" if at else message
+    return f"'{path}': {message[0].lower()}{message[1:]}, got {_describe(given)}"
+
+
+def _known_keys(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed at `path` of `kind`, found by walking the annotations."""
+    models: list[type[BaseModel]] = [kind]
+    for part in path:
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [m for field in fields for m in _models_in(field)] or models
+    return sorted({key for m in models for key in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in get_args(annotation) for m in _models_in(part)]
+
+
+def _describe(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

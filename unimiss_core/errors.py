@@ -1,0 +1,55 @@
+"""Every error a user can meet, and the exit code that its command ends with.
+
+UnimissError            1  anything below that has no code of its own
+├── ConfigError         2  a configuration file or command line is wrong
+├── NoUsableScanError   3  a data folder holds nothing that can be trained on
+├── CheckpointError     4  a checkpoint is missing, damaged or of another version
+├── RoundError          5  a round could not be completed (too few sites replied)
+├── WireError           1  a message of the peer breaks the contract; it costs that peer its round
+└── ScanError           1  one scan cannot be used; it is left out with a reason code, never fatal
+
+130 is Ctrl-C (128 + SIGINT). A message never holds a patient identifier, a pixel, or a path below a
+data root: name the configuration key, the site and the reason code instead.
+"""
+
+
+class UnimissError(Exception):
+    """A mistake or a state of the world that a person can act on; shown as one message, no stack trace."""
+
+    exit_code = 1
+
+
+class ConfigError(UnimissError):
+    exit_code = 2
+
+
+class NoUsableScanError(UnimissError):
+    exit_code = 3
+
+
+class CheckpointError(UnimissError):
+    exit_code = 4
+
+
+class RoundError(UnimissError):
+    exit_code = 5
+
+
+class WireError(UnimissError):
+    """What the peer sent cannot count. `reason` is a fixed code that may cross the wire and be logged."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class ScanError(UnimissError):
+    """One scan is left out. `reason` is a machine-readable code (`missing_slices`, `not_an_image`, ...).
+
+    `detail` explains it in words and numbers of geometry; never a name, an identifier or a path.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail

@@ -1,0 +1,79 @@
+"""What is going on, for whoever wants to show it: a progress bar, a log, a status file.
+
+The code that works calls `report(event)`; whoever shows it wraps the work in `with listen(callback):`.
+A callback may raise to stop the work at its next report: that is how Ctrl-C reaches a site that runs
+in a thread of the simulation. No event holds anything that may not be logged.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """A site reads and caches its scans: `done` of `total` (0 while unknown)."""
+
+    site: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    round: int
+    rounds: int
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A site finished optimiser step `step` of `steps` in this round."""
+
+    site: str
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class SiteReplied:
+    round: int
+    site: str
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    round: int
+    rounds: int
+    seconds: float
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Note:
+    """One sentence for the person who watches."""
+
+    text: str
+
+
+Event = Preparing | RoundStarted | StepDone | SiteReplied | RoundDone | Note
+
+_listeners: list[Callable[[Event], None]] = []
+
+
+def report(event: Event) -> None:
+    for listener in tuple(_listeners):
+        listener(event)
+
+
+@contextmanager
+def listen(callback: Callable[[Event], None]) -> Iterator[None]:
+    """Call `callback` for each event reported in this process, from whichever thread reports it."""
+    _listeners.append(callback)
+    try:
+        yield
+    finally:
+        _listeners.remove(callback)

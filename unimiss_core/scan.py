@@ -1,0 +1,44 @@
+"""One image or volume as the program knows it, whatever file it came from.
+
+Legend of shapes: C channels, S spatial axes - (H, W) for an image, (D, H, W) for a volume.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Modality = Literal["CT", "MR", "PT", "XR", "OT"]
+"""What decides how intensities are normalised: CT is in HU; XR is any projection X-ray (CR, DX, RF, RG, MG)."""
+
+Rank = Literal[2, 3]
+"""Number of spatial axes: 2 for an image, 3 for a volume. Always `x.ndim - 2` of a batch."""
+
+RANKS: tuple[Rank, Rank] = (2, 3)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An image or a volume in physical values and canonical axes.
+
+    voxels: (C, *S), float32; HU for CT, stored values after rescale otherwise. C is 1 for grey.
+        The last axis points to the patient's left, the one before to posterior (a volume) or down the picture
+        (an image), and the first axis of a volume to superior: an axial slice shows as a radiologist sees it.
+    spacing_mm: distance between voxel centres along each of S.
+    affine: (4, 4) from indices along S - (d, h, w), or (0, h, w) for an image - to patient millimetres in RAS+;
+        None where the source has no geometry (PNG).
+    """
+
+    voxels: NDArray[np.float32]
+    spacing_mm: tuple[float, ...]
+    modality: Modality
+    affine: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.voxels.ndim - 1 != len(self.spacing_mm):
+            raise AssertionError(f"voxels {self.voxels.shape} do not go with spacing {self.spacing_mm}")
+
+    @property
+    def rank(self) -> Rank:
+        return 2 if self.voxels.ndim == 3 else 3

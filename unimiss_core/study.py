@@ -1,0 +1,169 @@
+"""The study: everything that all sites must agree on, in one file that travels with each request.
+
+Its sha256 (`StudyConfig.digest`) is what a site's policy allows, what a checkpoint names, and what an
+update must carry to count. Nothing here depends on how much data a site holds.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from unimiss_core.config import Config
+from unimiss_core.scan import Rank
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Config):
+    """Which MiT is trained; see `unimiss_core.model` for the architecture."""
+
+    size: Literal["nano", "tiny", "small"] = "nano"
+    """nano is for laptops and tests; tiny and small are as published."""
+    image_size: tuple[Positive, Positive] = (64, 64)
+    """(H, W) that the 2D position tables are made for; published: (224, 224)."""
+    volume_size: tuple[Positive, Positive, Positive] = (16, 64, 64)
+    """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
+    prototypes: Positive = 512
+    """Rows of the last layer; 65,536 as published, 512-1,024 for small archives."""
+
+
+class PlanConfig(Config):
+    """How a scan becomes what the model sees; it travels in the checkpoint, and fine-tuning applies the same one."""
+
+    volume_spacing_mm: tuple[float, float, float] = (3.0, 1.0, 1.0)
+    """(D, H, W). Volumes are resampled to it; published: 1x1x3 mm for CT."""
+    image_spacing_mm: tuple[float, float] | None = None
+    """(H, W). Images are resampled to it where the source states a spacing; None keeps their own grid."""
+    image_longest_side: Positive | None = 512
+    """Larger images are shrunk to this many pixels on their longer side; None keeps them."""
+    ct_window_hu: tuple[float, float] = (-1024.0, 1024.0)
+    """CT is clipped to it and mapped to [0, 1]."""
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    """Every other modality is clipped to these percentiles of the scan and mapped to [0, 1]."""
+    missing_slices: Literal["refuse", "interpolate"] = "refuse"
+    """What a gap in a series costs: the series, or up to 10% interpolated slices."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, (low, high) in {"ct_window_hu": self.ct_window_hu, "percentiles": self.percentiles}.items():
+            if low >= high:
+                raise ValueError(f"{name}: the lower bound {low} must be below the upper bound {high}")
+        if not (0 <= self.percentiles[0] and self.percentiles[1] <= 100):
+            raise ValueError(f"percentiles: {self.percentiles} must lie in [0, 100]")
+        spacing = self.volume_spacing_mm + (self.image_spacing_mm or ())
+        if min(spacing) <= 0:
+            raise ValueError("volume_spacing_mm and image_spacing_mm must be above zero")
+        return self
+
+
+class ViewConfig(Config):
+    """Random views of a scan, one code for both ranks; see `unimiss_core.views`."""
+
+    views: Annotated[int, Field(ge=2)] = 2
+    """Views of one scan in a step (V)."""
+    image_size: tuple[Positive, Positive] = (64, 64)
+    volume_size: tuple[Positive, Positive, Positive] = (16, 64, 64)
+    area: tuple[Fraction, Fraction] = (0.25, 1.0)
+    """Share of the image's area or the volume's content that a crop covers, drawn uniformly."""
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    """Ratio of a crop's height to its width (log-uniform); depth keeps its share of the volume."""
+    flip: Fraction = 0.5
+    """Chance of a flip, for each of the last two axes' left-right direction only."""
+    blur: Fraction = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 1.5)
+    """Standard deviation of the Gaussian blur, in pixels."""
+    noise: Fraction = 0.1
+    noise_sigma: tuple[float, float] = (0.0, 0.05)
+    """Standard deviation of additive Gaussian noise, intensities being in [0, 1]."""
+    brightness: Fraction = 0.5
+    brightness_factor: tuple[float, float] = (0.7, 1.3)
+    contrast: Fraction = 0.5
+    contrast_factor: tuple[float, float] = (0.65, 1.5)
+    gamma: Fraction = 0.5
+    gamma_exponent: tuple[float, float] = (0.7, 1.5)
+
+
+class ObjectiveConfig(Config):
+    """UniMiSS self-distillation; see `unimiss_core.objective`."""
+
+    name: Literal["unimiss"] = "unimiss"
+    student_temperature: Annotated[float, Field(gt=0)] = 0.1
+    teacher_temperature: Annotated[float, Field(gt=0)] = 0.04
+    """Lower means sharper targets; too high and both networks drift to the uniform answer."""
+    centre_momentum: Fraction = 0.9
+    teacher_momentum: tuple[Fraction, Fraction] = (0.996, 1.0)
+    """EMA of the teacher, per step, from first to last step of the study (cosine)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.teacher_temperature > self.student_temperature:
+            raise ValueError(
+                f"teacher_temperature={self.teacher_temperature} must not be above "
+                f"student_temperature={self.student_temperature}"
+            )
+        return self
+
+
+class OptimiserConfig(Config):
+    """AdamW at every site; the peak rate is for the study's batch, no hidden scaling."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    final_lr: Annotated[float, Field(ge=0)] = 1e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    """From first to last step (cosine); none on biases and other 1-D tensors."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.3
+    """Each tensor's gradient is clipped to this norm; None turns it off."""
+    freeze_prototypes_steps: Annotated[int, Field(ge=0)] = 0
+    """The last layer stays as it is for this many first steps of the study."""
+
+
+class ScheduleConfig(Config):
+    """How long: every schedule counts steps of the whole study, rounds x local_steps."""
+
+    rounds: Positive = 10
+    local_steps: Positive = 50
+    """Optimiser steps of each site in each round."""
+    alternate: tuple[Positive, Positive] = (1, 1)
+    """A site with both ranks does this many 2D steps, then this many 3D steps, and so on."""
+
+
+class BatchConfig(Config):
+    """Scans in one optimiser step, by rank; a site meets it exactly on any card, in micro-batches."""
+
+    images: Positive = 16
+    volumes: Positive = 2
+
+    def of(self, rank: Rank) -> int:
+        return self.images if rank == 2 else self.volumes
+
+
+class AggregationConfig(Config):
+    """How the coordinator joins updates; see `server.aggregation`."""
+
+    weighting: Literal["uniform", "sqrt", "scans"] = "uniform"
+    """A site counts 1, the root of its scans, or its scans, per parameter group and its rank."""
+    server_optimiser: Literal["none"] = "none"
+    max_update_norm: Annotated[float, Field(gt=0)] = 1e3
+    """An update with a larger L2 norm is refused."""
+
+
+class WireConfig(Config):
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """What weights and updates travel as."""
+
+
+class StudyConfig(Config):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    """Lower-case letters, digits, '-' and '_'."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    plan: PlanConfig = PlanConfig()
+    views: ViewConfig = ViewConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    wire: WireConfig = WireConfig()
