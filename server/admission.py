@@ -1,0 +1,33 @@
+"""What an update must fulfil before it counts. A bad one costs its site this round, nothing else."""
+
+import math
+
+from server.aggregation import norm
+from unimiss_core.errors import WireError
+from unimiss_core.scan import RANKS
+from unimiss_core.study import StudyConfig
+from unimiss_core.wire import Introduction, TrainReply
+
+
+def admit(reply: TrainReply, *, asked: Introduction, round: int, study: StudyConfig, study_digest: str) -> None:
+    """Raises WireError with the reason when `reply` must not count.
+
+    Names, shapes and dtypes were checked when it was unpacked; here: who, when, which study, finite, and how large.
+    """
+    if reply.site != asked.site:
+        raise WireError("wrong_site", "the reply names another site than the one that was asked")
+    if reply.round != round:
+        raise WireError("stale_round", f"the reply is for round {reply.round}, asked was round {round}")
+    if reply.study_digest != study_digest:
+        raise WireError("wrong_study", "the reply was trained for another study")
+    if any(reply.scans[rank] > asked.scans[rank] for rank in RANKS):
+        raise WireError("counts", "the reply claims more scans than the site introduced itself with")
+    if sum(reply.scans.values()) == 0:
+        raise WireError("counts", "the reply claims no scan at all")
+    if reply.steps != study.schedule.local_steps:
+        raise WireError("steps", f"the reply claims {reply.steps} steps, the study asks {study.schedule.local_steps}")
+    size = norm(reply.update)
+    if not math.isfinite(size):
+        raise WireError("not_finite", "the update holds a value that is not a finite number")
+    if size > study.aggregation.max_update_norm:
+        raise WireError("too_large", f"the update's norm {size:.3g} is above {study.aggregation.max_update_norm:g}")

@@ -1,0 +1,165 @@
+"""What a run left in its output folder, read back; docs/artefacts.md says what each file holds.
+
+A run may have been stopped at any moment, so any file may be missing or end in mid-line. Reading never
+fails for that: what cannot be read is left out and named in `Artefacts.gaps`, one sentence each.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError
+from unimiss_core.study import StudyConfig
+
+ReadT = TypeVar("ReadT")
+
+# What a run could not measure may stand as null.
+Figures = Annotated[
+    Mapping[str, float], BeforeValidator(lambda raw: {k: v for k, v in (raw or {}).items() if v is not None})
+]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class SiteRecord(_Record):
+    """One site in one round."""
+
+    status: str
+    """ok, refused, error or absent."""
+    reason: Annotated[str, BeforeValidator(lambda raw: raw or "")] = ""
+    scans: Mapping[str, int] = {}
+    """Number of scans under "2d" and "3d"."""
+    steps: int = 0
+    losses: Figures = {}
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    diagnostics: Figures = {}
+
+
+class GlobalRecord(_Record):
+    update_norm: Figures = {}
+    """L2 norm of the change of the global student, per parameter group."""
+
+
+class RoundRecord(_Record):
+    """One line of metrics.jsonl."""
+
+    round: int
+    seconds: float = 0.0
+    sites: Mapping[str, SiteRecord] = {}
+    whole: GlobalRecord = Field(GlobalRecord(), alias="global")
+
+
+class ProbeRecord(_Record):
+    """A linear probe of one task on held-out patients."""
+
+    task: str = ""
+    rank: int | None = None
+    auc: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int = 0
+    positives: int | None = None
+    reason: str | None = None
+    """Why there is no figure."""
+    gain: float | None = None
+    gain_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Held-out embeddings of one task in the plane: before and after (N, 2), labels (N,)."""
+
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    labels: NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    study: StudyConfig | None
+    rounds: tuple[RoundRecord, ...]
+    """By round number; where a resumed run wrote a round twice, the later line counts."""
+    views: Mapping[str, bytes]
+    """PNG by site."""
+    projections: Mapping[str, Projection]
+    before: Mapping[str, ProbeRecord]
+    after: Mapping[str, ProbeRecord]
+    gaps: tuple[str, ...]
+
+
+def read_artefacts(out: Path) -> Artefacts:
+    """Everything in `out` that a report shows. Raises nothing for missing or damaged files."""
+    gaps: list[str] = []
+    report = out / "report"
+    return Artefacts(
+        study=_read(out / "study.yaml", lambda path: load(StudyConfig, path), gaps),
+        rounds=_read(out / "metrics.jsonl", lambda path: _rounds(path, gaps), gaps) or (),
+        views={path.stem.removeprefix("views-"): path.read_bytes() for path in sorted(report.glob("views-*.png"))},
+        projections=_read_if_present(report / "probe-projection.npz", _projections, gaps),
+        before=_read_if_present(report / "probe-before.json", _probe, gaps),
+        after=_read_if_present(report / "probe-after.json", _probe, gaps),
+        gaps=tuple(gaps),
+    )
+
+
+def _read(path: Path, read: Callable[[Path], ReadT], gaps: list[str]) -> ReadT | None:
+    if not path.exists():
+        gaps.append(f"{path.name} is missing.")
+        return None
+    try:
+        return read(path)
+    except (ConfigError, ValidationError, ValueError, KeyError, OSError, zipfile.BadZipFile):
+        # Not the error's own words: they would bring this machine's paths into a report that is passed on.
+        gaps.append(f"{path.name} could not be read and was left out.")
+        return None
+
+
+def _read_if_present(
+    path: Path, read: Callable[[Path], Mapping[str, ReadT]], gaps: list[str]
+) -> Mapping[str, ReadT]:
+    """A run without labelled scans has no probe; that is no gap."""
+    return (_read(path, read, gaps) or {}) if path.exists() else {}
+
+
+def _rounds(path: Path, gaps: list[str]) -> tuple[RoundRecord, ...]:
+    by_number: dict[int, RoundRecord] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            record = RoundRecord.model_validate(json.loads(line))
+        except ValueError:
+            gaps.append(f"Line {number} of {path.name} is damaged or incomplete and was left out.")
+        else:
+            by_number[record.round] = record
+    return tuple(by_number[number] for number in sorted(by_number))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _probe(path: Path) -> Mapping[str, ProbeRecord]:
+    return TypeAdapter(dict[str, ProbeRecord]).validate_json(path.read_bytes())
+
+
+def _projections(path: Path) -> Mapping[str, Projection]:
+    with np.load(path, allow_pickle=False) as arrays:
+        tasks = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
+        return {
+            task: Projection(
+                before=arrays[f"{task}/before"].astype(np.float64),
+                after=arrays[f"{task}/after"].astype(np.float64),
+                labels=arrays[f"{task}/labels"].astype(np.str_),
+            )
+            for task in tasks
+        }

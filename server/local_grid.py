@@ -1,0 +1,125 @@
+"""A Flower `Grid` inside one process: the same two apps, no network, no Ray.
+
+Each site is a node with its own node configuration (which Flower's simulation engine cannot express). Messages are
+served by worker threads, so that deadlines, stragglers and Ctrl-C behave as they do between machines.
+"""
+
+import copy
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from unimiss_core import progress
+
+log = logging.getLogger(__name__)
+
+_COORDINATOR = 1
+_CLIENT_APP_RAISED = 2
+"""Flower's error code for an exception in a ClientApp."""
+
+
+class LocalGrid(Grid):
+    """Nodes 1001, 1002, ... run `client_app`, each with its entry of `node_configs`; `workers` of them at a time.
+
+    Use it as a context manager: leaving stops the workers at their next progress report.
+    """
+
+    def __init__(
+        self, client_app: ClientApp, node_configs: Mapping[str, UserConfig], *, run_config: UserConfig, workers: int = 1
+    ) -> None:
+        self._client_app = client_app
+        self._run = Run.create_empty(run_id=1)
+        self._names = dict(zip(itertools.count(1001), node_configs, strict=False))
+        self._contexts = {
+            node_id: Context(self._run.run_id, node_id, node_configs[name], RecordDict(), run_config)
+            for node_id, name in self._names.items()
+        }
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._replies: dict[str, Message] = {}
+        self._number = itertools.count(1)
+        self._closing = threading.Event()
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = self._run.run_id, _COORDINATOR, 1
+
+    def __enter__(self) -> "LocalGrid":
+        self._listening = progress.listen(self._stop_when_closing)
+        self._listening.__enter__()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._listening.__exit__(None, None, None)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._names)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node_id, name=name) for node_id, name in self._names.items()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
+        ids = []
+        for message in messages:
+            # A network would copy: an app that changes what it received must not change it for the others.
+            message = copy.deepcopy(message)
+            message.metadata.__dict__["_message_id"] = f"message-{next(self._number)}"
+            ids.append(message.metadata.message_id)
+            self._inbox.put(message)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Sequence[Message]:
+        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError("rounds push and pull, so that each reply is folded in as it arrives")
+
+    def _serve(self) -> None:
+        while not self._closing.is_set():
+            try:
+                message = self._inbox.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            try:
+                self._replies[message.metadata.message_id] = self._answer(message)
+            except _Stopped:
+                return
+
+    def _answer(self, message: Message) -> Message:
+        try:
+            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            # As Flower does between machines; our ClientApp never lets one through that could hold a patient's name.
+            log.debug("site raised", exc_info=True)
+            return Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
+
+    def _stop_when_closing(self, event: progress.Event) -> None:
+        if self._closing.is_set() and threading.current_thread() in self._threads:
+            raise _Stopped
+
+
+class _Stopped(BaseException):  # noqa: N818 - no error, and no `except Exception` of an app may hold it up
+    """The run was interrupted; the site leaves its round where it is."""

@@ -1,0 +1,106 @@
+"""The folder of a run: what it is called, where each artefact lies, and that a crash leaves it readable.
+
+docs/artefacts.md describes every file. A round's metrics are written before its checkpoint, so that every checkpoint
+has its line; lines beyond the last checkpoint belong to a round that was cut off, and resuming removes them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unimiss_core import checkpoint, durable
+from unimiss_core.config import dump_yaml, load
+from unimiss_core.errors import ConfigError
+from unimiss_core.study import StudyConfig
+
+KEEP_CHECKPOINTS = 3
+"""Of finished rounds, besides round 0 (the initial weights, which the report compares with)."""
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Folder with what the report is made of, besides the metrics."""
+        return self.path / "report"
+
+    def checkpoint(self, round: int) -> Path:
+        return self.checkpoints / checkpoint.folder_name(round)
+
+    def begin(self, study: StudyConfig, *, resume: bool) -> checkpoint.Checkpoint | None:
+        """Make the folder ready; the checkpoint to go on from, or None for a fresh run.
+
+        Raises ConfigError: the folder holds a run already and `resume` is False, or it is a run of another study.
+        """
+        latest = checkpoint.latest(self.checkpoints)
+        if latest is None:
+            self._start(study)
+            return None
+        if not resume:
+            raise ConfigError(
+                f"{self.path}: holds a run already; continue it with --resume, or give a new folder with --out"
+            )
+        if (held := load(StudyConfig, self.path / "study.yaml")).digest() != study.digest():
+            changed = ", ".join(sorted(_differences(held.model_dump(), study.model_dump())))
+            raise ConfigError(
+                f"{self.path}: holds a run of another study (different: {changed}); "
+                "resume with the study it was started with, or give a new folder with --out"
+            )
+        found = checkpoint.load(latest)
+        self._forget_rounds_after(found.manifest.round)
+        return found
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+            file.flush()
+
+    def metric_rows(self) -> list[dict[str, Any]]:
+        if not self.metrics.exists():
+            return []
+        return list(_whole_rows(self.metrics.read_text(encoding="utf-8")))
+
+    def prune_checkpoints(self, newest: int) -> None:
+        for old in range(1, newest - KEEP_CHECKPOINTS + 1):
+            shutil.rmtree(self.checkpoint(old), ignore_errors=True)
+
+    def _start(self, study: StudyConfig) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.report.mkdir(exist_ok=True)
+        text = f"# sha256 of this study: {study.digest()}\n{dump_yaml(study)}"
+        durable.write_text(self.path / "study.yaml", text)
+        durable.write_text(self.metrics, "")
+
+    def _forget_rounds_after(self, round: int) -> None:
+        kept = [row for row in self.metric_rows() if row["round"] <= round]
+        durable.write_text(self.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
+
+
+def _whole_rows(text: str) -> Iterator[dict[str, Any]]:
+    """Every line that was written to its end; a crash can cut off the last."""
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    for key in ours.keys() | theirs.keys():
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _differences(a, b, f"{at}{key}.")
+        elif a != b:
+            yield f"{at}{key}"

@@ -1,0 +1,163 @@
+"""A run's state after a round, as a folder that appears whole or not at all and describes itself.
+
+    round-0007/
+        manifest.json          what this is: see `Manifest`
+        student.safetensors    the global student, float32, named as in the model
+        teacher.safetensors    the global teacher (what embedding and fine-tuning use)
+        server.json            the coordinator's bookkeeping, which resuming needs
+
+Nothing is ever unpickled. No time and no host stands in a checkpoint, so that equal runs give equal bytes.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from unimiss_core import durable
+from unimiss_core.config import Config
+from unimiss_core.errors import CheckpointError
+from unimiss_core.study import ModelConfig, PlanConfig
+
+FORMAT_VERSION = 1
+_FOLDER_NAME = re.compile(r"round-([0-9]{4,})")
+
+
+class Manifest(Config):
+    format_version: int = FORMAT_VERSION
+    origin: Literal["federation", "released"]
+    """Made by a run of ours, or imported from the authors' released weights."""
+    round: int = Field(ge=0)
+    """Rounds finished; 0 is the initial or imported state."""
+    study_digest: str | None
+    """sha256 of the study; None for imported weights."""
+    model: ModelConfig
+    plan: PlanConfig
+    """The preprocessing that the weights were trained with."""
+    tensors: Mapping[str, tuple[int, ...]]
+    """Name -> shape, the same for student and teacher."""
+    sha256: Mapping[str, str]
+    """File name -> sha256 of its bytes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    manifest: Manifest
+    student: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor]
+    server_json: str
+    """The coordinator's bookkeeping as it wrote it; `{}` for imported weights."""
+
+
+def folder_name(round: int) -> str:
+    return f"round-{round:04d}"
+
+
+def save(
+    folder: Path,
+    *,
+    origin: Literal["federation", "released"],
+    round: int,
+    study_digest: str | None,
+    model: ModelConfig,
+    plan: PlanConfig,
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    server_json: str = "{}",
+) -> None:
+    """Write a checkpoint as `folder`, in one rename."""
+    files = {
+        "student.safetensors": save_tensors(_plain(student)),
+        "teacher.safetensors": save_tensors(_plain(teacher)),
+        "server.json": server_json.encode(),
+    }
+    manifest = Manifest(
+        origin=origin,
+        round=round,
+        study_digest=study_digest,
+        model=model,
+        plan=plan,
+        tensors={name: tuple(tensor.shape) for name, tensor in sorted(student.items())},
+        sha256={name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()},
+    )
+    with durable.new_folder(folder) as partial:
+        for name, payload in files.items():
+            (partial / name).write_bytes(payload)
+        (partial / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint and check every file against the manifest.
+
+    Raises CheckpointError: no checkpoint there, another format version, a file or tensor changed or missing.
+    """
+    manifest = read_manifest(folder)
+    payloads = {name: _read_checked(folder, name, digest) for name, digest in manifest.sha256.items()}
+    try:
+        student = load_tensors(payloads["student.safetensors"])
+        teacher = load_tensors(payloads["teacher.safetensors"])
+        server_json = payloads["server.json"].decode()
+    except (KeyError, SafetensorError, UnicodeDecodeError):
+        raise CheckpointError(f"{folder}: the files do not hold what the manifest says; take another copy") from None
+    for part, tensors in {"student": student, "teacher": teacher}.items():
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != manifest.tensors:
+            odd = sorted(shapes.items() ^ manifest.tensors.items())[:3]
+            raise CheckpointError(f"{folder}: {part} does not hold the tensors that the manifest names: {odd}")
+    return Checkpoint(manifest, student, teacher, server_json)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, not yet checked against the files. Raises CheckpointError."""
+    path = folder / "manifest.json"
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError:
+        raise CheckpointError(
+            f"{folder}: no manifest.json there; give a checkpoint folder such as OUT/checkpoints/{folder_name(7)}"
+        ) from None
+    except ValidationError:
+        raise CheckpointError(f"{path}: is not a manifest of this program; take another copy") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: has format version {manifest.format_version}, this program reads {FORMAT_VERSION}; "
+            "use the version of the program that wrote it"
+        )
+    return manifest
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The folder of the highest finished round below `checkpoints`, by the number in its name; None where none is."""
+    numbered = {
+        int(match[1]): folder for folder in checkpoints.glob("round-*") if (match := _FOLDER_NAME.fullmatch(folder.name))
+    }
+    if not numbered:
+        return None
+    number, folder = max(numbered.items())
+    if (manifest := read_manifest(folder)).round != number:
+        raise CheckpointError(f"{folder}: the name says round {number}, the manifest {manifest.round}; rename it back")
+    return folder
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def _read_checked(folder: Path, name: str, digest: str) -> bytes:
+    if Path(name).name != name:
+        raise CheckpointError(f"{folder}: the manifest names '{name}', which is not a file of this folder")
+    try:
+        payload = (folder / name).read_bytes()
+    except OSError:
+        raise CheckpointError(f"{folder}: {name} is missing; take another copy of the checkpoint") from None
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise CheckpointError(f"{folder}: {name} was changed after it was written; take another copy")
+    return payload

@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all, also when the power fails."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""Ending of a file or folder that is still being written; whatever bears it may be deleted."""
+
+
+def write_bytes(path: Path, payload: bytes) -> None:
+    """Replace `path` by `payload`: after a crash it holds the old content or the new, never a mixture."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `path` (replacing an older one) only when the block ends well."""
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in partial.iterdir():
+        _sync(file)
+    _sync_folder(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    _sync_folder(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":  # Windows cannot open a folder
+        _sync(path)

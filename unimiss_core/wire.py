@@ -1,0 +1,260 @@
+"""Everything that crosses between coordinator and site, and nothing else: three messages, each packs itself.
+
+    coordinator                                     site
+        Hello(study)                  ──query──▶
+                                      ◀─────────    Introduction(site, ranks, scans)
+        TrainRequest(student, ...)    ──train──▶
+                                      ◀─────────    TrainReply(update, ...)  or  Refusal(reason)
+
+This is the place where a tensor leaves the hospital: `TrainReply.pack`. The protocol's version is checked before
+the content. A sender's claim is checked here for type and form; whether it may count, `server.admission` decides.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from unimiss_core import codec
+from unimiss_core.codec import Layout
+from unimiss_core.config import parse
+from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.groups import Group
+from unimiss_core.scan import RANKS, Rank
+from unimiss_core.study import StudyConfig
+
+PROTOCOL = 1
+
+ScalarT = TypeVar("ScalarT", str, int, float)
+
+TEACHER_DTYPE = "fp32"
+"""A teacher travels exactly, so that sites that rebuild it and sites that receive it hold the same one."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Coordinator to site: this is the study; who are you?"""
+
+    study: StudyConfig
+
+    def pack(self) -> RecordDict:
+        return _content({"study": self.study.canonical()})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> Self:
+        return cls(study=_study(_facts(content)))
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """Site to coordinator: its name, the ranks it trains, and how many scans of each it trains on."""
+
+    site: str
+    scans: Mapping[Rank, int]
+
+    @property
+    def ranks(self) -> frozenset[Rank]:
+        return frozenset(rank for rank, count in self.scans.items() if count > 0)
+
+    def pack(self) -> RecordDict:
+        return _content({"site": self.site, **_count_facts(self.scans)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> Self:
+        facts = _facts(content)
+        return cls(site=_take(facts, "site", str), scans=_counts(facts))
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Coordinator to site: train this round from this student.
+
+    student: the released student's tensors of the groups that the site trains.
+    teacher: the global teacher's; None where the site can rebuild it from what it received in the round before
+        (in round 1 it is the student).
+    teacher_momentum: per group, how far the global teacher went in the round before:
+        teacher <- m teacher + (1 - m) student; 1 for a group that nobody trained.
+    """
+
+    study: StudyConfig
+    round: int
+    student: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor] | None
+    teacher_momentum: Mapping[Group, float]
+
+    def pack(self, layout: Layout) -> RecordDict:
+        facts = {
+            "study": self.study.canonical(),
+            "round": self.round,
+            "teacher_momentum": json.dumps(dict(self.teacher_momentum), sort_keys=True),
+        }
+        arrays = {"student": _arrays(self.student, layout, self.study.wire.dtype)}
+        if self.teacher is not None:
+            arrays["teacher"] = _arrays(self.teacher, layout, TEACHER_DTYPE)
+        return _content(facts, arrays)
+
+    @classmethod
+    def unpack(cls, content: RecordDict, layout: Layout) -> Self:
+        """layout: of the network that `study_of(content)` names."""
+        facts = _facts(content)
+        study = _study(facts)
+        momentum = json.loads(_take(facts, "teacher_momentum", str))
+        return cls(
+            study=study,
+            round=_take(facts, "round", int),
+            student=_tensors(content, "student", layout, study.wire.dtype),
+            teacher=_tensors(content, "teacher", layout, TEACHER_DTYPE) if "teacher" in content else None,
+            teacher_momentum=momentum,
+        )
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """Site to coordinator: what training changed.
+
+    update: trained minus received, for the groups that the site trained.
+    steps: optimiser steps of each rank in this round; losses: mean of each loss term over the round;
+    diagnostics: means of the learner's collapse indicators. Nothing else leaves the site.
+    """
+
+    site: str
+    round: int
+    study_digest: str
+    update: Mapping[str, Tensor]
+    scans: Mapping[Rank, int]
+    steps: int
+    seconds: float
+    losses: Mapping[str, float]
+    diagnostics: Mapping[str, float]
+
+    def pack(self, layout: Layout, dtype: str) -> RecordDict:
+        facts = {
+            "status": "ok",
+            "site": self.site,
+            "round": self.round,
+            "study_digest": self.study_digest,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "losses": json.dumps(dict(self.losses), sort_keys=True),
+            "diagnostics": json.dumps(dict(self.diagnostics), sort_keys=True),
+            **_count_facts(self.scans),
+        }
+        return _content(facts, {"update": _arrays(self.update, layout, dtype)})
+
+    @classmethod
+    def unpack(cls, content: RecordDict, layout: Layout, dtype: str) -> Self:
+        """layout: only the groups that the coordinator asked this site for; any other is a WireError."""
+        facts = _facts(content)
+        return cls(
+            site=_take(facts, "site", str),
+            round=_take(facts, "round", int),
+            study_digest=_take(facts, "study_digest", str),
+            update=_tensors(content, "update", layout, dtype),
+            scans=_counts(facts),
+            steps=_take(facts, "steps", int),
+            seconds=_take(facts, "seconds", float),
+            losses=_figures(facts, "losses"),
+            diagnostics=_figures(facts, "diagnostics"),
+        )
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Site to coordinator: it did not train, for a reason that is one of a fixed set of codes, never free text."""
+
+    reason: str
+
+    def pack(self) -> RecordDict:
+        return _content({"status": "refused", "reason": self.reason})
+
+    @classmethod
+    def found_in(cls, content: RecordDict) -> Self | None:
+        facts = _facts(content)
+        return cls(_take(facts, "reason", str)) if facts.get("status") == "refused" else None
+
+
+def study_of(content: RecordDict) -> StudyConfig:
+    """The study that a request names: what a site checks before it looks at anything else."""
+    return _study(_facts(content))
+
+
+def num_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays of a message: all of its size but some hundred bytes."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def _content(facts: Mapping[str, Any], arrays: Mapping[str, ArrayRecord] | None = None) -> RecordDict:
+    return RecordDict({"facts": ConfigRecord({"protocol": PROTOCOL, **facts}), **(arrays or {})})
+
+
+def _facts(content: RecordDict) -> dict[str, Any]:
+    if "facts" not in content.config_records:
+        raise WireError("malformed", "the message has no facts")
+    facts = dict(content.config_records["facts"])
+    if (theirs := facts.pop("protocol", None)) != PROTOCOL:
+        raise WireError("protocol", f"the peer speaks wire protocol {theirs}, this side {PROTOCOL}; upgrade the older")
+    return facts
+
+
+def _take(facts: Mapping[str, Any], name: str, kind: type[ScalarT]) -> ScalarT:
+    value = facts.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise WireError("malformed", f"'{name}' should be {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _study(facts: Mapping[str, Any]) -> StudyConfig:
+    try:
+        return parse(StudyConfig, json.loads(_take(facts, "study", str)), where="study")
+    except (ConfigError, ValueError):
+        raise WireError("study", "the message holds no study that this version understands") from None
+
+
+def _count_facts(scans: Mapping[Rank, int]) -> dict[str, int]:
+    return {f"scans_{rank}d": scans.get(rank, 0) for rank in RANKS}
+
+
+def _counts(facts: Mapping[str, Any]) -> dict[Rank, int]:
+    counts = {rank: _take(facts, f"scans_{rank}d", int) for rank in RANKS}
+    if min(counts.values()) < 0:
+        raise WireError("counts", "a number of scans is below zero")
+    return counts
+
+
+def _figures(facts: Mapping[str, Any], name: str) -> dict[str, float]:
+    try:
+        figures = json.loads(_take(facts, name, str))
+        checked = {str(key): float(value) for key, value in figures.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise WireError("malformed", f"'{name}' should be a mapping of numbers") from None
+    if not all(math.isfinite(value) for value in checked.values()):
+        raise WireError("not_finite", f"a figure of '{name}' is not a finite number")
+    return checked
+
+
+def _arrays(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> ArrayRecord:
+    record = ArrayRecord()
+    for group, specs in layout.items():
+        payload = codec.pack(tensors, specs, dtype)
+        record[group] = Array(dtype=dtype, shape=(sum(s.size for s in specs),), stype="unimiss", data=payload)
+    return record
+
+
+def _tensors(content: RecordDict, name: str, layout: Layout, dtype: str) -> dict[str, Tensor]:
+    if name not in content.array_records:
+        raise WireError("malformed", f"the message has no '{name}'")
+    record = content.array_records[name]
+    if set(record) != set(layout):
+        odd = ", ".join(sorted(set(record) ^ set(layout))[:5])
+        raise WireError("wrong_names", f"'{name}' should hold the groups {', '.join(sorted(layout))}; odd: {odd[:80]}")
+    tensors: dict[str, Tensor] = {}
+    for group, specs in layout.items():
+        array = record[group]
+        if array.dtype != dtype or array.stype != "unimiss":
+            raise WireError("wrong_dtype", f"'{name}.{group}' should be {dtype}")
+        tensors |= codec.unpack(array.data, specs, dtype)
+    return tensors
