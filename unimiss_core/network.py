@@ -1,0 +1,109 @@
+"""Backbone and head as one network, built reproducibly from a study's model configuration."""
+
+import hashlib
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from unimiss_core.errors import CheckpointError
+from unimiss_core.head import Head, Prototypes
+from unimiss_core.model import ARCHITECTURES, MiT, PositionTable
+from unimiss_core.scan import RANKS, Rank
+from unimiss_core.study import ModelConfig
+
+
+class Network(nn.Module):
+    """What self-distillation trains, as student and as teacher; tensors are named `backbone.*` and `head.*`."""
+
+    def __init__(self, backbone: MiT, head: Head) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    @property
+    def ranks(self) -> tuple[Rank, ...]:
+        """The ranks this network has tensors for."""
+        return self.backbone.ranks
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """x (B, C, *S) -> (B, E) of length 1. Raises ValueError where x does not fit the backbone."""
+        return self.head.bottleneck(self.backbone(x))
+
+    def prototypes(self, h: Tensor) -> Tensor:
+        """h (..., E) -> logits (..., K), linear in h."""
+        logits: Tensor = self.head.prototypes(h)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *S) -> logits (B, K)."""
+        return self.prototypes(self.bottleneck(x))
+
+
+def build_network(config: ModelConfig, *, seed: int, ranks: Collection[Rank] = RANKS) -> Network:
+    """A freshly initialised network on the CPU, in float32.
+
+    seed: every tensor's values follow from it and the tensor's name alone, so a network without a rank's tensors
+    begins with the same values as the whole one. The global random state is neither read nor moved.
+    """
+    network = empty_network(config, ranks=ranks).to_empty(device="cpu")
+    _initialise_(network, seed)
+    return network
+
+
+def empty_network(config: ModelConfig, *, ranks: Collection[Rank] = RANKS) -> Network:
+    """The network on torch's meta device: names and shapes without values, memory or time."""
+    architecture = ARCHITECTURES[config.size]
+    sizes: dict[Rank, tuple[int, ...]] = {2: config.image_size, 3: config.volume_size}
+    with torch.device("meta"):
+        backbone = MiT(architecture, {rank: sizes[rank] for rank in sorted(ranks)})
+        head = Head(architecture.width, architecture.head_hidden, architecture.bottleneck, config.prototypes)
+        return Network(backbone, head)
+
+
+def load_tensors_(network: Network, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the network's parameters, after every name and shape was seen to agree.
+
+    Raises CheckpointError: a name too many or too few, or another shape; the network is then unchanged.
+    """
+    own = dict(network.named_parameters())
+    problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+        for name, parameter in own.items()
+        if name in tensors and tensors[name].shape != parameter.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"tensors do not fit the model: {'; '.join(problems[:5])}{more}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def _initialise_(network: Network, seed: int) -> None:
+    """All initialisation: normal of 0.02 for linear layers, tokens and tables, Kaiming for convolutions, 1 and 0 for
+    norms, random directions for prototypes; biases are 0."""
+    for path, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            generator = _generator(seed, f"{path}.{name}")
+            with torch.no_grad():
+                if name == "bias":
+                    parameter.zero_()
+                elif isinstance(module, nn.LayerNorm | nn.InstanceNorm2d | nn.InstanceNorm3d):
+                    parameter.fill_(1.0)
+                elif isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+                    nn.init.kaiming_normal_(parameter, a=0.01, generator=generator)
+                elif isinstance(module, Prototypes):
+                    parameter.normal_(generator=generator)
+                    parameter.div_(torch.linalg.vector_norm(parameter, dim=1, keepdim=True))
+                elif isinstance(module, nn.Linear | PositionTable) or name == "class_token":
+                    nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+                else:
+                    raise AssertionError(f"no initialisation for {path}.{name}")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
