@@ -5,6 +5,7 @@ UnimissError            1  anything below that has no code of its own
 ├── NoUsableScanError   3  a data folder holds nothing that can be trained on
 ├── CheckpointError     4  a checkpoint is missing, damaged or of another version
 ├── RoundError          5  a round could not be completed (too few sites replied)
+├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
 ├── WireError           1  a message of the peer breaks the contract; it costs that peer its round
 └── ScanError           1  one scan cannot be used; it is left out with a reason code, never fatal
 
@@ -33,6 +34,10 @@ class CheckpointError(UnimissError):
 
 class RoundError(UnimissError):
     exit_code = 5
+
+
+class NonFiniteLossError(UnimissError):
+    """A training step met NaN or infinity; nothing was changed by it, and the next batch may be tried."""
 
 
 class WireError(UnimissError):

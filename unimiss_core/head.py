@@ -42,4 +42,5 @@ class Prototypes(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (..., E) -> logits (..., K), linear in h: the mean of logits is the logits of the mean."""
-        return F.linear(h, self.weight) / torch.linalg.vector_norm(self.weight, dim=1)
+        lengths = torch.linalg.vector_norm(self.weight, dim=1)
+        return F.linear(h, self.weight).div(lengths)

@@ -11,7 +11,7 @@ name holds that component. Everything else is shared.
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ class MiT(nn.Module):
         C is 3 or 1 for images, 1 for volumes. Raises ValueError: a rank, channels or a size that do not fit.
         """
         self._check(x)
-        class_token, _ = self.decoder(*self.encoder(x), class_only=True)
+        class_token: Tensor = self.decoder(*self.encoder(x), class_only=True)[0]
         return class_token
 
     def features(self, x: Tensor) -> Features:
@@ -222,7 +222,7 @@ class Stage(nn.Module):
         """
         x = self.embed(x)
         if skip is not None:
-            x = x[(..., *(slice(n) for n in skip.shape[2:]))] + skip
+            x = _cropped(x, skip.shape[2:]) + skip
         grid = x.shape[2:]
         token = self.class_token(class_token)[:, None]
         tokens = torch.cat([token, x.flatten(2).mT], dim=1) + self.position(x)
@@ -251,12 +251,13 @@ class ConvBlock(nn.Module):
         self, rank: Rank, channels_in: int, channels_out: int, kernel: int, stride: int | tuple[int, ...]
     ) -> None:
         super().__init__()
-        conv = GreyOrColourConv2d if rank == 2 else nn.Conv3d
+        conv: Any = GreyOrColourConv2d if rank == 2 else nn.Conv3d
         self.conv = conv(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = INSTANCE_NORM[rank](channels_out, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(x)), 0.01)
+        y: Tensor = self.norm(self.conv(x))
+        return F.leaky_relu(y, 0.01)
 
 
 class GreyOrColourConv2d(nn.Conv2d):
@@ -312,7 +313,8 @@ class Block(nn.Module):
         """tokens (B, 1 + N, C) -> the same shape, or (B, 1, C) where only the class token's outcome is wanted."""
         attended = self.attention(self.norm1(tokens), grid, class_only=class_only)
         tokens = (tokens[:, :1] if class_only else tokens) + attended
-        return tokens + self.mlp(self.norm2(tokens))
+        y: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return y
 
 
 class Attention(nn.Module):
@@ -358,6 +360,13 @@ def token_grids(size: tuple[int, ...]) -> list[tuple[int, ...]]:
         grid = tuple(math.ceil(n / 2) for n in grid)
         grids.append(grid)
     return grids
+
+
+def _cropped(x: Tensor, grid: torch.Size) -> Tensor:
+    """x (B, C, *G) without what lies beyond `grid` at the end of each axis."""
+    for axis, n in enumerate(grid, start=2):
+        x = x.narrow(axis, 0, n)
+    return x
 
 
 def _encoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank, tuple[int, ...]]) -> Stage:

@@ -61,6 +61,11 @@ def empty_network(config: ModelConfig, *, ranks: Collection[Rank] = RANKS) -> Ne
         return Network(backbone, head)
 
 
+def tensors_of(network: Network) -> dict[str, Tensor]:
+    """Every parameter by name, detached, sharing memory with the network."""
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
 def load_tensors_(network: Network, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the network's parameters, after every name and shape was seen to agree.
 

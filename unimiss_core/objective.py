@@ -1,0 +1,170 @@
+"""UniMiSS self-distillation: what a batch of views costs the student, and what the teacher's centre learns from it.
+
+Legend of shapes: B scans, V views, C channels, S spatial axes, D slices of a volume, E features of the bottleneck,
+K prototypes.
+
+A *representation* is one way to look at a scan: an image has one, `image`; a volume has two, `volume` and `slices`.
+The loss terms are the product of the student's and the teacher's representations: one for images, four for volumes.
+Logits are linear in the bottleneck, so the mean of D slices' logits is the prototypes applied to the mean of D
+bottlenecks: D times fewer of the widest products, for the same number.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unimiss_core.network import Network
+from unimiss_core.scan import Rank
+from unimiss_core.study import ObjectiveConfig
+
+Centre = Mapping[str, Tensor]
+"""Per representation, the running mean of the teacher's bottlenecks (E,), float32."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the teacher did with one representation of a batch; means over its B x V views, without gradient.
+
+    Every field is a mean, so that a batch met in parts is the weighted mean of its parts.
+    """
+
+    bottleneck: Tensor
+    """(E,): moves the centre."""
+    target: Tensor
+    """(K,): mean of the target distributions; its entropy falls when all views land on one prototype."""
+    target_entropy: Tensor
+    """Scalar, nats; near log K the targets say nothing."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """terms: scalars by name, as the study weighs them; total: their sum; observed: by representation."""
+
+    terms: dict[str, Tensor]
+    total: Tensor
+    observed: dict[str, Observed]
+
+
+class Objective(Protocol):
+    """What a learner minimises; the learner knows neither terms nor representations."""
+
+    def representations(self, rank: Rank) -> tuple[str, ...]:
+        """The teacher's representations of scans of this rank, each with a centre of its own."""
+        ...
+
+    def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
+        """views (B, V, C, *S), V at least 2; centre: from before this step, and not moved here."""
+        ...
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    return UniMiSS(config)
+
+
+@dataclass(frozen=True)
+class UniMiSS:
+    """The loss of UniMiSS (ECCV 2022); the published one number for number, with two corrections.
+
+    The centre moves once per step (the released code moves it with each of the four 3D terms), and each
+    representation has its own, so that volume and slice statistics do not mix.
+    """
+
+    config: ObjectiveConfig
+
+    def representations(self, rank: Rank) -> tuple[str, ...]:
+        return ("image",) if rank == 2 else ("volume", "slices")
+
+    def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
+        with torch.no_grad():
+            seen_by_teacher = representations(teacher, views)
+            targets = {
+                name: target_distribution(teacher.prototypes(h - centre[name]), self.config.teacher_temperature)
+                for name, h in seen_by_teacher.items()
+            }
+        predictions = {
+            name: log_prediction(student.prototypes(h), self.config.student_temperature)
+            for name, h in representations(student, views).items()
+        }
+        terms = {
+            term_name(mine, theirs): view_cross_entropy(prediction, target)
+            for mine, prediction in predictions.items()
+            for theirs, target in targets.items()
+        }
+        observed = {name: observe(h, targets[name]) for name, h in seen_by_teacher.items()}
+        return Loss(terms, torch.stack(list(terms.values())).sum(), observed)
+
+
+def representations(network: Network, views: Tensor) -> dict[str, Tensor]:
+    """views (B, V, C, *S) -> bottlenecks (B, V, E) by representation: `image`, or `volume` and `slices`.
+
+    `slices` is the mean over a volume's D slices of bottlenecks of length 1, each slice taking the 2D path as a grey
+    image. That mean is shorter than 1 and stays so, for the released code averages the slices' logits.
+    """
+    b, v = views.shape[:2]
+    flat = views.flatten(0, 1)
+    if flat.ndim == 4:
+        return {"image": network.bottleneck(flat).unflatten(0, (b, v))}
+    slices = flat.transpose(1, 2).flatten(0, 1)
+    return {
+        "volume": network.bottleneck(flat).unflatten(0, (b, v)),
+        "slices": network.bottleneck(slices).unflatten(0, (b, v, -1)).mean(2),
+    }
+
+
+def log_prediction(logits: Tensor, temperature: float) -> Tensor:
+    """The student's logits (..., K) -> log-probabilities (..., K), float32 or better."""
+    return torch.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+
+
+def target_distribution(centred_logits: Tensor, temperature: float) -> Tensor:
+    """The teacher's logits less the centre's (..., K) -> probabilities (..., K), float32 or better.
+
+    The logits of `h - centre` are the logits of h less those of the centre, by linearity.
+    """
+    return torch.softmax(_at_least_float32(centred_logits) / temperature, dim=-1)
+
+
+def view_cross_entropy(log_predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean over ordered pairs of different views s != t and over scans of -sum_k targets[:, t, k] * log p[:, s, k].
+
+    log_predictions: the student's (B, V, K); targets: the teacher's (B, V, K). DINO (arXiv:2104.14294) eq. 3.
+    Raises ValueError: fewer than two views.
+    """
+    b, v, _ = targets.shape
+    if v < 2:
+        raise ValueError(f"self-distillation compares views of one scan; got {v} view, needs at least 2")
+    with torch.autocast(targets.device.type, enabled=False):
+        pairs = -torch.einsum("bsk,btk->st", log_predictions, targets)
+    return (pairs.sum() - pairs.diagonal().sum()) / (b * v * (v - 1))
+
+
+def term_name(student: str, teacher: str) -> str:
+    """`volume` where both look the same way, else `slices_to_volume`: from the student's to the teacher's."""
+    return student if student == teacher else f"{student}_to_{teacher}"
+
+
+def new_centre(names: Iterable[str], bottleneck: int, device: torch.device) -> dict[str, Tensor]:
+    """The centre before the first step: zero, which centres nothing."""
+    return {name: torch.zeros(bottleneck, device=device) for name in names}
+
+
+def move_centre(centre: Tensor, mean: Tensor, momentum: float) -> Tensor:
+    """momentum * centre + (1 - momentum) * mean: once per step, after its loss.
+
+    Kept on bottlenecks (E,) and turned into logits by the teacher's prototypes of the day. By linearity that is the
+    published running mean of logits (K,), but for the drift of the teacher's prototypes within that mean.
+    """
+    return centre.lerp(mean, 1.0 - momentum)
+
+
+def observe(h: Tensor, targets: Tensor) -> Observed:
+    """The teacher's bottlenecks (B, V, E) and targets (B, V, K) -> their means over B and V."""
+    entropies = torch.special.entr(targets).sum(-1)
+    return Observed(h.float().mean((0, 1)), targets.mean((0, 1)), entropies.mean())
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
