@@ -36,7 +36,7 @@ class RunFolder:
         """Folder with what the report is made of, besides the metrics."""
         return self.path / "report"
 
-    def checkpoint(self, round: int) -> Path:
+    def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
 
     def begin(self, study: StudyConfig, *, resume: bool) -> checkpoint.Checkpoint | None:
@@ -74,7 +74,7 @@ class RunFolder:
 
     def prune_checkpoints(self, newest: int) -> None:
         for old in range(1, newest - KEEP_CHECKPOINTS + 1):
-            shutil.rmtree(self.checkpoint(old), ignore_errors=True)
+            shutil.rmtree(self.checkpoint_of(old), ignore_errors=True)
 
     def _start(self, study: StudyConfig) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)

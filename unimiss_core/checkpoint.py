@@ -137,7 +137,9 @@ def read_manifest(folder: Path) -> Manifest:
 def latest(checkpoints: Path) -> Path | None:
     """The folder of the highest finished round below `checkpoints`, by the number in its name; None where none is."""
     numbered = {
-        int(match[1]): folder for folder in checkpoints.glob("round-*") if (match := _FOLDER_NAME.fullmatch(folder.name))
+        int(match[1]): folder
+        for folder in checkpoints.glob("round-*")
+        if (match := _FOLDER_NAME.fullmatch(folder.name))
     }
     if not numbered:
         return None

@@ -76,21 +76,21 @@ class TrainRequest:
     student: the released student's tensors of the groups that the site trains.
     teacher: the global teacher's; None where the site can rebuild it from what it received in the round before
         (in round 1 it is the student).
-    teacher_momentum: per group, how far the global teacher went in the round before:
-        teacher <- m teacher + (1 - m) student; 1 for a group that nobody trained.
+    teacher_retention: per group, what was left of the global teacher after the round before:
+        teacher <- m teacher + (1 - m) student, m = 1 for a group that nobody trained.
     """
 
     study: StudyConfig
     round: int
     student: Mapping[str, Tensor]
     teacher: Mapping[str, Tensor] | None
-    teacher_momentum: Mapping[Group, float]
+    teacher_retention: Mapping[Group, float]
 
     def pack(self, layout: Layout) -> RecordDict:
         facts = {
             "study": self.study.canonical(),
             "round": self.round,
-            "teacher_momentum": json.dumps(dict(self.teacher_momentum), sort_keys=True),
+            "teacher_retention": json.dumps(dict(self.teacher_retention), sort_keys=True),
         }
         arrays = {"student": _arrays(self.student, layout, self.study.wire.dtype)}
         if self.teacher is not None:
@@ -102,13 +102,13 @@ class TrainRequest:
         """layout: of the network that `study_of(content)` names."""
         facts = _facts(content)
         study = _study(facts)
-        momentum = json.loads(_take(facts, "teacher_momentum", str))
+        retention = json.loads(_take(facts, "teacher_retention", str))
         return cls(
             study=study,
             round=_take(facts, "round", int),
             student=_tensors(content, "student", layout, study.wire.dtype),
             teacher=_tensors(content, "teacher", layout, TEACHER_DTYPE) if "teacher" in content else None,
-            teacher_momentum=momentum,
+            teacher_retention=retention,
         )
 
 

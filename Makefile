@@ -1,0 +1,38 @@
+# make demo   three synthetic hospitals pretrain one encoder; the report is runs/demo/report.html
+# make test   formatting, lint, types and the test suite: all that CI runs
+# make help   this list
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+OUT ?= runs/demo
+
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
+
+.PHONY: demo test check clean-demo help
+
+demo: $(INSTALLED)
+	$(BIN)/unimiss-simulate configs/simulation/demo.yaml --out $(OUT) --resume
+
+test: check
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean-demo:
+	rm -rf $(OUT)
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv \
+		|| { echo "Python's venv module is missing; on Debian: apt install python3-venv"; rm -rf .venv; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

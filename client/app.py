@@ -1,0 +1,80 @@
+"""The ClientApp: what a site answers. Messages are translated here; the work is done in `client.trainer`.
+
+Flower sends the text of an exception to the coordinator, and such a text can hold a file's path or a patient's name.
+So nothing is raised out of this file: a site answers with a result or with a reason from a fixed list.
+"""
+
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.site import open_site
+from client.trainer import run_round
+from unimiss_core.codec import layout_of
+from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError, UnimissError, WireError
+from unimiss_core.groups import groups_of_ranks
+from unimiss_core.network import empty_network
+from unimiss_core.scan import RANKS
+from unimiss_core.wire import Hello, Introduction, Refusal, TrainRequest, study_of
+
+log = logging.getLogger(__name__)
+app = ClientApp()
+
+REASONS: dict[type[Exception], str] = {
+    ConfigError: "site_file",
+    NoUsableScanError: "no_usable_scans",
+    NonFiniteLossError: "not_finite",
+}
+"""Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`."""
+
+
+@app.query()
+def introduce(message: Message, context: Context) -> Message:
+    """Who this site is and what it can train, after it has read its scans for the study."""
+
+    def answer() -> RecordDict:
+        site = open_site(context, Hello.unpack(message.content).study)
+        scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
+        return Introduction(site.config.name, scans).pack()
+
+    return _reply(message, answer)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round."""
+
+    def answer() -> RecordDict:
+        study = study_of(message.content)
+        site = open_site(context, study)
+        layout = layout_of(empty_network(study.model))
+        trained = {group: layout[group] for group in groups_of_ranks(site.library.ranks)}
+        request = TrainRequest.unpack(message.content, trained)
+        return run_round(site, request).pack(trained, study.wire.dtype)
+
+    return _reply(message, answer)
+
+
+def _reply(message: Message, answer: Callable[[], RecordDict]) -> Message:
+    try:
+        content = answer()
+    except WireError as error:
+        log.warning("refused reason=%s", error)
+        content = Refusal(error.reason).pack()
+    except UnimissError as error:
+        log.warning("cannot take part: %s", error)
+        content = Refusal(REASONS.get(type(error), "failed")).pack()
+    except Exception as error:
+        log.error("failed: %s", where(error))
+        content = Refusal("failed").pack()
+    return Message(content, reply_to=message)
+
+
+def where(error: Exception) -> str:
+    """Kind and place of an error without its text, which could hold a path or an identifier."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"

@@ -1,0 +1,60 @@
+"""A site as its ClientApp knows it: the site file, the scans it may train on, and what it remembers."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from flwr.app import Context
+
+from client.cache import Library, open_library
+from client.site_config import SiteConfig, load_site
+from client.site_state import SiteState
+from unimiss_core.errors import ConfigError
+from unimiss_core.study import StudyConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital within one study."""
+
+    config: SiteConfig
+    study: StudyConfig
+
+    @cached_property
+    def library(self) -> Library:
+        """The preprocessed scans; reading what is new can take long. Raises NoUsableScanError."""
+        return open_library(self.config, self.study.plan)
+
+    @cached_property
+    def memory(self) -> SiteState:
+        return SiteState(self.config.state, self.study.digest())
+
+
+def site_file(context: Context) -> Path:
+    """Where this node's site file is: its own node configuration says so, never a request.
+
+    Under Flower's simulation engine nodes have no configuration but a number; there the run's folder holds a site
+    file for each. Raises ConfigError where neither is given.
+    """
+    if "site" in context.node_config:
+        return Path(str(context.node_config["site"]))
+    if "partition-id" in context.node_config and context.run_config.get("simulation"):
+        files = sorted(simulation_folder(context).glob("sites/*/site.yaml"))
+        if (number := int(context.node_config["partition-id"])) < len(files):
+            return files[number]
+        raise ConfigError(
+            f"this simulated node has number {number}, but the run has only {len(files)} sites; "
+            f"give --federation-config 'num-supernodes={len(files)}'"
+        )
+    raise ConfigError("this node names no site file; start the SuperNode with --node-config 'site=\"/path/site.yaml\"'")
+
+
+def open_site(context: Context, study: StudyConfig) -> Site:
+    """The site of this node, for `study`. Raises ConfigError."""
+    return Site(load_site(site_file(context)), study)
+
+
+def simulation_folder(context: Context) -> Path:
+    """The folder of a run under Flower's simulation engine: run configuration `out`, or one named by the run."""
+    out = str(context.run_config.get("out", ""))
+    return Path(out).expanduser() if out else Path.home() / ".unimiss" / "runs" / str(context.run_id)

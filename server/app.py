@@ -1,0 +1,57 @@
+"""The ServerApp: from Flower's run configuration to a finished run.
+
+Run configuration (`flwr run . --run-config 'key="value"'`):
+    coordinator   path of a coordinator file; its study is run into its folder
+    simulation    or: path of a simulation file; sites and coordinator file are made first, then run
+    out           folder of a simulated run; default ~/.unimiss/runs/<run id>
+    resume        go on with an unfinished run
+"""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.coordinator_config import CoordinatorConfig, load_coordinator
+from server.probing import Probing
+from server.report import write_report
+from server.rounds import Federation
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError
+from unimiss_core.study import StudyConfig
+
+log = logging.getLogger(__name__)
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    resume = bool(context.run_config.get("resume", False))
+    run(grid, load_coordinator(coordinator_file(context)), resume=resume)
+
+
+def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:
+    """Run the study of a coordinator file over `grid`, with the probe before and after, and write the report."""
+    study = load(StudyConfig, config.study)
+    federation = Federation(grid, study, config)
+    probing = Probing(config, study)
+    try:
+        federation.run(resume=resume)
+        probing.measure()
+    finally:
+        write_report(config.out)
+
+
+def coordinator_file(context: Context) -> Path:
+    """The coordinator file that the run configuration names, or that the simulation it names makes."""
+    if named := str(context.run_config.get("coordinator", "")):
+        return Path(named).expanduser()
+    if simulation := str(context.run_config.get("simulation", "")):
+        from server.simulate import prepare_for_engine  # the only way from the coordinator to a site's code
+
+        return prepare_for_engine(simulation, context)
+    raise ConfigError(
+        "the run configuration names no run; give --run-config 'coordinator=\"/path/coordinator.yaml\"' "
+        "or 'simulation=\"/path/simulation.yaml\"'"
+    )

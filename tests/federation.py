@@ -1,0 +1,92 @@
+"""What federation tests share: a study small enough for milliseconds, and stub sites that answer at once."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from unimiss_core.codec import Layout, layout_of
+from unimiss_core.config import parse
+from unimiss_core.groups import GROUPS, groups_of_ranks
+from unimiss_core.network import empty_network
+from unimiss_core.scan import RANKS, Rank
+from unimiss_core.study import ModelConfig, StudyConfig
+from unimiss_core.wire import Hello, Introduction, TrainReply, TrainRequest, study_of
+
+
+def small_study(rounds: int = 2, **changes: object) -> StudyConfig:
+    raw = {"name": "toy", "model": {"prototypes": 16}, "schedule": {"rounds": rounds, "local_steps": 2}, **changes}
+    return parse(StudyConfig, raw, where="test")
+
+
+def whole_layout(model: ModelConfig | None = None) -> Layout:
+    return layout_of(empty_network(model or small_study().model))
+
+
+def layout_for(ranks: frozenset[Rank]) -> Layout:
+    layout = whole_layout()
+    return {group: layout[group] for group in GROUPS if group in groups_of_ranks(ranks)}
+
+
+def random_tensors(layout: Layout, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {spec.name: torch.randn(spec.shape, generator=generator) for specs in layout.values() for spec in specs}
+
+
+Answer = Callable[[TrainRequest, "StubSite"], TrainReply]
+
+
+class StubSite:
+    """Stands in for a hospital: introduces itself with `scans`, answers a round by `answer`."""
+
+    def __init__(self, name: str, scans: Mapping[Rank, int], answer: Answer | None = None) -> None:
+        self.name = name
+        self.scans = {rank: scans.get(rank, 0) for rank in RANKS}
+        self.ranks: frozenset[Rank] = frozenset(rank for rank in RANKS if self.scans[rank])
+        self.layout = layout_for(self.ranks)
+        self.answer = answer or good_answer
+        self.requests: list[TrainRequest] = []
+
+
+def good_answer(request: TrainRequest, site: StubSite) -> TrainReply:
+    """An honest update: a fixed random direction of the site, other in each round."""
+    seed = sum(site.name.encode()) * 1000 + request.round
+    update = {name: 0.01 * tensor for name, tensor in random_tensors(site.layout, seed).items()}
+    return reply_with(update, request, site)
+
+
+def reply_with(update: Mapping[str, Tensor], request: TrainRequest, site: StubSite) -> TrainReply:
+    return TrainReply(
+        site=site.name,
+        round=request.round,
+        study_digest=request.study.digest(),
+        update=update,
+        scans=site.scans,
+        steps=request.study.schedule.local_steps,
+        seconds=0.5,
+        losses={"image": 2.0},
+        diagnostics={},
+    )
+
+
+def stub_app(sites: Mapping[str, StubSite]) -> ClientApp:
+    """A ClientApp whose node configuration `name` picks one of `sites`."""
+    app = ClientApp()
+
+    @app.query()
+    def introduce(message: Message, context: Context) -> Message:
+        site = sites[str(context.node_config["name"])]
+        Hello.unpack(message.content)
+        return Message(Introduction(site.name, site.scans).pack(), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        site = sites[str(context.node_config["name"])]
+        request = TrainRequest.unpack(message.content, site.layout)
+        site.requests.append(request)
+        reply = site.answer(request, site)
+        return Message(reply.pack(site.layout, study_of(message.content).wire.dtype), reply_to=message)
+
+    return app

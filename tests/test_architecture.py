@@ -1,0 +1,87 @@
+"""The house's rules of import, read from the source; the failure message is the rule."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("unimiss_core", "client", "server")
+
+MAY_NOT_IMPORT = {
+    "unimiss_core": {"client", "server", "pydicom", "nibabel", "PIL", "opacus", "flwr", "ray", "blosc2", "rich"},
+    "client": {"server"},
+    "server": {"client", "pydicom", "nibabel", "PIL", "opacus", "blosc2"},
+}
+EXEMPT = {
+    "server/simulate.py": {"client"},  # simulation is the one place that may run a site
+    "unimiss_core/wire.py": {"flwr"},  # the one place that knows Flower's records
+}
+ONLY_IN = {
+    "pydicom": {"client/dicom.py"},
+    "gdcm": {"client/dicom.py"},
+    "nibabel": {"client/nifti.py"},
+    "PIL": {"client/pictures.py"},
+    "sklearn": {"unimiss_core/probe.py"},
+    "blosc2": {"client/cache.py"},
+    "flwr": {
+        "unimiss_core/wire.py",
+        "client/app.py",
+        "client/site.py",
+        "server/app.py",
+        "server/rounds.py",
+        "server/local_grid.py",
+        "server/simulate.py",
+    },
+}
+
+
+def sources() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Top-level names of everything imported, at the top of the file or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]
+
+
+def violations(name: str, source: str) -> Iterator[str]:
+    package = name.split("/")[0]
+    for imported in sorted(set(imports(ast.parse(source)))):
+        if imported in MAY_NOT_IMPORT[package] - EXEMPT.get(name, set()):
+            yield f"{name}: {package} may not import {imported}"
+        if imported in ONLY_IN and name not in ONLY_IN[imported]:
+            yield f"{name}: {imported} is imported only in {', '.join(sorted(ONLY_IN[imported]))}"
+
+
+def test_imports_point_inward() -> None:
+    found = [v for path in sources() for v in violations(str(path.relative_to(ROOT)), path.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("unimiss_core/x.py", "import client.app"),
+        ("server/rounds.py", "def f():\n    from client.site import Site"),
+        ("client/x.py", "from server import rounds"),
+        ("server/x.py", "import pydicom.uid"),
+        ("client/x.py", "import nibabel as nib"),
+        ("unimiss_core/model.py", "import flwr"),
+    ],
+)
+def test_the_rule_sees_a_violation(name: str, source: str) -> None:
+    assert list(violations(name, source))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are_for(path: Path) -> None:
+    source = path.read_text()
+    assert ast.get_docstring(ast.parse(source)), f"{path.name} has no docstring"
+    assert len(source.splitlines()) <= 450, f"{path.name} cannot be read in one sitting; split it"
+    assert path.stem not in {"utils", "helper", "helpers", "manager", "info", "data", "common", "misc"}

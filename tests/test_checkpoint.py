@@ -1,0 +1,101 @@
+"""A checkpoint comes back whole, equal runs give equal bytes, and any change is noticed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.federation import random_tensors, small_study, whole_layout
+from unimiss_core import checkpoint
+from unimiss_core.errors import CheckpointError
+
+
+def save(folder: Path, round: int = 7, seed: int = 0) -> None:
+    study = small_study()
+    checkpoint.save(
+        folder,
+        origin="federation",
+        round=round,
+        study_digest=study.digest(),
+        model=study.model,
+        plan=study.plan,
+        student=random_tensors(whole_layout(), seed),
+        teacher=random_tensors(whole_layout(), seed + 1),
+        server_json='{"taught": {}}',
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save(tmp_path / "round-0007")
+    found = checkpoint.load(tmp_path / "round-0007")
+    student = random_tensors(whole_layout(), 0)
+    assert found.manifest.round == 7
+    assert found.manifest.model == small_study().model
+    assert found.server_json == '{"taught": {}}'
+    assert found.student.keys() == student.keys()
+    assert all(torch.equal(found.student[name], student[name]) for name in student)
+
+
+def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
+    save(tmp_path / "a")
+    save(tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "teacher.safetensors", "server.json"])
+def test_one_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "c")
+    payload = bytearray((tmp_path / "c" / name).read_bytes())
+    payload[-1] ^= 1
+    (tmp_path / "c" / name).write_bytes(payload)
+    with pytest.raises(CheckpointError, match=f"{name} was changed"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "c")
+    (tmp_path / "c" / "teacher.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="teacher.safetensors is missing"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_other_version_no_manifest_and_outside_file_are_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no manifest.json there"):
+        checkpoint.load(tmp_path)
+    save(tmp_path / "c")
+    path = tmp_path / "c" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="has format version 99, this program reads 1"):
+        checkpoint.load(tmp_path / "c")
+    path.write_text(json.dumps(manifest | {"sha256": {"../secret": "00"}}))
+    with pytest.raises(CheckpointError, match="is not a file of this folder"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_latest_is_the_highest_finished_round(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    for round in (2, 10):
+        save(tmp_path / checkpoint.folder_name(round), round)
+    (tmp_path / "round-0011.partial").mkdir()
+    assert checkpoint.latest(tmp_path) == tmp_path / "round-0010"
+
+
+def test_name_and_manifest_must_agree(tmp_path: Path) -> None:
+    save(tmp_path / "round-0003", round=4)
+    with pytest.raises(CheckpointError, match="the name says round 3, the manifest 4"):
+        checkpoint.latest(tmp_path)
+
+
+def test_crash_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "round-0001", round=1)
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "round-0002", round=2)
+    assert checkpoint.latest(tmp_path) == tmp_path / "round-0001"

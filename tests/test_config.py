@@ -1,0 +1,109 @@
+"""Configuration: every mistake in one message, nothing converted in silence."""
+
+from pathlib import Path
+
+import pytest
+
+from client.site_config import SiteConfig, load_site
+from unimiss_core.config import dump_yaml, load, parse
+from unimiss_core.errors import ConfigError
+from unimiss_core.study import StudyConfig
+
+
+def problems(raw: object, kind: type = StudyConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(kind, raw, where="study.yaml")
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_all_problems_stand_in_one_message_with_path_and_nearest_key() -> None:
+    told = problems(
+        {
+            "name": "x",
+            "objective": {"techer_temperature": 0.04, "student_temperature": -1.0},
+            "schedule": {"rounds": "ten"},
+            "optimiser": {"lr": "1e-4"},
+        }
+    )
+    assert "4 problems" in told
+    assert "unknown key 'objective.techer_temperature' (did you mean 'teacher_temperature'?)" in told
+    assert "'objective.student_temperature': input should be greater than 0, got -1.0" in told
+    assert "'schedule.rounds': input should be a valid integer, got \"ten\"" in told
+    assert "YAML reads 1e-4 as text; write 1.0e-04" in told
+
+
+def test_missing_key_and_no_mapping_are_told() -> None:
+    assert "missing key 'name'" in problems({})
+    assert "expected a mapping of settings, got [1]" in problems([1])
+
+
+def test_broken_relation_is_told() -> None:
+    told = problems({"name": "x", "objective": {"teacher_temperature": 0.2, "student_temperature": 0.1}})
+    assert "teacher_temperature=0.2 must not be above student_temperature=0.1" in told
+
+
+def test_unknown_key_far_from_all_others_lists_what_is_known() -> None:
+    assert "known keys here: alternate, local_steps, rounds" in problems({"name": "x", "schedule": {"zzzzz": 1}})
+
+
+def test_a_number_is_not_taken_for_a_text_or_a_yes() -> None:
+    told = problems({"name": 7, "seed": True, "schedule": {"rounds": 2.5}})
+    assert "'name'" in told
+    assert "'seed'" in told
+    assert "'schedule.rounds'" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nname: b\n", "key 'name' is written twice"),
+        ("name: [", "is not valid YAML"),
+        ("when: 2020-01-01\nname: x\n", "write dates"),
+    ],
+)
+def test_bad_yaml_is_told_with_its_file(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told) as caught:
+        load(StudyConfig, path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(StudyConfig, tmp_path / "none.yaml")
+
+
+def test_yaml_round_trip_keeps_the_digest(tmp_path: Path) -> None:
+    study = parse(StudyConfig, {"name": "x", "optimiser": {"lr": 3e-4}, "views": {"image_size": [33, 47]}}, where="")
+    (tmp_path / "study.yaml").write_text(dump_yaml(study))
+    assert load(StudyConfig, tmp_path / "study.yaml").digest() == study.digest()
+
+
+def test_digest_tells_studies_apart_but_not_their_spelling() -> None:
+    plain = parse(StudyConfig, {"name": "x"}, where="")
+    spelt_out = parse(StudyConfig, {"seed": 0, "name": "x"}, where="")
+    other = parse(StudyConfig, {"name": "x", "seed": 1}, where="")
+    assert plain.digest() == spelt_out.digest() != other.digest()
+
+
+def test_site_paths_count_from_the_site_file(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    path = tmp_path / "site.yaml"
+    path.write_text("name: a\ndata: [{folder: scans}]\nstate: state\n")
+    site = load_site(path)
+    assert site.data[0].folder == tmp_path / "scans"
+    assert site.state == tmp_path / "state"
+
+
+def test_every_missing_folder_of_a_site_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("name: a\ndata: [{folder: gone}, {folder: nowhere, table: {path: t.csv}}]\nstate: state\n")
+    with pytest.raises(ConfigError, match=r"(?s)data\.0\.folder.*data\.1\.folder.*data\.1\.table\.path"):
+        load_site(path)
+
+
+def test_patient_pattern_needs_its_group() -> None:
+    raw = {"name": "a", "state": "s", "data": [{"folder": "f", "patient_pattern": "([0-9]+)"}]}
+    assert "needs a group named patient" in problems(raw, SiteConfig)

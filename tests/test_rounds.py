@@ -1,0 +1,283 @@
+"""The coordinator's loop over the in-process grid, with stub sites: rounds, refusals, quorum, resume."""
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from server.coordinator_config import CoordinatorConfig
+from server.local_grid import LocalGrid
+from server.rounds import Federation, GlobalState
+from server.run_folder import RunFolder
+from tests.federation import Answer, StubSite, good_answer, reply_with, small_study, stub_app
+from unimiss_core import checkpoint
+from unimiss_core.codec import released
+from unimiss_core.errors import ConfigError, RoundError
+from unimiss_core.groups import group_of
+from unimiss_core.schedule import teacher_retention
+from unimiss_core.study import StudyConfig
+from unimiss_core.teacher import advance_teacher
+from unimiss_core.wire import TrainReply, TrainRequest
+
+
+def federate(
+    out: Path,
+    sites: list[StubSite],
+    study: StudyConfig | None = None,
+    *,
+    resume: bool = False,
+    min_replies: int = 1,
+    deadline_s: float = 60.0,
+    workers: int = 1,
+) -> GlobalState:
+    nodes = {site.name: {"name": site.name} for site in sites}
+    config = CoordinatorConfig(
+        study=Path("unused"), out=out, min_sites=min_replies, min_replies=min_replies, wait_s=0.1, deadline_s=deadline_s
+    )
+    app = stub_app({site.name: site for site in sites})
+    with LocalGrid(app, nodes, run_config={}, workers=workers) as grid:
+        return Federation(grid, study or small_study(), config).run(resume=resume)
+
+
+def xray(name: str = "xray", answer: Answer | None = None) -> StubSite:
+    return StubSite(name, {2: 10}, answer)
+
+
+def ct(name: str = "ct", answer: Answer | None = None) -> StubSite:
+    return StubSite(name, {3: 6}, answer)
+
+
+def rows(out: Path) -> list[dict]:  # type: ignore[type-arg]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_rounds_give_the_model_that_the_formula_gives(tmp_path: Path) -> None:
+    study = small_study(rounds=2, wire={"dtype": "fp32"})
+    a, b = xray(), ct()
+    state = federate(tmp_path, [a, b], study)
+    initial = checkpoint.load(tmp_path / "checkpoints" / "round-0000").student
+    for name, tensor in state.student.items():
+        expected = initial[name].double()
+        for round in (1, 2):
+            updates = [
+                good_answer(dataclasses.replace(a.requests[0], round=round), site).update.get(name) for site in (a, b)
+            ]
+            trained = [update.double() for update in updates if update is not None]
+            expected = expected + sum(trained) / len(trained)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_site_can_rebuild_the_teacher_it_is_not_sent(tmp_path: Path) -> None:
+    """Round 2 brings no teacher: what a site holds, moved by the momentum it is told, is the coordinator's."""
+    study = small_study(rounds=3)
+    a, b = xray(), ct()
+    state = federate(tmp_path, [a, b], study)
+    assert [request.teacher is None for request in b.requests] == [True, True, True]
+    teacher = dict(b.requests[0].student)
+    for request in b.requests[1:]:
+        teacher = advance_teacher(
+            teacher, request.student, {name: request.teacher_retention[group_of(name)] for name in teacher}
+        )
+    last = released(state.student, study.wire.dtype)
+    teacher = advance_teacher(teacher, last, {name: state.retention[group_of(name)] for name in teacher})
+    assert all(torch.equal(teacher[name], state.teacher[name]) for name in teacher)
+
+
+def test_teacher_retention_is_what_the_local_steps_amount_to(tmp_path: Path) -> None:
+    study = small_study(rounds=1)
+    state = federate(tmp_path, [xray()], study)
+    assert state.retention["shared"] == teacher_retention(study, frozenset({2}), 1)["shared"]
+    assert state.retention["3d"] == 1.0
+
+
+def test_group_that_nobody_trained_keeps_student_and_teacher_bit_for_bit(tmp_path: Path) -> None:
+    state = federate(tmp_path, [xray("a"), xray("b")])
+    start = checkpoint.load(tmp_path / "checkpoints" / "round-0000")
+    for name in state.student:
+        same = torch.equal(state.student[name], start.student[name])
+        assert same == ("3d" in name.split(".")), name
+        assert torch.equal(state.teacher[name], start.teacher[name]) or not same
+
+
+def test_metrics_say_what_happened(tmp_path: Path) -> None:
+    federate(tmp_path, [xray(), ct()])
+    first, second = rows(tmp_path)
+    assert (first["round"], second["round"]) == (1, 2)
+    line = first["sites"]["xray"]
+    assert line["status"] == "ok"
+    assert line["scans"] == {"2d": 10, "3d": 0}
+    assert line["steps"] == 2
+    assert line["losses"] == {"image": 2.0}
+    values = sum(spec.size for specs in xray().layout.values() for spec in specs)
+    assert line["bytes_up"] == line["bytes_down"] == 2 * values
+    assert first["sites"]["ct"]["bytes_up"] > line["bytes_up"]
+    assert all(value > 0 for value in first["global"]["update_norm"].values())
+
+
+def broken(request: TrainRequest, site: StubSite) -> TrainReply:
+    raise RuntimeError("patient /archive/P123 is broken")
+
+
+def not_finite(request: TrainRequest, site: StubSite) -> TrainReply:
+    reply = good_answer(request, site)
+    next(iter(reply.update.values())).fill_(float("nan"))
+    return reply
+
+
+def huge(request: TrainRequest, site: StubSite) -> TrainReply:
+    return reply_with({n: 1e6 * t for n, t in good_answer(request, site).update.items()}, request, site)
+
+
+def stale(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), round=request.round - 1)
+
+
+def another_study(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), study_digest="0" * 64)
+
+
+def too_many_scans(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), scans={2: 10**9, 3: 0})
+
+
+def no_scans(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), scans={2: 0, 3: 0})
+
+
+def in_anothers_name(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), site="ct")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "reason"),
+    [
+        (broken, "error", "failed"),
+        (not_finite, "refused", "not_finite"),
+        (huge, "refused", "too_large"),
+        (stale, "refused", "stale_round"),
+        (another_study, "refused", "wrong_study"),
+        (too_many_scans, "refused", "counts"),
+        (no_scans, "refused", "counts"),
+        (in_anothers_name, "refused", "wrong_site"),
+    ],
+)
+def test_a_bad_reply_costs_its_site_alone(tmp_path: Path, answer: Answer, status: str, reason: str) -> None:
+    state = federate(tmp_path / "with", [xray(answer=answer), ct()])
+    alone = federate(tmp_path / "without", [ct()])
+    assert all(torch.equal(state.student[name], alone.student[name]) for name in state.student)
+    for row in rows(tmp_path / "with"):
+        assert (row["sites"]["xray"]["status"], row["sites"]["xray"]["reason"]) == (status, reason)
+        assert row["sites"]["ct"]["status"] == "ok"
+    assert "P123" not in (tmp_path / "with" / "metrics.jsonl").read_text()
+
+
+def test_an_update_of_zeros_is_welcome(tmp_path: Path) -> None:
+    def zeros(request: TrainRequest, site: StubSite) -> TrainReply:
+        return reply_with({n: torch.zeros_like(t) for n, t in request.student.items()}, request, site)
+
+    state = federate(tmp_path, [xray(answer=zeros)])
+    start = checkpoint.load(tmp_path / "checkpoints" / "round-0000").student
+    assert all(torch.equal(state.student[name], start[name]) for name in start)
+
+
+def test_a_site_past_the_deadline_is_absent_and_the_round_goes_on(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hang(request: TrainRequest, site: StubSite) -> TrainReply:
+        release.wait(20)
+        return good_answer(request, site)
+
+    try:
+        federate(tmp_path, [xray(answer=hang), ct()], small_study(rounds=1), deadline_s=1.0, workers=2)
+    finally:
+        release.set()
+    assert rows(tmp_path)[0]["sites"]["xray"]["status"] == "absent"
+    assert rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"
+
+
+def test_too_few_replies_end_the_run_with_what_was_finished_saved(tmp_path: Path) -> None:
+    def fails_in_round_2(request: TrainRequest, site: StubSite) -> TrainReply:
+        return good_answer(request, site) if request.round == 1 else broken(request, site)
+
+    sites = [xray(answer=fails_in_round_2), ct()]
+    with pytest.raises(RoundError, match=r"(?s)round 2 could not be completed: 1 of at least 2.*xray: error failed"):
+        federate(tmp_path, sites, min_replies=2)
+    assert RunFolder(tmp_path).checkpoint_of(1).is_dir()
+    assert [row["round"] for row in rows(tmp_path)] == [1]
+    state = federate(tmp_path, [xray(), ct()], min_replies=2, resume=True)
+    assert state.round == 2
+
+
+def test_too_few_sites_are_told(tmp_path: Path) -> None:
+    with pytest.raises(RoundError, match="1 of at least 2 sites are there"):
+        federate(tmp_path, [ct()], min_replies=2)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_resumed_run_ends_bit_identical_to_an_unbroken_one(tmp_path: Path, cut: int) -> None:
+    study = small_study(rounds=3)
+
+    class Cut(Exception):  # noqa: N818
+        pass
+
+    unbroken = federate(tmp_path / "a", [xray(), ct()], study)
+
+    save = Federation._save
+
+    def save_until_cut(self: Federation, state: GlobalState) -> None:
+        if state.round == cut + 1:
+            raise Cut  # metrics of this round are written, its checkpoint is not
+        save(self, state)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(Federation, "_save", save_until_cut)
+        federate(tmp_path / "b", [xray(), ct()], study)
+    resumed = federate(tmp_path / "b", [xray(), ct()], study, resume=True)
+    assert resumed.round == 3
+    for ours, theirs in ((resumed.student, unbroken.student), (resumed.teacher, unbroken.teacher)):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [row["round"] for row in rows(tmp_path / "b")] == [1, 2, 3]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    federate(tmp_path, [ct()])
+    with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
+        federate(tmp_path, [ct()])
+
+
+def test_resuming_with_another_study_names_the_difference(tmp_path: Path) -> None:
+    federate(tmp_path, [ct()])
+    with pytest.raises(ConfigError, match=r"another study \(different: schedule.rounds\)"):
+        federate(tmp_path, [ct()], small_study(rounds=9), resume=True)
+
+
+def test_a_site_that_joins_late_receives_the_teacher(tmp_path: Path) -> None:
+    study = small_study(rounds=3)
+    federate(tmp_path, [ct()], small_study(rounds=3))
+    assert RunFolder(tmp_path).checkpoint_of(3).is_dir()
+    late = xray()
+    for round in (3, 2):  # back to round 1, as if the coordinator had been killed there
+        folder = RunFolder(tmp_path).checkpoint_of(round)
+        folder.rename(tmp_path / folder.name)
+    old = checkpoint.load(RunFolder(tmp_path).checkpoint_of(1))
+    state = federate(tmp_path, [ct(), late], study, resume=True)
+    assert state.round == 3
+    teacher = late.requests[0].teacher
+    assert teacher is not None
+    assert all(torch.equal(teacher[name], old.teacher[name]) for name in teacher)
+    assert late.requests[1].teacher is None
+
+
+def test_stub_and_grid_keep_messages_apart() -> None:
+    """A message that a site changes must not change for others: the grid copies, as a network would."""
+    app = stub_app({})
+    with LocalGrid(app, {"a": {}}, run_config={}) as grid:
+        content = RecordDict({})
+        message = grid.create_message(content, "query", 1001, "1")
+        (identity,) = grid.push_messages([message])
+        assert identity.startswith("message-")
+        assert message.metadata.message_id == ""

@@ -1,0 +1,111 @@
+"""What crosses the wire comes out as it went in, and anything odd is refused by a fixed code."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from flwr.app import Array, ConfigRecord, RecordDict
+
+from tests.federation import layout_for, random_tensors, small_study, whole_layout
+from unimiss_core.errors import WireError
+from unimiss_core.groups import Group
+from unimiss_core.wire import PROTOCOL, Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes
+
+STUDY = small_study(wire={"dtype": "fp32"})
+RETENTION: dict[Group, float] = {"shared": 0.9, "2d": 0.9, "3d": 1.0, "head": 0.9}
+
+
+def reply(layout=None) -> TrainReply:  # type: ignore[no-untyped-def]
+    return TrainReply(
+        site="north",
+        round=3,
+        study_digest=STUDY.digest(),
+        update=random_tensors(layout or whole_layout(), 5),
+        scans={2: 4, 3: 0},
+        steps=2,
+        seconds=1.5,
+        losses={"image": 6.0},
+        diagnostics={"entropy": 1.0},
+    )
+
+
+def with_facts(content: RecordDict, **facts: object) -> RecordDict:
+    record = ConfigRecord({**content.config_records["facts"], **facts})  # type: ignore[dict-item]
+    return RecordDict({"facts": record, **content.array_records})
+
+
+def refused(content: RecordDict, layout=None) -> str:  # type: ignore[no-untyped-def]
+    with pytest.raises(WireError) as caught:
+        TrainReply.unpack(content, layout or whole_layout(), "fp32")
+    return caught.value.reason
+
+
+def test_hello_and_introduction_round_trip() -> None:
+    assert Hello.unpack(Hello(STUDY).pack()).study == STUDY
+    introduction = Introduction("north", {2: 5, 3: 0})
+    assert Introduction.unpack(introduction.pack()) == introduction
+    assert introduction.ranks == frozenset({2})
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_request_round_trip(with_teacher: bool) -> None:
+    layout = layout_for(frozenset({2}))
+    student, teacher = random_tensors(layout, 0), random_tensors(layout, 1)
+    sent = TrainRequest(STUDY, 4, student, teacher if with_teacher else None, RETENTION)
+    got = TrainRequest.unpack(sent.pack(layout), layout)
+    assert (got.study, got.round, got.teacher_retention) == (STUDY, 4, RETENTION)
+    assert all(torch.equal(got.student[name], student[name]) for name in student)
+    assert (got.teacher is not None) == with_teacher
+
+
+def test_reply_round_trip() -> None:
+    got = TrainReply.unpack(reply().pack(whole_layout(), "fp32"), whole_layout(), "fp32")
+    for field in dataclasses.fields(TrainReply):
+        if field.name != "update":
+            assert getattr(got, field.name) == getattr(reply(), field.name)
+    assert all(torch.equal(got.update[name], tensor) for name, tensor in reply().update.items())
+
+
+def test_two_dimensional_site_sends_no_byte_of_a_three_dimensional_tensor() -> None:
+    layout = layout_for(frozenset({2}))
+    content = reply(layout).pack(layout, "bf16")
+    assert num_bytes(content) == 2 * sum(spec.size for specs in layout.values() for spec in specs)
+    assert "3d" not in content.array_records["update"]
+
+
+def test_other_protocol_is_told_before_the_content_is_looked_at() -> None:
+    with pytest.raises(WireError, match=f"speaks wire protocol 99, this side {PROTOCOL}"):
+        TrainReply.unpack(RecordDict({"facts": ConfigRecord({"protocol": 99})}), whole_layout(), "fp32")
+
+
+def test_refusal_is_recognised() -> None:
+    assert Refusal.found_in(Refusal("no_usable_scans").pack()) == Refusal("no_usable_scans")
+    assert Refusal.found_in(reply().pack(whole_layout(), "fp32")) is None
+
+
+def test_odd_replies_are_refused_by_code() -> None:
+    good = reply().pack(whole_layout(), "fp32")
+    assert refused(RecordDict({})) == "malformed"
+    assert refused(RecordDict({"facts": good["facts"]})) == "malformed"
+    assert refused(with_facts(good, round="3")) == "malformed"
+    assert refused(with_facts(good, steps=True)) == "malformed"
+    assert refused(with_facts(good, scans_2d=-1)) == "counts"
+    assert refused(with_facts(good, losses="[1]")) == "malformed"
+    assert refused(with_facts(good, losses=json.dumps({"image": float("nan")}))) == "not_finite"
+    assert refused(good, layout_for(frozenset({2}))) == "wrong_names"
+    assert refused(reply(layout_for(frozenset({2}))).pack(layout_for(frozenset({2})), "fp32")) == "wrong_names"
+    assert refused(reply().pack(whole_layout(), "bf16")) == "wrong_dtype"
+
+
+def test_a_group_of_another_size_is_refused_even_if_it_would_broadcast() -> None:
+    content = reply().pack(whole_layout(), "fp32")
+    content.array_records["update"]["2d"] = Array(dtype="fp32", shape=(1,), stype="unimiss", data=b"\0" * 4)
+    assert refused(content) == "wrong_size"
+
+
+def test_an_array_that_claims_another_serialisation_is_refused() -> None:
+    content = reply().pack(whole_layout(), "fp32")
+    held = content.array_records["update"]["2d"]
+    content.array_records["update"]["2d"] = Array(dtype="fp32", shape=held.shape, stype="pickle", data=held.data)
+    assert refused(content) == "wrong_dtype"
