@@ -109,13 +109,16 @@ class Federation:
     # -- who takes part ---------------------------------------------------------------------------------------------
 
     def _gather_sites(self) -> None:
-        """Ask every node that is not known yet who it is, until `min_sites` are there. Raises RoundError."""
+        """Ask every node that has not introduced itself who it is; wait until `min_sites` have. Raises RoundError."""
         give_up = time.monotonic() + self._config.wait_s
+        self._unfit, asked = {}, set(self._sites)
         while True:
-            self._greet({node.node_id: node.name for node in self._grid.get_nodes() if node.node_id not in self._sites})
+            new = {node.node_id: node.name for node in self._grid.get_nodes() if node.node_id not in asked}
+            self._greet(new)
+            asked |= new.keys()
             if len(self._sites) >= self._config.min_sites:
                 return
-            if time.monotonic() > give_up or self._unfit:
+            if time.monotonic() > give_up:
                 reasons = "".join(f"; {name}: {line.reason}" for name, line in sorted(self._unfit.items()))
                 raise RoundError(
                     f"{len(self._sites)} of at least {self._config.min_sites} sites are there{reasons}. "
@@ -125,7 +128,6 @@ class Federation:
 
     def _greet(self, nodes: Mapping[int, str]) -> None:
         content = Hello(self._study).pack()
-        self._unfit = {}
         asked = {node_id: Message(content, node_id, "query", ttl=self._config.deadline_s) for node_id in nodes}
         absent = set(nodes)
         for node_id, reply in self._replies(asked):

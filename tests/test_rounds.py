@@ -188,7 +188,7 @@ def test_a_site_past_the_deadline_is_absent_and_the_round_goes_on(tmp_path: Path
     release = threading.Event()
 
     def hang(request: TrainRequest, site: StubSite) -> TrainReply:
-        release.wait(20)
+        release.wait(2.5)
         return good_answer(request, site)
 
     try:
