@@ -6,14 +6,14 @@ fails for that: what cannot be read is left out and named in `Artefacts.gaps`, o
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
@@ -39,7 +39,7 @@ class SiteRecord(_Record):
     reason: Annotated[str, BeforeValidator(lambda raw: raw or "")] = ""
     scans: Mapping[str, int] = {}
     """Number of scans under "2d" and "3d"."""
-    steps: int = 0
+    steps: Annotated[int, BeforeValidator(lambda raw: sum(raw.values()) if isinstance(raw, Mapping) else raw)] = 0
     losses: Figures = {}
     bytes_down: int = 0
     bytes_up: int = 0
@@ -119,22 +119,20 @@ def _read(path: Path, read: Callable[[Path], ReadT], gaps: list[str]) -> ReadT |
         return None
     try:
         return read(path)
-    except (ConfigError, ValidationError, ValueError, KeyError, OSError, zipfile.BadZipFile):
+    except (ConfigError, ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile):
         # Not the error's own words: they would bring this machine's paths into a report that is passed on.
         gaps.append(f"{path.name} could not be read and was left out.")
         return None
 
 
-def _read_if_present(
-    path: Path, read: Callable[[Path], Mapping[str, ReadT]], gaps: list[str]
-) -> Mapping[str, ReadT]:
+def _read_if_present(path: Path, read: Callable[[Path], Mapping[str, ReadT]], gaps: list[str]) -> Mapping[str, ReadT]:
     """A run without labelled scans has no probe; that is no gap."""
     return (_read(path, read, gaps) or {}) if path.exists() else {}
 
 
 def _rounds(path: Path, gaps: list[str]) -> tuple[RoundRecord, ...]:
     by_number: dict[int, RoundRecord] = {}
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = RoundRecord.model_validate(json.loads(line))
         except ValueError:
@@ -144,12 +142,11 @@ def _rounds(path: Path, gaps: list[str]) -> tuple[RoundRecord, ...]:
     return tuple(by_number[number] for number in sorted(by_number))
 
 
-def _lines(path: Path) -> Iterator[str]:
-    yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
-
-
 def _probe(path: Path) -> Mapping[str, ProbeRecord]:
-    return TypeAdapter(dict[str, ProbeRecord]).validate_json(path.read_bytes())
+    """By task; a list of records that each name their task reads the same."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    named = {record["task"]: record for record in raw} if isinstance(raw, list) else raw
+    return TypeAdapter(dict[str, ProbeRecord]).validate_python(named)
 
 
 def _projections(path: Path) -> Mapping[str, Projection]:

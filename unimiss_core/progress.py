@@ -28,7 +28,11 @@ class RoundStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """A site finished optimiser step `step` of `steps` in this round."""
+    """A site finished optimiser step `step` of `steps` in this round.
+
+    loss: mean over the objective's terms, so that images (one term) and volumes (four) show on one scale, where
+    log K is the level of a model that tells nothing apart.
+    """
 
     site: str
     step: int
@@ -46,6 +50,8 @@ class SiteReplied:
 
 @dataclass(frozen=True)
 class RoundDone:
+    """A round is written. losses: site -> mean over the round's steps and the objective's terms."""
+
     round: int
     rounds: int
     seconds: float

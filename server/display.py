@@ -1,0 +1,267 @@
+"""The live screen of a simulation: bars where a person watches, plain lines where the output is a log.
+
+    with Display(Console()):
+        simulate(...)
+
+It listens to `unimiss_core.progress` and changes nothing about the run. Events may come from any thread.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.text import Text
+
+from server.wording import counted, duration, printable, significant
+from unimiss_core import progress
+from unimiss_core.progress import Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
+
+
+class Display:
+    """Shows the events of the block it wraps on `console`, and a summary at its end.
+
+    clock: seconds that never run backwards; a test gives its own.
+    """
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._tally = Tally(clock)
+        self._screen: Screen = Bars(console) if console.is_terminal else Lines(console)
+        # One event at a time: sites may train in threads, and a bar's text must go with its tally.
+        self._lock = threading.Lock()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._screen.start()
+        self._open.enter_context(progress.listen(self.show))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+        self._screen.stop()
+        for line in self._tally.summary():
+            self._console.print(Text(line), soft_wrap=True)
+
+    def show(self, event: Event) -> None:
+        with self._lock:
+            silent = self._tally.count(event)
+            for site in silent:
+                self._screen.show(site, self._tally)
+            self._screen.show(event, self._tally)
+
+
+@dataclass
+class Tally:
+    """What the events so far add up to."""
+
+    clock: Callable[[], float]
+    round: int = 0
+    rounds: int = 0
+    rounds_done: int = 0
+    sites: tuple[str, ...] = ()
+    """Asked in this round."""
+    replied: set[str] = field(default_factory=set)
+    """Answered in this round, rightly or not."""
+    counting: int = 0
+    """Sites whose update counted in this round."""
+    losses: list[Mapping[str, float]] = field(default_factory=list)
+    """Mean loss by site, of each round."""
+    _steps: dict[str, float] = field(default_factory=dict)
+    _missed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _first_round: int = 0
+    _began: float = 0.0
+
+    def count(self, event: Event) -> list[SiteReplied]:
+        """Take in `event`. When a round ends, gives a reply for each site that was asked and stayed silent."""
+        match event:
+            case RoundStarted():
+                self._start(event)
+            case StepDone():
+                self._steps[event.site] = event.step / max(1, event.steps)
+            case SiteReplied():
+                self.replied.add(event.site)
+                self.counting += event.status == "ok"
+                if event.status != "ok":
+                    self._missed[event.site, _status(event)] += 1
+            case RoundDone():
+                silent = [
+                    SiteReplied(event.round, site, "absent", "no reply in time")
+                    for site in self.sites
+                    if site not in self.replied
+                ]
+                for reply in silent:
+                    self.count(reply)
+                self.rounds_done = event.round
+                self.losses.append(event.losses)
+                return silent
+            case _:
+                pass
+        return []
+
+    def fraction(self) -> float:
+        """Rounds done, with the part of the running one: 2.5 in the middle of round 3."""
+        if self.rounds_done >= self.round:
+            return float(self.rounds_done)
+        parts = [1.0 if site in self.replied else self._steps.get(site, 0.0) for site in self.sites]
+        return self.round - 1 + (sum(parts) / len(parts) if parts else 0.0)
+
+    def seconds_left(self) -> float | None:
+        """At the pace so far of this process; None before there is a pace."""
+        done = self.fraction() - (self._first_round - 1)
+        if done <= 0:
+            return None
+        return (self.clock() - self._began) / done * (self.rounds - self.fraction())
+
+    def summary(self) -> list[str]:
+        """What a person wants to know at the end; nothing where no round began."""
+        if self.rounds == 0:
+            return []
+        took = duration(self.clock() - self._began)
+        if self.rounds_done >= self.rounds:
+            lines = [f"Finished {self.rounds_done} of {counted(self.rounds, 'round')} in {took}."]
+        else:
+            lines = [f"Stopped after {self.rounds_done} of {counted(self.rounds, 'round')}, {took} into this start."]
+        for site in sorted({site for site, _ in self._missed}):
+            causes = [f"{status} ({number})" for (name, status), number in self._missed.items() if name == site]
+            total = sum(number for (name, _), number in self._missed.items() if name == site)
+            lines.append(f"{printable(site)} did not count in {counted(total, 'round')}: {', '.join(causes)}.")
+        if len(self.losses) > 1 and (shared := sorted(self.losses[0].keys() & self.losses[-1].keys())):
+            first, last = self.losses[0], self.losses[-1]
+            moved = [f"{printable(site)} {significant(first[site])} to {significant(last[site])}" for site in shared]
+            lines.append(f"Mean loss, first round to last: {', '.join(moved)}.")
+        return lines
+
+    def _start(self, event: RoundStarted) -> None:
+        if self.rounds == 0:
+            self._first_round, self._began = event.round, self.clock()
+            self.rounds_done = event.round - 1
+        self.round, self.rounds, self.sites = event.round, event.rounds, event.sites
+        self.replied, self.counting, self._steps = set(), 0, {}
+
+
+class Screen(Protocol):
+    def start(self) -> None: ...
+    def show(self, event: Event, tally: Tally) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Lines:
+    """For logs: one line when a site is ready, when a site does not count, and when a round is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def show(self, event: Event, tally: Tally) -> None:
+        match event:
+            case Preparing(done=done, total=total) if done == total > 0:
+                self._line(f"{event.site}: {counted(total, 'scan')} prepared")
+            case SiteReplied(status=status) if status != "ok":
+                self._line(_refusal(event))
+            case RoundDone():
+                self._line(_round_line(event, tally))
+            case Note():
+                self._line(event.text)
+            case _:
+                pass
+
+    def _line(self, words: str) -> None:
+        self._console.print(Text(printable(words)), soft_wrap=True)
+
+
+class Bars:
+    """For a terminal: a bar for the rounds with the time left, and one for each site with step and loss."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(_Words("name"), BarColumn(bar_width=32), _Words("status"), console=console)
+        self._rounds = self._progress.add_task(
+            "", total=None, name=Text("rounds", style="bold"), status=Text("waiting for the sites")
+        )
+        self._sites: dict[str, TaskID] = {}
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event, tally: Tally) -> None:
+        match event:
+            case Preparing():
+                of = f" of {event.total}" if event.total else ""
+                self._site(event.site, event.done, event.total or None, f"preparing scans, {event.done}{of}")
+            case RoundStarted():
+                for site in event.sites:
+                    self._site(site, 0, None, "waiting")
+            case StepDone():
+                words = f"step {event.step} of {event.steps}, loss {significant(event.loss)}"
+                self._site(event.site, event.step, event.steps, words)
+            case SiteReplied(status="ok"):
+                self._site(event.site, 1, 1, "replied")
+            case SiteReplied():
+                self._site(event.site, 0, 1, f"did not count: {_status(event)}", style="red")
+                self._above(_refusal(event), "red")
+            case RoundDone():
+                self._above(_round_line(event, tally), "dim")
+            case Note():
+                self._above(event.text, "")
+        if tally.rounds:
+            self._show_rounds(tally)
+
+    def _show_rounds(self, tally: Tally) -> None:
+        left = tally.seconds_left()
+        time_left = f", about {duration(left)} left" if left else ""
+        words = f"round {tally.round} of {tally.rounds}{time_left}"
+        self._progress.update(self._rounds, completed=tally.fraction(), total=tally.rounds, status=Text(words))
+
+    def _site(self, site: str, done: int, total: int | None, words: str, *, style: str = "") -> None:
+        if site not in self._sites:
+            self._sites[site] = self._progress.add_task("", name=Text(printable(site)), status=Text())
+        status = Text(printable(words), style=style)
+        self._progress.update(self._sites[site], completed=done, total=total, status=status)
+
+    def _above(self, words: str, style: str) -> None:
+        self._progress.console.print(Text(printable(words), style=style))
+
+
+class _Words(ProgressColumn):
+    """The text that a task holds under one name; never read as markup, for a site's words may hold brackets."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__()
+        self._field = field
+
+    def render(self, task: Task) -> Text:
+        words = task.fields[self._field]
+        return words if isinstance(words, Text) else Text(str(words))
+
+
+def _status(event: SiteReplied) -> str:
+    return f"{printable(event.status)} {printable(event.reason)}".rstrip()
+
+
+def _refusal(event: SiteReplied) -> str:
+    return f"round {event.round}: {event.site} did not count: {_status(event)}"
+
+
+def _round_line(event: RoundDone, tally: Tally) -> str:
+    """round 3 of 10: 18 s, 2 of 3 sites, loss alpha 5.81, beta 5.92"""
+    sites = f"{tally.counting} of {counted(len(tally.sites), 'site')}"
+    losses = [f"{site} {significant(value)}" for site, value in sorted(event.losses.items())]
+    said = f"round {event.round} of {event.rounds}: {duration(event.seconds)}, {sites}"
+    return said + (f", loss {', '.join(losses)}" if losses else "")
