@@ -20,7 +20,7 @@ class Head(nn.Module):
 
     def bottleneck(self, features: Tensor) -> Tensor:
         """features (B, width) -> (B, E), each of length 1."""
-        return F.normalize(self.mlp(features).float(), dim=-1)
+        return F.normalize(at_least_float32(self.mlp(features)), dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, width) -> logits (B, K)."""
@@ -44,3 +44,8 @@ class Prototypes(nn.Module):
         """h (..., E) -> logits (..., K), linear in h: the mean of logits is the logits of the mean."""
         lengths = torch.linalg.vector_norm(self.weight, dim=1)
         return F.linear(h, self.weight).div(lengths)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 where it was in half precision, else as it is: for norms, means, softmax and their like."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unimiss_core.head import at_least_float32
 from unimiss_core.network import Network
 from unimiss_core.scan import Rank
 from unimiss_core.study import ObjectiveConfig
@@ -116,7 +117,7 @@ def representations(network: Network, views: Tensor) -> dict[str, Tensor]:
 
 def log_prediction(logits: Tensor, temperature: float) -> Tensor:
     """The student's logits (..., K) -> log-probabilities (..., K), float32 or better."""
-    return torch.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+    return torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
 
 
 def target_distribution(centred_logits: Tensor, temperature: float) -> Tensor:
@@ -124,7 +125,7 @@ def target_distribution(centred_logits: Tensor, temperature: float) -> Tensor:
 
     The logits of `h - centre` are the logits of h less those of the centre, by linearity.
     """
-    return torch.softmax(_at_least_float32(centred_logits) / temperature, dim=-1)
+    return torch.softmax(at_least_float32(centred_logits) / temperature, dim=-1)
 
 
 def view_cross_entropy(log_predictions: Tensor, targets: Tensor) -> Tensor:
@@ -163,8 +164,4 @@ def move_centre(centre: Tensor, mean: Tensor, momentum: float) -> Tensor:
 def observe(h: Tensor, targets: Tensor) -> Observed:
     """The teacher's bottlenecks (B, V, E) and targets (B, V, K) -> their means over B and V."""
     entropies = torch.special.entr(targets).sum(-1)
-    return Observed(h.float().mean((0, 1)), targets.mean((0, 1)), entropies.mean())
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return Observed(h.mean((0, 1)), targets.mean((0, 1)), entropies.mean())

@@ -1,0 +1,87 @@
+"""The published implementation's measured values, and the recipe of their weights and inputs.
+
+`reference/README.md` beside them says how they were made; where the folder is absent, tests that need it are skipped.
+"""
+
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from unimiss_core.network import Network, empty_network, load_tensors_
+from unimiss_core.released import under_our_names
+from unimiss_core.study import ModelConfig
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+
+needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no shared/reference beside the project")
+
+Published = Literal["tiny", "small"]
+SIZES: tuple[Published, ...] = ("tiny", "small")
+
+
+def published_model(size: Published, *, prototypes: int = 512) -> ModelConfig:
+    return ModelConfig(size=size, image_size=(224, 224), volume_size=(16, 96, 96), prototypes=prototypes)
+
+
+def released_shapes(size: Published) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = json.loads((REFERENCE / f"keys_{size}.json").read_text())
+    return shapes
+
+
+@cache
+def network(size: Published, salt: str) -> Network:
+    """The network with the recipe's weights, imported from their released names."""
+    model = published_model(size)
+    weights = {name: _weight(salt + name, name, shape) for name, shape in released_shapes(size).items()}
+    made = empty_network(model).to_empty(device="cpu")
+    load_tensors_(made, under_our_names(weights, model))
+    return made
+
+
+def measured(size: Published) -> dict[str, Any]:
+    """Loss terms and gradient norms of one step."""
+    values: dict[str, Any] = json.loads((REFERENCE / f"step_{size}_open.json").read_text())
+    return values
+
+
+def golden(size: Published) -> dict[str, Tensor]:
+    """Features and head outputs."""
+    with np.load(REFERENCE / f"golden_{size}_open.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def image(name: str) -> Tensor:
+    return torch.from_numpy(random_state(name).rand(2, 3, 224, 224).astype(np.float32))
+
+
+def volume(name: str) -> Tensor:
+    return torch.from_numpy(random_state(name).standard_normal((2, 1, 16, 96, 96)).astype(np.float32))
+
+
+def views(rank: int) -> Tensor:
+    """(2, 2, C, *S): the step's two views of two scans."""
+    make = image if rank == 2 else volume
+    return torch.stack([make(f"view{rank}d{i}") for i in range(2)], dim=1)
+
+
+def centre_logits() -> Tensor:
+    return torch.from_numpy((0.01 * random_state("center").standard_normal((1, 512))).astype(np.float32))[0]
+
+
+def random_state(name: str) -> np.random.RandomState:
+    return np.random.RandomState(zlib.crc32(name.encode()))
+
+
+def _weight(seed_name: str, name: str, shape: list[int]) -> Tensor:
+    if name.endswith("weight_g"):
+        return torch.ones(shape)
+    normal = random_state(seed_name).standard_normal(shape)
+    is_norm = "norm" in name and name.endswith("weight")
+    return torch.from_numpy((1 + 0.05 * normal if is_norm else 0.05 * normal).astype(np.float32))

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from tests.published import SIZES, Published, golden, needs_reference, network
+from unimiss_core.head import Head, Prototypes
+
+
+def head() -> Head:
+    torch.manual_seed(0)
+    made = Head(width=6, hidden=10, bottleneck=5, prototypes=7)
+    torch.nn.init.normal_(made.prototypes.weight)
+    return made.double()
+
+
+@needs_reference
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_are_the_published_ones(size: Published) -> None:
+    made, expected = network(size, "").head, golden(size)
+    with torch.no_grad():
+        for rank in ("2d", "3d"):
+            logits = made(expected[f"features{rank}"])
+            torch.testing.assert_close(logits, expected[f"head{rank}"], atol=1e-5, rtol=0)
+
+
+def test_a_bottleneck_has_length_one() -> None:
+    lengths = torch.linalg.vector_norm(head().bottleneck(torch.randn(4, 6, dtype=torch.float64)), dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_prototypes_are_the_product_with_normalised_rows_in_value_and_gradient() -> None:
+    prototypes = head().prototypes
+    h = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    explicit = h @ (prototypes.weight / prototypes.weight.square().sum(1, keepdim=True).sqrt()).T
+    torch.testing.assert_close(prototypes(h), explicit)
+    ours = torch.autograd.grad(prototypes(h).pow(3).sum(), [h, prototypes.weight])
+    theirs = torch.autograd.grad(explicit.pow(3).sum(), [h, prototypes.weight])
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_length_of_a_prototype_does_not_matter() -> None:
+    prototypes = head().prototypes
+    h = torch.randn(3, 5, dtype=torch.float64)
+    before = prototypes(h)
+    with torch.no_grad():
+        prototypes.weight.mul_(torch.arange(1.0, 8.0, dtype=torch.float64)[:, None])
+    torch.testing.assert_close(prototypes(h), before)
+
+
+def test_the_logits_of_a_mean_are_the_mean_of_the_logits() -> None:
+    prototypes = head().prototypes
+    h = torch.randn(2, 11, 5, dtype=torch.float64)
+    torch.testing.assert_close(prototypes(h.mean(1)), prototypes(h).mean(1))
+
+
+def test_prototypes_have_per_sample_gradients() -> None:
+    prototypes = Prototypes(5, 7)
+    torch.nn.init.normal_(prototypes.weight)
+    weights = {"weight": prototypes.weight.detach()}
+    h = torch.randn(3, 5)
+
+    def cost(tensors: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = torch.func.functional_call(prototypes, tensors, (row,))
+        return logits.square().sum()
+
+    together = torch.func.vmap(torch.func.grad(cost), in_dims=(None, 0))(weights, h)["weight"]
+    one_by_one = torch.stack([torch.func.grad(cost)(weights, row)["weight"] for row in h])
+    torch.testing.assert_close(together, one_by_one)
