@@ -34,6 +34,8 @@ class Scan:
     spacing_mm: tuple[float, ...]
     modality: Modality
     affine: NDArray[np.float64] | None = None
+    spacing_known: bool = True
+    """False where the source states no spacing (PNG): spacing_mm is then 1 for each pixel."""
 
     def __post_init__(self) -> None:
         if self.voxels.ndim - 1 != len(self.spacing_mm):

@@ -1,0 +1,332 @@
+"""Preprocessed scans on local disk: each is read and prepared once, and a crop reads only what it needs.
+
+    CACHE/
+      3f6c...b2.npy     one scan: (C, *S) uint16, value = stored / 65535, named by content and plan
+      built.jsonl       what was read with which result, one line each: finished work is never done again
+
+A scan's name is the sha256 of its source bytes, of how its frames are joined, and of the plan; a file that changes
+gets another name, and so does every scan when the plan does. Files appear whole or not at all.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from client import workers
+from client.catalogue import Candidate, Catalogue, catalogue, read, safe_here
+from client.patients import load_secret
+from client.site_config import DataSource, SiteConfig
+from unimiss_core import progress
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.plan import prepare, target_grid
+from unimiss_core.scan import RANKS, Modality, Rank, Scan
+from unimiss_core.study import PlanConfig
+
+_VERSION = 1
+"""Of the cache's content; a change of the readers or of `prepare` that changes values moves it."""
+_FULL = 65535
+_SPARE_BYTES = 2**30
+"""What is left free on the cache's disk."""
+
+
+@dataclass(frozen=True)
+class CachedScan:
+    """One preprocessed scan on local disk."""
+
+    key: str
+    """sha256 of source content, frame order and plan; 32 hex digits."""
+    patient: str
+    """Key of the patient; see `client.patients`."""
+    modality: Modality
+    shape: tuple[int, ...]
+    """(C, *S)"""
+    spacing_mm: tuple[float, ...]
+    path: Path
+    offset: int
+    """Bytes before the first voxel."""
+
+    @property
+    def rank(self) -> Rank:
+        return 2 if len(self.shape) == 3 else 3
+
+    def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
+        """Values in [0, 1] of a box along S: (C, *box). Reads only the pages that the box touches."""
+        stored = np.memmap(self.path, np.uint16, "r", self.offset, self.shape)
+        return np.multiply(stored[(slice(None), *box)], np.float32(1 / _FULL), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Library:
+    """All that a site trains on."""
+
+    scans: tuple[CachedScan, ...]
+    left_out: Mapping[str, int]
+    """Reason -> series, images or unreadable files left out for it."""
+
+    def of_rank(self, rank: Rank) -> tuple[CachedScan, ...]:
+        return tuple(scan for scan in self.scans if scan.rank == rank)
+
+    @property
+    def ranks(self) -> frozenset[Rank]:
+        return frozenset(rank for rank in RANKS if self.of_rank(rank))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a scan came from: for joining labels at the site; never to be sent or logged."""
+
+    folder: Path
+    files: tuple[str, ...]
+    """Paths below the folder, in slice order."""
+    patient: str
+    """Key of the patient, comparable within one call of `read_scans`."""
+
+
+def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
+    """The site's scans, each in the cache; reads what is new, in parallel, reporting `progress.Preparing`.
+
+    Raises NoUsableScanError: nothing is usable. Raises ConfigError: a wrong table, or no room for the cache.
+    """
+    secret = load_secret(site.state)
+    found = catalogue(
+        site.data,
+        secret,
+        interpolate=plan.missing_slices == "interpolate",
+        processes=site.workers,
+        looked=lambda files: progress.report(progress.Preparing(site.name, files, 0)),
+    )
+    folder = site.cache_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    records = _read_records(folder)
+    stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
+    missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), folder)]
+    _make_room(site, [found.candidates[index] for index in missing], plan, kept=_names(records, stamps))
+    tasks = [_Build(found.candidates[index], plan, stamps[index], folder) for index in missing]
+    done = len(stamps) - len(tasks)
+    progress.report(progress.Preparing(site.name, done, len(stamps)))
+    with (folder / "built.jsonl").open("a", encoding="utf-8") as journal:
+        for index, outcome in _outcomes(tasks, site.workers):
+            record = outcome if isinstance(outcome, _Record) else _Record(tasks[index].stamp, reason=outcome.reason)
+            records[record.stamp] = record
+            if record.reason not in ("timed_out", "reader_crashed", "out_of_memory", "cannot_open"):  # may pass
+                journal.write(json.dumps(asdict(record)) + "\n")
+                journal.flush()
+            done += 1
+            progress.report(progress.Preparing(site.name, done, len(stamps)))
+    return _library(site, found, [records[stamp] for stamp in stamps])
+
+
+def read_scans(sources: Sequence[DataSource], plan: PlanConfig | None = None) -> Iterator[tuple[Origin, Scan]]:
+    """Every usable scan of `sources`, one at a time and in a fixed order, not cached and not yet prepared.
+
+    plan: says whether missing slices may be made up. What is left out is reported as a `progress.Note`.
+    """
+    interpolate = plan is not None and plan.missing_slices == "interpolate"
+    found = catalogue(sources, secrets.token_bytes(32), interpolate=interpolate)
+    reasons = Counter(entry.reason for entry in (*found.left_out, *found.unreadable))
+    outcomes = (
+        workers.run_here(read, found.candidates)
+        if safe_here(found.candidates)
+        else workers.run(read, found.candidates, workers=1)  # one keeps the order
+    )
+    for index, outcome in outcomes:
+        candidate = found.candidates[index]
+        if isinstance(outcome, ScanError):
+            reasons[outcome.reason] += 1
+        else:
+            yield Origin(candidate.folder, candidate.files, candidate.patient), outcome
+    if reasons:
+        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        progress.report(progress.Note(f"left out: {said}"))
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One line of built.jsonl: a prepared scan, or the reason why there is none."""
+
+    stamp: str
+    key: str = ""
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    offset: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Build:
+    candidate: Candidate
+    plan: PlanConfig
+    stamp: str
+    folder: Path
+
+
+def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[int, _Record | ScanError]]:
+    if safe_here([task.candidate for task in tasks]):
+        return workers.run_here(build, tasks)
+    return workers.run(build, tasks, workers=processes, time_limit_s=300.0)
+
+
+def build(task: _Build) -> _Record:
+    """Read and prepare one scan and put it into the cache, unless its content is there already."""
+    key = _content_key(task.candidate, task.plan)
+    path = task.folder / f"{key}.npy"
+    values, spacing = prepare(read(task.candidate), task.plan)
+    offset = _write(path, np.rint(values * _FULL).astype(np.uint16))
+    return _Record(task.stamp, key, values.shape, spacing, offset)
+
+
+def _write(path: Path, stored: NDArray[np.uint16]) -> int:
+    """Write an .npy file, whole or not at all; returns the bytes before its first value."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as file:
+            npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(stored))
+            offset = file.tell()
+            file.write(np.ascontiguousarray(stored).data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return offset
+
+
+def _content_key(candidate: Candidate, plan: PlanConfig) -> str:
+    digest = hashlib.sha256(_recipe(candidate, plan).encode())
+    for path in candidate.paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _recipe(candidate: Candidate, plan: PlanConfig) -> str:
+    """What besides the bytes decides the result, as text without names."""
+    frames: list[object] = []
+    if candidate.stack is not None:
+        order = {file: place for place, file in enumerate(candidate.files)}
+        stack = candidate.stack
+        frames = [[order[frame.file], frame.number] for frame in stack.frames]
+        frames += [stack.slots, stack.shifts, stack.gap_mm]
+    return json.dumps([_VERSION, candidate.modality, frames, plan.canonical()])
+
+
+def _stamp(candidate: Candidate, plan: PlanConfig, secret: bytes) -> str:
+    """Names a candidate by its files' paths, sizes and times: equal stamps need no reading to know the content."""
+    facts = []
+    for path in candidate.paths:
+        try:
+            status = path.stat()
+            facts.append([os.fspath(path), status.st_size, status.st_mtime_ns])
+        except OSError:
+            facts.append([os.fspath(path), -1, -1])
+    text = json.dumps([_recipe(candidate, plan), facts])
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def _read_records(folder: Path) -> dict[str, _Record]:
+    records = {}
+    try:
+        lines = (folder / "built.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    for line in lines:
+        try:
+            raw = json.loads(line)
+            raw |= {name: tuple(raw[name]) for name in ("shape", "spacing_mm")}
+            record = _Record(**raw)
+        except (ValueError, TypeError, KeyError):
+            continue  # a line cut off by a crash: its scan is built again
+        records[record.stamp] = record
+    return records
+
+
+def _is_done(record: _Record | None, folder: Path) -> bool:
+    if record is None:
+        return False
+    return bool(record.reason) or (folder / f"{record.key}.npy").exists()
+
+
+def _names(records: Mapping[str, _Record], stamps: Sequence[str]) -> set[str]:
+    return {f"{records[stamp].key}.npy" for stamp in stamps if stamp in records}
+
+
+# ---------------------------------------------------------------------------------------------------------- room
+
+
+def prepared_bytes(candidate: Candidate, plan: PlanConfig) -> int:
+    """About how much room a prepared scan takes."""
+    if candidate.kind == "3d":
+        share = np.prod(candidate.spacing_mm) / np.prod(plan.volume_spacing_mm)
+        return int(2 * np.prod(candidate.shape) * share)
+    grid, _ = target_grid(
+        candidate.shape, candidate.spacing_mm, plan, spacing_known="spacing_unknown" not in candidate.flags
+    )
+    return int(2 * np.prod(grid))
+
+
+def _make_room(site: SiteConfig, wanted: Sequence[Candidate], plan: PlanConfig, kept: set[str]) -> None:
+    """Drop scans that are no longer wanted where the new ones need their room. Raises ConfigError: it is not enough."""
+    folder = site.cache_folder
+    need = sum(prepared_bytes(candidate, plan) for candidate in wanted)
+    if not need:
+        return
+    sizes = {path: path.stat().st_size for path in folder.glob("*.npy")}
+    limit = int(site.cache_limit_gb * 1e9)
+    used, free = sum(sizes.values()), shutil.disk_usage(folder).free - _SPARE_BYTES
+    for path, size in sizes.items():
+        if used + need <= limit and need <= free:
+            return
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+            used, free = used - size, free + size
+    if used + need > limit:
+        raise ConfigError(
+            f"site '{site.name}': the cache needs about {(used + need) / 1e9:.1f} GB; expected at most "
+            f"cache_limit_gb={site.cache_limit_gb:g}; raise it, or give the site fewer scans"
+        )
+    if need > free:
+        raise ConfigError(
+            f"site '{site.name}': the cache needs about {need / 1e9:.1f} GB more, and its disk has "
+            f"{max(0, free) / 1e9:.1f} GB to spare; point 'cache' to a larger disk"
+        )
+
+
+def _library(site: SiteConfig, found: Catalogue, records: Sequence[_Record]) -> Library:
+    reasons = Counter(entry.reason for entry in (*found.left_out, *found.unreadable))
+    scans: dict[tuple[str, str], CachedScan] = {}
+    for candidate, record in zip(found.candidates, records, strict=True):
+        if record.reason:
+            reasons[record.reason] += 1
+        elif (candidate.patient, record.key) in scans:
+            reasons["duplicate"] += 1
+        else:
+            scans[candidate.patient, record.key] = CachedScan(
+                key=record.key,
+                patient=candidate.patient,
+                modality=candidate.modality,
+                shape=record.shape,
+                spacing_mm=record.spacing_mm,
+                path=site.cache_folder / f"{record.key}.npy",
+                offset=record.offset,
+            )
+    if not scans:
+        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "the folders are empty"
+        raise NoUsableScanError(
+            f"site '{site.name}': no usable scan in {len(site.data)} data folder(s): {said}; "
+            f"see 'unimiss-site check' for each reason"
+        )
+    return Library(scans=tuple(scans.values()), left_out=dict(sorted(reasons.items())))

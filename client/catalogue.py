@@ -1,0 +1,345 @@
+"""What a site's folders hold: every file looked at by content, every scan found, everything else with its reason.
+
+`catalogue` reads headers only; `read` decodes one of the scans it found. Nothing here keeps a patient's name.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client import dicom, nifti, pictures, workers
+from client.patients import Listed, Patient, patient_of, read_table, ruled_patient
+from client.series import Group, Header, Kind, Stack, assemble, sort_out
+from client.site_config import DataSource
+from unimiss_core.errors import ScanError
+from unimiss_core.scan import Modality, Scan
+
+Format = Literal["dicom", "nifti", "picture"]
+
+_FEW_FILES = 256
+_FEW_BYTES = 256 * 2**20
+"""Up to so much is read in this process, unless native codecs take part: workers take a second to start."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A NIfTI file or picture by its header."""
+
+    file: str
+    format: Format
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scan that looks usable by its headers, and how to read it."""
+
+    folder: Path
+    files: tuple[str, ...]
+    """Paths below the folder, in slice order."""
+    format: Format
+    patient: str
+    """Key of the patient; see `client.patients`."""
+    modality: Modality
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    flags: tuple[str, ...] = ()
+    stack: Stack | None = None
+    compressed: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return "2d" if len(self.shape) == 2 else "3d"
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / file for file in self.files)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files that belong together and are not used."""
+
+    folder: Path
+    files: tuple[str, ...]
+    reason: str
+    modality: Modality | None = None
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    patient: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        return "2d" if self.modality == "XR" or len(self.shape) == 2 else "3d"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    candidates: tuple[Candidate, ...]
+    left_out: tuple[LeftOut, ...]
+    unreadable: tuple[LeftOut, ...]
+    """Files of which nothing can be said but the reason, one each."""
+    files_seen: int
+
+
+def catalogue(
+    sources: Sequence[DataSource],
+    secret: bytes,
+    *,
+    interpolate: bool = False,
+    processes: int | None = None,
+    isolate: bool = False,
+    looked: Callable[[int], None] | None = None,
+) -> Catalogue:
+    """Look at every file of `sources`.
+
+    secret: makes patient keys. interpolate: whether a few missing slices may be made up. processes: readers; None
+    takes one for each core. isolate: read in other processes even where there is little to read.
+    looked: called with the number of files looked at as the work goes on. Raises ConfigError for a wrong table.
+    """
+    parts: list[Catalogue] = []
+    done = 0
+    for source in sources:
+        files = _files_of(source)
+        found: dict[str, Header | Plain | ScanError] = {}
+        for file, outcome in _looks(source, files, secret, processes=processes, isolate=isolate):
+            found[file] = outcome
+            done += 1
+            if looked is not None:
+                looked(done)
+        parts.append(_sorted_out(source, {file: (found[file], files[file]) for file in files}, secret, interpolate))
+    return Catalogue(
+        candidates=tuple(candidate for part in parts for candidate in part.candidates),
+        left_out=tuple(entry for part in parts for entry in part.left_out),
+        unreadable=tuple(entry for part in parts for entry in part.unreadable),
+        files_seen=sum(part.files_seen for part in parts),
+    )
+
+
+def read(candidate: Candidate) -> Scan:
+    """Decode one scan. Raises ScanError with the reason why it cannot be used."""
+    if candidate.format == "nifti":
+        return nifti.read_nifti(candidate.paths[0], candidate.modality)
+    if candidate.format == "picture":
+        return pictures.read_picture(candidate.paths[0], candidate.modality)
+    assert candidate.stack is not None
+    return assemble(candidate.stack, _frames_of(candidate.folder, candidate.stack), candidate.modality)
+
+
+def safe_here(candidates: Sequence[Candidate]) -> bool:
+    """Whether to read these in this process: little, and by readers that neither crash nor hang."""
+    if any(candidate.compressed for candidate in candidates):
+        return False
+    count = sum(len(candidate.files) for candidate in candidates)
+    return count <= _FEW_FILES and _bytes_of(path for one in candidates for path in one.paths) <= _FEW_BYTES
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def _files_of(source: DataSource) -> dict[str, Listed | None]:
+    """Files to look at, below the folder, in order: all of them, or those that the table lists."""
+    if source.table is None:
+        return dict.fromkeys(_walk(source.folder))
+    found: dict[str, Listed | None] = {}
+    for below, listed in read_table(source.table).items():
+        path = source.folder / below
+        if path.is_dir():  # a row may name the folder of a series
+            found |= {(below / file).as_posix(): listed for file in _walk(path)}
+        else:
+            found[below.as_posix()] = listed
+    return found
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for current, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            yield (Path(current) / name).relative_to(folder).as_posix()
+
+
+def _bytes_of(paths: Iterator[Path]) -> int:
+    total = 0
+    for path in paths:
+        try:
+            total += path.stat().st_size
+        except OSError:
+            continue
+    return total
+
+
+@dataclass(frozen=True)
+class _Look:
+    folder: Path
+    file: str
+    secret: bytes
+
+
+def look(task: _Look) -> Header | Plain:
+    """What one file is, by its content. Raises ScanError where it is nothing that can be read."""
+    path = task.folder / task.file
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ScanError("not_an_image")  # a pipe would block its reader for ever
+    if status.st_size == 0:
+        raise ScanError("empty_file")
+    with path.open("rb") as file:
+        start = file.read(348)
+    if pictures.looks_like_picture(start):
+        shape, spacing = pictures.check_header(path)
+        return Plain(task.file, "picture", shape, spacing or (1.0, 1.0), () if spacing else ("spacing_unknown",))
+    if nifti.looks_like_nifti(start):
+        volume, spacing_mm, flags = nifti.check_header(path)
+        return Plain(task.file, "nifti", volume, spacing_mm, flags)
+    if dicom.looks_like_dicom(start):
+        return dicom.read_header(path, task.file, task.secret)
+    raise ScanError("not_an_image")
+
+
+def _looks(
+    source: DataSource, files: Iterable[str], secret: bytes, *, processes: int | None, isolate: bool
+) -> Iterator[tuple[str, Header | Plain | ScanError]]:
+    tasks = [_Look(source.folder, file, secret) for file in files]
+    few = len(tasks) <= _FEW_FILES and _bytes_of(source.folder / task.file for task in tasks) <= _FEW_BYTES
+    outcomes = workers.run_here(look, tasks) if few and not isolate else workers.run(look, tasks, workers=processes)
+    for index, outcome in outcomes:
+        yield tasks[index].file, outcome
+
+
+def _sorted_out(
+    source: DataSource,
+    files: Mapping[str, tuple[Header | Plain | ScanError, Listed | None]],
+    secret: bytes,
+    interpolate: bool,
+) -> Catalogue:
+    """Candidates and left-outs among the files of one source, in the order of the files."""
+    headers: list[Header] = []
+    candidates: list[Candidate] = []
+    left_out: list[LeftOut] = []
+    unreadable: list[LeftOut] = []
+    seen = 0
+    for file, (outcome, listed) in files.items():
+        if isinstance(outcome, ScanError):
+            unreadable.append(LeftOut(source.folder, (file,), outcome.reason))
+        elif isinstance(outcome, Header):
+            header = _owned(outcome, source, listed, secret)
+            if header.patient is not None and not _in_range(header.patient, source):
+                continue
+            headers.append(header)
+        else:
+            entry = _plain_candidate(outcome, source, listed, secret)
+            if entry is None:
+                continue
+            if isinstance(entry, LeftOut):
+                left_out.append(entry)
+            else:
+                candidates.append(entry)
+        seen += 1
+    for group in sort_out(headers, interpolate=interpolate):
+        if group.stack is None:
+            left_out.append(_left_out(source, group))
+        else:
+            candidates.append(_dicom_candidate(source, group, group.stack))
+    return Catalogue(tuple(candidates), tuple(left_out), tuple(unreadable), seen)
+
+
+def _in_range(patient: Patient, source: DataSource) -> bool:
+    return source.patient_range[0] <= patient.place < source.patient_range[1]
+
+
+def _owned(header: Header, source: DataSource, listed: Listed | None, secret: bytes) -> Header:
+    """The header with the patient that the site file's rules give it; left out where there is none."""
+    try:
+        text = ruled_patient(source, PurePosixPath(header.file), listed)
+    except ScanError as error:
+        return replace(header, patient=None, reason=header.reason or error.reason)
+    if text is not None:
+        return replace(header, patient=patient_of(text, secret))
+    if header.patient is None:
+        return replace(header, reason=header.reason or "no_patient_id")
+    return header
+
+
+def _plain_candidate(
+    plain: Plain, source: DataSource, listed: Listed | None, secret: bytes
+) -> Candidate | LeftOut | None:
+    """None: of a patient that this source does not take."""
+    default: Modality = "OT" if plain.format == "nifti" else "XR"
+    modality = (listed.modality if listed else None) or source.modality or default
+    shape = tuple(length for length in plain.shape if length > 1) if 1 in plain.shape else plain.shape
+    spacing = tuple(
+        step for step, length in zip(plain.spacing_mm, plain.shape, strict=True) if length > 1 or shape == plain.shape
+    )
+    try:
+        text = ruled_patient(source, PurePosixPath(plain.file), listed)
+    except ScanError as error:
+        return LeftOut(source.folder, (plain.file,), error.reason, modality, shape, spacing)
+    patient = patient_of(text if text is not None else plain.file, secret)
+    if not _in_range(patient, source):
+        return None
+    return Candidate(
+        folder=source.folder,
+        files=(plain.file,),
+        format=plain.format,
+        patient=patient.key,
+        modality=modality,
+        shape=shape,
+        spacing_mm=spacing,
+        flags=plain.flags,
+    )
+
+
+def _dicom_candidate(source: DataSource, group: Group, stack: Stack) -> Candidate:
+    first = group.headers[0]
+    assert first.modality is not None
+    assert first.patient is not None
+    return Candidate(
+        folder=source.folder,
+        files=tuple(dict.fromkeys(frame.file for frame in stack.frames)),
+        format="dicom",
+        patient=first.patient.key,
+        modality=first.modality,
+        shape=stack.shape,
+        spacing_mm=stack.spacing_mm,
+        flags=stack.flags,
+        stack=stack,
+        compressed=any(header.compressed for header in group.headers),
+    )
+
+
+def _left_out(source: DataSource, group: Group) -> LeftOut:
+    first = group.headers[0]
+    files = tuple(dict.fromkeys(frame.file for frame in group.frames)) or tuple(h.file for h in group.headers)
+    in_plane = next((frame.spacing_mm for frame in group.frames if frame.spacing_mm), ())
+    slices = len(group.frames) or len(group.headers)
+    return LeftOut(
+        folder=source.folder,
+        files=files,
+        reason=group.reason,
+        modality=first.modality,
+        shape=first.matrix if slices == 1 else (slices, *first.matrix),
+        spacing_mm=in_plane,
+        patient=first.patient.key if first.patient else "",
+    )
+
+
+def _frames_of(folder: Path, stack: Stack) -> NDArray[np.float32]:
+    """(N, H, W): the frames of a stack in its order; a file with many is opened once."""
+    by_file: dict[str, list[int]] = {}
+    for index, frame in enumerate(stack.frames):
+        by_file.setdefault(frame.file, []).append(index)
+    volume = np.empty((len(stack.frames), *stack.matrix), dtype=np.float32)
+    for file, indices in by_file.items():
+        values = dicom.read_frames(folder / file, [stack.frames[index].number for index in indices])
+        if values.shape[1:] != stack.matrix:
+            raise ScanError("bad_pixel_description")
+        volume[indices] = values
+    return volume

@@ -1,0 +1,194 @@
+"""NIfTI in and out: the one file that knows nibabel."""
+
+import gzip
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.imageglobals import logger as _nibabel_logger
+from numpy.typing import NDArray
+
+from client.series import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM, canonical, spacing_of
+from unimiss_core.errors import ScanError
+from unimiss_core.scan import Modality, Scan
+
+_nibabel_logger.addHandler(logging.NullHandler())
+_nibabel_logger.propagate = False
+
+_MAX_INFLATION = 1040
+"""No deflate stream unfolds to more than 1,032 times its size."""
+_MAX_SHEAR = 0.02
+"""Largest cosine between two axes; a skewed grid is none that slices can be cut from."""
+_AFFINES_DIFFER_MM = 1.0
+
+
+def looks_like_nifti(start: bytes) -> bool:
+    """Whether a file that begins with `start` (348 bytes where it has them) is NIfTI-1 or 2, plain or gzipped."""
+    if start[:2] == b"\x1f\x8b":
+        return True  # gzip: `open_header` says what is inside
+    return _magic(start)
+
+
+def _magic(start: bytes) -> bool:
+    return start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] in (b"n+2\0", b"ni2\0")
+
+
+def check_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]:
+    """(shape, spacing in mm, flags) that the header states, in the file's own axes; one volume of a 4D file.
+
+    Raises ScanError: not NIfTI, or a header that cannot be true of this file or is no scan.
+    """
+    image = _open(path)
+    shape = _spatial_shape(image)
+    affine, flags = _affine(image)
+    return shape, spacing_of(affine), flags
+
+
+def read_nifti(path: Path, modality: Modality) -> Scan:
+    """The first volume of a NIfTI file in canonical axes; a file with one slice is an image.
+
+    Raises ScanError: `not_an_image`, `damaged_header`, `truncated_pixels`, `bad_spacing`, `bad_geometry`, ...
+    """
+    image = _open(path)
+    shape = _spatial_shape(image)
+    affine, _ = _affine(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first = (slice(None),) * min(3, len(image.shape)) + (0,) * (len(image.shape) - 3)
+            voxels = np.asarray(image.dataobj[first], dtype=np.float32).reshape(shape)
+    except (OSError, EOFError, ValueError):
+        raise ScanError("truncated_pixels") from None
+    except MemoryError:
+        raise
+    except Exception:
+        raise ScanError("cannot_decode") from None
+    turned, affine = canonical(voxels[None], affine)
+    spacing = spacing_of(affine)
+    if 1 in turned.shape[1:]:
+        return _image(turned, spacing, modality, affine)
+    return Scan(turned, spacing, modality, affine)
+
+
+def _image(
+    voxels: NDArray[np.float32], spacing: tuple[float, ...], modality: Modality, affine: NDArray[np.float64]
+) -> Scan:
+    """(C, D, H, W) with an axis of length one -> an image without it; its affine keeps the order (that axis, H, W)."""
+    thin = voxels.shape[1:].index(1)
+    kept = [axis for axis in range(3) if axis != thin]
+    ordered = affine[:, [thin, *kept, 3]]
+    return Scan(np.take(voxels, 0, thin + 1), tuple(spacing[axis] for axis in kept), modality, ordered)
+
+
+def _open(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(348)
+    zipped = start[:2] == b"\x1f\x8b"
+    if zipped:
+        try:
+            with gzip.open(path) as file:
+                start = file.read(348)
+        except (OSError, EOFError, ValueError):
+            raise ScanError("not_an_image") from None
+    if not _magic(start):
+        raise ScanError("not_an_image")
+    kind = nibabel.Nifti2Image if start[4:8] in (b"n+2\0", b"ni2\0") else nibabel.Nifti1Image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # By content, not by name: a stream is given, and gzip is undone here.
+            stream = gzip.open(path) if zipped else path.open("rb")  # noqa: SIM115 - the image reads from it later
+            image = kind.from_stream(stream)
+            _check_size(image, path, zipped)
+    except (ScanError, MemoryError):
+        raise
+    except Exception:
+        raise ScanError("damaged_header") from None
+    return image
+
+
+def _check_size(image: Any, path: Path, zipped: bool) -> None:
+    """Whether the file can hold what its header claims, before anything of that size is allocated."""
+    kind: np.dtype[Any] = image.header.get_data_dtype()
+    claimed = math.prod(image.shape) * kind.itemsize
+    size = path.stat().st_size
+    if min(image.shape, default=0) < 1:
+        raise ScanError("bad_pixel_description")
+    if claimed > (size * _MAX_INFLATION if zipped else size):
+        raise ScanError("truncated_pixels")
+    if kind.kind not in "iuf":
+        raise ScanError("colour_image" if kind.kind == "V" else "bad_pixel_description")
+
+
+def _spatial_shape(image: Any) -> tuple[int, ...]:
+    """(X, Y, Z) of one volume."""
+    shape = (*(int(length) for length in image.shape), 1, 1)[:3]
+    if sum(length > 1 for length in shape) < 2:
+        raise ScanError("bad_pixel_description")
+    if math.prod(shape) > MAX_VOXELS:
+        raise ScanError("too_large")
+    return shape
+
+
+def _affine(image: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """The affine to RAS+ mm, and what is worth a remark about it. Raises ScanError where it cannot be used."""
+    header, flags = image.header, []
+    affine = np.array(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all():
+        raise ScanError("bad_geometry")
+    if len(image.shape) > 3 and image.shape[3] > 1:
+        flags.append("first_of_several_times")
+    if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
+        flags.append("orientation_assumed")
+    if int(header["qform_code"]) > 0 and int(header["sform_code"]) > 0 and _disagree(image):
+        flags.append("qform_and_sform_disagree")
+    affine[:3] *= _millimetres(header)
+    spacing = np.array(spacing_of(affine))
+    solid = [axis for axis, length in enumerate((*image.shape, 1, 1)[:3]) if length > 1]
+    if not all(MIN_SPACING_MM <= spacing[axis] <= MAX_SPACING_MM for axis in solid) or not (spacing > 0).all():
+        raise ScanError("bad_spacing")
+    directions = affine[:3, :3] / spacing
+    if np.abs(directions.T @ directions - np.eye(3)).max() > _MAX_SHEAR:
+        raise ScanError("bad_geometry", "axes are not at right angles")
+    return affine, tuple(flags)
+
+
+def _millimetres(header: Any) -> float:
+    return {"meter": 1000.0, "micron": 0.001}.get(str(header.get_xyzt_units()[0]), 1.0)
+
+
+def _disagree(image: Any) -> bool:
+    """Whether qform and sform put a corner of the volume at places more than a millimetre apart."""
+    try:
+        by_q, by_s = image.header.get_qform(), image.header.get_sform()
+    except Exception:
+        return True
+    far = np.array([*(length - 1 for length in (*image.shape, 1, 1)[:3]), 1.0])
+    corners = np.array([[0, 0, 0, 1.0], far])
+    return bool(np.abs((by_q - by_s) @ corners.T).max() > _AFFINES_DIFFER_MM)
+
+
+def write_nifti(path: Path, scan: Scan) -> None:
+    """Write `scan` as NIfTI-1 (gzipped where the name ends in .gz), whole or not at all; channels must be one.
+
+    Values keep their type (float32); `read_nifti` gives them back.
+    """
+    if scan.voxels.shape[0] != 1:
+        raise AssertionError(f"{scan.voxels.shape[0]} channels")
+    voxels = scan.voxels[0] if scan.rank == 3 else scan.voxels
+    affine = scan.affine
+    if affine is None:
+        depth = scan.spacing_mm if scan.rank == 3 else (1.0, *scan.spacing_mm)
+        affine = np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 1]]) @ np.diag([*depth, 1.0])
+    # Stored as (W, H, D): the order that other programs show upright.
+    make: Any = nibabel.Nifti1Image
+    image = make(voxels.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]])
+    image.header.set_xyzt_units("mm")
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    partial = path.with_name(f".{path.name}.partial{suffix}")
+    nibabel.save(image, partial)
+    partial.replace(path)

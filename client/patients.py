@@ -1,0 +1,154 @@
+"""Whose scan a file is, without keeping who that is.
+
+A patient is known to the program by an HMAC-SHA-256 under a secret that stays in the site's state folder: equal
+patients have equal keys at one site, and nobody without the secret can test a name or number against a key.
+What the key is made of comes, in this order, from the source's table, from its pattern, or from the file itself
+(DICOM PatientID and its issuer).
+"""
+
+import csv
+import difflib
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from client.site_config import DataSource, TableConfig
+from unimiss_core.errors import ConfigError, ScanError
+from unimiss_core.scan import Modality
+
+_ISSUER = "\x1f"
+
+_MODALITY_NAMES: Mapping[str, Modality] = {
+    **dict.fromkeys(("CT",), "CT"),
+    **dict.fromkeys(("MR", "MRI"), "MR"),
+    **dict.fromkeys(("PT", "PET"), "PT"),
+    **dict.fromkeys(("XR", "CR", "DX", "RG", "RF", "MG", "CXR", "XRAY"), "XR"),
+    **dict.fromkeys(("OT",), "OT"),
+}
+
+
+@dataclass(frozen=True)
+class Patient:
+    """key: HMAC-SHA-256 of the identifying text, 32 hex digits. place: where its hash falls in [0, 1)."""
+
+    key: str
+    place: float
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a table says of one file."""
+
+    patient: str | None
+    modality: Modality | None
+
+
+def load_secret(state: Path) -> bytes:
+    """The site's secret for patient keys, made on first use and readable by its owner alone (0600)."""
+    path = state / "patient_secret"
+    if not path.exists():
+        state.mkdir(parents=True, exist_ok=True)
+        partial = state / f".patient_secret.{secrets.token_hex(4)}"
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)  # fails where another process was first: its secret is the one
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+    secret = path.read_bytes()
+    if len(secret) != 32:
+        raise ConfigError(f"{path}: expected 32 bytes, got {len(secret)}; restore it from a backup")
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path}: others can read it; expected mode 0600 (chmod 600)")
+    return secret
+
+
+def patient_of(text: str, secret: bytes) -> Patient:
+    """The patient behind an identifying `text`; the text itself is not kept."""
+    key = hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:32]
+    # 52 bits, so that the quotient is below 1 and exact in a float64.
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 12
+    return Patient(key=key, place=place / 2**52)
+
+
+def dicom_patient_text(patient_id: str, issuer: str) -> str:
+    """PatientID means something only with its issuer: two hospitals both have a number 1."""
+    patient_id, issuer = patient_id.strip(), issuer.strip()
+    return f"{patient_id}{_ISSUER}{issuer}" if issuer else patient_id
+
+
+def ruled_patient(source: DataSource, below: PurePosixPath, listed: Listed | None) -> str | None:
+    """The identifying text that the site file gives the file `below` the folder; None where it is silent.
+
+    Raises ScanError(no_patient_match): the source has a pattern or a column, and it says nothing for this file.
+    """
+    if source.table is not None and source.table.patient is not None:
+        if listed is None or not listed.patient:
+            raise ScanError("no_patient_match", "the table's patient column is empty for a file")
+        return listed.patient
+    if source.patient_pattern is None:
+        return None
+    found = re.search(source.patient_pattern, below.as_posix())
+    if found is None or not found["patient"]:
+        raise ScanError("no_patient_match", "patient_pattern does not match the path of a file")
+    return found["patient"]
+
+
+def read_table(table: TableConfig) -> dict[PurePosixPath, Listed]:
+    """The files that a table lists, after `where`, with what it says of each. Raises ConfigError."""
+    try:
+        with table.path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError(f"table {table.path}: cannot be read as a CSV in UTF-8 with a header line") from None
+    _check_columns(table, rows)
+    listed: dict[PurePosixPath, Listed] = {}
+    for number, row in enumerate(rows, start=2):
+        if any(row[column] not in allowed for column, allowed in table.where.items()):
+            continue
+        name = PurePosixPath((row[table.file] or "").strip())
+        if name.is_absolute() or ".." in name.parts:
+            raise ConfigError(f"table {table.path}, line {number}: column '{table.file}' must stay below the folder")
+        patient = (row[table.patient] or "").strip() if table.patient else None
+        entry = Listed(patient=patient, modality=_table_modality(table, row, number))
+        if listed.setdefault(name, entry) != entry:
+            raise ConfigError(f"table {table.path}, line {number}: lists a file again with another patient or modality")
+    return listed
+
+
+def _check_columns(table: TableConfig, rows: list[dict[str, str]]) -> None:
+    if not rows:
+        raise ConfigError(f"table {table.path}: holds no rows")
+    known = list(rows[0])
+    wanted = [table.file, *filter(None, (table.patient, table.modality)), *table.where]
+    problems = []
+    for column in wanted:
+        if column not in known:
+            near = difflib.get_close_matches(column, [str(name) for name in known], n=1)
+            problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+    if problems:
+        raise ConfigError(f"table {table.path}: " + "; ".join(problems))
+
+
+def _table_modality(table: TableConfig, row: Mapping[str, str], number: int) -> Modality | None:
+    if table.modality is None:
+        return None
+    text = row[table.modality] or ""
+    # The first word decides: 'MR_T1' is MR.
+    word = re.split(r"[^A-Z]", text.strip().upper(), maxsplit=1)[0]
+    if word not in _MODALITY_NAMES:
+        raise ConfigError(
+            f"table {table.path}, line {number}: column '{table.modality}' must hold one of "
+            f"{', '.join(sorted(_MODALITY_NAMES))}"
+        )
+    return _MODALITY_NAMES[word]

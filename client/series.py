@@ -1,0 +1,539 @@
+"""From the headers of a folder's DICOM frames to volumes: grouping, sorting, geometry. No file is opened here.
+
+Shapes: N frames of a stack, (H, W) rows and columns of a frame, (D, H, W) a volume. Positions and directions are
+DICOM patient coordinates in mm (LPS); the affine of a finished scan is in RAS+, as `Scan` says.
+
+Every frame that cannot be part of a scan is left out with a `Reason`; the rules are listed in docs/reading.md.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.patients import Patient
+from unimiss_core.errors import ScanError
+from unimiss_core.scan import Modality, Scan
+
+Vector = tuple[float, float, float]
+Kind = Literal["2d", "3d"]
+
+MIN_SLICES = 3
+"""Fewer frames at different positions are no volume."""
+SPACING_TOLERANCE = 0.02
+"""Two gaps are equal where they differ by less than this share of the smaller, or by 0.02 mm."""
+MAX_INTERPOLATED = 0.1
+"""At most this share of a finished volume's slices is made up between neighbours."""
+MAX_SPACING_MM = 30.0
+MIN_SPACING_MM = 0.01
+MAX_VOXELS = 2**29
+"""A larger scan is refused; 2**29 is 512 x 512 x 2048."""
+_SAME_DIRECTION = 2e-3
+_SAME_POSITION_MM = 1e-2
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where a frame lies in the patient: centre of its first voxel, directions of length 1, steps in mm."""
+
+    position: NDArray[np.float64]
+    row: NDArray[np.float64]
+    """Direction along a row: of rising column index."""
+    column: NDArray[np.float64]
+    spacing_mm: tuple[float, float]
+
+    @property
+    def normal(self) -> NDArray[np.float64]:
+        normal = np.cross(self.row, self.column)
+        return np.asarray(normal / np.linalg.norm(normal))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of one DICOM file, as its header describes it; no pixel has been read."""
+
+    file: str
+    """Path below the source's folder."""
+    number: int
+    """Index of the frame in its file, from 0."""
+    position: Vector | None
+    """Centre of the first voxel."""
+    orientation: tuple[float, float, float, float, float, float] | None
+    """Direction along a row, then down a column, as in ImageOrientationPatient."""
+    spacing_mm: tuple[float, float] | None
+    """(down the rows, along the columns), as in PixelSpacing."""
+    contrast: tuple[str, ...] = ()
+    """Echo, b-value, frame type: what tells volumes of one series apart that are all wanted."""
+    time: tuple[float, ...] = ()
+    """Temporal position, acquisition, instance: at one place, the smallest comes first."""
+    reason: str = ""
+    """Why this frame is left out; empty where it is not."""
+
+    @property
+    def plane(self) -> Plane:
+        """Of a frame whose geometry is known to be good (`_geometry_problem` found none)."""
+        assert self.position is not None
+        assert self.orientation is not None
+        assert self.spacing_mm is not None
+        row, column = np.array(self.orientation[:3]), np.array(self.orientation[3:])
+        return Plane(np.array(self.position), row, column, self.spacing_mm)
+
+
+@dataclass(frozen=True)
+class Header:
+    """One DICOM file without its pixels."""
+
+    file: str
+    patient: Patient | None
+    study: str
+    series: str
+    instance: str
+    modality: Modality | None
+    matrix: tuple[int, int]
+    frame_of_reference: str
+    frames: tuple[Frame, ...]
+    compressed: bool = False
+    reason: str = ""
+    """Why the whole file is left out; empty where it is not."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A recipe for one scan: which frames, in which order, on which grid."""
+
+    frames: tuple[Frame, ...]
+    """Along the normal, from first to last slice; a single one for an image."""
+    slots: tuple[int, ...]
+    """The slice of the finished volume that each frame fills; slices without a frame are interpolated."""
+    shifts: tuple[tuple[float, float], ...]
+    """(rows, columns) by which each frame lies off the first, in pixels; empty where all lie straight."""
+    matrix: tuple[int, int]
+    gap_mm: float
+    flags: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        return "2d" if len(self.frames) == 1 else "3d"
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        in_plane = self.frames[0].spacing_mm or (1.0, 1.0)
+        return in_plane if self.kind == "2d" else (self.gap_mm, *in_plane)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix if self.kind == "2d" else (self.slots[-1] + 1, *self.matrix)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Frames that belong together, and what became of them: a stack to read, or a reason."""
+
+    headers: tuple[Header, ...]
+    frames: tuple[Frame, ...]
+    stack: Stack | None
+    reason: str
+
+    @property
+    def files(self) -> int:
+        return len({frame.file for frame in self.frames} or {header.file for header in self.headers})
+
+
+# ---------------------------------------------------------------------------------------------------------- grouping
+
+
+def sort_out(headers: Iterable[Header], *, interpolate: bool) -> list[Group]:
+    """Each scan and each left-out remainder of a folder.
+
+    interpolate: whether a few missing slices may be made up between their neighbours.
+    """
+    groups: list[Group] = []
+    series: dict[tuple[str, ...], list[Header]] = {}
+    for header in headers:
+        # Without a series UID a file is a series of its own.
+        key = (header.study, header.series) if header.series else ("", "", header.file)
+        series.setdefault(key, []).append(header)
+    for members in series.values():
+        groups += _sort_series(sorted(members, key=lambda header: header.file), interpolate=interpolate)
+    return _without_slices_beside_volumes(groups)
+
+
+def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
+    refused: dict[str, list[Header]] = {}
+    usable: list[Header] = []
+    seen: set[str] = set()
+    for header in headers:
+        reason = header.reason
+        if not reason and header.instance:
+            reason = "duplicate" if header.instance in seen else ""
+            seen.add(header.instance)
+        if reason:
+            refused.setdefault(reason, []).append(header)
+        else:
+            usable.append(header)
+    groups = [Group(tuple(members), (), None, reason) for reason, members in refused.items()]
+    if len({header.patient for header in usable}) > 1:
+        # Whose scan it is cannot be known, so it is nobody's.
+        return [*groups, Group(tuple(usable), (), None, "two_patients_in_series")]
+    for members in _alike(usable):
+        groups += _sort_alike(members, interpolate=interpolate)
+    return groups
+
+
+def _alike(headers: Sequence[Header]) -> list[list[Header]]:
+    """Split by modality, matrix and frame of reference."""
+    # Some anonymisers write a new frame of reference into every slice: then it says nothing.
+    says_nothing = len(headers) > 1 and len({header.frame_of_reference for header in headers}) == len(headers)
+    parts: dict[tuple[object, ...], list[Header]] = {}
+    for header in headers:
+        reference = "" if says_nothing else header.frame_of_reference
+        parts.setdefault((header.modality, header.matrix, reference), []).append(header)
+    return list(parts.values())
+
+
+def _sort_alike(headers: list[Header], *, interpolate: bool) -> list[Group]:
+    first, members = headers[0], tuple(headers)
+    frames = [frame for header in headers for frame in header.frames]
+    if first.modality == "XR":
+        return [_image(header) for header in headers]
+    groups = []
+    refused: dict[str, list[Frame]] = {}
+    usable: list[Frame] = []
+    for frame in frames:
+        reason = frame.reason or _geometry_problem(frame)
+        if reason:
+            refused.setdefault(reason, []).append(frame)
+        else:
+            usable.append(frame)
+    groups += [Group(members, tuple(bad), None, reason) for reason, bad in refused.items()]
+    for part in _parallel(usable):
+        for pile in _by_contrast(part):
+            groups += _pile_up(members, pile, first.matrix, interpolate=interpolate)
+    return groups
+
+
+def _image(header: Header) -> Group:
+    """A projection X-ray: each file is an image; films with several frames are cine or tomosynthesis."""
+    frame = header.frames[0]
+    if len(header.frames) > 1:
+        return Group((header,), header.frames, None, "multi_frame_xray")
+    if frame.reason:
+        return Group((header,), header.frames, None, frame.reason)
+    if frame.spacing_mm is not None and not _plausible(frame.spacing_mm):
+        return Group((header,), header.frames, None, "bad_spacing")
+    stack = Stack(frames=(frame,), slots=(0,), shifts=(), matrix=header.matrix, gap_mm=0.0)
+    return Group((header,), header.frames, stack, "")
+
+
+def _geometry_problem(frame: Frame) -> str:
+    if frame.spacing_mm is None or frame.position is None or frame.orientation is None:
+        return "no_geometry"
+    if not _plausible(frame.spacing_mm):
+        return "bad_spacing"
+    if not np.isfinite(frame.position).all() or max(map(abs, frame.position)) > 1e6:
+        return "bad_geometry"
+    row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if not all(abs(length - 1) < 0.01 for length in lengths) or not abs(row @ column) < 0.01:
+        return "bad_geometry"
+    return ""
+
+
+def _plausible(spacing_mm: Iterable[float]) -> bool:
+    return all(MIN_SPACING_MM <= value <= MAX_SPACING_MM for value in spacing_mm)
+
+
+def _parallel(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Split by orientation and pixel spacing, each within a tolerance."""
+    parts: list[tuple[NDArray[np.float64], list[Frame]]] = []
+    for frame in frames:
+        plane = frame.plane
+        facts = np.concatenate([plane.row, plane.column, np.log(plane.spacing_mm)])
+        for known, members in parts:
+            if np.abs(known - facts).max() < _SAME_DIRECTION:
+                members.append(frame)
+                break
+        else:
+            parts.append((facts, [frame]))
+    return [members for _, members in parts]
+
+
+def _by_contrast(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Split by echo, b-value and frame type, unless each value stands for one frame only (then it says nothing)."""
+    parts: dict[tuple[str, ...], list[Frame]] = {}
+    for frame in frames:
+        parts.setdefault(frame.contrast, []).append(frame)
+    if len(parts) == len(frames):
+        return [list(frames)] if frames else []
+    return list(parts.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+
+
+def _pile_up(
+    headers: tuple[Header, ...], frames: list[Frame], matrix: tuple[int, int], *, interpolate: bool
+) -> list[Group]:
+    """Frames of one orientation and contrast -> volumes, extra time points, duplicates, refusals."""
+    places = _by_place(frames)
+    chosen = [place[0] for place in places]
+    rest = [frame for place in places for frame in place[1:]]
+    groups = []
+    flags: list[str] = []
+    if rest:
+        times = {len(place) for place in places}
+        later = len(times) == 1
+        groups.append(Group(headers, tuple(rest), None, "later_time_point" if later else "duplicate"))
+        flags.append("first_of_several_times" if later else "duplicates_dropped")
+    if len(chosen) == 1:
+        stack = Stack(frames=(chosen[0],), slots=(0,), shifts=(), matrix=matrix, gap_mm=0.0, flags=tuple(flags))
+        return [*groups, Group(headers, (chosen[0],), stack, "")]
+    for run, slots in _even_runs(chosen, interpolate=interpolate):
+        try:
+            stack = _stack(run, slots, matrix)
+            split = ["split_at_spacing_change"] if len(run) < len(chosen) else []
+            stack = replace(stack, flags=(*flags, *split, *stack.flags))
+            groups.append(Group(headers, tuple(run), stack, ""))
+        except ScanError as error:
+            groups.append(Group(headers, tuple(run), None, error.reason))
+    return groups
+
+
+def _by_place(frames: list[Frame]) -> list[list[Frame]]:
+    """Frames along the normal, those at one place together, in time order."""
+    heights = _heights(frames)
+    places: list[list[Frame]] = []
+    bottom = -np.inf
+    for index in np.argsort(heights, kind="stable"):
+        if heights[index] - bottom < _SAME_POSITION_MM:
+            places[-1].append(frames[index])
+        else:
+            places.append([frames[index]])
+            bottom = heights[index]
+    return [sorted(place, key=lambda frame: (frame.time, frame.file, frame.number)) for place in places]
+
+
+def _heights(frames: Sequence[Frame]) -> NDArray[np.float64]:
+    """(N,) position of each frame along the normal of the first, in mm."""
+    return np.array([frame.position for frame in frames]) @ frames[0].plane.normal
+
+
+def _even_runs(frames: list[Frame], *, interpolate: bool) -> list[tuple[list[Frame], list[int] | str]]:
+    """Cut sorted frames into runs of one spacing: (frames, the slots they fill, or the reason of a refusal)."""
+    gaps = np.diff(_heights(frames))
+    unit = float(np.median(gaps[_close(gaps, _commonest(gaps))]))
+    if len(frames) < MIN_SLICES:
+        return [(frames, "too_few_slices")]
+    steps = np.rint(gaps / unit).astype(int)
+    if (steps >= 1).all() and _close(gaps / np.maximum(steps, 1), unit).all():
+        return [(frames, _slots(steps, interpolate=interpolate))]
+    runs: list[tuple[list[Frame], list[int] | str]] = []
+    start = 0
+    while start < len(frames):
+        stop = start + 1
+        while stop < len(frames) and _close(gaps[start:stop], gaps[start]).all():
+            stop += 1
+        run = frames[start:stop]
+        # Where the gap that ends this run opens the next, the shared slice stays with this one.
+        if len(run) >= MIN_SLICES:
+            runs.append((run, list(range(len(run)))))
+            start = stop
+        else:
+            runs.append((frames[start : start + 1], "uneven_spacing"))
+            start += 1
+    return _joined(runs)
+
+
+def _joined(runs: list[tuple[list[Frame], list[int] | str]]) -> list[tuple[list[Frame], list[int] | str]]:
+    """Refused frames of one series as one entry."""
+    good = [run for run in runs if not isinstance(run[1], str)]
+    bad = [frame for frames, slots in runs if isinstance(slots, str) for frame in frames]
+    return [*good, (bad, "uneven_spacing")] if bad else good
+
+
+def _commonest(gaps: NDArray[np.float64]) -> float:
+    """The gap with the most others close to it; the smallest of equals."""
+    ordered = np.sort(gaps)
+    votes = [int(_close(ordered, gap).sum()) for gap in ordered]
+    return float(ordered[int(np.argmax(votes))])
+
+
+def _close(gaps: NDArray[np.float64], gap: float) -> NDArray[np.bool_]:
+    return np.abs(gaps - gap) <= np.maximum(0.02, SPACING_TOLERANCE * np.minimum(np.abs(gaps), abs(gap)))
+
+
+def _slots(steps: NDArray[np.int_], *, interpolate: bool) -> list[int] | str:
+    slots = [0, *itertools.accumulate(int(step) for step in steps)]
+    missing = slots[-1] + 1 - len(slots)
+    if missing and not (interpolate and missing <= MAX_INTERPOLATED * (slots[-1] + 1)):
+        return "missing_slices"
+    return slots
+
+
+def _stack(frames: list[Frame], slots: list[int] | str, matrix: tuple[int, int]) -> Stack:
+    """The recipe of a volume. Raises ScanError where there is none."""
+    if isinstance(slots, str):
+        raise ScanError(slots)
+    heights = _heights(frames)
+    gap_mm = float(heights[-1] - heights[0]) / slots[-1]
+    if not _plausible([gap_mm]):
+        raise ScanError("bad_spacing", f"slices {gap_mm:.4g} mm apart")
+    if (slots[-1] + 1) * matrix[0] * matrix[1] > MAX_VOXELS:
+        raise ScanError("too_large")
+    flags = ["missing_slices_interpolated"] if len(slots) <= slots[-1] else []
+    shifts = _shifts(frames)
+    if shifts:
+        flags.append("gantry_tilt_corrected")
+    return Stack(tuple(frames), tuple(slots), shifts, matrix, gap_mm, tuple(flags))
+
+
+def _shifts(frames: list[Frame]) -> tuple[tuple[float, float], ...]:
+    """How far each frame lies off the first in its own plane, in pixels (rows, columns).
+
+    A tilted gantry makes it grow evenly from slice to slice. Raises ScanError(uneven_offsets) where it does not, and
+    ScanError(tilt_too_steep) beyond 45 degrees.
+    """
+    plane = frames[0].plane
+    off = np.array([frame.position for frame in frames]) - plane.position
+    pixels = np.stack([off @ plane.column / plane.spacing_mm[0], off @ plane.row / plane.spacing_mm[1]], axis=1)
+    if np.abs(pixels).max() < 0.5:
+        return ()
+    along = off @ plane.normal
+    even = np.outer(along / along[-1], pixels[-1])
+    if np.abs(pixels - even).max() > 1.0:
+        raise ScanError("uneven_offsets", "slices lie beside each other unevenly")
+    if np.hypot(*(pixels[-1] * plane.spacing_mm)) > along[-1]:
+        raise ScanError("tilt_too_steep", "more than 45 degrees")
+    return tuple((float(rows), float(columns)) for rows, columns in even)
+
+
+def _without_slices_beside_volumes(groups: list[Group]) -> list[Group]:
+    """A lone CT or MR slice next to a volume of its study is a test shot or bolus watch, not an image of its own."""
+    studies = {
+        (group.headers[0].study, group.headers[0].modality)
+        for group in groups
+        if group.stack is not None and group.stack.kind == "3d"
+    }
+    kept = []
+    for group in groups:
+        first = group.headers[0]
+        lone = group.stack is not None and group.stack.kind == "2d" and first.modality != "XR"
+        if lone and first.study and (first.study, first.modality) in studies:
+            group = replace(group, stack=None, reason="slice_beside_volume")
+        kept.append(group)
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------- assembly
+
+
+def assemble(stack: Stack, pixels: NDArray[np.float32], modality: Modality) -> Scan:
+    """The scan of `stack`, from its frames' values in order: (N, H, W) -> `Scan` in canonical axes."""
+    first = stack.frames[0]
+    if modality == "XR":
+        spacing = first.spacing_mm or (1.0, 1.0)
+        return Scan(pixels, spacing, modality, spacing_known=first.spacing_mm is not None)
+    if stack.kind == "2d":
+        return Scan(pixels, stack.spacing_mm, modality, _affine(first.plane, 1.0))
+    affine = _affine(first.plane, stack.gap_mm)
+    if stack.shifts:
+        pixels, moved = straighten(pixels, stack.shifts)
+        affine[:3, 3] += affine[:3, 1] * moved[0] + affine[:3, 2] * moved[1]
+    if len(stack.slots) <= stack.slots[-1]:
+        pixels = _fill_missing(pixels, stack.slots)
+    voxels, affine = canonical(pixels[None], affine)
+    return Scan(voxels, spacing_of(affine), modality, affine)
+
+
+def _affine(plane: Plane, gap_mm: float) -> NDArray[np.float64]:
+    """(4, 4) from (d, h, w) to RAS+ mm."""
+    affine = np.eye(4)
+    affine[:3, 0] = plane.normal * gap_mm
+    affine[:3, 1] = plane.column * plane.spacing_mm[0]
+    affine[:3, 2] = plane.row * plane.spacing_mm[1]
+    affine[:3, 3] = plane.position
+    affine[:2] *= -1  # LPS to RAS
+    return affine
+
+
+def spacing_of(affine: NDArray[np.float64]) -> tuple[float, ...]:
+    """Length in mm of one step along each index axis."""
+    return tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def canonical(
+    voxels: NDArray[np.float32], affine: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """(C, X, Y, Z) with its (4, 4) affine to RAS+ -> the same volume with axes nearest to (superior, posterior, left).
+
+    Axes are only permuted and turned over: no value changes.
+    """
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)  # columns: index axes in RAS
+    wanted = np.array([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])  # rows: S, P, L
+    agreement = wanted @ directions  # (wanted axis, index axis)
+    best = max(itertools.permutations(range(3)), key=lambda order: sum(abs(agreement[i, order[i]]) for i in range(3)))
+    reordered = affine[:, [*best, 3]].copy()
+    voxels = voxels.transpose(0, *(axis + 1 for axis in best))
+    for axis in range(3):
+        if agreement[axis, best[axis]] < 0:
+            reordered[:3, 3] += reordered[:3, axis] * (voxels.shape[axis + 1] - 1)
+            reordered[:3, axis] *= -1
+            voxels = np.flip(voxels, axis + 1)
+    return np.ascontiguousarray(voxels), reordered
+
+
+def straighten(
+    pixels: NDArray[np.float32], shifts: Sequence[tuple[float, float]]
+) -> tuple[NDArray[np.float32], tuple[float, float]]:
+    """Undo a gantry tilt: move each frame (H, W) in its plane to where it lies beside the first.
+
+    pixels: (N, H, W). shifts: (rows, columns) of each frame against the first, in pixels. The canvas grows so that
+    nothing is cut; what no frame covers takes the lowest value. Linear interpolation.
+    Returns the frames on the new canvas, and the canvas' origin on the first frame's grid, in pixels.
+    """
+    offsets = np.array(shifts)
+    low = np.floor(offsets.min(axis=0) + 1e-6)
+    size = np.array(pixels.shape[1:]) + np.ceil(offsets.max(axis=0) - low - 1e-6).astype(int)
+    if pixels.shape[0] * int(size.prod()) > MAX_VOXELS:
+        raise ScanError("too_large")
+    canvas = np.full((pixels.shape[0], *size), pixels.min(), dtype=np.float32)
+    for frame, target, offset in zip(pixels, canvas, offsets - low, strict=True):
+        whole = np.floor(offset + 1e-6).astype(int)
+        part = np.maximum(offset - whole, 0.0)
+        moved = _half_step(_half_step(frame, float(part[0]), 0), float(part[1]), 1)
+        rows = slice(whole[0], min(whole[0] + moved.shape[0], size[0]))
+        columns = slice(whole[1], min(whole[1] + moved.shape[1], size[1]))
+        target[rows, columns] = moved[: rows.stop - rows.start, : columns.stop - columns.start]
+    return canvas, (float(low[0]), float(low[1]))
+
+
+def _half_step(frame: NDArray[np.float32], part: float, axis: int) -> NDArray[np.float32]:
+    """Shift by `part` of a pixel (0 <= part < 1) towards higher indices; the edge repeats."""
+    if part < 1e-3:
+        return frame
+    before = np.concatenate([np.take(frame, [0], axis), np.take(frame, range(frame.shape[axis] - 1), axis)], axis)
+    return ((1 - part) * frame + part * before).astype(np.float32)
+
+
+def _fill_missing(pixels: NDArray[np.float32], slots: Sequence[int]) -> NDArray[np.float32]:
+    """(N, H, W) frames at `slots` -> (D, H, W), linear between neighbours."""
+    volume = np.empty((slots[-1] + 1, *pixels.shape[1:]), dtype=np.float32)
+    for index, (here, there) in enumerate(itertools.pairwise(slots)):
+        for slot in range(here, there):
+            share = (slot - here) / (there - here)
+            volume[slot] = (1 - share) * pixels[index] + share * pixels[index + 1]
+    volume[-1] = pixels[-1]
+    return volume
+
+
+def count_reasons(groups: Iterable[Group]) -> Mapping[str, int]:
+    """Reason -> number of files left out for it."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        if group.reason:
+            counts[group.reason] += group.files
+    return counts

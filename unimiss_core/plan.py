@@ -1,0 +1,99 @@
+"""The preprocessing plan: `Scan` -> array in [0, 1] that views are cut from.
+
+The same plan is applied for pretraining and for fine-tuning; it travels in the checkpoint (`PlanConfig`).
+Shapes: C channels, S spatial axes - (H, W) or (D, H, W).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unimiss_core.errors import ScanError
+from unimiss_core.scan import Scan
+from unimiss_core.study import PlanConfig
+
+_SAMPLED_VOXELS = 2**22
+"""Percentiles of a larger scan are taken over every k-th voxel."""
+
+
+def prepare(scan: Scan, plan: PlanConfig) -> tuple[NDArray[np.float32], tuple[float, ...]]:
+    """The scan as the model sees it: (C, *S) float32 in [0, 1], and its spacing in mm along S.
+
+    Intensities first (a window in HU for CT, percentiles of the scan otherwise), so that metal and other extremes
+    are clipped before they are averaged into their neighbours; then the grid.
+    Raises ScanError: `blank` (nothing to see), `not_finite` (NaN or infinity in more than half of the voxels).
+    """
+    values = _finite(scan.voxels)
+    low, high = plan.ct_window_hu if scan.modality == "CT" else _bounds(values, plan.percentiles)
+    values = ((np.clip(values, low, high) - low) / (high - low)).astype(np.float32)
+    if np.ptp(values) < 1e-6:
+        raise ScanError("blank")
+    shape, spacing = target_grid(scan.voxels.shape[1:], scan.spacing_mm, plan, spacing_known=scan.spacing_known)
+    steps = [new / old for new, old in zip(spacing, scan.spacing_mm, strict=True)]
+    # The axes that lose most come first: what follows has less to do.
+    for axis in sorted(range(len(steps)), key=lambda axis: -steps[axis]):
+        values = resample(values, axis + 1, shape[axis], steps[axis])
+    return np.clip(values, 0.0, 1.0), spacing
+
+
+def target_grid(
+    shape: Sequence[int], spacing_mm: Sequence[float], plan: PlanConfig, *, spacing_known: bool = True
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """(S, spacing in mm) of a prepared scan, from those of its source."""
+    wanted: Sequence[float]
+    if len(shape) == 3:
+        wanted = plan.volume_spacing_mm
+    else:
+        wanted = (plan.image_spacing_mm if spacing_known else None) or spacing_mm
+        longest = max(n * old / new for n, old, new in zip(shape, spacing_mm, wanted, strict=True))
+        if plan.image_longest_side is not None and longest > plan.image_longest_side:
+            wanted = [new * longest / plan.image_longest_side for new in wanted]
+    grid = [max(1, round(n * old / new)) for n, old, new in zip(shape, spacing_mm, wanted, strict=True)]
+    return tuple(grid), tuple(float(new) for new in wanted)
+
+
+def resample(values: NDArray[np.float32], axis: int, length: int, step: float) -> NDArray[np.float32]:
+    """Values on a new grid along `axis`: `length` points, `step` old points apart, about the same centre.
+
+    Linear between neighbours; where the new grid is coarser, a triangle as wide as its step averages what lies in
+    between (no aliasing). Beyond the ends the last value repeats.
+    """
+    old = values.shape[axis]
+    if length == old and abs(step - 1) < 1e-3:
+        return values
+    centres = (np.arange(length) - (length - 1) / 2) * step + (old - 1) / 2  # in old points
+    reach = max(1.0, step)
+    first = np.floor(centres - reach).astype(int) + 1
+    taps = first[:, None] + np.arange(math.ceil(2 * reach))  # (length, taps)
+    weights = np.maximum(0.0, 1 - np.abs(taps - centres[:, None]) / reach)
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    taps = taps.clip(0, old - 1)
+    along = [1] * values.ndim
+    along[axis] = length
+    result = np.zeros([*values.shape[:axis], length, *values.shape[axis + 1 :]], dtype=np.float32)
+    for tap in range(taps.shape[1]):
+        result += np.take(values, taps[:, tap], axis) * weights[:, tap].reshape(along)
+    return result
+
+
+def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """NaN and infinities replaced by the lowest finite value: they stand for 'outside' in files that hold them."""
+    finite = np.isfinite(values)
+    if finite.all():
+        return values
+    if finite.mean() < 0.5:
+        raise ScanError("not_finite")
+    return np.where(finite, values, values[finite].min())
+
+
+def _bounds(values: NDArray[np.float32], percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Values at the percentiles; the extremes where those coincide (a picture that is mostly background)."""
+    sample = values.reshape(-1)[:: max(1, values.size // _SAMPLED_VOXELS)]
+    low, high = (float(bound) for bound in np.percentile(sample, percentiles))
+    if not low < high:
+        low, high = float(values.min()), float(values.max())
+    if not low < high:
+        raise ScanError("blank")
+    return low, high
