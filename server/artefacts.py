@@ -6,6 +6,7 @@ fails for that: what cannot be read is left out and named in `Artefacts.gaps`, o
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def _read(path: Path, read: Callable[[Path], ReadT], gaps: list[str]) -> ReadT |
         return None
     try:
         return read(path)
-    except (ConfigError, ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile):
+    except (ConfigError, ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         # Not the error's own words: they would bring this machine's paths into a report that is passed on.
         gaps.append(f"{path.name} could not be read and was left out.")
         return None
@@ -150,9 +151,9 @@ def _probe(path: Path) -> Mapping[str, ProbeRecord]:
 
 
 def _projections(path: Path) -> Mapping[str, Projection]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.lib.npyio.NpzFile(file, own_fid=False, allow_pickle=False) as arrays:
         tasks = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
-        return {
+        found = {
             task: Projection(
                 before=arrays[f"{task}/before"].astype(np.float64),
                 after=arrays[f"{task}/after"].astype(np.float64),
@@ -160,3 +161,8 @@ def _projections(path: Path) -> Mapping[str, Projection]:
             )
             for task in tasks
         }
+    for task, one in found.items():
+        shapes = (one.before.shape, one.after.shape, one.labels.shape)
+        if shapes != ((len(one.labels), 2), (len(one.labels), 2), (len(one.labels),)):
+            raise ValueError(f"{task}: shapes {shapes} are not (N, 2), (N, 2), (N,)")
+    return found

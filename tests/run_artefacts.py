@@ -12,7 +12,7 @@ from unimiss_core.config import dump_yaml, parse
 from unimiss_core.study import StudyConfig
 
 SITES = {"alpha-xray": ("2d",), "beta-ct": ("3d",), "gamma-mixed": ("2d", "3d")}
-TERMS = {"2d": ("images",), "3d": ("volume", "slices", "slices_to_volume", "volume_to_slices")}
+TERMS = {"2d": ("image",), "3d": ("volume", "slices", "slices_to_volume", "volume_to_slices")}
 GROUPS = {"shared": 0.9, "2d": 0.5, "3d": 0.7, "head": 1.3}
 
 
@@ -28,7 +28,8 @@ def site_record(name: str, number: int, rng: np.random.Generator) -> dict[str, A
         "bytes_down": int(1_700_000 * (1 + len(ranks)) + number),
         "bytes_up": int(880_000 * (1 + len(ranks)) + 3 * number),
         "seconds": float(rng.uniform(4, 9) * len(ranks)),
-        "diagnostics": {"teacher_entropy": 6.2 - fall * 2, "mean_entropy": 6.2 - fall * 0.1, "feature_std": 0.1 + fall},
+        "diagnostics": {f"target_entropy_{r}": 6.2 - 2 * fall * rng.uniform(0.9, 1.1) for r in ranks}
+        | {"grad_norm": rng.uniform(0.8, 1.2)},
     }
 
 
