@@ -117,7 +117,7 @@ class Tally:
     def seconds_left(self) -> float | None:
         """At the pace so far of this process; None before there is a pace."""
         done = self.fraction() - (self._first_round - 1)
-        if done <= 0:
+        if self.rounds == 0 or done <= 0:
             return None
         return (self.clock() - self._began) / done * (self.rounds - self.fraction())
 

@@ -1,0 +1,171 @@
+"""The live screen, fed with recorded events; the clock is the test's own."""
+
+import io
+import threading
+from collections.abc import Iterable
+
+import pytest
+from rich.console import Console
+
+from server.display import Display, Tally
+from server.wording import byte_count, duration
+from unimiss_core import progress
+from unimiss_core.progress import Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
+
+SITES = ("alpha", "beta", "gamma")
+
+
+class Clock:
+    """Stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def round_events(number: int, rounds: int, *, refused: str = "", silent: str = "", steps: int = 3) -> list[Event]:
+    events: list[Event] = [RoundStarted(number, rounds, SITES)]
+    for site in SITES:
+        events += [StepDone(site, step, steps, 6.0 - number / 10) for step in range(1, steps + 1)]
+        if site == refused:
+            events.append(SiteReplied(number, site, "refused", "too_large"))
+        elif site != silent:
+            events.append(SiteReplied(number, site, "ok", ""))
+    return [*events, RoundDone(number, rounds, 12.0, {"alpha": 6.0 - number / 10})]
+
+
+def shown(events: Iterable[Event], *, terminal: bool = False, clock: Clock | None = None) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=110, color_system=None, legacy_windows=False)
+    with Display(console, clock=clock or Clock()):
+        for event in events:
+            progress.report(event)
+    return file.getvalue()
+
+
+def test_a_log_gets_one_line_for_each_round_and_each_site_that_did_not_count() -> None:
+    events = [*round_events(1, 2), *round_events(2, 2, refused="beta", silent="gamma")]
+    assert shown(events).splitlines() == [
+        "round 1 of 2: 12 s, 3 of 3 sites, loss alpha 5.90",
+        "round 2: beta did not count: refused too_large",
+        "round 2: gamma did not count: absent no reply in time",
+        "round 2 of 2: 12 s, 1 of 3 sites, loss alpha 5.80",
+        "Finished 2 of 2 rounds in 0.0 s.",
+        "beta did not count in 1 round: refused too_large (1).",
+        "gamma did not count in 1 round: absent no reply in time (1).",
+        "Mean loss, first round to last: alpha 5.90 to 5.80.",
+    ]
+
+
+def test_a_log_says_once_that_a_sites_scans_are_ready() -> None:
+    events = [Preparing("alpha", 0, 0), *(Preparing("alpha", done, 5) for done in range(6))]
+    assert shown(events) == "alpha: 5 scans prepared\n"
+
+
+def test_long_lines_of_a_log_are_not_broken() -> None:
+    words = "word " * 60
+    assert shown([Note(words)]).splitlines() == [words.rstrip() + " "]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_sites_words_neither_steer_the_terminal_nor_count_as_markup(terminal: bool) -> None:
+    text = shown([Note("[bold]a[/bold]\x1b[2J\x07\nfaked line [/nonsense]")], terminal=terminal)
+    assert "[bold]a[/bold]" in text
+    assert "\x1b[2J" not in text
+    assert "\x07" not in text
+    assert not any(line.startswith("faked") for line in text.splitlines())
+
+
+def test_a_terminal_gets_bars_with_step_and_loss_and_no_control_codes_are_left_open() -> None:
+    text = shown([Preparing("alpha", 2, 4), *round_events(1, 1, refused="beta")], terminal=True)
+    final = text[text.rindex("rounds ") :]
+    assert "round 1 of 1" in final
+    assert "replied" in final
+    assert "did not count: refused too_large" in final
+    assert "━" in final
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is hidden, then shown again
+
+
+def test_the_cursor_comes_back_after_ctrl_c() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100)
+
+    def run() -> None:
+        with Display(console, clock=Clock()):
+            progress.report(RoundStarted(1, 4, SITES))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert "\x1b[?25h" in file.getvalue()
+    assert "Stopped after 0 of 4 rounds" in file.getvalue()
+    progress.report(Note("nobody listens any more"))
+    assert "nobody" not in file.getvalue()
+
+
+def test_time_left_is_the_pace_of_this_start_times_what_is_left() -> None:
+    """Resumed at round 7 of 10: half of round 8 is done after 30 s, so 1.5 rounds took 30 s and 2.5 are left."""
+    clock = Clock()
+    tally = Tally(clock)
+    assert tally.seconds_left() is None
+    for event in round_events(7, 10):
+        tally.count(event)
+    tally.count(RoundStarted(8, 10, ("alpha", "beta")))
+    tally.count(StepDone("alpha", 3, 4, 6.0))
+    tally.count(StepDone("beta", 1, 4, 6.0))
+    clock.now += 30
+    assert tally.fraction() == pytest.approx(7.5)
+    assert tally.seconds_left() == pytest.approx(30 / 1.5 * 2.5)
+
+
+def test_a_site_that_answered_counts_as_through_with_its_round() -> None:
+    tally = Tally(Clock())
+    tally.count(RoundStarted(1, 2, ("alpha", "beta")))
+    tally.count(SiteReplied(1, "alpha", "refused", "steps"))
+    assert tally.fraction() == pytest.approx(0.5)
+
+
+def test_an_unfinished_run_is_not_called_finished() -> None:
+    clock = Clock()
+    events = [*round_events(3, 9), RoundStarted(4, 9, SITES)]
+    assert shown(events, clock=clock).splitlines()[1] == "Stopped after 3 of 9 rounds, 0.0 s into this start."
+
+
+def test_events_of_many_threads_are_all_counted() -> None:
+    sites = tuple(f"site-{i}" for i in range(8))
+    file = io.StringIO()
+    with Display(Console(file=file, force_terminal=True, width=100), clock=Clock()):
+        progress.report(RoundStarted(1, 1, sites))
+        start = threading.Barrier(len(sites))
+
+        def train(site: str) -> None:
+            start.wait()
+            for step in range(1, 41):
+                progress.report(StepDone(site, step, 40, 5.0))
+            progress.report(SiteReplied(1, site, "refused", "steps"))
+
+        threads = [threading.Thread(target=train, args=(site,)) for site in sites]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        progress.report(RoundDone(1, 1, 1.0, {}))
+    assert all(file.getvalue().count(f"{site} did not count in 1 round: refused steps (1).") == 1 for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (60, "1 min 00 s"), (3599.4, "59 min 59 s"), (7500, "2 h 05 min")],
+)
+def test_durations_read_as_people_say_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (41_234_567, "41.2 MB"), (999_600, "1.00 MB"), (5e15, "5000 TB")],
+)
+def test_bytes_are_counted_in_thousands(count: float, words: str) -> None:
+    assert byte_count(count) == words
