@@ -1,0 +1,223 @@
+import json
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from unimiss_core.config import parse
+from unimiss_core.errors import CheckpointError, NonFiniteLossError
+from unimiss_core.groups import group_of
+from unimiss_core.learner import Learner, LearnerState
+from unimiss_core.network import build_network, tensors_of
+from unimiss_core.objective import UniMiSS
+from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay
+from unimiss_core.study import StudyConfig
+
+
+def study(**optimiser: object) -> StudyConfig:
+    raw = {
+        "name": "toy",
+        "model": {"prototypes": 16},
+        "optimiser": {"warmup_steps": 2, **optimiser},
+        "schedule": {"rounds": 2, "local_steps": 6},
+    }
+    return parse(StudyConfig, raw, where="test")
+
+
+def images(seed: int = 0, scans: int = 3) -> Tensor:
+    return torch.rand(scans, 2, 1, 33, 40, generator=torch.Generator().manual_seed(seed))
+
+
+def volumes(seed: int = 0, scans: int = 2) -> Tensor:
+    return torch.rand(scans, 2, 1, 13, 33, 40, generator=torch.Generator().manual_seed(seed))
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def apart(learner: Learner) -> Learner:
+    """The learner with a teacher that differs from its student, as in any later round."""
+    other = tensors_of(build_network(learner.study.model, seed=1, ranks=learner.student.ranks))
+    learner.start_round(copied(tensors_of(learner.student)), other)
+    return learner
+
+
+def everything(learner: Learner) -> dict[str, Tensor]:
+    return copied(learner.state(weights=True).tensors)
+
+
+def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_step_is_clipped_adamw_then_the_teachers_average_then_the_centre() -> None:
+    """Two steps against the formulas, written out tensor by tensor."""
+    learner = apart(Learner(study(), ranks={2}))
+    student, teacher = copied(tensors_of(learner.student)), copied(tensors_of(learner.teacher))
+    moment1 = {name: torch.zeros_like(tensor) for name, tensor in student.items()}
+    moment2 = {name: torch.zeros_like(tensor) for name, tensor in student.items()}
+    centre = torch.zeros(128)
+    oracle = Learner(study(), ranks={2})
+    for step in range(2):
+        oracle.start_round(student, teacher)
+        loss = UniMiSS(learner.study.objective)(oracle.student, oracle.teacher, images(step), {"image": centre})
+        oracle.student.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss.total)
+        rate, decay = learning_rate(learner.study, step), weight_decay(learner.study, step)
+        for name, parameter in oracle.student.named_parameters():
+            assert parameter.grad is not None
+            grad = parameter.grad * min(1.0, 0.3 / (parameter.grad.norm().item() + 1e-6))
+            moment1[name] = 0.9 * moment1[name] + 0.1 * grad
+            moment2[name] = 0.999 * moment2[name] + 0.001 * grad.square()
+            ahead = moment1[name] / (1 - 0.9 ** (step + 1))
+            spread = (moment2[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            shrunk = student[name] * (1 - rate * decay * (parameter.ndim > 1))
+            student[name] = shrunk - rate * ahead / spread
+            keep = teacher_momentum(learner.study, step)
+            teacher[name] = keep * teacher[name] + (1 - keep) * student[name]
+        with torch.no_grad():
+            mean = oracle.teacher.bottleneck(images(step).flatten(0, 1)).mean(0)
+        centre = 0.9 * centre + 0.1 * mean
+
+        report = learner.step(images(step), step=step)
+
+        assert report.total == pytest.approx(loss.total.item(), rel=1e-5)
+        torch.testing.assert_close(learner.centre["image"], centre, atol=1e-6, rtol=1e-5)
+        for ours, theirs in ((tensors_of(learner.student), student), (tensors_of(learner.teacher), teacher)):
+            for name in ours:
+                # AdamW divides tiny gradients by their own size: where they cancel, float32 noise decides the sign.
+                far = (ours[name] - theirs[name]).abs() > 1e-5
+                assert far.float().mean() < 0.01, name
+
+
+def test_a_2d_step_touches_nothing_of_3d() -> None:
+    learner = apart(Learner(study(), ranks={2, 3}))
+    learner.step(volumes(), step=0)
+    before = everything(learner)
+    learner.step(images(), step=1)
+    after = everything(learner)
+    for name in after:
+        of_3d = "3d" in name.split(".") or name in {"centre.volume", "centre.slices"}
+        assert torch.equal(before[name], after[name]) == of_3d, name
+
+
+def test_a_3d_step_trains_every_group() -> None:
+    learner = apart(Learner(study(), ranks={3}))
+    before = copied(tensors_of(learner.student))
+    report = learner.step(volumes(), step=0)
+    assert {name for name, tensor in tensors_of(learner.student).items() if torch.equal(tensor, before[name])} == set()
+    assert set(report.terms) == {"volume", "volume_to_slices", "slices_to_volume", "slices"}
+    assert report.total == pytest.approx(sum(report.terms.values()), rel=1e-5)
+
+
+def test_a_site_without_volumes_trains_as_a_mixed_one_does_on_images_and_holds_no_3d_tensor() -> None:
+    flat, mixed = apart(Learner(study(), ranks={2})), apart(Learner(study(), ranks={2, 3}))
+    for step in range(2):
+        assert flat.step(images(step), step=step) == mixed.step(images(step), step=step)
+    assert {group_of(name) for name in tensors_of(flat.student)} == {"shared", "2d", "head"}
+    assert_same(tensors_of(flat.student), {name: tensors_of(mixed.student)[name] for name in tensors_of(flat.student)})
+
+
+@pytest.mark.parametrize("batch", [images(scans=5), volumes(scans=3)], ids=["images", "volumes"])
+def test_a_batch_met_in_parts_gives_the_same_step(batch: Tensor) -> None:
+    whole = apart(Learner(study(), ranks={2, 3}))
+    parts = apart(Learner(study(), ranks={2, 3}, micro_batch={2: 2, 3: 2}))
+    expected, report = whole.step(batch, step=0), parts.step(batch, step=0)
+    assert report.terms == pytest.approx(expected.terms, rel=1e-5)
+    assert report.diagnostics == pytest.approx(expected.diagnostics, rel=1e-4)
+    for name, centre in whole.centre.items():
+        torch.testing.assert_close(parts.centre[name], centre)
+    moments = (parts.state().tensors, whole.state().tensors)
+    for name in (name for name in moments[0] if name.startswith("adam_moment1")):
+        torch.testing.assert_close(moments[0][name], moments[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_restored_learner_goes_on_bit_for_bit() -> None:
+    learner = apart(Learner(study(), ranks={2, 3}))
+    learner.step(images(0), step=0)
+    learner.step(volumes(1), step=1)
+    state = learner.state(weights=True)
+    on_disk = (save(state.tensors), json.dumps(state.facts))
+    again = Learner(study(), ranks={2, 3})
+    again.restore(LearnerState(load(on_disk[0]), json.loads(on_disk[1])))
+    for step, batch in ((2, volumes(2)), (3, images(3))):
+        assert again.step(batch, step=step) == learner.step(batch, step=step)
+    assert_same(everything(again), everything(learner))
+
+
+def test_state_without_weights_holds_none_and_keeps_the_received_ones() -> None:
+    learner = apart(Learner(study(), ranks={2}))
+    learner.step(images(), step=0)
+    state = learner.state()
+    assert not [name for name in state.tensors if name.startswith(("student.", "teacher."))]
+    again = apart(Learner(study(), ranks={2}))
+    before = copied(tensors_of(again.student))
+    again.restore(state)
+    assert_same(tensors_of(again.student), before)
+
+
+def test_state_of_other_ranks_or_of_another_model_is_refused() -> None:
+    state = Learner(study(), ranks={2}).state()
+    with pytest.raises(CheckpointError, match=r"of another ranks; expected \[\[2, 3\]\], got \[\[2\]\]"):
+        Learner(study(), ranks={2, 3}).restore(state)
+    damaged = LearnerState({"centre.image": torch.zeros(3)}, state.facts)
+    with pytest.raises(CheckpointError, match="local state is damaged"):
+        Learner(study(), ranks={2}).restore(damaged)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(bad: float) -> None:
+    learner = apart(Learner(study(), ranks={2}))
+    learner.step(images(0), step=0)
+    before = everything(learner)
+    poisoned = images(1)
+    poisoned[1, 0, 0, 5, 5] = bad
+    with pytest.raises(NonFiniteLossError, match="step 1: loss nan"):
+        learner.step(poisoned, step=1)
+    assert_same(everything(learner), before)
+    assert all(parameter.grad is None for parameter in learner.student.parameters())
+
+
+def test_frozen_prototypes_stay_until_their_step() -> None:
+    learner = Learner(study(freeze_prototypes_steps=2), ranks={2})
+    first = tensors_of(learner.student)["head.prototypes.weight"].clone()
+    for step in range(2):
+        learner.step(images(step), step=step)
+        assert torch.equal(tensors_of(learner.student)["head.prototypes.weight"], first)
+    learner.step(images(2), step=2)
+    assert not torch.equal(tensors_of(learner.student)["head.prototypes.weight"], first)
+
+
+def test_a_round_begins_with_exactly_the_tensors_of_the_network() -> None:
+    learner = Learner(study(), ranks={2})
+    tensors = copied(tensors_of(learner.student))
+    with pytest.raises(CheckpointError, match=r"unexpected backbone\.encoder\.stem\.3d"):
+        learner.start_round({**tensors, "backbone.encoder.stem.3d.conv.weight": torch.zeros(1)}, tensors)
+
+
+def test_bf16_costs_nearly_the_same_loss_and_keeps_float32_where_it_matters() -> None:
+    exact, half = apart(Learner(study(), ranks={3})), apart(Learner(study(), ranks={3}, precision="bf16"))
+    expected, report = exact.step(volumes(), step=0), half.step(volumes(), step=0)
+    assert report.terms == pytest.approx(expected.terms, rel=0.02)
+    assert {tensor.dtype for tensor in half.state(weights=True).tensors.values()} == {torch.float32}
+    assert half.objective(half.student, half.teacher, volumes(), half.centre).total.dtype == torch.float32
+
+
+def test_views_of_another_rank_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected views \(B, V, C, H, W\) or"):
+        Learner(study(), ranks={2}).step(torch.rand(2, 1, 33, 40), step=0)
+    with pytest.raises(ValueError, match="the model takes 2D"):
+        Learner(study(), ranks={2}).step(volumes(), step=0)
+
+
+def test_the_student_learns_to_predict_its_teacher() -> None:
+    learner = Learner(study(lr=3e-3, warmup_steps=0), ranks={2})
+    batch = images(scans=8)
+    first = learner.step(batch, step=0).total
+    assert all(learner.step(batch, step=step).diagnostics["target_entropy_image"] > 0 for step in range(1, 11))
+    assert learner.step(batch, step=11).total < first

@@ -1,0 +1,103 @@
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.published import SIZES, Published, needs_reference, released_shapes
+from unimiss_core.errors import CheckpointError
+from unimiss_core.network import empty_network
+from unimiss_core.released import read_released, released_names
+
+
+class Foreign:
+    """A class that no checkpoint may bring."""
+
+
+def released_file(folder: Path, size: Published, prototypes: int = 24, **changes: Any) -> Path:
+    """A file as the authors' code saves it; its tensors are views of single numbers, so it is small."""
+    shapes = {
+        name: [prototypes, *shape[1:]] if "last_layer" in name else shape
+        for name, shape in released_shapes(size).items()
+    }
+    content = {
+        "student": {f"module.{name}": filled(1.0, shape) for name, shape in shapes.items()},
+        "teacher": {name: filled(1.0 if "weight_g" in name else 2.0, shape) for name, shape in shapes.items()},
+        "optimizer": {"state": {0: {"step": 3}}, "param_groups": [{"lr": 1e-4}]},
+        "epoch": 400,
+        "args": argparse.Namespace(arch="MiT", lr=0.0008),
+        "loss": None,
+    }
+    path = folder / "released.pth"
+    torch.save({**content, **changes}, path)
+    return path
+
+
+def filled(value: float, shape: list[int]) -> Tensor:
+    return torch.tensor(value).expand(shape)
+
+
+@needs_reference
+@pytest.mark.parametrize("size", SIZES)
+def test_size_and_prototypes_are_recognised_and_every_tensor_finds_its_place(tmp_path: Path, size: Published) -> None:
+    found = read_released(released_file(tmp_path, size))
+    assert (found.model.size, found.model.prototypes) == (size, 24)
+    assert (found.model.image_size, found.model.volume_size) == ((224, 224), (16, 96, 96))
+    expected = {name: parameter.shape for name, parameter in empty_network(found.model).named_parameters()}
+    assert {name: tensor.shape for name, tensor in found.student.items()} == expected
+    assert all((tensor == 1.0).all() for tensor in found.student.values())
+    assert all((tensor == 2.0).all() for tensor in found.teacher.values())
+
+
+@needs_reference
+@pytest.mark.parametrize("size", SIZES)
+def test_names_map_one_to_one_onto_the_released_ones(tmp_path: Path, size: Published) -> None:
+    names = released_names(read_released(released_file(tmp_path, size)).model)
+    assert len(set(names.values())) == len(names)
+    assert {*names.values(), "head.last_layer.weight_g"} == released_shapes(size).keys()
+
+
+@needs_reference
+def test_a_file_with_another_class_is_never_unpickled(tmp_path: Path) -> None:
+    path = released_file(tmp_path, "tiny", args=Foreign())
+    with pytest.raises(CheckpointError, match=r"it holds tests\.test_released\.Foreign, and only argparse\.Namespace"):
+        read_released(path)
+
+
+@needs_reference
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("backbone.norm.weight", None, r"missing backbone\.norm\.weight"),
+        ("backbone.pos_drop", torch.zeros(2), r"unexpected backbone\.pos_drop"),
+        ("backbone.norm.bias", torch.zeros(47), r"backbone\.norm\.bias is \(47,\), which does not fit \(48,\)"),
+        ("backbone.norm.bias", torch.full((48,), torch.nan), r"backbone\.norm\.bias is not finite"),
+        ("head.last_layer.weight_g", torch.full((24, 1), 2.0), "weight_g is not 1 throughout"),
+        ("backbone.transformer.pos_embed2D4", torch.zeros(1, 51, 512), r"pos_embed2D4 is \(1, 51, 512\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
+    path = released_file(tmp_path, "tiny")
+    content = torch.load(path, weights_only=False)
+    content["student"].pop(f"module.{name}", None)
+    if tensor is not None:
+        content["student"][f"module.{name}"] = tensor
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        read_released(path)
+
+
+def test_what_is_no_released_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent\.pth: cannot be read \(No such file or directory\)"):
+        read_released(tmp_path / "absent.pth")
+    (garbage := tmp_path / "garbage.pth").write_bytes(b"not a pickle")
+    with pytest.raises(CheckpointError, match="it is damaged"):
+        read_released(garbage)
+    torch.save({"model": {}}, other := tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="expected a dict with 'student' and 'teacher'"):
+        read_released(other)
+    torch.save({"student": {"a": torch.zeros(1)}, "teacher": {}}, strange := tmp_path / "strange.pth")
+    with pytest.raises(CheckpointError, match=r"encoder depths \(0, 0, 0, 0\) are those of no published model"):
+        read_released(strange)
