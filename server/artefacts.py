@@ -7,7 +7,7 @@ fails for that: what cannot be read is left out and named in `Artefacts.gaps`, o
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -46,6 +46,9 @@ class SiteRecord(_Record):
     bytes_up: int = 0
     seconds: float = 0.0
     diagnostics: Figures = {}
+
+
+_ABSENT = SiteRecord(status="absent")
 
 
 class GlobalRecord(_Record):
@@ -97,6 +100,24 @@ class Artefacts:
     before: Mapping[str, ProbeRecord]
     after: Mapping[str, ProbeRecord]
     gaps: tuple[str, ...]
+
+    @property
+    def sites(self) -> list[str]:
+        """Every site that any round names, sorted."""
+        return sorted({name for one in self.rounds for name in one.sites})
+
+    def records(self, site: str) -> list[SiteRecord]:
+        """The site in each of `rounds`; a round that does not name it counts as absence."""
+        return [one.sites.get(site, _ABSENT) for one in self.rounds]
+
+    def missed(self, site: str) -> list[int]:
+        """Numbers of the rounds that the site did not count in."""
+        return [one.round for one, record in zip(self.rounds, self.records(site), strict=True) if record.status != "ok"]
+
+    def traffic(self, sites: Iterable[str]) -> tuple[int, int]:
+        """Bytes to these sites and from them, over all rounds."""
+        records = [record for site in sites for record in self.records(site)]
+        return sum(one.bytes_down for one in records), sum(one.bytes_up for one in records)
 
 
 def read_artefacts(out: Path) -> Artefacts:

@@ -1,7 +1,8 @@
 """The live screen of a simulation: bars where a person watches, plain lines where the output is a log.
 
-    with Display(Console()):
+    with Display() as display:
         simulate(...)
+    display.summarise(out)
 
 It listens to `unimiss_core.progress` and changes nothing about the run. Events may come from any thread.
 """
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -20,20 +22,20 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
 from server.wording import counted, duration, printable, significant
-from unimiss_core import progress
+from unimiss_core import checkpoint, progress
 from unimiss_core.progress import Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
 
 class Display:
-    """Shows the events of the block it wraps on `console`, and a summary at its end.
+    """Shows the events of the block it wraps, and at its end - good or bad - what they came to.
 
-    clock: seconds that never run backwards; a test gives its own.
+    console: by default standard output. clock: seconds that never run backwards; a test gives its own.
     """
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console
+    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console()
         self._tally = Tally(clock)
-        self._screen: Screen = Bars(console) if console.is_terminal else Lines(console)
+        self._screen: Screen = Bars(self._console) if self._console.is_terminal else Lines(self._console)
         # One event at a time: sites may train in threads, and a bar's text must go with its tally.
         self._lock = threading.Lock()
         self._open = ExitStack()
@@ -50,6 +52,15 @@ class Display:
         self._screen.stop()
         for line in self._tally.summary():
             self._console.print(Text(line), soft_wrap=True)
+
+    def summarise(self, out: Path) -> None:
+        """After a run that ended well: where its artefacts lie."""
+        if self._tally.rounds == 0:
+            self._console.print(Text("Every round of this run was finished before; nothing was left to do."))
+        latest = checkpoint.latest(out / "checkpoints")
+        for name, path in {"Report": out / "report.html", "Metrics": out / "metrics.jsonl", "Model": latest}.items():
+            if path is not None and path.exists():
+                self._console.print(Text(f"{name + ':':8} {path}"), soft_wrap=True)
 
     def show(self, event: Event) -> None:
         with self._lock:

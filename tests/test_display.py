@@ -3,13 +3,16 @@
 import io
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from server.display import Display, Tally
 from server.wording import byte_count, duration
-from unimiss_core import progress
+from tests.run_artefacts import round_records, study, write_run
+from unimiss_core import checkpoint, progress
 from unimiss_core.progress import Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
 SITES = ("alpha", "beta", "gamma")
@@ -153,6 +156,31 @@ def test_events_of_many_threads_are_all_counted() -> None:
             thread.join()
         progress.report(RoundDone(1, 1, 1.0, {}))
     assert all(file.getvalue().count(f"{site} did not count in 1 round: refused steps (1).") == 1 for site in sites)
+
+
+def test_the_last_lines_say_where_the_artefacts_lie(tmp_path: Path) -> None:
+    write_run(tmp_path, round_records(1), rounds=1)
+    folder = tmp_path / "checkpoints" / "round-0001"
+    config = study(1)
+    checkpoint.save(
+        folder,
+        origin="federation",
+        round=1,
+        study_digest=config.digest(),
+        model=config.model,
+        plan=config.plan,
+        student={"w": torch.ones(2, 3)},
+        teacher={"w": torch.ones(2, 3)},
+    )
+    file = io.StringIO()
+    with Display(Console(file=file), clock=Clock()) as display:
+        pass
+    display.summarise(tmp_path)
+    assert file.getvalue().splitlines() == [
+        "Every round of this run was finished before; nothing was left to do.",
+        f"Metrics: {tmp_path / 'metrics.jsonl'}",
+        f"Model:   {folder}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""What happened round by round: losses, traffic, the size of the update, and signs of collapse."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from server import charts
+from server.artefacts import Artefacts
+from server.charts import Reference, Series
+from server.markup import Html, joined
+from server.report_pieces import grid, in_words, legend, note, section, site_legend
+
+_GROUPS = {"shared": "shared", "2d": "2D only", "3d": "3D only", "head": "head"}
+
+
+def losses(run: Artefacts) -> Html:
+    curves = _curves(run, {name: [one.losses for one in run.records(name)] for name in run.sites})
+    if not curves:
+        said = "No loss was recorded: either no round was finished, or the sites keep it to themselves."
+        return section("Loss", note(said))
+    level = _uniform_level(run)
+    everything = [one for group in curves.values() for one in group]
+    bounds = charts.bounds_of(everything, include=[level.value] if level else [])
+    panels = [
+        charts.line_panel(in_words(term), group, reference=level, bounds=bounds) for term, group in curves.items()
+    ]
+    said = "Each term of the objective at each site, as the mean over the steps of a round."
+    if run.study:
+        said += (
+            f" The dashed line is log K for K = {run.study.model.prototypes:,} prototypes: what a model scores"
+            " that tells nothing apart. Learning shows as falling below it."
+        )
+    return section("Loss", note(said), site_legend(run), grid(panels))
+
+
+def rounds(run: Artefacts) -> Html:
+    if not run.rounds:
+        return joined()
+    traffic = {name: [(one.bytes_down, one.bytes_up) for one in run.records(name)] for name in run.sites}
+    pace = [
+        _series(run, name, [one.seconds if one.status == "ok" else None for one in run.records(name)], style)
+        for style, name in enumerate(run.sites)
+    ]
+    panels = [
+        charts.traffic_panel("Bytes in a round", [one.round for one in run.rounds], traffic),
+        _from_zero("Seconds in a round", pace),
+    ]
+    legends = [site_legend(run)]
+    if norms := _update_norms(run):
+        panels.append(_from_zero("Norm of the global update", norms))
+        legends.append(legend([(charts.swatch(one.style), one.name) for one in norms], of="Parameters"))
+    said = (
+        "What each round cost, and how far it moved the global student: the L2 norm of the change, by parameter group."
+    )
+    return section("Rounds", note(said), *legends, grid(panels))
+
+
+def collapse(run: Artefacts) -> Html:
+    curves = _curves(run, {name: [one.diagnostics for one in run.records(name)] for name in run.sites})
+    if not curves:
+        return joined()
+    panels = [_diagnostic(run, name, group) for name, group in curves.items()]
+    said = (
+        "Self-distillation can fall into giving every image the same answer. Signs of it: an entropy of the teacher's"
+        " targets that stays at log K (it tells nothing apart), an entropy of their mean over the batch near zero"
+        " (one prototype takes all), or features that stop varying."
+    )
+    return section("Collapse", note(said), site_legend(run), grid(panels))
+
+
+def _diagnostic(run: Artefacts, name: str, group: Sequence[Series]) -> Html:
+    level = _uniform_level(run) if "entropy" in name else None
+    bounds = charts.bounds_of(group, include=[level.value] if level else [])
+    return charts.line_panel(in_words(name), group, reference=level, bounds=bounds)
+
+
+def _from_zero(title: str, series: Sequence[Series]) -> Html:
+    return charts.line_panel(title, series, reference=None, bounds=charts.bounds_of(series, include=[0.0]))
+
+
+def _uniform_level(run: Artefacts) -> Reference | None:
+    """The cross-entropy, and the entropy, of a model that gives each of K prototypes the same probability."""
+    return Reference("log K", math.log(run.study.model.prototypes)) if run.study else None
+
+
+def _update_norms(run: Artefacts) -> list[Series]:
+    """A line for each parameter group, in hollow markers and colours that no small federation's sites have."""
+    norms = [one.whole.update_norm for one in run.rounds]
+    found = dict.fromkeys(group for one in norms for group in one)
+    order = [group for group in _GROUPS if group in found] + [group for group in found if group not in _GROUPS]
+    return [
+        _series(run, _GROUPS.get(group, group), [one.get(group) for one in norms], charts.STYLES // 2 + i)
+        for i, group in enumerate(order)
+    ]
+
+
+def _curves(run: Artefacts, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[Series]]:
+    """Name of a figure -> a line for each site that ever had it, in the sites' order and colours.
+
+    figures: site -> for each round, figures by name.
+    """
+    found = dict.fromkeys(key for per_round in figures.values() for values in per_round for key in values)
+    return {
+        key: [
+            _series(run, site, [values.get(key) for values in per_round], style)
+            for style, (site, per_round) in enumerate(figures.items())
+            if any(key in values for values in per_round)
+        ]
+        for key in found
+    }
+
+
+def _series(run: Artefacts, name: str, values: Sequence[float | None], style: int) -> Series:
+    return Series(name, [(one.round, value) for one, value in zip(run.rounds, values, strict=True)], style)

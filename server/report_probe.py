@@ -1,0 +1,128 @@
+"""What the model sees and what it knows: example views, held-out embeddings, and the linear probe."""
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+
+from server import charts
+from server.artefacts import Artefacts, ProbeRecord
+from server.charts import Estimate
+from server.markup import Html, joined, tag
+from server.report_pieces import card_table, caution, grid, in_words, legend, note, section, whole
+from server.wording import listed
+
+STEPS_THAT_TEACH = 800
+"""Optimiser steps of a site below which the published recipe has not left the uniform answer in our pilots."""
+
+_COLUMNS = ("Task", "Input", "Scans", "Positive", "Before", "After", "Change")
+
+Pair = tuple[ProbeRecord | None, ProbeRecord | None]
+"""A task's probe before the first round and after the last."""
+
+
+def views(run: Artefacts) -> Html:
+    if not run.views:
+        return section("Views", note("No example views were kept."))
+    sheets = [_sheet(site, picture) for site, picture in run.views.items()]
+    said = "Random views of scans as the student and the teacher see them, a few of each site."
+    return section("Views", note(said), grid(sheets, "grid wide"))
+
+
+def projection(run: Artefacts) -> Html:
+    if not run.projections:
+        return joined()
+    parts = []
+    for task, one in run.projections.items():
+        counts = Counter(one.labels.tolist())
+        styles = {label: i for i, label in enumerate(sorted(counts))}
+        panels = [
+            charts.scatter_panel("Before", one.before, one.labels, styles),
+            charts.scatter_panel("After", one.after, one.labels, styles),
+        ]
+        entries = [(charts.dot_swatch(i), f"{label} ({counts[label]:,})") for label, i in styles.items()]
+        parts += [tag("h3", None, in_words(task)), legend(entries), grid(panels)]
+    said = (
+        "Embeddings of scans that no site trained on, drawn in the plane before the first round and after the last."
+        " What lies close together looks alike to the model; the axes have no meaning of their own."
+    )
+    return section("Held-out scans", note(said), *parts)
+
+
+def probe(run: Artefacts) -> Html:
+    records = {task: (run.before.get(task), run.after.get(task)) for task in [*run.before, *run.after]}
+    if not records:
+        said = "No probe was made, so nothing here tells whether the features became more useful."
+        return section("Probe", note(said), *_too_short(run))
+    said = "A linear classifier on the frozen features, judged on patients that it was not fitted to."
+    kinds = {"before the first round": run.before, "after the last round": run.after}
+    if missing := [kind for kind, found in kinds.items() if not found]:
+        said += f" The probe {listed(missing)} was not made."
+    rows = [_row(task, pair) for task, pair in records.items()]
+    picture = _intervals(records)
+    return section("Probe", note(said), *_too_short(run), *picture, card_table(_COLUMNS, rows))
+
+
+def _sheet(site: str, picture: bytes) -> Html:
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    image = tag("img", {"src": source, "alt": f"Contact sheet of augmented views that {site} trains on"})
+    return tag("figure", None, tag("figcaption", None, site), image)
+
+
+def _too_short(run: Artefacts) -> list[Html]:
+    """The sentence that keeps a reader from reading learning into a run that was too short for it."""
+    steps = [total for name in run.sites if (total := sum(one.steps for one in run.records(name)))]
+    if not steps or (mean := sum(steps) / len(steps)) >= STEPS_THAT_TEACH:
+        return []
+    return [
+        caution(
+            f"This run is too short to show learning: each site made {mean:,.0f} steps on average, and some"
+            f" {STEPS_THAT_TEACH} steps a site are needed before differences mean anything."
+            " Read no gain or loss into these figures."
+        )
+    ]
+
+
+def _intervals(records: dict[str, Pair]) -> Sequence[Html]:
+    drawn = {in_words(task): (_estimate(a), _estimate(b)) for task, (a, b) in records.items()}
+    drawn = {task: pair for task, pair in drawn.items() if any(pair)}
+    if not drawn:
+        return []
+    key = tag("p", {"class": "fine"}, "Hollow: before the first round. Filled: after the last. Bars: interval.")
+    return [grid([charts.interval_panel("Area under the ROC curve", drawn, chance=0.5)]), key]
+
+
+def _row(task: str, pair: Pair) -> list[str]:
+    before, after = pair
+    known = after or before or ProbeRecord()
+    return [
+        in_words(task),
+        f"{known.rank}D" if known.rank else "",
+        f"{known.n:,}",
+        f"{known.positives:,}" if known.positives is not None else "",
+        _figure(before),
+        _figure(after),
+        _with_interval(after.gain, after.gain_interval, "+.3f") if after and after.gain is not None else "",
+    ]
+
+
+def _figure(record: ProbeRecord | None) -> str:
+    if record is None:
+        return "not made"
+    if record.auc is None:
+        return record.reason or "no figure"
+    return _with_interval(record.auc, record.interval, ".3f")
+
+
+def _with_interval(value: float, interval: tuple[float, float] | None, form: str) -> Html:
+    said = _signed(f"{value:{form}}")
+    if interval is None:
+        return whole(said)
+    return whole(said, tag("span", {"class": "soft"}, _signed(f" [{interval[0]:{form}}, {interval[1]:{form}}]")))
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def _estimate(record: ProbeRecord | None) -> Estimate | None:
+    return Estimate(record.auc, record.interval) if record and record.auc is not None else None

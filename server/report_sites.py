@@ -1,0 +1,111 @@
+"""The first thing a reader wants: did it go well, and who took part. Verdict and table of sites."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from server import charts
+from server.artefacts import Artefacts
+from server.markup import Html, joined, tag
+from server.report_pieces import card_table, caution, labelled, lines, note, number, section, whole
+from server.wording import byte_count, counted, duration, listed
+
+_SCANS = {"2d": "image", "3d": "volume"}
+_COLUMNS = ("Site", "Trains on", "Scans", "Rounds", "Steps", "To the site", "From the site", "Time")
+_NUMBERS = _COLUMNS[4:]
+
+
+def verdict(run: Artefacts) -> Html:
+    """One paragraph: how far it came, with whom, at what cost, and who dropped out."""
+    planned = run.study.schedule.rounds if run.study else None
+    if not run.rounds:
+        asked = f" of the {planned} rounds that the study asks for" if planned else ""
+        return joined(tag("b", None, "No round was finished"), f"{asked}, so there is nothing to show yet.")
+    done = f"{len(run.rounds)} of {planned} rounds" if planned else counted(len(run.rounds), "round")
+    start = "Finished" if planned is None or len(run.rounds) >= planned else "Stopped after"
+    down, up = run.traffic(run.sites)
+    return joined(
+        tag("b", None, f"{start} {done}"),
+        f" with {counted(len(run.sites), 'site')} in ",
+        whole(duration(sum(one.seconds for one in run.rounds))),
+        ". ",
+        whole(byte_count(down)),
+        " went to the sites and ",
+        whole(byte_count(up)),
+        f" came back. {_faithfulness(run)}",
+    )
+
+
+def site_table(run: Artefacts) -> Html:
+    gaps = [caution(f"This report is not complete. {' '.join(run.gaps)}")] if run.gaps else []
+    if not run.sites:
+        return section("Sites", note("No round has been recorded, so nothing is known about the sites."), *gaps)
+    rows = [_site_row(run, name) for name in run.sites]
+    return section("Sites", card_table(_COLUMNS, rows, numbers=_NUMBERS, foot=_total_row(run)), *gaps)
+
+
+def _faithfulness(run: Artefacts) -> str:
+    missed = {name: missed for name in run.sites if (missed := run.missed(name))}
+    if not missed:
+        return "Every site counted in every round."
+    gone = [name for name in missed if run.rounds[-1].round in missed[name]]
+    said = [f"{name} dropped out {_since(run, missed[name])}" for name in gone]
+    said += [f"{name} did not count in {counted(len(missed[name]), 'round')}" for name in missed if name not in gone]
+    return f"{listed(said)}; the table says why."
+
+
+def _since(run: Artefacts, missed: Sequence[int]) -> str:
+    last = max((one.round for one in run.rounds if one.round not in missed), default=None)
+    return f"after round {last}" if last is not None else "before its first round counted"
+
+
+def _site_row(run: Artefacts, name: str) -> list[str]:
+    records = run.records(name)
+    most = {rank: max(one.scans.get(rank, 0) for one in records) for rank in _SCANS}
+    held = {rank: count for rank, count in most.items() if count}
+    down, up = run.traffic([name])
+    steps, seconds = sum(one.steps for one in records), sum(one.seconds for one in records)
+    scans = [counted(count, _SCANS[rank]) for rank, count in held.items()]
+    return [
+        name,
+        whole(" + ".join(rank.upper() for rank in held) or "unknown"),
+        tag("div", None, *lines(scans or ["unknown"])),
+        _attendance(run, name),
+        number(steps, f"{steps:,}"),
+        number(down, byte_count(down)),
+        number(up, byte_count(up)),
+        number(seconds, duration(seconds)),
+    ]
+
+
+def _total_row(run: Artefacts) -> Html:
+    down, up = run.traffic(run.sites)
+    seconds = sum(one.seconds for one in run.rounds)
+    cells = [number(down, byte_count(down)), number(up, byte_count(up)), number(seconds, duration(seconds))]
+    name = tag("th", {"scope": "row", "colspan": len(_COLUMNS) - 3}, "Whole run")
+    return tag("tr", None, name, *labelled(_COLUMNS[-3:], cells, numbers=_NUMBERS))
+
+
+def _attendance(run: Artefacts, name: str) -> Html:
+    """3 ok, 1 refused; a strip with a cell for each round; and why a round did not count."""
+    records = run.records(name)
+    counts = Counter(record.status for record in records)
+    said = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: item[0] != "ok"))
+    reasons: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for one, record in zip(run.rounds, records, strict=True):
+        if record.status != "ok":
+            reasons[record.status, record.reason or "no reason given"].append(one.round)
+    why = [f"{status}: {reason}, {_spans(numbers)}" for (status, reason), numbers in reasons.items()]
+    strip = charts.attendance([record.status for record in records])
+    return tag("div", None, said, strip, tag("div", {"class": "fine"}, *lines(why)))
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """round 3; rounds 3, 5-7."""
+    runs: list[list[int]] = []
+    for one in numbers:
+        if runs and one == runs[-1][-1] + 1:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    text = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}\N{EN DASH}{run[-1]}" for run in runs)
+    return f"round\N{NO-BREAK SPACE}{text}" if len(numbers) == 1 else f"rounds\N{NO-BREAK SPACE}{text}"
