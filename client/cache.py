@@ -182,7 +182,7 @@ def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[
 
 def build(task: _Build) -> _Record:
     """Read and prepare one scan and put it into the cache, unless its content is there already."""
-    key = _content_key(task.candidate, task.plan)
+    key = content_key(task.candidate, task.plan)
     path = task.folder / f"{key}.npy"
     values, spacing = prepare(read(task.candidate), task.plan)
     offset = _write(path, np.rint(values * _FULL).astype(np.uint16))
@@ -205,7 +205,8 @@ def _write(path: Path, stored: NDArray[np.uint16]) -> int:
     return offset
 
 
-def _content_key(candidate: Candidate, plan: PlanConfig) -> str:
+def content_key(candidate: Candidate, plan: PlanConfig) -> str:
+    """sha256 of a scan's source bytes, of how its frames are joined, and of the plan; 32 hex digits."""
     digest = hashlib.sha256(_recipe(candidate, plan).encode())
     for path in candidate.paths:
         with path.open("rb") as file:

@@ -27,6 +27,10 @@ _FEW_BYTES = 256 * 2**20
 """Up to so much is read in this process, unless native codecs take part: workers take a second to start."""
 
 
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+"""What a picture or NIfTI must not be called: then something went wrong where it was written."""
+
+
 @dataclass(frozen=True)
 class Plain:
     """A NIfTI file or picture by its header."""
@@ -52,6 +56,8 @@ class Candidate:
     shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     flags: tuple[str, ...] = ()
+    study: str = ""
+    """Key of the DICOM study, made like a patient's; empty where there is none."""
     stack: Stack | None = None
     compressed: bool = False
 
@@ -79,6 +85,10 @@ class LeftOut:
     @property
     def kind(self) -> Kind:
         return "2d" if self.modality == "XR" or len(self.shape) == 2 else "3d"
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / file for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -193,15 +203,22 @@ def look(task: _Look) -> Header | Plain:
         raise ScanError("empty_file")
     with path.open("rb") as file:
         start = file.read(348)
-    if pictures.looks_like_picture(start):
-        shape, spacing = pictures.check_header(path)
-        return Plain(task.file, "picture", shape, spacing or (1.0, 1.0), () if spacing else ("spacing_unknown",))
-    if nifti.looks_like_nifti(start):
-        volume, spacing_mm, flags = nifti.check_header(path)
-        return Plain(task.file, "nifti", volume, spacing_mm, flags)
+    # A DICOM file may look like a TIFF too: its first 128 bytes are free for that.
+    if start[128:132] != b"DICM" and (pictures.looks_like_picture(start) or nifti.looks_like_nifti(start)):
+        if path.suffix.lower() in _DICOM_SUFFIXES:
+            raise ScanError("name_contradicts_content")
+        return _plain(path, task.file, start)
     if dicom.looks_like_dicom(start):
         return dicom.read_header(path, task.file, task.secret)
     raise ScanError("not_an_image")
+
+
+def _plain(path: Path, file: str, start: bytes) -> Plain:
+    if pictures.looks_like_picture(start):
+        shape, spacing = pictures.check_header(path)
+        return Plain(file, "picture", shape, spacing or (1.0, 1.0), () if spacing else ("spacing_unknown",))
+    volume, spacing_mm, flags = nifti.check_header(path)
+    return Plain(file, "nifti", volume, spacing_mm, flags)
 
 
 def _looks(
@@ -247,7 +264,7 @@ def _sorted_out(
         if group.stack is None:
             left_out.append(_left_out(source, group))
         else:
-            candidates.append(_dicom_candidate(source, group, group.stack))
+            candidates.append(_dicom_candidate(source, group, group.stack, secret))
     return Catalogue(tuple(candidates), tuple(left_out), tuple(unreadable), seen)
 
 
@@ -297,7 +314,7 @@ def _plain_candidate(
     )
 
 
-def _dicom_candidate(source: DataSource, group: Group, stack: Stack) -> Candidate:
+def _dicom_candidate(source: DataSource, group: Group, stack: Stack, secret: bytes) -> Candidate:
     first = group.headers[0]
     assert first.modality is not None
     assert first.patient is not None
@@ -310,6 +327,7 @@ def _dicom_candidate(source: DataSource, group: Group, stack: Stack) -> Candidat
         shape=stack.shape,
         spacing_mm=stack.spacing_mm,
         flags=stack.flags,
+        study=patient_of(first.study, secret).key if first.study else "",
         stack=stack,
         compressed=any(header.compressed for header in group.headers),
     )

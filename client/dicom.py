@@ -64,7 +64,7 @@ _IMAGE_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("DOSE_INFO", "DOSE", "SCREEN SAVE", "SCREENSAVE"), "dose_or_screen"),
     "MOSAIC": "mosaic",
     **dict.fromkeys(
-        ("MPR", "MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "REFORMATTED", "CPR", "VRT", "VOLUME RENDER",
+        ("MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "CPR", "VRT", "VOLUME RENDER",
          "3D RENDERING", "CSA 3D EDITOR", "CSAPARALLEL"),
         "derived_image",
     ),
@@ -145,7 +145,7 @@ def _open(path: Path) -> tuple[Dataset, int | None]:
         _check_inflation(file, size)
         dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(_HEADER_TAGS))
         syntax = _transfer_syntax(dataset)
-        if syntax is not None and syntax.is_deflated:
+        if syntax is not None and syntax.encode() + b"\0" == _DEFLATED:
             return dataset, _deflated_room(path)
         return dataset, _room(file, size, dataset)
 
@@ -197,6 +197,13 @@ def _transfer_syntax(dataset: Dataset) -> UID | None:
     return UID(meta.TransferSyntaxUID) if meta is not None and "TransferSyntaxUID" in meta else None
 
 
+def _is_compressed(syntax: UID | None) -> bool:
+    try:
+        return syntax is not None and syntax.is_compressed
+    except ValueError:  # none that pydicom knows
+        return True
+
+
 def _header(dataset: Dataset, room: int | None, file: str, secret: bytes) -> Header:
     if not len(dataset):
         raise ScanError("damaged_header")
@@ -223,7 +230,7 @@ def _header(dataset: Dataset, room: int | None, file: str, secret: bytes) -> Hea
         matrix=(_count(dataset, "Rows"), _count(dataset, "Columns")),
         frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
         frames=frames,
-        compressed=syntax is not None and syntax.is_compressed,
+        compressed=_is_compressed(syntax),
         reason=reason,
     )
 
@@ -246,8 +253,12 @@ def _reason(dataset: Dataset, room: int | None, sop_class: str, modality: Modali
 
 def _type_reason(image_type: Sequence[str], modality: Modality) -> str:
     for word in image_type[2:]:
-        if word in _IMAGE_TYPES and not (modality == "XR" and _IMAGE_TYPES[word] == "phase_image"):
-            return _IMAGE_TYPES[word]
+        reason = _IMAGE_TYPES.get(word, "")
+        # In an X-ray or PET these words mean something else.
+        if reason and (modality in ("CT", "MR") or reason not in ("phase_image", "parameter_map")):
+            return reason
+    if image_type[:1] == ["DERIVED"] and {"MPR", "REFORMATTED"} & set(image_type[2:]):
+        return "derived_image"
     # Every PET is computed, and scanners say so; a CT or MR that says so was made from another series.
     if modality in ("CT", "MR") and list(image_type[:2]) == ["DERIVED", "SECONDARY"]:
         return "derived_image"
@@ -290,13 +301,14 @@ def _frames(dataset: Dataset, file: str, modality: Modality) -> Iterator[Frame]:
     for number in range(count):
         if functional is None:
             # A plain multi-frame object has one position for all frames: no geometry can be had from it.
-            yield _plain_frame(dataset, file, number, with_position=count == 1)
+            yield _plain_frame(dataset, file, number, modality, with_position=count == 1)
         else:
             yield _enhanced_frame(dataset, shared, functional[number], file, number, modality)
 
 
-def _plain_frame(dataset: Dataset, file: str, number: int, *, with_position: bool) -> Frame:
+def _plain_frame(dataset: Dataset, file: str, number: int, modality: Modality, *, with_position: bool) -> Frame:
     echo = _numbers(dataset, "EchoTime", 1) or _numbers(dataset, "EchoNumbers", 1)
+    kinds = _texts(dataset, "ImageType")[2:] if modality == "MR" else []  # in phase, water, fat, ...
     time = [_number(dataset, name) for name in ("TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber")]
     return Frame(
         file=file,
@@ -304,7 +316,7 @@ def _plain_frame(dataset: Dataset, file: str, number: int, *, with_position: boo
         position=_numbers(dataset, "ImagePositionPatient", 3) if with_position else None,
         orientation=_numbers(dataset, "ImageOrientationPatient", 6),
         spacing_mm=_spacing(dataset),
-        contrast=(str(echo), str(_numbers(dataset, "DiffusionBValue", 1))),
+        contrast=(str(echo), str(_numbers(dataset, "DiffusionBValue", 1)), *kinds),
         time=(*time, _number(dataset, "AcquisitionTime"), _number(dataset, "InstanceNumber")),
     )
 
@@ -442,7 +454,7 @@ def _decode_reason(dataset: Dataset) -> str:
     syntax = _transfer_syntax(dataset)
     if syntax == _JPEG_EXTENDED and _count(dataset, "BitsStored") > 8:
         return "needs_extra_jpeg12"
-    return "cannot_decode" if syntax is not None and syntax.is_compressed else "truncated_pixels"
+    return "cannot_decode" if _is_compressed(syntax) else "truncated_pixels"
 
 
 def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.float32]:
@@ -460,7 +472,7 @@ def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.f
     values = _rescaled(dataset, number, stored)
     if padded is not None and not padded.all():
         values[padded] = values[~padded].min()
-    return values.astype(np.float32)
+    return values
 
 
 def grey_of(colour: NDArray[Any]) -> NDArray[Any]:
@@ -484,7 +496,7 @@ def _stored_range(dataset: Dataset, stored: NDArray[Any]) -> tuple[float, float,
     allocated = stored.dtype.itemsize * 8
     signed = stored.dtype.kind == "i"
     syntax = _transfer_syntax(dataset)
-    if bits < allocated and syntax is not None and not syntax.is_compressed:
+    if bits < allocated and not _is_compressed(syntax):
         # Old files keep overlays in the unused bits.
         shift = min(max(0, _count(dataset, "HighBit", bits - 1) - (bits - 1)), allocated - bits)
         stored = stored << (allocated - bits - shift) >> (allocated - bits)
@@ -502,12 +514,13 @@ def _padding(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None
     return np.asarray((stored >= min(value[0], limit[0])) & (stored <= max(value[0], limit[0])))
 
 
-def _rescaled(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.float64]:
+def _rescaled(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.float32]:
     if "ModalityLUTSequence" in dataset and len(dataset.ModalityLUTSequence):
         lut = apply_modality_lut(stored.astype(np.int64), dataset)
-        return np.asarray(lut, dtype=np.float64)
+        return np.asarray(lut, dtype=np.float32)
     slope, intercept = _rescale(dataset, number)
-    return stored.astype(np.float64) * slope + intercept
+    # In float32 like every common converter, so that volumes agree with theirs bit for bit.
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
 def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:

@@ -167,7 +167,7 @@ def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
     usable: list[Header] = []
     seen: set[str] = set()
     for header in headers:
-        reason = header.reason
+        reason = header.reason or _header_problem(header)
         if not reason and header.instance:
             reason = "duplicate" if header.instance in seen else ""
             seen.add(header.instance)
@@ -218,15 +218,22 @@ def _sort_alike(headers: list[Header], *, interpolate: bool) -> list[Group]:
 
 def _image(header: Header) -> Group:
     """A projection X-ray: each file is an image; films with several frames are cine or tomosynthesis."""
-    frame = header.frames[0]
+    frame, flags = header.frames[0], tuple[str, ...]()
     if len(header.frames) > 1:
         return Group((header,), header.frames, None, "multi_frame_xray")
     if frame.reason:
         return Group((header,), header.frames, None, frame.reason)
-    if frame.spacing_mm is not None and not _plausible(frame.spacing_mm):
-        return Group((header,), header.frames, None, "bad_spacing")
-    stack = Stack(frames=(frame,), slots=(0,), shifts=(), matrix=header.matrix, gap_mm=0.0)
+    if frame.spacing_mm is None or not _plausible(frame.spacing_mm):
+        frame, flags = replace(frame, spacing_mm=None), ("spacing_unknown",)
+    stack = Stack((frame,), slots=(0,), shifts=(), matrix=header.matrix, gap_mm=0.0, flags=flags)
     return Group((header,), header.frames, stack, "")
+
+
+def _header_problem(header: Header) -> str:
+    """What is wrong with a file of one frame, seen before it can count as the first of several copies."""
+    if header.modality == "XR" or len(header.frames) != 1:
+        return ""
+    return header.frames[0].reason or _geometry_problem(header.frames[0])
 
 
 def _geometry_problem(frame: Frame) -> str:

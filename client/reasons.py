@@ -1,0 +1,59 @@
+"""Why a file or series is left out: every code that `ScanError` carries in reading, with its meaning for a person.
+
+`docs/reading.md` lists the same codes with the rules behind them; a test holds the two and the code together.
+"""
+
+from collections.abc import Mapping
+
+REASONS: Mapping[str, str] = {
+    # Files that are no scan or cannot be opened as one
+    "not_an_image": "neither DICOM nor NIfTI, PNG, JPEG or TIFF",
+    "name_contradicts_content": "called .dcm but is a picture or NIfTI: the export went wrong",
+    "empty_file": "holds no byte",
+    "cannot_open": "missing, or this user may not read it",
+    "damaged_header": "its header cannot be read",
+    "dicomdir": "an index of a DICOM medium; the files it lists are found without it",
+    "reader_failed": "the reader failed in an unforeseen way",
+    "timed_out": "took longer than the time limit for one file",
+    "reader_crashed": "made its decoder crash",
+    "out_of_memory": "needs more memory than a reader may take",
+    "too_large": "claims more voxels than a scan may have",
+    # Pixels
+    "no_pixels": "a document without pixels: report, structure set, presentation state, ...",
+    "truncated_pixels": "holds fewer pixels than its header says",
+    "cannot_decode": "its compressed pixels cannot be decoded",
+    "needs_extra_jpeg12": "12-bit JPEG Extended: install the extra 'jpeg12' (pylibjpeg-libjpeg, GPL) to read it",
+    "bad_pixel_description": "its header describes no possible image",
+    "binary_image": "black and white only: a mask or a scanned page",
+    "colour_image": "a coloured picture, not a grey one stored in colours",
+    "blank": "shows one value everywhere",
+    "not_finite": "more than half of its values are no numbers",
+    # Objects that are no plain pictures of a body
+    "unsupported_object": "an object other than CT, MR, PET or X-ray: ultrasound, segmentation, dose, slide, ...",
+    "secondary_capture": "a secondary capture: screen shots and scanned papers, often with names burned in",
+    "burned_in_annotation": "has text burned into its pixels, as its header says",
+    "localizer": "a localizer (scout)",
+    "dose_or_screen": "a dose report or a screen as image",
+    "derived_image": "made from another series: reformat, projection, rendering, crop",
+    "parameter_map": "a computed map (perfusion, diffusion, subtraction, field map), not a picture",
+    "phase_image": "phase, real or imaginary part of an MR",
+    "mosaic": "slices laid out in one picture",
+    "multi_frame_xray": "an X-ray film or tomosynthesis, not a radiograph",
+    "no_rescale": "an unsigned CT that does not say how its values become Hounsfield units",
+    # Patients
+    "no_patient_id": "has no PatientID; give the source a patient_pattern or a table",
+    "no_patient_match": "the source's table or patient_pattern gives no patient for it",
+    "two_patients_in_series": "one series under two patients: whose it is cannot be known",
+    # Series and geometry
+    "duplicate": "a copy of a file, slice or scan that is used",
+    "later_time_point": "a later time point of a series whose first one is used",
+    "slice_beside_volume": "a lone slice in a study with a volume: test shot or bolus watch",
+    "no_geometry": "does not say where in the patient it lies",
+    "bad_geometry": "says impossible things about where it lies, or lies on a skewed grid",
+    "bad_spacing": "its voxels are absurdly small or large",
+    "too_few_slices": "two slices are no volume",
+    "missing_slices": "slices are missing; a study may allow a few to be interpolated (plan.missing_slices)",
+    "uneven_spacing": "slices at uneven distances",
+    "uneven_offsets": "slices that lie beside each other unevenly",
+    "tilt_too_steep": "a gantry tilt of more than 45 degrees",
+}

@@ -1,0 +1,329 @@
+"""`unimiss-site check`: a truthful account of a folder, before anything joins. It reads everything and sends nothing.
+
+Every scan is decoded and prepared exactly as for training. The report names no patient and, unless the operator asks
+for it, no path: patients are numbered in the order in which they are met. Its format is in docs/reading.md.
+"""
+
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group as Lines
+from rich.table import Table
+from rich.text import Text
+
+from client import nifti, pictures, workers
+from client.cache import content_key
+from client.catalogue import Candidate, Catalogue, LeftOut, catalogue, read
+from client.reasons import REASONS
+from client.series import Kind
+from client.site_config import DataSource
+from unimiss_core.errors import ScanError
+from unimiss_core.plan import prepare
+from unimiss_core.scan import Modality, Scan
+from unimiss_core.study import PlanConfig
+
+FORMAT = 1
+_TILE = 96
+_MAX_TILES = 120
+_PIXEL_REASONS = frozenset(
+    "truncated_pixels cannot_decode needs_extra_jpeg12 bad_pixel_description damaged_header "
+    "timed_out reader_crashed reader_failed out_of_memory cannot_open".split()
+)
+"""A file with one of these could not be read; the others were read and left out by rule."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image, volume or left-out remainder of a series."""
+
+    kind: Kind
+    modality: Modality | None
+    shape: tuple[int, ...]
+    """Of the source, in canonical axes where it was read: (H, W) or (D, H, W)."""
+    spacing_mm: tuple[float, ...]
+    paths: tuple[Path, ...]
+    decision: Literal["used", "left_out"]
+    reason: str = ""
+    flags: tuple[str, ...] = ()
+    patient: int | None = None
+    study: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    entries: tuple[Entry, ...]
+    files_seen: int
+    unreadable: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    """Reason -> files that could not be read."""
+
+    @property
+    def used(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.decision == "used")
+
+
+def check(
+    sources: Sequence[DataSource],
+    plan: PlanConfig,
+    *,
+    processes: int | None = None,
+    nifti_folder: Path | None = None,
+    preview: Path | None = None,
+    show: Callable[[str, int, int], None] | None = None,
+) -> CheckReport:
+    """Read everything in `sources` and say what would be used.
+
+    nifti_folder: write each prepared scan there. preview: write a contact sheet (PNG) there.
+    show: called with (what is going on, done, total or 0) as the work goes on.
+    """
+    show = show or (lambda _what, _done, _total: None)
+    found = catalogue(
+        sources,
+        secrets.token_bytes(32),  # patients are told apart within this report, and never again
+        interpolate=plan.missing_slices == "interpolate",
+        processes=processes,
+        isolate=True,
+        looked=lambda done: show("looking at files", done, 0),
+    )
+    tasks = [
+        _Examine(candidate, plan, nifti_folder, f"scan-{number:05d}", preview is not None)
+        for number, candidate in enumerate(found.candidates, start=1)
+    ]
+    outcomes: dict[int, _Examined | ScanError] = {}
+    for index, outcome in workers.run(examine, tasks, workers=processes, time_limit_s=300.0):
+        outcomes[index] = outcome
+        show("reading scans", len(outcomes), len(tasks))
+    if preview is not None:
+        tiles = [one.tile for _, one in sorted(outcomes.items()) if isinstance(one, _Examined)]
+        pictures.write_png(preview, contact_sheet([tile for tile in tiles if tile is not None]))
+    return _report(found, outcomes)
+
+
+@dataclass(frozen=True)
+class _Examine:
+    candidate: Candidate
+    plan: PlanConfig
+    nifti_folder: Path | None
+    name: str
+    preview: bool
+
+
+@dataclass(frozen=True)
+class _Examined:
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    key: str
+    tile: NDArray[np.uint8] | None
+
+
+def examine(task: _Examine) -> _Examined:
+    """Read and prepare one scan, write what was asked for, keep only what the report needs."""
+    scan = read(task.candidate)
+    values, spacing = prepare(scan, task.plan)
+    if task.nifti_folder is not None:
+        prepared = Scan(values, spacing, scan.modality, moved_affine(scan, values.shape[1:]))
+        nifti.write_nifti(task.nifti_folder / f"{task.name}_{scan.modality}_{scan.rank}d.nii.gz", prepared)
+    return _Examined(
+        shape=scan.voxels.shape[1:],
+        spacing_mm=scan.spacing_mm,
+        key=content_key(task.candidate, task.plan),
+        tile=_tile(values) if task.preview else None,
+    )
+
+
+def moved_affine(scan: Scan, shape: Sequence[int]) -> NDArray[np.float64] | None:
+    """The affine of a scan after resampling to `shape` about the same centre; see `unimiss_core.plan.resample`."""
+    if scan.affine is None:
+        return None
+    thin = 3 - len(shape)  # an image's affine begins with the axis it has no extent along
+    old = np.array([1] * thin + list(scan.voxels.shape[1:]), dtype=float)
+    new = np.array([1] * thin + list(shape), dtype=float)
+    step = old / new
+    to_old = np.diag([*step, 1.0])
+    to_old[:3, 3] = (old - 1) / 2 - step * (new - 1) / 2
+    return np.asarray(scan.affine @ to_old)
+
+
+def _tile(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """(_TILE, _TILE): the picture, or the middle axial slice, shrunk to fit."""
+    picture = values[0] if values.ndim == 3 else values[0, values.shape[1] // 2]
+    step = max(1.0, max(picture.shape) / _TILE)
+    rows, columns = (np.arange(0, length, step).astype(int) for length in picture.shape)
+    small = picture[np.ix_(rows[:_TILE], columns[:_TILE])]
+    tile = np.zeros((_TILE, _TILE), dtype=np.uint8)
+    top, left = (_TILE - small.shape[0]) // 2, (_TILE - small.shape[1]) // 2
+    tile[top : top + small.shape[0], left : left + small.shape[1]] = np.rint(small * 255)
+    return tile
+
+
+def contact_sheet(tiles: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """All tiles, or so many evenly picked ones, on one sheet (H, W) with white lines between."""
+    if len(tiles) > _MAX_TILES:
+        tiles = [tiles[round(index)] for index in np.linspace(0, len(tiles) - 1, _MAX_TILES)]
+    columns = min(12, max(1, len(tiles)))
+    rows = max(1, -(-len(tiles) // columns))
+    sheet = np.full((rows * (_TILE + 2) + 2, columns * (_TILE + 2) + 2), 255, dtype=np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = 2 + index // columns * (_TILE + 2), 2 + index % columns * (_TILE + 2)
+        sheet[top : top + _TILE, left : left + _TILE] = tile
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def _report(found: Catalogue, outcomes: Mapping[int, _Examined | ScanError]) -> CheckReport:
+    patients, studies = _Numbers(), _Numbers()
+    entries: list[Entry] = []
+    unreadable: dict[str, list[Path]] = {}
+    seen: set[tuple[str, str]] = set()
+    for index, candidate in enumerate(found.candidates):
+        outcome = outcomes[index]
+        reason = outcome.reason if isinstance(outcome, ScanError) else ""
+        if isinstance(outcome, _Examined):
+            reason = "duplicate" if (candidate.patient, outcome.key) in seen else ""
+            seen.add((candidate.patient, outcome.key))
+        if reason in _PIXEL_REASONS:  # one file of the series failed; which one, its reader does not say
+            unreadable.setdefault(reason, []).append(candidate.paths[0])
+        read_well = isinstance(outcome, _Examined)
+        entries.append(
+            Entry(
+                kind=candidate.kind,
+                modality=candidate.modality,
+                shape=outcome.shape if isinstance(outcome, _Examined) else candidate.shape,
+                spacing_mm=outcome.spacing_mm if isinstance(outcome, _Examined) else candidate.spacing_mm,
+                paths=candidate.paths,
+                decision="used" if read_well and not reason else "left_out",
+                reason=reason,
+                flags=candidate.flags,
+                patient=patients.of(candidate.patient),
+                study=studies.of(candidate.study),
+            )
+        )
+    for entry in found.left_out:
+        if entry.reason in _PIXEL_REASONS:
+            unreadable.setdefault(entry.reason, []).extend(entry.paths)
+        entries.append(_left_out_entry(entry, patients))
+    for entry in found.unreadable:
+        unreadable.setdefault(entry.reason, []).extend(entry.paths)
+    return CheckReport(tuple(entries), found.files_seen, {key: tuple(unreadable[key]) for key in sorted(unreadable)})
+
+
+def _left_out_entry(entry: LeftOut, patients: "_Numbers") -> Entry:
+    return Entry(
+        kind=entry.kind,
+        modality=entry.modality,
+        shape=entry.shape,
+        spacing_mm=entry.spacing_mm,
+        paths=entry.paths,
+        decision="left_out",
+        reason=entry.reason,
+        patient=patients.of(entry.patient),
+    )
+
+
+class _Numbers:
+    """Counts what it is asked for from 1, so that equal things can be told without saying what they are."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+
+    def of(self, key: str) -> int | None:
+        return self._known.setdefault(key, len(self._known) + 1) if key else None
+
+
+def as_json(report: CheckReport, *, show_paths: bool) -> dict[str, Any]:
+    """The report as docs/reading.md describes it; paths only where the operator asked for them."""
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "files_seen": report.files_seen,
+        "files_unreadable": {reason: len(paths) for reason, paths in report.unreadable.items()},
+        "patients": len({entry.patient for entry in report.used}),
+        "used": {kind: sum(entry.kind == kind for entry in report.used) for kind in ("2d", "3d")},
+        "series": [_entry_json(entry, show_paths=show_paths) for entry in report.entries],
+    }
+    if show_paths:
+        result["unreadable_paths"] = {
+            reason: [str(path) for path in paths] for reason, paths in report.unreadable.items()
+        }
+    return result
+
+
+def _entry_json(entry: Entry, *, show_paths: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "kind": entry.kind,
+        "modality": entry.modality,
+        "shape": list(entry.shape),
+        "spacing_mm": [round(step, 6) for step in entry.spacing_mm],
+        "files": len(entry.paths),
+        "decision": entry.decision,
+        "reason": entry.reason or None,
+        "flags": list(entry.flags),
+        "patient": entry.patient,
+    }
+    return result | ({"paths": [str(path) for path in entry.paths]} if show_paths else {})
+
+
+def tables(report: CheckReport, *, show_paths: bool) -> Lines:
+    """The report for a person: what would be used, what is left out and why."""
+    unread = sum(len(paths) for paths in report.unreadable.values())
+    said = f"{report.files_seen} files seen, {unread} could not be read, {len(report.used)} scans usable"
+    parts: list[Any] = [_used_table(report), _left_out_table(report), Text(said)]
+    if show_paths:
+        lines = [(entry.reason, path) for entry in report.entries if entry.reason for path in entry.paths]
+        lines += [(reason, path) for reason, paths in report.unreadable.items() for path in paths]
+        parts += [Text(f"{reason}  {path}") for reason, path in sorted(set(lines))]
+    return Lines(*parts)
+
+
+def _used_table(report: CheckReport) -> Table:
+    table = Table(title="What a site would train on")
+    table.add_column("scans")
+    for title in ("patients", "studies", "used", "size", "spacing in mm"):
+        table.add_column(title, justify="right")
+    kinds = sorted({(entry.modality or "", entry.kind) for entry in report.used})
+    for modality, kind in kinds:
+        entries = [entry for entry in report.used if (entry.modality, entry.kind) == (modality, kind)]
+        studies = {entry.study for entry in entries if entry.study is not None}
+        known = [entry.spacing_mm for entry in entries if "spacing_unknown" not in entry.flags]
+        table.add_row(
+            f"{modality} {kind}",
+            str(len({entry.patient for entry in entries})),
+            str(len(studies)) if studies else "-",
+            str(len(entries)),
+            _span([entry.shape for entry in entries], "{:.0f}"),
+            _span(known, "{:.3g}") if known else "not stated",
+        )
+    return table
+
+
+def _span(values: Iterable[Sequence[float]], form: str) -> str:
+    """Least to largest along each axis, as '1-3 x 0.5 x 0.5'."""
+    columns = list(zip(*values, strict=True))
+    ends = [(form.format(min(column)), form.format(max(column))) for column in columns]
+    return " x ".join(low if low == high else f"{low}-{high}" for low, high in ends)
+
+
+def _left_out_table(report: CheckReport) -> Table:
+    series: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    for entry in report.entries:
+        if entry.reason:
+            series[entry.reason] += 1
+            files[entry.reason] += len(entry.paths)
+    for reason, paths in report.unreadable.items():
+        if reason not in files:
+            files[reason] += len(paths)
+    table = Table(title="What is left out, and why")
+    table.add_column("reason")
+    table.add_column("series", justify="right")
+    table.add_column("files", justify="right")
+    table.add_column("meaning")
+    for reason, count in files.most_common():
+        table.add_row(reason, str(series[reason] or "-"), str(count), REASONS.get(reason, ""))
+    return table

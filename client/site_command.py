@@ -1,0 +1,108 @@
+"""The `unimiss-site` command: what a hospital's operator types.
+
+Exit codes: 0 done, 2 wrong arguments or configuration, 3 nothing usable, 130 interrupted; see `unimiss_core.errors`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from client import site_check
+from client.site_config import DataSource, load_site
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
+from unimiss_core.study import PlanConfig, StudyConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.act(options)
+    except UnimissError as error:
+        print(f"unimiss-site: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("unimiss-site: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unimiss-site", description="Run a site of a federated study.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_check(commands.add_parser("check", help="read a folder, say what would be used; sends nothing"))
+    return parser
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA", help="a folder of scans, or a site file (.yaml)")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the account as JSON")
+    parser.add_argument("--save-nifti", type=Path, metavar="DIR", help="write what the model would see as NIfTI")
+    parser.add_argument("--preview", type=Path, metavar="FILE.png", help="write a contact sheet")
+    parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="prepare scans as this study says")
+    parser.add_argument("--show-paths", action="store_true", help="name files; the report is then for this site only")
+    parser.set_defaults(act=_check)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError: no such folder or file; NoUsableScanError: nothing in it can be used."""
+    sources, processes = _sources(options.data)
+    plan = load(StudyConfig, options.study).plan if options.study else PlanConfig()
+    for file in (options.report, options.preview):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"{file}: its folder does not exist; create it first")
+    if options.save_nifti is not None:
+        try:
+            options.save_nifti.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--save-nifti {options.save_nifti}: cannot be made ({error.strerror})") from None
+    with _bar() as show:
+        report = site_check.check(
+            sources,
+            plan,
+            processes=processes,
+            nifti_folder=options.save_nifti,
+            preview=options.preview,
+            show=show,
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(site_check.tables(report, show_paths=options.show_paths))
+    if options.report is not None:
+        _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
+    if not report.used:
+        raise NoUsableScanError("no usable scan; the table says why, and --show-paths names the files")
+
+
+def _sources(data: Path) -> tuple[Sequence[DataSource], int | None]:
+    """What to read, and with how many processes."""
+    if data.is_dir():
+        return (DataSource(folder=data.absolute()),), None
+    if data.is_file() and data.suffix in (".yaml", ".yml"):
+        site = load_site(data)
+        return site.data, site.workers
+    raise ConfigError(f"{data}: expected a folder of scans or a site file (.yaml), and it is neither")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total or None)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
