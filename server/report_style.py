@@ -110,7 +110,7 @@ pre {
 }
 footer { margin-top: 3.5rem; color: var(--soft); font-size: .8125rem }
 
-@media (max-width: 46rem) {
+@media screen and (max-width: 46rem) {
   table.cards, .cards tbody, .cards tfoot, .cards tr, .cards th, .cards td { display: block }
   .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
   .cards tr { padding: .9rem 0; border-bottom: 1px solid var(--rule) }
@@ -121,8 +121,10 @@ footer { margin-top: 3.5rem; color: var(--soft); font-size: .8125rem }
 }
 @media print {
   :root { color-scheme: light }
-  main { max-width: none; padding: 0 } body { font-size: 10.5pt }
-  section { break-inside: auto } h2, h3 { break-after: avoid } tr { break-inside: avoid }
+  main { max-width: none; padding: 0 } body { font-size: 10pt } table { font-size: 8.5pt }
+  header { margin-bottom: 1.5rem } section { margin-top: 1.5rem; padding-top: 1rem }
+  h2, h3, section > p, .legend { break-after: avoid } tr { break-inside: avoid }
+  pre { columns: 3; font-size: 7pt }
   .grid { grid-template-columns: repeat(3, 1fr); gap: 1.25rem }
   .grid.wide { grid-template-columns: repeat(2, 1fr) }
   details::details-content { content-visibility: visible; display: block }
