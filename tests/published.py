@@ -39,10 +39,14 @@ def released_shapes(size: Published) -> dict[str, list[int]]:
 def network(size: Published, salt: str) -> Network:
     """The network with the recipe's weights, imported from their released names."""
     model = published_model(size)
-    weights = {name: _weight(salt + name, name, shape) for name, shape in released_shapes(size).items()}
     made = empty_network(model).to_empty(device="cpu")
-    load_tensors_(made, under_our_names(weights, model))
+    load_tensors_(made, under_our_names(recipe_weights(size, salt), model))
     return made
+
+
+def recipe_weights(size: Published, salt: str) -> dict[str, Tensor]:
+    """The recipe's weights under their released names."""
+    return {name: _weight(salt + name, name, shape) for name, shape in released_shapes(size).items()}
 
 
 def measured(size: Published) -> dict[str, Any]:
