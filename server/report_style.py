@@ -123,7 +123,7 @@ footer { margin-top: 3.5rem; color: var(--soft); font-size: .8125rem }
   :root { color-scheme: light }
   main { max-width: none; padding: 0 } body { font-size: 10pt } table { font-size: 8.5pt }
   header { margin-bottom: 1.5rem } section { margin-top: 1.5rem; padding-top: 1rem }
-  h2, h3, section > p, .legend { break-after: avoid } tr { break-inside: avoid }
+  h2, h3, section > p, .legend { break-after: avoid } tr, p { break-inside: avoid }
   pre { columns: 3; font-size: 7pt }
   .grid { grid-template-columns: repeat(3, 1fr); gap: 1.25rem }
   .grid.wide { grid-template-columns: repeat(2, 1fr) }
