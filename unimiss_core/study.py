@@ -65,14 +65,18 @@ class ViewConfig(Config):
     image_size: tuple[Positive, Positive] = (64, 64)
     volume_size: tuple[Positive, Positive, Positive] = (16, 64, 64)
     area: tuple[Fraction, Fraction] = (0.25, 1.0)
-    """Share of the image's area or the volume's content that a crop covers, drawn uniformly."""
+    """Share of the image's (H, W) area that a crop covers, drawn uniformly; a volume's crop also covers the root of it
+    in depth. Published for images: (0.14, 1.0)."""
     aspect: tuple[float, float] = (0.75, 4 / 3)
-    """Ratio of a crop's height to its width (log-uniform); depth keeps its share of the volume."""
-    flip: Fraction = 0.5
-    """Chance of a flip, for each of the last two axes' left-right direction only."""
+    """How much taller than the view's own shape a crop is (log-uniform); 1 means not stretched."""
+    volume_region: Annotated[float, Field(gt=0)] | None = 1.6
+    """All views of a volume lie in one box, placed at random, of this many times volume_size (published: 1.4 to 1.8;
+    crops then have 0.8 to 1.6 times the view's sides); None means the whole volume, as always for images."""
+    flip: tuple[Fraction, Fraction, Fraction] = (0.0, 0.0, 0.5)
+    """Chance of a mirror image along (D, H, W); an image has the last two. Published for volumes: 0.8 for each."""
     blur: Fraction = 0.5
     blur_sigma: tuple[float, float] = (0.1, 1.5)
-    """Standard deviation of the Gaussian blur, in pixels."""
+    """Standard deviation of the Gaussian blur, in pixels of the view."""
     noise: Fraction = 0.1
     noise_sigma: tuple[float, float] = (0.0, 0.05)
     """Standard deviation of additive Gaussian noise, intensities being in [0, 1]."""
@@ -82,6 +86,28 @@ class ViewConfig(Config):
     contrast_factor: tuple[float, float] = (0.65, 1.5)
     gamma: Fraction = 0.5
     gamma_exponent: tuple[float, float] = (0.7, 1.5)
+
+    def size_of(self, rank: Rank) -> tuple[int, ...]:
+        return self.image_size if rank == 2 else self.volume_size
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sigmas = {"blur_sigma": self.blur_sigma, "noise_sigma": self.noise_sigma}
+        factors = {
+            "area": self.area,
+            "aspect": self.aspect,
+            "brightness_factor": self.brightness_factor,
+            "contrast_factor": self.contrast_factor,
+            "gamma_exponent": self.gamma_exponent,
+        }
+        for name, (low, high) in (sigmas | factors).items():
+            if low > high:
+                raise ValueError(f"{name}: the lower bound {low} must not be above the upper bound {high}")
+            if low < 0 or (low == 0 and name in factors):
+                raise ValueError(
+                    f"{name}: the lower bound {low} must be {'above' if name in factors else 'at least'} 0"
+                )
+        return self
 
 
 class ObjectiveConfig(Config):
