@@ -9,29 +9,44 @@ This is the only file of the coordinator's side that may import a site's code.
 and the artefacts of any run (docs/artefacts.md).
 """
 
+import csv
+import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
+from client.phantoms import PhantomConfig, write_hospital
 from flwr.app import Context, RecordDict, UserConfig
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from client.app import app as client_app
-from client.phantoms import PhantomConfig, write_hospital
-from client.site import Site, simulation_folder
+from client.cache import open_library, read_scans
+from client.pictures import write_png
+from client.site import simulation_folder
 from client.site_config import DataSource, SiteConfig, TableConfig, load_site
 from server.app import app as server_app
 from server.local_grid import LocalGrid
 from unimiss_core import durable, progress
 from unimiss_core.config import Config, dump_yaml, load, parse, read_yaml
 from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.plan import prepare as prepare_scan
+from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
+from unimiss_core.views import draw_batch, generator_for, whole
 
 log = logging.getLogger(__name__)
+
+EXAMPLES = 6
+"""Scans of each rank in a site's contact sheet of views."""
+
+EntryT = TypeVar("EntryT", "SimulatedSite", "SimulatedProbe")
 
 
 class SimulatedSite(Config):
@@ -55,7 +70,7 @@ class SimulatedProbe(Config):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
     data: tuple[DataSource, ...] = ()
     phantom: PhantomConfig | None = None
-    rank: Annotated[int, Field(ge=2, le=3)]
+    rank: Rank
     label: str
     """Column of the table with the label."""
     positive: tuple[str, ...] | None = None
@@ -128,6 +143,7 @@ def prepare(config: SimulationConfig, base: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for site in config.sites:
         _write_site(site, base, out)
+        _write_example_views(site, study, out)
     durable.write_text(out / "study-requested.yaml", dump_yaml(study))
     coordinator = {
         "study": "study-requested.yaml",
@@ -151,3 +167,112 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         old = merged.get(key)
         merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def _either_data_or_phantom(entry: EntryT) -> EntryT:
+    if bool(entry.data) == (entry.phantom is not None):
+        raise ValueError(f"'{entry.name}': give either data (folders that exist) or phantom (a hospital to be written)")
+    return entry
+
+
+def _site_file(out: Path, name: str) -> Path:
+    return out / "sites" / name / "site.yaml"
+
+
+def _write_site(site: SimulatedSite, base: Path, out: Path) -> None:
+    path = _site_file(out, site.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = SiteConfig(
+        name=site.name, data=_sources(site, base, out), state=Path("state"), device=site.device, threads=site.threads
+    )
+    durable.write_text(path, dump_yaml(config))
+
+
+def _sources(entry: SimulatedSite | SimulatedProbe, base: Path, out: Path) -> tuple[DataSource, ...]:
+    """Where the entry's scans are, by absolute paths; a phantom hospital is written if it is not there yet."""
+    if entry.phantom is None:
+        return tuple(_anchored(source, base) for source in entry.data)
+    folder = out / "hospitals" / entry.name
+    if not folder.exists():
+        progress.report(progress.Note(f"writing {entry.phantom.patients} synthetic patients of {entry.name}"))
+        with durable.new_folder(folder) as partial:
+            write_hospital(entry.phantom, partial)
+    return (DataSource(folder=folder, table=TableConfig(path=folder / "labels.csv", patient="patient")),)
+
+
+def _anchored(source: DataSource, base: Path) -> DataSource:
+    table = source.table and source.table.model_copy(update={"path": (base / source.table.path).resolve()})
+    return source.model_copy(update={"folder": (base / source.folder).resolve(), "table": table})
+
+
+# -- what the report shows ------------------------------------------------------------------------------------------
+
+
+def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path) -> Path:
+    """Read the labelled scans once, through the ordinary readers, and keep them as the coordinator takes them."""
+    path = out / "probe" / f"{probe.name}.npz"
+    if path.exists():
+        return path
+    path.parent.mkdir(exist_ok=True)
+    progress.report(progress.Note(f"reading the labelled scans of {probe.name}"))
+    size = study.views.size_of(probe.rank)
+    scans, labels, patients = [], [], []
+    for source in _sources(probe, base, out):
+        column = _label_column(source, probe.label)
+        for origin, scan in read_scans([source], study.plan):
+            if scan.rank == probe.rank and (label := column.get(origin.files[0])):
+                scans.append(whole(_InMemory(prepare_scan(scan, study.plan)[0]), size)[0].numpy().astype(np.float16))
+                labels.append(str(int(label in probe.positive)) if probe.positive else label)
+                patients.append(origin.patient)
+    if not scans:
+        raise ConfigError(f"probe '{probe.name}': no scan of rank {probe.rank} with a label in column '{probe.label}'")
+    packed = io.BytesIO()
+    np.savez(packed, scans=np.stack(scans), labels=np.array(labels), patients=np.array(patients))
+    durable.write_bytes(path, packed.getvalue())
+    return path
+
+
+def _label_column(source: DataSource, label: str) -> dict[str, str]:
+    """File -> label, from the source's table. Raises ConfigError: no table, or no such column."""
+    if source.table is None:
+        raise ConfigError(f"a probe's folder needs a table with the column '{label}'")
+    with source.table.path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if rows and label not in rows[0]:
+        raise ConfigError(f"{source.table.path}: no column '{label}'; it has {', '.join(rows[0])}")
+    return {row[source.table.file]: row[label] for row in rows}
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A prepared scan that was never on disk, as views are cut from it."""
+
+    voxels: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.voxels.shape
+
+    def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
+        return self.voxels[(slice(None), *box)]
+
+
+def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:
+    """A contact sheet of what the site trains on: a row for each scan, a column for each view."""
+    path = out / "report" / f"views-{site.name}.png"
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    try:
+        library = open_library(load_site(_site_file(out, site.name)), study.plan)
+    except UnimissError:
+        return  # the run itself will say why this site cannot take part
+    rows = []
+    for rank in sorted(library.ranks):
+        scans = library.of_rank(rank)[:EXAMPLES]
+        views = draw_batch(scans, study.views, generator_for(study.seed, site.name, 0))
+        flat = views if rank == 2 else views[:, :, :, views.shape[3] // 2]  # a volume shows by its middle slice
+        rows += [torch.cat(list(row[:, 0]), dim=1) for row in flat]
+    width = max(row.shape[1] for row in rows)
+    sheet = torch.cat([F.pad(row, (0, width - row.shape[1]), value=-2.0) for row in rows])
+    write_png(path, ((sheet + 2) / 4 * 255).round().clamp(0, 255).byte().numpy())

@@ -1,0 +1,64 @@
+"""`unimiss-simulate CONFIG --out DIR [--resume]`: a federation on this machine, watched while it runs."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Before anything of Flower is imported: it would call home.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
+
+from unimiss_core.errors import UnimissError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (see `unimiss_core.errors`)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
+    if not options.verbose:
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+
+    from server.display import Display  # after the arguments are known to be right: torch and Flower take seconds
+    from server.simulate import simulate
+
+    try:
+        with Display() as display:
+            simulate(options.config, options.out, resume=options.resume)
+        display.summarise(options.out)
+    except UnimissError as error:
+        print(f"unimiss-simulate: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"interrupted; what was finished is saved. Go on with: {_resume_line(options)}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unimiss-simulate",
+        description="Run a federation on this machine: every site with its own site file, the ordinary apps.",
+        epilog="Exit codes: 0 finished, 2 wrong configuration, 3 no usable scan, 4 bad checkpoint, "
+        "5 a round could not be completed, 130 interrupted.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="simulation file, e.g. configs/simulation/demo.yaml")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the run and its artefacts")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an unfinished run in DIR; start afresh where there is none"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log what the apps do")
+    return parser
+
+
+def _resume_line(options: argparse.Namespace) -> str:
+    return f"unimiss-simulate {options.config} --out {options.out} --resume"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
