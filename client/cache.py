@@ -107,7 +107,7 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
         looked=lambda files: progress.report(progress.Preparing(site.name, files, 0)),
     )
     folder = site.cache_folder
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     records = _read_records(folder)
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
     missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), folder)]

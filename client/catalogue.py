@@ -215,8 +215,7 @@ def look(task: _Look) -> Header | Plain:
 
 def _plain(path: Path, file: str, start: bytes) -> Plain:
     if pictures.looks_like_picture(start):
-        shape, spacing = pictures.check_header(path)
-        return Plain(file, "picture", shape, spacing or (1.0, 1.0), () if spacing else ("spacing_unknown",))
+        return Plain(file, "picture", pictures.check_header(path), (1.0, 1.0), ("spacing_unknown",))
     volume, spacing_mm, flags = nifti.check_header(path)
     return Plain(file, "nifti", volume, spacing_mm, flags)
 

@@ -26,8 +26,9 @@ from client.series import MAX_VOXELS, Frame, Header
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality
 
-logging.getLogger("pydicom").addHandler(logging.NullHandler())
-logging.getLogger("pydicom").propagate = False
+# They quote values of the file in what they log.
+for _name in ("pydicom", "pylibjpeg", "openjpeg", "rle"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 _CLASSES: Mapping[str, Modality] = {
     "1.2.840.10008.5.1.4.1.1.2": "CT",
@@ -90,7 +91,7 @@ _HEADER_TAGS = [
 
 _MAX_INFLATION = 64 * 2**20
 """A deflated header and its pixels may unfold to at least this, and to 32 times their size."""
-_DEFLATED = b"1.2.840.10008.1.2.1.99\0"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 
 _quiet_lock = threading.RLock()
@@ -145,7 +146,7 @@ def _open(path: Path) -> tuple[Dataset, int | None]:
         _check_inflation(file, size)
         dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(_HEADER_TAGS))
         syntax = _transfer_syntax(dataset)
-        if syntax is not None and syntax.encode() + b"\0" == _DEFLATED:
+        if syntax is not None and syntax.encode() == _DEFLATED:
             return dataset, _deflated_room(path)
         return dataset, _room(file, size, dataset)
 

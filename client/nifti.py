@@ -1,9 +1,12 @@
 """NIfTI in and out: the one file that knows nibabel."""
 
+import contextlib
 import gzip
 import logging
 import math
 import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,7 @@ from client.series import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM, canonical,
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 
-_nibabel_logger.addHandler(logging.NullHandler())
-_nibabel_logger.propagate = False
+_nibabel_logger.setLevel(logging.CRITICAL + 1)  # it quotes values of the file
 
 _MAX_INFLATION = 1040
 """No deflate stream unfolds to more than 1,032 times its size."""
@@ -29,12 +31,13 @@ _AFFINES_DIFFER_MM = 1.0
 def looks_like_nifti(start: bytes) -> bool:
     """Whether a file that begins with `start` (348 bytes where it has them) is NIfTI-1 or 2, plain or gzipped."""
     if start[:2] == b"\x1f\x8b":
-        return True  # gzip: `open_header` says what is inside
+        return True  # gzip: `check_header` says what is inside
     return _magic(start)
 
 
 def _magic(start: bytes) -> bool:
-    return start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] in (b"n+2\0", b"ni2\0")
+    """Of NIfTI-1 or 2 with header and voxels in one file; pairs of .hdr and .img are not read."""
+    return start[344:348] == b"n+1\0" or start[4:8] == b"n+2\0"
 
 
 def check_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]:
@@ -42,10 +45,9 @@ def check_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[
 
     Raises ScanError: not NIfTI, or a header that cannot be true of this file or is no scan.
     """
-    image = _open(path)
-    shape = _spatial_shape(image)
-    affine, flags = _affine(image)
-    return shape, spacing_of(affine), flags
+    with _opened(path) as image:
+        affine, flags = _affine(image)
+        return _spatial_shape(image), spacing_of(affine), flags
 
 
 def read_nifti(path: Path, modality: Modality) -> Scan:
@@ -53,20 +55,9 @@ def read_nifti(path: Path, modality: Modality) -> Scan:
 
     Raises ScanError: `not_an_image`, `damaged_header`, `truncated_pixels`, `bad_spacing`, `bad_geometry`, ...
     """
-    image = _open(path)
-    shape = _spatial_shape(image)
-    affine, _ = _affine(image)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            first = (slice(None),) * min(3, len(image.shape)) + (0,) * (len(image.shape) - 3)
-            voxels = np.asarray(image.dataobj[first], dtype=np.float32).reshape(shape)
-    except (OSError, EOFError, ValueError):
-        raise ScanError("truncated_pixels") from None
-    except MemoryError:
-        raise
-    except Exception:
-        raise ScanError("cannot_decode") from None
+    with _opened(path) as image:
+        affine, _ = _affine(image)
+        voxels = _first_volume(image)
     turned, affine = canonical(voxels[None], affine)
     spacing = spacing_of(affine)
     if 1 in turned.shape[1:]:
@@ -84,31 +75,46 @@ def _image(
     return Scan(np.take(voxels, 0, thin + 1), tuple(spacing[axis] for axis in kept), modality, ordered)
 
 
-def _open(path: Path) -> Any:
-    with path.open("rb") as file:
-        start = file.read(348)
-    zipped = start[:2] == b"\x1f\x8b"
-    if zipped:
-        try:
-            with gzip.open(path) as file:
-                start = file.read(348)
-        except (OSError, EOFError, ValueError):
-            raise ScanError("not_an_image") from None
-    if not _magic(start):
-        raise ScanError("not_an_image")
-    kind = nibabel.Nifti2Image if start[4:8] in (b"n+2\0", b"ni2\0") else nibabel.Nifti1Image
+def _first_volume(image: Any) -> NDArray[np.float32]:
+    """(X, Y, Z), scaled as the header says."""
+    shape = _spatial_shape(image)
+    first = (slice(None),) * min(3, len(image.shape)) + (0,) * (len(image.shape) - 3)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # By content, not by name: a stream is given, and gzip is undone here.
-            stream = gzip.open(path) if zipped else path.open("rb")  # noqa: SIM115 - the image reads from it later
-            image = kind.from_stream(stream)
-            _check_size(image, path, zipped)
-    except (ScanError, MemoryError):
+            return np.asarray(image.dataobj[first], dtype=np.float32).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error):
+        raise ScanError("truncated_pixels") from None
+    except MemoryError:
         raise
     except Exception:
-        raise ScanError("damaged_header") from None
-    return image
+        raise ScanError("cannot_decode") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The image behind `path`, by content and not by name: gzip is undone here. Voxels are read inside only."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else path.open("rb") as stream:
+        try:
+            start = stream.read(348)
+            stream.seek(0)
+        except (OSError, EOFError, zlib.error):
+            raise ScanError("not_an_image") from None
+        if not _magic(start):
+            raise ScanError("not_an_image")
+        kind = nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = kind.from_stream(stream)
+                _check_size(image, path, zipped)
+        except (ScanError, MemoryError):
+            raise
+        except Exception:
+            raise ScanError("damaged_header") from None
+        yield image
 
 
 def _check_size(image: Any, path: Path, zipped: bool) -> None:

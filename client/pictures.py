@@ -1,5 +1,6 @@
 """PNG, JPEG and TIFF in, PNG out: the one file that knows Pillow."""
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.series import MAX_SPACING_MM, MIN_SPACING_MM
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # it quotes tags of the file
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
 MAX_PIXELS = 2**27
@@ -22,16 +24,15 @@ def looks_like_picture(start: bytes) -> bool:
     return start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
 
 
-def check_header(path: Path) -> tuple[tuple[int, int], tuple[float, float] | None]:
-    """((H, W), spacing in mm where the file states it) without decoding a pixel. Raises ScanError."""
+def check_header(path: Path) -> tuple[int, int]:
+    """(H, W) without decoding a pixel. Raises ScanError."""
     with _open(path) as image:
-        return (image.height, image.width), _spacing(image)
+        return image.height, image.width
 
 
 def read_picture(path: Path, modality: Modality) -> Scan:
     """A grey picture, or a coloured one whose channels agree, as (1, H, W). Raises ScanError: `colour_image`, ..."""
     with _open(path) as image:
-        spacing = _spacing(image)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -40,7 +41,8 @@ def read_picture(path: Path, modality: Modality) -> Scan:
             raise
         except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files
             raise ScanError("cannot_decode") from None
-    return Scan(values[None], spacing or (1.0, 1.0), modality, spacing_known=spacing is not None)
+    # Dots per inch in a picture speak of screens and printers, not of the patient.
+    return Scan(values[None], (1.0, 1.0), modality, spacing_known=False)
 
 
 def _open(path: Path) -> Image.Image:
@@ -94,24 +96,6 @@ def _white_is_low(image: Image.Image) -> bool:
     """TIFF may say that 0 is white; Pillow turns 8 bits over by itself, not 16."""
     tags = getattr(image, "tag_v2", {})
     return image.mode.startswith("I") and tags.get(262) == 0
-
-
-def _spacing(image: Image.Image) -> tuple[float, float] | None:
-    """Spacing (down, across) that a TIFF or PNG states in physical units.
-
-    Dots per inch of screens and scanners (96, 72, 300, ...) are no statement about a patient, so whole numbers of
-    dots per inch count as unstated.
-    """
-    try:
-        across, down = (float(dots) for dots in image.info["dpi"])
-    except KeyError:
-        return None
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-    if not (across > 0 and down > 0) or all(abs(value - round(value)) < 0.02 for value in (across, down)):
-        return None
-    spacing = (25.4 / down, 25.4 / across)
-    return spacing if all(MIN_SPACING_MM <= value <= MAX_SPACING_MM for value in spacing) else None
 
 
 def write_png(path: Path, pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> None:

@@ -7,8 +7,7 @@ Every frame that cannot be part of a scan is left out with a `Reason`; the rules
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -137,10 +136,6 @@ class Group:
     frames: tuple[Frame, ...]
     stack: Stack | None
     reason: str
-
-    @property
-    def files(self) -> int:
-        return len({frame.file for frame in self.frames} or {header.file for header in self.headers})
 
 
 # ---------------------------------------------------------------------------------------------------------- grouping
@@ -336,7 +331,8 @@ def _even_runs(frames: list[Frame], *, interpolate: bool) -> list[tuple[list[Fra
     if len(frames) < MIN_SLICES:
         return [(frames, "too_few_slices")]
     steps = np.rint(gaps / unit).astype(int)
-    if (steps >= 1).all() and _close(gaps / np.maximum(steps, 1), unit).all():
+    off = np.abs(gaps - steps * unit)
+    if (steps >= 1).all() and (off <= max(0.02, SPACING_TOLERANCE * unit)).all():
         return [(frames, _slots(steps, interpolate=interpolate))]
     runs: list[tuple[list[Frame], list[int] | str]] = []
     start = 0
@@ -535,12 +531,3 @@ def _fill_missing(pixels: NDArray[np.float32], slots: Sequence[int]) -> NDArray[
             volume[slot] = (1 - share) * pixels[index] + share * pixels[index + 1]
     volume[-1] = pixels[-1]
     return volume
-
-
-def count_reasons(groups: Iterable[Group]) -> Mapping[str, int]:
-    """Reason -> number of files left out for it."""
-    counts: Counter[str] = Counter()
-    for group in groups:
-        if group.reason:
-            counts[group.reason] += group.files
-    return counts

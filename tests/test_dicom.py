@@ -1,0 +1,255 @@
+import csv
+import random
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+
+from client.dicom import grey_of, looks_like_dicom, read_frames, read_header, write_dicom
+from client.reasons import REASONS
+from tests.series_files import AXIAL, SHARED, write_radiograph
+from unimiss_core.errors import ScanError
+
+HARD = SHARED / "hard_dicom"
+GREY = (np.arange(13 * 9) * 31 % 4096).reshape(13, 9).astype(np.uint16)
+SECRET = b"s" * 32
+
+CT = {
+    "Modality": "CT",
+    "PatientID": "invented",
+    "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+    "PixelSpacing": [0.9, 0.7],
+    "ImagePositionPatient": [1, 2, 3],
+    "ImageOrientationPatient": list(AXIAL),
+    "RescaleSlope": 2,
+    "RescaleIntercept": -1024,
+}
+
+
+def rewritten(path: Path, change, **options) -> Path:
+    dataset = pydicom.dcmread(path, force=True)
+    change(dataset)
+    dataset.save_as(path, **options)
+    return path
+
+
+def header(path: Path):
+    return read_header(path, path.name, SECRET)
+
+
+def test_values_are_rescaled(tmp_path):
+    write_dicom(tmp_path / "a", GREY, CT)
+    np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], GREY * 2.0 - 1024)
+
+
+def test_an_inverted_radiograph_reads_as_its_negative_written_plainly(tmp_path):
+    pixels = (GREY % 256).astype(np.uint8)
+    write_radiograph(tmp_path / "a", pixels)
+    write_radiograph(tmp_path / "b", 255 - pixels, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(read_frames(tmp_path / "a", [0]), read_frames(tmp_path / "b", [0]))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_twelve_bits_in_sixteen_ignore_what_else_the_word_holds(tmp_path, signed):
+    values = GREY.astype(np.int32) - (2048 if signed else 0)
+    words = (values & 0xFFF) | 0xA000  # an overlay in the unused bits
+    kind = np.int16 if signed else np.uint16
+    facts = {**CT, "BitsStored": 12, "HighBit": 11, "RescaleSlope": 1, "RescaleIntercept": 0}
+    write_dicom(tmp_path / "a", words.astype(np.uint16).view(kind), facts)
+    np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], values)
+
+
+def test_padding_of_a_radiograph_lies_at_its_low_end(tmp_path):
+    pixels = GREY.copy() + 10
+    pixels[:4] = 65535
+    write_radiograph(tmp_path / "a", pixels, PixelPaddingValue=65535)
+    values = read_frames(tmp_path / "a", [0])[0]
+    assert (values[:4] == pixels[4:].min()).all()
+    np.testing.assert_array_equal(values[4:], pixels[4:])
+
+
+def test_the_transfer_syntax_does_not_matter(tmp_path):
+    for name, syntax in (("a", ImplicitVRLittleEndian), ("b", DeflatedExplicitVRLittleEndian), ("c", None)):
+        write_dicom(tmp_path / name, GREY, CT)
+        if syntax is None:
+            rewritten(tmp_path / name, lambda dataset: dataset.compress(RLELossless))
+        else:
+            dataset = pydicom.dcmread(tmp_path / name)
+            dataset.file_meta.TransferSyntaxUID = syntax
+            dataset.save_as(tmp_path / name, implicit_vr=syntax is ImplicitVRLittleEndian, little_endian=True)
+        assert header(tmp_path / name).reason == ""
+        assert header(tmp_path / name).compressed == (name == "c")
+        np.testing.assert_array_equal(read_frames(tmp_path / name, [0])[0], GREY * 2.0 - 1024)
+
+
+def test_a_file_without_preamble_is_read(tmp_path):
+    write_dicom(tmp_path / "a", GREY, CT)
+    (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes()[132:])
+    assert looks_like_dicom((tmp_path / "b").read_bytes()[:348])
+    assert header(tmp_path / "b").patient == header(tmp_path / "a").patient
+    np.testing.assert_array_equal(read_frames(tmp_path / "b", [0]), read_frames(tmp_path / "a", [0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL"]}, "derived_image"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "MPR"]}, "derived_image"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, "dose_or_screen"),
+        ({"Modality": "MR", "ImageType": ["DERIVED", "PRIMARY", "DIFFUSION", "ADC"]}, "parameter_map"),
+        ({"Modality": "MR", "ImageType": ["ORIGINAL", "PRIMARY", "P"]}, "phase_image"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "secondary_capture"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1", "Modality": "US"}, "unsupported_object"),
+        ({"BurnedInAnnotation": "YES"}, "burned_in_annotation"),
+        ({"Rows": 0}, "bad_pixel_description"),
+        ({"Rows": 14}, "truncated_pixels"),
+        ({"Rows": 60_000, "Columns": 60_000}, "too_large"),
+        ({"ImageType": ["DERIVED", "SECONDARY"], "Modality": "PT"}, ""),
+        ({"ImageType": ["DERIVED", "PRIMARY", "AXIAL"]}, ""),
+    ],
+)
+def test_each_kind_of_object_has_its_rule(tmp_path, change, reason):
+    write_dicom(tmp_path / "a", GREY, CT | change)
+    assert header(tmp_path / "a").reason == reason
+
+
+def test_an_unsigned_ct_must_say_how_it_becomes_hounsfield_units(tmp_path):
+    plain = {key: value for key, value in CT.items() if not key.startswith("Rescale")}
+    write_dicom(tmp_path / "a", GREY, plain)
+    assert header(tmp_path / "a").reason == "no_rescale"
+    write_dicom(tmp_path / "b", GREY.astype(np.int16), plain)
+    assert header(tmp_path / "b").reason == ""
+
+
+def test_an_enhanced_object_gives_each_frame_its_place_and_scale(tmp_path):
+    def enhance(dataset):
+        shared, frames = Dataset(), []
+        shared.PixelMeasuresSequence = [Dataset()]
+        shared.PixelMeasuresSequence[0].PixelSpacing = [0.9, 0.7]
+        shared.PlaneOrientationSequence = [Dataset()]
+        shared.PlaneOrientationSequence[0].ImageOrientationPatient = list(AXIAL)
+        for number in range(3):
+            frame = Dataset()
+            frame.PlanePositionSequence = [Dataset()]
+            frame.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 5.0 * number]
+            frame.PixelValueTransformationSequence = [Dataset()]
+            frame.PixelValueTransformationSequence[0].RescaleSlope = number + 1
+            frame.PixelValueTransformationSequence[0].RescaleIntercept = -number
+            frames.append(frame)
+        dataset.SharedFunctionalGroupsSequence = [shared]
+        dataset.PerFrameFunctionalGroupsSequence = frames
+
+    pixels = np.stack([GREY, GREY + 1, GREY + 2])
+    facts = {"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.1", "PatientID": "invented"}
+    write_dicom(tmp_path / "a", pixels, facts, adjust=enhance)
+    found = header(tmp_path / "a")
+    assert [frame.position for frame in found.frames] == [(0, 0, 0), (0, 0, 5), (0, 0, 10)]
+    assert found.frames[2].spacing_mm == (0.9, 0.7)
+    values = read_frames(tmp_path / "a", [2, 0])
+    np.testing.assert_array_equal(values, [(GREY + 2) * 3.0 - 2, GREY])
+
+
+def test_a_palette_and_colours_mean_grey_only_where_they_are():
+    ramp = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    np.testing.assert_array_equal(grey_of(np.stack([ramp] * 3, axis=2)), ramp)
+    with pytest.raises(ScanError, match="colour_image"):
+        grey_of(np.stack([ramp, ramp[::-1], 255 - ramp], axis=2))
+
+
+@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+def test_every_hard_file_is_read_or_named():
+    """Files that decode with every codec give their pixels; no other exception than ScanError leaves the reader."""
+    with (HARD / "manifest.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        path, decodes = HARD / row["file"], row["decode_all_codecs"].startswith("ok")
+        if not looks_like_dicom(path.read_bytes()[:348]):
+            continue
+        try:
+            found = header(path)
+        except ScanError as error:
+            found = None
+            reason = error.reason
+        else:
+            reason = found.reason
+        assert reason in REASONS or not reason
+        if decodes:
+            assert found is not None, (row["file"], reason)
+        if found is not None and decodes and not reason:
+            frames = read_frames(path, range(len(found.frames)))
+            assert frames.shape == (len(found.frames), int(row["rows"]), int(row["cols"])), row["file"]
+
+
+@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+def test_the_same_slice_in_many_encodings_has_the_same_values():
+    paths = sorted((HARD / "singles").glob("cornerstone3D__*CTImage.dcm_*"))
+    assert len(paths) >= 5
+    first = read_frames(paths[0], [0])
+    for path in paths[1:]:
+        np.testing.assert_array_equal(read_frames(path, [0]), first)
+
+
+@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+def test_the_inverted_copy_of_a_radiograph_is_the_same_picture():
+    plain = read_frames(HARD / "singles" / "highdicom__dx_image.dcm", [0])
+    np.testing.assert_array_equal(read_frames(HARD / "derived" / "dx_inverse_photometric.dcm", [0]), plain)
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """A few bytes of the header changed, or the file cut."""
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 6)):
+        changed[rng.randrange(len(changed))] = rng.choice((0, 1, 0x7F, 0xFF, rng.randrange(256)))
+    return bytes(changed[: rng.randrange(len(changed))] if rng.random() < 0.3 else changed)
+
+
+def test_broken_files_end_in_a_reason(tmp_path):
+    write_dicom(tmp_path / "a", GREY, CT)
+    content, rng, path = (tmp_path / "a").read_bytes(), random.Random(0), tmp_path / "b"
+    reasons = set()
+    for _ in range(300):
+        path.write_bytes(mutated(content, rng))
+        try:
+            found = header(path)
+            reasons.add(found.reason)
+            if not found.reason and not found.compressed:
+                read_frames(path, range(len(found.frames)))
+        except ScanError as error:
+            reasons.add(error.reason)
+    assert reasons <= REASONS.keys() | {""}
+    assert len(reasons) > 4
+
+
+def test_a_short_file_that_claims_a_huge_image_allocates_nothing(tmp_path):
+    write_dicom(tmp_path / "a", GREY[:2, :2], CT | {"Rows": 20_000, "Columns": 20_000})
+    tracemalloc.start()
+    assert header(tmp_path / "a").reason == "truncated_pixels"
+    with pytest.raises(ScanError, match="truncated_pixels"):
+        read_frames(tmp_path / "a", [0])
+    assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    tracemalloc.stop()
+
+
+def test_a_deflated_file_that_unfolds_without_end_is_refused(tmp_path):
+    write_dicom(tmp_path / "a", np.zeros((9000, 9000), np.uint8), CT)
+    dataset = pydicom.dcmread(tmp_path / "a")
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "a", implicit_vr=False, little_endian=True)
+    with pytest.raises(ScanError, match="too_large"):
+        header(tmp_path / "a")
+
+
+def test_nothing_of_a_file_gets_into_an_error_or_onto_a_screen(tmp_path, capfd, caplog):
+    write_dicom(tmp_path / "a", GREY, CT | {"PatientID": "Zzyzx^Invented", "PatientName": "Zzyzx"})
+    content = (tmp_path / "a").read_bytes().replace(b"0.9\\0.7 ", b"Zz\\Zyzx ")
+    (tmp_path / "a").write_bytes(content)
+    found = header(tmp_path / "a")
+    assert "Zzyzx" not in repr(found)
+    assert found.frames[0].spacing_mm is None
+    said = capfd.readouterr()
+    assert "Zz" not in said.out + said.err + caplog.text
