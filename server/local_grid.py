@@ -116,10 +116,10 @@ class LocalGrid(Grid):
             log.debug("site raised", exc_info=True)
             return Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
 
-    def _stop_when_closing(self, event: progress.Event) -> None:
+    def _stop_when_closing(self, _: progress.Event) -> None:
         if self._closing.is_set() and threading.current_thread() in self._threads:
             raise _Stopped
 
 
-class _Stopped(BaseException):  # noqa: N818 - no error, and no `except Exception` of an app may hold it up
+class _Stopped(BaseException):
     """The run was interrupted; the site leaves its round where it is."""

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from client.phantoms import PhantomConfig, write_hospital
 from flwr.app import Context, RecordDict, UserConfig
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from client.app import app as client_app
 from client.cache import open_library, read_scans
+from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.site import simulation_folder
 from client.site_config import DataSource, SiteConfig, TableConfig, load_site
@@ -258,7 +258,7 @@ class _InMemory:
 
 
 def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:
-    """A contact sheet of what the site trains on: a row for each scan, a column for each view."""
+    """A contact sheet of what the site trains on: a column for each scan, its views below each other."""
     path = out / "report" / f"views-{site.name}.png"
     if path.exists():
         return
@@ -267,12 +267,12 @@ def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> 
         library = open_library(load_site(_site_file(out, site.name)), study.plan)
     except UnimissError:
         return  # the run itself will say why this site cannot take part
-    rows = []
+    bands = []
     for rank in sorted(library.ranks):
         scans = library.of_rank(rank)[:EXAMPLES]
-        views = draw_batch(scans, study.views, generator_for(study.seed, site.name, 0))
-        flat = views if rank == 2 else views[:, :, :, views.shape[3] // 2]  # a volume shows by its middle slice
-        rows += [torch.cat(list(row[:, 0]), dim=1) for row in flat]
-    width = max(row.shape[1] for row in rows)
-    sheet = torch.cat([F.pad(row, (0, width - row.shape[1]), value=-2.0) for row in rows])
+        views = draw_batch(scans, study.views, generator_for(study.seed, site.name, 0))[:, :, 0]  # (B, V, *S)
+        flat = views if rank == 2 else views[:, :, views.shape[2] // 2]  # a volume shows by its middle slice
+        bands.append(flat.permute(1, 2, 0, 3).flatten(0, 1).flatten(1))  # (V H, B W)
+    width = max(band.shape[1] for band in bands)
+    sheet = torch.cat([F.pad(band, (0, width - band.shape[1]), value=-2.0) for band in bands])
     write_png(path, ((sheet + 2) / 4 * 255).round().clamp(0, 255).byte().numpy())

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 finished, 2 wrong configuration, 3 no usable scan, 4 bad checkpoint, "
         "5 a round could not be completed, 130 interrupted.",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="simulation file, e.g. configs/simulation/demo.yaml")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="e.g. configs/simulation/demo.yaml")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the run and its artefacts")
     parser.add_argument(
         "--resume", action="store_true", help="go on with an unfinished run in DIR; start afresh where there is none"
