@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,26 @@ from unimiss_core.study import StudyConfig
 
 ReadT = TypeVar("ReadT")
 
-# What a run could not measure may stand as null.
-Figures = Annotated[
-    Mapping[str, float], BeforeValidator(lambda raw: {k: v for k, v in (raw or {}).items() if v is not None})
-]
+LARGEST = 1e30
+"""A figure beyond it has diverged; it is left out like one that was not measured, and no axis is stretched for it."""
+
+
+def _measured(raw: Any) -> Any:
+    """Figures without those that are null or no longer numbers in any useful sense."""
+    if not isinstance(raw, Mapping):
+        return raw or {}
+    return {key: value for key, value in raw.items() if not _is_diverged(value)}
+
+
+def _is_diverged(value: Any) -> bool:
+    return value is None or (isinstance(value, float | int) and not abs(value) <= LARGEST)
+
+
+Figures = Annotated[Mapping[str, float], BeforeValidator(_measured)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Difference = Annotated[float, Field(ge=-1, le=1)]
 
 
 class _Record(BaseModel):
@@ -38,13 +54,13 @@ class SiteRecord(_Record):
     status: str
     """ok, refused, error or absent."""
     reason: Annotated[str, BeforeValidator(lambda raw: raw or "")] = ""
-    scans: Mapping[str, int] = {}
+    scans: Mapping[str, Count] = {}
     """Number of scans under "2d" and "3d"."""
-    steps: Annotated[int, BeforeValidator(lambda raw: sum(raw.values()) if isinstance(raw, Mapping) else raw)] = 0
+    steps: Count = 0
     losses: Figures = {}
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float = 0.0
+    bytes_down: Count = 0
+    bytes_up: Count = 0
+    seconds: Seconds = 0.0
     diagnostics: Figures = {}
 
 
@@ -59,8 +75,8 @@ class GlobalRecord(_Record):
 class RoundRecord(_Record):
     """One line of metrics.jsonl."""
 
-    round: int
-    seconds: float = 0.0
+    round: Annotated[int, Field(ge=1, le=10**6)]
+    seconds: Seconds = 0.0
     sites: Mapping[str, SiteRecord] = {}
     whole: GlobalRecord = Field(GlobalRecord(), alias="global")
 
@@ -70,14 +86,14 @@ class ProbeRecord(_Record):
 
     task: str = ""
     rank: int | None = None
-    auc: float | None = None
-    interval: tuple[float, float] | None = None
-    n: int = 0
-    positives: int | None = None
+    auc: Share | None = None
+    interval: tuple[Share, Share] | None = None
+    n: Count = 0
+    positives: Count | None = None
     reason: str | None = None
     """Why there is no figure."""
-    gain: float | None = None
-    gain_interval: tuple[float, float] | None = None
+    gain: Difference | None = None
+    gain_interval: tuple[Difference, Difference] | None = None
 
 
 @dataclass(frozen=True)

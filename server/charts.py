@@ -221,12 +221,13 @@ def _round_axis(rounds: Sequence[float]) -> Axis:
 def _round_ticks(x: Axis, rounds: Sequence[float]) -> list[Html]:
     if not rounds:
         return []
-    step = max(1, math.ceil((rounds[-1] - rounds[0]) / 6))
+    first, last = int(rounds[0]), int(rounds[-1])
+    step = max(1, math.ceil((last - first) / 6))
     step = next(nice for nice in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, step) if nice >= step)
-    shown = [n for n in range(int(rounds[0]), int(rounds[-1]) + 1) if n % step == 0 or n == rounds[0]]
+    shown = [first, *range(first - first % step + step, last + 1, step)]
     # The first round is always named; a round tick that would touch it is not.
-    shown = [n for n in shown if n == shown[0] or x(n) - x(shown[0]) > 20]
-    return [_text(f"{n}" if n != shown[0] else f"round {n}", x(n), HEIGHT - 6, "tick middle") for n in shown]
+    shown = [n for n in shown if n == first or x(n) - x(first) > 20]
+    return [_text(f"{n}" if n != first else f"round {n}", x(n), HEIGHT - 6, "tick middle") for n in shown]
 
 
 def _gridlines(y: Axis, name: Callable[[float], str] | None = None) -> list[Html]:

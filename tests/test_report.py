@@ -247,6 +247,26 @@ def test_a_line_that_was_cut_off_does_not_hide_the_rounds_before(tmp_path: Path)
     assert "Stopped after 2 of 5 rounds" in text
 
 
+@pytest.mark.parametrize("key", ["round", "seconds", "sites"])
+@pytest.mark.parametrize("value", [None, -1, 10**30, math.inf, math.nan, "x", [1]])
+def test_a_line_that_cannot_be_true_is_left_out(tmp_path: Path, key: str, value: object) -> None:
+    records = round_records(2)
+    records[1][key] = value
+    write_run(tmp_path, records, rounds=2)
+    assert "Line 2 of metrics.jsonl is damaged" in report_of(tmp_path).text
+
+
+def test_a_figure_that_diverged_leaves_a_gap_and_the_axis_in_scale(tmp_path: Path) -> None:
+    records = round_records(3)
+    for index, value in enumerate((1e308, math.inf, math.nan)):
+        records[index]["sites"]["beta-ct"]["losses"]["volume"] = value
+    write_run(tmp_path, records, rounds=3)
+    panels = {next(one.all("figcaption")).text: one for one in section(report_of(tmp_path), "Loss").all("figure")}
+    label = next(panels["volume"].all("svg")).attributes["aria-label"]
+    assert "beta-ct" not in label
+    assert all(float(node.text) < 10 for node in panels["volume"].all("text", **{"class": "tick end"}))
+
+
 def test_of_a_round_that_was_done_twice_the_later_counts(tmp_path: Path) -> None:
     again = round_records(2, seed=9)[1]
     again["sites"]["beta-ct"]["bytes_up"] = 1
