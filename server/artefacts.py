@@ -90,6 +90,8 @@ class ProbeRecord(_Record):
     interval: tuple[Share, Share] | None = None
     n: Count = 0
     positives: Count | None = None
+    pixel_floor: Share | None = None
+    """`auc` of the same probe on the scans' bare pixels, shrunk: what can be told without any encoder."""
     reason: str | None = None
     """Why there is no figure."""
     gain: Difference | None = None

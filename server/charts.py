@@ -141,28 +141,42 @@ class Estimate:
     interval: tuple[float, float] | None
 
 
-def interval_panel(title: str, rows: Mapping[str, tuple[Estimate | None, Estimate | None]], *, chance: float) -> Html:
+@dataclass(frozen=True)
+class Compared:
+    """A row of an interval panel: before and after, and a floor that either should clear."""
+
+    name: str
+    before: Estimate | None
+    after: Estimate | None
+    floor: float | None = None
+
+
+def interval_panel(title: str, rows: Sequence[Compared], *, chance: float) -> Html:
     """Per row an estimate before (hollow) and after (filled), each with its interval, against the level of chance."""
     height = TOP + _ROW * len(rows) + BOTTOM
-    ends = [end for pair in rows.values() for one in pair if one for end in (one.value, *(one.interval or ()))]
-    x = Axis(min([chance, *ends]) - 0.03, max([chance, *ends, 0.8]) + 0.03, 8, WIDTH - 8)
+    x = Axis(*_reach_of(rows, chance), 8, WIDTH - 8)
     marks: list[Html] = []
     for value in ticks(x.low, x.high, 5):
-        marks.append(
-            tag("line", {"class": "gridline", "x1": x(value), "x2": x(value), "y1": TOP, "y2": height - BOTTOM})
-        )
+        marks.append(_upright("gridline", x(value), TOP, height - BOTTOM))
         marks.append(_text(f"{value:.1f}", x(value), height - 8, "tick middle"))
-    at = x(chance)
-    marks.append(tag("line", {"class": "reference", "x1": at, "x2": at, "y1": TOP, "y2": height - BOTTOM}))
-    marks.append(_text("chance", at + 4, TOP - 4, "note"))
-    for index, (name, pair) in enumerate(rows.items()):
+    marks.append(_upright("reference", x(chance), TOP, height - BOTTOM))
+    marks.append(_text("chance", x(chance) + 4, TOP - 4, "note"))
+    for index, row in enumerate(rows):
         top = TOP + _ROW * index
-        marks.append(_text(_shortened(name), 8, top + 14, "name"))
-        for offset, kind, one in zip((25, 38), ("before", "after"), pair, strict=True):
+        marks.append(_text(_shortened(row.name), 8, top + 14, "name"))
+        for offset, kind, one in ((25, "before", row.before), (38, "after", row.after)):
             if one:
                 marks.append(_estimate(x, top + offset, kind, one))
-    said = "; ".join(f"{name} {_pair_in_words(pair)}" for name, pair in rows.items())
-    return _panel(title, marks, f"{title}: {said}.", height)
+        if row.floor is not None:
+            marks.append(_cross(x(row.floor), top + 31.5, f"bare pixels {row.floor:.3f}"))
+    return _panel(title, marks, f"{title}: {'; '.join(_compared_in_words(row) for row in rows)}.", height)
+
+
+def _reach_of(rows: Sequence[Compared], chance: float) -> tuple[float, float]:
+    values = [chance, 0.8, *(row.floor for row in rows if row.floor is not None)]
+    for one in (estimate for row in rows for estimate in (row.before, row.after) if estimate):
+        values += [one.value, *(one.interval or ())]
+    return min(values) - 0.03, max(values) + 0.03
 
 
 def attendance(statuses: Sequence[str]) -> Html:
@@ -309,6 +323,15 @@ def _estimate(x: Axis, y: float, kind: str, one: Estimate) -> Html:
     return tag("g", {"class": f"estimate {kind}"}, tag("title", None, hint), *marks)
 
 
+def _upright(kind: str, x: float, top: float, bottom: float) -> Html:
+    return tag("line", {"class": kind, "x1": x, "x2": x, "y1": top, "y2": bottom})
+
+
+def _cross(x: float, y: float, hint: str) -> Html:
+    strokes = f"M{x - 3:.1f},{y - 3:.1f}l6,6m0,-6l-6,6"
+    return tag("path", {"class": "cross", "d": strokes}, tag("title", None, hint))
+
+
 def _marker(style: int, x: float, y: float, kind: str, radius: float = 2.8) -> Html:
     return tag("g", {"class": f"{kind} s{style % STYLES}"}, _shape(style, x, y, radius))
 
@@ -341,5 +364,7 @@ def _described(series: Series) -> str:
     return f"{series.name}: {significant(values[0])}" + (f" to {significant(values[-1])}" if len(values) > 1 else "")
 
 
-def _pair_in_words(pair: tuple[Estimate | None, Estimate | None]) -> str:
-    return ", ".join(f"{kind} {one.value:.3f}" for kind, one in zip(("before", "after"), pair, strict=True) if one)
+def _compared_in_words(row: Compared) -> str:
+    pairs = (("before", row.before), ("after", row.after))
+    said = [f"{kind} {one.value:.3f}" for kind, one in pairs if one]
+    return f"{row.name} {', '.join(said)}"

@@ -170,6 +170,8 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._prepared: dict[str, int] = {}
+        """Scans of each site that were told to be ready; a site looks at its cache again whenever it opens it."""
 
     def start(self) -> None:
         pass
@@ -179,7 +181,8 @@ class Lines:
 
     def show(self, event: Event, tally: Tally) -> None:
         match event:
-            case Preparing(done=done, total=total) if done == total > 0:
+            case Preparing(done=done, total=total) if done == total > 0 and self._prepared.get(event.site) != total:
+                self._prepared[event.site] = total
                 self._line(f"{event.site}: {counted(total, 'scan')} prepared")
             case SiteReplied(status=status) if status != "ok":
                 self._line(_refusal(event))
@@ -214,8 +217,7 @@ class Bars:
     def show(self, event: Event, tally: Tally) -> None:
         match event:
             case Preparing():
-                of = f" of {event.total}" if event.total else ""
-                self._site(event.site, event.done, event.total or None, f"preparing scans, {event.done}{of}")
+                self._site(event.site, event.done, event.total or None, _preparation(event))
             case RoundStarted():
                 for site in event.sites:
                     self._site(site, 0, None, "waiting")
@@ -260,6 +262,12 @@ class _Words(ProgressColumn):
     def render(self, task: Task) -> Text:
         words = task.fields[self._field]
         return words if isinstance(words, Text) else Text(str(words))
+
+
+def _preparation(event: Preparing) -> str:
+    if event.total == 0:
+        return f"looking through files, {event.done}"
+    return f"scans prepared: {event.done} of {event.total}"
 
 
 def _status(event: SiteReplied) -> str:

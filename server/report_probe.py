@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from server import charts
 from server.artefacts import Artefacts, ProbeRecord
-from server.charts import Estimate
+from server.charts import Compared, Estimate
 from server.markup import Html, joined, tag
 from server.report_pieces import card_table, caution, grid, in_words, legend, note, section, whole
 from server.wording import listed
@@ -14,7 +14,7 @@ from server.wording import listed
 STEPS_THAT_TEACH = 800
 """Optimiser steps of a site below which the published recipe has not left the uniform answer in our pilots."""
 
-_COLUMNS = ("Task", "Input", "Scans", "Positive", "Before", "After", "Change")
+_COLUMNS = ("Task", "Input", "Scans", "Positive", "Bare pixels", "Before", "After", "Change")
 
 Pair = tuple[ProbeRecord | None, ProbeRecord | None]
 """A task's probe before the first round and after the last."""
@@ -24,7 +24,7 @@ def views(run: Artefacts) -> Html:
     if not run.views:
         return section("Views", note("No example views were kept."))
     sheets = [_sheet(site, picture) for site, picture in run.views.items()]
-    said = "Random views of scans as the student and the teacher see them, a few of each site."
+    said = "Random views as student and teacher see them: a column for each scan, its views below each other."
     return section("Views", note(said), grid(sheets, "grid wide"))
 
 
@@ -42,8 +42,8 @@ def projection(run: Artefacts) -> Html:
         entries = [(charts.dot_swatch(i), f"{label} ({counts[label]:,})") for label, i in styles.items()]
         parts += [tag("h3", None, in_words(task)), legend(entries), grid(panels)]
     said = (
-        "Embeddings of scans that no site trained on, drawn in the plane before the first round and after the last."
-        " What lies close together looks alike to the model; the axes have no meaning of their own."
+        "Embeddings of scans that no site trained on, before the first round and after the last, each drawn along"
+        " its own two directions of largest variance. What lies close together looks alike to the model."
     )
     return section("Held-out scans", note(said), *parts)
 
@@ -53,7 +53,10 @@ def probe(run: Artefacts) -> Html:
     if not records:
         said = "No probe was made, so nothing here tells whether the features became more useful."
         return section("Probe", note(said), *_too_short(run))
-    said = "A linear classifier on the frozen features, judged on patients that it was not fitted to."
+    said = (
+        "A linear classifier on the frozen features, judged on patients that it was not fitted to, beside the same"
+        " classifier on the scans' own pixels, shrunk to a few. Intervals are 95%, over patients."
+    )
     kinds = {"before the first round": run.before, "after the last round": run.after}
     if missing := [kind for kind, found in kinds.items() if not found]:
         said += f" The probe {listed(missing)} was not made."
@@ -83,12 +86,21 @@ def _too_short(run: Artefacts) -> list[Html]:
 
 
 def _intervals(records: dict[str, Pair]) -> Sequence[Html]:
-    drawn = {in_words(task): (_estimate(a), _estimate(b)) for task, (a, b) in records.items()}
-    drawn = {task: pair for task, pair in drawn.items() if any(pair)}
+    drawn = [
+        _compared(task, pair) for task, pair in records.items() if any(one and one.auc is not None for one in pair)
+    ]
     if not drawn:
         return []
-    key = tag("p", {"class": "fine"}, "Hollow: before the first round. Filled: after the last. Bars: interval.")
-    return [grid([charts.interval_panel("Area under the ROC curve", drawn, chance=0.5)]), key]
+    said = "Hollow: before the first round. Filled: after the last. Bars: 95% intervals. Crosses: bare pixels."
+    return [
+        grid([charts.interval_panel("Area under the ROC curve", drawn, chance=0.5)]),
+        tag("p", {"class": "fine"}, said),
+    ]
+
+
+def _compared(task: str, pair: Pair) -> Compared:
+    floor = next((one.pixel_floor for one in pair if one and one.pixel_floor is not None), None)
+    return Compared(in_words(task), _estimate(pair[0]), _estimate(pair[1]), floor)
 
 
 def _row(task: str, pair: Pair) -> list[str]:
@@ -99,6 +111,7 @@ def _row(task: str, pair: Pair) -> list[str]:
         f"{known.rank}D" if known.rank else "",
         f"{known.n:,}",
         f"{known.positives:,}" if known.positives is not None else "",
+        f"{known.pixel_floor:.3f}" if known.pixel_floor is not None else "",
         _figure(before),
         _figure(after),
         _with_interval(after.gain, after.gain_interval, "+.3f") if after and after.gain is not None else "",

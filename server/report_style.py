@@ -96,6 +96,7 @@ circle, polygon { fill: var(--hue); stroke: var(--hue) }
 .estimate { --hue: var(--s0) }
 .estimate.before { --hue: var(--soft) }
 .estimate.before circle { fill: var(--paper); stroke-width: 1.5 }
+.cross { fill: none; stroke: var(--s1); stroke-width: 1.75; stroke-linecap: round }
 .whisker { stroke: var(--hue); stroke-width: 2; stroke-linecap: round }
 .strip { display: block; width: 8.25rem; height: .875rem; margin-top: .3rem }
 .cell { fill: var(--s2) } .cell.refused, .cell.error { fill: var(--warn) } .cell.absent { fill: var(--soft) }

@@ -66,7 +66,7 @@ def write_run(out: Path, records: list[dict[str, Any]], *, rounds: int) -> None:
 
 def write_probe(report: Path) -> None:
     """Two tasks with figures, one without."""
-    shared = {"task": "pneumonia", "rank": 2, "n": 300, "positives": 97, "reason": None}
+    shared = {"task": "pneumonia", "rank": 2, "n": 300, "positives": 97, "pixel_floor": 0.634, "reason": None}
     no_figure = {"task": "rare_finding", "rank": 2, "n": 40, "positives": 2, "auc": None, "interval": None}
     lesion = {"task": "lesion_in_volume", "rank": 3, "n": 61, "positives": 30}
     before = {

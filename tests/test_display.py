@@ -63,7 +63,7 @@ def test_a_log_gets_one_line_for_each_round_and_each_site_that_did_not_count() -
 
 
 def test_a_log_says_once_that_a_sites_scans_are_ready() -> None:
-    events = [Preparing("alpha", 0, 0), *(Preparing("alpha", done, 5) for done in range(6))]
+    events = [Preparing("alpha", 0, 0), *(Preparing("alpha", done, 5) for done in range(6)), Preparing("alpha", 5, 5)]
     assert shown(events) == "alpha: 5 scans prepared\n"
 
 

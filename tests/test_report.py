@@ -288,7 +288,7 @@ def test_a_run_too_short_to_learn_says_so(tmp_path: Path, steps: int, warned: bo
 
 def test_the_probe_stands_with_its_interval_and_its_reason(whole_run: Path) -> None:
     rows = [row.text for row in next(section(report_of(whole_run), "Probe").all("table")).all("tr")]
-    assert "0.612 [0.541, 0.680]0.701 [0.640, 0.759]+0.089 [+0.020, +0.151]" in rows[1]
+    assert "2D300970.6340.612 [0.541, 0.680]0.701 [0.640, 0.759]+0.089 [+0.020, +0.151]" in rows[1]
     assert "\N{MINUS SIGN}0.020 [\N{MINUS SIGN}0.130, +0.090]" in rows[2]
     assert rows[3].endswith("too few positivestoo few positives")
 
