@@ -116,6 +116,7 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
     done = len(stamps) - len(tasks)
     progress.report(progress.Preparing(site.name, done, len(stamps)))
     with (folder / "built.jsonl").open("a", encoding="utf-8") as journal:
+        journal.write("\n")  # ends a line that a crash may have cut
         for index, outcome in _outcomes(tasks, site.workers):
             record = outcome if isinstance(outcome, _Record) else _Record(tasks[index].stamp, reason=outcome.reason)
             records[record.stamp] = record
@@ -244,7 +245,7 @@ def _read_records(folder: Path) -> dict[str, _Record]:
         lines = (folder / "built.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
-    for line in lines:
+    for line in filter(None, lines):
         try:
             raw = json.loads(line)
             raw |= {name: tuple(raw[name]) for name in ("shape", "spacing_mm")}

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import dicom, nifti, pictures, workers
+from client.dicom_bytes import looks_like_dicom
 from client.patients import Listed, Patient, patient_of, read_table, ruled_patient
-from client.series import Group, Header, Kind, Stack, assemble, sort_out
+from client.series import Group, Header, Kind, Stack, sort_out
 from client.site_config import DataSource
+from client.volumes import assemble
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 
@@ -194,22 +196,27 @@ class _Look:
 
 
 def look(task: _Look) -> Header | Plain:
-    """What one file is, by its content. Raises ScanError where it is nothing that can be read."""
-    path = task.folder / task.file
+    """`look_at` for a worker."""
+    return look_at(task.folder, task.file, task.secret)
+
+
+def look_at(folder: Path, file: str, secret: bytes) -> Header | Plain:
+    """What the file below `folder` is, by its content. Raises ScanError where it is nothing that can be read."""
+    path = folder / file
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ScanError("not_an_image")  # a pipe would block its reader for ever
     if status.st_size == 0:
         raise ScanError("empty_file")
-    with path.open("rb") as file:
-        start = file.read(348)
+    with path.open("rb") as stream:
+        start = stream.read(348)
     # A DICOM file may look like a TIFF too: its first 128 bytes are free for that.
     if start[128:132] != b"DICM" and (pictures.looks_like_picture(start) or nifti.looks_like_nifti(start)):
         if path.suffix.lower() in _DICOM_SUFFIXES:
             raise ScanError("name_contradicts_content")
-        return _plain(path, task.file, start)
-    if dicom.looks_like_dicom(start):
-        return dicom.read_header(path, task.file, task.secret)
+        return _plain(path, file, start)
+    if looks_like_dicom(start):
+        return dicom.read_header(path, file, secret)
     raise ScanError("not_an_image")
 
 
@@ -225,7 +232,9 @@ def _looks(
 ) -> Iterator[tuple[str, Header | Plain | ScanError]]:
     tasks = [_Look(source.folder, file, secret) for file in files]
     few = len(tasks) <= _FEW_FILES and _bytes_of(source.folder / task.file for task in tasks) <= _FEW_BYTES
-    outcomes = workers.run_here(look, tasks) if few and not isolate else workers.run(look, tasks, workers=processes)
+    # A header takes a millisecond or two, a worker half a second to start.
+    count = min(processes or os.cpu_count() or 1, 1 + len(tasks) // 128)
+    outcomes = workers.run_here(look, tasks) if few and not isolate else workers.run(look, tasks, workers=count)
     for index, outcome in outcomes:
         yield tasks[index].file, outcome
 

@@ -8,10 +8,9 @@ import contextlib
 import logging
 import threading
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
@@ -21,62 +20,17 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
+from client.dicom_bytes import DEFLATED, check_inflation, pixel_bytes
+from client.dicom_rules import CLASS_OF_MODALITY, DICOMDIR, SECONDARY_CAPTURE, modality_of, pixels_reason, type_reason
+from client.dicom_values import between, bounds, grey_of, without_unused_bits
 from client.patients import dicom_patient_text, patient_of
-from client.series import MAX_VOXELS, Frame, Header
+from client.series import Frame, Header
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality
 
 # They quote values of the file in what they log.
 for _name in ("pydicom", "pylibjpeg", "openjpeg", "rle"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
-
-_CLASSES: Mapping[str, Modality] = {
-    "1.2.840.10008.5.1.4.1.1.2": "CT",
-    "1.2.840.10008.5.1.4.1.1.2.1": "CT",
-    "1.2.840.10008.5.1.4.1.1.2.2": "CT",
-    "1.2.840.10008.5.1.4.1.1.4": "MR",
-    "1.2.840.10008.5.1.4.1.1.4.1": "MR",
-    "1.2.840.10008.5.1.4.1.1.4.4": "MR",
-    "1.2.840.10008.5.1.4.1.1.128": "PT",
-    "1.2.840.10008.5.1.4.1.1.130": "PT",
-    "1.2.840.10008.5.1.4.1.1.128.1": "PT",
-    "1.2.840.10008.5.1.4.1.1.1": "XR",
-    "1.2.840.10008.5.1.4.1.1.1.1": "XR",
-    "1.2.840.10008.5.1.4.1.1.1.1.1": "XR",
-    "1.2.840.10008.5.1.4.1.1.1.2": "XR",
-    "1.2.840.10008.5.1.4.1.1.1.2.1": "XR",
-    "1.2.840.10008.5.1.4.1.1.1.3": "XR",
-    "1.2.840.10008.5.1.4.1.1.1.3.1": "XR",
-    "1.2.840.10008.5.1.4.1.1.12.1": "XR",
-    "1.2.840.10008.5.1.4.1.1.12.2": "XR",
-}
-"""Storage classes that hold scans: CT, MR and PET (plain, enhanced, legacy converted), CR, DX, MG, IO, XA, RF."""
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_DICOMDIR = "1.2.840.10008.1.3.10"
-_MODALITIES: Mapping[str, Modality] = {
-    "CT": "CT",
-    "MR": "MR",
-    "PT": "PT",
-    **dict.fromkeys(("CR", "DX", "RG", "RF", "XA", "MG", "IO", "PX"), "XR"),
-}
-
-_IMAGE_TYPES: Mapping[str, str] = {
-    **dict.fromkeys(("LOCALIZER", "SCOUT"), "localizer"),
-    **dict.fromkeys(("DOSE_INFO", "DOSE", "SCREEN SAVE", "SCREENSAVE"), "dose_or_screen"),
-    "MOSAIC": "mosaic",
-    **dict.fromkeys(
-        ("MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "CPR", "VRT", "VOLUME RENDER",
-         "3D RENDERING", "CSA 3D EDITOR", "CSAPARALLEL"),
-        "derived_image",
-    ),
-    **dict.fromkeys(
-        ("ADC", "EADC", "FA", "PERFUSION", "ASL", "RELCBF", "RELCBV", "CBF", "CBV", "MTT", "RELMTT", "TTP", "TTEST",
-         "SUB", "SUBTRACTION", "T1 MAP", "T2 MAP", "T2_STAR MAP", "FIELD_MAP", "PHASE MAP", "B0 MAP", "VELOCITY"),
-        "parameter_map",
-    ),
-    **dict.fromkeys(("P", "PHASE", "R", "REAL", "I", "IMAGINARY"), "phase_image"),
-}  # fmt: skip
-"""Words of ImageType, from the third on, that mean no plain picture of the body."""
 
 _HEADER_TAGS = [
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "PatientID",
@@ -89,9 +43,6 @@ _HEADER_TAGS = [
     "RecognizableVisualFeatures", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
-_MAX_INFLATION = 64 * 2**20
-"""A deflated header and its pixels may unfold to at least this, and to 32 times their size."""
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 
 _quiet_lock = threading.RLock()
@@ -103,21 +54,6 @@ def _quiet() -> Iterator[None]:
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def looks_like_dicom(start: bytes) -> bool:
-    """Whether a file that begins with `start` (132 bytes or more) may be DICOM, with preamble or without."""
-    if start[128:132] == b"DICM":
-        return True
-    # Without preamble: a data element of group 2 or 8 in little endian, or 8 in big endian, with a known beginning.
-    group = start[:2]
-    if group in (b"\x02\x00", b"\x08\x00"):
-        element = int.from_bytes(start[2:4], "little")
-    elif group == b"\x00\x08":
-        element = int.from_bytes(start[2:4], "big")
-    else:
-        return False
-    return len(start) >= 16 and element <= 0x0070 and (start[4:6].isalpha() or start[6:8] == b"\x00\x00")
 
 
 # ---------------------------------------------------------------------------------------------------------- headers
@@ -133,59 +69,30 @@ def read_header(path: Path, file: str, secret: bytes) -> Header:
         try:
             dataset, room = _open(path)
             return _header(dataset, room, file, secret)
-        except (ScanError, OSError, MemoryError):
+        except (ScanError, MemoryError):
             raise
-        except Exception:  # pydicom raises a dozen kinds on damaged files
-            raise ScanError("damaged_header") from None
+        except Exception as error:  # pydicom raises a dozen kinds on damaged files
+            raise ScanError(_open_reason(error)) from None
+
+
+def _open_reason(error: Exception) -> str:
+    """The system's own errors have a number; pydicom raises OSError for content, too."""
+    return "cannot_open" if isinstance(error, OSError) and error.errno is not None else "damaged_header"
 
 
 def _open(path: Path) -> tuple[Dataset, int | None]:
     """The header, and the bytes that its pixel data take in the file (None: none there, -1: encapsulated)."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        _check_inflation(file, size)
+        check_inflation(file, size)
         dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(_HEADER_TAGS))
         syntax = _transfer_syntax(dataset)
-        if syntax is not None and syntax.encode() == _DEFLATED:
+        if syntax == DEFLATED:
             return dataset, _deflated_room(path)
-        return dataset, _room(file, size, dataset)
-
-
-def _room(file: BinaryIO, size: int, dataset: Dataset) -> int | None:
-    """Bytes of pixel data behind the header that was just read: pydicom stops at the element that holds them."""
-    implicit, little = dataset.original_encoding
-    order = "little" if little else "big"
-    start = file.read(12)
-    if len(start) < 8:
-        return None
-    group, element = int.from_bytes(start[:2], order), int.from_bytes(start[2:4], order)  # type: ignore[arg-type]
-    if group != 0x7FE0 or element not in (0x0008, 0x0009, 0x0010):
-        return None
-    if implicit:
-        length, begin = int.from_bytes(start[4:8], order), file.tell() - len(start) + 8  # type: ignore[arg-type]
-    else:
-        length, begin = int.from_bytes(start[8:12], order), file.tell()  # type: ignore[arg-type]
-    if length == 0xFFFFFFFF:
-        return -1
-    return max(0, min(length, size - begin))
-
-
-def _check_inflation(file: BinaryIO, size: int) -> None:
-    """Refuse a deflated file that unfolds to more than it may, before anything holds it unfolded."""
-    start = file.read(4096)
-    if start[128:132] == b"DICM" and _DEFLATED in start:
-        if start[132:136] != b"\x02\0\0\0":
-            raise ScanError("damaged_header", "deflated, and does not say from where on")
-        file.seek(144 + int.from_bytes(start[140:144], "little"))
-        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        try:
-            while chunk := inflate.unconsumed_tail or file.read(2**16):
-                total += len(inflate.decompress(chunk, 2**20))
-                if total > max(_MAX_INFLATION, 32 * size):
-                    raise ScanError("too_large", "unfolds to too much")
-        except zlib.error:
-            raise ScanError("damaged_header") from None
-    file.seek(0)
+        implicit, little = dataset.original_encoding
+        order: Literal["little", "big"] = "little" if little else "big"
+        # pydicom stops at the element that holds the pixels.
+        return dataset, pixel_bytes(file, size, implicit=bool(implicit), order=order)
 
 
 def _deflated_room(path: Path) -> int | None:
@@ -209,12 +116,12 @@ def _header(dataset: Dataset, room: int | None, file: str, secret: bytes) -> Hea
     if not len(dataset):
         raise ScanError("damaged_header")
     sop_class = _text(dataset, "SOPClassUID") or _meta_text(dataset, "MediaStorageSOPClassUID")
-    if sop_class == _DICOMDIR:
+    if sop_class == DICOMDIR:
         raise ScanError("dicomdir")
     if not sop_class and not _text(dataset, "Modality") and room is None:
         raise ScanError("damaged_header")
     syntax = _transfer_syntax(dataset)
-    modality = _CLASSES.get(sop_class) or (_MODALITIES.get(_text(dataset, "Modality")) if not sop_class else None)
+    modality = modality_of(sop_class, _text(dataset, "Modality"))
     patient_text = dicom_patient_text(_text(dataset, "PatientID"), _text(dataset, "IssuerOfPatientID"))
     frames: tuple[Frame, ...] = ()
     reason = _reason(dataset, room, sop_class, modality)
@@ -238,7 +145,7 @@ def _header(dataset: Dataset, room: int | None, file: str, secret: bytes) -> Hea
 
 def _reason(dataset: Dataset, room: int | None, sop_class: str, modality: Modality | None) -> str:
     """Why the whole file is left out, from its header alone; empty where it is not."""
-    if sop_class.startswith(_SECONDARY_CAPTURE):
+    if sop_class.startswith(SECONDARY_CAPTURE):
         return "secondary_capture"
     if room is None:
         return "no_pixels"
@@ -247,42 +154,18 @@ def _reason(dataset: Dataset, room: int | None, sop_class: str, modality: Modali
     if _text(dataset, "BurnedInAnnotation").upper() == "YES":
         return "burned_in_annotation"
     image_type = [word.strip().upper() for word in _texts(dataset, "ImageType")]
-    if by_type := _type_reason(image_type, modality):
+    if by_type := type_reason(image_type, modality):
         return by_type
-    return _pixels_reason(dataset, room) or _rescale_reason(dataset, modality)
-
-
-def _type_reason(image_type: Sequence[str], modality: Modality) -> str:
-    for word in image_type[2:]:
-        reason = _IMAGE_TYPES.get(word, "")
-        # In an X-ray or PET these words mean something else.
-        if reason and (modality in ("CT", "MR") or reason not in ("phase_image", "parameter_map")):
-            return reason
-    if image_type[:1] == ["DERIVED"] and {"MPR", "REFORMATTED"} & set(image_type[2:]):
-        return "derived_image"
-    # Every PET is computed, and scanners say so; a CT or MR that says so was made from another series.
-    if modality in ("CT", "MR") and list(image_type[:2]) == ["DERIVED", "SECONDARY"]:
-        return "derived_image"
-    return ""
-
-
-def _pixels_reason(dataset: Dataset, room: int) -> str:
-    """Whether the header's claims about the pixels can be true of this file."""
-    rows, columns, bits = (_count(dataset, name) for name in ("Rows", "Columns", "BitsAllocated"))
-    samples, frames = _count(dataset, "SamplesPerPixel", 1), _count(dataset, "NumberOfFrames", 1)
-    if not rows or not columns or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3) or not frames:
-        return "bad_pixel_description"
-    if rows * columns * frames > MAX_VOXELS:
-        return "too_large"
-    if bits == 1:
-        return "binary_image"
-    if 0 <= room < rows * columns * samples * frames * bits // 8 * _chroma(dataset):
-        return "truncated_pixels"
-    return ""
-
-
-def _chroma(dataset: Dataset) -> float:
-    return 2 / 3 if _text(dataset, "PhotometricInterpretation") == "YBR_FULL_422" else 1.0
+    impossible = pixels_reason(
+        rows=_count(dataset, "Rows"),
+        columns=_count(dataset, "Columns"),
+        bits=_count(dataset, "BitsAllocated"),
+        samples=_count(dataset, "SamplesPerPixel", 1),
+        frames=_count(dataset, "NumberOfFrames", 1),
+        photometric=_text(dataset, "PhotometricInterpretation"),
+        in_file=room,
+    )
+    return impossible or _rescale_reason(dataset, modality)
 
 
 def _rescale_reason(dataset: Dataset, modality: Modality) -> str:
@@ -361,7 +244,7 @@ def _enhanced_frame(
             _number(content, "FrameAcquisitionNumber"),
             _number(dataset, "InstanceNumber"),
         ),
-        reason=_type_reason(frame_type, modality),
+        reason=type_reason(frame_type, modality),
     )
 
 
@@ -423,10 +306,10 @@ def read_frames(path: Path, numbers: Sequence[int]) -> NDArray[np.float32]:
             if "TransferSyntaxUID" not in dataset.file_meta:
                 implicit, little = dataset.original_encoding
                 dataset.file_meta.TransferSyntaxUID = _guessed_syntax(implicit, little)
-        except (OSError, MemoryError):
+        except MemoryError:
             raise
-        except Exception:
-            raise ScanError("damaged_header") from None
+        except Exception as error:
+            raise ScanError(_open_reason(error)) from None
         return np.stack([_frame_values(dataset, number) for number in numbers])
 
 
@@ -459,60 +342,27 @@ def _decode_reason(dataset: Dataset) -> str:
 
 
 def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.float32]:
-    """Stored values -> grey, unused bits off, inverted where white is low, rescaled, padding at the low end."""
-    if _text(dataset, "PhotometricInterpretation") == "PALETTE COLOR":
+    """Stored values -> grey, unused bits off, rescaled, turned over where white is low, padding at the low end."""
+    photometric, bits = _text(dataset, "PhotometricInterpretation"), _count(dataset, "BitsStored")
+    if photometric == "PALETTE COLOR":
         stored = apply_color_lut(stored, dataset)
     if stored.ndim == 3:
         stored = grey_of(stored)
     if stored.ndim != 2:
         raise ScanError("bad_pixel_description")
-    low, high, stored = _stored_range(dataset, stored)
-    padded = _padding(dataset, stored)
-    if _text(dataset, "PhotometricInterpretation") == "MONOCHROME1":
-        stored = (low + high) - stored.astype(np.float64)
+    if not _is_compressed(_transfer_syntax(dataset)):
+        stored = without_unused_bits(stored, bits=bits, high_bit=_count(dataset, "HighBit", bits - 1))
     values = _rescaled(dataset, number, stored)
-    if padded is not None and not padded.all():
-        values[padded] = values[~padded].min()
+    if photometric == "MONOCHROME1":
+        ends = _rescaled(dataset, number, np.array([bounds(stored, bits=bits)]))
+        values = ends.sum(dtype=np.float32) - values
+    padding = _numbers(dataset, "PixelPaddingValue", 1)
+    if padding is not None and _text(dataset, "Modality") != "CT":  # in CT it lies below any window
+        limit = _numbers(dataset, "PixelPaddingRangeLimit", 1) or padding
+        outside = between(stored, padding[0], limit[0])
+        if outside.any() and not outside.all():
+            values[outside] = values[~outside].min()
     return values
-
-
-def grey_of(colour: NDArray[Any]) -> NDArray[Any]:
-    """(H, W, 3) whose channels agree -> (H, W). Raises ScanError(colour_image) where they do not.
-
-    A grey picture that went through a colour JPEG differs by a few levels: 2% of the range on average is allowed.
-    """
-    wide = colour[..., :3].astype(np.float64)
-    spread = float((wide.max(axis=2) - wide.min(axis=2)).mean())
-    span = float(np.iinfo(colour.dtype).max) if colour.dtype.kind in "ui" else float(np.ptp(wide) or 1.0)
-    if spread > 0.02 * span:
-        raise ScanError("colour_image")
-    return np.asarray(wide.mean(axis=2))
-
-
-def _stored_range(dataset: Dataset, stored: NDArray[Any]) -> tuple[float, float, NDArray[Any]]:
-    """The range that the header gives stored values, and those without bits that do not belong to them."""
-    if stored.dtype.kind == "f":
-        return float(stored.min()), float(stored.max()), stored
-    bits = _count(dataset, "BitsStored") or stored.dtype.itemsize * 8
-    allocated = stored.dtype.itemsize * 8
-    signed = stored.dtype.kind == "i"
-    syntax = _transfer_syntax(dataset)
-    if bits < allocated and not _is_compressed(syntax):
-        # Old files keep overlays in the unused bits.
-        shift = min(max(0, _count(dataset, "HighBit", bits - 1) - (bits - 1)), allocated - bits)
-        stored = stored << (allocated - bits - shift) >> (allocated - bits)
-    low = -(2.0 ** (bits - 1)) if signed else 0.0
-    high = 2.0 ** (bits - 1) - 1 if signed else 2.0**bits - 1
-    return low, high, stored
-
-
-def _padding(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """Where the scanner wrote no picture; CT needs no mask, since its padding lies below any window."""
-    value = _numbers(dataset, "PixelPaddingValue", 1)
-    if value is None or _text(dataset, "Modality") == "CT":
-        return None
-    limit = _numbers(dataset, "PixelPaddingRangeLimit", 1) or value
-    return np.asarray((stored >= min(value[0], limit[0])) & (stored <= max(value[0], limit[0])))
 
 
 def _rescaled(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.float32]:
@@ -543,14 +393,6 @@ def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
-_CLASS_OF_MODALITY: Mapping[str, str] = {
-    "CT": "1.2.840.10008.5.1.4.1.1.2",
-    "MR": "1.2.840.10008.5.1.4.1.1.4",
-    "PT": "1.2.840.10008.5.1.4.1.1.128",
-    "CR": "1.2.840.10008.5.1.4.1.1.1",
-    "DX": "1.2.840.10008.5.1.4.1.1.1.1",
-}
-
 
 def write_dicom(
     path: Path,
@@ -571,7 +413,7 @@ def write_dicom(
     dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     bits = pixels.dtype.itemsize * 8
     described = {
-        "SOPClassUID": _CLASS_OF_MODALITY.get(str(attributes.get("Modality")), _SECONDARY_CAPTURE),
+        "SOPClassUID": CLASS_OF_MODALITY.get(str(attributes.get("Modality")), SECONDARY_CAPTURE),
         "SOPInstanceUID": generate_uid(),
         "StudyInstanceUID": generate_uid(),
         "SeriesInstanceUID": generate_uid(),

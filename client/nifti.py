@@ -15,7 +15,8 @@ import numpy as np
 from nibabel.imageglobals import logger as _nibabel_logger
 from numpy.typing import NDArray
 
-from client.series import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM, canonical, spacing_of
+from client.series import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM
+from client.volumes import canonical, spacing_of
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 

@@ -38,6 +38,8 @@ def run(
     function: importable by name; runs in a worker process. Any exception but ScanError counts as `reader_failed`.
     workers: processes; None takes one for each core. time_limit_s: for one task.
     """
+    if function.__module__ == "__main__":
+        raise AssertionError("a worker cannot import what stands in a script")
     count = min(workers or os.cpu_count() or 1, max(1, len(tasks)))
     waiting = deque(enumerate(tasks))
     team = [_Worker.start(function) for _ in range(count)]

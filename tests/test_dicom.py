@@ -9,7 +9,9 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from client.dicom import grey_of, looks_like_dicom, read_frames, read_header, write_dicom
+from client.dicom import read_frames, read_header, write_dicom
+from client.dicom_bytes import looks_like_dicom
+from client.dicom_values import grey_of
 from client.reasons import REASONS
 from tests.series_files import AXIAL, SHARED, write_radiograph
 from unimiss_core.errors import ScanError

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from client.patients import Patient
-from client.series import Frame, Header, assemble, canonical, sort_out, straighten
+from client.series import Frame, Header, sort_out
+from client.volumes import assemble, canonical, straighten
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 ROWS, COLUMNS = 5, 7

@@ -1,0 +1,202 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client import cache
+from client.cache import open_library, read_scans
+from client.catalogue import catalogue, read
+from client.pictures import write_png
+from client.site_config import DataSource, SiteConfig
+from tests.series_files import pattern, write_radiograph, write_series
+from unimiss_core import progress
+from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.plan import prepare
+from unimiss_core.study import PlanConfig
+
+PLAN = PlanConfig()
+
+
+def picture(path: Path, seed: int) -> None:
+    write_png(path, np.random.default_rng(seed).integers(0, 65535, (33, 21)).astype(np.uint16))
+
+
+@pytest.fixture
+def site(tmp_path) -> SiteConfig:
+    folder = tmp_path / "scans"
+    write_series(folder / "ct", pattern(7, 20, 30), attributes={"PatientID": "one"})
+    picture(folder / "a.png", 0)
+    picture(folder / "b.png", 1)
+    return SiteConfig(name="north", data=(DataSource(folder=folder),), state=tmp_path / "state")
+
+
+@pytest.fixture
+def built(monkeypatch) -> list[str]:
+    """Names of what is read and prepared, as it happens."""
+    names: list[str] = []
+    really = cache.build
+
+    def build(task):
+        names.append(task.candidate.files[0])
+        return really(task)
+
+    monkeypatch.setattr(cache, "build", build)
+    return names
+
+
+def test_a_crop_is_the_prepared_scan_to_16_bits(site):
+    library = open_library(site, PLAN)
+    assert library.ranks == {2, 3}
+    found = catalogue(site.data, b"s" * 32)
+    for scan, candidate in zip(library.scans, found.candidates, strict=True):
+        values, spacing = prepare(read(candidate), PLAN)
+        assert scan.shape == values.shape
+        assert scan.spacing_mm == spacing
+        whole = scan.crop(tuple(slice(None) for _ in scan.shape[1:]))
+        assert whole.dtype == np.float32
+        assert np.abs(whole - values).max() <= 0.5 / 65535 + 1e-7
+        box = tuple(slice(length // 4, length // 2 + 1) for length in scan.shape[1:])
+        np.testing.assert_array_equal(scan.crop(box), whole[(slice(None), *box)])
+
+
+def test_a_second_opening_reads_nothing_and_gives_the_same(site, built):
+    first = open_library(site, PLAN)
+    assert len(built) == 3
+    assert open_library(site, PLAN) == first
+    assert len(built) == 3
+
+
+def test_a_change_rebuilds_just_what_changed(site, built):
+    first = open_library(site, PLAN)
+    built.clear()
+    picture(site.data[0].folder / "b.png", 2)
+    second = open_library(site, PLAN)
+    assert built == ["b.png"]
+    assert len({scan.key for scan in first.scans} & {scan.key for scan in second.scans}) == 2
+    built.clear()
+    open_library(site, PlanConfig(percentiles=(1.0, 99.0)))
+    assert len(built) == 3
+
+
+def test_a_file_that_only_moved_keeps_its_cached_content(site):
+    first = open_library(site, PLAN)
+    folder = site.data[0].folder
+    (folder / "a.png").rename(folder / "z.png")
+    assert {scan.key for scan in open_library(site, PLAN).scans} == {scan.key for scan in first.scans}
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(site, built):
+    def stop(event):
+        if isinstance(event, progress.Preparing) and event.total and event.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), progress.listen(stop):
+        open_library(site, PLAN)
+    # The crash also cut the journal's last line.
+    journal = site.cache_folder / "built.jsonl"
+    journal.write_text(journal.read_text() + '{"stamp": "cut o')
+    built.clear()
+    assert len(open_library(site, PLAN).scans) == 3
+    assert len(built) == 1
+    built.clear()
+    open_library(site, PLAN)
+    assert not built
+
+
+def test_a_lost_cache_file_is_built_again(site, built):
+    library = open_library(site, PLAN)
+    library.scans[0].path.unlink()
+    built.clear()
+    assert open_library(site, PLAN) == library
+    assert len(built) == 1
+
+
+def test_the_same_picture_twice_counts_once_for_a_patient(site, tmp_path):
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    for name in ("1_a.png", "1_b.png", "2_a.png"):
+        picture(folder / name, 0)
+    source = DataSource(folder=folder, patient_pattern="^(?P<patient>.)_")
+    library = open_library(site.model_copy(update={"data": (source,)}), PLAN)
+    assert len(library.scans) == 2
+    assert library.left_out == {"duplicate": 1}
+
+
+def test_left_out_scans_are_remembered(site, built):
+    write_radiograph(site.data[0].folder / "blank", np.full((9, 9), 7, np.uint8))
+    assert open_library(site, PLAN).left_out == {"blank": 1}
+    built.clear()
+    assert open_library(site, PLAN).left_out == {"blank": 1}
+    assert not built
+
+
+def test_a_cache_that_would_grow_too_large_is_refused_in_words(site):
+    small = site.model_copy(update={"cache_limit_gb": 1e-6})
+    with pytest.raises(ConfigError, match="cache_limit_gb=1e-06; raise it"):
+        open_library(small, PLAN)
+    assert not list(site.cache_folder.glob("*.npy"))
+
+
+def test_scans_that_are_no_longer_wanted_make_room(site):
+    first = open_library(site, PLAN)
+    used = sum(scan.path.stat().st_size for scan in first.scans)
+    tight = site.model_copy(update={"cache_limit_gb": 1.3 * used / 1e9})
+    second = open_library(tight, PlanConfig(percentiles=(1.0, 99.0)))
+    assert len(second.scans) == 3
+    assert sum(path.stat().st_size for path in site.cache_folder.glob("*.npy")) <= 1.3 * used
+
+
+def test_an_empty_site_says_what_was_left_out(tmp_path):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "Zzyzx.txt").write_text("no scan")
+    site = SiteConfig(name="north", data=(DataSource(folder=tmp_path / "scans"),), state=tmp_path / "state")
+    with pytest.raises(NoUsableScanError, match="1 not_an_image") as error:
+        open_library(site, PLAN)
+    assert "Zzyzx" not in str(error.value)
+
+
+def test_progress_counts_to_the_end(site):
+    events = []
+    with progress.listen(events.append):
+        open_library(site, PLAN)
+    assert [event.done for event in events if event.total] == [0, 1, 2, 3]
+    assert {event.site for event in events} == {"north"}
+
+
+def test_nothing_in_the_cache_names_a_patient_or_file(tmp_path):
+    folder = tmp_path / "scans" / "Zzyzx-folder"
+    write_series(folder, pattern(5, 9, 7), attributes={"PatientID": "Zzyzx", "PatientName": "Zzyzx"})
+    site = SiteConfig(name="north", data=(DataSource(folder=tmp_path / "scans"),), state=tmp_path / "state")
+    open_library(site, PLAN)
+    for path in site.state.rglob("*"):
+        assert "Zzyzx" not in path.name
+        assert not path.is_file() or b"Zzyzx" not in path.read_bytes()
+    assert site.cache_folder.stat().st_mode & 0o077 == 0
+
+
+def test_many_files_are_built_in_other_processes_with_the_same_result(site, monkeypatch):
+    here = open_library(site, PLAN)
+    monkeypatch.setattr(cache, "safe_here", lambda _: False)
+    there = open_library(site.model_copy(update={"cache": site.state / "other", "workers": 2}), PLAN)
+    assert [scan.key for scan in there.scans] == [scan.key for scan in here.scans]
+    for one, other in zip(here.scans, there.scans, strict=True):
+        assert one.path.read_bytes() == other.path.read_bytes()
+
+
+def test_scans_read_for_labels_say_where_they_came_from(site):
+    (site.data[0].folder / "notes.txt").write_text("no scan")
+    notes = []
+    with progress.listen(notes.append):
+        pairs = list(read_scans(site.data))
+    assert [origin.files[0] for origin, _ in pairs] == ["a.png", "b.png", "ct/file000"]
+    assert [scan.rank for _, scan in pairs] == [2, 2, 3]
+    assert notes == [progress.Note("left out: 1 not_an_image")]
+
+
+def test_a_record_is_one_line_of_json(site):
+    open_library(site, PLAN)
+    lines = (site.cache_folder / "built.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line]
+    assert len(records) == 3
+    assert set(records[0]) == {"stamp", "key", "shape", "spacing_mm", "offset", "reason"}

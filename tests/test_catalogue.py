@@ -1,0 +1,230 @@
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from client.catalogue import catalogue, read
+from client.nifti import read_nifti, write_nifti
+from client.patients import patient_of
+from client.pictures import write_png
+from client.site_config import DataSource, TableConfig
+from tests.series_files import SHARED, pattern, write_radiograph, write_series
+from unimiss_core.errors import ScanError
+from unimiss_core.scan import Scan
+
+SECRET = b"s" * 32
+SERIES = SHARED / "dicom_series"
+STS = SHARED / "sts_dicom"
+
+
+def look(folder, **settings):
+    return catalogue([DataSource(folder=folder, **settings)], SECRET)
+
+
+def reasons(found) -> Counter:
+    return Counter(entry.reason for entry in (*found.left_out, *found.unreadable))
+
+
+def picture(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(path, np.random.default_rng(seed).integers(0, 255, (21, 17)).astype(np.uint8))
+
+
+def test_files_are_known_by_content_and_not_by_name(tmp_path):
+    volume = pattern(5, 9, 7)
+    write_series(tmp_path / "a", volume, order=[3, 0, 4, 2, 1])
+    write_radiograph(tmp_path / "b" / "holiday.txt", np.arange(99, dtype=np.uint16).reshape(9, 11))
+    picture(tmp_path / "c" / "x.dat")
+    write_nifti(tmp_path / "v.nii.gz", Scan(volume[None].astype(np.float32), (2.0, 1.0, 1.0), "CT"))
+    (tmp_path / "v.nii.gz").rename(tmp_path / "v.bin")
+    (tmp_path / "readme.dcm").write_text("no scan")
+    (tmp_path / "nothing").touch()
+    found = look(tmp_path)
+    kinds = sorted((one.format, one.kind, one.modality, len(one.files)) for one in found.candidates)
+    assert kinds == [
+        ("dicom", "2d", "XR", 1),
+        ("dicom", "3d", "CT", 5),
+        ("nifti", "3d", "OT", 1),
+        ("picture", "2d", "XR", 1),
+    ]
+    assert reasons(found) == {"not_an_image": 1, "empty_file": 1}
+    assert found.files_seen == 10
+    series = next(one for one in found.candidates if one.modality == "CT")
+    np.testing.assert_array_equal(read(series).voxels[0], volume)
+
+
+def test_a_picture_called_dcm_is_left_out(tmp_path):
+    picture(tmp_path / "a.dcm")
+    assert reasons(look(tmp_path)) == {"name_contradicts_content": 1}
+
+
+def test_pipes_and_dangling_links_do_not_stop_the_walk(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "round").symlink_to(tmp_path)
+    picture(tmp_path / "a.png")
+    found = look(tmp_path)
+    assert len(found.candidates) == 1
+    assert reasons(found) == {"not_an_image": 1, "cannot_open": 1}
+
+
+def test_a_dicomdir_is_an_index_and_its_files_are_found_without_it(tmp_path):
+    write_series(tmp_path / "IMAGES", pattern(4, 5, 6))
+    write_radiograph(tmp_path / "DICOMDIR", np.ones((4, 4), np.uint8), SOPClassUID="1.2.840.10008.1.3.10")
+    found = look(tmp_path)
+    assert len(found.candidates) == 1
+    assert reasons(found) == {"dicomdir": 1}
+
+
+def test_patients_come_from_the_path_where_a_pattern_says_so(tmp_path):
+    for name in ("7_a.png", "7_b.png", "8_a.png"):
+        picture(tmp_path / name)
+    found = look(tmp_path, patient_pattern="^(?P<patient>[0-9]+)_")
+    assert [one.patient for one in found.candidates] == [patient_of(who, SECRET).key for who in "778"]
+    assert len({one.patient for one in look(tmp_path).candidates}) == 3
+
+
+def test_patient_ranges_part_a_folder_without_overlap(tmp_path):
+    for number in range(40):
+        picture(tmp_path / f"{number}_x.png")
+    rule = "^(?P<patient>[0-9]+)_"
+    parts = [
+        {one.files for one in look(tmp_path, patient_pattern=rule, patient_range=part).candidates}
+        for part in ((0.0, 0.3), (0.3, 1.0))
+    ]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 40
+    assert 4 <= len(parts[0]) <= 20
+    expected = {(f"{n}_x.png",) for n in range(40) if patient_of(str(n), b"").place < 0.3}
+    assert parts[0] == expected
+
+
+def test_only_files_of_the_table_count(tmp_path):
+    for name in ("a.png", "b.png", "mask.png"):
+        picture(tmp_path / "scans" / name)
+    write_series(tmp_path / "scans" / "ct", pattern(4, 5, 6))
+    text = "file,who,kind,use\na.png,1,MR,yes\nb.png,1,CT,no\nct,2,CT,yes\ngone.png,3,CT,yes\n"
+    (tmp_path / "t.csv").write_text(text)
+    table = TableConfig(path=tmp_path / "t.csv", patient="who", modality="kind", where={"use": ("yes",)})
+    found = look(tmp_path / "scans", table=table)
+    taken = {(one.kind, one.modality, one.patient) for one in found.candidates}
+    assert taken == {("2d", "MR", patient_of("1", SECRET).key), ("3d", "CT", patient_of("2", SECRET).key)}
+    assert reasons(found) == {"cannot_open": 1}
+
+
+def test_dicom_without_a_patient_is_left_out_unless_the_site_knows_better(tmp_path):
+    write_series(tmp_path / "p1", pattern(4, 5, 6), attributes={"PatientID": ""})
+    assert reasons(look(tmp_path)) == {"no_patient_id": 1}
+    (one,) = look(tmp_path, patient_pattern="^(?P<patient>p[0-9])/").candidates
+    assert one.patient == patient_of("p1", SECRET).key
+
+
+def test_a_slice_cut_short_leaves_a_gap_and_not_a_wrong_volume(tmp_path):
+    write_series(tmp_path, pattern(12, 9, 8))
+    whole = (tmp_path / "file005").read_bytes()
+    (tmp_path / "file005").write_bytes(whole[:-40])
+    found = look(tmp_path)
+    assert not found.candidates
+    assert reasons(found) == {"truncated_pixels": 1, "missing_slices": 1}
+    (mended,) = catalogue([DataSource(folder=tmp_path)], SECRET, interpolate=True).candidates
+    np.testing.assert_allclose(read(mended).voxels[0], pattern(12, 9, 8))  # the pattern is linear across slices
+
+
+def test_reading_in_other_processes_gives_the_same(tmp_path):
+    write_series(tmp_path / "a", pattern(4, 5, 6))
+    picture(tmp_path / "b.png")
+    assert catalogue([DataSource(folder=tmp_path)], SECRET, isolate=True, processes=2) == look(tmp_path)
+
+
+EXPECTED = {
+    "brain_fmri_4d_GE_150": {("used", (15, 64, 64)), ("later_time_point", 135)},
+    "brain_mr_T1post_PGBM-003_22": {("used", (22, 320, 280))},
+    "brain_mr_mixed_series_missing_slices_one_dir": {
+        ("missing_slices", 8),
+        ("missing_slices", 16),
+        ("parameter_map", 1),
+    },
+    "chest_ct_LIDC-IDRI-0314_16of275": {("used", (16, 512, 512))},
+    "ct_3slice_dcmqi": {("used", (3, 512, 512)), ("unsupported_object", 1)},
+    "enhanced_mr_dcm_qa_enh/Philips": {("used", (32, 64, 64)), ("parameter_map", 1)},
+    "enhanced_mr_dcm_qa_enh/Siemens": {("used", (6, 64, 64)), ("later_time_point", 3)},
+    "hcrop_mr_PGBM-003": {("derived_image", 40)},
+    "head_ct_GE_tilt_uneven_14of28": {("used", (7, 529, 512)), ("used", (7, 541, 512))},
+    "head_phantom_ct_Philips_localizer": {("localizer", 1)},
+}
+
+
+@pytest.mark.skipif(not SERIES.exists(), reason="needs the real series of the workplace")
+@pytest.mark.parametrize("folder", sorted(EXPECTED))
+def test_each_real_series_has_its_decision(folder):
+    found = look(SERIES / folder)
+    outcome = {("used", read(one).voxels.shape[1:]) for one in found.candidates}
+    outcome |= {(entry.reason, len(entry.files)) for entry in found.left_out}
+    assert outcome == EXPECTED[folder]
+    assert not found.unreadable
+
+
+@pytest.mark.skipif(not STS.exists(), reason="needs the STS DICOM series of the workplace")
+def test_series_equal_the_authors_nifti_exactly():
+    found = look(STS / "dicom")
+    assert len(found.candidates) == 6
+    assert reasons(found) == {"no_pixels": 6}
+    for one in found.candidates:
+        who, kind = one.files[0].split("/")[:2]
+        ours = read(one)
+        theirs = read_nifti(STS / "nifti_reference" / who / f"{kind}_image.nii.gz", "OT")
+        np.testing.assert_array_equal(ours.voxels, theirs.voxels)
+        np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-3)
+
+
+HARD = SHARED / "hard_dicom"
+OUTCOMES = {
+    "truncated_pixels.dcm": "truncated_pixels",
+    "truncated_header.dcm": "no_pixels",
+    "text_named_dcm.dcm": "not_an_image",
+    "png_named_dcm.dcm": "name_contradicts_content",
+    "random_bytes.dcm": "not_an_image",
+    "preamble_only.dcm": "damaged_header",
+    "bitflips_in_pixels.dcm": "used",
+    "no_geometry.dcm": "no_geometry",
+    "no_rows.dcm": "bad_pixel_description",
+    "no_uids.dcm": "used",
+    "no_patient_id.dcm": "no_patient_id",
+    "zero_spacing.dcm": "bad_spacing",
+    "dx_inverse_photometric.dcm": "used",
+}
+
+
+@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+@pytest.mark.parametrize("name", sorted(OUTCOMES))
+def test_each_broken_file_has_its_decision(name, tmp_path):
+    (tmp_path / name).symlink_to(HARD / "derived" / name)
+    found = look(tmp_path)
+    assert [*reasons(found), *("used" for _ in found.candidates)] == [OUTCOMES[name]]
+
+
+@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pet_complete", {("used", 47)}),
+        ("pet_shuffled_filenames", {("used", 47)}),
+        ("pet_duplicate_slice", {("used", 47), ("duplicate", 1)}),
+        ("pet_missing_one", {("missing_slices", 46)}),
+        ("pet_two_patient_ids", {("two_patients_in_series", 47)}),
+    ],
+)
+def test_each_broken_series_has_its_decision(name, expected):
+    found = look(HARD / "derived_series" / name)
+    outcome = {("used", len(one.files)) for one in found.candidates}
+    assert outcome | {(entry.reason, len(entry.files)) for entry in found.left_out} == expected
+
+
+def test_a_scan_that_cannot_be_decoded_says_so(tmp_path):
+    picture(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    (one,) = look(tmp_path).candidates
+    with pytest.raises(ScanError, match="cannot_decode"):
+        read(one)
