@@ -255,3 +255,19 @@ def test_nothing_of_a_file_gets_into_an_error_or_onto_a_screen(tmp_path, capfd, 
     assert found.frames[0].spacing_mm is None
     said = capfd.readouterr()
     assert "Zz" not in said.out + said.err + caplog.text
+
+
+def test_an_inverted_radiograph_with_a_table_of_values_is_turned_over_behind_it(tmp_path):
+    table = np.arange(4096, dtype=np.uint16)[::-1] // 2  # falls, so that the order of the two steps shows
+
+    def describe(dataset):
+        item = Dataset()
+        item.add_new(0x00283002, "US", [4096, 0, 16])
+        item.ModalityLUTType = "US"
+        item.add_new(0x00283006, "OW", table.tobytes())
+        dataset.ModalityLUTSequence = [item]
+
+    facts = {"Modality": "CR", "PatientID": "invented", "BitsStored": 12, "HighBit": 11}
+    write_dicom(tmp_path / "a", GREY, facts | {"PhotometricInterpretation": "MONOCHROME1"}, adjust=describe)
+    expected = int(table.max()) + int(table.min()) - table[GREY].astype(int)
+    np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], expected)
