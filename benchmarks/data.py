@@ -278,4 +278,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Workers import what they run by name, and a script's own name cannot be imported.
-    importlib.import_module(Path(__file__).stem).main()
+    importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main()
