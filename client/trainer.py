@@ -54,7 +54,9 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
     for number, (step, views) in enumerate(_batches(site, learner.device, steps), start=1):
         report = learner.step(views, step=step)
         figures.add(report.terms, report.diagnostics)
-        progress.report(progress.StepDone(site.config.name, number, study.schedule.local_steps, report.total))
+        progress.report(
+            progress.StepDone(site.config.name, number, study.schedule.local_steps, report.total / len(report.terms))
+        )
 
     kept = learner.state()
     tensors = {_LEARNER + name: tensor for name, tensor in kept.tensors.items()}

@@ -13,10 +13,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from server import probing
 from server.coordinator_config import CoordinatorConfig, load_coordinator
-from server.probing import Probing
 from server.report import write_report
 from server.rounds import Federation
+from server.run_folder import RunFolder
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
@@ -34,13 +35,12 @@ def main(grid: Grid, context: Context) -> None:
 def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:
     """Run the study of a coordinator file over `grid`, with the probe before and after, and write the report."""
     study = load(StudyConfig, config.study)
-    federation = Federation(grid, study, config)
-    probing = Probing(config, study)
     try:
-        federation.run(resume=resume)
-        probing.measure()
+        Federation(grid, study, config).run(resume=resume)
+        probing.measure(RunFolder(config.out), config.probe)
     finally:
-        write_report(config.out)
+        if (config.out / "study.yaml").exists():
+            write_report(config.out)
 
 
 def coordinator_file(context: Context) -> Path:

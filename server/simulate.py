@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 EXAMPLES = 6
 """Scans of each rank in a site's contact sheet of views."""
 
-EntryT = TypeVar("EntryT", "SimulatedSite", "SimulatedProbe")
-
 
 class SimulatedSite(Config):
     """One hospital: folders that exist, or a phantom hospital that is written first."""
@@ -61,7 +59,8 @@ class SimulatedSite(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        return _either_data_or_phantom(self)
+        _require_either_data_or_phantom(self)
+        return self
 
 
 class SimulatedProbe(Config):
@@ -78,7 +77,8 @@ class SimulatedProbe(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        return _either_data_or_phantom(self)
+        _require_either_data_or_phantom(self)
+        return self
 
 
 class Quorum(Config):
@@ -102,8 +102,7 @@ class SimulationConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for kind, entries in {"sites": self.sites, "probe": self.probe}.items():
-            names = [entry.name for entry in entries]
+        for kind, names in {"sites": [s.name for s in self.sites], "probe": [p.name for p in self.probe]}.items():
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{kind}: the name {', '.join(sorted(twice))} stands twice")
         return self
@@ -149,6 +148,7 @@ def prepare(config: SimulationConfig, base: Path, out: Path) -> Path:
         "study": "study-requested.yaml",
         "out": ".",
         **config.quorum.model_dump(mode="json"),
+        "wait_s": 1.0,  # on one machine every site has answered by then, or never will
         "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
     }
     durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
@@ -169,10 +169,9 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _either_data_or_phantom(entry: EntryT) -> EntryT:
+def _require_either_data_or_phantom(entry: SimulatedSite | SimulatedProbe) -> None:
     if bool(entry.data) == (entry.phantom is not None):
         raise ValueError(f"'{entry.name}': give either data (folders that exist) or phantom (a hospital to be written)")
-    return entry
 
 
 def _site_file(out: Path, name: str) -> Path:

@@ -196,7 +196,9 @@ def _facts(content: RecordDict) -> dict[str, Any]:
         raise WireError("malformed", "the message has no facts")
     facts = dict(content.config_records["facts"])
     if (theirs := facts.pop("protocol", None)) != PROTOCOL:
-        raise WireError("protocol", f"the peer speaks wire protocol {theirs}, this side {PROTOCOL}; upgrade the older")
+        raise WireError(
+            "protocol", f"the peer speaks wire protocol {theirs!r}, this side {PROTOCOL}; upgrade the older"
+        )
     return facts
 
 

@@ -1,0 +1,231 @@
+"""The main job end to end: real files, ordinary readers, ordinary apps, one process - and what can go wrong."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from server.simulate_command import INTERRUPTED, main
+from unimiss_core import checkpoint
+
+STUDY = {
+    "name": "toy",
+    "model": {"prototypes": 16, "image_size": [64, 64], "volume_size": [16, 64, 64]},
+    "plan": {"volume_spacing_mm": [8.0, 8.0, 8.0], "image_longest_side": 64},
+    "schedule": {"rounds": 2, "local_steps": 2},
+    "batch": {"images": 4, "volumes": 2},
+    "optimiser": {"warmup_steps": 1},
+}
+PHANTOM = {"volume_shape": [16, 32, 36], "volume_spacing_mm": [16.0, 10.0, 10.0]}
+
+
+@pytest.fixture(scope="session")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three hospitals written once, for all tests of this file."""
+    from client.phantoms import PhantomConfig, write_hospital
+    from unimiss_core.config import parse
+
+    folder = tmp_path_factory.mktemp("hospitals")
+    for seed, (kind, patients) in enumerate({"cr": 6, "ct": 3, "mixed": 3}.items()):
+        raw = {"kind": kind, "patients": patients, "seed": seed, **PHANTOM}
+        write_hospital(parse(PhantomConfig, raw, where="test"), folder / kind)
+    return folder
+
+
+def simulation(tmp_path: Path, hospitals: Path, **changes: object) -> Path:
+    """A simulation file over the hospitals: one site for each."""
+    sites = [{"name": f"{kind}-site", "data": [_source(hospitals / kind)]} for kind in ("cr", "ct", "mixed")]
+    raw = {"study": "study.yaml", "sites": sites, "quorum": {"min_sites": 1}, **changes}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    path = tmp_path / "simulation.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def _source(folder: Path) -> dict[str, object]:
+    return {"folder": str(folder), "table": {"path": str(folder / "labels.csv"), "patient": "patient"}}
+
+
+def run(config: Path, out: Path, *options: str) -> int:
+    return main([str(config), "--out", str(out), *options])
+
+
+def rows(out: Path) -> list[Mapping]:  # type: ignore[type-arg]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = checkpoint.load(a), checkpoint.load(b)
+    return all(
+        torch.equal(x[name], y[name])
+        for x, y in ((ours.student, theirs.student), (ours.teacher, theirs.teacher))
+        for name in y
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole run with a probe, which several tests look at."""
+    folder = tmp_path_factory.mktemp("finished")
+    probe = {"name": "lesion", "rank": 2, "label": "lesion", "positive": ["1"], "data": [_source(hospitals / "cr")]}
+    assert run(simulation(folder, hospitals, probe=[probe]), folder / "out") == 0
+    return folder / "out"
+
+
+def test_three_hospitals_train_one_encoder(finished: Path) -> None:
+    assert [row["round"] for row in rows(finished)] == [1, 2]
+    for row in rows(finished):
+        assert {name: site["status"] for name, site in row["sites"].items()} == {
+            "cr-site": "ok",
+            "ct-site": "ok",
+            "mixed-site": "ok",
+        }
+        assert set(row["sites"]["cr-site"]["losses"]) == {"image"}
+        assert set(row["sites"]["ct-site"]["losses"]) == {"volume", "slices", "volume_to_slices", "slices_to_volume"}
+        assert len(row["sites"]["mixed-site"]["losses"]) == 5
+        assert all(value > 0 for value in row["global"]["update_norm"].values())
+    before = checkpoint.load(finished / "checkpoints" / "round-0000").student
+    after = checkpoint.load(finished / "checkpoints" / "round-0002").student
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+
+
+def test_a_site_with_x_rays_only_moves_no_byte_of_three_dimensional_tensors(finished: Path) -> None:
+    layout_bytes = rows(finished)[0]["sites"]
+    manifest = checkpoint.read_manifest(finished / "checkpoints" / "round-0002")
+    values = sum(int(np.prod(shape)) for name, shape in manifest.tensors.items() if "3d" not in name.split("."))
+    assert layout_bytes["cr-site"]["bytes_up"] == layout_bytes["cr-site"]["bytes_down"] == 2 * values
+
+
+def test_artefacts_are_all_there(finished: Path) -> None:
+    for name in ("study.yaml", "metrics.jsonl", "report.html", "report/probe-before.json", "report/probe-after.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert "sha256 of this study" in (finished / "study.yaml").read_text()
+    assert not list(finished.rglob("*.partial"))
+    assert "lesion" in json.loads((finished / "report" / "probe-after.json").read_text())
+
+
+def test_no_invented_identifier_or_path_of_a_scan_is_in_any_artefact(finished: Path, hospitals: Path) -> None:
+    planted = [b"PHANTOM-", str(hospitals).encode()]
+    for path in finished.rglob("*"):
+        local = {"sites", "coordinator.yaml", "study-requested.yaml"} & set(path.relative_to(finished).parts)
+        if path.is_file() and not local:
+            assert not [text for text in planted if text in path.read_bytes()], path.name
+
+
+def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(
+    tmp_path: Path, hospitals: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after round 1: sites keep optimiser, teacher and centre; round 2 gives the same bits."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "round-0002")
+    probe = {"name": "lesion", "rank": 2, "label": "lesion", "positive": ["1"], "data": [_source(hospitals / "cr")]}
+    assert run(simulation(tmp_path, hospitals, probe=[probe]), out, "--resume") == 0
+    assert same_weights(out / "checkpoints" / "round-0002", finished / "checkpoints" / "round-0002")
+    assert [row["round"] for row in rows(out)] == [1, 2]
+    assert run(tmp_path / "simulation.yaml", out) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+
+
+def test_the_run_goes_on_without_sites_that_cannot_take_part(
+    tmp_path: Path, hospitals: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    junk = tmp_path / "junk"
+    junk.mkdir()
+    (junk / "letter-of-JANE-DOE.dcm").write_bytes(b"no image at all")
+    sites = [
+        {"name": "good", "data": [{"folder": str(hospitals / "ct" / "scans")}]},
+        {"name": "gone", "data": [{"folder": str(tmp_path / "nowhere")}]},
+        {"name": "empty", "data": [{"folder": str(tmp_path / "empty")}]},
+        {"name": "junk", "data": [{"folder": str(junk)}]},
+    ]
+    out = tmp_path / "out"
+    assert run(simulation(tmp_path, hospitals, sites=sites), out) == 0
+    for row in rows(out):
+        told = {name: (site["status"], site["reason"]) for name, site in row["sites"].items()}
+        assert told == {
+            "good": ("ok", ""),
+            "gone": ("refused", "site_file"),
+            "empty": ("refused", "no_usable_scans"),
+            "junk": ("refused", "no_usable_scans"),
+        }
+    shown = capsys.readouterr()
+    assert "gone cannot take part: site_file" in shown.out
+    assert "JANE" not in shown.out + shown.err + (out / "report.html").read_text()
+
+
+def test_a_site_that_raises_in_mid_round_costs_that_site_its_round(
+    tmp_path: Path, hospitals: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from client import trainer
+
+    draw = trainer.draw_batch
+
+    def fails_on_images(scans, *rest):  # type: ignore[no-untyped-def]
+        if scans[0].rank == 2:
+            raise RuntimeError("cannot read /archive/JANE-DOE.dcm")
+        return draw(scans, *rest)
+
+    monkeypatch.setattr(trainer, "draw_batch", fails_on_images)
+    out = tmp_path / "out"
+    assert run(simulation(tmp_path, hospitals), out) == 0
+    for row in rows(out):
+        assert row["sites"]["ct-site"]["status"] == "ok"
+        for name in ("cr-site", "mixed-site"):
+            assert (row["sites"][name]["status"], row["sites"][name]["reason"]) == ("error", "failed")
+    shown = capsys.readouterr()
+    assert "JANE" not in shown.out + shown.err + (out / "metrics.jsonl").read_text()
+
+
+def test_a_round_that_cannot_be_completed_ends_with_its_own_exit_code(
+    tmp_path: Path, hospitals: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sites = [{"name": "gone", "data": [{"folder": str(tmp_path / "nowhere")}]}]
+    assert run(simulation(tmp_path, hospitals, sites=sites), tmp_path / "out") == 5
+    assert "0 of at least 1 sites are there; gone: site_file" in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"stes": []}, "unknown key 'stes' (did you mean 'sites'?)"),
+        ({"sites": []}, "'sites'"),
+        ({"overrides": {"schedule": {"ronds": 3}}}, "unknown key 'schedule.ronds' (did you mean 'rounds'?)"),
+        ({"sites": [{"name": "a"}]}, "give either data (folders that exist) or phantom"),
+    ],
+)
+def test_a_mistake_in_the_files_is_told_with_exit_code_2(
+    tmp_path: Path, hospitals: Path, changes: dict[str, object], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(simulation(tmp_path, hospitals, **changes), tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, hospitals: Path) -> None:
+    config = simulation(tmp_path, hospitals, overrides={"schedule": {"rounds": 2, "local_steps": 8}})
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "server.simulate_command", str(config), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert "Go on with: unimiss-simulate" in err
+    assert "Traceback" not in err
+    assert run(config, out, "--resume") == 0
+    assert [row["round"] for row in rows(out)] == [1, 2]
