@@ -17,6 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,14 @@ class CachedScan:
 
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         """Values in [0, 1] of a box along S: (C, *box). Reads only the pages that the box touches."""
-        stored = np.memmap(self.path, np.uint16, "r", self.offset, self.shape)
+        stored = _mapped(self.path, self.offset, self.shape)
         return np.multiply(stored[(slice(None), *box)], np.float32(1 / _FULL), dtype=np.float32)
+
+
+@lru_cache(maxsize=4096)
+def _mapped(path: Path, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint16]:
+    """A scan's stored values, mapped: opening a file costs as much as a crop, and a mapping holds no file open."""
+    return np.memmap(path, np.uint16, "r", offset, shape).view(np.ndarray)
 
 
 @dataclass(frozen=True)

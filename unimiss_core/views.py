@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ Box = tuple[slice, ...]
 Interval = tuple[float, float]
 
 _MEAN, _STD = 0.5, 0.25
+_CACHED_VALUES = 2**19
+"""Values that a CPU shades at a time: they stay in its cache from one augmentation to the next."""
 
 
 class Croppable(Protocol):
@@ -54,8 +56,16 @@ def draw_batch(
     The scans are of one rank and have equally many channels.
     """
     placing, shading = split(generator), split(generator)
-    views = torch.stack([draw(scan, config, split(placing), device=device) for scan in scans])
-    return standardise(augment(views, config, shading))
+    channels, *lengths = scans[0].shape
+    views = torch.empty(len(scans), config.views, channels, *config.size_of(rank_of(lengths)), device=device)
+    together = len(scans) if views.is_cuda else max(1, _CACHED_VALUES // views[0].numel())
+    for start in range(0, len(scans), together):
+        part = views[start : start + together]
+        for place, scan in zip(part, scans[start : start + together], strict=True):
+            place.copy_(draw(scan, config, split(placing), device=device))
+        _augment_(part, config, shading)
+        part.sub_(_MEAN).div_(_STD)
+    return views
 
 
 def whole(scan: Croppable, size: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
@@ -97,13 +107,17 @@ def draw(
     lengths = scan.shape[1:]
     rank = rank_of(lengths)
     size = config.size_of(rank)
-    chances = config.flip[-rank:]
-    region = _region(lengths, size, config.volume_region if rank == 3 else None, generator)
+    region = _region(lengths, size, config.volume_region if rank == 3 else None, _uniform(rank, generator=generator))
     views = []
-    for _ in range(config.views):
-        crop = _read(scan, _crop(region, size, config, generator), device)
-        flips = (torch.rand(rank, generator=generator) < torch.tensor(chances)).nonzero().flatten()
-        views.append(resize(crop, size).flip((flips + 2).tolist()))
+    for shares in _uniform(config.views, 2 + 2 * rank, generator=generator):
+        crop = _read(scan, _crop(region, size, config, shares[: 2 + rank]), device)
+        mirrored = [
+            axis + 2
+            for axis, (share, chance) in enumerate(zip(shares[2 + rank :], config.flip[-rank:], strict=True))
+            if share < chance
+        ]
+        view = resize(crop, size)
+        views.append(view.flip(mirrored) if mirrored else view)
     return torch.cat(views)
 
 
@@ -119,16 +133,17 @@ def rank_of(lengths: Sequence[int]) -> Rank:
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """x (N, C, *S) on a grid of `size`, linearly; where it shrinks, averaged over what falls between (no aliasing).
 
-    Pillow's bilinear filter, axis by axis: the plane first, then the depth of a volume.
+    Pillow's bilinear filter, axis by axis: the depth of a volume first, then the plane.
     """
-    n, c, *old = x.shape
-    plane = tuple(size[-2:])
-    if tuple(old[-2:]) != plane:
-        x = F.interpolate(x.reshape(n, -1, *old[-2:]), size=plane, mode="bilinear", antialias=True)
-        x = x.reshape(n, c, *old[:-2], *plane)
-    if len(old) == 3 and old[0] != size[0]:
-        columns = (size[0], plane[0] * plane[1])
-        x = F.interpolate(x.flatten(3), size=columns, mode="bilinear", antialias=True).unflatten(3, plane)
+    *depth, height, width = x.shape[2:]
+    if depth and depth[0] != size[0]:
+        # As a product with the filter's own matrix: several times faster than interpolating along a leading axis.
+        points = torch.eye(depth[0], device=x.device)[None, None]
+        matrix = F.interpolate(points, size=(size[0], depth[0]), mode="bilinear", antialias=True)[0, 0]
+        x = torch.matmul(matrix, x.flatten(3)).unflatten(3, (height, width))
+    if (height, width) != tuple(size[-2:]):
+        planes = F.interpolate(x.flatten(1, -3), size=tuple(size[-2:]), mode="bilinear", antialias=True)
+        x = planes.unflatten(1, x.shape[1:-2])
     return x
 
 
@@ -136,35 +151,37 @@ def _read(scan: Croppable, box: Box, device: torch.device | str) -> Tensor:
     return torch.from_numpy(scan.crop(box)).to(device)[None]
 
 
-def _region(lengths: Sequence[int], size: Sequence[int], scale: float | None, generator: torch.Generator) -> Box:
+def _region(lengths: Sequence[int], size: Sequence[int], scale: float | None, shares: Sequence[float]) -> Box:
     """Where all views of one scan lie: a random box of `scale` times the view's size, within the scan."""
-    if scale is None:
-        return tuple(slice(0, length) for length in lengths)
-    wanted = [scale * length for length in size]
-    return _place([slice(0, length) for length in lengths], wanted, generator)
+    everything = tuple(slice(0, length) for length in lengths)
+    return everything if scale is None else _place(everything, [scale * length for length in size], shares)
 
 
-def _crop(region: Box, size: Sequence[int], config: ViewConfig, generator: torch.Generator) -> Box:
+def _crop(region: Box, size: Sequence[int], config: ViewConfig, shares: Sequence[float]) -> Box:
     """A random box in `region` that becomes one view of `size`."""
-    share, stretch = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    area = _between(config.area, share)
-    aspect = math.exp(_between((math.log(config.aspect[0]), math.log(config.aspect[1])), stretch)) * size[-2] / size[-1]
+    area = _between(config.area, shares[0])
+    aspect = math.exp(_between((math.log(config.aspect[0]), math.log(config.aspect[1])), shares[1]))
+    aspect *= size[-2] / size[-1]
     *depth, height, width = (side.stop - side.start for side in region)
     surface = area * height * width
     wanted = [math.sqrt(area) * depth[0]] if depth else []
-    return _place(region, [*wanted, math.sqrt(surface * aspect), math.sqrt(surface / aspect)], generator)
+    return _place(region, [*wanted, math.sqrt(surface * aspect), math.sqrt(surface / aspect)], shares[2:])
 
 
-def _place(within: Sequence[slice], wanted: Sequence[float], generator: torch.Generator) -> Box:
-    """A box of about the `wanted` lengths, anywhere in `within` with equal chance."""
-    where = torch.rand(len(within), generator=generator, dtype=torch.float64).tolist()
+def _place(within: Box, wanted: Sequence[float], shares: Sequence[float]) -> Box:
+    """A box of about the `wanted` lengths in `within`; shares in [0, 1) say how far along each axis it lies."""
     box = []
-    for side, length, share in zip(within, wanted, where, strict=True):
+    for side, length, share in zip(within, wanted, shares, strict=True):
         room = side.stop - side.start
         taken = min(room, max(1, round(length)))
         start = side.start + int(share * (room - taken + 1))
         box.append(slice(start, start + taken))
     return tuple(box)
+
+
+def _uniform(*shape: int, generator: torch.Generator) -> Any:
+    """Nested lists of random numbers in [0, 1)."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64).tolist()
 
 
 def _between(interval: Interval, share: float) -> float:
@@ -181,19 +198,27 @@ def augment(views: Tensor, config: ViewConfig, generator: torch.Generator) -> Te
     views: (B, V, C, *S) in [0, 1], and so is the result. The five are nnU-Net's (Isensee et al. 2021, supplement),
     which UniMiSS uses through batchgenerators; clipping to [0, 1] stands for their `preserve_range`.
     """
+    shaded = views.clone()
+    _augment_(shaded, config, generator)
+    return shaded
+
+
+def _augment_(views: Tensor, config: ViewConfig, generator: torch.Generator) -> None:
     generators = [split(generator) for _ in range(len(views))]
-    strengths = torch.cat([_strengths(views.shape[1], config, each) for each in generators]).unbind(1)
-    blur_sigma, noise_sigma, brightness, contrast, gamma = strengths  # each (B*V,)
-    x = views.flatten(0, 1).clone()
+    strengths = _strengths(torch.cat([torch.rand(views.shape[1], 2, 5, generator=each) for each in generators]), config)
+    blur_sigma, noise_sigma, brightness, contrast, gamma = strengths.unbind(1)  # each (B*V,)
+    x = views.flatten(0, 1)
     _blur_(x, blur_sigma)
     _add_noise_(x, noise_sigma, [each for each in generators for _ in range(views.shape[1])])
     _shade_(x, brightness, contrast)
     _apply_gamma_(x, gamma)
-    return x.view_as(views)
 
 
-def _strengths(count: int, config: ViewConfig, generator: torch.Generator) -> Tensor:
-    """(count, 5) strengths of blur, noise, brightness, contrast and gamma; 0 or 1, which do nothing, by chance."""
+def _strengths(shares: Tensor, config: ViewConfig) -> Tensor:
+    """(N, 5) strengths of blur, noise, brightness, contrast and gamma, each 0 or 1, which do nothing, by chance.
+
+    shares: (N, 2, 5) in [0, 1), whether each happens and how strongly.
+    """
     table: tuple[tuple[float, Interval, float], ...] = (
         (config.blur, config.blur_sigma, 0.0),
         (config.noise, config.noise_sigma, 0.0),
@@ -201,11 +226,9 @@ def _strengths(count: int, config: ViewConfig, generator: torch.Generator) -> Te
         (config.contrast, config.contrast_factor, 1.0),
         (config.gamma, config.gamma_exponent, 1.0),
     )
-    chance = torch.tensor([row[0] for row in table])
-    low, high = torch.tensor([row[1] for row in table]).T
-    nothing = torch.tensor([row[2] for row in table])
-    happens, share = torch.rand(2, count, len(table), generator=generator)
-    return torch.where(happens < chance, low + share * (high - low), nothing)
+    chance, low, high, nothing = torch.tensor([(chance, *interval, nothing) for chance, interval, nothing in table]).T
+    happens, how = shares.unbind(1)
+    return torch.where(happens < chance, low + how * (high - low), nothing)
 
 
 def _blur_(x: Tensor, sigma: Tensor) -> None:
@@ -264,4 +287,4 @@ def _shade_(x: Tensor, brightness: Tensor, contrast: Tensor) -> None:
 def _apply_gamma_(x: Tensor, exponent: Tensor) -> None:
     """x -> x ** exponent, in place where it is not 1."""
     for index in (exponent != 1).nonzero().flatten().tolist():
-        x[index].pow_(float(exponent[index]))
+        x[index].log2_().mul_(float(exponent[index])).exp2_()  # twice as fast as pow_, and 0 stays 0
