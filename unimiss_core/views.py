@@ -239,11 +239,11 @@ def _blur_(x: Tensor, sigma: Tensor) -> None:
     chosen = sigma.nonzero().flatten()
     if not len(chosen):
         return
-    index = chosen.to(x.device)
+    index, widths = chosen.to(x.device), sigma[chosen].to(x.device)
+    matrices = {length: blur_matrix(widths, length) for length in set(x.shape[2:])}
     blurred = x[index]
     for axis in range(2, x.ndim):
-        matrix = blur_matrix(sigma[chosen].to(x.device), x.shape[axis])
-        blurred = _along(blurred, matrix, axis)
+        blurred = _along(blurred, matrices[x.shape[axis]], axis)
     x[index] = blurred
 
 
