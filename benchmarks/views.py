@@ -230,12 +230,12 @@ def _set(name: str, folder: Path, scratch: Path, loaders: tuple[Loader, Loader])
 def _write_whole(folder: Path) -> Path:
     """Four phantoms of a usual CT's extent, 2 x 1.3 x 1.3 mm, as int16; the spacing is written as 1 mm."""
     folder.mkdir()
+    make: Any = nibabel.Nifti1Image
     for seed in range(4):
         rng = np.random.default_rng(seed)
         body = draw_body(rng, lesion=True)
         volume = ct(body, WHOLE, rng)
-        image = nibabel.Nifti1Image(volume.transpose(2, 1, 0).astype(np.int16), np.eye(4))
-        nibabel.save(image, folder / f"{seed}.nii.gz")  # type: ignore[attr-defined]
+        nibabel.save(make(volume.transpose(2, 1, 0).astype(np.int16), np.eye(4)), folder / f"{seed}.nii.gz")
     return folder
 
 
