@@ -158,8 +158,8 @@ def _array_scans(path: Path) -> Iterator[_Prepared]:
 def _folder_scans(folder: Path, manifest: "Manifest") -> Iterator[_Prepared]:
     from client.cache import read_scans
     from client.site_config import DataSource
-    from unimiss_core.embedding import whole_view
     from unimiss_core.plan import prepare
+    from unimiss_core.views import whole
 
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is neither an .npy file nor a folder of scans")
@@ -169,7 +169,8 @@ def _folder_scans(folder: Path, manifest: "Manifest") -> Iterator[_Prepared]:
         except ScanError as error:
             progress.report(progress.Note(f"left out: {error.reason}"))
         else:
-            yield _Prepared(whole_view(values, manifest.model), origin.files[0])
+            size = manifest.model.image_size if scan.rank == 2 else manifest.model.volume_size
+            yield _Prepared(whole(values, size).numpy(), origin.files[0])
 
 
 def _batches(scans: Iterator[_Prepared], size: int) -> Iterator[list[_Prepared]]:

@@ -7,7 +7,7 @@ Run configuration (`flwr run . --run-config 'key="value"'`):
     resume        go on with an unfinished run
 """
 
-import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,21 +15,24 @@ from flwr.serverapp import Grid, ServerApp
 
 from server import probing
 from server.coordinator_config import CoordinatorConfig, load_coordinator
+from server.display import Display
 from server.report import write_report
 from server.rounds import Federation
 from server.run_folder import RunFolder
+from unimiss_core import progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
 
-log = logging.getLogger(__name__)
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     resume = bool(context.run_config.get("resume", False))
-    run(grid, load_coordinator(coordinator_file(context)), resume=resume)
+    # Under `flwr run` nobody watches yet: then plain lines go to the run's log, which `flwr log` shows.
+    with nullcontext() if progress.is_watched() else Display():
+        run(grid, load_coordinator(coordinator_file(context)), resume=resume)
 
 
 def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:

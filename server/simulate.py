@@ -11,9 +11,7 @@ and the artefacts of any run (docs/artefacts.md).
 
 import csv
 import io
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -22,7 +20,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from flwr.app import Context, RecordDict, UserConfig
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from client.app import app as client_app
@@ -40,8 +37,6 @@ from unimiss_core.plan import prepare as prepare_scan
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 from unimiss_core.views import draw_batch, generator_for, whole
-
-log = logging.getLogger(__name__)
 
 EXAMPLES = 6
 """Scans of each rank in a site's contact sheet of views."""
@@ -220,7 +215,7 @@ def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path
         column = _label_column(source, probe.label)
         for origin, scan in read_scans([source], study.plan):
             if scan.rank == probe.rank and (label := column.get(origin.files[0])):
-                scans.append(whole(_InMemory(prepare_scan(scan, study.plan)[0]), size)[0].numpy().astype(np.float16))
+                scans.append(whole(prepare_scan(scan, study.plan)[0], size).numpy().astype(np.float16))
                 labels.append(str(int(label in probe.positive)) if probe.positive else label)
                 patients.append(origin.patient)
     if not scans:
@@ -240,20 +235,6 @@ def _label_column(source: DataSource, label: str) -> dict[str, str]:
     if rows and label not in rows[0]:
         raise ConfigError(f"{source.table.path}: no column '{label}'; it has {', '.join(rows[0])}")
     return {row[source.table.file]: row[label] for row in rows}
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """A prepared scan that was never on disk, as views are cut from it."""
-
-    voxels: NDArray[np.float32]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.voxels.shape
-
-    def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
-        return self.voxels[(slice(None), *box)]
 
 
 def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:

@@ -9,7 +9,6 @@ from PIL import Image
 from client.research_command import main
 from tests.published import golden, image, needs_reference, recipe_weights, volume
 from unimiss_core import checkpoint
-from unimiss_core.embedding import whole_view
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.study import ModelConfig, PlanConfig
 
@@ -77,6 +76,20 @@ def test_a_folder_of_scans_is_prepared_by_the_checkpoints_plan_and_seen_whole(tm
     assert list(found["files"]) == ["0.png", "1.png"]
 
 
+def test_a_scan_is_embedded_in_the_range_that_training_saw(tmp_path: Path) -> None:
+    """[0, 1] becomes [-2, 2] in training's views; embedding must not feed the encoder anything else."""
+    folder, scans, out = nano_checkpoint(tmp_path / "round-0001"), tmp_path / "scans", tmp_path / "features.npz"
+    scans.mkdir()
+    pixels = np.zeros((64, 64), np.uint8)
+    pixels[:, 32:] = 255
+    Image.fromarray(pixels).save(scans / "halves.png")
+    assert main(["embed", str(folder), str(scans), "--out", str(out)]) == 0
+    with torch.no_grad():
+        seen = torch.from_numpy(pixels / 255.0).float()[None, None] * 4 - 2
+        expected = build_network(NANO, seed=1).backbone(seen)
+    np.testing.assert_allclose(np.load(out)["features"], expected, atol=1e-4)
+
+
 def test_paths_stay_out_of_the_result_unless_asked_for(tmp_path: Path) -> None:
     folder = nano_checkpoint(tmp_path / "round-0001")
     source = saved(tmp_path / "scans.npy", np.zeros((1, 1, 64, 64), np.float32))
@@ -127,11 +140,3 @@ def test_import_never_replaces_a_folder_that_holds_something(
     assert main(["import", str(tmp_path / "released.pth"), str(tmp_path)]) == 2
     assert "exists and is not empty; give a new folder" in capsys.readouterr().err
     assert (tmp_path / "precious.txt").read_text() == "mine"
-
-
-def test_a_whole_view_has_the_models_size_and_keeps_the_mean() -> None:
-    values = np.random.default_rng(0).random((1, 31, 150, 97), dtype=np.float32)
-    seen = whole_view(values, NANO)
-    assert seen.shape == (1, *NANO.volume_size)
-    assert seen.mean() == pytest.approx(values.mean(), abs=0.01)
-    assert whole_view(values[:, 0], NANO).shape == (1, *NANO.image_size)

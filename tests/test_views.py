@@ -173,8 +173,8 @@ def test_resizing_a_volume_that_is_constant_in_depth_resizes_its_slice() -> None
 def test_the_whole_view_is_all_of_the_scan_and_nothing_random() -> None:
     held = scan(IMAGE)
     expected = F.interpolate(torch.from_numpy(held.voxels)[None], size=(20, 28), mode="bilinear", antialias=True)
-    assert torch.equal(whole(held, (20, 28)), standardise(expected))
-    assert whole(scan(VOLUME), (5, 20, 28)).shape == (1, 1, 5, 20, 28)
+    assert torch.equal(whole(held.voxels, (20, 28)), standardise(expected)[0])
+    assert whole(scan(VOLUME).voxels, (5, 20, 28)).shape == (1, 5, 20, 28)
 
 
 # ------------------------------------------------------------------------------------------------------- intensities

@@ -5,17 +5,13 @@ Legend of shapes: N scans, C channels, S spatial axes - (H, W) or (D, H, W).
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.model import MiT
 from unimiss_core.network import empty_network, load_tensors_
-from unimiss_core.plan import resample
-from unimiss_core.study import ModelConfig
 
 
 def load_encoder(folder: Path) -> tuple[MiT, Manifest]:
@@ -38,14 +34,3 @@ def embed(encoder: MiT, scans: Tensor) -> Tensor:
     device = next(encoder.parameters()).device
     features: Tensor = encoder(scans.to(device, torch.float32))
     return features.cpu()
-
-
-def whole_view(values: NDArray[np.float32], model: ModelConfig) -> NDArray[np.float32]:
-    """A prepared scan (C, *S), whole, on the grid that the model's position tables are made for: (C, *size).
-
-    Coarser axes are averaged (no aliasing). The sides' ratio is not kept, as in the random views of training.
-    """
-    size = model.image_size if values.ndim == 3 else model.volume_size
-    for axis, (length, old) in enumerate(zip(size, values.shape[1:], strict=True), start=1):
-        values = resample(values, axis, length, old / length)
-    return values

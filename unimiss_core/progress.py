@@ -75,6 +75,11 @@ def report(event: Event) -> None:
         listener(event)
 
 
+def is_watched() -> bool:
+    """Whether anybody listens in this process."""
+    return bool(_listeners)
+
+
 @contextmanager
 def listen(callback: Callable[[Event], None]) -> Iterator[None]:
     """Call `callback` for each event reported in this process, from whichever thread reports it."""

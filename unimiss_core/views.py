@@ -68,10 +68,12 @@ def draw_batch(
     return views
 
 
-def whole(scan: Croppable, size: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-    """All of the scan, resized to `size` and standardised: (1, C, *size). Nothing random: for embedding and probing."""
-    everything = tuple(slice(0, length) for length in scan.shape[1:])
-    return standardise(resize(_read(scan, everything, device), size))
+def whole(values: NDArray[np.float32], size: Sequence[int]) -> Tensor:
+    """All of a prepared scan, values (C, *S) in [0, 1], as the model takes it: (C, *size).
+
+    Nothing random, for embedding and probing. The sides' ratio is not kept, as in the views of training.
+    """
+    return standardise(resize(torch.from_numpy(values)[None], size))[0]
 
 
 def standardise(views: Tensor) -> Tensor:
