@@ -57,12 +57,12 @@ def test_one_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
 def test_missing_file_is_told(tmp_path: Path) -> None:
     save(tmp_path / "c")
     (tmp_path / "c" / "teacher.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="teacher.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"teacher\.safetensors is missing"):
         checkpoint.load(tmp_path / "c")
 
 
 def test_other_version_no_manifest_and_outside_file_are_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no manifest.json there"):
+    with pytest.raises(CheckpointError, match=r"no manifest\.json there"):
         checkpoint.load(tmp_path)
     save(tmp_path / "c")
     path = tmp_path / "c" / "manifest.json"

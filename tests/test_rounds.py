@@ -118,7 +118,7 @@ def test_metrics_say_what_happened(tmp_path: Path) -> None:
     assert all(value > 0 for value in first["global"]["update_norm"].values())
 
 
-def broken(request: TrainRequest, site: StubSite) -> TrainReply:
+def broken(_: TrainRequest, __: StubSite) -> TrainReply:
     raise RuntimeError("patient /archive/P123 is broken")
 
 
@@ -233,9 +233,10 @@ def test_resumed_run_ends_bit_identical_to_an_unbroken_one(tmp_path: Path, cut: 
             raise Cut  # metrics of this round are written, its checkpoint is not
         save(self, state)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Federation, "_save", save_until_cut)
-        federate(tmp_path / "b", [xray(), ct()], study)
+        with pytest.raises(Cut):
+            federate(tmp_path / "b", [xray(), ct()], study)
     resumed = federate(tmp_path / "b", [xray(), ct()], study, resume=True)
     assert resumed.round == 3
     for ours, theirs in ((resumed.student, unbroken.student), (resumed.teacher, unbroken.teacher)):
