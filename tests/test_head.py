@@ -52,6 +52,7 @@ def test_the_logits_of_a_mean_are_the_mean_of_the_logits() -> None:
     torch.testing.assert_close(prototypes(h.mean(1)), prototypes(h).mean(1))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap of an in-place product, here only
 def test_prototypes_have_per_sample_gradients() -> None:
     prototypes = Prototypes(5, 7)
     torch.nn.init.normal_(prototypes.weight)

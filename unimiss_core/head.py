@@ -3,6 +3,8 @@
 Legend of shapes: B samples, E features of the bottleneck, K prototypes.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,9 +33,9 @@ class Head(nn.Module):
 class Prototypes(nn.Module):
     """Scores against K directions: a linear layer without bias whose rows count as if they had length 1.
 
-    The function of weight normalisation with its gain held at 1, as published. Ours because
-    torch's weight_norm breaks per-sample gradients, and because dividing the (B, K) logits by the K row lengths
-    costs less than normalising a (K, E) matrix, which is the same by linearity.
+    The function of weight normalisation with its gain held at 1, as published. Ours because torch's weight_norm
+    breaks per-sample gradients and costs four times as much. Always in float32: with few rows of h the product is
+    bound by reading the prototypes once, and a copy of them in half precision would cost more than it saves.
     """
 
     def __init__(self, bottleneck: int, prototypes: int) -> None:
@@ -42,8 +44,39 @@ class Prototypes(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (..., E) -> logits (..., K), linear in h: the mean of logits is the logits of the mean."""
-        lengths = torch.linalg.vector_norm(self.weight, dim=1)
-        return F.linear(h, self.weight).div(lengths)
+        with torch.autocast(h.device.type, enabled=False):
+            logits: Tensor = _UnitRowProduct.apply(  # type: ignore[no-untyped-call]
+                at_least_float32(h).reshape(-1, h.shape[-1]), self.weight
+            )
+            return logits.reshape(*h.shape[:-1], -1)
+
+
+class _UnitRowProduct(torch.autograd.Function):
+    """z = (h W^T) / l with l the lengths of W's rows: the (R, K) logits are divided, never the (K, E) matrix.
+
+    With s = dz / l, the gradients are dh = s W and dW = s^T h - c W, where c_k = sum_r dz_rk z_rk / l_k^2 is the part
+    along each row. By autograd alone the same dW takes three more passes over a (K, E) matrix.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, weight: Tensor) -> Tensor:
+        """h (R, E), weight (K, E) -> (R, K)."""
+        logits: Tensor = (h @ weight.mT) / torch.linalg.vector_norm(weight, dim=1)
+        return logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (h, weight, logits), (grad,) = ctx.saved_tensors, grads
+        lengths = torch.linalg.vector_norm(weight, dim=1)
+        scaled = grad / lengths
+        along = (grad * logits).sum(0) / lengths.square()
+        return scaled @ weight, (scaled.mT @ h).addcmul_(weight, along[:, None], value=-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -154,8 +154,7 @@ class Learner:
         for name, parameter in self.student.named_parameters():
             if name in moments["step"]:
                 self._optimiser.state[parameter] = {
-                    key: tensors[name].to("cpu" if key == "step" else self.device, copy=True)
-                    for key, tensors in moments.items()
+                    key: tensors[name].to(self.device, copy=True) for key, tensors in moments.items()
                 }
 
     def _gather_gradients(self, views: Tensor, rank: Rank) -> Loss:
@@ -215,7 +214,7 @@ def _adamw(student: nn.Module) -> torch.optim.AdamW:
     decaying = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decaying, "decays": True}, {"params": others, "decays": False}]
-    return torch.optim.AdamW(groups, lr=0.0, foreach=True)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def _clip_each_(grads: list[Tensor], norms: Tensor, limit: float | None) -> None:

@@ -224,13 +224,14 @@ class Stage(nn.Module):
         if skip is not None:
             x = _cropped(x, skip.shape[2:]) + skip
         grid = x.shape[2:]
-        token = self.class_token(class_token)[:, None]
-        tokens = torch.cat([token, x.flatten(2).mT], dim=1) + self.position(x)
+        token = self.class_token(class_token)[:, None].to(x.dtype)
+        tokens = torch.cat([token, x.flatten(2).mT], dim=1) + self.position(x).to(x.dtype)
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, grid, class_only=class_only and i == len(self.blocks) - 1)
         if class_only:
             return tokens[:, 0], x.new_empty((x.shape[0], tokens.shape[2], *(0 for _ in grid)))
-        return tokens[:, 0], tokens[:, 1:].mT.unflatten(2, grid)
+        class_token, cells = tokens.split([1, tokens.shape[1] - 1], dim=1)
+        return class_token.squeeze(1), cells.mT.unflatten(2, grid)
 
 
 class Switched(nn.ModuleDict):
@@ -257,7 +258,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(self.conv(x))
-        return F.leaky_relu(y, 0.01)
+        return F.leaky_relu(y, 0.01, inplace=True)
 
 
 class GreyOrColourConv2d(nn.Conv2d):
@@ -340,15 +341,28 @@ class Attention(nn.Module):
         query = self.query(tokens[:, :1] if class_only else tokens)
         query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attend(query, key, value)
         y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
         return y
 
     def _reduced(self, tokens: Tensor, grid: torch.Size) -> Tensor:
         """tokens (B, 1 + N, C) -> (B, 1 + M, C) with M about N / ratio**rank."""
-        cells = self.reduce(tokens[:, 1:].mT.unflatten(2, grid))
-        y: Tensor = self.reduce_norm(torch.cat([tokens[:, :1], cells.flatten(2).mT], dim=1))
+        class_token, cells = tokens.split([1, tokens.shape[1] - 1], dim=1)
+        cells = self.reduce(cells.mT.unflatten(2, grid))
+        y: Tensor = self.reduce_norm(torch.cat([class_token, cells.flatten(2).mT], dim=1))
         return y
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: query (B, heads, N, d), key and value (B, heads, M, d) -> (B, heads, N, d).
+
+    The fused kernel, except for bfloat16 on a CPU: with the few keys that are left after reduction its backward
+    takes 3 to 10 times as long as the plain products (docs/performance.md).
+    """
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        scores = (query * query.shape[-1] ** -0.5) @ key.mT
+        return torch.softmax(scores, -1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def token_grids(size: tuple[int, ...]) -> list[tuple[int, ...]]:

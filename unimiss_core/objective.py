@@ -81,13 +81,14 @@ class UniMiSS:
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
         with torch.no_grad():
             seen_by_teacher = representations(teacher, views)
+            centred = {name: h - centre[name] for name, h in seen_by_teacher.items()}
             targets = {
-                name: target_distribution(teacher.prototypes(h - centre[name]), self.config.teacher_temperature)
-                for name, h in seen_by_teacher.items()
+                name: target_distribution(logits, self.config.teacher_temperature)
+                for name, logits in logits_of(teacher, centred).items()
             }
         predictions = {
-            name: log_prediction(student.prototypes(h), self.config.student_temperature)
-            for name, h in representations(student, views).items()
+            name: log_prediction(logits, self.config.student_temperature)
+            for name, logits in logits_of(student, representations(student, views)).items()
         }
         terms = {
             term_name(mine, theirs): view_cross_entropy(prediction, target)
@@ -113,6 +114,12 @@ def representations(network: Network, views: Tensor) -> dict[str, Tensor]:
         "volume": network.bottleneck(flat).unflatten(0, (b, v)),
         "slices": network.bottleneck(slices).unflatten(0, (b, v, -1)).mean(2),
     }
+
+
+def logits_of(network: Network, bottlenecks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bottlenecks (B, V, E) by representation -> logits (B, V, K), in one product with the prototypes."""
+    logits = network.prototypes(torch.stack(list(bottlenecks.values())))
+    return dict(zip(bottlenecks, logits, strict=True))
 
 
 def log_prediction(logits: Tensor, temperature: float) -> Tensor:

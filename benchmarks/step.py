@@ -1,0 +1,211 @@
+"""What one optimiser step costs: the naive step against ours, in time and memory.
+
+    python benchmarks/step.py                            every case that this machine is meant for, about 5 minutes
+    python benchmarks/step.py --model tiny --rank 3 --batch 2 --variant fast --precision bf16 --repeats 9
+
+Each option narrows the cases. The cases of one rank run in processes of their own and take turns, step by step, so
+that whatever else the machine does falls on all alike. `naive_unimiss.py` is the baseline. Input sizes and
+65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU
+small with 24, unless options say otherwise.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import torch
+from naive_unimiss import NaiveLearner
+from torch import Tensor
+
+from unimiss_core.learner import Learner
+from unimiss_core.network import build_network
+from unimiss_core.scan import Rank
+from unimiss_core.study import ModelConfig, StudyConfig
+
+WARM_UP = 2
+SIZES: dict[Rank, tuple[int, ...]] = {2: (224, 224), 3: (16, 96, 96)}
+SMALL_SIZES: dict[Rank, tuple[int, ...]] = {2: (64, 64), 3: (16, 64, 64)}
+"""For nano."""
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    rank: Rank
+    batch: int
+    variant: str
+    precision: str
+    prototypes: int
+    device: str
+    threads: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Times in seconds: medians, with the quartiles of wall time; memory above that of the bare libraries."""
+
+    case: Case
+    wall_s: float
+    wall_quartiles_s: tuple[float, float]
+    cpu_s: float
+    peak_mb: float
+    first_loss: float
+    repeats: int
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    results: list[Result] = []
+    for alike in _cases_by_rank(options):
+        results += _measure(alike, options.repeats)
+        print(_table(results[-len(alike) :]), flush=True)
+    if options.json:
+        machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": _processor()}
+        content = {"machine": machine, "results": [asdict(result) for result in results]}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
+    gpu = options.device.startswith("cuda")
+    model = options.model or ("small" if gpu else "tiny")
+    batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
+    variants = [options.variant] if options.variant else ["naive", "fast"]
+    precisions = [options.precision] if options.precision else ["fp32", "bf16"]
+    for rank in [options.rank] if options.rank else [3, 2]:
+        yield [
+            Case(
+                model=model,
+                rank=rank,
+                batch=options.batch or batches[rank],
+                variant=variant,
+                precision=precision,
+                prototypes=options.prototypes,
+                device=options.device,
+                threads=options.threads,
+            )
+            for variant, precision in product(variants, precisions)
+            if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
+        ]
+
+
+def _measure(cases: list[Case], repeats: int) -> list[Result]:
+    """Run the cases side by side, one step of one case at a time."""
+    context = multiprocessing.get_context("spawn")
+    pipes, workers = [], []
+    for case in cases:
+        here, there = context.Pipe()
+        worker = context.Process(target=_work, args=(case, there), daemon=True)
+        worker.start()
+        pipes.append(here)
+        workers.append(worker)
+        here.recv()  # built: no two cases are built at once
+    steps: list[list[tuple[float, float, float]]] = [[] for _ in cases]
+    for _, (index, pipe) in product(range(WARM_UP + repeats), enumerate(pipes)):
+        pipe.send("step")
+        steps[index].append(pipe.recv())
+    results = []
+    for case, pipe, worker, taken in zip(cases, pipes, workers, steps, strict=True):
+        pipe.send("stop")
+        results.append(_result(case, taken, peak_mb=pipe.recv()))
+        worker.join()
+    return results
+
+
+def _result(case: Case, taken: list[tuple[float, float, float]], *, peak_mb: float) -> Result:
+    walls, cpus = [wall for wall, _, _ in taken[WARM_UP:]], [cpu for _, cpu, _ in taken[WARM_UP:]]
+    low, high = (torch.tensor(walls).quantile(q).item() for q in (0.25, 0.75))
+    return Result(case, median(walls), (low, high), median(cpus), peak_mb, taken[0][2], len(walls))
+
+
+def _work(case: Case, pipe: Connection) -> None:
+    """A process's life: build, then a step for each 'step', then its peak memory."""
+    torch.set_num_threads(case.threads)
+    torch.ones(8, device=case.device).sum().item()
+    before = _peak_mb(case.device)
+    step, views = _build(case)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step(views)  # reading the loss waits for the device
+        pipe.send((time.perf_counter() - wall, time.process_time() - cpu, loss))
+    pipe.send(_peak_mb(case.device) - before)
+
+
+def _build(case: Case) -> tuple[Callable[[Tensor], float], Tensor]:
+    """(a step that returns its loss, the views (B, V, C, *S) it is given)."""
+    sizes = SMALL_SIZES if case.model == "nano" else SIZES
+    model = ModelConfig.model_validate(
+        {"size": case.model, "image_size": sizes[2], "volume_size": sizes[3], "prototypes": case.prototypes}
+    )
+    generator = torch.Generator().manual_seed(0)
+    views = torch.rand(case.batch, 2, 1, *sizes[case.rank], generator=generator).to(case.device)
+    if case.variant == "naive":
+        student, teacher = (build_network(model, seed=0).to(case.device) for _ in range(2))
+        return NaiveLearner(student, teacher, bf16=case.precision == "bf16").step, views
+    study = StudyConfig(name="benchmark", model=model)
+    learner = Learner(study, ranks=(2, 3), device=case.device, precision="bf16" if case.precision == "bf16" else "fp32")
+    return lambda batch: learner.step(batch, step=0).total, views
+
+
+def _peak_mb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _table(results: list[Result]) -> str:
+    case = results[0].case
+    base = next((result for result in results if result.case.variant == "naive"), results[0])
+    lines = [
+        f"{case.model}, {case.rank}D, batch {case.batch}, {case.prototypes} prototypes, {case.device}, "
+        f"{case.threads} threads, median of {results[0].repeats}",
+        f"{'':12} {'wall s':>16} {'CPU s':>8} {'speed':>7} {'peak MB':>9} {'memory':>7} {'first loss':>11}",
+    ]
+    for result in results:
+        low, high = result.wall_quartiles_s
+        lines.append(
+            f"{result.case.title:12} {result.wall_s:6.3f} ({low:.2f}-{high:.2f}) {result.cpu_s:8.3f} "
+            f"{base.wall_s / result.wall_s:6.2f}x {result.peak_mb:9.0f} {result.peak_mb / base.peak_mb:6.2f}x "
+            f"{result.first_loss:11.5f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="What one optimiser step costs, naive and ours.")
+    parser.add_argument("--model", choices=["nano", "tiny", "small"])
+    parser.add_argument("--rank", type=int, choices=[2, 3])
+    parser.add_argument("--batch", type=int, help="scans in a step")
+    parser.add_argument("--variant", choices=["naive", "fast"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"])
+    parser.add_argument("--repeats", type=int, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--prototypes", type=int, default=65_536)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+if __name__ == "__main__":
+    main()

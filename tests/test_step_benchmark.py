@@ -1,0 +1,48 @@
+"""The baseline that `benchmarks/step.py` measures computes the same as the step that it is compared with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.naive_unimiss import naive_loss
+from unimiss_core.network import build_network
+from unimiss_core.objective import UniMiSS
+from unimiss_core.study import ModelConfig, ObjectiveConfig
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 37, 50), (2, 2, 1, 13, 33, 40)])
+def test_the_baseline_is_the_same_loss_and_gradient_in_float32(shape: tuple[int, ...]) -> None:
+    model = ModelConfig(prototypes=24)
+    student, teacher = build_network(model, seed=0), build_network(model, seed=1)
+    views = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    objective = UniMiSS(ObjectiveConfig())
+    start = {name: torch.zeros(128) for name in objective.representations(2 if len(shape) == 5 else 3)}
+    fast = objective(student, teacher, views, start)
+    terms, centre = naive_loss(student, teacher, views, {})
+    assert {name: term.item() for name, term in fast.terms.items()} == pytest.approx(
+        {name: term.item() for name, term in terms.items()}, rel=1e-4
+    )
+    parameters = [p for name, p in student.named_parameters() if len(shape) == 6 or "3d" not in name.split(".")]
+    ours = torch.autograd.grad(fast.total, parameters)
+    theirs = torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters)
+    whole = torch.stack([gradient.norm() for gradient in theirs]).norm()
+    for mine, naive in zip(ours, theirs, strict=True):
+        assert (mine - naive).norm() <= 1e-3 * max(naive.norm(), 1e-3 * whole)
+    for name, observed in fast.observed.items():
+        torch.testing.assert_close(teacher.prototypes(0.1 * observed.bottleneck), centre[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "step.py"
+    options = "--model nano --rank 2 --batch 2 --precision fp32 --prototypes 32 --repeats 1 --threads 1 --device cpu"
+    command = [sys.executable, script, *options.split(), "--json", tmp_path / "step.json"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    assert "naive fp32" in said
+    assert "fast fp32" in said
+    results = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert [result["case"]["variant"] for result in results] == ["naive", "fast"]
+    assert results[0]["first_loss"] == pytest.approx(results[1]["first_loss"], rel=1e-4)
