@@ -188,6 +188,16 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(bad: float) -> No
     assert all(parameter.grad is None for parameter in learner.student.parameters())
 
 
+def test_a_round_has_collapse_figures_of_each_representation_and_begins_without() -> None:
+    learner = apart(Learner(study(), ranks={2, 3}))
+    learner.step(images(), step=0)
+    learner.step(volumes(), step=1)
+    figures = learner.round_diagnostics()
+    assert {key.rpartition("_")[2] for key in figures} == {"image", "volume", "slices"}
+    assert 0 < figures["target_entropy_image"] <= figures["mean_target_entropy_image"] <= math.log(16) + 1e-5
+    assert apart(learner).round_diagnostics() == {}
+
+
 def test_frozen_prototypes_stay_until_their_step() -> None:
     learner = Learner(study(freeze_prototypes_steps=2), ranks={2})
     first = tensors_of(learner.student)["head.prototypes.weight"].clone()

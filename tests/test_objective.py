@@ -145,6 +145,16 @@ def test_slices_are_the_mean_over_a_volume_and_so_shorter_than_one() -> None:
     torch.testing.assert_close(found["volume"].norm(dim=-1), torch.ones(2, 2, dtype=torch.float64))
 
 
+def test_a_subset_of_slices_is_evenly_spaced_and_all_of_them_is_the_default() -> None:
+    batch, _ = case(CASES["volumes"])
+    network = networks()[0]
+    found = representations(network, batch, slices=4)["slices"]
+    chosen = torch.stack([network.bottleneck(batch[:, 0, :, d]) for d in (1, 4, 8, 11)])
+    torch.testing.assert_close(found[:, 0], chosen.mean(0))
+    every = representations(network, batch)["slices"]
+    torch.testing.assert_close(representations(network, batch, slices=99)["slices"], every)
+
+
 def test_targets_and_centre_have_no_gradient_and_are_not_moved() -> None:
     (student, teacher), (batch, centre) = networks(), case(CASES["images"])
     before = {name: value.clone() for name, value in centre.items()}

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
 from unimiss_core.network import build_network, load_tensors_, tensors_of
-from unimiss_core.objective import Loss, Observed, build_objective, move_centre, new_centre
+from unimiss_core.objective import Loss, build_objective, move_centre, new_centre, weighted_mean
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay
 from unimiss_core.study import StudyConfig
@@ -80,6 +81,7 @@ class Learner:
         names = [name for rank in self.ranks for name in self.objective.representations(rank)]
         self.centre = new_centre(names, bottleneck, self.device)
         self._optimiser = _adamw(self.student)
+        self._watch = RoundWatch()
 
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Begin from the global student and teacher; centre and optimiser state go on from the last round.
@@ -88,6 +90,14 @@ class Learner:
         """
         load_tensors_(self.student, student)
         load_tensors_(self.teacher, teacher)
+        self._watch = RoundWatch()
+
+    def round_diagnostics(self) -> dict[str, float]:
+        """Collapse figures over the round's steps so far (`unimiss_core.collapse.RoundWatch.figures`).
+
+        Better founded than those of a step, whose batch may hold two volumes.
+        """
+        return self._watch.figures()
 
     def step(self, views: Tensor, *, step: int) -> StepReport:
         """Train on views (B, V, C, *S) as global step `step` of the study.
@@ -116,6 +126,7 @@ class Learner:
             self.centre[name] = move_centre(
                 self.centre[name], observed.bottleneck, self.study.objective.centre_momentum
             )
+        self._watch.add(gathered.observed)
         return report
 
     def state(self, *, weights: bool = False) -> LearnerState:
@@ -243,12 +254,7 @@ def _weighted_sum(losses: list[tuple[float, Loss]]) -> Loss:
         terms={name: total(loss.terms[name] for _, loss in losses) for name in first.terms},
         total=total(loss.total for _, loss in losses),
         observed={
-            name: Observed(
-                bottleneck=total(loss.observed[name].bottleneck for _, loss in losses),
-                target=total(loss.observed[name].target for _, loss in losses),
-                target_entropy=total(loss.observed[name].target_entropy for _, loss in losses),
-            )
-            for name in first.observed
+            name: weighted_mean([(share, loss.observed[name]) for share, loss in losses]) for name in first.observed
         },
     )
 

@@ -9,7 +9,7 @@ Logits are linear in the bottleneck, so the mean of D slices' logits is the prot
 bottlenecks: D times fewer of the widest products, for the same number.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,8 @@ class Observed:
 
     bottleneck: Tensor
     """(E,): moves the centre."""
+    second_moment: Tensor
+    """(E, E): mean of h h^T; with `bottleneck` it gives the covariance of the bottlenecks."""
     target: Tensor
     """(K,): mean of the target distributions; its entropy falls when all views land on one prototype."""
     target_entropy: Tensor
@@ -80,15 +82,16 @@ class UniMiSS:
 
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
         with torch.no_grad():
-            seen_by_teacher = representations(teacher, views)
+            seen_by_teacher = representations(teacher, views, slices=self.config.slices_per_volume)
             centred = {name: h - centre[name] for name, h in seen_by_teacher.items()}
             targets = {
                 name: target_distribution(logits, self.config.teacher_temperature)
                 for name, logits in logits_of(teacher, centred).items()
             }
+        seen_by_student = representations(student, views, slices=self.config.slices_per_volume)
         predictions = {
             name: log_prediction(logits, self.config.student_temperature)
-            for name, logits in logits_of(student, representations(student, views)).items()
+            for name, logits in logits_of(student, seen_by_student).items()
         }
         terms = {
             term_name(mine, theirs): view_cross_entropy(prediction, target)
@@ -99,21 +102,33 @@ class UniMiSS:
         return Loss(terms, torch.stack(list(terms.values())).sum(), observed)
 
 
-def representations(network: Network, views: Tensor) -> dict[str, Tensor]:
+def representations(network: Network, views: Tensor, *, slices: int | None = None) -> dict[str, Tensor]:
     """views (B, V, C, *S) -> bottlenecks (B, V, E) by representation: `image`, or `volume` and `slices`.
 
     `slices` is the mean over a volume's D slices of bottlenecks of length 1, each slice taking the 2D path as a grey
     image. That mean is shorter than 1 and stays so, for the released code averages the slices' logits.
+    slices: take only this many of the D, evenly spaced. Their mean estimates the mean of all: a view is cut at a
+    random depth, so each of the scan's slices is as likely as its neighbours to be among them. The logits, linear in
+    it, are then right on average, with a variance that falls as 1 / slices; the loss, which is not linear, sees
+    slightly noisier targets and predictions.
     """
     b, v = views.shape[:2]
     flat = views.flatten(0, 1)
     if flat.ndim == 4:
         return {"image": network.bottleneck(flat).unflatten(0, (b, v))}
-    slices = flat.transpose(1, 2).flatten(0, 1)
+    images = _evenly_spaced(flat, slices).transpose(1, 2).flatten(0, 1)
     return {
         "volume": network.bottleneck(flat).unflatten(0, (b, v)),
-        "slices": network.bottleneck(slices).unflatten(0, (b, v, -1)).mean(2),
+        "slices": network.bottleneck(images).unflatten(0, (b, v, -1)).mean(2),
     }
+
+
+def _evenly_spaced(volumes: Tensor, slices: int | None) -> Tensor:
+    """volumes (B, C, D, H, W) -> (B, C, min(slices, D), H, W), each slice from the middle of an equal part of D."""
+    depth = volumes.shape[2]
+    if slices is None or slices >= depth:
+        return volumes
+    return volumes[:, :, [(2 * i + 1) * depth // (2 * slices) for i in range(slices)]]
 
 
 def logits_of(network: Network, bottlenecks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,5 +185,22 @@ def move_centre(centre: Tensor, mean: Tensor, momentum: float) -> Tensor:
 
 def observe(h: Tensor, targets: Tensor) -> Observed:
     """The teacher's bottlenecks (B, V, E) and targets (B, V, K) -> their means over B and V."""
+    rows = h.flatten(0, 1)
+    with torch.autocast(h.device.type, enabled=False):
+        second_moment = rows.mT @ rows / len(rows)
     entropies = torch.special.entr(targets).sum(-1)
-    return Observed(h.mean((0, 1)), targets.mean((0, 1)), entropies.mean())
+    return Observed(rows.mean(0), second_moment, targets.mean((0, 1)), entropies.mean())
+
+
+def weighted_mean(parts: Sequence[tuple[float, Observed]]) -> Observed:
+    """(share, what was seen) of each part of a whole, shares adding up to 1 -> what was seen of the whole."""
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([share * value for (share, _), value in zip(parts, values, strict=True)]).sum(0)
+
+    return Observed(
+        bottleneck=mean(part.bottleneck for _, part in parts),
+        second_moment=mean(part.second_moment for _, part in parts),
+        target=mean(part.target for _, part in parts),
+        target_entropy=mean(part.target_entropy for _, part in parts),
+    )

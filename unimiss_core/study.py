@@ -120,6 +120,8 @@ class ObjectiveConfig(Config):
     centre_momentum: Fraction = 0.9
     teacher_momentum: tuple[Fraction, Fraction] = (0.996, 1.0)
     """EMA of the teacher, per step, from first to last step of the study (cosine)."""
+    slices_per_volume: Positive | None = None
+    """Evenly spaced slices of a volume that take the 2D path; None takes all, as published."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
