@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/unimiss-simulate configs/simulation/demo.yaml --out $(OUT) --resume
 
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -16,9 +16,10 @@ from client.cache import CachedScan
 from client.site import Site
 from client.site_state import Remembered
 from unimiss_core import progress
+from unimiss_core.device import device_of
 from unimiss_core.errors import CheckpointError, WireError
 from unimiss_core.groups import group_of
-from unimiss_core.learner import Learner, LearnerState
+from unimiss_core.learner import Learner, LearnerState, StepReport
 from unimiss_core.network import tensors_of
 from unimiss_core.scan import RANKS
 from unimiss_core.schedule import rank_of_step, steps_of_round
@@ -53,7 +54,7 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
     steps = steps_of_round(study.schedule, request.round)
     for number, (step, views) in enumerate(_batches(site, learner.device, steps), start=1):
         report = learner.step(views, step=step)
-        figures.add(report.terms, report.diagnostics)
+        figures.add(report)
         progress.report(
             progress.StepDone(site.config.name, number, study.schedule.local_steps, report.total / len(report.terms))
         )
@@ -66,12 +67,12 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
         site=site.config.name,
         round=request.round,
         study_digest=study.digest(),
-        update={name: t - request.student[name] for name, t in tensors_of(learner.student).items()},
+        update={name: t.cpu() - request.student[name] for name, t in tensors_of(learner.student).items()},
         scans={rank: len(library.of_rank(rank)) for rank in RANKS},
         steps=study.schedule.local_steps,
         seconds=time.monotonic() - began,
         losses=figures.losses(),
-        diagnostics=figures.diagnostics(),
+        diagnostics={**learner.round_diagnostics(), "grad_norm": figures.grad_norm()},
     )
 
 
@@ -81,13 +82,6 @@ def _restore(learner: Learner, memory: Remembered) -> None:
     except CheckpointError as error:
         # A site that has gained volumes since, say, holds state for other tensors: it begins anew, as a new site does.
         log.warning("local state of round %d does not fit, starting afresh: %s", memory.round, error)
-
-
-def device_of(name: str) -> torch.device:
-    """The device that a site file names; `auto` takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def _round_teacher(request: TrainRequest, memory: Remembered | None) -> Mapping[str, Tensor]:
@@ -142,19 +136,18 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class _RoundFigures:
-    """Means over a round of the loss terms and the learner's diagnostics."""
+    """Means over a round of what each step reported."""
 
     _terms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    _diagnostics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _grad_norms: list[float] = field(default_factory=list)
 
-    def add(self, terms: Mapping[str, float], diagnostics: Mapping[str, float]) -> None:
-        for name, value in terms.items():
+    def add(self, report: StepReport) -> None:
+        for name, value in report.terms.items():
             self._terms[name].append(value)
-        for name, value in diagnostics.items():
-            self._diagnostics[name].append(value)
+        self._grad_norms.append(report.diagnostics["grad_norm"])
 
     def losses(self) -> dict[str, float]:
         return {name: fmean(values) for name, values in self._terms.items()}
 
-    def diagnostics(self) -> dict[str, float]:
-        return {name: fmean(values) for name, values in self._diagnostics.items()}
+    def grad_norm(self) -> float:
+        return fmean(self._grad_norms)

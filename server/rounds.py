@@ -21,10 +21,11 @@ from server.coordinator_config import CoordinatorConfig
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint, progress
 from unimiss_core.codec import Layout, layout_of, released
+from unimiss_core.collapse import signs_of_collapse
 from unimiss_core.errors import RoundError, WireError
 from unimiss_core.groups import GROUPS, Group, groups_of_ranks
 from unimiss_core.network import build_network
-from unimiss_core.schedule import teacher_retention
+from unimiss_core.schedule import teacher_retention, trained_steps
 from unimiss_core.study import StudyConfig
 from unimiss_core.teacher import advance_teacher
 from unimiss_core.wire import Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes
@@ -164,10 +165,13 @@ class Federation:
                 line.status, line.reason = ("error" if error.reason == "failed" else "refused"), error.reason
                 log.warning("round=%d site=%s refused: %s", round, site.site, error)
             else:
-                weights = group_weights(answer.scans, groups_of_ranks(site.ranks), self._study.aggregation.weighting)
+                trained = trained_steps(site.ranks, self._study.schedule, round)
+                groups = [group for group, steps in trained.items() if steps > 0]
+                weights = group_weights(answer.scans, groups, self._study.aggregation.weighting)
                 mean.fold(answer.update, weights)
                 retention.fold(weights, teacher_retention(self._study, site.ranks, round))
                 state.taught[site.site] = round
+                self._warn_of_collapse(answer)
             progress.report(progress.SiteReplied(round, site.site, line.status, line.reason))
         self._require_quorum(round, lines)
         after, step = self._step(state, round, mean, retention)
@@ -205,6 +209,14 @@ class Federation:
         line.diagnostics = dict(answer.diagnostics)
         line.seconds = round_s(answer.seconds)
         return answer
+
+    def _warn_of_collapse(self, answer: TrainReply) -> None:
+        """After the warm-up: a young network's targets are alike too."""
+        if answer.round * self._study.schedule.local_steps <= self._study.optimiser.warmup_steps:
+            return
+        for sign in signs_of_collapse(answer.diagnostics, self._study.model.prototypes):
+            log.warning("round=%d site=%s collapse: %s", answer.round, answer.site, sign)
+            progress.report(progress.Note(f"{answer.site}: {sign}"))
 
     def _require_quorum(self, round: int, lines: Mapping[str, SiteRound]) -> None:
         if (counted := sum(line.status == "ok" for line in lines.values())) >= self._config.min_replies:

@@ -282,3 +282,13 @@ def test_stub_and_grid_keep_messages_apart() -> None:
         (identity,) = grid.push_messages([message])
         assert identity.startswith("message-")
         assert message.metadata.message_id == ""
+
+
+def test_a_mixed_site_without_a_volume_step_has_no_weight_in_the_3d_group(tmp_path: Path) -> None:
+    """It sends zeros for 3D tensors then; they must not shrink the step of those who trained them."""
+    study = small_study(rounds=1, schedule={"rounds": 1, "local_steps": 2, "alternate": [2, 2]})
+    mixed = StubSite("mixed", {2: 5, 3: 5})
+    state = federate(tmp_path / "both", [ct(), mixed], study)
+    alone = federate(tmp_path / "alone", [ct()], study)
+    for name in state.student:
+        assert torch.equal(state.student[name], alone.student[name]) == ("3d" in name.split(".")), name
