@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("unimiss_core", "client", "server")
 
 MAY_NOT_IMPORT = {
-    "unimiss_core": {"client", "server", "pydicom", "nibabel", "PIL", "opacus", "flwr", "ray", "blosc2", "rich"},
+    "unimiss_core": {"client", "server", "pydicom", "nibabel", "PIL", "opacus", "flwr", "ray", "rich"},
     "client": {"server"},
-    "server": {"client", "pydicom", "nibabel", "PIL", "opacus", "blosc2"},
+    "server": {"client", "pydicom", "nibabel", "PIL", "opacus"},
 }
 EXEMPT = {
     "server/simulate.py": {"client"},  # simulation is the one place that may run a site
@@ -24,7 +24,6 @@ ONLY_IN = {
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
     "sklearn": {"unimiss_core/probe.py"},
-    "blosc2": {"client/cache.py"},
     "flwr": {
         "unimiss_core/wire.py",
         "client/app.py",
