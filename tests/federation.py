@@ -17,7 +17,8 @@ from unimiss_core.wire import Hello, Introduction, TrainReply, TrainRequest, stu
 
 
 def small_study(rounds: int = 2, **changes: object) -> StudyConfig:
-    raw = {"name": "toy", "model": {"prototypes": 16}, "schedule": {"rounds": rounds, "local_steps": 2}, **changes}
+    short = {"schedule": {"rounds": rounds, "local_steps": 2}, "optimiser": {"warmup_steps": 1}}
+    raw = {"name": "toy", "model": {"prototypes": 16}, **short, **changes}
     return parse(StudyConfig, raw, where="test")
 
 

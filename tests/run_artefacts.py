@@ -53,7 +53,8 @@ def without(record: Mapping[str, Any], status: str, reason: str) -> dict[str, An
 
 
 def study(rounds: int) -> StudyConfig:
-    return parse(StudyConfig, {"name": "three-hospitals", "schedule": {"rounds": rounds, "local_steps": 40}}, where="")
+    raw = {"schedule": {"rounds": rounds, "local_steps": 40}, "optimiser": {"warmup_steps": 20}}
+    return parse(StudyConfig, {"name": "three-hospitals", **raw}, where="")
 
 
 def write_run(out: Path, records: list[dict[str, Any]], *, rounds: int) -> None:

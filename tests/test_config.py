@@ -1,5 +1,7 @@
 """Configuration: every mistake in one message, nothing converted in silence."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,9 @@ from client.site_config import SiteConfig, load_site
 from unimiss_core.config import dump_yaml, load, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
+
+ROOT = Path(__file__).parents[1]
+NAN, INFINITY = math.nan, math.inf
 
 
 def problems(raw: object, kind: type = StudyConfig) -> str:
@@ -41,6 +46,50 @@ def test_missing_key_and_no_mapping_are_told() -> None:
 def test_broken_relation_is_told() -> None:
     told = problems({"name": "x", "objective": {"teacher_temperature": 0.2, "student_temperature": 0.1}})
     assert "teacher_temperature=0.2 must not be above student_temperature=0.1" in told
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "told"),
+    [
+        ("views", {"image_size": [32, 40]}, r"'views\.image_size': \[32, 40\] is too small .* at least \[33, 33\]"),
+        ("views", {"volume_size": [12, 64, 64]}, r"'views\.volume_size': .* at least \[13, 33, 33\]"),
+        ("model", {"image_size": [64, 16]}, r"'model\.image_size': \[64, 16\] is too small"),
+        ("model", {"volume_size": [8, 64, 64]}, r"'model\.volume_size': \[8, 64, 64\] is too small"),
+        ("model", {"prototypes": 1}, r"'model\.prototypes': .* greater than or equal to 2, got 1"),
+        ("views", {"views": 33}, r"'views\.views': .* less than or equal to 32, got 33"),
+        ("views", {"aspect": [NAN, 1.0]}, r"'views\.aspect\.0': .* finite number"),
+        ("views", {"aspect": [2.0, 1.0]}, "aspect: the lower bound 2.0 must not be above the upper bound 1.0"),
+        ("plan", {"volume_spacing_mm": [1.0, NAN, 1.0]}, r"'plan\.volume_spacing_mm\.1': .* finite number"),
+        ("plan", {"ct_window_hu": [NAN, 1.0]}, r"'plan\.ct_window_hu\.0': .* finite number"),
+        ("optimiser", {"lr": INFINITY}, r"'optimiser\.lr': .* finite number"),
+        ("optimiser", {"lr": 1e-4, "final_lr": 2e-4}, "final_lr=0.0002 must not be above lr=0.0001"),
+        ("optimiser", {"weight_decay": [NAN, INFINITY]}, r"(?s)weight_decay\.0.*weight_decay\.1"),
+        ("optimiser", {"weight_decay": [0.1, -0.1]}, r"weight_decay\.1': .* greater than or equal to 0, got -0\.1"),
+        ("optimiser", {"warmup_steps": 500}, r"warmup_steps=500 must be below .* = 10 x 50 = 500, or the rate never"),
+        ("optimiser", {"freeze_prototypes_steps": 501}, "freeze_prototypes_steps=501 must not be above"),
+        ("schedule", {"rounds": 1}, r"warmup_steps=100 must be below rounds x local_steps = 1 x 50 = 50"),
+    ],
+)
+def test_a_study_that_cannot_train_as_it_says_is_refused_before_it_starts(
+    part: str, settings: dict[str, object], told: str
+) -> None:
+    assert re.search(told, problems({"name": "x", part: settings}))
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    raw = {
+        "name": "x",
+        "model": {"prototypes": 2, "image_size": [33, 33], "volume_size": [13, 33, 33]},
+        "views": {"views": 32, "image_size": [33, 33], "volume_size": [13, 33, 33]},
+        "optimiser": {"lr": 1e-6, "final_lr": 1e-6, "warmup_steps": 3, "freeze_prototypes_steps": 4},
+        "schedule": {"rounds": 2, "local_steps": 2},
+    }
+    assert parse(StudyConfig, raw, where="").schedule.rounds == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_study_that_comes_with_the_project_is_valid(path: Path) -> None:
+    assert load(StudyConfig, path).name == path.stem
 
 
 def test_unknown_key_far_from_all_others_lists_what_is_known() -> None:

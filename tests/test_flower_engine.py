@@ -27,6 +27,7 @@ STUDY = {
     "plan": {"volume_spacing_mm": [8.0, 8.0, 8.0], "image_longest_side": 64},
     "schedule": {"rounds": 2, "local_steps": 2},
     "batch": {"images": 4, "volumes": 2},
+    "optimiser": {"warmup_steps": 1},
 }
 
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from tests.published import SIZES, Published, golden, image, needs_reference, network, published_model, volume
-from unimiss_core.model import ARCHITECTURES, SMALLEST, PositionTable, token_grids
+from unimiss_core.model import ARCHITECTURES, PositionTable, token_grids
 from unimiss_core.network import build_network, empty_network
+from unimiss_core.scan import SMALLEST
 from unimiss_core.study import ModelConfig
 
 NANO = ModelConfig(prototypes=16)

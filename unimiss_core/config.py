@@ -26,9 +26,11 @@ _TEXT_THAT_LOOKS_LIKE_A_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][
 
 
 class Config(BaseModel):
-    """Base of all configuration: frozen, no unknown keys, no silent conversion."""
+    """Base of all configuration: frozen, no unknown keys, no silent conversion, no NaN and no infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def canonical(self) -> str:
         """The one JSON text of this configuration: sorted keys, every default written out."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimiss_core.scan import RANKS, Rank
+from unimiss_core.scan import RANKS, SMALLEST, Rank
 
 CONV: dict[Rank, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSED: dict[Rank, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
@@ -37,9 +37,6 @@ STEM_STRIDE: dict[Rank, tuple[int, ...]] = {2: (2, 2), 3: (1, 2, 2)}
 HEADS = (1, 2, 4, 8)
 REDUCTIONS = (6, 4, 2, 1)
 """Attention heads and spatial reduction of keys and values, by encoder stage; the decoder goes back through them."""
-
-SMALLEST: dict[Rank, tuple[int, ...]] = {2: (33, 33), 3: (13, 33, 33)}
-"""Below this a stage's grid is smaller than its reduction, or its last map is one voxel and has no variance."""
 
 Size = Literal["nano", "tiny", "small"]
 

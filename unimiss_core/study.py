@@ -6,13 +6,26 @@ update must carry to count. Nothing here depends on how much data a site holds.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from unimiss_core.config import Config
-from unimiss_core.scan import Rank
+from unimiss_core.scan import SMALLEST, Rank
+
+
+def _large_enough(size: tuple[int, ...]) -> tuple[int, ...]:
+    least = SMALLEST[2 if len(size) == 2 else 3]
+    if any(have < need for have, need in zip(size, least, strict=True)):
+        raise ValueError(f"{list(size)} is too small for the network; every axis needs at least {list(least)}")
+    return size
+
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+ImageSize = Annotated[tuple[Positive, Positive], AfterValidator(_large_enough)]
+"""(H, W) that the network takes."""
+VolumeSize = Annotated[tuple[Positive, Positive, Positive], AfterValidator(_large_enough)]
+"""(D, H, W) that the network takes."""
 
 
 class ModelConfig(Config):
@@ -20,11 +33,11 @@ class ModelConfig(Config):
 
     size: Literal["nano", "tiny", "small"] = "nano"
     """nano is for laptops and tests; tiny and small are as published."""
-    image_size: tuple[Positive, Positive] = (64, 64)
+    image_size: ImageSize = (64, 64)
     """(H, W) that the 2D position tables are made for; published: (224, 224)."""
-    volume_size: tuple[Positive, Positive, Positive] = (16, 64, 64)
+    volume_size: VolumeSize = (16, 64, 64)
     """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
-    prototypes: Positive = 512
+    prototypes: Annotated[int, Field(ge=2)] = 512
     """Rows of the last layer; 65,536 as published, 512-1,024 for small archives."""
 
 
@@ -60,10 +73,10 @@ class PlanConfig(Config):
 class ViewConfig(Config):
     """Random views of a scan, one code for both ranks; see `unimiss_core.views`."""
 
-    views: Annotated[int, Field(ge=2)] = 2
-    """Views of one scan in a step (V)."""
-    image_size: tuple[Positive, Positive] = (64, 64)
-    volume_size: tuple[Positive, Positive, Positive] = (16, 64, 64)
+    views: Annotated[int, Field(ge=2, le=32)] = 2
+    """Views of one scan in a step (V); a step's loss is over all V * (V - 1) pairs."""
+    image_size: ImageSize = (64, 64)
+    volume_size: VolumeSize = (16, 64, 64)
     area: tuple[Fraction, Fraction] = (0.25, 1.0)
     """Share of the image's (H, W) area that a crop covers, drawn uniformly; a volume's crop also covers the root of it
     in depth. Published for images: (0.14, 1.0)."""
@@ -137,14 +150,23 @@ class OptimiserConfig(Config):
     """AdamW at every site; the peak rate is for the study's batch, no hidden scaling."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    final_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """The peak rate, which the warm-up ends at."""
+    final_lr: NonNegative = 1e-6
+    """The rate of the study's last step, reached by half a cosine; at most lr."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    weight_decay: tuple[float, float] = (0.04, 0.4)
+    """First steps of the study, in which the rate rises linearly; below rounds x local_steps."""
+    weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
     """From first to last step (cosine); none on biases and other 1-D tensors."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.3
     """Each tensor's gradient is clipped to this norm; None turns it off."""
     freeze_prototypes_steps: Annotated[int, Field(ge=0)] = 0
-    """The last layer stays as it is for this many first steps of the study."""
+    """The last layer stays as it is for this many first steps of the study; at most rounds x local_steps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.final_lr > self.lr:
+            raise ValueError(f"final_lr={self.final_lr} must not be above lr={self.lr}")
+        return self
 
 
 class ScheduleConfig(Config):
@@ -173,6 +195,8 @@ class AggregationConfig(Config):
     weighting: Literal["uniform", "sqrt", "scans"] = "uniform"
     """A site counts 1, the root of its scans, or its scans, per parameter group and its rank."""
     server_optimiser: Literal["none"] = "none"
+    max_scans: Positive = 1_000_000
+    """A site that claims more is refused: under `sqrt` and `scans` a claim is a weight."""
     max_update_norm: Annotated[float, Field(gt=0)] = 1e3
     """An update with a larger L2 norm is refused."""
 
@@ -195,3 +219,17 @@ class StudyConfig(Config):
     batch: BatchConfig = BatchConfig()
     aggregation: AggregationConfig = AggregationConfig()
     wire: WireConfig = WireConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        warmup, frozen = self.optimiser.warmup_steps, self.optimiser.freeze_prototypes_steps
+        rounds, local = self.schedule.rounds, self.schedule.local_steps
+        steps = f"rounds x local_steps = {rounds} x {local} = {rounds * local}"
+        if warmup >= rounds * local:
+            raise ValueError(
+                f"optimiser.warmup_steps={warmup} must be below {steps}, or the rate never reaches lr; "
+                "lower it or train longer"
+            )
+        if frozen > rounds * local:
+            raise ValueError(f"optimiser.freeze_prototypes_steps={frozen} must not be above {steps}")
+        return self
