@@ -3,6 +3,7 @@
     CACHE/
       3f6c...b2.npy     one scan: (C, *S) uint16, value = stored / 65535, named by content and plan
       built.jsonl       what was read with which result, one line each: finished work is never done again
+      library-7a...json what one plan made of the folders, and their state then: unchanged folders need no reading
 
 A scan's name is the sha256 of its source bytes, of how its frames are joined, and of the plan; a file that changes
 gets another name, and so does every scan when the plan does. Files appear whole or not at all.
@@ -25,20 +26,22 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client import workers
-from client.catalogue import Candidate, Catalogue, catalogue, read, safe_here
+from client.catalogue import Candidate, Catalogue, catalogue, read, safe_here, state_of
 from client.patients import load_secret
 from client.site_config import DataSource, SiteConfig
-from unimiss_core import progress
+from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.plan import prepare, target_grid
 from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
 
-_VERSION = 1
-"""Of the cache's content; a change of the readers or of `prepare` that changes values moves it."""
+_VERSION = 2
+"""Of the cache's content; a change of the readers, rules or `prepare` that changes what is used or its values moves it."""
 _FULL = 65535
 _SPARE_BYTES = 2**30
 """What is left free on the cache's disk."""
+_PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
+"""Reasons that may be gone next time: what they stopped is tried again."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,15 @@ class Origin:
 def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
     """The site's scans, each in the cache; reads what is new, in parallel, reporting `progress.Preparing`.
 
+    Folders in which no file came, went or changed since are not read at all.
     Raises NoUsableScanError: nothing is usable. Raises ConfigError: a wrong table, or no room for the cache.
     """
     secret = load_secret(site.state)
+    folder = site.cache_folder
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state = state_of(site.data, secret)
+    if (library := _remembered(folder, plan, state)) is not None:
+        return library
     found = catalogue(
         site.data,
         secret,
@@ -113,8 +122,15 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
         processes=site.workers,
         looked=lambda files: progress.report(progress.Preparing(site.name, files, 0)),
     )
+    library = _library(site, found, _built(site, plan, found, secret))
+    if not _PASSING & library.left_out.keys():
+        _remember(folder, plan, state, library)
+    return library
+
+
+def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes) -> list["_Record"]:
+    """What became of each candidate; those that no journal knows are read now."""
     folder = site.cache_folder
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     records = _read_records(folder)
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
     missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), folder)]
@@ -127,12 +143,12 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
         for index, outcome in _outcomes(tasks, site.workers):
             record = outcome if isinstance(outcome, _Record) else _Record(tasks[index].stamp, reason=outcome.reason)
             records[record.stamp] = record
-            if record.reason not in ("timed_out", "reader_crashed", "out_of_memory", "cannot_open"):  # may pass
+            if record.reason not in _PASSING:
                 journal.write(json.dumps(asdict(record)) + "\n")
                 journal.flush()
             done += 1
             progress.report(progress.Preparing(site.name, done, len(stamps)))
-    return _library(site, found, [records[stamp] for stamp in stamps])
+    return [records[stamp] for stamp in stamps]
 
 
 def read_scans(sources: Sequence[DataSource], plan: PlanConfig | None = None) -> Iterator[tuple[Origin, Scan]]:
@@ -271,6 +287,38 @@ def _is_done(record: _Record | None, folder: Path) -> bool:
 
 def _names(records: Mapping[str, _Record], stamps: Sequence[str]) -> set[str]:
     return {f"{records[stamp].key}.npy" for stamp in stamps if stamp in records}
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def _library_file(folder: Path, plan: PlanConfig) -> Path:
+    return folder / f"library-{hashlib.sha256(plan.canonical().encode()).hexdigest()[:16]}.json"
+
+
+def _remember(folder: Path, plan: PlanConfig, state: str, library: Library) -> None:
+    scans = [{name: value for name, value in vars(scan).items() if name != "path"} for scan in library.scans]
+    content = {"version": _VERSION, "state": state, "scans": scans, "left_out": dict(library.left_out)}
+    durable.write_text(_library_file(folder, plan), json.dumps(content))
+
+
+def _remembered(folder: Path, plan: PlanConfig, state: str) -> Library | None:
+    """What was opened last with this plan, where neither folders nor cache have changed since."""
+    try:
+        content = json.loads(_library_file(folder, plan).read_text(encoding="utf-8"))
+        if (content["version"], content["state"]) != (_VERSION, state):
+            return None
+        scans = tuple(
+            CachedScan(
+                path=folder / f"{raw['key']}.npy",
+                **raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm")},
+            )
+            for raw in content["scans"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    present = set(folder.iterdir())
+    return Library(scans, content["left_out"]) if all(scan.path in present for scan in scans) else None
 
 
 # ---------------------------------------------------------------------------------------------------------- room

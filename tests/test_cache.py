@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from client import cache
+from client import catalogue as look_module
 from client.cache import open_library, read_scans
 from client.catalogue import catalogue, read
 from client.pictures import write_png
 from client.site_config import DataSource, SiteConfig
 from tests.series_files import pattern, write_radiograph, write_series
 from unimiss_core import progress
-from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.study import PlanConfig
 
@@ -65,6 +66,42 @@ def test_a_second_opening_reads_nothing_and_gives_the_same(site, built):
     assert len(built) == 3
     assert open_library(site, PLAN) == first
     assert len(built) == 3
+
+
+def test_unchanged_folders_open_without_a_look_at_a_header(site, monkeypatch):
+    looked: list[str] = []
+    really = look_module.look_at
+
+    def look_at(folder, file, secret):
+        looked.append(file)
+        return really(folder, file, secret)
+
+    monkeypatch.setattr(look_module, "look_at", look_at)
+    events: list[progress.Event] = []
+    first = open_library(site, PLAN)
+    assert len(looked) == 9
+    with progress.listen(events.append):
+        assert open_library(site, PLAN) == first
+    assert len(looked) == 9
+    assert not events
+    picture(site.data[0].folder / "c.png", 3)
+    assert len(open_library(site, PLAN).scans) == 4
+    (site.data[0].folder / "c.png").unlink()
+    looked.clear()
+    assert open_library(site, PLAN).scans == first.scans
+    assert len(looked) == 9
+    pattern_source = site.data[0].model_copy(update={"patient_pattern": "^(?P<patient>.)"})
+    looked.clear()
+    open_library(site.model_copy(update={"data": (pattern_source,)}), PLAN)
+    assert looked
+
+
+def test_what_may_pass_is_tried_again(site, monkeypatch):
+    times_out = ScanError("timed_out")
+    monkeypatch.setattr(cache, "_outcomes", lambda tasks, _: enumerate([times_out, *map(cache.build, tasks[1:])]))
+    assert open_library(site, PLAN).left_out == {"timed_out": 1}
+    monkeypatch.undo()
+    assert len(open_library(site, PLAN).scans) == 3
 
 
 def test_a_change_rebuilds_just_what_changed(site, built):
