@@ -36,7 +36,7 @@ from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
 
 _VERSION = 2
-"""Of the cache's content; a change of the readers, rules or `prepare` that changes what is used or its values moves it."""
+"""Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 _FULL = 65535
 _SPARE_BYTES = 2**30
 """What is left free on the cache's disk."""

@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -31,7 +32,10 @@ _FEW_FILES = 256
 _FEW_BYTES = 256 * 2**20
 """Up to so much is read in this process, unless native codecs take part: workers take a second to start."""
 
-
+_MAX_LABELS = 16
+"""A NIfTI file or picture with so few different values is a mask or a label map."""
+_SAMPLED_VOXELS = 2**20
+"""Values of a larger scan are told from every k-th voxel."""
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """What a picture or NIfTI must not be called: then something went wrong where it was written."""
 
@@ -131,9 +135,10 @@ def catalogue(
             if looked is not None:
                 looked(done)
         parts.append(_sorted_out(source, {file: (found[file], files[file]) for file in files}, secret, interpolate))
+    candidates, lone = _without_lone_slices([candidate for part in parts for candidate in part.candidates])
     return Catalogue(
-        candidates=tuple(candidate for part in parts for candidate in part.candidates),
-        left_out=tuple(entry for part in parts for entry in part.left_out),
+        candidates=tuple(candidates),
+        left_out=(*(entry for part in parts for entry in part.left_out), *lone),
         unreadable=tuple(entry for part in parts for entry in part.unreadable),
         files_seen=sum(part.files_seen for part in parts),
     )
@@ -165,11 +170,19 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 def read(candidate: Candidate) -> Scan:
     """Decode one scan. Raises ScanError with the reason why it cannot be used."""
     if candidate.format == "nifti":
-        return nifti.read_nifti(candidate.paths[0], candidate.modality)
+        return _no_labels(nifti.read_nifti(candidate.paths[0], candidate.modality))
     if candidate.format == "picture":
-        return pictures.read_picture(candidate.paths[0], candidate.modality)
+        return _no_labels(pictures.read_picture(candidate.paths[0], candidate.modality))
     assert candidate.stack is not None
     return assemble(candidate.stack, _frames_of(candidate.folder, candidate.stack), candidate.modality)
+
+
+def _no_labels(scan: Scan) -> Scan:
+    """The scan itself. Raises ScanError(label_map): DICOM says what is a segmentation, other formats do not."""
+    sample = scan.voxels.reshape(-1)[:: max(1, scan.voxels.size // _SAMPLED_VOXELS)]
+    if 1 < len(np.unique(sample)) <= _MAX_LABELS:
+        raise ScanError("label_map")
+    return scan
 
 
 def safe_here(candidates: Sequence[Candidate]) -> bool:
@@ -302,6 +315,25 @@ def _sorted_out(
     return Catalogue(tuple(candidates), tuple(left_out), tuple(unreadable), seen)
 
 
+def _without_lone_slices(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[LeftOut]]:
+    """Single slices of a modality of which the folders hold at least as many volumes are no images of their own.
+
+    Otherwise a few of them would make a site of CT or MR train the 2D path on remains of series. Where slices
+    prevail, they are what the folders are about, and are used as images.
+    """
+    kinds = Counter((candidate.modality, candidate.kind) for candidate in candidates)
+    kept: list[Candidate] = []
+    lone: list[LeftOut] = []
+    for one in candidates:
+        is_lone = one.kind == "2d" and one.modality in ("CT", "MR", "PT")
+        if is_lone and kinds[one.modality, "2d"] <= kinds[one.modality, "3d"]:
+            shape, spacing = one.shape, one.spacing_mm
+            lone.append(LeftOut(one.folder, one.files, "lone_slice", one.modality, shape, spacing, one.patient))
+        else:
+            kept.append(one)
+    return kept, lone
+
+
 def _in_range(patient: Patient, source: DataSource) -> bool:
     return source.patient_range[0] <= patient.place < source.patient_range[1]
 
@@ -344,7 +376,7 @@ def _plain_candidate(
         modality=modality,
         shape=shape,
         spacing_mm=spacing,
-        flags=plain.flags,
+        flags=(*plain.flags, *(("patient_assumed",) if text is None else ())),
     )
 
 

@@ -20,7 +20,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
-from client.dicom_bytes import DEFLATED, check_inflation, pixel_bytes
+from client.dicom_bytes import DEFLATED, PixelRoom, check_inflation, pixel_room
 from client.dicom_rules import CLASS_OF_MODALITY, DICOMDIR, SECONDARY_CAPTURE, modality_of, pixels_reason, type_reason
 from client.dicom_values import between, bounds, grey_of, without_unused_bits
 from client.patients import dicom_patient_text, patient_of
@@ -80,8 +80,8 @@ def _open_reason(error: Exception) -> str:
     return "cannot_open" if isinstance(error, OSError) and error.errno is not None else "damaged_header"
 
 
-def _open(path: Path) -> tuple[Dataset, int | None]:
-    """The header, and the bytes that its pixel data take in the file (None: none there, -1: encapsulated)."""
+def _open(path: Path) -> tuple[Dataset, PixelRoom | None]:
+    """The header, and the room that its pixel data take in the file; None where there are none."""
     size = path.stat().st_size
     with path.open("rb") as file:
         check_inflation(file, size)
@@ -92,12 +92,12 @@ def _open(path: Path) -> tuple[Dataset, int | None]:
         implicit, little = dataset.original_encoding
         order: Literal["little", "big"] = "little" if little else "big"
         # pydicom stops at the element that holds the pixels.
-        return dataset, pixel_bytes(file, size, implicit=bool(implicit), order=order)
+        return dataset, pixel_room(file, size, implicit=bool(implicit), order=order)
 
 
-def _deflated_room(path: Path) -> int | None:
+def _deflated_room(path: Path) -> PixelRoom | None:
     dataset = pydicom.dcmread(path, force=True)
-    return len(dataset.PixelData) if "PixelData" in dataset else None
+    return PixelRoom(len(dataset.PixelData)) if "PixelData" in dataset else None
 
 
 def _transfer_syntax(dataset: Dataset) -> UID | None:
@@ -112,7 +112,7 @@ def _is_compressed(syntax: UID | None) -> bool:
         return True
 
 
-def _header(dataset: Dataset, room: int | None, file: str, secret: bytes) -> Header:
+def _header(dataset: Dataset, room: PixelRoom | None, file: str, secret: bytes) -> Header:
     if not len(dataset):
         raise ScanError("damaged_header")
     sop_class = _text(dataset, "SOPClassUID") or _meta_text(dataset, "MediaStorageSOPClassUID")
@@ -143,7 +143,7 @@ def _header(dataset: Dataset, room: int | None, file: str, secret: bytes) -> Hea
     )
 
 
-def _reason(dataset: Dataset, room: int | None, sop_class: str, modality: Modality | None) -> str:
+def _reason(dataset: Dataset, room: PixelRoom | None, sop_class: str, modality: Modality | None) -> str:
     """Why the whole file is left out, from its header alone; empty where it is not."""
     if sop_class.startswith(SECONDARY_CAPTURE):
         return "secondary_capture"
@@ -163,7 +163,7 @@ def _reason(dataset: Dataset, room: int | None, sop_class: str, modality: Modali
         samples=_count(dataset, "SamplesPerPixel", 1),
         frames=_count(dataset, "NumberOfFrames", 1),
         photometric=_text(dataset, "PhotometricInterpretation"),
-        in_file=room,
+        room=room,
     )
     return impossible or _rescale_reason(dataset, modality)
 
@@ -388,6 +388,8 @@ def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
             if slope[0] == 0:
                 raise ScanError("bad_pixel_description", "rescale slope is zero")
             return slope[0], intercept[0]
+    if per_frame and _text(dataset, "Modality") == "CT" and _count(dataset, "PixelRepresentation") == 0:
+        raise ScanError("no_rescale")  # a plain CT was refused by its header
     return 1.0, 0.0
 
 

@@ -1,7 +1,7 @@
 """DICOM files as bytes, before pydicom sees them: what begins like one, what would unfold without end."""
 
 import zlib
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 from unimiss_core.errors import ScanError
 
@@ -10,6 +10,13 @@ _MAX_INFLATION = 64 * 2**20
 """A deflated header and its pixels may unfold to at least this, and to 32 times their size."""
 _PIXEL_DATA = (0x0008, 0x0009, 0x0010)
 """Elements of group 7FE0 that hold pixels: float, double, integer."""
+
+
+class PixelRoom(NamedTuple):
+    """Bytes of pixel data in a file, and whether a codec packed them."""
+
+    size: int
+    encoded: bool = False
 
 
 def looks_like_dicom(start: bytes) -> bool:
@@ -45,10 +52,10 @@ def check_inflation(file: BinaryIO, size: int) -> None:
     file.seek(0)
 
 
-def pixel_bytes(file: BinaryIO, size: int, *, implicit: bool, order: Literal["little", "big"]) -> int | None:
-    """Bytes of pixel data in a file that stands at the element behind its header.
+def pixel_room(file: BinaryIO, size: int, *, implicit: bool, order: Literal["little", "big"]) -> PixelRoom | None:
+    """The pixel data of a file that stands at the element behind its header; None where there are none.
 
-    None: no pixels there; -1: encapsulated, so the length says nothing. Never more than the file has.
+    Never more than the file has, whatever its header says.
     """
     start = file.read(12)
     if len(start) < 8:
@@ -60,4 +67,5 @@ def pixel_bytes(file: BinaryIO, size: int, *, implicit: bool, order: Literal["li
         length, begin = int.from_bytes(start[4:8], order), file.tell() - len(start) + 8
     else:
         length, begin = int.from_bytes(start[8:12], order), file.tell()
-    return -1 if length == 0xFFFFFFFF else max(0, min(length, size - begin))
+    left = max(0, size - begin)
+    return PixelRoom(left, encoded=True) if length == 0xFFFFFFFF else PixelRoom(min(length, left))

@@ -5,6 +5,7 @@ Every rule gives a reason code of `client.reasons`, or nothing where it has no o
 
 from collections.abc import Mapping, Sequence
 
+from client.dicom_bytes import PixelRoom
 from client.series import MAX_VOXELS
 from unimiss_core.scan import Modality
 
@@ -86,15 +87,22 @@ def type_reason(image_type: Sequence[str], modality: Modality) -> str:
     return ""
 
 
+_MAX_PIXELS_PER_BYTE = 8192
+"""No codec packs more of an honest picture into a byte; a header that claims more lies."""
+
+
 def pixels_reason(
-    *, rows: int, columns: int, bits: int, samples: int, frames: int, photometric: str, in_file: int
+    *, rows: int, columns: int, bits: int, samples: int, frames: int, photometric: str, room: PixelRoom
 ) -> str:
-    """Whether the header's claims about pixels can be true of a file with `in_file` bytes of them (-1: encoded)."""
+    """Whether the header's claims about pixels can be true of a file with that much room for them."""
     if not rows or not columns or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3) or not frames:
         return "bad_pixel_description"
     if rows * columns * frames > MAX_VOXELS:
         return "too_large"
     if bits == 1:
         return "binary_image"
+    pixels = rows * columns * frames
+    if room.encoded:
+        return "truncated_pixels" if pixels > room.size * _MAX_PIXELS_PER_BYTE else ""
     chroma = 2 / 3 if photometric == "YBR_FULL_422" else 1.0
-    return "truncated_pixels" if 0 <= in_file < rows * columns * samples * frames * bits // 8 * chroma else ""
+    return "truncated_pixels" if room.size < pixels * samples * bits // 8 * chroma else ""

@@ -26,6 +26,7 @@ REASONS: Mapping[str, str] = {
     "bad_pixel_description": "its header describes no possible image",
     "binary_image": "black and white only: a mask or a scanned page",
     "colour_image": "a coloured picture, not a grey one stored in colours",
+    "label_map": "has at most 16 different values: a mask or segmentation, not a picture",
     "blank": "shows one value everywhere",
     "not_finite": "more than half of its values are no numbers",
     # Objects that are no plain pictures of a body
@@ -48,6 +49,7 @@ REASONS: Mapping[str, str] = {
     "duplicate": "a copy of a file, slice or scan that is used",
     "later_time_point": "a later time point of a series whose first one is used",
     "slice_beside_volume": "a lone slice in a study with a volume: test shot or bolus watch",
+    "lone_slice": "a single slice of a broken series, or where there are as many volumes of its modality",
     "no_geometry": "does not say where in the patient it lies",
     "bad_geometry": "says impossible things about where it lies, or lies on a skewed grid",
     "bad_spacing": "its voxels are absurdly small or large",

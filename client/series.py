@@ -31,6 +31,7 @@ MAX_SPACING_MM = 30.0
 MIN_SPACING_MM = 0.01
 MAX_VOXELS = 2**29
 """A larger scan is refused; 2**29 is 512 x 512 x 2048."""
+_NO_VOLUME = frozenset(("missing_slices", "uneven_spacing", "uneven_offsets", "too_few_slices", "tilt_too_steep"))
 _SAME_DIRECTION = 2e-3
 _SAME_POSITION_MM = 1e-2
 
@@ -176,7 +177,7 @@ def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
         return [*groups, Group(tuple(usable), (), None, "two_patients_in_series")]
     for members in _alike(usable):
         groups += _sort_alike(members, interpolate=interpolate)
-    return groups
+    return _without_remnants(groups)
 
 
 def _alike(headers: Sequence[Header]) -> list[list[Header]]:
@@ -412,6 +413,18 @@ def _shifts(frames: list[Frame]) -> tuple[tuple[float, float], ...]:
     if np.hypot(*(pixels[-1] * plane.spacing_mm)) > along[-1]:
         raise ScanError("tilt_too_steep", "more than 45 degrees")
     return tuple((float(rows), float(columns)) for rows, columns in even)
+
+
+def _without_remnants(groups: list[Group]) -> list[Group]:
+    """A lone slice of a series whose other slices make no volume is a piece of it, not an image of its own."""
+    if not any(group.reason in _NO_VOLUME and group.headers[0].modality != "XR" for group in groups):
+        return groups
+    return [
+        replace(group, stack=None, reason="lone_slice")
+        if group.stack is not None and group.stack.kind == "2d"
+        else group
+        for group in groups
+    ]
 
 
 def _without_slices_beside_volumes(groups: list[Group]) -> list[Group]:

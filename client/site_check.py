@@ -6,13 +6,14 @@ for it, no path: patients are numbered in the order in which they are met. Its f
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,7 @@ _PIXEL_REASONS = frozenset(
     )
 )
 """A file with one of these could not be read; the others were read and left out by rule."""
+_MODALITY_NAMES = {"CT": "CT", "MR": "MR", "PT": "PET", "XR": "X-ray", "OT": "other"}
 
 
 @dataclass(frozen=True)
@@ -272,10 +274,14 @@ def _entry_json(entry: Entry, *, show_paths: bool) -> dict[str, Any]:
 
 
 def tables(report: CheckReport, *, show_paths: bool) -> Lines:
-    """The report for a person: what would be used, what is left out and why."""
+    """The report for a person: what would be used, what is left out and why, and what the operator could do."""
     unread = sum(len(paths) for paths in report.unreadable.values())
+    patients = len({entry.patient for entry in report.used})
     said = f"{report.files_seen} files seen, {unread} could not be read, {len(report.used)} scans usable"
-    parts: list[Any] = [_used_table(report), _left_out_table(report), Text(said)]
+    parts: list[Any] = [_used_table(report)] if report.used else []
+    if report.unreadable or any(entry.reason for entry in report.entries):
+        parts.append(_left_out_table(report))
+    parts += [Text(f"{said} (patients: {patients}). Nothing was sent."), *map(Text, _advice(report))]
     if show_paths:
         lines = [(entry.reason, path) for entry in report.entries if entry.reason for path in entry.paths]
         lines += [(reason, path) for reason, paths in report.unreadable.items() for path in paths]
@@ -283,10 +289,25 @@ def tables(report: CheckReport, *, show_paths: bool) -> Lines:
     return Lines(*parts)
 
 
+def _advice(report: CheckReport) -> Iterator[str]:
+    unowned = sum("patient_assumed" in entry.flags for entry in report.used)
+    if unowned:
+        yield (
+            f"Patients: {unowned} of the scans do not say whose they are, and each counts as a patient of its own. "
+            "Say it in a site file (patient_pattern or table) and check that file."
+        )
+    unnamed = sum(entry.modality == "OT" for entry in report.used)
+    if unnamed:
+        yield (
+            f"Modality: {unnamed} of the scans do not say what they are. Say it in a site file (modality); "
+            "only CT is read in Hounsfield units."
+        )
+
+
 def _used_table(report: CheckReport) -> Table:
-    table = Table(title="What a site would train on")
-    table.add_column("scans")
-    for title in ("patients", "studies", "used", "size", "spacing in mm"):
+    table = Table(title="What this site would train on", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("scans", no_wrap=True)
+    for title in ("used", "patients", "studies", "size in voxels", "spacing in mm"):
         table.add_column(title, justify="right")
     kinds = sorted({(entry.modality or "", entry.kind) for entry in report.used})
     for modality, kind in kinds:
@@ -294,12 +315,12 @@ def _used_table(report: CheckReport) -> Table:
         studies = {entry.study for entry in entries if entry.study is not None}
         known = [entry.spacing_mm for entry in entries if "spacing_unknown" not in entry.flags]
         table.add_row(
-            f"{modality} {kind}",
+            f"{_MODALITY_NAMES[modality]} {'images' if kind == '2d' else 'volumes'}",
+            str(len(entries)),
             str(len({entry.patient for entry in entries})),
             str(len(studies)) if studies else "-",
-            str(len(entries)),
             _span([entry.shape for entry in entries], "{:.0f}"),
-            _span(known, "{:.3g}") if known else "not stated",
+            _span(known, "{:.2g}") if known else "not stated",
         )
     return table
 
@@ -321,11 +342,11 @@ def _left_out_table(report: CheckReport) -> Table:
     for reason, paths in report.unreadable.items():
         if reason not in files:
             files[reason] += len(paths)
-    table = Table(title="What is left out, and why")
-    table.add_column("reason")
-    table.add_column("series", justify="right")
+    table = Table(title="What is left out, and why", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("files", justify="right")
-    table.add_column("meaning")
+    table.add_column("series", justify="right")
+    table.add_column("why")
+    table.add_column("code", no_wrap=True)
     for reason, count in files.most_common():
-        table.add_row(reason, str(series[reason] or "-"), str(count), REASONS.get(reason, ""))
+        table.add_row(str(count), str(series[reason] or "-"), REASONS.get(reason, ""), reason)
     return table

@@ -131,6 +131,45 @@ def test_a_slice_cut_short_leaves_a_gap_and_not_a_wrong_volume(tmp_path):
     np.testing.assert_allclose(read(mended).voxels[0], pattern(12, 9, 8))  # the pattern is linear across slices
 
 
+def test_a_few_lone_slices_beside_volumes_are_no_images(tmp_path):
+    for number in range(2):
+        write_series(tmp_path / f"ct{number}", pattern(4, 9, 7))
+        write_series(tmp_path / f"one{number}", pattern(1, 9, 7))
+    write_series(tmp_path / "mr", pattern(1, 9, 7), attributes={"Modality": "MR"})
+    found = look(tmp_path)
+    assert sorted((one.modality, one.kind) for one in found.candidates) == [("CT", "3d"), ("CT", "3d"), ("MR", "2d")]
+    assert reasons(found) == {"lone_slice": 2}
+    write_series(tmp_path / "one9", pattern(1, 9, 7))  # now slices prevail: they are what the folder is about
+    assert sum(one.kind == "2d" and one.modality == "CT" for one in look(tmp_path).candidates) == 3
+
+
+def test_masks_without_a_header_that_says_so_are_left_out(tmp_path):
+    labels = np.random.default_rng(0).integers(0, 3, (1, 9, 7, 5)).astype(np.float32)
+    write_nifti(tmp_path / "mask.nii.gz", Scan(labels, (1.0, 1.0, 1.0), "MR"))
+    write_png(tmp_path / "mask.png", (labels[0, 0] > 0).astype(np.uint8) * 255)
+    for one in look(tmp_path).candidates:
+        with pytest.raises(ScanError, match="label_map"):
+            read(one)
+
+
+def test_a_series_spread_over_folders_is_one_volume(tmp_path):
+    volume = pattern(8, 9, 7)
+    write_series(tmp_path / "a", volume)
+    (tmp_path / "b").mkdir()
+    for index in (1, 4, 5):
+        (tmp_path / "a" / f"file{index:03d}").rename(tmp_path / "b" / f"{9 - index}")
+    (one,) = look(tmp_path).candidates
+    np.testing.assert_array_equal(read(one).voxels[0], volume)
+
+
+def test_two_patients_in_one_folder_stay_two(tmp_path):
+    for who in ("a", "b"):
+        write_series(tmp_path / who, pattern(4, 9, 7), attributes={"PatientID": who})
+        for file in (tmp_path / who).iterdir():
+            file.rename(tmp_path / f"{file.name}{who}")
+    assert len({one.patient for one in look(tmp_path).candidates}) == 2
+
+
 def test_reading_in_other_processes_gives_the_same(tmp_path):
     write_series(tmp_path / "a", pattern(4, 5, 6))
     picture(tmp_path / "b.png")

@@ -7,7 +7,14 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from client.dicom import read_frames, read_header, write_dicom
 from client.dicom_bytes import looks_like_dicom
@@ -235,6 +242,18 @@ def test_a_short_file_that_claims_a_huge_image_allocates_nothing(tmp_path):
         read_frames(tmp_path / "a", [0])
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_a_short_encoded_file_that_claims_a_huge_image_never_meets_its_codec(tmp_path, syntax):
+    def encoded(dataset):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = encapsulate([bytes([2, 0, 0, 0, 64, 0, 0, 0, 66, 0, 0, 0]) + bytes(56)])
+        dataset["PixelData"].VR = "OB"
+        dataset["PixelData"].is_undefined_length = True
+
+    write_dicom(tmp_path / "a", GREY[:2, :2], CT | {"Rows": 20_000, "Columns": 20_000}, adjust=encoded)
+    assert header(tmp_path / "a").reason == "truncated_pixels"
 
 
 def test_a_deflated_file_that_unfolds_without_end_is_refused(tmp_path):

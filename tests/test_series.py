@@ -128,6 +128,14 @@ def test_a_lone_slice_beside_a_volume_of_its_study_is_left_out():
     assert outcome([*heights([0, 3, 6]), replace(alone, study="t")]) == [("used", 1), ("used", 3)]
 
 
+def test_a_slice_of_a_broken_series_is_no_image_of_its_own():
+    headers = heights([0, 3, 6, 9, 12])
+    headers[2] = header(2, (0, 0, 6), spacing_mm=(0.8, 0.7))
+    assert outcome(headers) == [("lone_slice", 1), ("missing_slices", 4)]
+    scouts = [header(0, (0, 0, 0)), header(1, (0, 0, 0), orientation=(0, 1, 0, 0, 0, -1))]
+    assert outcome(scouts) == [("used", 1), ("used", 1)]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

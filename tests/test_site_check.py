@@ -1,13 +1,16 @@
 import ast
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset
 
 from client import site_check
+from client.dicom import write_dicom
 from client.nifti import read_nifti
 from client.reasons import REASONS
 from client.site_command import main
@@ -18,6 +21,18 @@ from unimiss_core.study import PlanConfig
 
 ROOT = Path(__file__).parents[1]
 SECRET_WORD = "Zzyzx"  # planted wherever a file can hold text
+
+
+def plant_privately(dataset: Dataset) -> None:
+    """The word in private elements, in a nested sequence and in an element whose value breaks its type."""
+    block = dataset.private_block(0x0011, SECRET_WORD, create=True)
+    block.add_new(0x01, "LO", SECRET_WORD)
+    inner = Dataset()
+    inner.PatientName = inner.RequestedProcedureDescription = SECRET_WORD
+    dataset.RequestAttributesSequence = [inner]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset.add_new("PatientBirthDate", "DA", SECRET_WORD)
 
 
 @pytest.fixture
@@ -35,7 +50,9 @@ def folder(tmp_path) -> Path:
     write_series(
         data / "gap", pattern(6, 20, 30), attributes=named, positions=[[0, 0, 3 * z + 3 * (z > 2)] for z in range(6)]
     )
-    write_radiograph(data / f"{SECRET_WORD}.dcm", np.arange(30 * 40, dtype=np.uint16).reshape(30, 40), **named)
+    facts = named | {"Modality": "CR", "ImageType": ["ORIGINAL", "PRIMARY"]}
+    pixels = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40)
+    write_dicom(data / f"{SECRET_WORD}.dcm", pixels, facts, adjust=plant_privately)
     write_radiograph(
         data / "odd", np.arange(12, dtype=np.uint8).reshape(3, 4), **named | {"Modality": SECRET_WORD[:4].upper()}
     )
