@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -21,8 +21,9 @@ from unimiss_core.errors import CheckpointError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
 from unimiss_core.network import tensors_of
-from unimiss_core.scan import RANKS
+from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import rank_of_step, steps_of_round
+from unimiss_core.study import BatchConfig
 from unimiss_core.teacher import advance_teacher
 from unimiss_core.views import draw_batch, generator_for
 from unimiss_core.wire import TrainReply, TrainRequest
@@ -109,7 +110,7 @@ def _batches(site: Site, device: torch.device, steps: range) -> Iterator[tuple[i
         schedule = site.study.schedule
         rank = rank_of_step(site.library.ranks, step, schedule.alternate)
         generator = generator_for(site.study.seed, site.config.name, step)
-        scans = _sample(site.library.of_rank(rank), site.study.batch.of(rank), generator)
+        scans = _sample(site.library.of_rank(rank), site.study.batch, rank, generator)
         return draw_batch(scans, site.study.views, generator, device)
 
     with ThreadPoolExecutor(max_workers=1) as ahead:
@@ -121,13 +122,23 @@ def _batches(site: Site, device: torch.device, steps: range) -> Iterator[tuple[i
             yield step, views
 
 
-def _sample(scans: tuple[CachedScan, ...], count: int, generator: torch.Generator) -> list[CachedScan]:
-    """`count` scans, none twice unless the site holds fewer."""
-    if count <= len(scans):
-        chosen = torch.randperm(len(scans), generator=generator)[:count]
+def _sample(
+    scans: Sequence[CachedScan], batch: BatchConfig, rank: Rank, generator: torch.Generator
+) -> list[CachedScan]:
+    """The scans of one batch: of different scans or patients, as the study says, unless the site holds fewer."""
+    by_patient = defaultdict(list)
+    for index, scan in enumerate(scans):
+        by_patient[scan.patient if batch.sampling == "patients" else index].append(scan)
+    groups, count = list(by_patient.values()), batch.of(rank)
+    if count <= len(groups):
+        chosen = torch.randperm(len(groups), generator=generator)[:count]
     else:
-        chosen = torch.randint(len(scans), (count,), generator=generator)
-    return [scans[index] for index in chosen.tolist()]
+        chosen = torch.randint(len(groups), (count,), generator=generator)
+    return [_one_of(groups[index], generator) for index in chosen.tolist()]
+
+
+def _one_of(scans: Sequence[CachedScan], generator: torch.Generator) -> CachedScan:
+    return scans[0] if len(scans) == 1 else scans[int(torch.randint(len(scans), (), generator=generator))]
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

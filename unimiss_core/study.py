@@ -184,6 +184,8 @@ class BatchConfig(Config):
 
     images: Positive = 16
     volumes: Positive = 2
+    sampling: Literal["scans", "patients"] = "scans"
+    """patients: each has the same chance, however many scans it has, and gives one of them to a batch."""
 
     def of(self, rank: Rank) -> int:
         return self.images if rank == 2 else self.volumes
