@@ -1,8 +1,9 @@
-"""Reading measured: parity, hard files, fuzz, and crops from the cache against decoding the source each time.
+"""Reading measured: parity, hard files, fuzz, and views from the cache against decoding the source each time.
 
-    python benchmarks/data.py [--data DIR] [--fuzz 20000] [--seconds 5] [--json FILE]
+    python benchmarks/data.py [--data DIR] [--fuzz 20000] [--seconds 2] [--json FILE]
 
-Needs the workplace's data sets (`--data`, by default ../shared/data beside the project). Prints tables, writes JSON.
+Needs the workplace's data sets (`--data`, by default ../shared/data beside the project). Prints one table, writes
+JSON. Views are measured by `benchmarks.views`.
 """
 
 import argparse
@@ -12,32 +13,34 @@ import json
 import os
 import random
 import resource
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import torch
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import views
 from client import workers
-from client.cache import CachedScan, open_library
-from client.catalogue import Candidate, Catalogue, Plain, catalogue, look_at, read
+from client.catalogue import Catalogue, Plain, catalogue, look_at, read
 from client.dicom import read_frames
 from client.nifti import read_nifti
 from client.pictures import read_picture
-from client.site_config import DataSource, SiteConfig
+from client.site_config import DataSource
 from unimiss_core.errors import ScanError
-from unimiss_core.plan import prepare
-from unimiss_core.study import PlanConfig
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SECRET = b"\0" * 32
@@ -186,96 +189,64 @@ def _fuzz_sources(data: Path, folder: Path) -> list[Path]:
     return [source for source in sources if source.exists()]
 
 
-# ---------------------------------------------------------------------------------------------------------- crops
-
-
-def crops(data: Path, seconds: float) -> list[dict[str, Any]]:
-    """Two random crops of a scan, a sample: from the cache, against reading and decoding the source file each time."""
-    examples = data / "unimiss_examples"
-    rows = []
-    # The published loader does not resample these 1 mm volumes: neither does this plan.
-    plan = PlanConfig(volume_spacing_mm=(1.0, 1.0, 1.0))
-    with tempfile.TemporaryDirectory() as state:
-        for name, folder, box in (("3D 16x96x96", "3d", (16, 96, 96)), ("2D 224x224", "2d", (224, 224))):
-            source = DataSource(folder=examples / folder, modality="CT" if folder == "3d" else "XR")
-            site = SiteConfig(name=folder, data=(source,), state=Path(state) / folder)
-            scans = open_library(site, plan).scans
-            candidates = catalogue([source], SECRET).candidates
-            cached = _rate(partial(_cached_sample, scans, box), seconds)
-            naive = _rate(partial(_naive_sample, candidates, plan, box), seconds)
-            rows.append(
-                {
-                    "sample of two crops": name,
-                    "from the cache, per second": round(cached, 1),
-                    "from the source, per second": round(naive, 1),
-                    "ratio": round(cached / naive, 1),
-                }
-            )
-    return rows
-
-
-def _rate(draw: Callable[[random.Random], object], seconds: float) -> float:
-    """Samples per second in this process: the median of five stretches."""
-    rng, rates = random.Random(0), []
-    draw(rng)
-    for _ in range(5):
-        begun, count = time.perf_counter(), 0
-        while time.perf_counter() - begun < seconds / 5:
-            draw(rng)
-            count += 1
-        rates.append(count / (time.perf_counter() - begun))
-    return sorted(rates)[2]
-
-
-def _boxes(shape: tuple[int, ...], box: tuple[int, ...], rng: random.Random) -> Iterator[tuple[slice, ...]]:
-    for _ in range(2):
-        starts = [rng.randint(0, max(0, length - size)) for length, size in zip(shape, box, strict=True)]
-        yield tuple(slice(start, start + size) for start, size in zip(starts, box, strict=True))
-
-
-def _cached_sample(scans: tuple[CachedScan, ...], box: tuple[int, ...], rng: random.Random) -> list[Any]:
-    scan = rng.choice(scans)
-    return [scan.crop(part) for part in _boxes(scan.shape[1:], box, rng)]
-
-
-def _naive_sample(some: tuple[Candidate, ...], plan: PlanConfig, box: tuple[int, ...], rng: random.Random) -> list[Any]:
-    """As the published loader: the whole file is read, decoded and normalised for each sample."""
-    values, _ = prepare(read(rng.choice(some)), plan)
-    return [values[(slice(None), *part)].copy() for part in _boxes(values.shape[1:], box, rng)]
-
-
 # ---------------------------------------------------------------------------------------------------------- report
 
 
-def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(measure, figure) of everything measured."""
+    series = result["parity"]
+    values = max(row["largest value difference"] for row in series)
+    affines = max(row["largest affine difference"] for row in series)
+    yield (
+        "series against the authors' NIfTI",
+        f"{len(series)}: values differ by {values:g}, affines by {affines:.1e} mm",
+    )
+    some = result["hard"]
+    yield (
+        f"hard_dicom, {some['files']} files",
+        f"{some['seconds']} s; of {some['decodable in the manifest']} decodable {some['of these read']} read, "
+        f"{some['of these left out by a rule']} left out by a rule, {some['of these failed']} failed",
+    )
+    broken = result["fuzz"]
+    yield (
+        f"{broken['files']} broken files from {broken['sources']}",
+        f"{broken['seconds']} s; other exceptions {broken['other exceptions than ScanError']}, "
+        f"decoder crashes (each alone) {broken['decoder crashes, each in its own process']}, "
+        f"time-outs {broken['timed out']}, peak {broken['peak memory of a worker in MiB']} MiB",
+    )
+    for row in result["views"]:
+        yield (
+            row["two views"],
+            f"{row['cache, views/s']} views/s a core; published form {row['published, views/s']} "
+            f"({row['cache : published']}x), lean form {row['lean, views/s']} ({row['cache : lean']}x)",
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the reading of scans.")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--fuzz", type=int, default=20_000, help="broken files to try")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each throughput figure")
+    parser.add_argument("--seconds", type=float, default=2.0, help="processor time of a stretch of views")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console(width=120)
-    result: dict[str, Any] = {"parity": parity(options.data)}
-    _print(console, "Series against the authors' NIfTI", result["parity"])
-    result["hard"] = hard(options.data)
-    _print(console, "hard_dicom", [{"measure": key, "": value} for key, value in result["hard"].items()])
-    result["crops"] = crops(options.data, options.seconds)
-    _print(console, "Crops, one process", result["crops"])
-    result["fuzz"] = fuzz(options.data, options.fuzz)
-    _print(console, "Fuzz", [{"measure": key, "": value} for key, value in result["fuzz"].items()])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        result: dict[str, Any] = {
+            "parity": parity(options.data),
+            "hard": hard(options.data),
+            "fuzz": fuzz(options.data, options.fuzz),
+            "views": views.measure(options.data, Path(scratch), options.seconds, stretches=5),
+        }
+    table = Table(title="Reading scans", box=box.SIMPLE_HEAD)
+    table.add_column("measure")
+    table.add_column("figure")
+    for line in _lines(result):
+        table.add_row(*line)
+    Console(width=120).print(table)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     # Workers import what they run by name, and a script's own name cannot be imported.
-    importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main()
+    importlib.import_module("benchmarks.data").main()
