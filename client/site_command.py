@@ -9,15 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from client import site_check
-from client.site_config import DataSource, load_site
-from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
-from unimiss_core.study import PlanConfig, StudyConfig
+
+if TYPE_CHECKING:  # readers take a second to import: not for a wrong command line, and only where Ctrl-C is handled
+    from client.site_config import DataSource
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +50,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ConfigError: no such folder or file; NoUsableScanError: nothing in it can be used."""
+    from rich.console import Console
+
+    from client import site_check
+    from unimiss_core.config import load
+    from unimiss_core.study import PlanConfig, StudyConfig
+
     sources, processes = _sources(options.data)
     plan = load(StudyConfig, options.study).plan if options.study else PlanConfig()
     for file in (options.report, options.preview):
@@ -80,8 +83,10 @@ def _check(options: argparse.Namespace) -> None:
         raise NoUsableScanError("no usable scan; the table says why, and --show-paths names the files")
 
 
-def _sources(data: Path) -> tuple[Sequence[DataSource], int | None]:
+def _sources(data: Path) -> tuple[Sequence["DataSource"], int | None]:
     """What to read, and with how many processes."""
+    from client.site_config import DataSource, load_site
+
     if data.is_dir():
         return (DataSource(folder=data.absolute()),), None
     if data.is_file() and data.suffix in (".yaml", ".yml"):
@@ -92,6 +97,9 @@ def _sources(data: Path) -> tuple[Sequence[DataSource], int | None]:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
@@ -99,9 +107,12 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ def test_broken_relation_is_told() -> None:
         ("model", {"image_size": [64, 16]}, r"'model\.image_size': \[64, 16\] is too small"),
         ("model", {"volume_size": [8, 64, 64]}, r"'model\.volume_size': \[8, 64, 64\] is too small"),
         ("model", {"prototypes": 1}, r"'model\.prototypes': .* greater than or equal to 2, got 1"),
+        ("model", {"prototypes": 2**20 + 1}, r"'model\.prototypes': .* less than or equal to 1048576"),
+        ("views", {"image_size": [64, 4097]}, r"'views\.image_size\.1': .* less than or equal to 4096"),
         ("views", {"views": 33}, r"'views\.views': .* less than or equal to 32, got 33"),
         ("views", {"aspect": [NAN, 1.0]}, r"'views\.aspect\.0': .* finite number"),
         ("views", {"aspect": [2.0, 1.0]}, "aspect: the lower bound 2.0 must not be above the upper bound 1.0"),

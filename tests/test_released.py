@@ -1,4 +1,6 @@
 import argparse
+import contextlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +78,43 @@ def test_a_file_with_another_class_is_never_unpickled(tmp_path: Path) -> None:
         ("backbone.norm.bias", torch.full((48,), torch.nan), r"backbone\.norm\.bias is not finite"),
         ("head.last_layer.weight_g", torch.full((24, 1), 2.0), "weight_g is not 1 throughout"),
         ("backbone.transformer.pos_embed2D4", torch.zeros(1, 51, 512), r"pos_embed2D4 is \(1, 51, 512\)"),
+        ("backbone.transformer.cls_tokens1", torch.tensor(1.0), r"cls_tokens1 is \(\), which does not fit"),
+        ("backbone.norm.bias", torch.full((48,), 1e300, dtype=torch.float64), r"norm\.bias is not finite"),
+        ("backbone.norm.bias", torch.zeros(48, dtype=torch.int64), "must hold plain tensors of real numbers"),
+        ("backbone.norm.bias", torch.zeros(48).to_sparse(), "must hold plain tensors of real numbers"),
+        ("backbone.norm.bias", torch.zeros(48, device="meta"), "must hold plain tensors of real numbers"),
+        ("backbone.norm.bias", 3, "must hold plain tensors of real numbers"),
+        (7, torch.zeros(1), "must hold plain tensors of real numbers, each by its name"),
+        ("\x1b[31m", torch.zeros(1), r"unexpected \\x1b\[31m"),
+        ("head.last_layer.weight_v", torch.tensor(1.0), r"weight_v' is \(\); expected \(prototypes, features\)"),
+        ("head.last_layer.weight_v", torch.zeros(0, 256), r"weight_v' is \(0, 256\); .* 2 to 2\*\*20 rows"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, name: Any, tensor: Any, message: str) -> None:
     path = released_file(tmp_path, "tiny")
     content = torch.load(path, weights_only=False)
-    content["student"].pop(f"module.{name}", None)
+    full_name = f"module.{name}" if isinstance(name, str) else name
+    content["student"].pop(full_name, None)
     if tensor is not None:
-        content["student"][f"module.{name}"] = tensor
+        content["student"][full_name] = tensor
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=message):
         read_released(path)
+
+
+@needs_reference
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_read_whole_or_refused_in_words(tmp_path: Path, zipped: bool) -> None:
+    content = torch.load(released_file(tmp_path, "tiny"), weights_only=False)
+    torch.save(content, path := tmp_path / "damaged.pth", _use_new_zipfile_serialization=zipped)
+    whole, chance = path.read_bytes(), random.Random(0)
+    for _ in range(12):
+        damaged = bytearray(whole)
+        for _ in range(20):
+            damaged[chance.randrange(20_000)] = chance.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            read_released(path)
 
 
 def test_what_is_no_released_checkpoint_is_refused_in_words(tmp_path: Path) -> None:

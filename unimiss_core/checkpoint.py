@@ -158,7 +158,7 @@ def _read_checked(folder: Path, name: str, digest: str) -> bytes:
         raise CheckpointError(f"{folder}: the manifest names '{name}', which is not a file of this folder")
     try:
         payload = (folder / name).read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         raise CheckpointError(f"{folder}: {name} is missing; take another copy of the checkpoint") from None
     if hashlib.sha256(payload).hexdigest() != digest:
         raise CheckpointError(f"{folder}: {name} was changed after it was written; take another copy")

@@ -3,6 +3,7 @@
 Legend of shapes: N scans, C channels, S spatial axes - (H, W) or (D, H, W).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,19 +11,30 @@ from torch import Tensor
 
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Manifest
+from unimiss_core.errors import CheckpointError
 from unimiss_core.model import MiT
 from unimiss_core.network import empty_network, load_tensors_
+from unimiss_core.study import ModelConfig
 
 
 def load_encoder(folder: Path) -> tuple[MiT, Manifest]:
     """The backbone of a checkpoint's teacher, which embeds better than its student, and what the checkpoint says.
 
-    Raises CheckpointError: no checkpoint there, or damaged.
+    Raises CheckpointError: no checkpoint there, damaged, or of another model than its manifest says.
     """
     found = checkpoint.load(folder)
-    network = empty_network(found.manifest.model).to_empty(device="cpu")
-    load_tensors_(network, found.teacher)
-    return network.backbone.eval().requires_grad_(False), found.manifest
+    # Before any memory is taken: the manifest itself has no checksum.
+    shapes = {name: tuple(p.shape) for name, p in empty_network(found.manifest.model).named_parameters()}
+    if shapes != found.manifest.tensors:
+        raise CheckpointError(f"{folder}: its tensors are not those of the model in its manifest; take another copy")
+    return encoder_of(found.manifest.model, found.teacher), found.manifest
+
+
+def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor]) -> MiT:
+    """The backbone of a whole network's tensors. Raises CheckpointError: they do not fit the model."""
+    network = empty_network(model).to_empty(device="cpu")
+    load_tensors_(network, tensors)
+    return network.backbone.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

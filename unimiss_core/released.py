@@ -5,7 +5,6 @@ containers and one class, `argparse.Namespace`, are accepted from them.
 """
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from unimiss_core.errors import CheckpointError
@@ -74,7 +74,7 @@ def read_released(path: Path) -> Released:
     parts = [content[key] if isinstance(content, dict) and key in content else None for key in ("student", "teacher")]
     if not all(isinstance(part, Mapping) for part in parts):
         raise CheckpointError(f"{path}: expected a dict with 'student' and 'teacher' tensors, as UniMiSS released them")
-    student, teacher = (_bare_names(part) for part in parts if part is not None)
+    student, teacher = (_bare_names(part, path) for part in parts if part is not None)
     model = _recognise(student, path)
     return Released(model, _under_our_names(student, model, path), _under_our_names(teacher, model, path))
 
@@ -100,14 +100,32 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what torch raises for a damaged file is anybody's guess
         foreign = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {foreign[1]}, and only argparse.Namespace is allowed" if foreign else "it is damaged"
+        reason = (
+            f"it holds {_shown(foreign[1])}, and only argparse.Namespace is allowed" if foreign else "it is damaged"
+        )
         raise CheckpointError(f"{path}: is no released UniMiSS checkpoint that can be read safely: {reason}") from None
 
 
-def _bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+def _bare_names(part: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Without `module.`, which DistributedDataParallel puts before each name."""
+    tensors = {name.removeprefix("module."): tensor for name, tensor in part.items() if isinstance(name, str)}
+    if len(tensors) != len(part) or not all(_is_plain(tensor) for tensor in tensors.values()):
+        raise CheckpointError(
+            f"{path}: 'student' and 'teacher' must hold plain tensors of real numbers, each by its name"
+        )
+    return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
 
 
 def _recognise(tensors: Mapping[str, Tensor], path: Path) -> ModelConfig:
@@ -121,12 +139,18 @@ def _recognise(tensors: Mapping[str, Tensor], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: encoder depths {depths} are those of no published model; known: {known}")
     if _PROTOTYPES not in tensors:
         raise CheckpointError(f"{path}: has no '{_PROTOTYPES}'; expected a checkpoint with its projection head")
-    return ModelConfig(
-        size=sizes[0],
-        image_size=PUBLISHED_IMAGE_SIZE,
-        volume_size=PUBLISHED_VOLUME_SIZE,
-        prototypes=tensors[_PROTOTYPES].shape[0],
-    )
+    prototypes = tensors[_PROTOTYPES]
+    try:
+        return ModelConfig(
+            size=sizes[0],
+            image_size=PUBLISHED_IMAGE_SIZE,
+            volume_size=PUBLISHED_VOLUME_SIZE,
+            prototypes=prototypes.shape[0] if prototypes.ndim == 2 else 0,
+        )
+    except ValidationError:
+        raise CheckpointError(
+            f"{path}: '{_PROTOTYPES}' is {tuple(prototypes.shape)}; expected (prototypes, features), 2 to 2**20 rows"
+        ) from None
 
 
 def _under_our_names(tensors: Mapping[str, Tensor], model: ModelConfig, path: Path | None) -> dict[str, Tensor]:
@@ -134,16 +158,16 @@ def _under_our_names(tensors: Mapping[str, Tensor], model: ModelConfig, path: Pa
     expected = {name: parameter.shape for name, parameter in empty_network(model).named_parameters()}
     names = released_names(model)
     problems = [f"missing {name}" for name in sorted({*names.values(), _GAIN} - tensors.keys())]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - {*names.values(), _GAIN})]
+    problems += [f"unexpected {_shown(name)}" for name in sorted(tensors.keys() - {*names.values(), _GAIN})]
     ours: dict[str, Tensor] = {}
     for name, released in names.items():
         if released not in tensors:
             continue
         tensor = tensors[released]
-        ours[name] = tensor.squeeze(0) if _has_leading_one(name) and tensor.shape[0] == 1 else tensor
+        ours[name] = tensor.squeeze(0) if _has_leading_one(name) and tensor.shape[:1] == (1,) else tensor
         if ours[name].shape != expected[name]:
             problems.append(f"{released} is {tuple(tensor.shape)}, which does not fit {tuple(expected[name])}")
-        elif not tensor.isfinite().all():
+        elif not tensor.to(torch.float32).isfinite().all():
             problems.append(f"{released} is not finite")
     if _GAIN in tensors and not (tensors[_GAIN] == 1).all():
         problems.append(f"{_GAIN} is not 1 throughout; prototypes of unit length cannot hold another gain")
@@ -151,6 +175,11 @@ def _under_our_names(tensors: Mapping[str, Tensor], model: ModelConfig, path: Pa
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{where}not the published {model.size} model: {'; '.join(problems[:5])}{more}")
     return {name: tensor.to(torch.float32).contiguous() for name, tensor in ours.items()}
+
+
+def _shown(name: str) -> str:
+    """A name out of a foreign file, fit for a terminal."""
+    return ascii(name)[1:-1][:100]
 
 
 def _has_leading_one(name: str) -> bool:

@@ -22,9 +22,10 @@ def _large_enough(size: tuple[int, ...]) -> tuple[int, ...]:
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-ImageSize = Annotated[tuple[Positive, Positive], AfterValidator(_large_enough)]
+Axis = Annotated[int, Field(gt=0, le=4096)]
+ImageSize = Annotated[tuple[Axis, Axis], AfterValidator(_large_enough)]
 """(H, W) that the network takes."""
-VolumeSize = Annotated[tuple[Positive, Positive, Positive], AfterValidator(_large_enough)]
+VolumeSize = Annotated[tuple[Axis, Axis, Axis], AfterValidator(_large_enough)]
 """(D, H, W) that the network takes."""
 
 
@@ -37,7 +38,7 @@ class ModelConfig(Config):
     """(H, W) that the 2D position tables are made for; published: (224, 224)."""
     volume_size: VolumeSize = (16, 64, 64)
     """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
-    prototypes: Annotated[int, Field(ge=2)] = 512
+    prototypes: Annotated[int, Field(ge=2, le=2**20)] = 512
     """Rows of the last layer; 65,536 as published, 512-1,024 for small archives."""
 
 
