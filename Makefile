@@ -13,7 +13,8 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 .PHONY: demo test check clean-demo help
 
 demo: $(INSTALLED)
-	$(BIN)/unimiss-simulate configs/simulation/demo.yaml --out $(OUT) --resume
+	$(BIN)/unimiss-simulate configs/simulation/demo.yaml --out $(OUT) --resume \
+		|| { code=$$?; echo "To start the demo over: make clean-demo"; exit $$code; }
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile

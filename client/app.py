@@ -12,10 +12,11 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import open_site
+from client.site import Site, open_site
 from client.trainer import run_round
+from unimiss_core import progress
 from unimiss_core.codec import layout_of
-from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError, UnimissError, WireError
+from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError, ScanError, UnimissError, WireError
 from unimiss_core.groups import groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS
@@ -28,6 +29,7 @@ REASONS: dict[type[Exception], str] = {
     ConfigError: "site_file",
     NoUsableScanError: "no_usable_scans",
     NonFiniteLossError: "not_finite",
+    ScanError: "no_usable_scans",
 }
 """Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`."""
 
@@ -39,7 +41,8 @@ def introduce(message: Message, context: Context) -> Message:
     def answer() -> RecordDict:
         site = open_site(context, Hello.unpack(message.content).study)
         scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
-        return Introduction(site.config.name, scans).pack()
+        _tell_what_is_left_out(site)
+        return Introduction(site.config.name, scans, sum(site.library.left_out.values())).pack()
 
     return _reply(message, answer)
 
@@ -57,6 +60,12 @@ def train(message: Message, context: Context) -> Message:
         return run_round(site, request).pack(trained, study.wire.dtype)
 
     return _reply(message, answer)
+
+
+def _tell_what_is_left_out(site: Site) -> None:
+    if site.library.left_out:
+        told = ", ".join(f"{count} {reason}" for reason, count in site.library.left_out.items())
+        progress.report(progress.Note(f"{site.config.name}: left out {told}; see unimiss-site check"))
 
 
 def _reply(message: Message, answer: Callable[[], RecordDict]) -> Message:

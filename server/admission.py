@@ -20,10 +20,11 @@ def admit(reply: TrainReply, *, asked: Introduction, round: int, study: StudyCon
         raise WireError("stale_round", f"the reply is for round {reply.round}, asked was round {round}")
     if reply.study_digest != study_digest:
         raise WireError("wrong_study", "the reply was trained for another study")
-    if any(reply.scans[rank] > asked.scans[rank] for rank in RANKS):
-        raise WireError("counts", "the reply claims more scans than the site introduced itself with")
-    if sum(reply.scans.values()) == 0:
-        raise WireError("counts", "the reply claims no scan at all")
+    claimed = frozenset(rank for rank in RANKS if reply.scans[rank] > 0)
+    if claimed != asked.ranks:
+        raise WireError("counts", "the reply claims scans of other ranks than the site introduced itself with")
+    if sum(reply.scans.values()) > study.aggregation.max_scans:
+        raise WireError("counts", f"the reply claims more than {study.aggregation.max_scans} scans")
     if reply.steps != study.schedule.local_steps:
         raise WireError("steps", f"the reply claims {reply.steps} steps, the study asks {study.schedule.local_steps}")
     size = norm(reply.update)

@@ -33,7 +33,7 @@ def group_weights(scans: Mapping[Rank, int], groups: Collection[Group], weightin
 class WeightedMean:
     """The running weighted mean of updates, per group; memory does not grow with the number of sites.
 
-    Sums are in float64: with fewer than 2^20 sites the order of arrival changes nothing that float32 could show.
+    Sums are in float64, so that the order of arrival does not show after rounding to float32, but for rare last bits.
     """
 
     def __init__(self, layout: Layout) -> None:

@@ -8,16 +8,16 @@ Run configuration (`flwr run . --run-config 'key="value"'`):
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from server import probing
 from server.coordinator_config import CoordinatorConfig, load_coordinator
 from server.display import Display
 from server.report import write_report
-from server.rounds import Federation
+from server.rounds import Federation, Probe
 from server.run_folder import RunFolder
 from unimiss_core import progress
 from unimiss_core.config import load
@@ -32,28 +32,37 @@ def main(grid: Grid, context: Context) -> None:
     resume = bool(context.run_config.get("resume", False))
     # Under `flwr run` nobody watches yet: then plain lines go to the run's log, which `flwr log` shows.
     with nullcontext() if progress.is_watched() else Display():
-        run(grid, load_coordinator(coordinator_file(context)), resume=resume)
+        run(grid, load_coordinator(coordinator_file(grid, context)), resume=resume)
 
 
 def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:
     """Run the study of a coordinator file over `grid`, with the probe before and after, and write the report."""
     study = load(StudyConfig, config.study)
     try:
-        Federation(grid, study, config).run(resume=resume)
-        probing.measure(RunFolder(config.out), config.probe)
+        Federation(grid, study, config, _probe_of(config, study)).run(resume=resume)
     finally:
         if (config.out / "study.yaml").exists():
             write_report(config.out)
 
 
-def coordinator_file(context: Context) -> Path:
+def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
+    if not config.probe:
+        return None
+    try:
+        from server.probing import measure
+    except ModuleNotFoundError:
+        raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
+    return partial(measure, RunFolder(config.out), config.probe, study.model)
+
+
+def coordinator_file(grid: Grid, context: Context) -> Path:
     """The coordinator file that the run configuration names, or that the simulation it names makes."""
     if named := str(context.run_config.get("coordinator", "")):
         return Path(named).expanduser()
     if simulation := str(context.run_config.get("simulation", "")):
         from server.simulate import prepare_for_engine  # the only way from the coordinator to a site's code
 
-        return prepare_for_engine(simulation, context)
+        return prepare_for_engine(simulation, context, len(list(grid.get_node_ids())))
     raise ConfigError(
         "the run configuration names no run; give --run-config 'coordinator=\"/path/coordinator.yaml\"' "
         "or 'simulation=\"/path/simulation.yaml\"'"

@@ -56,6 +56,7 @@ class SiteRecord(_Record):
     reason: Annotated[str, BeforeValidator(lambda raw: raw or "")] = ""
     scans: Mapping[str, Count] = {}
     """Number of scans under "2d" and "3d"."""
+    left_out: Count = 0
     steps: Count = 0
     losses: Figures = {}
     bytes_down: Count = 0
@@ -68,8 +69,12 @@ _ABSENT = SiteRecord(status="absent")
 
 
 class GlobalRecord(_Record):
+    """What a round did to the global model."""
+
     update_norm: Figures = {}
     """L2 norm of the change of the global student, per parameter group."""
+    probe: Mapping[str, Any] = {}
+    """Figures by task, in the last round; the report takes them from their own files."""
 
 
 class RoundRecord(_Record):

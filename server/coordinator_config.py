@@ -19,9 +19,11 @@ class CoordinatorConfig(Config):
     min_replies: Annotated[int, Field(gt=0)] = 1
     """Updates that must count for a round to be completed."""
     wait_s: Annotated[float, Field(gt=0)] = 600.0
-    """How long a round waits for `min_sites` to be there."""
+    """How long a round waits for `min_sites` to connect."""
+    introduction_s: Annotated[float, Field(gt=0)] = 3600.0
+    """How long a site that is new may take to say what it holds: it reads its archive before it answers."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
-    """How long a round, or the first contact with a site, waits for replies."""
+    """How long a round waits for updates."""
     probe: tuple[Path, ...] = ()
     """Labelled, already preprocessed public sets (.npz, see `server.probing`), measured before and after the run."""
 

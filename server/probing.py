@@ -8,7 +8,7 @@ scans (of a volume's middle slice): what can be told without any encoder.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from torch import Tensor
 
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint, durable, progress
-from unimiss_core.embedding import embed, load_encoder
+from unimiss_core.embedding import embed, encoder_of
 from unimiss_core.errors import ConfigError
+from unimiss_core.model import MiT
 from unimiss_core.probe import Probe, gain, plane, probe
+from unimiss_core.study import ModelConfig
 
 BATCH = 32
 FLOOR_SIDE = 16
@@ -50,18 +52,19 @@ def read_probe_set(path: Path) -> ProbeSet:
     return found
 
 
-def measure(folder: RunFolder, paths: Sequence[Path]) -> None:
-    """Probe the teachers of round 0 and of the last round, and write the figures for the report."""
-    last = checkpoint.latest(folder.checkpoints)
-    if not paths or last is None:
-        return
-    before: dict[str, Any] = {}
-    after: dict[str, Any] = {}
+def measure(
+    folder: RunFolder, paths: Sequence[Path], model: ModelConfig, teacher: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Probe the teacher of round 0 and this one, write the figures for the report, return those of this one."""
+    first = checkpoint.load(folder.checkpoint_of(0)).teacher
+    encoders = [encoder_of(model, tensors) for tensors in (first, teacher)]
+    before: dict[str, dict[str, Any]] = {}
+    after: dict[str, dict[str, Any]] = {}
     planes: dict[str, NDArray[Any]] = {}
     for path in paths:
         progress.report(progress.Note(f"probing {path.stem}"))
         found = read_probe_set(path)
-        old, new = (_features(checkpoint_folder, found.scans) for checkpoint_folder in (folder.checkpoint_of(0), last))
+        old, new = (_features(encoder, found.scans) for encoder in encoders)
         probed = [probe(features, found.labels, found.patients) for features in (old, new)]
         floor = probe(_pixels(found.scans), found.labels, found.patients)
         before[found.name] = _figures(found, probed[0], floor)
@@ -73,10 +76,10 @@ def measure(folder: RunFolder, paths: Sequence[Path]) -> None:
     packed = io.BytesIO()
     np.savez(packed, allow_pickle=False, **planes)
     durable.write_bytes(folder.report / "probe-projection.npz", packed.getvalue())
+    return after
 
 
-def _features(checkpoint_folder: Path, scans: Tensor) -> NDArray[np.float32]:
-    encoder, _ = load_encoder(checkpoint_folder)
+def _features(encoder: MiT, scans: Tensor) -> NDArray[np.float32]:
     return torch.cat([embed(encoder, part) for part in scans.split(BATCH)]).numpy()
 
 

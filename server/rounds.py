@@ -7,11 +7,11 @@ memory; so the loop is ours, over Flower's `Grid`.
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from unimiss_core.collapse import signs_of_collapse
 from unimiss_core.errors import RoundError, WireError
 from unimiss_core.groups import GROUPS, Group, groups_of_ranks
 from unimiss_core.network import build_network
+from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_retention, trained_steps
 from unimiss_core.study import StudyConfig
 from unimiss_core.teacher import advance_teacher
@@ -34,6 +35,25 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 """Pause between two looks for replies."""
+
+
+Probe = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
+"""The teacher's tensors -> figures by task."""
+
+_STATUS = {"failed": "error", "no_reply": "absent"}
+"""Reason -> status; every other reason is a refusal."""
+
+_NO_REPLY = {3, 4, 5}
+"""Flower's error codes for a message, a reply or a node that is not available (any more)."""
+
+
+@dataclass(frozen=True)
+class _Hello:
+    """A node that was asked who it is."""
+
+    node_id: int
+    node_name: str
+    wait_until: float
 
 
 @dataclass
@@ -58,6 +78,7 @@ class SiteRound:
     status: str = "absent"
     reason: str = ""
     scans: dict[str, int] = field(default_factory=lambda: {"2d": 0, "3d": 0})
+    left_out: int = 0
     steps: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     diagnostics: dict[str, float] = field(default_factory=dict)
@@ -67,9 +88,18 @@ class SiteRound:
 
 
 class Federation:
-    """One study, run over a grid of sites, into one folder."""
+    """One study, run over a grid of sites, into one folder.
 
-    def __init__(self, grid: Grid, study: StudyConfig, config: CoordinatorConfig) -> None:
+    probe: measures the last round's teacher; its figures stand in that round's metrics.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        study: StudyConfig,
+        config: CoordinatorConfig,
+        probe: Probe | None = None,
+    ) -> None:
         self._grid = grid
         self._study = study
         self._digest = study.digest()
@@ -82,7 +112,15 @@ class Federation:
         self._sites: dict[int, Introduction] = {}
         """Node -> who it is, for the sites that can take part."""
         self._unfit: dict[str, SiteRound] = {}
-        """Sites that could not introduce themselves, and why."""
+        """Nodes that could not introduce themselves, and why."""
+        self._hellos: dict[str, _Hello] = {}
+        """Message -> the node that has not answered it yet."""
+        self._silent: set[int] = set()
+        """Nodes that once let their time to answer pass."""
+        self._hello = Hello(study).pack()
+        self._packed: dict[tuple[frozenset[Rank], bool], RecordDict] = {}
+        """This round's requests, by what they hold."""
+        self._probe = probe
 
     def run(self, *, resume: bool = False) -> GlobalState:
         """All rounds that are not done yet; the state after the last.
@@ -110,35 +148,56 @@ class Federation:
     # -- who takes part ---------------------------------------------------------------------------------------------
 
     def _gather_sites(self) -> None:
-        """Ask every node that has not introduced itself who it is; wait until `min_sites` have. Raises RoundError."""
+        """Ask every node that is not known who it is; begin when all have said so and `min_sites` are there.
+
+        A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
+        one that stayed silent is asked in every round, and no longer waited for. Raises RoundError.
+        """
         give_up = time.monotonic() + self._config.wait_s
-        self._unfit, asked = {}, set(self._sites)
+        self._unfit = {}
         while True:
-            new = {node.node_id: node.name for node in self._grid.get_nodes() if node.node_id not in asked}
-            self._greet(new)
-            asked |= new.keys()
-            if len(self._sites) >= self._config.min_sites:
-                return
-            if time.monotonic() > give_up:
-                reasons = "".join(f"; {name}: {line.reason}" for name, line in sorted(self._unfit.items()))
+            self._greet_new_nodes()
+            self._hear_introductions()
+            reading = any(time.monotonic() < hello.wait_until for hello in self._hellos.values())
+            if not reading and len(self._sites) >= self._config.min_sites:
+                break
+            if not reading and time.monotonic() > give_up:
+                told = "".join(f"; {name}: {line.reason}" for name, line in sorted(self._unfit.items()))
                 raise RoundError(
-                    f"{len(self._sites)} of at least {self._config.min_sites} sites are there{reasons}. "
+                    f"{len(self._sites)} of at least {self._config.min_sites} sites are there{told}. "
                     "Mend the sites or lower min_sites, then resume"
                 )
-            time.sleep(1.0)
+            time.sleep(POLL_S)
+        for message_id, hello in list(self._hellos.items()):
+            self._mark_unfit(hello.node_name, SiteRound("absent", "no_introduction"))
+            if hello.node_id not in self._silent:
+                self._silent.add(hello.node_id)
+                del self._hellos[message_id]  # its time-to-live is over
 
-    def _greet(self, nodes: Mapping[int, str]) -> None:
-        content = Hello(self._study).pack()
-        asked = {node_id: Message(content, node_id, "query", ttl=self._config.deadline_s) for node_id in nodes}
-        absent = set(nodes)
-        for node_id, reply in self._replies(asked):
-            absent.discard(node_id)
+    def _greet_new_nodes(self) -> None:
+        nodes = {node.node_id: node.name or f"node-{node.node_id}" for node in self._grid.get_nodes()}
+        for gone in self._sites.keys() - nodes.keys():
+            del self._sites[gone]
+        waiting = {hello.node_id for hello in self._hellos.values()}
+        for node_id, name in nodes.items():
+            if node_id not in self._sites and node_id not in waiting and name not in self._unfit:
+                message = Message(self._hello, node_id, "query", ttl=self._config.introduction_s)
+                (message_id,) = self._grid.push_messages([message])
+                patience_s = 0.0 if node_id in self._silent else self._config.introduction_s
+                self._hellos[message_id] = _Hello(node_id, name, time.monotonic() + patience_s)
+
+    def _hear_introductions(self) -> None:
+        for reply in self._grid.pull_messages(list(self._hellos)):
+            hello = self._hellos.pop(reply.metadata.reply_to_message_id)
             try:
-                self._sites[node_id] = _introduction(reply)
+                introduction = _introduction(reply)
+                if introduction.site in {site.site for site in self._sites.values()}:
+                    raise WireError("name_taken", "another connected site goes by the same name")
             except WireError as error:
-                self._mark_unfit(nodes[node_id] or f"node-{node_id}", SiteRound("refused", error.reason))
-        for node_id in absent:
-            self._mark_unfit(nodes[node_id] or f"node-{node_id}", SiteRound("absent", "no_introduction"))
+                self._mark_unfit(hello.node_name, SiteRound(_STATUS.get(error.reason, "refused"), error.reason))
+            else:
+                self._sites[hello.node_id] = introduction
+                self._silent.discard(hello.node_id)
 
     def _mark_unfit(self, name: str, line: SiteRound) -> None:
         self._unfit[name] = line
@@ -150,20 +209,29 @@ class Federation:
     def _run_round(self, state: GlobalState, round: int) -> GlobalState:
         began = time.monotonic()
         rounds = self._study.schedule.rounds
-        names = tuple(site.site for site in self._sites.values())
-        progress.report(progress.RoundStarted(round, rounds, names))
-        lines = {**self._unfit, **{name: SiteRound() for name in names}}
+        lines = {**self._unfit, **{site.site: SiteRound(left_out=site.left_out) for site in self._sites.values()}}
+        progress.report(progress.RoundStarted(round, rounds, tuple(lines)))
+        for name, unfit in self._unfit.items():
+            progress.report(progress.SiteReplied(round, name, unfit.status, unfit.reason))
         mean = WeightedMean(self._layout)
         retention = _MeanRetention()
-        requests = self._requests(state, round, lines)
-        for node_id, reply in self._replies(requests):
+        self._packed.clear()
+        exchange = _Exchange(self._grid, self._config.deadline_s)
+        for node_id, request in self._requests(state, round, lines).items():
+            exchange.ask(node_id, request)
+        for node_id, reply in exchange:
             site = self._sites[node_id]
             line = lines[site.site]
             try:
                 answer = self._admitted(reply, site, round, line)
             except WireError as error:
-                line.status, line.reason = ("error" if error.reason == "failed" else "refused"), error.reason
-                log.warning("round=%d site=%s refused: %s", round, site.site, error)
+                if error.reason == "needs_teacher" and state.taught.pop(site.site, None) is not None:
+                    # It lost what it remembered. Once more, with the teacher: no round is lost to a new disk.
+                    exchange.ask(node_id, self._request(state, round, node_id, line))
+                    continue
+                line.status, line.reason = _STATUS.get(error.reason, "refused"), error.reason
+                log.warning("round=%d site=%s %s: %s", round, site.site, line.status, error)
+                del self._sites[node_id]  # it may have changed, by new scans say: it is asked again who it is
             else:
                 trained = trained_steps(site.ranks, self._study.schedule, round)
                 groups = [group for group, steps in trained.items() if steps > 0]
@@ -179,28 +247,35 @@ class Federation:
         return after
 
     def _requests(self, state: GlobalState, round: int, lines: Mapping[str, SiteRound]) -> dict[int, Message]:
-        """Node -> request; each site gets only the groups that it trains."""
-        student = released(state.student, self._study.wire.dtype)
-        requests = {}
-        for node_id, site in self._sites.items():
-            layout = self._layout_of(site)
-            holds_teacher = round == 1 or state.taught.get(site.site) == round - 1
-            request = TrainRequest(
+        return {node: self._request(state, round, node, lines[site.site]) for node, site in self._sites.items()}
+
+    def _request(self, state: GlobalState, round: int, node_id: int, line: SiteRound) -> Message:
+        """Only the groups that the site trains, and the teacher only where the site cannot rebuild it.
+
+        Sites that need the same bytes share them, so that memory does not grow with the number of sites.
+        """
+        site = self._sites[node_id]
+        holds_teacher = round == 1 or state.taught.get(site.site) == round - 1
+        if (key := (site.ranks, holds_teacher)) not in self._packed:
+            self._packed[key] = TrainRequest(
                 study=self._study,
                 round=round,
-                student=student,
+                student=released(state.student, self._study.wire.dtype),
                 teacher=None if holds_teacher else state.teacher,
                 teacher_retention=state.retention,
-            ).pack(layout)
-            lines[site.site].bytes_down = num_bytes(request)
-            requests[node_id] = Message(request, node_id, "train", ttl=self._config.deadline_s, group_id=str(round))
-        return requests
+            ).pack(self._layout_of(site))
+        content = self._packed[key]
+        line.bytes_down += num_bytes(content)
+        return Message(content, node_id, "train", ttl=self._config.deadline_s, group_id=str(round))
 
     def _admitted(self, reply: Message, site: Introduction, round: int, line: SiteRound) -> TrainReply:
         """The reply, if it may count; `line` then says what it held. Raises WireError."""
         content = _content(reply)
         line.bytes_up = num_bytes(content)
-        answer = TrainReply.unpack(content, self._layout_of(site), self._study.wire.dtype)
+        try:
+            answer = TrainReply.unpack(content, self._layout_of(site), self._study.wire.dtype)
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+            raise WireError("malformed", "the reply cannot be read") from None
         admit(answer, asked=site, round=round, study=self._study, study_digest=self._digest)
         line.status = "ok"
         line.scans = {f"{rank}d": count for rank, count in answer.scans.items()}
@@ -255,6 +330,8 @@ class Federation:
             "sites": {name: vars(line) for name, line in sorted(lines.items())},
             "global": {"update_norm": update_norm},
         }
+        if self._probe is not None and state.round == self._study.schedule.rounds:
+            row["global"]["probe"] = self._probe(state.teacher)
         self._folder.append_metrics(row)
         self._save(state)
         self._folder.prune_checkpoints(state.round)
@@ -265,18 +342,6 @@ class Federation:
 
     def _layout_of(self, site: Introduction) -> Layout:
         return {group: self._layout[group] for group in GROUPS if group in groups_of_ranks(site.ranks)}
-
-    def _replies(self, asked: Mapping[int, Message]) -> Iterator[tuple[int, Message]]:
-        """(node, reply) as they arrive, until all did or the deadline passed."""
-        waiting = dict(zip(self._grid.push_messages(asked.values()), asked, strict=True))
-        give_up = time.monotonic() + self._config.deadline_s
-        while waiting and time.monotonic() < give_up:
-            arrived = list(self._grid.pull_messages(list(waiting)))
-            for reply in arrived:
-                if (node_id := waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
-                    yield node_id, reply
-            if not arrived:
-                time.sleep(POLL_S)
 
     def _save(self, state: GlobalState) -> None:
         checkpoint.save(
@@ -290,6 +355,29 @@ class Federation:
             teacher=state.teacher,
             server_json=json.dumps({"retention": state.retention, "taught": state.taught}, sort_keys=True),
         )
+
+
+class _Exchange:
+    """Questions to nodes and their replies as they arrive, until all replied or the deadline passed."""
+
+    def __init__(self, grid: Grid, deadline_s: float) -> None:
+        self._grid = grid
+        self._give_up = time.monotonic() + deadline_s
+        self._waiting: dict[str, int] = {}
+
+    def ask(self, node_id: int, message: Message) -> None:
+        (message_id,) = self._grid.push_messages([message])
+        self._waiting[message_id] = node_id
+
+    def __iter__(self) -> Iterator[tuple[int, Message]]:
+        """(node, reply); more may be asked meanwhile."""
+        while self._waiting and time.monotonic() < self._give_up:
+            arrived = list(self._grid.pull_messages(list(self._waiting)))
+            for reply in arrived:
+                if (node_id := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
+                    yield node_id, reply
+            if not arrived:
+                time.sleep(POLL_S)
 
 
 class _MeanRetention:
@@ -324,7 +412,8 @@ def _content(reply: Message) -> Any:
     """What a site sent. Raises WireError with its reason where it did not do what was asked."""
     if reply.has_error():
         # Flower's own text may quote an exception of the site; its code alone says what happened.
-        raise WireError("failed", f"Flower error code {reply.error.code}")
+        reason = "no_reply" if reply.error.code in _NO_REPLY else "failed"
+        raise WireError(reason, f"Flower error code {reply.error.code}")
     if (refusal := Refusal.found_in(reply.content)) is not None:
         raise WireError(refusal.reason, "the site says so")
     return reply.content

@@ -20,6 +20,8 @@ KEEP_CHECKPOINTS = 3
 
 
 class RunFolder:
+    """One run's folder, made ready, read and written."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -39,14 +41,15 @@ class RunFolder:
     def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
 
-    def begin(self, study: StudyConfig, *, resume: bool) -> checkpoint.Checkpoint | None:
-        """Make the folder ready; the checkpoint to go on from, or None for a fresh run.
+    def check(self, study: StudyConfig, *, resume: bool) -> Path | None:
+        """The checkpoint folder to go on from, or None for a fresh run; nothing is written.
 
-        Raises ConfigError: the folder holds a run already and `resume` is False, or it is a run of another study.
+        Raises ConfigError: the folder cannot be one, holds a run and `resume` is False, or a run of another study.
         """
+        if (above := next(p for p in (self.path, *self.path.parents) if p.exists())) and not above.is_dir():
+            raise ConfigError(f"{self.path}: {above} is a file; give a folder with --out")
         latest = checkpoint.latest(self.checkpoints)
         if latest is None:
-            self._start(study)
             return None
         if not resume:
             raise ConfigError(
@@ -58,6 +61,13 @@ class RunFolder:
                 f"{self.path}: holds a run of another study (different: {changed}); "
                 "resume with the study it was started with, or give a new folder with --out"
             )
+        return latest
+
+    def begin(self, study: StudyConfig, *, resume: bool) -> checkpoint.Checkpoint | None:
+        """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does."""
+        if (latest := self.check(study, resume=resume)) is None:
+            self._start(study)
+            return None
         found = checkpoint.load(latest)
         self._forget_rounds_after(found.manifest.round)
         return found
@@ -92,9 +102,12 @@ def _whole_rows(text: str) -> Iterator[dict[str, Any]]:
     """Every line that was written to its end; a crash can cut off the last."""
     for line in text.splitlines():
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except ValueError:
             return
+        if not isinstance(row, dict) or not isinstance(row.get("round"), int):
+            return
+        yield row
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], at: str = "") -> Iterator[str]:

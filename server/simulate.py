@@ -10,6 +10,7 @@ and the artefacts of any run (docs/artefacts.md).
 """
 
 import csv
+import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,9 +31,10 @@ from client.site import simulation_folder
 from client.site_config import DataSource, SiteConfig, TableConfig, load_site
 from server.app import app as server_app
 from server.local_grid import LocalGrid
+from server.run_folder import RunFolder
 from unimiss_core import durable, progress
 from unimiss_core.config import Config, dump_yaml, load, parse, read_yaml
-from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.errors import ConfigError, ScanError, UnimissError
 from unimiss_core.plan import prepare as prepare_scan
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
@@ -77,11 +79,12 @@ class SimulatedProbe(Config):
 
 
 class Quorum(Config):
-    """As in a coordinator file; a simulation asks for all sites unless it says otherwise."""
+    """As in a coordinator file."""
 
     min_sites: Annotated[int, Field(gt=0)] = 1
     min_replies: Annotated[int, Field(gt=0)] = 1
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    """For all sites of a round together: with one worker they train one after the other."""
 
 
 class SimulationConfig(Config):
@@ -100,13 +103,18 @@ class SimulationConfig(Config):
         for kind, names in {"sites": [s.name for s in self.sites], "probe": [p.name for p in self.probe]}.items():
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{kind}: the name {', '.join(sorted(twice))} stands twice")
+        if not self.quorum.min_replies <= self.quorum.min_sites <= len(self.sites):
+            raise ValueError(
+                f"quorum: min_replies={self.quorum.min_replies} must not be above min_sites={self.quorum.min_sites}, "
+                f"nor that above the number of sites, {len(self.sites)}"
+            )
         return self
 
 
 def simulate(config_path: Path, out: Path, *, resume: bool = False) -> None:
     """Run the simulation of a file into `out`, in this process. Raises UnimissError."""
     config = load(SimulationConfig, config_path)
-    coordinator = prepare(config, config_path.resolve().parent, out.resolve())
+    coordinator = prepare(config, config_path.resolve().parent, out.resolve(), resume=resume)
     run_config: UserConfig = {"coordinator": str(coordinator), "resume": resume}
     nodes = {site.name: site_node_config(out.resolve(), site.name) for site in config.sites}
     with LocalGrid(client_app, nodes, run_config=run_config, workers=config.workers) as grid:
@@ -117,7 +125,7 @@ def site_node_config(out: Path, name: str) -> UserConfig:
     return {"site": str(_site_file(out, name))}
 
 
-def prepare_for_engine(simulation: str, context: Context) -> Path:
+def prepare_for_engine(simulation: str, context: Context, num_nodes: int) -> Path:
     """For a run under Flower's simulation engine: make everything, return the coordinator file.
 
     A relative path counts from the app's own configs folder, because the engine's working folder is its own.
@@ -125,16 +133,24 @@ def prepare_for_engine(simulation: str, context: Context) -> Path:
     path = Path(simulation).expanduser()
     if not path.is_absolute():
         path = Path(__file__).resolve().parent.parent / "configs" / "simulation" / path
-    return prepare(load(SimulationConfig, path), path.parent, simulation_folder(context).resolve())
+    config = load(SimulationConfig, path)
+    if num_nodes != len(config.sites):
+        raise ConfigError(
+            f"the simulation has {len(config.sites)} sites, Flower's engine {num_nodes} nodes; "
+            f"give --federation-config 'num-supernodes={len(config.sites)}'"
+        )
+    resume = bool(context.run_config.get("resume", False))
+    return prepare(config, path.parent, simulation_folder(context).resolve(), resume=resume)
 
 
-def prepare(config: SimulationConfig, base: Path, out: Path) -> Path:
+def prepare(config: SimulationConfig, base: Path, out: Path, *, resume: bool) -> Path:
     """Write hospitals, site files, probe sets and the coordinator file below `out`; what is there already is kept.
 
-    base: folder that relative paths of the simulation count from. Raises ConfigError.
+    base: folder that relative paths of the simulation count from. Raises ConfigError, before anything is written where
+    `out` holds another run.
     """
     study = _study(config, base)
-    out.mkdir(parents=True, exist_ok=True)
+    RunFolder(out).check(study, resume=resume)
     for site in config.sites:
         _write_site(site, base, out)
         _write_example_views(site, study, out)
@@ -186,7 +202,7 @@ def _sources(entry: SimulatedSite | SimulatedProbe, base: Path, out: Path) -> tu
     """Where the entry's scans are, by absolute paths; a phantom hospital is written if it is not there yet."""
     if entry.phantom is None:
         return tuple(_anchored(source, base) for source in entry.data)
-    folder = out / "hospitals" / entry.name
+    folder = out / "hospitals" / f"{entry.name}-{entry.phantom.digest()[:8]}"
     if not folder.exists():
         progress.report(progress.Note(f"writing {entry.phantom.patients} synthetic patients of {entry.name}"))
         with durable.new_folder(folder) as partial:
@@ -204,18 +220,24 @@ def _anchored(source: DataSource, base: Path) -> DataSource:
 
 def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path) -> Path:
     """Read the labelled scans once, through the ordinary readers, and keep them as the coordinator takes them."""
-    path = out / "probe" / f"{probe.name}.npz"
+    settings = hashlib.sha256(f"{probe.canonical()} {study.plan.canonical()} {study.views.canonical()}".encode())
+    path = out / "probe" / settings.hexdigest()[:8] / f"{probe.name}.npz"
     if path.exists():
         return path
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     progress.report(progress.Note(f"reading the labelled scans of {probe.name}"))
     size = study.views.size_of(probe.rank)
     scans, labels, patients = [], [], []
     for source in _sources(probe, base, out):
-        column = _label_column(source, probe.label)
+        column = _label_column(probe, source)
         for origin, scan in read_scans([source], study.plan):
             if scan.rank == probe.rank and (label := column.get(origin.files[0])):
-                scans.append(whole(prepare_scan(scan, study.plan)[0], size).numpy().astype(np.float16))
+                try:
+                    values, _ = prepare_scan(scan, study.plan)
+                except ScanError as error:
+                    progress.report(progress.Note(f"{probe.name}: left out 1 {error.reason}"))
+                    continue
+                scans.append(whole(values, size).numpy().astype(np.float16))
                 labels.append(str(int(label in probe.positive)) if probe.positive else label)
                 patients.append(origin.patient)
     if not scans:
@@ -226,15 +248,20 @@ def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path
     return path
 
 
-def _label_column(source: DataSource, label: str) -> dict[str, str]:
-    """File -> label, from the source's table. Raises ConfigError: no table, or no such column."""
+def _label_column(probe: SimulatedProbe, source: DataSource) -> dict[str, str]:
+    """File -> label, from the source's table. Raises ConfigError: no folder, no table, or no such column."""
+    if not source.folder.is_dir():
+        raise ConfigError(f"probe '{probe.name}': {source.folder} is not a folder")
     if source.table is None:
-        raise ConfigError(f"a probe's folder needs a table with the column '{label}'")
-    with source.table.path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if rows and label not in rows[0]:
-        raise ConfigError(f"{source.table.path}: no column '{label}'; it has {', '.join(rows[0])}")
-    return {row[source.table.file]: row[label] for row in rows}
+        raise ConfigError(f"probe '{probe.name}': its folder needs a table with the column '{probe.label}'")
+    try:
+        with source.table.path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError(f"probe '{probe.name}': table {source.table.path} cannot be read as CSV") from None
+    if rows and (missing := {probe.label, source.table.file} - rows[0].keys()):
+        raise ConfigError(f"{source.table.path}: no column {sorted(missing)}; it has {', '.join(rows[0])}")
+    return {row[source.table.file]: row[probe.label] for row in rows}
 
 
 def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:

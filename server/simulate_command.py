@@ -22,24 +22,35 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see `unimiss_core.errors`)."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.DEBUG if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
-    if not options.verbose:
-        logging.getLogger("flwr").setLevel(logging.ERROR)
-
-    from server.display import Display  # after the arguments are known to be right: torch and Flower take seconds
-    from server.simulate import simulate
-
     try:
-        with Display() as display:
-            simulate(options.config, options.out, resume=options.resume)
-        display.summarise(options.out)
+        _run(options)
     except UnimissError as error:
         print(f"unimiss-simulate: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # A full disk, a folder that may not be written: what was finished is whole, and resuming goes on from it.
+        print(
+            f"unimiss-simulate: {error.strerror} while writing below {options.out}; mend it, then: "
+            f"{_resume_line(options)}",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted; what was finished is saved. Go on with: {_resume_line(options)}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    # Here, because torch and Flower take seconds to import: arguments are checked before, and Ctrl-C is heard.
+    from server.display import Display
+    from server.simulate import simulate
+
+    logging.basicConfig(level=logging.DEBUG if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("flwr").setLevel(logging.DEBUG if options.verbose else logging.ERROR)
+    with Display() as display:
+        simulate(options.config, options.out, resume=options.resume)
+    display.summarise(options.out)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from unimiss_core.codec import Layout, layout_of
 from unimiss_core.config import parse
+from unimiss_core.errors import WireError
 from unimiss_core.groups import GROUPS, groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import ModelConfig, StudyConfig
-from unimiss_core.wire import Hello, Introduction, TrainReply, TrainRequest, study_of
+from unimiss_core.wire import Hello, Introduction, Refusal, TrainReply, TrainRequest, study_of
 
 
 def small_study(rounds: int = 2, **changes: object) -> StudyConfig:
@@ -87,7 +88,10 @@ def stub_app(sites: Mapping[str, StubSite]) -> ClientApp:
         site = sites[str(context.node_config["name"])]
         request = TrainRequest.unpack(message.content, site.layout)
         site.requests.append(request)
-        reply = site.answer(request, site)
+        try:
+            reply = site.answer(request, site)
+        except WireError as error:
+            return Message(Refusal(error.reason).pack(), reply_to=message)
         return Message(reply.pack(site.layout, study_of(message.content).wire.dtype), reply_to=message)
 
     return app

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from server.coordinator_config import CoordinatorConfig
 from server.local_grid import LocalGrid
@@ -16,12 +19,12 @@ from server.run_folder import RunFolder
 from tests.federation import Answer, StubSite, good_answer, reply_with, small_study, stub_app
 from unimiss_core import checkpoint
 from unimiss_core.codec import released
-from unimiss_core.errors import ConfigError, RoundError
+from unimiss_core.errors import ConfigError, RoundError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.schedule import teacher_retention
 from unimiss_core.study import StudyConfig
 from unimiss_core.teacher import advance_teacher
-from unimiss_core.wire import TrainReply, TrainRequest
+from unimiss_core.wire import Refusal, TrainReply, TrainRequest
 
 
 def federate(
@@ -144,6 +147,22 @@ def too_many_scans(request: TrainRequest, site: StubSite) -> TrainReply:
     return dataclasses.replace(good_answer(request, site), scans={2: 10**9, 3: 0})
 
 
+def scans_of_another_rank(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), scans={2: 10, 3: 1})
+
+
+def endless(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), seconds=float("inf"))
+
+
+def numbers_too_large_for_a_float(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), losses={"image": 10**400})
+
+
+def a_figure_with_words(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), losses={"patient JANE DOE P123": 1.0})
+
+
 def no_scans(request: TrainRequest, site: StubSite) -> TrainReply:
     return dataclasses.replace(good_answer(request, site), scans={2: 0, 3: 0})
 
@@ -161,6 +180,10 @@ def in_anothers_name(request: TrainRequest, site: StubSite) -> TrainReply:
         (stale, "refused", "stale_round"),
         (another_study, "refused", "wrong_study"),
         (too_many_scans, "refused", "counts"),
+        (scans_of_another_rank, "refused", "counts"),
+        (endless, "refused", "malformed"),
+        (numbers_too_large_for_a_float, "refused", "malformed"),
+        (a_figure_with_words, "refused", "malformed"),
         (no_scans, "refused", "counts"),
         (in_anothers_name, "refused", "wrong_site"),
     ],
@@ -173,6 +196,115 @@ def test_a_bad_reply_costs_its_site_alone(tmp_path: Path, answer: Answer, status
         assert (row["sites"]["xray"]["status"], row["sites"]["xray"]["reason"]) == (status, reason)
         assert row["sites"]["ct"]["status"] == "ok"
     assert "P123" not in (tmp_path / "with" / "metrics.jsonl").read_text()
+
+
+def test_a_refusal_in_free_words_becomes_a_code(tmp_path: Path) -> None:
+    app = stub_app({"a": xray("a"), "b": ct("b")})
+
+    @app.query("spoken")
+    def spoken(message: Message, _: Context) -> Message:
+        return Message(Refusal("patient JANE DOE\n\x1b[31m/archive/x").pack(), reply_to=message)
+
+    app._registered_funcs["query.default"] = _either(app._registered_funcs["query.default"], spoken)
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1)
+    with LocalGrid(app, {"a": {"name": "a"}, "b": {"name": "b"}}, run_config={}) as grid:
+        Federation(grid, small_study(rounds=1), config).run()
+    assert {name: line["reason"] for name, line in rows(tmp_path)[0]["sites"].items()} == {"a": "malformed", "b": ""}
+
+
+def _either(honest: Callable[..., Message], spoken: Callable[..., Message]) -> Callable[..., Message]:
+    return lambda message, context: (spoken if context.node_config["name"] == "a" else honest)(message, context)
+
+
+def test_two_nodes_of_one_name_do_not_share_a_line(tmp_path: Path) -> None:
+    """The second is not asked to train: neither may speak, or fail, in the other's name."""
+    honest, impostor = ct("ct"), ct("ct", answer=huge)
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1)
+    app = stub_app({"1": honest, "2": impostor})
+    with LocalGrid(app, {"first": {"name": "1"}, "second": {"name": "2"}}, run_config={}) as grid:
+        state = Federation(grid, small_study(), config).run()
+    alone = federate(tmp_path / "alone", [ct("ct")])
+    assert all(torch.equal(state.student[name], alone.student[name]) for name in state.student)
+    assert not impostor.requests
+    assert rows(tmp_path)[0]["sites"]["second"]["reason"] == "name_taken"
+    assert rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"
+
+
+def test_a_site_that_lost_its_memory_is_sent_the_teacher_in_the_same_round(tmp_path: Path) -> None:
+    def forgetful(request: TrainRequest, site: StubSite) -> TrainReply:
+        if request.round == 2 and request.teacher is None:
+            raise WireError("needs_teacher", "the disk is new")
+        return good_answer(request, site)
+
+    site = ct(answer=forgetful)
+    federate(tmp_path, [site, xray()], small_study(rounds=3))
+    assert [request.teacher is None for request in site.requests] == [True, True, False, True]
+    assert [row["sites"]["ct"]["status"] for row in rows(tmp_path)] == ["ok", "ok", "ok"]
+
+
+def test_a_straggler_gives_up_its_place_when_its_time_is_over() -> None:
+    """One worker: the other site's message is served while the straggler, past its deadline, still runs."""
+    release = threading.Event()
+    app = ClientApp()
+
+    @app.query()
+    def answer(message: Message, context: Context) -> Message:
+        if context.node_config["slow"]:
+            release.wait(20)
+        return Message(RecordDict({}), reply_to=message)
+
+    with LocalGrid(app, {"a": {"slow": True}, "b": {"slow": False}}, run_config={}) as grid:
+        (late,) = grid.push_messages([grid.create_message(RecordDict({}), "query", 1001, "1", ttl=0.3)])
+        time.sleep(0.1)
+        (prompt,) = grid.push_messages([grid.create_message(RecordDict({}), "query", 1002, "1", ttl=20)])
+        give_up = time.monotonic() + 15
+        while not (found := list(grid.pull_messages([prompt]))) and time.monotonic() < give_up:
+            time.sleep(0.01)
+        release.set()
+        time.sleep(0.2)
+        assert found
+        assert not list(grid.pull_messages([late]))
+
+
+def test_one_node_serves_one_message_at_a_time() -> None:
+    busy, most = [0], [0]
+    app = ClientApp()
+
+    @app.query()
+    def count(message: Message, _: Context) -> Message:
+        busy[0] += 1
+        most[0] = max(most[0], busy[0])
+        time.sleep(0.05)
+        busy[0] -= 1
+        return Message(RecordDict({}), reply_to=message)
+
+    with LocalGrid(app, {"a": {}}, run_config={}, workers=4) as grid:
+        ids = grid.push_messages([grid.create_message(RecordDict({}), "query", 1001, "1") for _ in range(4)])
+        give_up = time.monotonic() + 20
+        answered = 0
+        while answered < len(ids) and time.monotonic() < give_up:
+            answered += len(list(grid.pull_messages(ids)))
+            time.sleep(0.01)
+    assert answered == 4
+    assert most[0] == 1
+
+
+def test_a_silent_node_delays_only_the_first_round(tmp_path: Path) -> None:
+    app = stub_app({"ct": ct()})
+    honest = app._registered_funcs["query.default"]
+
+    def hang(message: Message, context: Context) -> Message:
+        if context.node_config["name"] == "silent":
+            time.sleep(1.5)
+            raise RuntimeError
+        return honest(message, context)
+
+    app._registered_funcs["query.default"] = hang
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1, introduction_s=0.5)
+    with LocalGrid(app, {"silent": {"name": "silent"}, "ct": {"name": "ct"}}, run_config={}, workers=2) as grid:
+        Federation(grid, small_study(rounds=2), config).run()
+    assert rows(tmp_path)[0]["sites"]["silent"]["status"] == "absent"
+    assert [row["sites"]["ct"]["status"] for row in rows(tmp_path)] == ["ok", "ok"]
 
 
 def test_an_update_of_zeros_is_welcome(tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import Array, ConfigRecord, RecordDict
 
+from client.app import REASONS as SITE_REASONS
 from tests.federation import layout_for, random_tensors, small_study, whole_layout
 from unimiss_core.errors import WireError
 from unimiss_core.groups import Group
+from unimiss_core.reasons import REASONS
 from unimiss_core.wire import PROTOCOL, Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes
 
+ROOT = Path(__file__).parents[1]
 STUDY = small_study(wire={"dtype": "fp32"})
 RETENTION: dict[Group, float] = {"shared": 0.9, "2d": 0.9, "3d": 1.0, "head": 0.9}
 
@@ -109,3 +114,32 @@ def test_an_array_that_claims_another_serialisation_is_refused() -> None:
     held = content.array_records["update"]["2d"]
     content.array_records["update"]["2d"] = Array(dtype="fp32", shape=held.shape, stype="pickle", data=held.data)
     assert refused(content) == "wrong_dtype"
+
+
+def test_a_name_that_could_forge_a_line_or_a_path_is_refused() -> None:
+    for name in ("../../etc", "JANE DOE", "a\nb", "", "x" * 65):
+        with pytest.raises(WireError, match="agreed form"):
+            Introduction.unpack(Introduction(name, {2: 1, 3: 0}).pack())
+
+
+def test_every_reason_that_the_program_gives_is_one_of_the_fixed_set() -> None:
+    sources = [path for package in ("unimiss_core", "client", "server") for path in (ROOT / package).glob("*.py")]
+    given = {reason for path in sources for reason in re.findall(r'WireError\(\s*"(\w+)"', path.read_text())}
+    assert given
+    assert given | set(SITE_REASONS.values()) <= set(REASONS)
+
+
+def test_hostile_texts_are_refused_and_crash_nothing() -> None:
+    good = reply().pack(whole_layout(), "fp32")
+    for text in ("[" * 200_000, '{"a": ' + "9" * 400 + "}", '{"a": 1' + "0" * 20_000 + "}", '{"A b": 1}', "null", "7"):
+        assert refused(with_facts(good, losses=text)) in {"malformed", "not_finite"}
+    assert refused(with_facts(good, seconds=float("nan"))) == "malformed"
+    assert refused(with_facts(good, seconds=-1.0)) == "malformed"
+
+
+def test_a_student_that_is_not_finite_is_refused_by_the_site() -> None:
+    layout = layout_for(frozenset({2}))
+    student = random_tensors(layout, 0)
+    next(iter(student.values())).view(-1)[0] = float("inf")
+    with pytest.raises(WireError, match="not a finite number"):
+        TrainRequest.unpack(TrainRequest(STUDY, 1, student, None, RETENTION).pack(layout), layout)

@@ -64,7 +64,7 @@ _PUBLISHED_WIDTHS = (48, 128, 256, 512)
 ARCHITECTURES: dict[Size, Architecture] = {
     "nano": Architecture(
         stem=16,
-        widths=(16, 24, 32, 64),
+        widths=(32, 48, 64, 128),
         encoder_depths=(1, 1, 1, 1),
         decoder_depths=(1, 1, 1),
         head_hidden=256,

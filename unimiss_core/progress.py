@@ -1,8 +1,8 @@
 """What is going on, for whoever wants to show it: a progress bar, a log, a status file.
 
 The code that works calls `report(event)`; whoever shows it wraps the work in `with listen(callback):`.
-A callback may raise to stop the work at its next report: that is how Ctrl-C reaches a site that runs
-in a thread of the simulation. No event holds anything that may not be logged.
+A guard is called at each report and may raise to stop the work there: that is how Ctrl-C reaches a site that
+runs in a thread of the simulation. No event holds anything that may not be logged.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -68,15 +68,18 @@ class Note:
 Event = Preparing | RoundStarted | StepDone | SiteReplied | RoundDone | Note
 
 _listeners: list[Callable[[Event], None]] = []
+_guards: list[Callable[[], None]] = []
 
 
 def report(event: Event) -> None:
+    for guard in tuple(_guards):
+        guard()
     for listener in tuple(_listeners):
         listener(event)
 
 
 def is_watched() -> bool:
-    """Whether anybody listens in this process."""
+    """Whether anybody in this process shows what is reported."""
     return bool(_listeners)
 
 
@@ -88,3 +91,13 @@ def listen(callback: Callable[[Event], None]) -> Iterator[None]:
         yield
     finally:
         _listeners.remove(callback)
+
+
+@contextmanager
+def guarded_by(guard: Callable[[], None]) -> Iterator[None]:
+    """Call `guard` before each report in this process, in the thread that reports."""
+    _guards.append(guard)
+    try:
+        yield
+    finally:
+        _guards.remove(guard)

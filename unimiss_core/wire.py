@@ -12,6 +12,7 @@ the content. A sender's claim is checked here for type and form; whether it may 
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -23,11 +24,17 @@ from unimiss_core import codec
 from unimiss_core.codec import Layout
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError, WireError
-from unimiss_core.groups import Group
+from unimiss_core.groups import GROUPS, Group
+from unimiss_core.reasons import REASONS
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 
 PROTOCOL = 1
+
+SITE_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+FIGURE_NAME = r"[a-z0-9_]{1,64}"
+FIGURES_LIMIT = 16_384
+"""Characters of a mapping of figures; the largest of ours has some 1,000."""
 
 ScalarT = TypeVar("ScalarT", str, int, float)
 
@@ -51,22 +58,26 @@ class Hello:
 
 @dataclass(frozen=True)
 class Introduction:
-    """Site to coordinator: its name, the ranks it trains, and how many scans of each it trains on."""
+    """Site to coordinator: its name, the ranks it trains, how many scans of each it trains on, and how many files and
+    series of its folders it left out (its own log says why)."""
 
     site: str
     scans: Mapping[Rank, int]
+    left_out: int = 0
 
     @property
     def ranks(self) -> frozenset[Rank]:
         return frozenset(rank for rank, count in self.scans.items() if count > 0)
 
     def pack(self) -> RecordDict:
-        return _content({"site": self.site, **_count_facts(self.scans)})
+        return _content({"site": self.site, "left_out": self.left_out, **_count_facts(self.scans)})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> Self:
         facts = _facts(content)
-        return cls(site=_take(facts, "site", str), scans=_counts(facts))
+        if not re.fullmatch(SITE_NAME, site := _take(facts, "site", str)):
+            raise WireError("malformed", "the site's name is not of the agreed form")
+        return cls(site=site, scans=_counts(facts), left_out=max(0, _take(facts, "left_out", int)))
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,18 @@ class TrainRequest:
         """layout: of the network that `study_of(content)` names."""
         facts = _facts(content)
         study = _study(facts)
-        retention = json.loads(_take(facts, "teacher_retention", str))
+        retention = _figures(facts, "teacher_retention")
+        if not retention.keys() <= set(GROUPS) or not all(0 <= value <= 1 for value in retention.values()):
+            raise WireError("malformed", "'teacher_retention' should hold a share for each parameter group")
+        student = _tensors(content, "student", layout, study.wire.dtype)
+        if not all(bool(tensor.isfinite().all()) for tensor in student.values()):
+            raise WireError("not_finite", "the student holds a value that is not a finite number")
         return cls(
             study=study,
             round=_take(facts, "round", int),
-            student=_tensors(content, "student", layout, study.wire.dtype),
+            student=student,
             teacher=_tensors(content, "teacher", layout, TEACHER_DTYPE) if "teacher" in content else None,
-            teacher_retention=retention,
+            teacher_retention={group: retention[group] for group in GROUPS if group in retention},
         )
 
 
@@ -149,6 +165,8 @@ class TrainReply:
     def unpack(cls, content: RecordDict, layout: Layout, dtype: str) -> Self:
         """layout: only the groups that the coordinator asked this site for; any other is a WireError."""
         facts = _facts(content)
+        if not (math.isfinite(seconds := _take(facts, "seconds", float)) and seconds >= 0):
+            raise WireError("malformed", "'seconds' should be a finite number of at least 0")
         return cls(
             site=_take(facts, "site", str),
             round=_take(facts, "round", int),
@@ -156,7 +174,7 @@ class TrainReply:
             update=_tensors(content, "update", layout, dtype),
             scans=_counts(facts),
             steps=_take(facts, "steps", int),
-            seconds=_take(facts, "seconds", float),
+            seconds=seconds,
             losses=_figures(facts, "losses"),
             diagnostics=_figures(facts, "diagnostics"),
         )
@@ -174,7 +192,10 @@ class Refusal:
     @classmethod
     def found_in(cls, content: RecordDict) -> Self | None:
         facts = _facts(content)
-        return cls(_take(facts, "reason", str)) if facts.get("status") == "refused" else None
+        if facts.get("status") != "refused":
+            return None
+        reason = _take(facts, "reason", str)
+        return cls(reason if reason in REASONS else "malformed")
 
 
 def study_of(content: RecordDict) -> StudyConfig:
@@ -228,11 +249,17 @@ def _counts(facts: Mapping[str, Any]) -> dict[Rank, int]:
 
 
 def _figures(facts: Mapping[str, Any], name: str) -> dict[str, float]:
+    """A mapping of names to finite numbers. Raises WireError for anything else, however a hostile peer wrote it."""
+    text = _take(facts, name, str)
     try:
-        figures = json.loads(_take(facts, name, str))
-        checked = {str(key): float(value) for key, value in figures.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise WireError("malformed", f"'{name}' should be a mapping of numbers") from None
+        if len(text) > FIGURES_LIMIT:
+            raise ValueError
+        figures = json.loads(text)
+        checked = {key: float(value) for key, value in figures.items() if re.fullmatch(FIGURE_NAME, key)}
+        if len(checked) < len(figures):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise WireError("malformed", f"'{name}' should be a mapping of names to numbers") from None
     if not all(math.isfinite(value) for value in checked.values()):
         raise WireError("not_finite", f"a figure of '{name}' is not a finite number")
     return checked

@@ -1,0 +1,29 @@
+"""Why a site does not count in a round: the fixed codes that may cross the wire, stand in metrics and on screens.
+
+A peer's own words never do: a reason that is not listed here becomes `malformed`.
+"""
+
+REASONS: dict[str, str] = {
+    # the site says so
+    "site_file": "the site's own configuration is wrong; its log says where",
+    "no_usable_scans": "the site's folders hold nothing that can be trained on",
+    "study": "the site does not understand the study: another version of the program",
+    "needs_teacher": "the site lost what it remembered; it is sent the teacher next time",
+    "not_finite": "a loss, gradient or update is not a finite number",
+    "failed": "the site met an error of the program; its log says where",
+    # the coordinator says so
+    "no_introduction": "the site did not say in time who it is",
+    "no_reply": "no reply came before the deadline",
+    "name_taken": "another connected site goes by the same name",
+    "protocol": "the site speaks another version of the protocol",
+    "malformed": "the reply is not of the agreed form",
+    "wrong_names": "the reply holds other parameter groups than were asked for",
+    "wrong_dtype": "the reply's values are not of the agreed type",
+    "wrong_size": "the reply holds more or fewer values than the model",
+    "wrong_site": "the reply names another site than was asked",
+    "wrong_study": "the reply was trained for another study",
+    "stale_round": "the reply is for another round",
+    "counts": "the reply claims a number of scans that it may not",
+    "steps": "the reply claims another number of steps than the study asks",
+    "too_large": "the update is larger than the study allows",
+}
