@@ -75,9 +75,10 @@ def load_secret(state: Path) -> bytes:
 
 def patient_of(text: str, secret: bytes) -> Patient:
     """The patient behind an identifying `text`; the text itself is not kept."""
-    key = hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:32]
+    told = text.encode(errors="surrogatepass")  # a file's name need not be UTF-8
+    key = hmac.new(secret, told, hashlib.sha256).hexdigest()[:32]
     # 52 bits, so that the quotient is below 1 and exact in a float64.
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 12
+    place = int.from_bytes(hashlib.sha256(told).digest()[:8], "big") >> 12
     return Patient(key=key, place=place / 2**52)
 
 

@@ -4,6 +4,7 @@ Every scan is decoded and prepared exactly as for training. The report names no 
 for it, no path: patients are numbered in the order in which they are met. Its format is in docs/reading.md.
 """
 
+import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -253,7 +254,7 @@ def as_json(report: CheckReport, *, show_paths: bool) -> dict[str, Any]:
     }
     if show_paths:
         result["unreadable_paths"] = {
-            reason: [str(path) for path in paths] for reason, paths in report.unreadable.items()
+            reason: [_shown(path) for path in paths] for reason, paths in report.unreadable.items()
         }
     return result
 
@@ -270,7 +271,12 @@ def _entry_json(entry: Entry, *, show_paths: bool) -> dict[str, Any]:
         "flags": list(entry.flags),
         "patient": entry.patient,
     }
-    return result | ({"paths": [str(path) for path in entry.paths]} if show_paths else {})
+    return result | ({"paths": [_shown(path) for path in entry.paths]} if show_paths else {})
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be printed, also where its name is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def tables(report: CheckReport, *, show_paths: bool) -> Lines:
@@ -285,7 +291,7 @@ def tables(report: CheckReport, *, show_paths: bool) -> Lines:
     if show_paths:
         lines = [(entry.reason, path) for entry in report.entries if entry.reason for path in entry.paths]
         lines += [(reason, path) for reason, paths in report.unreadable.items() for path in paths]
-        parts += [Text(f"{reason}  {path}") for reason, path in sorted(set(lines))]
+        parts += [Text(f"{reason}  {_shown(path)}") for reason, path in sorted(set(lines))]
     return Lines(*parts)
 
 

@@ -1,6 +1,7 @@
 import ast
 import gzip
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pydicom.dataset import Dataset
 from client import site_check
 from client.dicom import write_dicom
 from client.nifti import read_nifti
+from client.pictures import write_png
 from client.reasons import REASONS
 from client.site_command import main
 from tests.series_files import pattern, write_radiograph, write_series
@@ -108,6 +110,17 @@ def test_paths_appear_where_the_operator_asks_for_them(folder, tmp_path, capsys)
     assert sum(len(one["paths"]) for one in found["series"]) == 14
     assert found["unreadable_paths"]["not_an_image"][0].endswith(f"{SECRET_WORD}.txt")
     assert f"{SECRET_WORD}.txt" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_names_that_are_not_utf_8_are_read_and_shown(tmp_path, capsys):
+    picture = os.fsencode(tmp_path / "scans") + b"/M\xfcller.png"
+    (tmp_path / "scans").mkdir()
+    write_png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (21, 33)).astype(np.uint8))
+    os.rename(os.fsencode(tmp_path / "a.png"), picture)  # noqa: PTH104 - bytes
+    report = tmp_path / "r.json"
+    assert main(["check", str(tmp_path / "scans"), "--report", str(report), "--show-paths"]) == 0
+    assert json.loads(report.read_text())["series"][0]["paths"][0].endswith("M\\xfcller.png")
+    assert "Nothing was sent" in capsys.readouterr().out
 
 
 def test_what_is_saved_is_what_the_model_would_see_in_its_place(folder, tmp_path):
