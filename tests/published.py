@@ -6,21 +6,18 @@
 import json
 import zlib
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
+from tests.shared_files import REFERENCE, needs
 from unimiss_core.network import Network, empty_network, load_tensors_
 from unimiss_core.released import under_our_names
 from unimiss_core.study import ModelConfig
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
-
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no shared/reference beside the project")
+needs_reference = needs(REFERENCE)
 
 Published = Literal["tiny", "small"]
 SIZES: tuple[Published, ...] = ("tiny", "small")

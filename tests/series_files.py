@@ -10,8 +10,6 @@ from pydicom.uid import generate_uid
 
 from client.dicom import write_dicom
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 

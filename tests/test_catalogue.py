@@ -9,13 +9,14 @@ from client.nifti import read_nifti, write_nifti
 from client.patients import patient_of
 from client.pictures import write_png
 from client.site_config import DataSource, TableConfig
-from tests.series_files import SHARED, pattern, write_radiograph, write_series
+from tests.series_files import pattern, write_radiograph, write_series
+from tests.shared_files import DATA, needs
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Scan
 
 SECRET = b"s" * 32
-SERIES = SHARED / "dicom_series"
-STS = SHARED / "sts_dicom"
+SERIES = DATA / "dicom_series"
+STS = DATA / "sts_dicom"
 
 
 def look(folder, **settings):
@@ -194,7 +195,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.skipif(not SERIES.exists(), reason="needs the real series of the workplace")
+@needs(SERIES)
 @pytest.mark.parametrize("folder", sorted(EXPECTED))
 def test_each_real_series_has_its_decision(folder):
     found = look(SERIES / folder)
@@ -204,7 +205,7 @@ def test_each_real_series_has_its_decision(folder):
     assert not found.unreadable
 
 
-@pytest.mark.skipif(not STS.exists(), reason="needs the STS DICOM series of the workplace")
+@needs(STS)
 def test_series_equal_the_authors_nifti_exactly():
     found = look(STS / "dicom")
     assert len(found.candidates) == 6
@@ -217,7 +218,7 @@ def test_series_equal_the_authors_nifti_exactly():
         np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-3)
 
 
-HARD = SHARED / "hard_dicom"
+HARD = DATA / "hard_dicom"
 OUTCOMES = {
     "truncated_pixels.dcm": "truncated_pixels",
     "truncated_header.dcm": "no_pixels",
@@ -235,7 +236,7 @@ OUTCOMES = {
 }
 
 
-@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+@needs(HARD)
 @pytest.mark.parametrize("name", sorted(OUTCOMES))
 def test_each_broken_file_has_its_decision(name, tmp_path):
     (tmp_path / name).symlink_to(HARD / "derived" / name)
@@ -243,7 +244,7 @@ def test_each_broken_file_has_its_decision(name, tmp_path):
     assert [*reasons(found), *("used" for _ in found.candidates)] == [OUTCOMES[name]]
 
 
-@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+@needs(HARD)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

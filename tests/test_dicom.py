@@ -20,10 +20,11 @@ from client.dicom import read_frames, read_header, write_dicom
 from client.dicom_bytes import looks_like_dicom
 from client.dicom_values import grey_of
 from client.reasons import REASONS
-from tests.series_files import AXIAL, SHARED, write_radiograph
+from tests.series_files import AXIAL, write_radiograph
+from tests.shared_files import DATA, needs
 from unimiss_core.errors import ScanError
 
-HARD = SHARED / "hard_dicom"
+HARD = DATA / "hard_dicom"
 GREY = (np.arange(13 * 9) * 31 % 4096).reshape(13, 9).astype(np.uint16)
 SECRET = b"s" * 32
 
@@ -170,7 +171,7 @@ def test_a_palette_and_colours_mean_grey_only_where_they_are():
         grey_of(np.stack([ramp, ramp[::-1], 255 - ramp], axis=2))
 
 
-@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+@needs(HARD)
 def test_every_hard_file_is_read_or_named():
     """Files that decode with every codec give their pixels; no other exception than ScanError leaves the reader."""
     with (HARD / "manifest.csv").open(encoding="utf-8") as file:
@@ -194,7 +195,7 @@ def test_every_hard_file_is_read_or_named():
             assert frames.shape == (len(found.frames), int(row["rows"]), int(row["cols"])), row["file"]
 
 
-@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+@needs(HARD)
 def test_the_same_slice_in_many_encodings_has_the_same_values():
     paths = sorted((HARD / "singles").glob("cornerstone3D__*CTImage.dcm_*"))
     assert len(paths) >= 5
@@ -203,7 +204,7 @@ def test_the_same_slice_in_many_encodings_has_the_same_values():
         np.testing.assert_array_equal(read_frames(path, [0]), first)
 
 
-@pytest.mark.skipif(not HARD.exists(), reason="needs the hard DICOM corpus of the workplace")
+@needs(HARD)
 def test_the_inverted_copy_of_a_radiograph_is_the_same_picture():
     plain = read_frames(HARD / "singles" / "highdicom__dx_image.dcm", [0])
     np.testing.assert_array_equal(read_frames(HARD / "derived" / "dx_inverse_photometric.dcm", [0]), plain)
