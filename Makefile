@@ -1,7 +1,9 @@
 # make demo   three synthetic hospitals pretrain one encoder; the report is runs/demo/report.html
 # make test   formatting, lint, types and the test suite: all that CI runs
 # make help   this list
+# Any of them with SYSTEM_TORCH=1 uses the torch that PYTHON brings, such as a GPU machine's own build.
 PYTHON ?= python3
+SYSTEM_TORCH ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OUT ?= runs/demo
@@ -28,12 +30,16 @@ clean-demo:
 	rm -rf $(OUT)
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
+# Through the environment, so that it also holds where pip builds the package: older pips read the first, newer the second.
+$(INSTALLED): export PIP_CONSTRAINT = .venv/constraints.txt
+$(INSTALLED): export PIP_BUILD_CONSTRAINT = .venv/constraints.txt
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv \
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(if $(SYSTEM_TORCH),--system-site-packages) .venv \
 		|| { echo "Python's venv module is missing; on Debian: apt install python3-venv"; rm -rf .venv; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@grep -v $(if $(SYSTEM_TORCH),'^torch==','^#') constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
