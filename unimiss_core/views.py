@@ -192,7 +192,7 @@ def resize(x: Tensor, size: Sequence[int], *, mirrored: Sequence[bool] = (), blu
     channels, *lengths = x.shape
     for axis in reversed(range(len(size))):
         mirror = bool(mirrored) and mirrored[axis]
-        blocks = list(_sampling(lengths[axis], size[axis], mirror=mirror, blur_sigma=blur_sigma, whole=not x.is_cpu))
+        blocks = list(_sampling(lengths[axis], size[axis], mirror=mirror, blur_sigma=blur_sigma, in_one=not x.is_cpu))
         x = _along_last(x, size[axis], blocks)  # its new axis comes first: the next one to do is last again
     return x.movedim(-1, 0).reshape(channels, *size)
 
@@ -206,15 +206,15 @@ def _along_last(x: Tensor, length: int, blocks: Sequence[_Block]) -> Tensor:
     return result.view(length, *x.shape[:-1])
 
 
-def _sampling(length: int, size: int, *, mirror: bool, blur_sigma: float, whole: bool) -> Iterator[_Block]:
+def _sampling(length: int, size: int, *, mirror: bool, blur_sigma: float, in_one: bool) -> Iterator[_Block]:
     """The matrix (size, length) that brings `length` points to `size`, mirrors and blurs them, by blocks of rows.
 
-    It is a band, and a CPU gains by leaving the zeros out; on a GPU the launches would cost more: `whole` is one block.
+    It is a band, and a CPU gains by leaving the zeros out; on a GPU the launches would cost more: `in_one` block.
     """
     shrink = shrink_matrix(length, size)
     blur = blur_matrix(blur_sigma, size) if blur_sigma > 0 else None
     reach = math.ceil(_BLUR_REACH * blur_sigma)
-    step = size if whole else _BLOCK_ROWS
+    step = size if in_one else _BLOCK_ROWS
     for start in range(0, size, step):
         rows = slice(start, min(start + step, size))
         near = slice(max(0, rows.start - reach), min(size, rows.stop + reach))
