@@ -41,5 +41,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(if $(SYSTEM_TORCH),--system-site-packages) .venv \
 		|| { echo "Python's venv module is missing; on Debian: apt install python3-venv"; rm -rf .venv; exit 1; }
 	@grep -v $(if $(SYSTEM_TORCH),'^torch==','^#') constraints.txt > .venv/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "Installing into .venv: some minutes the first time"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

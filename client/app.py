@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 app = ClientApp()
 
 REASONS: dict[type[Exception], str] = {
-    ConfigError: "site_file",
+    ConfigError: "site_setup",
     NoUsableScanError: "no_usable_scans",
     NonFiniteLossError: "not_finite",
     ScanError: "no_usable_scans",
@@ -76,6 +76,7 @@ def _reply(message: Message, answer: Callable[[], RecordDict]) -> Message:
         content = Refusal(error.reason).pack()
     except UnimissError as error:
         log.warning("cannot take part: %s", error)
+        progress.report(progress.Note(str(error)))  # to the site's own screen; the coordinator gets a code
         content = Refusal(REASONS.get(type(error), "failed")).pack()
     except Exception as error:
         log.error("failed: %s", where(error))

@@ -24,6 +24,8 @@ class CoordinatorConfig(Config):
     """How long a site that is new may take to say what it holds: it reads its archive before it answers."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
     """How long a round waits for updates."""
+    keep_checkpoints: Annotated[int, Field(gt=0)] = 10
+    """Newest rounds whose checkpoints stay; the initial weights, round 0, always do."""
     probe: tuple[Path, ...] = ()
     """Labelled, already preprocessed public sets (.npz, see `server.probing`), measured before and after the run."""
 

@@ -334,7 +334,7 @@ class Federation:
             row["global"]["probe"] = self._probe(state.teacher)
         self._folder.append_metrics(row)
         self._save(state)
-        self._folder.prune_checkpoints(state.round)
+        self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints)
         losses = {name: sum(line.losses.values()) / len(line.losses) for name, line in lines.items() if line.losses}
         progress.report(progress.RoundDone(state.round, self._study.schedule.rounds, took, losses))
 

@@ -12,11 +12,8 @@ from typing import Any
 
 from unimiss_core import checkpoint, durable
 from unimiss_core.config import dump_yaml, load
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.study import StudyConfig
-
-KEEP_CHECKPOINTS = 3
-"""Of finished rounds, besides round 0 (the initial weights, which the report compares with)."""
 
 
 class RunFolder:
@@ -68,7 +65,10 @@ class RunFolder:
         if (latest := self.check(study, resume=resume)) is None:
             self._start(study)
             return None
-        found = checkpoint.load(latest)
+        try:
+            found = checkpoint.load(latest)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, or delete {latest} to go on from the round before it") from None
         self._forget_rounds_after(found.manifest.round)
         return found
 
@@ -82,8 +82,9 @@ class RunFolder:
             return []
         return list(_whole_rows(self.metrics.read_text(encoding="utf-8")))
 
-    def prune_checkpoints(self, newest: int) -> None:
-        for old in range(1, newest - KEEP_CHECKPOINTS + 1):
+    def prune_checkpoints(self, newest: int, keep: int) -> None:
+        """Remove all but the `keep` newest and round 0, which the report compares with."""
+        for old in range(1, newest - keep + 1):
             shutil.rmtree(self.checkpoint_of(old), ignore_errors=True)
 
     def _start(self, study: StudyConfig) -> None:

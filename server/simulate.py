@@ -23,7 +23,6 @@ import yaml
 from flwr.app import Context, RecordDict, UserConfig
 from pydantic import Field, model_validator
 
-from client.app import app as client_app
 from client.cache import open_library, read_scans
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
@@ -113,6 +112,10 @@ class SimulationConfig(Config):
 
 def simulate(config_path: Path, out: Path, *, resume: bool = False) -> None:
     """Run the simulation of a file into `out`, in this process. Raises UnimissError."""
+    # Not at the top: under Flower's engine this file is imported while another thread imports the ClientApp, and would
+    # leave it half-imported in that thread's hands.
+    from client.app import app as client_app
+
     config = load(SimulationConfig, config_path)
     coordinator = prepare(config, config_path.resolve().parent, out.resolve(), resume=resume)
     run_config: UserConfig = {"coordinator": str(coordinator), "resume": resume}

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _resume_line(options: argparse.Namespace) -> str:
-    return f"unimiss-simulate {options.config} --out {options.out} --resume"
+    return shlex.join([sys.argv[0], str(options.config), "--out", str(options.out), "--resume"])
 
 
 if __name__ == "__main__":

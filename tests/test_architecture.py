@@ -1,6 +1,8 @@
 """The house's rules of import, read from the source; the failure message is the rule."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +86,9 @@ def test_files_are_short_and_say_what_they_are_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(source)), f"{path.name} has no docstring"
     assert len(source.splitlines()) <= 450, f"{path.name} cannot be read in one sitting; split it"
     assert path.stem not in {"utils", "helper", "helpers", "manager", "info", "data", "common", "misc"}
+
+
+def test_preparing_a_simulation_does_not_import_the_client_app() -> None:
+    """Flower's engine imports it in another thread at that time, and would find it half-imported."""
+    code = "import sys, server.simulate; sys.exit('client.app' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -5,7 +5,7 @@ A peer's own words never do: a reason that is not listed here becomes `malformed
 
 REASONS: dict[str, str] = {
     # the site says so
-    "site_file": "the site's own configuration is wrong; its log says where",
+    "site_setup": "the site's own file, folders, disk or device do not allow it; its screen and log say what",
     "no_usable_scans": "the site's folders hold nothing that can be trained on",
     "study": "the site does not understand the study: another version of the program",
     "needs_teacher": "the site lost what it remembered; it is sent the teacher next time",
