@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from client.site_config import SiteConfig, load_site
-from unimiss_core.config import dump_yaml, load, parse
+from unimiss_core.config import dump_yaml, load, parse, read_yaml
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
 
@@ -94,6 +94,15 @@ def test_every_study_that_comes_with_the_project_is_valid(path: Path) -> None:
     assert load(StudyConfig, path).name == path.stem
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "simulation").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_simulation_that_comes_with_the_project_has_a_valid_study(path: Path) -> None:
+    simulation = read_yaml(path)
+    study = read_yaml(path.parent / simulation["study"])
+    for key, change in simulation["overrides"].items():
+        study[key] = study[key] | change if isinstance(change, dict) else change
+    assert parse(StudyConfig, study, where=path.name).name != "nano"
+
+
 def test_unknown_key_far_from_all_others_lists_what_is_known() -> None:
     assert "known keys here: alternate, local_steps, rounds" in problems({"name": "x", "schedule": {"zzzzz": 1}})
 
@@ -158,3 +167,10 @@ def test_every_missing_folder_of_a_site_is_told(tmp_path: Path) -> None:
 def test_patient_pattern_needs_its_group() -> None:
     raw = {"name": "a", "state": "s", "data": [{"folder": "f", "patient_pattern": "([0-9]+)"}]}
     assert "needs a group named patient" in problems(raw, SiteConfig)
+
+
+def test_a_list_is_not_called_too_short_because_its_entries_are_wrong() -> None:
+    told = problems({"name": "a", "state": "s", "data": [{"foldr": "x"}]}, SiteConfig)
+    assert "did you mean 'folder'?" in told
+    assert "at least 1 item" not in told
+    assert "at least 1 item" in problems({"name": "a", "state": "s", "data": []}, SiteConfig)
