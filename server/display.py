@@ -138,7 +138,8 @@ class Tally:
             return []
         took = duration(self.clock() - self._began)
         if self.rounds_done >= self.rounds:
-            lines = [f"Finished {self.rounds_done} of {counted(self.rounds, 'round')} in {took}."]
+            began = f" (from round {self._first_round})" if self._first_round > 1 else ""
+            lines = [f"Finished {self.rounds_done} of {counted(self.rounds, 'round')} in {took}{began}."]
         else:
             lines = [f"Stopped after {self.rounds_done} of {counted(self.rounds, 'round')}, {took} into this start."]
         for site in sorted({site for site, _ in self._missed}):
@@ -148,7 +149,8 @@ class Tally:
         if len(self.losses) > 1 and (shared := sorted(self.losses[0].keys() & self.losses[-1].keys())):
             first, last = self.losses[0], self.losses[-1]
             moved = [f"{printable(site)} {significant(first[site])} to {significant(last[site])}" for site in shared]
-            lines.append(f"Mean loss, first round to last: {', '.join(moved)}.")
+            start = "first round" if self._first_round == 1 else f"round {self._first_round}"
+            lines.append(f"Mean loss, {start} to last: {', '.join(moved)}.")
         return lines
 
     def _start(self, event: RoundStarted) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.published import SIZES, Published, needs_reference, released_shapes
+from unimiss_core import progress
 from unimiss_core.errors import CheckpointError
 from unimiss_core.network import empty_network
 from unimiss_core.released import read_released, released_names
@@ -117,6 +118,19 @@ def test_a_damaged_file_is_read_whole_or_refused_in_words(tmp_path: Path, zipped
             read_released(path)
 
 
+@needs_reference
+def test_a_file_without_teacher_gives_its_student_in_both_places_and_says_so(tmp_path: Path) -> None:
+    path = released_file(tmp_path, "tiny")
+    content = torch.load(path, weights_only=False)
+    del content["teacher"]
+    torch.save(content, path)
+    said: list[object] = []
+    with progress.listen(said.append):
+        found = read_released(path)
+    assert said == [progress.Note("the file has no teacher: its student stands in both places")]
+    assert all(torch.equal(found.student[name], found.teacher[name]) for name in found.student)
+
+
 def test_what_is_no_released_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent\.pth: cannot be read \(No such file or directory\)"):
         read_released(tmp_path / "absent.pth")
@@ -124,7 +138,7 @@ def test_what_is_no_released_checkpoint_is_refused_in_words(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="it is damaged"):
         read_released(garbage)
     torch.save({"model": {}}, other := tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="expected a dict with 'student' and 'teacher'"):
+    with pytest.raises(CheckpointError, match="expected a dict with 'student'"):
         read_released(other)
     torch.save({"student": {"a": torch.zeros(1)}, "teacher": {}}, strange := tmp_path / "strange.pth")
     with pytest.raises(CheckpointError, match=r"encoder depths \(0, 0, 0, 0\) are those of no published model"):

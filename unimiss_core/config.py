@@ -56,7 +56,11 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
     except TypeError as error:
         raise ConfigError(f"{where}: {error}; write dates and binary values as text in quotes") from None
     except ValidationError as error:
-        problems = [_explain(kind, detail) for detail in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        # A list whose entries failed is reported as too short as well, which says nothing new.
+        inside = {detail["loc"][:depth] for detail in found for depth in range(len(detail["loc"]))}
+        told = [detail for detail in found if not (detail["type"] == "too_short" and detail["loc"] in inside)]
+        problems = [_explain(kind, detail) for detail in told]
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  - {line}" for line in problems)) from None
 

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from unimiss_core import progress
 from unimiss_core.errors import CheckpointError
 from unimiss_core.model import ARCHITECTURES, Size
 from unimiss_core.network import empty_network
@@ -67,14 +68,19 @@ class Released:
 def read_released(path: Path) -> Released:
     """Read a released file. Its size is recognised from its tensors, its number of prototypes from its head.
 
+    A file without a `teacher`, as some are passed on, gives its student in both places, and a `progress.Note` says so.
+
     Raises CheckpointError: not such a file, holds other classes than allowed, or its tensors are not those of the
     published model, each with what is wrong.
     """
     content = _load(path)
-    parts = [content[key] if isinstance(content, dict) and key in content else None for key in ("student", "teacher")]
-    if not all(isinstance(part, Mapping) for part in parts):
+    held = content if isinstance(content, dict) else {}
+    if "student" not in held or not all(isinstance(held.get(part, {}), Mapping) for part in ("student", "teacher")):
         raise CheckpointError(f"{path}: expected a dict with 'student' and 'teacher' tensors, as UniMiSS released them")
-    student, teacher = (_bare_names(part, path) for part in parts if part is not None)
+    student = _bare_names(held["student"], path)
+    if "teacher" not in held:
+        progress.report(progress.Note("the file has no teacher: its student stands in both places"))
+    teacher = _bare_names(held.get("teacher", held["student"]), path)
     model = _recognise(student, path)
     return Released(model, _under_our_names(student, model, path), _under_our_names(teacher, model, path))
 
