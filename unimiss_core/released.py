@@ -80,7 +80,7 @@ def read_released(path: Path) -> Released:
     student = _bare_names(held["student"], path)
     if "teacher" not in held:
         progress.report(progress.Note("the file has no teacher: its student stands in both places"))
-    teacher = _bare_names(held.get("teacher", held["student"]), path)
+    teacher = _bare_names(held["teacher"] if "teacher" in held else held["student"], path)
     model = _recognise(student, path)
     return Released(model, _under_our_names(student, model, path), _under_our_names(teacher, model, path))
 
