@@ -26,7 +26,8 @@ def test_parameter_counts_are_the_published_ones(size: Published, count: int) ->
 
 
 def test_nano_is_for_laptops() -> None:
-    assert 400_000 < sum(p.numel() for p in empty_network(NANO).backbone.parameters()) < 700_000
+    """A ninth of tiny; not less, because 16 features in place of 32 hardly learned (docs/LOG.md)."""
+    assert sum(p.numel() for p in empty_network(NANO).backbone.parameters()) == 2_218_320
 
 
 @pytest.mark.parametrize("size", [(37, 50), (64, 33), (13, 33, 47), (17, 41, 64)])
