@@ -33,8 +33,8 @@ from unimiss_core.wire import Hello, Introduction, Refusal, TrainReply, TrainReq
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05
-"""Pause between two looks for replies."""
+POLL_S = 0.2
+"""Pause between two looks for replies; between machines each look is a request."""
 
 
 Probe = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
@@ -54,6 +54,7 @@ class _Hello:
     node_id: int
     node_name: str
     wait_until: float
+    expires_at: float
 
 
 @dataclass
@@ -170,9 +171,9 @@ class Federation:
             time.sleep(POLL_S)
         for message_id, hello in list(self._hellos.items()):
             self._mark_unfit(hello.node_name, SiteRound("absent", "no_introduction"))
-            if hello.node_id not in self._silent:
-                self._silent.add(hello.node_id)
-                del self._hellos[message_id]  # its time-to-live is over
+            self._silent.add(hello.node_id)
+            if time.monotonic() >= hello.expires_at:
+                del self._hellos[message_id]
 
     def _greet_new_nodes(self) -> None:
         nodes = {node.node_id: node.name or f"node-{node.node_id}" for node in self._grid.get_nodes()}
@@ -183,8 +184,9 @@ class Federation:
             if node_id not in self._sites and node_id not in waiting and name not in self._unfit:
                 message = Message(self._hello, node_id, "query", ttl=self._config.introduction_s)
                 (message_id,) = self._grid.push_messages([message])
-                patience_s = 0.0 if node_id in self._silent else self._config.introduction_s
-                self._hellos[message_id] = _Hello(node_id, name, time.monotonic() + patience_s)
+                expires_at = time.monotonic() + self._config.introduction_s
+                wait_until = 0.0 if node_id in self._silent else expires_at
+                self._hellos[message_id] = _Hello(node_id, name, wait_until, expires_at)
 
     def _hear_introductions(self) -> None:
         for reply in self._grid.pull_messages(list(self._hellos)):
