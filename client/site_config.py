@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from unimiss_core.config import Config, load
+from unimiss_core.config import Config, Name, load
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
 
@@ -49,7 +49,7 @@ class DataSource(Config):
 
 
 class SiteConfig(Config):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    name: Name
     """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     state: Path

@@ -32,7 +32,7 @@ from server.app import app as server_app
 from server.local_grid import LocalGrid
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
-from unimiss_core.config import Config, dump_yaml, load, parse, read_yaml
+from unimiss_core.config import Config, Name, dump_yaml, load, parse, read_yaml
 from unimiss_core.errors import ConfigError, ScanError, UnimissError
 from unimiss_core.plan import prepare as prepare_scan
 from unimiss_core.scan import Rank
@@ -46,7 +46,7 @@ EXAMPLES = 6
 class SimulatedSite(Config):
     """One hospital: folders that exist, or a phantom hospital that is written first."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    name: Name
     data: tuple[DataSource, ...] = ()
     """As in a site file; folders count from the simulation file's folder."""
     phantom: PhantomConfig | None = None
@@ -62,7 +62,7 @@ class SimulatedSite(Config):
 class SimulatedProbe(Config):
     """Labelled scans that no site trains on; read by the readers, then probed before and after the run."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    name: Name
     data: tuple[DataSource, ...] = ()
     phantom: PhantomConfig | None = None
     rank: Rank

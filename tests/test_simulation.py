@@ -110,7 +110,9 @@ def test_artefacts_are_all_there(finished: Path) -> None:
         assert (finished / name).stat().st_size > 0, name
     assert "sha256 of this study" in (finished / "study.yaml").read_text()
     assert not list(finished.rglob("*.partial"))
-    assert "lesion" in json.loads((finished / "report" / "probe-after.json").read_text())
+    probed = json.loads((finished / "report" / "probe-after.json").read_text())
+    assert "lesion" in probed
+    assert [row["global"].get("probe") for row in rows(finished)] == [None, probed]
 
 
 def test_no_invented_identifier_or_path_of_a_scan_is_in_any_artefact(finished: Path, hospitals: Path) -> None:
@@ -210,6 +212,17 @@ def test_a_mistake_in_the_files_is_told_with_exit_code_2(
 ) -> None:
     assert run(simulation(tmp_path, hospitals, **changes), tmp_path / "out") == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_file_in_the_way_of_the_output_is_told(
+    tmp_path: Path, hospitals: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    config = simulation(tmp_path, hospitals)
+    for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        assert run(config, out) == 2
+        assert "is a file; give a folder with --out" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, hospitals: Path) -> None:

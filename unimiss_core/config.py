@@ -11,15 +11,20 @@ import json
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from unimiss_core.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+
+NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+"""What sites, studies and probes may be called: it goes into paths, logs and reports as it is."""
+
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 # PyYAML follows YAML 1.1, where an exponent needs a dot and a sign: 1e-4 is text there.
 _TEXT_THAT_LOOKS_LIKE_A_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from unimiss_core.config import Config
+from unimiss_core.config import Config, Name
 from unimiss_core.scan import SMALLEST, Rank
 
 
@@ -210,7 +210,7 @@ class WireConfig(Config):
 
 
 class StudyConfig(Config):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    name: Name
     """Lower-case letters, digits, '-' and '_'."""
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelConfig = ModelConfig()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unimiss_core import codec
 from unimiss_core.codec import Layout
-from unimiss_core.config import parse
+from unimiss_core.config import NAME, parse
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.reasons import REASONS
@@ -31,7 +31,6 @@ from unimiss_core.study import StudyConfig
 
 PROTOCOL = 1
 
-SITE_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 FIGURE_NAME = r"[a-z0-9_]{1,64}"
 FIGURES_LIMIT = 16_384
 """Characters of a mapping of figures; the largest of ours has some 1,000."""
@@ -75,7 +74,7 @@ class Introduction:
     @classmethod
     def unpack(cls, content: RecordDict) -> Self:
         facts = _facts(content)
-        if not re.fullmatch(SITE_NAME, site := _take(facts, "site", str)):
+        if not re.fullmatch(NAME, site := _take(facts, "site", str)):
             raise WireError("malformed", "the site's name is not of the agreed form")
         return cls(site=site, scans=_counts(facts), left_out=max(0, _take(facts, "left_out", int)))
 
