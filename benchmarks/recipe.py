@@ -81,7 +81,7 @@ def _pooled(data: Path, scratch: Path) -> SiteConfig:
         )
         folder = data / "sts_ct_pet_mr" / "volumes"
         sources.append(DataSource(folder=folder, table=table, modality=modality, patient_range=(0.0, 0.7)))
-    return anchored(SiteConfig(name="pooled", data=tuple(sources), state=scratch, device="cpu"), scratch)
+    return anchored(SiteConfig(name="pooled", data=tuple(sources), state=scratch, devices=("cpu",)), scratch)
 
 
 class Task:

@@ -5,9 +5,7 @@ So nothing is raised out of this file: a site answers with a result or with a re
 """
 
 import logging
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,7 +14,16 @@ from client.site import Site, open_site
 from client.trainer import run_round
 from unimiss_core import progress
 from unimiss_core.codec import layout_of
-from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError, ScanError, UnimissError, WireError
+from unimiss_core.errors import (
+    ConfigError,
+    DeviceError,
+    NonFiniteLossError,
+    NoUsableScanError,
+    ScanError,
+    UnimissError,
+    WireError,
+    where,
+)
 from unimiss_core.groups import groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS
@@ -29,6 +36,7 @@ REASONS: dict[type[Exception], str] = {
     ConfigError: "site_setup",
     NoUsableScanError: "no_usable_scans",
     NonFiniteLossError: "not_finite",
+    DeviceError: "device_lost",
     ScanError: "no_usable_scans",
 }
 """Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`."""
@@ -82,9 +90,3 @@ def _reply(message: Message, answer: Callable[[], RecordDict]) -> Message:
         log.error("failed: %s", where(error))
         content = Refusal("failed").pack()
     return Message(content, reply_to=message)
-
-
-def where(error: Exception) -> str:
-    """Kind and place of an error without its text, which could hold a path or an identifier."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"

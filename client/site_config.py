@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from unimiss_core.config import Config, Name, load
 from unimiss_core.errors import ConfigError
@@ -48,6 +48,14 @@ class DataSource(Config):
         return self
 
 
+def _listed(names: object) -> object:
+    return (names,) if isinstance(names, str) else names
+
+
+Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_listed)]
+"""Names of devices; one name alone need not be a list."""
+
+
 class SiteConfig(Config):
     name: Name
     """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
@@ -57,11 +65,15 @@ class SiteConfig(Config):
     cache: Path | None = None
     """Folder for preprocessed scans; None means `cache` in the state folder."""
     cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    devices: Devices = ("auto",)
+    """What trains: auto (every GPU, or the CPU where there is none), or a list of cuda:N, or cpu. Several share each
+    batch, each with a process of its own; `cpu` may stand several times."""
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: Annotated[int, Field(gt=0)] | None = None
-    """CPU threads for training; None leaves torch's choice."""
+    """CPU threads for training, for each process; None leaves torch's choice, or shares the cores among processes."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """How often a round's work is saved on the way, so that a site that was killed goes on from there; 0 saves it after
+    every step."""
     workers: Annotated[int, Field(gt=0)] | None = None
     """Processes that read scans; None takes one for each core."""
 

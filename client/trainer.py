@@ -1,69 +1,90 @@
 """A site's part of a round: from the student it receives to the update it sends."""
 
+import hashlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from client.cache import CachedScan
+from client.batches import Batch, Batches
+from client.devices import run_team
 from client.site import Site
 from client.site_state import Remembered
 from unimiss_core import progress
-from unimiss_core.device import device_of
-from unimiss_core.errors import CheckpointError, WireError
+from unimiss_core.device import devices_of
+from unimiss_core.errors import CheckpointError, NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
 from unimiss_core.network import tensors_of
-from unimiss_core.scan import RANKS, Rank
-from unimiss_core.schedule import rank_of_step, steps_of_round
-from unimiss_core.study import BatchConfig
+from unimiss_core.scan import RANKS
+from unimiss_core.schedule import steps_of_round
 from unimiss_core.teacher import advance_teacher
-from unimiss_core.views import draw_batch, generator_for
+from unimiss_core.team import Alone, Team
 from unimiss_core.wire import TrainReply, TrainRequest
 
 log = logging.getLogger(__name__)
+
+BATCH_TRIES = 5
+"""Batches that may be tried for one step; when all of them give NaN or infinity, it is not the batch's fault."""
 
 _TEACHER = "teacher/"
 _LEARNER = "learner/"
 
 
 def run_round(site: Site, request: TrainRequest) -> TrainReply:
-    """Train `local_steps` steps from the received student; remember what stays here, return what may leave.
+    """Train `local_steps` steps from the received student, on all of the site's devices; remember what stays here,
+    return what may leave.
 
-    Raises WireError `needs_teacher` where the request brings no teacher and this site cannot rebuild it, and what
-    `Learner.step` raises. Nothing is remembered of a round that did not end.
+    A round that was begun before, from the same student and teacher, goes on where it was last saved. Raises WireError
+    `needs_teacher` where the request brings no teacher and this site cannot rebuild it, DeviceError where a device was
+    lost, NonFiniteLossError where no batch gives a step. Nothing but the unfinished round is remembered then.
     """
+    devices = devices_of(site.config.devices)
+    _ = site.library  # what is new is read here, once, before several processes open it
+    if len(devices) == 1:
+        return train(site, request, device=devices[0], team=Alone())
+    return run_team(train, (site, request), devices=devices, state=site.config.state)
+
+
+def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply:
+    """`run_round` as one process of `team` on one device. All of the team return the same; the first one remembers."""
     began = time.monotonic()
     study, library = site.study, site.library
     if site.config.threads:
         torch.set_num_threads(site.config.threads)
-    learner = Learner(study, ranks=library.ranks, device=device_of(site.config.device), precision=site.config.precision)
+    learner = Learner(study, ranks=library.ranks, device=device, precision=site.config.precision, team=team)
     memory = site.memory.before(request.round)
     teacher = _round_teacher(request, memory)
-    if memory is not None:
-        _restore(learner, memory)
-    learner.start_round(request.student, teacher)
+    received = _digest(request.student, teacher)
+    figures = _gone_on_with(site, learner, request.round, received)
+    if figures is None:
+        figures = _RoundFigures()
+        if memory is not None:
+            _restore(learner, memory)
+        learner.start_round(request.student, teacher)
 
-    figures = _RoundFigures()
-    steps = steps_of_round(study.schedule, request.round)
-    for number, (step, views) in enumerate(_batches(site, learner.device, steps), start=1):
-        report = learner.step(views, step=step)
-        figures.add(report)
-        progress.report(
-            progress.StepDone(site.config.name, number, study.schedule.local_steps, report.total / len(report.terms))
-        )
+    saved = time.monotonic()
+    batches = Batches(site, team, device)
+    with batches.drawn_ahead(steps_of_round(study.schedule, request.round)[figures.steps :]) as upcoming:
+        for step, batch in upcoming:
+            figures.add(*_take_step(learner, batches, step, batch))
+            progress.report(
+                progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, figures.last_loss)
+            )
+            if team.place == 0 and time.monotonic() - saved >= 60 * site.config.checkpoint_minutes:
+                _save_unfinished(site, learner, request.round, received, figures)
+                saved = time.monotonic()
 
-    kept = learner.state()
-    tensors = {_LEARNER + name: tensor for name, tensor in kept.tensors.items()}
-    tensors |= {_TEACHER + name: tensor for name, tensor in teacher.items()}
-    site.memory.remember(Remembered(request.round, tensors, kept.facts))
+    if team.place == 0:
+        kept = learner.state()
+        tensors = {_LEARNER + name: tensor for name, tensor in kept.tensors.items()}
+        tensors |= {_TEACHER + name: tensor for name, tensor in teacher.items()}
+        site.memory.remember(Remembered(request.round, tensors, kept.facts))
     return TrainReply(
         site=site.config.name,
         round=request.round,
@@ -73,7 +94,7 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
         steps=study.schedule.local_steps,
         seconds=time.monotonic() - began,
         losses=figures.losses(),
-        diagnostics={**learner.round_diagnostics(), "grad_norm": figures.grad_norm()},
+        diagnostics={**learner.round_diagnostics(), **figures.diagnostics()},
     )
 
 
@@ -103,42 +124,50 @@ def _round_teacher(request: TrainRequest, memory: Remembered | None) -> Mapping[
     return advance_teacher(before, request.student, retention)
 
 
-def _batches(site: Site, device: torch.device, steps: range) -> Iterator[tuple[int, Tensor]]:
-    """(global step, views) of each step of a round; the next views are drawn while the current ones are trained on."""
+def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> tuple[StepReport, int]:
+    """(report, batches skipped): `Learner.step`, with another batch where one gave NaN or infinity.
 
-    def draw(step: int) -> Tensor:
-        schedule = site.study.schedule
-        rank = rank_of_step(site.library.ranks, step, schedule.alternate)
-        generator = generator_for(site.study.seed, site.config.name, step)
-        scans = _sample(site.library.of_rank(rank), site.study.batch, rank, generator)
-        return draw_batch(scans, site.study.views, generator, device)
-
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        upcoming: Future[Tensor] = ahead.submit(draw, steps[0])
-        for step, following in zip_longest(steps, steps[1:]):
-            views = upcoming.result()
-            if following is not None:
-                upcoming = ahead.submit(draw, following)
-            yield step, views
+    Such a step changes nothing, so the state to go on from is the one before it. Raises NonFiniteLossError.
+    """
+    for attempt in range(BATCH_TRIES):
+        try:
+            views, share = batches.draw(step, attempt) if attempt else batch
+            return learner.step(views, step=step, share=share), attempt
+        except NonFiniteLossError as error:
+            log.warning("batch skipped: %s", error)
+            failure = error
+    raise failure
 
 
-def _sample(
-    scans: Sequence[CachedScan], batch: BatchConfig, rank: Rank, generator: torch.Generator
-) -> list[CachedScan]:
-    """The scans of one batch: of different scans or patients, as the study says, unless the site holds fewer."""
-    by_patient = defaultdict(list)
-    for index, scan in enumerate(scans):
-        by_patient[scan.patient if batch.sampling == "patients" else index].append(scan)
-    groups, count = list(by_patient.values()), batch.of(rank)
-    if count <= len(groups):
-        chosen = torch.randperm(len(groups), generator=generator)[:count]
-    else:
-        chosen = torch.randint(len(groups), (count,), generator=generator)
-    return [_one_of(groups[index], generator) for index in chosen.tolist()]
+def _save_unfinished(site: Site, learner: Learner, round: int, received: str, figures: "_RoundFigures") -> None:
+    state = learner.state(weights=True)
+    facts = {"received": received, "figures": figures.facts(), "learner": state.facts}
+    site.memory.remember_unfinished(Remembered(round, state.tensors, facts))
 
 
-def _one_of(scans: Sequence[CachedScan], generator: torch.Generator) -> CachedScan:
-    return scans[0] if len(scans) == 1 else scans[int(torch.randint(len(scans), (), generator=generator))]
+def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_RoundFigures | None":
+    """Put `learner` where the same round was last saved; the figures until there, or None where there is nothing."""
+    state = site.memory.unfinished(round)
+    if state is None or state.facts.get("received") != received:
+        return None
+    try:
+        learner.restore(LearnerState(dict(state.tensors), state.facts["learner"]))
+    except CheckpointError as error:
+        log.warning("unfinished round %d does not fit, beginning it anew: %s", round, error)
+        return None
+    figures = _RoundFigures(**state.facts["figures"])
+    log.info("round=%d goes on after step %d", round, figures.steps)
+    return figures
+
+
+def _digest(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> str:
+    """Names what a round begins with: sha256 over the values of both, by name."""
+    digest = hashlib.sha256()
+    for tensors in (student, teacher):
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,18 +176,30 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class _RoundFigures:
-    """Means over a round of what each step reported."""
+    """What each step of a round reported."""
 
-    _terms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    _grad_norms: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)
+    last_loss: float = 0.0
+    """Mean over the last step's terms."""
+    skipped_batches: int = 0
 
-    def add(self, report: StepReport) -> None:
+    @property
+    def steps(self) -> int:
+        return len(self.grad_norms)
+
+    def add(self, report: StepReport, skipped: int) -> None:
         for name, value in report.terms.items():
-            self._terms[name].append(value)
-        self._grad_norms.append(report.diagnostics["grad_norm"])
+            self.terms.setdefault(name, []).append(value)
+        self.grad_norms.append(report.diagnostics["grad_norm"])
+        self.last_loss = fmean(report.terms.values())
+        self.skipped_batches += skipped
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
 
     def losses(self) -> dict[str, float]:
-        return {name: fmean(values) for name, values in self._terms.items()}
+        return {name: fmean(values) for name, values in self.terms.items()}
 
-    def grad_norm(self) -> float:
-        return fmean(self._grad_norms)
+    def diagnostics(self) -> dict[str, float]:
+        return {"grad_norm": fmean(self.grad_norms), "skipped_batches": float(self.skipped_batches)}

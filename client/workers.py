@@ -8,15 +8,15 @@ from this process, and whatever their libraries print is dropped, because it may
 import contextlib
 import os
 import pickle
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from client.interpreter import Interpreter
 from unimiss_core.errors import ScanError
 
 Task = TypeVar("Task")
@@ -81,31 +81,22 @@ def attempt(function: Callable[[Task], Result], task: Task) -> Result | ScanErro
 
 @dataclass
 class _Worker:
-    process: subprocess.Popen[bytes]
-    channel: Connection
+    interpreter: Interpreter
     held: deque[tuple[int, Any]] = field(default_factory=deque)
     deadline: float = 0.0
     lost: bool = False
 
     @classmethod
     def start(cls, function: Callable[[Any], Any]) -> "_Worker":
-        ours, theirs = Pipe()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "client.workers", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for this process, which then stops its workers
-        )
-        theirs.close()
-        worker = cls(process=process, channel=ours)
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        worker = cls(Interpreter.start("client.workers", one_thread))
         with contextlib.suppress(OSError):
-            ours.send(function)
+            worker.channel.send(function)
         return worker
+
+    @property
+    def channel(self) -> Connection:
+        return self.interpreter.channel
 
     def give(self, index: int, task: Any, time_limit_s: float) -> None:
         if not self.held:
@@ -133,9 +124,7 @@ class _Worker:
         yield index, outcome
 
     def stop(self) -> None:
-        self.channel.close()
-        self.process.kill()
-        self.process.wait()
+        self.interpreter.stop()
 
 
 def _ready(team: list[_Worker]) -> list[_Worker]:

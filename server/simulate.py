@@ -27,7 +27,7 @@ from client.cache import open_library, read_scans
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.site import simulation_folder
-from client.site_config import DataSource, SiteConfig, TableConfig, load_site
+from client.site_config import DataSource, Devices, SiteConfig, TableConfig, load_site
 from server.app import app as server_app
 from server.local_grid import LocalGrid
 from server.run_folder import RunFolder
@@ -50,7 +50,7 @@ class SimulatedSite(Config):
     data: tuple[DataSource, ...] = ()
     """As in a site file; folders count from the simulation file's folder."""
     phantom: PhantomConfig | None = None
-    device: str = "auto"
+    devices: Devices = ("auto",)
     threads: Annotated[int, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
@@ -196,7 +196,7 @@ def _write_site(site: SimulatedSite, base: Path, out: Path) -> None:
     path = _site_file(out, site.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = SiteConfig(
-        name=site.name, data=_sources(site, base, out), state=Path("state"), device=site.device, threads=site.threads
+        name=site.name, data=_sources(site, base, out), state=Path("state"), devices=site.devices, threads=site.threads
     )
     durable.write_text(path, dump_yaml(config))
 

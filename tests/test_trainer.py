@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from client.batches import sample
 from client.cache import CachedScan
 from client.pictures import write_png
 from client.site import Site
 from client.site_config import DataSource, SiteConfig
 from client.site_state import Remembered
-from client.trainer import _round_teacher, _sample, run_round
+from client.trainer import _round_teacher, run_round
 from tests.federation import small_study
 from unimiss_core.errors import WireError
 from unimiss_core.groups import group_of
@@ -30,7 +31,7 @@ SCANS = [*(held("many", number) for number in range(9)), held("one", 0), held("t
 
 def drawn(count: int, sampling: str, seeds: int = 300) -> list[list[CachedScan]]:
     batch = BatchConfig.model_validate({"images": count, "sampling": sampling})
-    return [_sample(SCANS, batch, 2, torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+    return [sample(SCANS, batch, 2, torch.Generator().manual_seed(seed)) for seed in range(seeds)]
 
 
 def test_patients_are_drawn_alike_however_many_scans_they_have() -> None:
@@ -108,7 +109,7 @@ def test_a_site_with_fewer_scans_than_the_batch_trains(tmp_path: Path, sampling:
         write_png(tmp_path / "scans" / f"{number}.png", pixels)
     study = small_study(1, batch={"images": 3, "sampling": sampling})
     config = SiteConfig(
-        name="small", data=(DataSource(folder=tmp_path / "scans"),), state=tmp_path / "state", device="cpu"
+        name="small", data=(DataSource(folder=tmp_path / "scans"),), state=tmp_path / "state", devices=("cpu",)
     )
     student = tensors_of(build_network(study.model, seed=0, ranks={2}))
     reply = run_round(Site(config, study), request_of(1, study=study, student=student))

@@ -9,7 +9,7 @@ Legend of shapes: E features of the bottleneck, K prototypes.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -33,6 +33,23 @@ class RoundWatch:
             old = self._means.get(name, new)
             self._means[name] = weighted_mean([(steps / (steps + 1), old), (1 / (steps + 1), new)])
             self._steps[name] = steps + 1
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """(means as `representation.field`, steps by representation): what `restored` takes."""
+        tensors = {
+            f"{name}.{part.name}": getattr(mean, part.name)
+            for name, mean in self._means.items()
+            for part in fields(Observed)
+        }
+        return tensors, dict(self._steps)
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], steps: Mapping[str, int]) -> "RoundWatch":
+        """The watch as it was at `state`. Raises KeyError: a tensor is missing."""
+        means = {
+            name: Observed(**{part.name: tensors[f"{name}.{part.name}"] for part in fields(Observed)}) for name in steps
+        }
+        return cls(means, dict(steps))
 
     def figures(self) -> dict[str, float]:
         """For each representation seen, e.g. `target_entropy_image`; entropies in nats.

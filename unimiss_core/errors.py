@@ -6,12 +6,16 @@ UnimissError            1  anything below that has no code of its own
 ├── CheckpointError     4  a checkpoint is missing, damaged or of another version
 ├── RoundError          5  a round could not be completed (too few sites replied)
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
+├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
 ├── WireError           1  a message of the peer breaks the contract; it costs that peer its round
 └── ScanError           1  one scan cannot be used; it is left out with a reason code, never fatal
 
 130 is Ctrl-C (128 + SIGINT). A message never holds a patient identifier, a pixel, or a path below a
 data root: name the configuration key, the site and the reason code instead.
 """
+
+import traceback
+from pathlib import Path
 
 
 class UnimissError(Exception):
@@ -40,12 +44,20 @@ class NonFiniteLossError(UnimissError):
     """A training step met NaN or infinity; nothing was changed by it, and the next batch may be tried."""
 
 
+class DeviceError(UnimissError):
+    """A process that trained on one of the site's devices died or failed; no process of the round is left."""
+
+
 class WireError(UnimissError):
     """What the peer sent cannot count. `reason` is a fixed code that may cross the wire and be logged."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["WireError"], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
 
 
 class ScanError(UnimissError):
@@ -58,3 +70,9 @@ class ScanError(UnimissError):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+def where(error: BaseException) -> str:
+    """Kind and place of an error without its text, which could hold a path or an identifier."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"

@@ -6,7 +6,7 @@ keep their optimiser state, and their teacher stands still.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from unimiss_core.objective import Loss, build_objective, move_centre, new_centr
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay
 from unimiss_core.study import StudyConfig
+from unimiss_core.team import Alone, Team
 
 Precision = Literal["fp32", "bf16"]
 
@@ -57,6 +58,7 @@ class Learner:
     ranks: of the site's scans; they decide which tensors exist (`unimiss_core.groups.ranks_needed`).
     precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32.
     micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
+    team: the processes that take this site's steps together, each with a learner of its own that stays like the others.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class Learner:
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
         micro_batch: Mapping[Rank, int] | None = None,
+        team: Team | None = None,
     ) -> None:
         self.study = study
         self.ranks = tuple(sorted(set(ranks)))
         self.device = torch.device(device)
         self.precision = precision
         self.micro_batch = dict(micro_batch or {})
+        self.team = team or Alone()
         held = ranks_needed(self.ranks)
         self.student = build_network(study.model, seed=study.seed, ranks=held).to(self.device)
         self.teacher = build_network(study.model, seed=study.seed, ranks=held).to(self.device).requires_grad_(False)
@@ -99,14 +103,16 @@ class Learner:
         """
         return self._watch.figures()
 
-    def step(self, views: Tensor, *, step: int) -> StepReport:
+    def step(self, views: Tensor, *, step: int, share: float = 1.0) -> StepReport:
         """Train on views (B, V, C, *S) as global step `step` of the study.
 
+        share: what part of the step's batch these views are; the rest is with others of the team
+        (`unimiss_core.team.part_of`). The report is of the whole batch.
         Raises NonFiniteLossError: loss or gradient is NaN or infinite; nothing has changed then. ValueError: the
         views do not fit the model.
         """
         rank = _rank_of_views(views)
-        gathered = self._gather_gradients(views.to(self.device, non_blocking=True), rank)
+        gathered = self._gather_gradients(views.to(self.device, non_blocking=True), rank, share)
         if step < self.study.optimiser.freeze_prototypes_steps:
             self.student.get_parameter(_PROTOTYPES).grad = None
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
@@ -130,16 +136,25 @@ class Learner:
         return report
 
     def state(self, *, weights: bool = False) -> LearnerState:
-        """Optimiser moments and step counts, and the centre; with `weights` also student and teacher, so that a
-        round can be gone on with in its middle. Tensors share memory with the learner: save them before a step."""
+        """Optimiser moments and step counts, and the centre; with `weights` also student, teacher and the round's
+        collapse figures, so that a round can be gone on with in its middle.
+
+        Tensors share memory with the learner: save them before a step.
+        """
         tensors = {f"centre.{name}": centre for name, centre in self.centre.items()}
         for name, parameter in self.student.named_parameters():
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{_OPTIMISER_KEYS[key]}.{name}"] = value
-        if weights:
-            tensors |= {f"student.{name}": tensor for name, tensor in tensors_of(self.student).items()}
-            tensors |= {f"teacher.{name}": tensor for name, tensor in tensors_of(self.teacher).items()}
-        return LearnerState(tensors, {**self._identity(), "weights": weights})
+        if not weights:
+            return LearnerState(tensors, {**self._identity(), "weights": False})
+        watched, steps = self._watch.state()
+        for prefix, more in (
+            ("student", tensors_of(self.student)),
+            ("teacher", tensors_of(self.teacher)),
+            ("watch", watched),
+        ):
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in more.items()}
+        return LearnerState(tensors, {**self._identity(), "weights": True, "watched_steps": steps})
 
     def restore(self, state: LearnerState) -> None:
         """Take up a `state` of a learner of the same study and ranks; a float32 round trip is exact.
@@ -160,6 +175,10 @@ class Learner:
         self._check_state(centre, moments)
         if state.facts["weights"]:
             self.start_round(_below("student", state.tensors), _below("teacher", state.tensors))
+            self._watch = RoundWatch.restored(
+                {name: tensor.to(self.device) for name, tensor in _below("watch", state.tensors).items()},
+                state.facts["watched_steps"],
+            )
         self.centre = {name: centre[name].to(self.device, copy=True) for name in self.centre}
         self._optimiser.state.clear()
         for name, parameter in self.student.named_parameters():
@@ -168,18 +187,22 @@ class Learner:
                     key: tensors[name].to(self.device, copy=True) for key, tensors in moments.items()
                 }
 
-    def _gather_gradients(self, views: Tensor, rank: Rank) -> Loss:
-        """Forward and backward over the batch, in parts where it is larger than a micro-batch; without graph."""
+    def _gather_gradients(self, views: Tensor, rank: Rank, share: float) -> Loss:
+        """Gradients and loss of the whole batch, without graph: forward and backward over this process's share, in
+        parts where it is larger than a micro-batch, then summed over the team."""
         self._optimiser.zero_grad(set_to_none=True)
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
         for part in parts:
+            weight = share * len(part) / len(views)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = self.objective(self.student, self.teacher, part, self.centre)
-            share = len(part) / len(views)
-            torch.autograd.backward(loss.total * share)
-            losses.append((share, loss))
-        return _weighted_sum(losses)
+            torch.autograd.backward(loss.total * weight)
+            losses.append((weight, loss))
+        whole = _weighted_sum(losses)
+        grads = [p.grad for p in self.student.parameters() if p.grad is not None]
+        self.team.sum_([*grads, *_tensors_in(whole)])
+        return whole
 
     def _set_rates(self, step: int) -> None:
         for group in self._optimiser.param_groups:
@@ -257,6 +280,11 @@ def _weighted_sum(losses: list[tuple[float, Loss]]) -> Loss:
             name: weighted_mean([(share, loss.observed[name]) for share, loss in losses]) for name in first.observed
         },
     )
+
+
+def _tensors_in(loss: Loss) -> list[Tensor]:
+    observed = [getattr(one, part.name) for one in loss.observed.values() for part in fields(one)]
+    return [*loss.terms.values(), loss.total, *observed]
 
 
 def _report(rank: Rank, loss: Loss, *, grad_norm: Tensor) -> StepReport:

@@ -10,6 +10,7 @@ REASONS: dict[str, str] = {
     "study": "the site does not understand the study: another version of the program",
     "needs_teacher": "the site lost what it remembered; it is sent the teacher next time",
     "not_finite": "a loss, gradient or update is not a finite number",
+    "device_lost": "a process that trained on one of the site's devices died; its screen and log say which",
     "failed": "the site met an error of the program; its log says where",
     # the coordinator says so
     "no_introduction": "the site did not say in time who it is",

@@ -1,0 +1,148 @@
+"""A site's devices at work together: a process for each, started for a round, gone after it.
+
+A process that dies or fails ends the round of this site and no more: the others are stopped, and whoever asked for the
+round gets one error. All of them talk over the loopback interface alone.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from client.interpreter import Interpreter
+from unimiss_core import progress
+from unimiss_core.errors import DeviceError, UnimissError, where
+from unimiss_core.team import Processes
+
+Result = TypeVar("Result")
+
+STALLED = timedelta(minutes=10)
+"""A process that keeps the others waiting for longer than this in one sum counts as hung, and the round fails."""
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+
+
+class _Place(NamedTuple):
+    """What a process is told of its place in the team."""
+
+    place: int
+    devices: Sequence[torch.device]
+    rendezvous: str
+
+
+def run_team(
+    function: Callable[..., Result], arguments: tuple[Any, ...], *, devices: Sequence[torch.device], state: Path
+) -> Result:
+    """`function(*arguments, device=..., team=...)` in a process for each device; what the first one returns.
+
+    function: importable by name. state: folder for `device-0.log`, ..., what each process and its libraries print.
+    The first one's progress is reported here as it comes. Raises the UnimissError that a process ended in, or
+    DeviceError where one died or failed otherwise; no process is left then.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=state, prefix="team-") as folder:
+        members = [
+            Interpreter.start("client.devices", _environment(devices), log=state / f"device-{place}.log")
+            for place in range(len(devices))
+        ]
+        try:
+            for place, member in enumerate(members):
+                _send(member.channel, (_Place(place, devices, f"{folder}/rendezvous"), function, arguments))
+            result: Result = _result(members, devices)
+            return result
+        finally:
+            for member in members:
+                member.stop()
+
+
+def _environment(devices: Sequence[torch.device]) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // len(devices))
+    return {**_LOOPBACK, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+def _result(members: Sequence[Interpreter], devices: Sequence[torch.device]) -> Any:
+    """Listen until the first process has a result and the others are done, or one has none to give."""
+    waiting = {member.channel: place for place, member in enumerate(members)}
+    results: dict[int, Any] = {}
+    while waiting:
+        for channel in wait(list(waiting)):
+            assert isinstance(channel, Connection)
+            place = waiting[channel]
+            try:
+                said = pickle.loads(channel.recv_bytes())
+            except (EOFError, OSError):
+                with suppress(subprocess.TimeoutExpired):
+                    members[place].process.wait(timeout=5)
+                raise _lost(members, devices, place, "") from None
+            match said:
+                case ("result", result):
+                    results[place] = result
+                    del waiting[channel]
+                case ("refused", error):
+                    raise error
+                case ("failed", what):
+                    raise _lost(members, devices, place, what)
+                case event:
+                    progress.report(event)
+    return results[0]
+
+
+def _lost(members: Sequence[Interpreter], devices: Sequence[torch.device], place: int, what: str) -> DeviceError:
+    """Blames a process that is dead before one that failed because of it."""
+    codes = {number: code for number, member in enumerate(members) if (code := member.process.poll()) is not None}
+    if codes:
+        place, code = next(iter(codes.items()))
+        what = f"it ended with code {code}"
+    return DeviceError(
+        f"training process {place} on {devices[place]} was lost in mid-round: {what or 'it fell silent'}; see "
+        f"device-{place}.log in the site's state folder. The round is given up; asked for again, it goes on from its "
+        "last checkpoint"
+    )
+
+
+def _send(channel: Connection, message: object) -> None:
+    """Not `Connection.send`: that would pass tensors as shared memory, which ends with the process."""
+    channel.send_bytes(pickle.dumps(message))
+
+
+def _serve(channel: Connection) -> None:
+    """The life of a process: join the team, run, say how it ended."""
+    place, function, arguments = pickle.loads(channel.recv_bytes())
+    device = place.devices[place.place]
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{place.rendezvous}",
+            rank=place.place,
+            world_size=len(place.devices),
+            timeout=STALLED,
+        )
+        with progress.listen(lambda event: _send(channel, event) if place.place == 0 else None):
+            result = function(*arguments, device=device, team=Processes())
+        _send(channel, ("result", result if place.place == 0 else None))
+        channel.recv_bytes()  # stay until told to go: a process that leaves early is a lost one to the others
+    except UnimissError as error:
+        _send(channel, ("refused", error))
+    except EOFError:
+        pass  # nobody is left to work for
+    except Exception as error:
+        traceback.print_tb(error.__traceback__)
+        if isinstance(error, RuntimeError):  # torch's own words, of devices and sums; any other's could quote a file
+            print(error, file=sys.stderr)
+        _send(channel, ("failed", where(error)))
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,48 @@
+"""A fresh Python interpreter that runs one of our modules and hears only from this process.
+
+Never a fork, because this process runs threads; and not `multiprocessing`, whose children run the parent's main script
+again.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """The process, and this side of the channel to it."""
+
+    process: subprocess.Popen[bytes]
+    channel: Connection
+
+    @classmethod
+    def start(cls, module: str, environment: Mapping[str, str], *, log: Path | None = None) -> "Interpreter":
+        """Run `module` as a script, its argument the number of the channel's file.
+
+        environment: variables beside this process's own. log: takes what it and its libraries print, else dropped.
+        """
+        ours, theirs = Pipe()
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with Path(log or os.devnull).open("wb") as printed:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+                env={**os.environ, **paths, **environment},
+                start_new_session=True,  # Ctrl-C is for this process, which then stops those it started
+            )
+        theirs.close()
+        return cls(process, ours)
+
+    def stop(self) -> None:
+        """End it at once, whatever it is doing; nothing of it is left."""
+        self.channel.close()
+        self.process.kill()
+        self.process.wait()
