@@ -1,25 +1,34 @@
 """A site's part of a round: which scans a batch holds, which teacher the round begins with, what a small site does."""
 
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from client.batches import sample
+from client.batches import Batch, Batches, sample
 from client.cache import CachedScan
 from client.pictures import write_png
 from client.site import Site
 from client.site_config import DataSource, SiteConfig
-from client.site_state import Remembered
-from client.trainer import _round_teacher, run_round
+from client.site_state import Remembered, SiteState
+from client.trainer import BATCH_TRIES, _round_teacher, run_round
 from tests.federation import small_study
-from unimiss_core.errors import WireError
+from unimiss_core import progress
+from unimiss_core.errors import NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.study import BatchConfig, StudyConfig
-from unimiss_core.wire import TrainRequest
+from unimiss_core.wire import TrainReply, TrainRequest
 
 
 def held(patient: str, number: int) -> CachedScan:
@@ -101,19 +110,151 @@ def test_a_site_without_the_teacher_asks_for_it(memory: Remembered | None) -> No
     assert error.value.reason == "needs_teacher"
 
 
+def site_with_pictures(folder: Path, study: StudyConfig, pictures: int = 2, **settings: object) -> Site:
+    scans = folder / "scans"
+    scans.mkdir(parents=True, exist_ok=True)
+    for number in range(pictures):
+        pixels = np.random.default_rng(number).integers(0, 255, (41, 35)).astype(np.uint8)
+        write_png(scans / f"{number}.png", pixels)
+    raw = {
+        "name": "small",
+        "data": (DataSource(folder=scans),),
+        "state": folder / "state",
+        "devices": "cpu",
+        **settings,
+    }
+    return Site(SiteConfig.model_validate(raw), study)
+
+
+def first_round(study: StudyConfig, *, seed: int = 0) -> TrainRequest:
+    return request_of(1, study=study, student=tensors_of(build_network(study.model, seed=seed, ranks={2})))
+
+
+def assert_same_reply(ours: TrainReply, expected: TrainReply) -> None:
+    assert replace(ours, update={}, seconds=0.0) == replace(expected, update={}, seconds=0.0)
+    assert ours.update.keys() == expected.update.keys()
+    assert [name for name in ours.update if not torch.equal(ours.update[name], expected.update[name])] == []
+
+
 @pytest.mark.parametrize("sampling", ["scans", "patients"])
 def test_a_site_with_fewer_scans_than_the_batch_trains(tmp_path: Path, sampling: str) -> None:
-    (tmp_path / "scans").mkdir()
-    for number in range(2):
-        pixels = np.random.default_rng(number).integers(0, 255, (41, 35)).astype(np.uint8)
-        write_png(tmp_path / "scans" / f"{number}.png", pixels)
     study = small_study(1, batch={"images": 3, "sampling": sampling})
-    config = SiteConfig(
-        name="small", data=(DataSource(folder=tmp_path / "scans"),), state=tmp_path / "state", devices=("cpu",)
-    )
-    student = tensors_of(build_network(study.model, seed=0, ranks={2}))
-    reply = run_round(Site(config, study), request_of(1, study=study, student=student))
+    request = first_round(study)
+    reply = run_round(site_with_pictures(tmp_path, study), request)
     assert reply.scans == {2: 2, 3: 0}
-    assert reply.update.keys() == student.keys()
+    assert reply.update.keys() == request.student.keys()
     assert any(tensor.abs().max() > 0 for tensor in reply.update.values())
     assert all(tensor.isfinite().all() for tensor in reply.update.values())
+
+
+def test_two_devices_send_the_update_of_one(tmp_path: Path) -> None:
+    study = small_study(1, batch={"images": 3})
+    one = run_round(site_with_pictures(tmp_path / "one", study, 4), first_round(study))
+    two = run_round(site_with_pictures(tmp_path / "two", study, 4, devices=["cpu", "cpu"]), first_round(study))
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    apart = torch.cat([(two.update[name] - one.update[name]).flatten() for name in one.update])
+    whole = torch.cat([tensor.flatten() for tensor in one.update.values()])
+    # AdamW turns rounding errors of gradients that are nought (those of key biases) into whole steps: look at the rest.
+    assert (apart.abs() > 1e-5 * whole.abs().max()).double().mean() < 1e-3
+    assert apart.abs().median() <= 1e-5 * whole.abs().max()
+
+
+# -- a round that is gone on with in its middle ------------------------------------------------------------------------
+
+LONG = small_study(1, batch={"images": 2}, schedule={"rounds": 1, "local_steps": 6})
+
+KILLED_AFTER_STEP_4 = """
+import os, pickle, signal, sys
+from client.trainer import run_round
+from unimiss_core import progress
+site, request = pickle.load(sys.stdin.buffer)
+def watch(event):
+    if isinstance(event, progress.StepDone) and event.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+with progress.listen(watch):
+    run_round(site, request)
+"""
+
+
+def steps_taken(site: Site, request: TrainRequest) -> tuple[TrainReply, list[int]]:
+    steps: list[int] = []
+
+    def watch(event: progress.Event) -> None:
+        if isinstance(event, progress.StepDone):
+            steps.append(event.step)
+
+    with progress.listen(watch):
+        return run_round(site, request), steps
+
+
+def killed(site: Site, request: TrainRequest) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AFTER_STEP_4],
+        input=pickle.dumps((site, request)),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical(tmp_path: Path) -> None:
+    unbroken = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
+    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
+    killed(site, first_round(LONG))
+    reply, steps = steps_taken(site, first_round(LONG))
+    assert steps == [5, 6]
+    assert_same_reply(reply, unbroken)
+    kept = [path.name for path in (tmp_path / "b" / "state" / "studies").rglob("*.safetensors")]
+    assert kept == ["round-0001.safetensors"]
+
+
+def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(tmp_path: Path) -> None:
+    site = site_with_pictures(tmp_path, LONG, 3, checkpoint_minutes=0)
+    killed(site, first_round(LONG))
+    (unfinished,) = (tmp_path / "state" / "studies").rglob("unfinished.safetensors")
+    saved = unfinished.read_bytes()
+    assert steps_taken(site, first_round(LONG, seed=1))[1] == [1, 2, 3, 4, 5, 6]
+    unfinished.write_bytes(saved[:-100])
+    assert steps_taken(site, first_round(LONG))[1] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_site_with_time_between_checkpoints_writes_none_of_a_short_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SiteState, "remember_unfinished", lambda *_: pytest.fail("written"))
+    run_round(site_with_pictures(tmp_path, LONG, 3), first_round(LONG))
+
+
+# -- NaN and infinity --------------------------------------------------------------------------------------------------
+
+
+def poisoned(draw: Callable[..., Batch], bad: set[tuple[int, int]]) -> Callable[..., Batch]:
+    """`Batches.draw`, with NaN in the batches of these (step, attempt)."""
+
+    def drawn(batches: Batches, step: int, attempt: int = 0) -> Batch:
+        batch = draw(batches, step, attempt)
+        return batch._replace(views=batch.views * math.nan) if (step, attempt) in bad else batch
+
+    return drawn
+
+
+def test_a_batch_that_gives_nan_is_skipped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, draw = site_with_pictures(tmp_path, LONG, 3), Batches.draw
+    monkeypatch.setattr(
+        Batches, "draw", lambda batches, step, attempt=0: draw(batches, step, 2 if step == 3 else attempt)
+    )
+    expected = run_round(site, first_round(LONG))
+    monkeypatch.setattr(Batches, "draw", poisoned(draw, {(3, 0), (3, 1)}))
+    reply = run_round(site, first_round(LONG))
+    assert (expected.diagnostics["skipped_batches"], reply.diagnostics["skipped_batches"]) == (0, 2)
+    assert_same_reply(replace(reply, diagnostics={}), replace(expected, diagnostics={}))
+
+
+def test_a_site_whose_every_batch_gives_nan_refuses_the_round_and_remembers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = site_with_pictures(tmp_path, LONG, 3)
+    monkeypatch.setattr(Batches, "draw", poisoned(Batches.draw, {(3, attempt) for attempt in range(BATCH_TRIES)}))
+    with pytest.raises(NonFiniteLossError, match="step 3: loss nan"):
+        run_round(site, first_round(LONG))
+    assert site.memory.before(2) is None

@@ -1,0 +1,61 @@
+"""What the processes of a team do in tests; importable by name, as `client.devices.run_team` needs it."""
+
+import os
+import signal
+import time
+
+import torch
+from torch import Tensor
+
+from unimiss_core import progress
+from unimiss_core.errors import NonFiniteLossError, WireError
+from unimiss_core.learner import Learner
+from unimiss_core.network import build_network, tensors_of
+from unimiss_core.study import StudyConfig
+from unimiss_core.team import Team, part_of
+
+
+def train(study: StudyConfig, batches: list[Tensor], *, device: torch.device, team: Team) -> dict[str, Tensor]:
+    """A step in float64 on this process's part of each batch; all that the learner holds then, and each step's loss."""
+    learner = Learner(study, ranks={2, 3}, device=device, team=team)
+    other = tensors_of(build_network(study.model, seed=1))
+    learner.start_round({name: tensor.clone() for name, tensor in tensors_of(learner.student).items()}, other)
+    learner.student.double()
+    learner.teacher.double()
+    learner.centre = {name: centre.double() for name, centre in learner.centre.items()}
+    losses = []
+    for step, batch in enumerate(batches):
+        part = part_of(team, len(batch))
+        losses.append(learner.step(batch[part.scans].double(), step=step, share=part.share).total)
+    return {**learner.state(weights=True).tensors, "losses": torch.tensor(losses)}
+
+
+def every_place(*, device: torch.device, team: Team) -> tuple[int, Tensor]:
+    """(size of the team, sum of the places + 1), after a word of progress."""
+    progress.report(progress.Note(f"from place {team.place}"))
+    value = torch.tensor([float(team.place + 1)])
+    team.sum_([value])
+    return team.size, value
+
+
+def one_is_killed(*, device: torch.device, team: Team) -> None:
+    """The second process dies as the kernel kills one that takes too much memory; the first waits for it in a sum."""
+    if team.place == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    team.sum_([torch.zeros(3)])
+
+
+def one_fails(*, device: torch.device, team: Team) -> None:
+    if team.place == 1:
+        raise OSError("/archive/DOE^JANE/scan.dcm is broken")
+    team.sum_([torch.zeros(3)])
+
+
+def refuse(reason: str, *, device: torch.device, team: Team) -> None:
+    raise WireError(reason, "in words") if reason else NonFiniteLossError("step 3: loss nan")
+
+
+def never_ends(*, device: torch.device, team: Team) -> None:
+    while True:
+        progress.report(progress.Note("at work"))
+        time.sleep(0.01)

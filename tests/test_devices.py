@@ -1,0 +1,119 @@
+"""Several devices of a site: the same outcome as one, and no harm where one is lost."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.devices import run_team
+from tests import team_members
+from tests.federation import small_study
+from unimiss_core import progress
+from unimiss_core.device import device_of, devices_of
+from unimiss_core.errors import ConfigError, DeviceError, NonFiniteLossError, WireError
+from unimiss_core.team import Alone, part_of
+
+CPU = torch.device("cpu")
+TWO = (CPU, CPU)
+
+
+class Placed(Alone):
+    def __init__(self, place: int, size: int) -> None:
+        self.place, self.size = place, size
+
+
+def views(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Processes that still run our team module: by their command lines, children of this one."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in listed if "-m client.devices" in line]
+
+
+@pytest.mark.parametrize(("size", "scans"), [(1, 5), (2, 5), (3, 2), (4, 1), (3, 9)])
+def test_parts_cover_the_batch_once_and_their_shares_add_up_to_one(size: int, scans: int) -> None:
+    parts = [part_of(Placed(place, size), scans) for place in range(size)]
+    taken = [scan for part in parts if part.share > 0 for scan in range(scans)[part.scans]]
+    assert taken == list(range(scans))
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    assert all(part.share == pytest.approx(len(range(scans)[part.scans]) / scans) for part in parts if part.share)
+    assert all(part.scans == slice(0, 1) for part in parts if not part.share)
+    lengths = [part.scans.stop - part.scans.start for part in parts if part.share]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Batches of three images, of two volumes, and of one volume, which leaves a process without a scan."""
+    study = small_study(2, model={"prototypes": 16}, optimiser={"warmup_steps": 1, "lr": 1e-3})
+    batches = [views(3, 2, 1, 33, 40), views(2, 2, 1, 9, 33, 40), views(1, 3, 1, 10, 33, 36), views(2, 2, 1, 37, 33)]
+    one = team_members.train(study, batches, device=CPU, team=Alone())
+    two = run_team(team_members.train, (study, batches), devices=TWO, state=tmp_path)
+    assert two.keys() == one.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(
+            two[name], expected, rtol=1e-5, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_first_place_speaks_for_all_and_nothing_is_left(tmp_path: Path) -> None:
+    heard: list[Any] = []
+    with progress.listen(heard.append):
+        size, total = run_team(team_members.every_place, (), devices=(CPU, CPU, CPU), state=tmp_path)
+    assert (size, total.item()) == (3, 6.0)
+    assert heard == [progress.Note("from place 0")]
+    assert processes_of(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device-0.log", "device-1.log", "device-2.log"]
+
+
+def test_a_killed_process_fails_the_round_by_name_and_the_next_round_works(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"training process 1 on cpu was lost in mid-round: it ended with code -9"):
+        run_team(team_members.one_is_killed, (), devices=TWO, state=tmp_path)
+    assert processes_of(tmp_path) == []
+    assert run_team(team_members.every_place, (), devices=TWO, state=tmp_path)[0] == 2
+
+
+def test_a_failing_process_tells_where_but_not_what(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"process 1 on cpu .*OSError at team_members.py:") as error:
+        run_team(team_members.one_fails, (), devices=TWO, state=tmp_path)
+    logged = "".join(path.read_text() for path in tmp_path.glob("device-*.log"))
+    assert "one_fails" in logged
+    assert "DOE" not in str(error.value) + logged
+
+
+def test_what_a_process_refuses_is_refused_here(tmp_path: Path) -> None:
+    with pytest.raises(WireError, match="needs_teacher: in words") as error:
+        run_team(team_members.refuse, ("needs_teacher",), devices=TWO, state=tmp_path)
+    assert error.value.reason == "needs_teacher"
+    with pytest.raises(NonFiniteLossError, match="step 3: loss nan"):
+        run_team(team_members.refuse, ("",), devices=(CPU,), state=tmp_path)
+
+
+def test_who_stops_this_process_stops_the_team(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with progress.guarded_by(stop), pytest.raises(KeyboardInterrupt):
+        run_team(team_members.never_ends, (), devices=TWO, state=tmp_path)
+    assert processes_of(tmp_path) == []
+
+
+def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices_of(["auto"]) == [CPU]
+    assert devices_of(["cpu", "cpu"]) == [CPU, CPU]
+    for name in ("cuda", "cuda:0", "meta", "gpu"):
+        with pytest.raises(ConfigError, match=f"device '{name}': is not there"):
+            devices_of([name])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    both = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert devices_of(["auto"]) == devices_of(["cuda", "cuda:1"]) == both
+    assert device_of("auto") == both[0]
+    for names in (["cuda", "cuda:0"], ["cpu", "cuda:1"]):
+        with pytest.raises(ConfigError, match="give each GPU once and no CPU beside it"):
+            devices_of(names)
