@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001 - every such function is given a device and a team
 """What the processes of a team do in tests; importable by name, as `client.devices.run_team` needs it."""
 
 import os
@@ -11,22 +12,31 @@ from unimiss_core import progress
 from unimiss_core.errors import NonFiniteLossError, WireError
 from unimiss_core.learner import Learner
 from unimiss_core.network import build_network, tensors_of
+from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Team, part_of
 
 
-def train(study: StudyConfig, batches: list[Tensor], *, device: torch.device, team: Team) -> dict[str, Tensor]:
-    """A step in float64 on this process's part of each batch; all that the learner holds then, and each step's loss."""
-    learner = Learner(study, ranks={2, 3}, device=device, team=team)
+def train(
+    study: StudyConfig,
+    batches: list[Tensor],
+    dtype: torch.dtype,
+    micro_batch: dict[Rank, int] | None = None,
+    *,
+    device: torch.device,
+    team: Team,
+) -> dict[str, Tensor]:
+    """A step on this process's part of each batch; all that the learner holds then, and each step's loss."""
+    learner = Learner(study, ranks={2, 3}, device=device, team=team, micro_batch=micro_batch)
     other = tensors_of(build_network(study.model, seed=1))
     learner.start_round({name: tensor.clone() for name, tensor in tensors_of(learner.student).items()}, other)
-    learner.student.double()
-    learner.teacher.double()
-    learner.centre = {name: centre.double() for name, centre in learner.centre.items()}
+    learner.student.to(dtype)
+    learner.teacher.to(dtype)
+    learner.centre = {name: centre.to(dtype) for name, centre in learner.centre.items()}
     losses = []
     for step, batch in enumerate(batches):
         part = part_of(team, len(batch))
-        losses.append(learner.step(batch[part.scans].double(), step=step, share=part.share).total)
+        losses.append(learner.step(batch[part.scans].to(dtype), step=step, share=part.share).total)
     return {**learner.state(weights=True).tensors, "losses": torch.tensor(losses)}
 
 
@@ -45,9 +55,9 @@ def one_is_killed(*, device: torch.device, team: Team) -> None:
     team.sum_([torch.zeros(3)])
 
 
-def one_fails(*, device: torch.device, team: Team) -> None:
+def one_fails(text: str, *, device: torch.device, team: Team) -> None:
     if team.place == 1:
-        raise OSError("/archive/DOE^JANE/scan.dcm is broken")
+        raise OSError(text)
     team.sum_([torch.zeros(3)])
 
 

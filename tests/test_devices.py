@@ -1,5 +1,6 @@
 """Several devices of a site: the same outcome as one, and no harm where one is lost."""
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ def views(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def processes_of(folder: Path) -> list[str]:
-    """Processes that still run our team module: by their command lines, children of this one."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+def processes_left() -> list[str]:
+    """Processes of a team that this process has started and that still run."""
+    command = ["ps", "-o", "args", "--ppid", str(os.getpid())]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
     return [line for line in listed if "-m client.devices" in line]
 
 
@@ -46,17 +48,26 @@ def test_parts_cover_the_batch_once_and_their_shares_add_up_to_one(size: int, sc
     assert max(lengths) - min(lengths) <= 1
 
 
+STUDY = small_study(2, model={"prototypes": 16}, optimiser={"warmup_steps": 1, "lr": 1e-3})
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     """Batches of three images, of two volumes, and of one volume, which leaves a process without a scan."""
-    study = small_study(2, model={"prototypes": 16}, optimiser={"warmup_steps": 1, "lr": 1e-3})
-    batches = [views(3, 2, 1, 33, 40), views(2, 2, 1, 9, 33, 40), views(1, 3, 1, 10, 33, 36), views(2, 2, 1, 37, 33)]
-    one = team_members.train(study, batches, device=CPU, team=Alone())
-    two = run_team(team_members.train, (study, batches), devices=TWO, state=tmp_path)
+    batches = [views(3, 2, 1, 33, 40), views(2, 2, 1, 13, 33, 40), views(1, 3, 1, 14, 33, 36), views(2, 2, 1, 37, 33)]
+    one = team_members.train(STUDY, batches, torch.float64, device=CPU, team=Alone())
+    two = run_team(team_members.train, (STUDY, batches, torch.float64), devices=TWO, state=tmp_path)
     assert two.keys() == one.keys()
     for name, expected in one.items():
         torch.testing.assert_close(
             two[name], expected, rtol=1e-5, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_two_processes_give_the_bits_of_one_that_takes_the_same_parts_in_turn(tmp_path: Path) -> None:
+    batches = [views(4, 2, 1, 33, 40), views(2, 2, 1, 13, 33, 40)]
+    one = team_members.train(STUDY, batches, torch.float32, {2: 2, 3: 1}, device=CPU, team=Alone())
+    two = run_team(team_members.train, (STUDY, batches, torch.float32), devices=TWO, state=tmp_path)
+    assert [name for name in one if not torch.equal(two[name], one[name])] == []
 
 
 def test_the_first_place_speaks_for_all_and_nothing_is_left(tmp_path: Path) -> None:
@@ -65,20 +76,20 @@ def test_the_first_place_speaks_for_all_and_nothing_is_left(tmp_path: Path) -> N
         size, total = run_team(team_members.every_place, (), devices=(CPU, CPU, CPU), state=tmp_path)
     assert (size, total.item()) == (3, 6.0)
     assert heard == [progress.Note("from place 0")]
-    assert processes_of(tmp_path) == []
+    assert processes_left() == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device-0.log", "device-1.log", "device-2.log"]
 
 
 def test_a_killed_process_fails_the_round_by_name_and_the_next_round_works(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"training process 1 on cpu was lost in mid-round: it ended with code -9"):
         run_team(team_members.one_is_killed, (), devices=TWO, state=tmp_path)
-    assert processes_of(tmp_path) == []
+    assert processes_left() == []
     assert run_team(team_members.every_place, (), devices=TWO, state=tmp_path)[0] == 2
 
 
 def test_a_failing_process_tells_where_but_not_what(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"process 1 on cpu .*OSError at team_members.py:") as error:
-        run_team(team_members.one_fails, (), devices=TWO, state=tmp_path)
+        run_team(team_members.one_fails, ("/archive/DOE^JANE/1.dcm is broken",), devices=TWO, state=tmp_path)
     logged = "".join(path.read_text() for path in tmp_path.glob("device-*.log"))
     assert "one_fails" in logged
     assert "DOE" not in str(error.value) + logged
@@ -98,7 +109,7 @@ def test_who_stops_this_process_stops_the_team(tmp_path: Path) -> None:
 
     with progress.guarded_by(stop), pytest.raises(KeyboardInterrupt):
         run_team(team_members.never_ends, (), devices=TWO, state=tmp_path)
-    assert processes_of(tmp_path) == []
+    assert processes_left() == []
 
 
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
