@@ -44,6 +44,8 @@ def rounds(run: Artefacts) -> Html:
         charts.traffic_panel("Bytes in a round", [one.round for one in run.rounds], traffic),
         _from_zero("Seconds in a round", pace),
     ]
+    if skipped := _skipped(run):
+        panels.append(_from_zero("Batches skipped for NaN or infinity", skipped))
     legends = [site_legend(run)]
     if norms := _update_norms(run):
         panels.append(_from_zero("Norm of the global update", norms))
@@ -55,7 +57,7 @@ def rounds(run: Artefacts) -> Html:
 
 
 def collapse(run: Artefacts) -> Html:
-    curves = _curves(run, {name: [one.diagnostics for one in run.records(name)] for name in run.sites})
+    curves = _curves(run, {name: [_telling(one.diagnostics) for one in run.records(name)] for name in run.sites})
     if not curves:
         return joined()
     panels = [_diagnostic(run, name, group) for name, group in curves.items()]
@@ -65,6 +67,17 @@ def collapse(run: Artefacts) -> Html:
         " (one prototype takes all), or features that stop varying."
     )
     return section("Collapse", note(said), site_legend(run), grid(panels))
+
+
+def _telling(diagnostics: Mapping[str, float]) -> dict[str, float]:
+    """Without the count of skipped batches, which belongs on a panel of its own where there are any."""
+    return {name: value for name, value in diagnostics.items() if name != "skipped_batches"}
+
+
+def _skipped(run: Artefacts) -> list[Series]:
+    """A line for each site that skipped a batch in some round."""
+    counts = {name: [one.diagnostics.get("skipped_batches") for one in run.records(name)] for name in run.sites}
+    return [_series(run, name, values, style) for style, (name, values) in enumerate(counts.items()) if any(values)]
 
 
 def _diagnostic(run: Artefacts, name: str, group: Sequence[Series]) -> Html:

@@ -241,7 +241,7 @@ class Federation:
                 mean.fold(answer.update, weights)
                 retention.fold(weights, teacher_retention(self._study, site.ranks, round))
                 state.taught[site.site] = round
-                self._warn_of_collapse(answer)
+                self._warn_of_trouble(answer)
             progress.report(progress.SiteReplied(round, site.site, line.status, line.reason))
         self._require_quorum(round, lines)
         after, step = self._step(state, round, mean, retention)
@@ -287,8 +287,11 @@ class Federation:
         line.seconds = round_s(answer.seconds)
         return answer
 
-    def _warn_of_collapse(self, answer: TrainReply) -> None:
-        """After the warm-up: a young network's targets are alike too."""
+    def _warn_of_trouble(self, answer: TrainReply) -> None:
+        """Of skipped batches; and of collapse, but only after the warm-up: a young network's targets are alike too."""
+        if skipped := answer.diagnostics.get("skipped_batches", 0.0):
+            log.warning("round=%d site=%s skipped_batches=%g", answer.round, answer.site, skipped)
+            progress.report(progress.Note(f"{answer.site}: {skipped:g} batches gave NaN or infinity and were skipped"))
         if answer.round * self._study.schedule.local_steps <= self._study.optimiser.warmup_steps:
             return
         for sign in signs_of_collapse(answer.diagnostics, self._study.model.prototypes):

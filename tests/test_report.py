@@ -107,6 +107,16 @@ def test_the_parts_stand_in_the_order_in_which_they_are_read(whole_run: Path) ->
     assert titles == ["Sites", "Loss", "Rounds", "Collapse", "Views", "Held-out scans", "Probe", "Study"]
 
 
+@pytest.mark.parametrize("skipped", [0.0, 3.0])
+def test_skipped_batches_have_a_panel_where_there_are_any(tmp_path: Path, skipped: float) -> None:
+    records = round_records(3)
+    records[1]["sites"]["beta-ct"]["diagnostics"]["skipped_batches"] = skipped
+    write_run(tmp_path, records, rounds=3)
+    page = report_of(tmp_path)
+    assert ("Batches skipped for NaN or infinity" in section(page, "Rounds").text) == bool(skipped)
+    assert "skipped" not in section(page, "Collapse").text
+
+
 def test_every_picture_says_in_words_what_it_shows(whole_run: Path) -> None:
     page = report_of(whole_run)
     assert next(page.all("html")).attributes["lang"] == "en"

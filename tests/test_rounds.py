@@ -17,7 +17,7 @@ from server.local_grid import LocalGrid
 from server.rounds import Federation, GlobalState
 from server.run_folder import RunFolder
 from tests.federation import Answer, StubSite, good_answer, reply_with, small_study, stub_app
-from unimiss_core import checkpoint
+from unimiss_core import checkpoint, progress
 from unimiss_core.codec import released
 from unimiss_core.errors import ConfigError, RoundError, WireError
 from unimiss_core.groups import group_of
@@ -104,6 +104,17 @@ def test_group_that_nobody_trained_keeps_student_and_teacher_bit_for_bit(tmp_pat
         same = torch.equal(state.student[name], start.student[name])
         assert same == ("3d" in name.split(".")), name
         assert torch.equal(state.teacher[name], start.teacher[name]) or not same
+
+
+def test_skipped_batches_are_told_and_stand_in_the_metrics(tmp_path: Path) -> None:
+    def skipping(request: TrainRequest, site: StubSite) -> TrainReply:
+        return dataclasses.replace(good_answer(request, site), diagnostics={"skipped_batches": 2.0})
+
+    notes: list[progress.Event] = []
+    with progress.listen(notes.append):
+        federate(tmp_path, [xray(answer=skipping), ct()], small_study(rounds=1))
+    assert progress.Note("xray: 2 batches gave NaN or infinity and were skipped") in notes
+    assert rows(tmp_path)[0]["sites"]["xray"]["diagnostics"] == {"skipped_batches": 2.0}
 
 
 def test_metrics_say_what_happened(tmp_path: Path) -> None:
