@@ -49,7 +49,7 @@ class DataSource(Config):
 
 
 def _listed(names: object) -> object:
-    return (names,) if isinstance(names, str) else names
+    return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
 
 
 Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_listed)]

@@ -157,6 +157,20 @@ def test_site_paths_count_from_the_site_file(tmp_path: Path) -> None:
     assert site.state == tmp_path / "state"
 
 
+@pytest.mark.parametrize(
+    ("written", "devices"),
+    [("", ("auto",)), ("devices: cpu", ("cpu",)), ("devices: [cuda:0, cuda:1]", ("cuda:0", "cuda:1"))],
+)
+def test_devices_are_one_name_or_a_list(tmp_path: Path, written: str, devices: tuple[str, ...]) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(f"name: a\ndata: [{{folder: .}}]\nstate: state\n{written}\n")
+    site = load_site(path)
+    assert site.devices == devices
+    path.write_text(dump_yaml(site))
+    assert load_site(path) == site
+    assert "'devices': " in problems({"name": "a", "state": "s", "data": [{"folder": "f"}], "devices": 3}, SiteConfig)
+
+
 def test_every_missing_folder_of_a_site_is_told(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text("name: a\ndata: [{folder: gone}, {folder: nowhere, table: {path: t.csv}}]\nstate: state\n")
