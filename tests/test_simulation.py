@@ -169,16 +169,16 @@ def test_the_run_goes_on_without_sites_that_cannot_take_part(
 def test_a_site_that_raises_in_mid_round_costs_that_site_its_round(
     tmp_path: Path, hospitals: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from client import trainer
+    from client import batches
 
-    draw = trainer.draw_batch
+    draw = batches.draw_batch
 
-    def fails_on_images(scans, *rest):  # type: ignore[no-untyped-def]
+    def fails_on_images(scans, *rest, **named):  # type: ignore[no-untyped-def]
         if scans[0].rank == 2:
             raise RuntimeError("cannot read /archive/JANE-DOE.dcm")
-        return draw(scans, *rest)
+        return draw(scans, *rest, **named)
 
-    monkeypatch.setattr(trainer, "draw_batch", fails_on_images)
+    monkeypatch.setattr(batches, "draw_batch", fails_on_images)
     out = tmp_path / "out"
     assert run(simulation(tmp_path, hospitals), out) == 0
     for row in rows(out):
