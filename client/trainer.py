@@ -20,6 +20,7 @@ from unimiss_core.device import device_of
 from unimiss_core.errors import CheckpointError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
+from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import tensors_of
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import rank_of_step, steps_of_round
@@ -56,9 +57,8 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
     for number, (step, views) in enumerate(_batches(site, learner.device, steps), start=1):
         report = learner.step(views, step=step)
         figures.add(report)
-        progress.report(
-            progress.StepDone(site.config.name, number, study.schedule.local_steps, report.total / len(report.terms))
-        )
+        loss = mean_cross_entropy(report.terms)
+        progress.report(progress.StepDone(site.config.name, number, study.schedule.local_steps, loss))
 
     kept = learner.state()
     tensors = {_LEARNER + name: tensor for name, tensor in kept.tensors.items()}
