@@ -20,6 +20,7 @@ from unimiss_core.device import devices_of
 from unimiss_core.errors import CheckpointError, NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
+from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import tensors_of
 from unimiss_core.scan import RANKS
 from unimiss_core.schedule import steps_of_round
@@ -181,7 +182,7 @@ class _RoundFigures:
     terms: dict[str, list[float]] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
     last_loss: float = 0.0
-    """Mean over the last step's terms."""
+    """Mean over the last step's cross-entropies."""
     skipped_batches: int = 0
 
     @property
@@ -192,7 +193,7 @@ class _RoundFigures:
         for name, value in report.terms.items():
             self.terms.setdefault(name, []).append(value)
         self.grad_norms.append(report.diagnostics["grad_norm"])
-        self.last_loss = fmean(report.terms.values())
+        self.last_loss = mean_cross_entropy(report.terms)
         self.skipped_batches += skipped
 
     def facts(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from server.artefacts import Artefacts
 from server.charts import Reference, Series
 from server.markup import Html, joined
 from server.report_pieces import grid, in_words, legend, note, section, site_legend
+from unimiss_core.loss_terms import is_reconstruction
 
 _GROUPS = {"shared": "shared", "2d": "2D only", "3d": "3D only", "head": "head"}
 
@@ -18,17 +19,22 @@ def losses(run: Artefacts) -> Html:
         said = "No loss was recorded: either no round was finished, or the sites keep it to themselves."
         return section("Loss", note(said))
     level = _uniform_level(run)
-    everything = [one for group in curves.values() for one in group]
+    compared = {term: group for term, group in curves.items() if not is_reconstruction(term)}
+    drawn = {term: group for term, group in curves.items() if is_reconstruction(term)}
+    everything = [one for group in compared.values() for one in group]
     bounds = charts.bounds_of(everything, include=[level.value] if level else [])
     panels = [
-        charts.line_panel(in_words(term), group, reference=level, bounds=bounds) for term, group in curves.items()
+        charts.line_panel(in_words(term), group, reference=level, bounds=bounds) for term, group in compared.items()
     ]
-    said = "Each term of the objective at each site, as the mean over the steps of a round."
+    panels += [_from_zero(in_words(term), group) for term, group in drawn.items()]
+    said = "Each term of the objective at each site, before its weight, as the mean over the steps of a round."
     if run.study:
         said += (
             f" The dashed line is log K for K = {run.study.model.prototypes:,} prototypes: what a model scores"
             " that tells nothing apart. Learning shows as falling below it."
         )
+    if drawn:
+        said += " A reconstruction is the mean squared error of intensities between 0 and 1."
     return section("Loss", note(said), site_legend(run), grid(panels))
 
 

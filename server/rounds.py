@@ -6,6 +6,7 @@ memory; so the loop is ours, over Flower's `Grid`.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from unimiss_core.codec import Layout, layout_of, released
 from unimiss_core.collapse import signs_of_collapse
 from unimiss_core.errors import RoundError, WireError
 from unimiss_core.groups import GROUPS, Group, groups_of_ranks
+from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_retention, trained_steps
@@ -340,7 +342,8 @@ class Federation:
         self._folder.append_metrics(row)
         self._save(state)
         self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints)
-        losses = {name: sum(line.losses.values()) / len(line.losses) for name, line in lines.items() if line.losses}
+        means = {name: mean_cross_entropy(line.losses) for name, line in lines.items()}
+        losses = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         progress.report(progress.RoundDone(state.round, self._study.schedule.rounds, took, losses))
 
     # -- small parts ------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Configuration: every mistake in one message, nothing converted in silence."""
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from client.site_config import SiteConfig, load_site
 from unimiss_core.config import dump_yaml, load, parse, read_yaml
@@ -36,6 +38,64 @@ def test_all_problems_stand_in_one_message_with_path_and_nearest_key() -> None:
     assert "'objective.student_temperature': input should be greater than 0, got -1.0" in told
     assert "'schedule.rounds': input should be a valid integer, got \"ten\"" in told
     assert "YAML reads 1e-4 as text; write 1.0e-04" in told
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (
+            {"name": "unimiss_plus", "radiograf_weight": 1.0},
+            r"unknown key 'objective\.radiograf_weight' \(did you mean 'radiograph_weight'\?\)",
+        ),
+        (
+            {"name": "unimiss_plus", "slices_per_volume": 4},
+            r"unknown key 'objective\.slices_per_volume' \(a setting of name: unimiss\)",
+        ),
+        (
+            {"radiograph_weight": 0.5},
+            r"unknown key 'objective\.radiograph_weight' \(a setting of name: unimiss_plus\)",
+        ),
+        ({"zzz": 1}, r"known keys here: centre_momentum, name, slices_per_volume, student_temperature"),
+        ({"name": "unimis"}, r"'objective\.name': expected one of unimiss, unimiss_plus, got \"unimis\" \(did you"),
+        ({"name": 3}, r"'objective\.name': input should be 'unimiss', got 3"),
+        (7, r"'objective': input should be an object, got 7"),
+        (
+            {"name": "unimiss_plus", "slices_weight": 0.0, "slice_stride": "two"},
+            r"(?s)2 problems.*'objective\.slices_weight': .* than 0, got 0\.0.*'objective\.slice_stride': .* got .two",
+        ),
+        (
+            {"name": "unimiss_plus", "teacher_temperature": 0.2},
+            r"'objective': teacher_temperature=0\.2 must not be above",
+        ),
+    ],
+)
+def test_mistakes_in_an_objective_are_told_as_they_stand_in_the_file(objective: object, told: str) -> None:
+    assert re.search(told, problems({"name": "x", "objective": objective}))
+
+
+def test_objective_and_reconstruction_go_together() -> None:
+    plus = {"name": "unimiss_plus"}
+    assert "unimiss_plus needs the model's reconstruction; write model.reconstruction: true" in problems(
+        {"name": "x", "objective": plus}
+    )
+    assert "unimiss never trains the model's reconstruction; write model.reconstruction: false" in problems(
+        {"name": "x", "model": {"reconstruction": True}}
+    )
+    study = parse(StudyConfig, {"name": "x", "objective": plus, "model": {"reconstruction": True}}, where="")
+    assert parse(StudyConfig, yaml.safe_load(dump_yaml(study)), where="") == study
+
+
+def test_studies_older_than_the_second_objective_keep_their_digests() -> None:
+    plain = json.loads(parse(StudyConfig, {"name": "x"}, where="").canonical())
+    assert plain["model"].keys() == {"size", "image_size", "volume_size", "prototypes"}
+    assert plain["objective"] == {
+        "name": "unimiss",
+        "student_temperature": 0.1,
+        "teacher_temperature": 0.04,
+        "centre_momentum": 0.9,
+        "teacher_momentum": [0.996, 1.0],
+        "slices_per_volume": None,
+    }
 
 
 def test_missing_key_and_no_mapping_are_told() -> None:

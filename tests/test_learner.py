@@ -39,6 +39,14 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def plus_study(**optimiser: object) -> StudyConfig:
+    """The same under the second objective."""
+    raw = study(**optimiser).model_dump(mode="json")
+    raw["model"]["reconstruction"], raw["objective"] = True, {"name": "unimiss_plus"}
+    raw["views"]["image_size"] = [33, 40]  # of radiographs
+    return parse(StudyConfig, raw, where="test")
+
+
 def apart(learner: Learner) -> Learner:
     """The learner with a teacher that differs from its student, as in any later round."""
     other = tensors_of(build_network(learner.study.model, seed=1, ranks=learner.student.ranks))
@@ -140,6 +148,85 @@ def test_a_batch_met_in_parts_gives_the_same_step(batch: Tensor) -> None:
     moments = (parts.state().tensors, whole.state().tensors)
     for name in (name for name in moments[0] if name.startswith("adam_moment1")):
         torch.testing.assert_close(moments[0][name], moments[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [images(scans=5), volumes(scans=3)], ids=["images", "volumes"])
+def test_a_batch_met_in_parts_gives_the_same_step_of_the_second_objective(batch: Tensor) -> None:
+    """In float64, so that nothing but rounding may differ; the moments after a step are the clipped gradients."""
+    whole = in_float64(apart(Learner(plus_study(), ranks={2, 3})))
+    parts = in_float64(apart(Learner(plus_study(), ranks={2, 3}, micro_batch={2: 2, 3: 2})))
+    expected, report = whole.step(batch.double(), step=0), parts.step(batch.double(), step=0)
+    assert report.terms == pytest.approx(expected.terms, rel=1e-9)
+    assert report.total == pytest.approx(expected.total, rel=1e-9)
+    torch.testing.assert_close(parts.centre, whole.centre)
+    torch.testing.assert_close(parts.state().tensors, whole.state().tensors, rtol=1e-6, atol=1e-12)
+
+
+def test_the_second_objective_trains_every_group_by_volumes_and_nothing_of_3d_by_images() -> None:
+    learner = apart(Learner(plus_study(), ranks={2, 3}))
+    before = everything(learner)
+    report = learner.step(volumes(), step=0)
+    middle = everything(learner)
+    unmoved = {name for name in before if torch.equal(before[name], middle[name])}
+    assert unmoved == {"centre.image"}
+    assert report.terms.keys() == {
+        "volume",
+        "radiograph_to_volume",
+        "slices_to_volume",
+        "volume_reconstruction",
+        "radiograph_reconstruction",
+    }
+    assert learner.step(images(), step=1).terms.keys() == {"image", "image_reconstruction"}
+    after = everything(learner)
+    for name in middle:
+        of_3d = not {"3d", "volume"}.isdisjoint(name.split("."))
+        assert torch.equal(middle[name], after[name]) == of_3d, name
+    figures = learner.round_diagnostics()
+    assert {key.rpartition("_")[2] for key in figures} == {"image", "volume"}
+
+
+def test_the_teachers_reconstruction_follows_the_students_like_everything_else() -> None:
+    learner = in_float64(apart(Learner(plus_study(), ranks={2, 3})))
+    teacher = copied(tensors_of(learner.teacher))
+    learner.step(volumes().double(), step=0)
+    keep = teacher_momentum(learner.study, 0)
+    for name, tensor in tensors_of(learner.teacher).items():
+        expected = keep * teacher[name] + (1 - keep) * tensors_of(learner.student)[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
+
+
+def test_a_site_without_volumes_holds_no_3d_tensor_of_the_second_objective() -> None:
+    flat = apart(Learner(plus_study(), ranks={2}))
+    flat.step(images(), step=0)
+    assert {group_of(name) for name in tensors_of(flat.student)} == {"shared", "2d", "head"}
+    assert {name for name in tensors_of(flat.student) if name.startswith("reconstruction")} == {
+        "reconstruction.patch.2d.weight",
+        "reconstruction.patch.2d.bias",
+    }
+
+
+@pytest.mark.parametrize("batch", [images(scans=8), volumes(scans=3)], ids=["images", "volumes"])
+def test_a_batch_can_be_learned_by_heart_under_the_second_objective(batch: Tensor) -> None:
+    coarse = 4 * batch[..., ::8, ::8].flatten(0, -3)[:, None] - 2  # smooth, for noise cannot be drawn again
+    smooth = torch.nn.functional.interpolate(coarse, batch.shape[-2:], mode="bilinear").view(batch.shape)
+    learner = Learner(plus_study(lr=3e-3, warmup_steps=0), ranks={2, 3})
+    reports = [learner.step(smooth, step=step) for step in range(12)]
+    first, last = reports[0], reports[-1]
+    assert last.total < 0.9 * first.total
+    for name in last.terms:
+        if name.endswith("_reconstruction"):
+            assert last.terms[name] < 0.85 * first.terms[name], name
+
+
+def test_state_of_another_objective_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="of another model and objective"):
+        Learner(plus_study(), ranks={2}).restore(Learner(study(), ranks={2}).state())
+
+
+def test_bf16_keeps_the_reconstruction_and_its_error_in_float32() -> None:
+    exact = apart(Learner(plus_study(), ranks={3})).step(volumes(), step=0)
+    half = apart(Learner(plus_study(), ranks={3}, precision="bf16")).step(volumes(), step=0)
+    assert half.terms == pytest.approx(exact.terms, rel=0.03)
 
 
 def test_a_restored_learner_goes_on_bit_for_bit() -> None:

@@ -10,18 +10,18 @@ from tests.published import SIZES, Published, centre_logits, measured, needs_ref
 from unimiss_core.network import Network, build_network
 from unimiss_core.objective import (
     UniMiSS,
+    cross_entropy_name,
     log_prediction,
     move_centre,
     representations,
     target_distribution,
-    term_name,
     view_cross_entropy,
 )
 from unimiss_core.released import released_names
 from unimiss_core.scan import Rank
-from unimiss_core.study import ModelConfig, ObjectiveConfig
+from unimiss_core.study import ModelConfig, UniMiSSConfig
 
-CONFIG = ObjectiveConfig()
+CONFIG = UniMiSSConfig()
 NANO = ModelConfig(prototypes=24)
 
 
@@ -38,7 +38,7 @@ def published_step(size: Published, rank: Rank) -> tuple[dict[str, float], dict[
             for name, h in representations(teacher, views(rank)).items()
         }
     terms = {
-        term_name(mine, theirs): view_cross_entropy(
+        cross_entropy_name(mine, theirs): view_cross_entropy(
             log_prediction(student.prototypes(h), CONFIG.student_temperature), target
         )
         for mine, h in representations(student, views(rank)).items()

@@ -324,6 +324,23 @@ def test_loss_curves_are_drawn_against_the_uniform_level(whole_run: Path) -> Non
         assert slope * reference + offset == pytest.approx(math.log(512), abs=0.01)
 
 
+def test_a_reconstruction_is_drawn_by_itself_without_a_uniform_level(tmp_path: Path) -> None:
+    """A mean squared error of some hundredths says nothing beside nats, nor do nats beside it."""
+    records = round_records(3)
+    plain = tmp_path / "plain"
+    write_run(plain, records, rounds=3)
+    for record in records:
+        record["sites"]["beta-ct"]["losses"]["volume_reconstruction"] = 0.05 / record["round"]
+    write_run(tmp_path, records, rounds=3)
+    before, after = (section(report_of(out), "Loss") for out in (plain, tmp_path))
+    *compared, drawn = after.all("figure")
+    assert compared == list(before.all("figure"))
+    assert next(drawn.all("figcaption")).text == "volume reconstruction"
+    assert not list(drawn.all("line", **{"class": "reference"}))
+    assert "mean squared error" in after.text
+    assert "mean squared error" not in before.text
+
+
 def polylines(panel: str) -> list[np.ndarray]:
     return [
         np.array([[float(v) for v in pair.split(",")] for pair in points.split()])

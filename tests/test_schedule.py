@@ -14,12 +14,12 @@ from unimiss_core.schedule import (
     trained_steps,
     weight_decay,
 )
-from unimiss_core.study import ObjectiveConfig, OptimiserConfig, ScheduleConfig, StudyConfig
+from unimiss_core.study import OptimiserConfig, ScheduleConfig, StudyConfig, UniMiSSConfig
 
 STUDY = StudyConfig(
     name="toy",
     optimiser=OptimiserConfig(lr=2e-3, final_lr=1e-5, warmup_steps=8, weight_decay=(0.04, 0.4)),
-    objective=ObjectiveConfig(teacher_momentum=(0.9, 1.0)),
+    objective=UniMiSSConfig(teacher_momentum=(0.9, 1.0)),
     schedule=ScheduleConfig(rounds=5, local_steps=7, alternate=(2, 1)),
 )
 LAST = total_steps(STUDY.schedule) - 1

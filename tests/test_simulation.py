@@ -1,6 +1,7 @@
 """The main job end to end: real files, ordinary readers, ordinary apps, one process - and what can go wrong."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 
 from server.simulate_command import INTERRUPTED, main
 from unimiss_core import checkpoint
+from unimiss_core.embedding import load_encoder
 
 STUDY = {
     "name": "toy",
@@ -103,6 +105,45 @@ def test_a_site_with_x_rays_only_moves_no_byte_of_three_dimensional_tensors(fini
     manifest = checkpoint.read_manifest(finished / "checkpoints" / "round-0002")
     values = sum(int(np.prod(shape)) for name, shape in manifest.tensors.items() if "3d" not in name.split("."))
     assert layout_bytes["cr-site"]["bytes_up"] == layout_bytes["cr-site"]["bytes_down"] == 2 * values
+
+
+def test_the_second_objective_trains_a_federation_by_configuration_alone(
+    tmp_path: Path, hospitals: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {
+        "model": {**STUDY["model"], "reconstruction": True},  # type: ignore[dict-item]
+        "objective": {"name": "unimiss_plus"},
+        "views": {"image_size": [33, 40], "volume_size": [13, 33, 36]},
+    }
+    out = tmp_path / "out"
+    probe = {"name": "lesion", "rank": 2, "label": "lesion", "positive": ["1"], "data": [_source(hospitals / "cr")]}
+    assert run(simulation(tmp_path, hospitals, overrides=changes, probe=[probe]), out) == 0
+    of_images = {"image", "image_reconstruction"}
+    of_volumes = {"volume", "radiograph_to_volume", "slices_to_volume", "volume_reconstruction"}
+    of_volumes |= {"radiograph_reconstruction"}
+    manifest = checkpoint.read_manifest(out / "checkpoints" / "round-0002")
+    values = sum(int(np.prod(shape)) for name, shape in manifest.tensors.items() if "3d" not in name.split("."))
+    assert [row["round"] for row in rows(out)] == [1, 2]
+    for row in rows(out):
+        assert {site["status"] for site in row["sites"].values()} == {"ok"}
+        assert set(row["sites"]["cr-site"]["losses"]) == of_images
+        assert set(row["sites"]["ct-site"]["losses"]) == of_volumes
+        assert set(row["sites"]["mixed-site"]["losses"]) == of_images | of_volumes
+        # A site with X-rays only neither receives nor sends a three-dimensional tensor.
+        assert row["sites"]["cr-site"]["bytes_up"] == row["sites"]["cr-site"]["bytes_down"] == 2 * values
+    before, after = (checkpoint.load(out / "checkpoints" / f"round-000{n}") for n in (0, 2))
+    drawn = {name for name in before.student if name.startswith("reconstruction.")}
+    assert len(drawn) == 4
+    assert all(not torch.equal(before.student[name], after.student[name]) for name in drawn)
+    assert all(not torch.equal(before.teacher[name], after.teacher[name]) for name in drawn)
+    assert manifest.model.reconstruction
+    encoder, _ = load_encoder(out / "checkpoints" / "round-0002")
+    assert not [name for name, _ in encoder.named_parameters() if "reconstruction" in name]
+    mean = re.search(r"round 2 of 2: .* ct-site ([0-9.]+)", capsys.readouterr().out)
+    losses = rows(out)[1]["sites"]["ct-site"]["losses"]
+    compared = [losses[name] for name in of_volumes if not name.endswith("_reconstruction")]
+    assert mean is not None
+    assert float(mean[1]) == pytest.approx(sum(compared) / 3, abs=0.01)
 
 
 def test_artefacts_are_all_there(finished: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.naive_unimiss import naive_loss
 from unimiss_core.network import build_network
 from unimiss_core.objective import UniMiSS
-from unimiss_core.study import ModelConfig, ObjectiveConfig
+from unimiss_core.study import ModelConfig, UniMiSSConfig
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 37, 50), (2, 2, 1, 13, 33, 40)])
@@ -19,7 +19,7 @@ def test_the_baseline_is_the_same_loss_and_gradient_in_float32(shape: tuple[int,
     model = ModelConfig(prototypes=24)
     student, teacher = build_network(model, seed=0), build_network(model, seed=1)
     views = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    objective = UniMiSS(ObjectiveConfig())
+    objective = UniMiSS(UniMiSSConfig())
     start = {name: torch.zeros(128) for name in objective.representations(2 if len(shape) == 5 else 3)}
     fast = objective(student, teacher, views, start)
     terms, centre = naive_loss(student, teacher, views, {})

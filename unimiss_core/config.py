@@ -11,10 +11,10 @@ import json
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from unimiss_core.errors import ConfigError
@@ -44,6 +44,19 @@ class Config(BaseModel):
     def digest(self) -> str:
         """sha256 of `canonical()`, in hex: two parties agree exactly when their digests do."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def chosen_by_name(default: str) -> Discriminator:
+    """Which class of a union a mapping is of: the one tagged with its key `name`, or with `default` where it has none.
+
+    Each class has a field `name` whose default is its tag, so that messages can tell what is allowed where.
+    """
+
+    def tag_of(given: Any) -> str:
+        name = given.get("name", default) if isinstance(given, Mapping) else getattr(given, "name", default)
+        return name if isinstance(name, str) else default  # of any other type: that class's own message tells
+
+    return Discriminator(tag_of)
 
 
 def load(kind: type[ConfigT], path: Path) -> ConfigT:
@@ -106,13 +119,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
     at = problem["loc"]
-    path = ".".join(str(part) for part in at) or "(top level)"
+    path, models, _ = _place(kind, at)
     given = problem["input"]
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(kind, at[:-1])
-        near = difflib.get_close_matches(str(at[-1]), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
-        return f"unknown key '{path}' ({hint})"
+        return f"unknown key '{path}' ({_hint(str(at[-1]), _place(kind, at[:-1]))})"
+    if problem["type"] == "union_tag_invalid":
+        names = [str(_tag(model)) for model in models]
+        near = difflib.get_close_matches(str(problem["ctx"]["tag"]), names, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        return f"'{path}.name': expected one of {', '.join(names)}, got {_describe(problem['ctx']['tag'])}{hint}"
     if problem["type"] == "missing":
         return f"missing key '{path}'"
     if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given):
@@ -123,13 +138,46 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
     return f"'{path}': {message[0].lower()}{message[1:]}, got {_describe(given)}"
 
 
-def _known_keys(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed at `path` of `kind`, found by walking the annotations."""
-    models: list[type[BaseModel]] = [kind]
-    for part in path:
+class _Place(NamedTuple):
+    """A place in a configuration: how it is written, the classes that may stand there, and those that another `name`
+    there would choose."""
+
+    path: str
+    models: list[type[BaseModel]]
+    others: list[type[BaseModel]]
+
+
+def _place(kind: type[BaseModel], loc: tuple[int | str, ...]) -> _Place:
+    """Where `loc` of a problem in `kind` is, found by walking the annotations.
+
+    Pydantic puts the tag of a union's chosen class into `loc`; no such key stands in the file.
+    """
+    path: list[str] = []
+    models, others = [kind], list[type[BaseModel]]()
+    for part in loc:
+        chosen = [model for model in models if _tag(model) == part] if len(models) > 1 else []
+        if chosen:
+            models, others = chosen, [model for model in models if model not in chosen]
+            continue
+        path.append(str(part))
         fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        models = [m for field in fields for m in _models_in(field)] or models
-    return sorted({key for m in models for key in m.model_fields})
+        models, others = [m for field in fields for m in _models_in(field)] or models, []
+    return _Place(".".join(path) or "(top level)", models, others)
+
+
+def _hint(key: str, place: _Place) -> str:
+    """What may have been meant by a key that is unknown at a place."""
+    known = sorted({key for model in place.models for key in model.model_fields})
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean '{near[0]}'?"
+    if elsewhere := [str(_tag(model)) for model in place.others if key in model.model_fields]:
+        return f"a setting of name: {' or '.join(elsewhere)}"
+    return f"known keys here: {', '.join(known)}"
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    """The `name` by which a union's class is chosen."""
+    return model.model_fields["name"].default if "name" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -16,7 +16,8 @@ from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
 from unimiss_core.network import build_network, load_tensors_, tensors_of
-from unimiss_core.objective import Loss, build_objective, move_centre, new_centre, weighted_mean
+from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
+from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay
 from unimiss_core.study import StudyConfig
@@ -34,8 +35,9 @@ _OPTIMISER_KEYS = {"step": "adam_step", "exp_avg": "adam_moment1", "exp_avg_sq":
 class StepReport:
     """What one optimiser step cost and showed.
 
-    terms: the loss terms by name; total: their sum; diagnostics: `grad_norm` before clipping, and by representation
-    the entropy of the teacher's targets and of their mean over the batch, in nats (log K says: no information).
+    terms: the loss terms by name; total: their sum by weight; diagnostics: `grad_norm` before clipping, and by
+    representation the entropy of the teacher's targets and of their mean over the batch, in nats (log K says: no
+    information).
     """
 
     rank: Rank
@@ -80,7 +82,7 @@ class Learner:
         held = ranks_needed(self.ranks)
         self.student = build_network(study.model, seed=study.seed, ranks=held).to(self.device)
         self.teacher = build_network(study.model, seed=study.seed, ranks=held).to(self.device).requires_grad_(False)
-        self.objective = build_objective(study.objective)
+        self.objective = build_objective(study)
         bottleneck = self.student.backbone.architecture.bottleneck
         names = [name for rank in self.ranks for name in self.objective.representations(rank)]
         self.centre = new_centre(names, bottleneck, self.device)

@@ -1,4 +1,4 @@
-"""Backbone and head as one network, built reproducibly from a study's model configuration."""
+"""Backbone and heads as one network, built reproducibly from a study's model configuration."""
 
 import hashlib
 from collections.abc import Collection, Mapping
@@ -9,17 +9,22 @@ from torch import Tensor, nn
 from unimiss_core.errors import CheckpointError
 from unimiss_core.head import Head, Prototypes
 from unimiss_core.model import ARCHITECTURES, MiT, PositionTable
+from unimiss_core.reconstruction import Reconstruction
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import ModelConfig
 
 
 class Network(nn.Module):
-    """What self-distillation trains, as student and as teacher; tensors are named `backbone.*` and `head.*`."""
+    """What self-distillation trains, as student and as teacher; tensors are named `backbone.*` and `head.*`.
 
-    def __init__(self, backbone: MiT, head: Head) -> None:
+    reconstruction: draws the input again (`reconstruction.*`); only where the study's objective asks for it.
+    """
+
+    def __init__(self, backbone: MiT, head: Head, reconstruction: Reconstruction | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.reconstruction = reconstruction
 
     @property
     def ranks(self) -> tuple[Rank, ...]:
@@ -29,6 +34,15 @@ class Network(nn.Module):
     def bottleneck(self, x: Tensor) -> Tensor:
         """x (B, C, *S) -> (B, E) of length 1. Raises ValueError where x does not fit the backbone."""
         return self.head.bottleneck(self.backbone(x))
+
+    def bottleneck_and_reconstruction(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, *S) -> (B, E) as `bottleneck` gives it, and (B, C', *S) in (0, 1), in one pass; C' is 3 for images.
+
+        Raises ValueError where x does not fit the backbone.
+        """
+        assert self.reconstruction is not None, "the study's model has no reconstruction"
+        found = self.backbone.features(x)
+        return self.head.bottleneck(found.class_token), self.reconstruction(found.decoder_map, x.shape[2:])
 
     def prototypes(self, h: Tensor) -> Tensor:
         """h (..., E) -> logits (..., K), linear in h."""
@@ -58,7 +72,8 @@ def empty_network(config: ModelConfig, *, ranks: Collection[Rank] = RANKS) -> Ne
     with torch.device("meta"):
         backbone = MiT(architecture, {rank: sizes[rank] for rank in sorted(ranks)})
         head = Head(architecture.width, architecture.head_hidden, architecture.bottleneck, config.prototypes)
-        return Network(backbone, head)
+        reconstruction = Reconstruction(architecture.width, backbone.ranks) if config.reconstruction else None
+        return Network(backbone, head, reconstruction)
 
 
 def tensors_of(network: Network) -> dict[str, Tensor]:

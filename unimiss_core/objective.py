@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from unimiss_core.head import at_least_float32
+from unimiss_core.loss_terms import cross_entropy_name
 from unimiss_core.network import Network
 from unimiss_core.scan import Rank
-from unimiss_core.study import ObjectiveConfig
+from unimiss_core.study import UniMiSSConfig
 
 Centre = Mapping[str, Tensor]
 """Per representation, the running mean of the teacher's bottlenecks (E,), float32."""
@@ -44,7 +45,8 @@ class Observed:
 
 @dataclass(frozen=True)
 class Loss:
-    """terms: scalars by name, as the study weighs them; total: their sum; observed: by representation."""
+    """terms: scalars by name (`unimiss_core.loss_terms`), each as it is before its weight, so that it reads the same in
+    every study; total: what is minimised, their sum by the study's weights; observed: by representation."""
 
     terms: dict[str, Tensor]
     total: Tensor
@@ -63,10 +65,6 @@ class Objective(Protocol):
         ...
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    return UniMiSS(config)
-
-
 @dataclass(frozen=True)
 class UniMiSS:
     """The loss of UniMiSS (ECCV 2022); the published one number for number, with two corrections.
@@ -75,7 +73,7 @@ class UniMiSS:
     representation has its own, so that volume and slice statistics do not mix.
     """
 
-    config: ObjectiveConfig
+    config: UniMiSSConfig
 
     def representations(self, rank: Rank) -> tuple[str, ...]:
         return ("image",) if rank == 2 else ("volume", "slices")
@@ -83,21 +81,9 @@ class UniMiSS:
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
         with torch.no_grad():
             seen_by_teacher = representations(teacher, views, slices=self.config.slices_per_volume)
-            centred = {name: h - centre[name] for name, h in seen_by_teacher.items()}
-            targets = {
-                name: target_distribution(logits, self.config.teacher_temperature)
-                for name, logits in logits_of(teacher, centred).items()
-            }
+            targets = targets_of(teacher, seen_by_teacher, centre, self.config.teacher_temperature)
         seen_by_student = representations(student, views, slices=self.config.slices_per_volume)
-        predictions = {
-            name: log_prediction(logits, self.config.student_temperature)
-            for name, logits in logits_of(student, seen_by_student).items()
-        }
-        terms = {
-            term_name(mine, theirs): view_cross_entropy(prediction, target)
-            for mine, prediction in predictions.items()
-            for theirs, target in targets.items()
-        }
+        terms = cross_entropies(student, seen_by_student, targets, self.config.student_temperature)
         observed = {name: observe(h, targets[name]) for name, h in seen_by_teacher.items()}
         return Loss(terms, torch.stack(list(terms.values())).sum(), observed)
 
@@ -116,11 +102,17 @@ def representations(network: Network, views: Tensor, *, slices: int | None = Non
     flat = views.flatten(0, 1)
     if flat.ndim == 4:
         return {"image": network.bottleneck(flat).unflatten(0, (b, v))}
-    images = _evenly_spaced(flat, slices).transpose(1, 2).flatten(0, 1)
     return {
         "volume": network.bottleneck(flat).unflatten(0, (b, v)),
-        "slices": network.bottleneck(images).unflatten(0, (b, v, -1)).mean(2),
+        "slices": mean_of_slices(network, _evenly_spaced(flat, slices)).unflatten(0, (b, v)),
     }
+
+
+def mean_of_slices(network: Network, volumes: Tensor) -> Tensor:
+    """volumes (N, C, D, H, W) -> (N, E): the mean bottleneck of the D slices, each a grey image on the 2D path."""
+    images = volumes.transpose(1, 2).flatten(0, 1)
+    mean: Tensor = network.bottleneck(images).unflatten(0, (len(volumes), -1)).mean(1)
+    return mean
 
 
 def _evenly_spaced(volumes: Tensor, slices: int | None) -> Tensor:
@@ -135,6 +127,26 @@ def logits_of(network: Network, bottlenecks: Mapping[str, Tensor]) -> dict[str, 
     """Bottlenecks (B, V, E) by representation -> logits (B, V, K), in one product with the prototypes."""
     logits = network.prototypes(torch.stack(list(bottlenecks.values())))
     return dict(zip(bottlenecks, logits, strict=True))
+
+
+def targets_of(
+    teacher: Network, bottlenecks: Mapping[str, Tensor], centre: Centre, temperature: float
+) -> dict[str, Tensor]:
+    """The teacher's bottlenecks (B, V, E) by representation -> its targets (B, V, K)."""
+    centred = {name: h - centre[name] for name, h in bottlenecks.items()}
+    return {name: target_distribution(logits, temperature) for name, logits in logits_of(teacher, centred).items()}
+
+
+def cross_entropies(
+    student: Network, bottlenecks: Mapping[str, Tensor], targets: Mapping[str, Tensor], temperature: float
+) -> dict[str, Tensor]:
+    """From each of the student's bottlenecks (B, V, E) to each of the teacher's targets (B, V, K): scalars by name."""
+    predictions = {name: log_prediction(z, temperature) for name, z in logits_of(student, bottlenecks).items()}
+    return {
+        cross_entropy_name(mine, theirs): view_cross_entropy(prediction, target)
+        for mine, prediction in predictions.items()
+        for theirs, target in targets.items()
+    }
 
 
 def log_prediction(logits: Tensor, temperature: float) -> Tensor:
@@ -162,11 +174,6 @@ def view_cross_entropy(log_predictions: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(targets.device.type, enabled=False):
         pairs = -torch.einsum("bsk,btk->st", log_predictions, targets)
     return (pairs.sum() - pairs.diagonal().sum()) / (b * v * (v - 1))
-
-
-def term_name(student: str, teacher: str) -> str:
-    """`volume` where both look the same way, else `slices_to_volume`: from the student's to the teacher's."""
-    return student if student == teacher else f"{student}_to_{teacher}"
 
 
 def new_centre(names: Iterable[str], bottleneck: int, device: torch.device) -> dict[str, Tensor]:

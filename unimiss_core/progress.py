@@ -30,8 +30,8 @@ class RoundStarted:
 class StepDone:
     """A site finished optimiser step `step` of `steps` in this round.
 
-    loss: mean over the objective's terms, so that images (one term) and volumes (four) show on one scale, where
-    log K is the level of a model that tells nothing apart.
+    loss: mean over the objective's cross-entropies (`unimiss_core.loss_terms`), so that images and volumes show on one
+    scale, where log K is the level of a model that tells nothing apart.
     """
 
     site: str
@@ -50,7 +50,7 @@ class SiteReplied:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round is written. losses: site -> mean over the round's steps and the objective's terms."""
+    """A round is written. losses: site -> mean over the round's steps and the objective's cross-entropies."""
 
     round: int
     rounds: int

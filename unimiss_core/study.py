@@ -6,9 +6,9 @@ update must carry to count. Nothing here depends on how much data a site holds.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, Tag, model_validator
 
-from unimiss_core.config import Config, Name
+from unimiss_core.config import Config, Name, chosen_by_name
 from unimiss_core.scan import SMALLEST, Rank
 
 
@@ -22,6 +22,7 @@ def _large_enough(size: tuple[int, ...]) -> tuple[int, ...]:
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(gt=0)]
 Axis = Annotated[int, Field(gt=0, le=4096)]
 ImageSize = Annotated[tuple[Axis, Axis], AfterValidator(_large_enough)]
 """(H, W) that the network takes."""
@@ -40,6 +41,9 @@ class ModelConfig(Config):
     """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
     prototypes: Annotated[int, Field(ge=2, le=2**20)] = 512
     """Rows of the last layer; 65,536 as published, 512-1,024 for small archives."""
+    reconstruction: Annotated[bool, Field(exclude_if=lambda on: not on)] = False
+    """Whether the network can draw its input again, as the objective `unimiss_plus` asks for. Not written out where it
+    is off, so that studies and checkpoints older than this setting keep their digests."""
 
 
 class PlanConfig(Config):
@@ -124,18 +128,16 @@ class ViewConfig(Config):
         return self
 
 
-class ObjectiveConfig(Config):
-    """UniMiSS self-distillation; see `unimiss_core.objective`."""
+class DistillationConfig(Config):
+    """What every objective sets: a student learns what its teacher makes of other views of the same scan."""
 
-    name: Literal["unimiss"] = "unimiss"
+    name: str
     student_temperature: Annotated[float, Field(gt=0)] = 0.1
     teacher_temperature: Annotated[float, Field(gt=0)] = 0.04
     """Lower means sharper targets; too high and both networks drift to the uniform answer."""
     centre_momentum: Fraction = 0.9
     teacher_momentum: tuple[Fraction, Fraction] = (0.996, 1.0)
     """EMA of the teacher, per step, from first to last step of the study (cosine)."""
-    slices_per_volume: Positive | None = None
-    """Evenly spaced slices of a volume that take the 2D path; None takes all, as published."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -145,6 +147,40 @@ class ObjectiveConfig(Config):
                 f"student_temperature={self.student_temperature}"
             )
         return self
+
+
+class UniMiSSConfig(DistillationConfig):
+    """UniMiSS (ECCV 2022); see `unimiss_core.objective` and docs/objectives.md."""
+
+    name: Literal["unimiss"] = "unimiss"
+    slices_per_volume: Positive | None = None
+    """Evenly spaced slices of a volume that take the 2D path; None takes all, as published."""
+
+
+class UniMiSSPlusConfig(DistillationConfig):
+    """UniMiSS+ (TPAMI 2024), with its weights; see `unimiss_core.unimiss_plus` and docs/objectives.md.
+
+    Weights are above 0, because volumes then train every parameter, on which aggregation relies.
+    """
+
+    name: Literal["unimiss_plus"] = "unimiss_plus"
+    radiograph_weight: Weight = 0.5
+    """Of the cross-entropy from a volume's radiograph to the volume, which itself counts 1."""
+    slices_weight: Weight = 0.1
+    """Of the cross-entropy from a volume's slices to the volume."""
+    reconstruction_weight: Weight = 5.0
+    """Of the mean squared error with which images, volumes and radiographs are drawn again."""
+    slice_stride: Positive = 2
+    """2 means that every second slice of a volume, from its first, takes the 2D path."""
+    radiograph_angle_deg: Annotated[float, Field(ge=-180, le=180)] = 0.0
+    """From where radiographs are taken: 0 from front to back, 90 from right to left."""
+
+
+ObjectiveConfig = Annotated[
+    Annotated[UniMiSSConfig, Tag("unimiss")] | Annotated[UniMiSSPlusConfig, Tag("unimiss_plus")],
+    chosen_by_name(default="unimiss"),
+]
+"""What is learned; without a `name` it is UniMiSS."""
 
 
 class OptimiserConfig(Config):
@@ -216,7 +252,7 @@ class StudyConfig(Config):
     model: ModelConfig = ModelConfig()
     plan: PlanConfig = PlanConfig()
     views: ViewConfig = ViewConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = UniMiSSConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
@@ -225,6 +261,11 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.model.reconstruction != (needed := isinstance(self.objective, UniMiSSPlusConfig)):
+            raise ValueError(
+                f"the objective {self.objective.name} {'needs' if needed else 'never trains'} the model's "
+                f"reconstruction; write model.reconstruction: {'true' if needed else 'false'}"
+            )
         warmup, frozen = self.optimiser.warmup_steps, self.optimiser.freeze_prototypes_steps
         rounds, local = self.schedule.rounds, self.schedule.local_steps
         steps = f"rounds x local_steps = {rounds} x {local} = {rounds * local}"

@@ -36,6 +36,8 @@ Box = tuple[slice, ...]
 Interval = tuple[float, float]
 
 _MEAN, _STD = 0.5, 0.25
+_FLAT = 1e-3
+"""A smaller range of values is rounding, which must not be stretched into a picture."""
 _BLOCK_ROWS = 32
 """Rows of a banded matrix that a CPU multiplies at a time: fewer waste less on zeros, more keep its units busy."""
 _BLUR_REACH = 5.0
@@ -94,6 +96,18 @@ def whole(values: NDArray[np.float32], size: Sequence[int]) -> Tensor:
 def standardise(views: Tensor) -> Tensor:
     """[0, 1] -> [-2, 2], the range that the model takes: (x - 0.5) / 0.25."""
     return (views - _MEAN) / _STD
+
+
+def intensities(views: Tensor) -> Tensor:
+    """[-2, 2] -> [0, 1]: `standardise` undone."""
+    return views * _STD + _MEAN
+
+
+def min_max(x: Tensor) -> Tensor:
+    """x (N, C, *S) -> each of N from 0 at its lowest value to 1 at its highest; 0 throughout where it is flat."""
+    axes = tuple(range(1, x.ndim))
+    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+    return (x - low) / (high - low).clamp(min=_FLAT)
 
 
 def generator_for(seed: int, site: str, *place: int) -> torch.Generator:
