@@ -17,7 +17,7 @@ from server.local_grid import LocalGrid
 from server.rounds import Federation, GlobalState
 from server.run_folder import RunFolder
 from tests.federation import Answer, StubSite, good_answer, reply_with, small_study, stub_app
-from unimiss_core import checkpoint
+from unimiss_core import checkpoint, progress
 from unimiss_core.codec import released
 from unimiss_core.errors import ConfigError, RoundError, WireError
 from unimiss_core.groups import group_of
@@ -119,6 +119,24 @@ def test_metrics_say_what_happened(tmp_path: Path) -> None:
     assert line["bytes_up"] == line["bytes_down"] == 2 * values
     assert first["sites"]["ct"]["bytes_up"] > line["bytes_up"]
     assert all(value > 0 for value in first["global"]["update_norm"].values())
+
+
+def test_the_loss_that_people_watch_is_the_mean_cross_entropy_of_sites_that_tell_one(tmp_path: Path) -> None:
+    told = {
+        "a": {"image": 4.0, "image_reconstruction": 0.1},
+        "b": {"volume": 3.0, "radiograph_to_volume": 5.0, "slices_to_volume": 7.0, "volume_reconstruction": 0.2},
+        "c": {"image_reconstruction": 0.3},
+        "d": {},
+    }
+
+    def answer(request: TrainRequest, site: StubSite) -> TrainReply:
+        return dataclasses.replace(good_answer(request, site), losses=told[site.name])
+
+    events: list[progress.Event] = []
+    with progress.listen(events.append):
+        federate(tmp_path, [StubSite(name, {2: 10}, answer) for name in told], small_study(rounds=1))
+    (done,) = [event for event in events if isinstance(event, progress.RoundDone)]
+    assert done.losses == {"a": 4.0, "b": 5.0}
 
 
 def broken(_: TrainRequest, __: StubSite) -> TrainReply:
