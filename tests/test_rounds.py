@@ -132,6 +132,24 @@ def test_metrics_say_what_happened(tmp_path: Path) -> None:
     assert all(value > 0 for value in first["global"]["update_norm"].values())
 
 
+def test_the_loss_that_people_watch_is_the_mean_cross_entropy_of_sites_that_tell_one(tmp_path: Path) -> None:
+    told = {
+        "a": {"image": 4.0, "image_reconstruction": 0.1},
+        "b": {"volume": 3.0, "radiograph_to_volume": 5.0, "slices_to_volume": 7.0, "volume_reconstruction": 0.2},
+        "c": {"image_reconstruction": 0.3},
+        "d": {},
+    }
+
+    def answer(request: TrainRequest, site: StubSite) -> TrainReply:
+        return dataclasses.replace(good_answer(request, site), losses=told[site.name])
+
+    events: list[progress.Event] = []
+    with progress.listen(events.append):
+        federate(tmp_path, [StubSite(name, {2: 10}, answer) for name in told], small_study(rounds=1))
+    (done,) = [event for event in events if isinstance(event, progress.RoundDone)]
+    assert done.losses == {"a": 4.0, "b": 5.0}
+
+
 def broken(_: TrainRequest, __: StubSite) -> TrainReply:
     raise RuntimeError("patient /archive/P123 is broken")
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from tests.federation import small_study
 from tests.naive_unimiss import naive_plus_terms
+from unimiss_core.config import parse
 from unimiss_core.loss_terms import is_reconstruction, mean_cross_entropy
 from unimiss_core.network import Network, build_network, tensors_of
 from unimiss_core.objective import Loss
 from unimiss_core.objectives import build_objective
+from unimiss_core.radiograph import Radiographer
 from unimiss_core.study import StudyConfig, UniMiSSPlusConfig
+from unimiss_core.unimiss_plus import UniMiSSPlus
 
 CASES = {
     "images": (2, 2, 1, 37, 50),
@@ -147,6 +150,15 @@ def test_a_radiograph_from_the_side_is_another_picture() -> None:
         "radiograph_to_volume",
         "radiograph_reconstruction",
     }
+
+
+def test_radiographs_are_taken_as_plan_views_and_objective_say() -> None:
+    raw = plus_study(radiograph_angle_deg=-20.0).model_dump(mode="json")
+    raw["plan"] |= {"volume_spacing_mm": [4.0, 1.5, 1.2], "ct_window_hu": [-900.0, 1100.0]}
+    objective = build_objective(parse(StudyConfig, raw, where=""))
+    expected = Radiographer(size=(33, 47), ct_window_hu=(-900.0, 1100.0), spacing_mm=(1.5, 1.2), angle_deg=-20.0)
+    assert isinstance(objective, UniMiSSPlus)
+    assert objective.radiographer == expected
 
 
 @pytest.mark.parametrize("name", ["images", "colour, three views", "volumes"])
