@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -118,6 +119,8 @@ def _send(channel: Connection, message: object) -> None:
 def _serve(channel: Connection) -> None:
     """The life of a process: join the team, run, say how it ended."""
     place, function, arguments = pickle.loads(channel.recv_bytes())
+    until_told_to_go = Thread(target=_leave_with_parent, args=[channel], daemon=True)
+    until_told_to_go.start()
     device = place.devices[place.place]
     try:
         if device.type == "cuda":
@@ -132,16 +135,21 @@ def _serve(channel: Connection) -> None:
         with progress.listen(lambda event: _send(channel, event) if place.place == 0 else None):
             result = function(*arguments, device=device, team=Processes())
         _send(channel, ("result", result if place.place == 0 else None))
-        channel.recv_bytes()  # stay until told to go: a process that leaves early is a lost one to the others
+        until_told_to_go.join()  # a process that leaves early is a lost one to the others
     except UnimissError as error:
         _send(channel, ("refused", error))
-    except EOFError:
-        pass  # nobody is left to work for
     except Exception as error:
         traceback.print_tb(error.__traceback__)
         if isinstance(error, RuntimeError):  # torch's own words, of devices and sums; any other's could quote a file
             print(error, file=sys.stderr)
         _send(channel, ("failed", where(error)))
+
+
+def _leave_with_parent(channel: Connection) -> None:
+    """End this process when the parent closes the channel or dies, also where it hangs in a sum with one that did."""
+    with suppress(EOFError, OSError):
+        channel.recv_bytes()
+    os._exit(0)
 
 
 if __name__ == "__main__":

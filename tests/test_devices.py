@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,11 @@ def views(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def processes_left() -> list[str]:
-    """Processes of a team that this process has started and that still run."""
-    command = ["ps", "-o", "args", "--ppid", str(os.getpid())]
+def children_of(pid: int) -> list[int]:
+    """Processes of a team that `pid` has started and that still run."""
+    command = ["ps", "-o", "pid=,args=", "--ppid", str(pid)]
     listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    return [line for line in listed if "-m client.devices" in line]
+    return [int(line.split()[0]) for line in listed if "-m client.devices" in line]
 
 
 @pytest.mark.parametrize(("size", "scans"), [(1, 5), (2, 5), (3, 2), (4, 1), (3, 9)])
@@ -76,14 +78,14 @@ def test_the_first_place_speaks_for_all_and_nothing_is_left(tmp_path: Path) -> N
         size, total = run_team(team_members.every_place, (), devices=(CPU, CPU, CPU), state=tmp_path)
     assert (size, total.item()) == (3, 6.0)
     assert heard == [progress.Note("from place 0")]
-    assert processes_left() == []
+    assert children_of(os.getpid()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device-0.log", "device-1.log", "device-2.log"]
 
 
 def test_a_killed_process_fails_the_round_by_name_and_the_next_round_works(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"training process 1 on cpu was lost in mid-round: it ended with code -9"):
         run_team(team_members.one_is_killed, (), devices=TWO, state=tmp_path)
-    assert processes_left() == []
+    assert children_of(os.getpid()) == []
     assert run_team(team_members.every_place, (), devices=TWO, state=tmp_path)[0] == 2
 
 
@@ -109,7 +111,34 @@ def test_who_stops_this_process_stops_the_team(tmp_path: Path) -> None:
 
     with progress.guarded_by(stop), pytest.raises(KeyboardInterrupt):
         run_team(team_members.never_ends, (), devices=TWO, state=tmp_path)
-    assert processes_left() == []
+    assert children_of(os.getpid()) == []
+
+
+PARENT = """
+import sys
+from pathlib import Path
+import torch
+from client.devices import run_team
+from tests import team_members
+from unimiss_core import progress
+with progress.listen(lambda event: print("at work", flush=True)):
+    run_team(team_members.never_ends, (), devices=[torch.device("cpu")] * 2, state=Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_parent_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tmp_path)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"at work\n"
+    members = children_of(parent.pid)
+    assert len(members) == 2
+    parent.kill()
+    parent.communicate()
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in members):
+        assert time.monotonic() < until, "a process trains on for nobody"
+        time.sleep(0.1)
 
 
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
