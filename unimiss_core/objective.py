@@ -81,12 +81,12 @@ class UniMiSS:
         return ("image",) if rank == 2 else ("volume", "slices")
 
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
+        temperature = self.config.teacher_temperature_of(2 if views.ndim == 5 else 3)
         with torch.no_grad():
             seen_by_teacher = representations(teacher, views, slices=self.config.slices_per_volume)
             centred = {name: h - centre[name] for name, h in seen_by_teacher.items()}
             targets = {
-                name: target_distribution(logits, self.config.teacher_temperature)
-                for name, logits in logits_of(teacher, centred).items()
+                name: target_distribution(logits, temperature) for name, logits in logits_of(teacher, centred).items()
             }
         seen_by_student = representations(student, views, slices=self.config.slices_per_volume)
         predictions = {
