@@ -1,46 +1,76 @@
 """Does the shipped `nano` study learn on small batches of both ranks? Centralised, on the real files.
 
-    python -m benchmarks.recipe --seeds 0 1 2 --steps 1200 --json FILE
+    python -m benchmarks.recipe --seeds 0 1 2 --threads 1 --json FILE
 
 One learner trains on the X-rays and volumes of all sites of configs/simulation/shared_real.yaml, in turn, and is
-probed before and after: NIH Pneumonia on patients that no site holds (2D), AdrenalMNIST3D's training and validation
-split (3D; its test split stays untouched). Printed: what the targets tell (shares of log K, over the last 100 steps)
-and the probes' AUC, paired by seed.
+probed before and after (`benchmarks.recipe_tasks`): NIH Pneumonia on patients that no site holds (2D), AdrenalMNIST3D
+(3D), and beside them, on grey values, the size of the hippocampus (3D). Printed: what the targets tell (shares of
+log K, over the last 100 steps), each task's floor and AUC, the gain of each seed with its 95% interval over patients
+and of all seeds with that over seeds, and what the project asks with PASS or FAIL.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from scipy.stats import t as student_t
 
-from client.cache import Library, open_library, read_scans
+from benchmarks.recipe_tasks import STS, TASKS, Task, sts_source, task
+from client.cache import Library, open_library
 from client.site_config import DataSource, SiteConfig, TableConfig, anchored
 from unimiss_core.config import parse, read_yaml
-from unimiss_core.embedding import embed, encoder_of
+from unimiss_core.embedding import encoder_of
 from unimiss_core.learner import Learner
 from unimiss_core.network import tensors_of
-from unimiss_core.plan import prepare
-from unimiss_core.probe import probe
+from unimiss_core.probe import Probe, gain
 from unimiss_core.scan import Rank
-from unimiss_core.schedule import rank_of_step
+from unimiss_core.schedule import rank_of_step, total_steps
 from unimiss_core.study import StudyConfig
-from unimiss_core.views import draw_batch, generator_for, whole
+from unimiss_core.views import draw_batch, generator_for
 
 ROOT = Path(__file__).parents[1]
-LAST = 100
-"""Steps at the end over which targets are looked at."""
+WINDOW = 100
+"""Steps over which targets are looked at; the last of these windows counts."""
+TRAINED = (0.0, 0.7)
+"""Patients that the learner sees, as a `patient_range`."""
+
+MOST_TARGET, LEAST_MEAN, LEAST_GAIN, MOST_CPU_MIN = 0.9, 0.5, 0.05, 20.0
+"""What is asked: shares of log K, for every representation and seed; AUC, mean of the seeds; minutes a run."""
+DECIDING = {"2D": "nih-pneumonia", "3D": "adrenal"}
+"""The tasks whose gain is asked for; chosen before any recipe was compared on them."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A task's AUC before and after training, for one seed; interval: of their difference, 95% over patients."""
+
+    before: float
+    after: float
+    interval: tuple[float, float]
+
+    @property
+    def value(self) -> float:
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Run:
+    """entropies: by figure and representation, shares of log K."""
+
+    seed: int
+    cpu_s: float
+    wall_s: float
+    entropies: dict[str, float]
+    gains: dict[str, Gain]
 
 
 def main() -> None:
@@ -49,111 +79,130 @@ def main() -> None:
     study = parse(StudyConfig, _study(options.steps), where="nano")
     with tempfile.TemporaryDirectory() as scratch:
         library = open_library(_pooled(options.data, Path(scratch)), study.plan)
-        tasks = {"nih-pneumonia": _nih(options.data, study), "adrenal": _adrenal(options.data, study)}
+        tasks = {name: task(name, options.data, study) for name in TASKS}
         runs = [_run(study.model_copy(update={"seed": seed}), library, tasks) for seed in options.seeds]
-    _print(runs)
+    floors = {name: auc_of(each.floor()) for name, each in tasks.items()}
+    print("\n".join([*gain_lines(runs, floors), *verdict_lines(runs)]))
     if options.json:
-        options.json.write_text(json.dumps({"steps": options.steps, "runs": runs}, indent=2))
+        content = {"steps": total_steps(study.schedule), "floors": floors, "runs": [asdict(run) for run in runs]}
+        options.json.write_text(json.dumps(content, indent=2))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps, images and volumes in turn")
+    parser.add_argument("--steps", type=int, help="optimiser steps, images and volumes in turn; else as nano says")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def _study(steps: int) -> dict[str, Any]:
+def _study(steps: int | None) -> dict[str, Any]:
     raw = dict(read_yaml(ROOT / "configs" / "study" / "nano.yaml"))
-    return raw | {"schedule": {"rounds": 1, "local_steps": steps, "alternate": [1, 1]}}
+    if steps is not None:
+        raw["schedule"] = dict(raw["schedule"]) | {"rounds": 1, "local_steps": steps}
+    return raw
 
 
 def _pooled(data: Path, scratch: Path) -> SiteConfig:
     """All that the sites of shared_real.yaml hold, as one site."""
     nih = TableConfig(path=data / "nih_cxr14" / "labels.csv", file="image", patient="patient_id")
-    sources = [DataSource(folder=data / "nih_cxr14" / "images_224", table=nih, patient_range=(0.0, 0.7))]
-    for label, modality in (("CT", "CT"), ("PET", "PT"), ("MR_T1", "MR")):
-        table = TableConfig(
-            path=data / "sts_ct_pet_mr" / "meta.csv", patient="patient_id", where={"modality": (label,)}
-        )
-        folder = data / "sts_ct_pet_mr" / "volumes"
-        sources.append(DataSource(folder=folder, table=table, modality=modality, patient_range=(0.0, 0.7)))
-    return anchored(SiteConfig(name="pooled", data=tuple(sources), state=scratch, devices=("cpu",)), scratch)
+    images = DataSource(folder=data / "nih_cxr14" / "images_224", table=nih, patient_range=TRAINED)
+    volumes = [sts_source(data, label, TRAINED) for label in STS]
+    return anchored(SiteConfig(name="pooled", data=(images, *volumes), state=scratch, devices=("cpu",)), scratch)
 
 
-class Task:
-    """Labelled scans as the model takes them: (N, 1, *S), labels and patients (N,)."""
-
-    def __init__(self, scans: Tensor, labels: NDArray[np.str_], patients: NDArray[np.str_]) -> None:
-        self.scans, self.labels, self.patients = scans, labels, patients
-
-    def auc(self, study: StudyConfig, tensors: Mapping[str, Tensor]) -> float:
-        encoder = encoder_of(study.model, tensors)
-        features = torch.cat([embed(encoder, part) for part in self.scans.split(32)]).numpy()
-        return probe(features, self.labels, self.patients).auc() or math.nan
-
-
-def _nih(data: Path, study: StudyConfig) -> Task:
-    table = TableConfig(path=data / "nih_cxr14" / "labels.csv", file="image", patient="patient_id")
-    source = DataSource(folder=data / "nih_cxr14" / "images_224", table=table, patient_range=(0.7, 1.0))
-    with table.path.open(newline="", encoding="utf-8") as file:
-        labels = {row["image"]: row["label"] for row in csv.DictReader(file)}
-    found = [
-        (whole(prepare(scan, study.plan)[0], study.views.image_size), labels[origin.files[0]], origin.patient)
-        for origin, scan in read_scans([source], study.plan)
-    ]
-    scans, names, patients = zip(*found, strict=True)
-    return Task(torch.stack(scans), np.array(names), np.array(patients))
-
-
-def _adrenal(data: Path, study: StudyConfig) -> Task:
-    with np.load(data / "adrenalmnist3d" / "adrenalmnist3d_64.npz") as held:
-        volumes = np.concatenate([held["train_images"][:600], held["val_images"]])
-        labels = np.concatenate([held["train_labels"][:600], held["val_labels"]]).ravel().astype(str)
-    scans = [whole(v[None].astype(np.float32) / max(1, v.max()), study.views.volume_size) for v in volumes]
-    return Task(torch.stack(scans), labels, np.arange(len(labels)).astype(str))
-
-
-def _run(study: StudyConfig, library: Library, tasks: Mapping[str, Task]) -> dict[str, Any]:
+def _run(study: StudyConfig, library: Library, tasks: Mapping[str, Task]) -> Run:
     learner = Learner(study, ranks=library.ranks)
-    before = {name: task.auc(study, tensors_of(learner.teacher)) for name, task in tasks.items()}
-    steps = study.schedule.local_steps
-    watch_from = max(0, steps - LAST)
+    before = _probed(learner, tasks)
+    steps = total_steps(study.schedule)
     began, cpu = time.monotonic(), time.process_time()
     for step in range(steps):
-        if step == watch_from:
+        if (steps - step) % WINDOW == 0 and step > 0:
+            _say(step, _shares_of_log_k(learner))
             learner.start_round(tensors_of(learner.student), tensors_of(learner.teacher))  # figures begin anew
         rank: Rank = rank_of_step(library.ranks, step, study.schedule.alternate)
         generator = generator_for(study.seed, "pooled", step)
         scans = library.of_rank(rank)
         chosen = torch.randperm(len(scans), generator=generator)[: study.batch.of(rank)]
         learner.step(draw_batch([scans[i] for i in chosen.tolist()], study.views, generator), step=step)
-    figures = learner.round_diagnostics()
-    after = {name: task.auc(study, tensors_of(learner.teacher)) for name, task in tasks.items()}
-    run = {
-        "seed": study.seed,
-        "wall_s": time.monotonic() - began,
-        "cpu_s": time.process_time() - cpu,
-        "shares_of_log_k": {k: v / math.log(study.model.prototypes) for k, v in figures.items() if "entropy" in k},
-        "before": before,
-        "after": after,
-    }
-    print(json.dumps(run), flush=True)
+    run = Run(
+        seed=study.seed,
+        cpu_s=time.process_time() - cpu,
+        wall_s=time.monotonic() - began,
+        entropies=_shares_of_log_k(learner),
+        gains={name: _gain(before[name], after) for name, after in _probed(learner, tasks).items()},
+    )
+    print(json.dumps(asdict(run)), flush=True)
     return run
 
 
-def _print(runs: list[dict[str, Any]]) -> None:
-    for name in runs[0]["before"]:
-        gains = [run["after"][name] - run["before"][name] for run in runs]
-        spread = statistics.stdev(gains) if len(gains) > 1 else math.nan
-        print(
-            f"{name}: AUC {statistics.fmean(run['before'][name] for run in runs):.3f} before, "
-            f"{statistics.fmean(run['after'][name] for run in runs):.3f} after; "
-            f"gain {statistics.fmean(gains):+.3f} (sd {spread:.3f}, {len(gains)} seeds)"
+def _shares_of_log_k(learner: Learner) -> dict[str, float]:
+    most = math.log(learner.study.model.prototypes)
+    return {name: value / most for name, value in learner.round_diagnostics().items() if "entropy" in name}
+
+
+def _say(step: int, entropies: Mapping[str, float]) -> None:
+    print(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in entropies.items()), flush=True)
+
+
+def _probed(learner: Learner, tasks: Mapping[str, Task]) -> dict[str, Probe]:
+    encoder = encoder_of(learner.study.model, tensors_of(learner.teacher))
+    return {name: each.probed(encoder) for name, each in tasks.items()}
+
+
+def auc_of(probed: Probe) -> float:
+    value = probed.auc()
+    return math.nan if value is None else value
+
+
+def _gain(before: Probe, after: Probe) -> Gain:
+    found = gain(before, after)
+    return Gain(auc_of(before), auc_of(after), found[1] if found else (math.nan, math.nan))
+
+
+def gain_lines(runs: list[Run], floors: Mapping[str, float]) -> Iterator[str]:
+    """For each task its floor, its AUC before and after, and the gain: of all seeds, then of each."""
+    for name, floor in floors.items():
+        gains = [run.gains[name] for run in runs]
+        low, high = over_seeds([each.value for each in gains])
+        yield (
+            f"{name}: floor {floor:.3f}; AUC {statistics.fmean(g.before for g in gains):.3f} before, "
+            f"{statistics.fmean(g.after for g in gains):.3f} after; gain "
+            f"{statistics.fmean(g.value for g in gains):+.3f} [{low:+.3f}, {high:+.3f}] over {len(gains)} seeds"
         )
+        for run, each in zip(runs, gains, strict=True):
+            low, high = each.interval
+            yield (
+                f"    seed {run.seed}: {each.before:.3f} to {each.after:.3f}, "
+                f"{each.value:+.3f} [{low:+.3f}, {high:+.3f}] over patients"
+            )
+
+
+def over_seeds(gains: list[float]) -> tuple[float, float]:
+    """95% interval of their mean, by Student's t; infinite where there is one seed."""
+    if len(gains) < 2:
+        return -math.inf, math.inf
+    reach = student_t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
+    return statistics.fmean(gains) - reach, statistics.fmean(gains) + reach
+
+
+def verdict_lines(runs: list[Run]) -> Iterator[str]:
+    """What is asked, what was found, and whether that is enough."""
+
+    def line(passes: bool, asked: str, found: str) -> str:
+        return f"{'PASS' if passes else 'FAIL'}  {asked}: {found}"
+
+    targets = [v for run in runs for k, v in run.entropies.items() if k.startswith("target_entropy_")]
+    means = [v for run in runs for k, v in run.entropies.items() if k.startswith("mean_target_entropy_")]
+    yield line(max(targets) < MOST_TARGET, f"target entropy below {MOST_TARGET} log K", f"largest {max(targets):.3f}")
+    yield line(min(means) > LEAST_MEAN, f"mean-target entropy above {LEAST_MEAN} log K", f"smallest {min(means):.3f}")
+    for kind, name in DECIDING.items():
+        mean = statistics.fmean(run.gains[name].value for run in runs)
+        yield line(mean >= LEAST_GAIN, f"gain of at least {LEAST_GAIN} AUC in {kind}", f"{name} {mean:+.3f}")
+    slowest = max(run.cpu_s for run in runs) / 60
+    yield line(slowest <= MOST_CPU_MIN, f"at most {MOST_CPU_MIN:g} processor minutes a run", f"longest {slowest:.1f}")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ def test_broken_relation_is_told() -> None:
         ("optimiser", {"weight_decay": [0.1, -0.1]}, r"weight_decay\.1': .* greater than or equal to 0, got -0\.1"),
         ("optimiser", {"warmup_steps": 500}, r"warmup_steps=500 must be below .* = 10 x 50 = 500, or the rate never"),
         ("optimiser", {"freeze_prototypes_steps": 501}, "freeze_prototypes_steps=501 must not be above"),
+        ("objective", {"volume_teacher_temperature": 0.2}, "volume_teacher_temperature=0.2 must not be above student_"),
+        ("objective", {"volume_teacher_temperature": 0}, r"volume_teacher_temperature': .* greater than 0"),
         ("schedule", {"rounds": 1}, r"warmup_steps=100 must be below rounds x local_steps = 1 x 50 = 50"),
     ],
 )

@@ -140,6 +140,24 @@ def test_in_float32_loss_and_gradients_are_those_of_float64(shape: tuple[int, ..
             assert (mine - oracle).norm() <= 1e-3 * max(oracle.norm().item(), 1e-3 * whole), name
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("images", 0.03), ("volumes", 0.07)])
+def test_volumes_may_have_a_teacher_temperature_of_their_own(kind: str, expected: float) -> None:
+    (student, teacher), (batch, centre) = networks(), case(CASES[kind])
+    naive = naive_loss_terms(
+        student,
+        teacher,
+        batch,
+        {name: teacher.prototypes(h) for name, h in centre.items()},
+        student_temperature=0.1,
+        teacher_temperature=expected,
+    )
+    objective = UniMiSS(UniMiSSConfig(teacher_temperature=0.03, volume_teacher_temperature=0.07))
+    found = objective(student, teacher, batch, centre)
+    assert {name: term.item() for name, term in found.terms.items()} == pytest.approx(
+        {name: term.item() for name, term in naive.items()}, rel=1e-5
+    )
+
+
 def test_the_total_is_the_sum_of_the_terms() -> None:
     loss = UniMiSS(CONFIG)(*networks(), *case(CASES["volumes"]))
     assert loss.total.item() == pytest.approx(sum(term.item() for term in loss.terms.values()))

@@ -79,9 +79,10 @@ class UniMiSS:
         return ("image",) if rank == 2 else ("volume", "slices")
 
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
+        temperature = self.config.teacher_temperature_of(2 if views.ndim == 5 else 3)
         with torch.no_grad():
             seen_by_teacher = representations(teacher, views, slices=self.config.slices_per_volume)
-            targets = targets_of(teacher, seen_by_teacher, centre, self.config.teacher_temperature)
+            targets = targets_of(teacher, seen_by_teacher, centre, temperature)
         seen_by_student = representations(student, views, slices=self.config.slices_per_volume)
         terms = cross_entropies(student, seen_by_student, targets, self.config.student_temperature)
         observed = {name: observe(h, targets[name]) for name, h in seen_by_teacher.items()}

@@ -135,17 +135,25 @@ class DistillationConfig(Config):
     student_temperature: Annotated[float, Field(gt=0)] = 0.1
     teacher_temperature: Annotated[float, Field(gt=0)] = 0.04
     """Lower means sharper targets; too high and both networks drift to the uniform answer."""
+    volume_teacher_temperature: Annotated[float | None, Field(gt=0, exclude_if=lambda own: own is None)] = None
+    """Of a volume's targets; None means teacher_temperature, as published, and is not written out, so that older
+    studies keep their digests. A batch holds few volumes, which are told apart sooner than images: their targets may
+    need less sharpening."""
     centre_momentum: Fraction = 0.9
     teacher_momentum: tuple[Fraction, Fraction] = (0.996, 1.0)
     """EMA of the teacher, per step, from first to last step of the study (cosine)."""
 
+    def teacher_temperature_of(self, rank: Rank) -> float:
+        own = self.volume_teacher_temperature if rank == 3 else None
+        return self.teacher_temperature if own is None else own
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.teacher_temperature > self.student_temperature:
-            raise ValueError(
-                f"teacher_temperature={self.teacher_temperature} must not be above "
-                f"student_temperature={self.student_temperature}"
-            )
+        for name in ("teacher_temperature", "volume_teacher_temperature"):
+            if (getattr(self, name) or 0.0) > self.student_temperature:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must not be above student_temperature={self.student_temperature}"
+                )
         return self
 
 

@@ -39,10 +39,12 @@ class UniMiSSPlus:
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
         scans = views.flatten(0, 1)
         shape = views.shape[:2]
-        (own,) = self.representations(2 if scans.ndim == 4 else 3)
+        rank: Rank = 2 if scans.ndim == 4 else 3
+        (own,) = self.representations(rank)
         with torch.no_grad():
             seen_by_teacher = {own: teacher.bottleneck(scans).unflatten(0, shape)}
-            targets = targets_of(teacher, seen_by_teacher, centre, self.config.teacher_temperature)
+            temperature = self.config.teacher_temperature_of(rank)
+            targets = targets_of(teacher, seen_by_teacher, centre, temperature)
         pictures = {own: scans} if own == "image" else {own: scans, "radiograph": self.radiographer(scans)}
         seen, errors = {}, {}
         for name, x in pictures.items():
