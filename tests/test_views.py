@@ -330,6 +330,26 @@ def test_a_scan_s_views_do_not_depend_on_the_rest_of_its_batch() -> None:
     torch.testing.assert_close(draw_batch([a], always, generator(7))[0], pair[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [IMAGE, VOLUME])
+def test_a_part_of_a_batch_has_the_views_of_the_whole_and_reads_no_other_scan(shape: tuple[int, ...]) -> None:
+    scans = [scan(shape, seed) for seed in range(5)]
+    always = config(blur=1.0, noise=1.0)
+    together = draw_batch(scans, always, generator(7))
+    for part in (slice(0, 2), slice(2, 5), slice(1, None, 2), slice(3, 3)):
+        for each in scans:
+            each.boxes.clear()
+        assert torch.equal(draw_batch(scans, always, generator(7), part=part), together[part])
+        assert [bool(each.boxes) for each in scans] == [i in range(5)[part] for i in range(5)]
+
+
+def test_a_part_leaves_the_generator_where_the_whole_batch_does() -> None:
+    scans = [scan(IMAGE, seed) for seed in range(3)]
+    alone, together = generator(7), generator(7)
+    draw_batch(scans, config(), alone, part=slice(1, 2))
+    draw_batch(scans, config(), together)
+    assert torch.equal(alone.get_state(), together.get_state())
+
+
 def test_each_seed_site_and_place_has_a_generator_of_its_own() -> None:
     keys = [*itertools.product((0, 1), ("a", "b"), ((1, 2), (2, 1), (12,)))]
     firsts = {

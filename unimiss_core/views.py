@@ -54,19 +54,28 @@ class Croppable(Protocol):
 
 
 def draw_batch(
-    scans: Sequence[Croppable], config: ViewConfig, generator: torch.Generator, device: torch.device | str = "cpu"
+    scans: Sequence[Croppable],
+    config: ViewConfig,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    *,
+    part: slice | None = None,
 ) -> Tensor:
     """`config.views` views of each scan as the model takes them: (B, V, C, *S) on `device`.
 
     The scans are of one rank and have equally many channels.
+    part: the scans of the batch to draw, for one of several processes that share it: their views are those that the
+        whole batch would have had, and B counts them alone. No other scan is read.
     """
     placing, shading = split(generator), split(generator)
+    generators = [(split(placing), split(shading)) for _ in scans]  # of all scans: a place in the batch keeps its own
+    wanted = part or slice(None)
     channels, *lengths = scans[0].shape
-    views = torch.empty(len(scans), config.views, channels, *config.size_of(rank_of(lengths)), device=device)
-    for scan, places in zip(scans, views, strict=True):
-        own = split(shading)
+    size = config.size_of(rank_of(lengths))
+    views = torch.empty(len(scans[wanted]), config.views, channels, *size, device=device)
+    for scan, (placed, own), places in zip(scans[wanted], generators[wanted], views, strict=True):
         strengths = draw_strengths(config, own)
-        crops = draw(scan, config, split(placing), blur_sigma=[each.blur_sigma for each in strengths], device=device)
+        crops = draw(scan, config, placed, blur_sigma=[each.blur_sigma for each in strengths], device=device)
         # Each view is finished before the next is begun, so that it stays in the processor's cache.
         for place, view, strength in zip(places, crops, strengths, strict=True):
             shade_(view, strength, own)
