@@ -67,7 +67,9 @@ class CachedScan:
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         """Values in [0, 1] of a box along S: (C, *box). Reads only the pages that the box touches."""
         stored = _mapped(self.path, self.offset, self.shape)
-        return np.multiply(stored[(slice(None), *box)], np.float32(1 / _FULL), dtype=np.float32)
+        values = stored[(slice(None), *box)].astype(np.float32)  # apart from the product: NumPy is quicker so
+        values *= np.float32(1 / _FULL)
+        return values
 
 
 @lru_cache(maxsize=4096)
