@@ -292,7 +292,7 @@ def tables(report: CheckReport, *, show_paths: bool) -> Lines:
     """The report for a person: what would be used, what is left out and why, and what the operator could do."""
     unread = sum(len(paths) for paths in report.unreadable.values())
     patients = len({entry.patient for entry in report.used})
-    said = f"{report.files_seen} files seen, {unread} could not be read, {len(report.used)} scans usable"
+    said = f"{report.files_seen} files seen, {unread} of them no scans or not readable, {len(report.used)} scans usable"
     parts: list[Any] = [_used_table(report)] if report.used else []
     if report.unreadable or any(entry.reason for entry in report.entries):
         parts.append(_left_out_table(report))

@@ -83,7 +83,7 @@ def test_the_account_of_a_folder(folder, tmp_path, capsys):
     assert used["shape"] == [6, 20, 30]
     assert used["spacing_mm"] == [3.0, 0.9, 0.7]
     said = capsys.readouterr().out
-    assert "15 files seen, 1 could not be read, 2 scans usable" in said
+    assert "15 files seen, 1 of them no scans or not readable, 2 scans usable" in said
     assert "missing_slices" in said
 
 
@@ -150,6 +150,7 @@ def test_a_study_may_let_gaps_be_filled(folder, tmp_path):
 def test_exit_codes_tell_an_empty_folder_from_a_wrong_command(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["check", str(tmp_path / "empty")]) == 3
+    assert "there is no file to read" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "gone")]) == 2
     assert main(["check", str(tmp_path / "empty"), "--report", str(tmp_path / "gone" / "r.json")]) == 2
     with pytest.raises(SystemExit) as error:
