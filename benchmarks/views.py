@@ -4,13 +4,9 @@
 
 Two views of a scan at the published sizes, on one core:
   cache      `draw_batch` on scans of the cache, with the published recipe's chances and strengths
-  published  the published loader's formulation: the whole file decoded for each sample (volumes to float64, padded to
-             256 x 256), views cut, resized, and augmented one by one in numpy and scipy
-  lean       the same without its waste: float32, no padding, and our recipe, but still one file and one view at a time
-Resizing is as fast in all of them as this machine can do it (torch, Pillow), and from there on they compute in float32.
-The released code itself, measured on such a machine, made 26 samples, that is 52 volume views, a second (OpenCV's
-resizing of 16 channels in float64, batchgenerators); the published form here makes about twice as many, so that the
-ratio to it is the smaller one.
+  published  the released loader, operation by operation (`benchmarks.published_views`)
+  lean       the same work without its waste: float32, nothing padded, a view shaded as a whole and by our recipe; but
+             still the whole file decoded for each sample, and one view at a time
 
 Rates are per second of processor time, so that other programs on the machine do not count. Needs the workplace's data
 sets (`--data`, by default ../shared/data beside the project).
@@ -21,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -36,11 +32,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from scipy import ndimage
 
+from benchmarks import published_views
+from benchmarks.published_views import published_image, published_volume
 from client.anatomy import draw_body
 from client.cache import CachedScan, open_library
 from client.phantoms import PhantomConfig, ct
@@ -51,13 +49,12 @@ from unimiss_core.views import draw_batch, generator_for
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PLAN = PlanConfig(volume_spacing_mm=(1.0, 1.0, 1.0))
 """The published loader does not resample these 1 mm volumes: neither does this plan."""
-PUBLISHED = ViewConfig(
-    image_size=(224, 224),
-    volume_size=(16, 96, 96),
-    area=(0.14, 1.0),
+VOLUME_RECIPE = ViewConfig(
+    volume_size=published_views.VOLUME,
+    flip=(0.8, 0.8, 0.8),
     blur=0.6,
     blur_sigma=(0.1, 2.0),
-    noise=0.1,
+    noise=1.0,
     noise_sigma=(0.0, 0.1),
     brightness=0.9,
     brightness_factor=(0.75, 1.25),
@@ -65,93 +62,25 @@ PUBLISHED = ViewConfig(
     contrast_factor=(0.75, 1.25),
     gamma=0.9,
 )
+"""The published chances and strengths, means over the two views; offsets have no counterpart here."""
+IMAGE_RECIPE = ViewConfig(
+    image_size=published_views.IMAGE,
+    area=(0.14, 1.0),
+    flip=(0.0, 0.0, 0.5),
+    blur=0.75,
+    blur_sigma=(0.1, 2.0),
+    noise=0.0,
+    brightness=0.8,
+    brightness_factor=(0.6, 1.4),
+    contrast=0.8,
+    contrast_factor=(0.6, 1.4),
+    gamma=0.0,
+)
+"""The same for images; hue and saturation have none in grey ones."""
 WHOLE = PhantomConfig(kind="ct", patients=1, volume_shape=(120, 256, 256), volume_spacing_mm=(2.0, 1.3, 1.3))
-BATCHES = {2: 24, 3: 8}
 Array = NDArray[np.float32]
-Loader = Callable[[Path, np.random.Generator], list[Array]]
+Loader = Callable[[Path, np.random.Generator], Sequence[Any]]
 Draw = Callable[[], int]
-
-
-# --------------------------------------------------------------------------------------------------------- published
-
-
-def published_volume(path: Path, rng: np.random.Generator) -> list[Array]:
-    """Two views (16, 96, 96) as UniMiSS's loader makes them."""
-    volume = nibabel.load(path).get_fdata()  # type: ignore[attr-defined]
-    missing = [max(0, side - length) for side, length in zip((256, 256, 16), volume.shape, strict=True)]
-    volume = np.pad(volume, ((0, missing[0]), (0, missing[1]), (missing[2] // 2, missing[2] - missing[2] // 2)))
-    volume = volume.transpose(2, 0, 1)
-    region = _cut(volume, (volume.shape[0], *(round(rng.uniform(1.4, 1.8) * 96) for _ in range(2))), rng) / 1024
-    views = []
-    for second in (False, True):
-        crop = _cut(region, (16, *(round(rng.uniform(0.8, 1.2) * 96) for _ in range(2))), rng)
-        for axis in range(3):
-            crop = np.flip(crop, axis) if rng.random() < 0.8 else crop
-        views.append(_augment_volume(_resized(crop, (96, 96)), rng, second=second))
-    return views
-
-
-def _augment_volume(x: Array, rng: np.random.Generator, *, second: bool) -> Array:
-    """Noise, blur, brightness, offset, contrast and gamma, with UniMiSS's chances for its first and second view."""
-    if rng.random() < 0.1:
-        x = x + rng.uniform(0, 0.1) * rng.standard_normal(x.shape, dtype=np.float32)
-    if rng.random() < 0.8 * (0.5 if second else 0.8):
-        x = ndimage.gaussian_filter(x, rng.uniform(0.1, 2.0))
-    if second or rng.random() < 0.8:
-        x = x * np.float32(rng.uniform(0.75, 1.25))
-    if rng.random() < 0.8 * (0.5 if second else 0.8):
-        x = x + np.float32(rng.normal(0, 0.4))
-    low, high, mean = x.min(), x.max(), x.mean()
-    x = np.clip((x - mean) * np.float32(rng.uniform(0.75, 1.25)) + mean, low, high)
-    if second or rng.random() < 0.8:
-        low, span, mean, spread = x.min(), np.ptp(x), x.mean(), x.std()
-        x = ((x - low) / (span + np.float32(1e-7))) ** np.float32(rng.uniform(0.7, 1.5)) * span + low
-        x = (x - x.mean()) / (x.std() + np.float32(1e-8)) * spread + mean
-    return x.astype(np.float32, copy=False)
-
-
-def published_image(path: Path, rng: np.random.Generator) -> list[Array]:
-    """Two views (3, 224, 224) as UniMiSS's loader makes them, by Pillow; hue and saturation, idle on grey, left out."""
-    with Image.open(path) as source:
-        picture = source.convert("RGB")
-    views: list[Array] = []
-    for second in (False, True):
-        view = _pillow_crop(picture, PUBLISHED, rng)
-        if rng.random() < 0.5:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if rng.random() < 0.8:
-            view = ImageEnhance.Brightness(view).enhance(rng.uniform(0.6, 1.4))
-            view = ImageEnhance.Contrast(view).enhance(rng.uniform(0.6, 1.4))
-        if second or rng.random() < 0.5:
-            view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
-        views.append(np.ascontiguousarray(np.asarray(view, dtype=np.float32).transpose(2, 0, 1)) / np.float32(255))
-    return views
-
-
-def _pillow_crop(picture: Image.Image, config: ViewConfig, rng: np.random.Generator) -> Image.Image:
-    surface = rng.uniform(*config.area) * picture.width * picture.height
-    aspect = np.exp(rng.uniform(*np.log(config.aspect)))
-    width = min(picture.width, round(float(np.sqrt(surface / aspect))))
-    height = min(picture.height, round(float(np.sqrt(surface * aspect))))
-    left = int(rng.integers(0, picture.width - width + 1))
-    top = int(rng.integers(0, picture.height - height + 1))
-    crop = picture.crop((left, top, left + width, top + height))
-    return crop.resize(config.image_size[::-1], Image.Resampling.BICUBIC)
-
-
-def _resized(planes: NDArray[Any], size: tuple[int, int]) -> Array:
-    """(D, H, W) linearly to (D, *size), without regard to aliasing, as OpenCV does."""
-    x = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))[None]
-    return np.asarray(F.interpolate(x, size=size, mode="bilinear")[0].numpy())
-
-
-def _cut(x: NDArray[Any], shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
-    """A random box of about this shape."""
-    box = []
-    for have, want in zip(x.shape, shape, strict=True):
-        start = int(rng.integers(0, max(1, have - want + 1)))
-        box.append(slice(start, start + want))
-    return x[tuple(box)]
 
 
 # -------------------------------------------------------------------------------------------------------------- lean
@@ -166,7 +95,7 @@ def lean_volume(path: Path, rng: np.random.Generator) -> list[Array]:
     for _ in range(2):
         crop = _cut(region, (16, *(round(rng.uniform(0.6, 1.6) * 96) for _ in range(2))), rng)
         crop = np.flip(crop, 2) if rng.random() < 0.5 else crop
-        views.append(_shade(_resized(crop, (96, 96)), PUBLISHED, rng))
+        views.append(_shade(_resized(crop, VOLUME_RECIPE.volume_size[1:]), VOLUME_RECIPE, rng))
     return views
 
 
@@ -176,9 +105,9 @@ def lean_image(path: Path, rng: np.random.Generator) -> list[Array]:
         picture = source.convert("L")
     views = []
     for _ in range(2):
-        view = np.asarray(_pillow_crop(picture, PUBLISHED, rng), dtype=np.float32) / np.float32(255)
+        view = np.asarray(_pillow_crop(picture, IMAGE_RECIPE, rng), dtype=np.float32) / np.float32(255)
         view = np.flip(view, 1) if rng.random() < 0.5 else view
-        views.append(_shade(view, PUBLISHED, rng))
+        views.append(_shade(view, IMAGE_RECIPE, rng))
     return views
 
 
@@ -196,6 +125,32 @@ def _shade(x: Array, config: ViewConfig, rng: np.random.Generator) -> Array:
     if rng.random() < config.gamma:
         x = x ** np.float32(rng.uniform(*config.gamma_exponent))
     return np.ascontiguousarray((x - np.float32(0.5)) / np.float32(0.25))
+
+
+def _pillow_crop(picture: Image.Image, config: ViewConfig, rng: np.random.Generator) -> Image.Image:
+    surface = rng.uniform(*config.area) * picture.width * picture.height
+    aspect = np.exp(rng.uniform(*np.log(config.aspect)))
+    width = min(picture.width, round(float(np.sqrt(surface / aspect))))
+    height = min(picture.height, round(float(np.sqrt(surface * aspect))))
+    left = int(rng.integers(0, picture.width - width + 1))
+    top = int(rng.integers(0, picture.height - height + 1))
+    crop = picture.crop((left, top, left + width, top + height))
+    return crop.resize(config.image_size[::-1], Image.Resampling.BILINEAR)
+
+
+def _resized(planes: NDArray[Any], size: Sequence[int]) -> Array:
+    """(D, H, W) linearly to (D, *size), without regard to aliasing."""
+    x = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))[None]
+    return np.asarray(F.interpolate(x, size=tuple(size), mode="bilinear")[0].numpy())
+
+
+def _cut(x: NDArray[Any], shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
+    """A random box of about this shape."""
+    box = []
+    for have, want in zip(x.shape, shape, strict=True):
+        start = int(rng.integers(0, max(1, have - want + 1)))
+        box.append(slice(start, start + want))
+    return x[tuple(box)]
 
 
 # ------------------------------------------------------------------------------------------------------- measurement
@@ -245,12 +200,12 @@ def _write_whole(folder: Path) -> Path:
 def _compare(measured: Set, seconds: float, stretches: int) -> dict[str, Any]:
     """All three in turn, stretch by stretch; medians, and medians of the stretches' ratios."""
     rng, steps, scans = np.random.default_rng(0), count(), measured.scans
-    batch = BATCHES[scans[0].rank]
+    batch, recipe = (24, IMAGE_RECIPE) if scans[0].rank == 2 else (8, VOLUME_RECIPE)
 
     def cache() -> int:
         step = next(steps)
         some = [scans[(step * batch + k) % len(scans)] for k in range(batch)]
-        views = draw_batch(some, PUBLISHED, generator_for(0, "benchmark", step))
+        views = draw_batch(some, recipe, generator_for(0, "benchmark", step))
         return views.shape[0] * views.shape[1]
 
     def naive(loader: Loader) -> int:

@@ -9,12 +9,14 @@ A scan's name is the sha256 of its source bytes, of how its frames are joined, a
 gets another name, and so does every scan when the plan does. Files appear whole or not at all.
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,11 +37,13 @@ from unimiss_core.plan import prepare, target_grid
 from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
 
-_VERSION = 2
+_VERSION = 3
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 _FULL = 65535
 _SPARE_BYTES = 2**30
 """What is left free on the cache's disk."""
+_STALE_S = 86_400.0
+"""Age at which a file that is still being written was left behind by a crash."""
 _PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
 """Reasons that may be gone next time: what they stopped is tried again."""
 
@@ -67,7 +71,9 @@ class CachedScan:
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         """Values in [0, 1] of a box along S: (C, *box). Reads only the pages that the box touches."""
         stored = _mapped(self.path, self.offset, self.shape)
-        return np.multiply(stored[(slice(None), *box)], np.float32(1 / _FULL), dtype=np.float32)
+        values = stored[(slice(None), *box)].astype(np.float32)  # apart from the product: NumPy is quicker so
+        values *= np.float32(1 / _FULL)
+        return values
 
 
 @lru_cache(maxsize=4096)
@@ -109,6 +115,20 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
     Folders in which no file came, went or changed since are not read at all.
     Raises NoUsableScanError: nothing is usable. Raises ConfigError: a wrong table, or no room for the cache.
     """
+    try:
+        return _opened(site, plan)
+    except OSError as error:  # of its own files: what goes wrong with a scan has become a reason by now
+        raise _unwritable(site, error.strerror or "unknown error") from None
+
+
+def _unwritable(site: SiteConfig, why: str) -> ConfigError:
+    return ConfigError(
+        f"site '{site.name}': its state or cache folder cannot be used: {why}; make room, or point "
+        f"'state' and 'cache' to another disk"
+    )
+
+
+def _opened(site: SiteConfig, plan: PlanConfig) -> Library:
     secret = load_secret(site.state)
     folder = site.cache_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -131,6 +151,9 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
 def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes) -> list["_Record"]:
     """What became of each candidate; those that no journal knows are read now."""
     folder = site.cache_folder
+    for partial in folder.glob(".*.partial"):
+        if time.time() - partial.stat().st_mtime > _STALE_S:
+            partial.unlink(missing_ok=True)
     records = _read_records(folder)
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
     missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), folder)]
@@ -141,6 +164,8 @@ def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes) 
     with (folder / "built.jsonl").open("a", encoding="utf-8") as journal:
         journal.write("\n")  # ends a line that a crash may have cut
         for index, outcome in _outcomes(tasks, site.workers):
+            if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
+                raise _unwritable(site, outcome.detail)
             record = outcome if isinstance(outcome, _Record) else _Record(tasks[index].stamp, reason=outcome.reason)
             records[record.stamp] = record
             if record.reason not in _PASSING:
@@ -214,7 +239,10 @@ def build(task: _Build) -> _Record:
 
 
 def _write(path: Path, stored: NDArray[np.uint16]) -> int:
-    """Write an .npy file, whole or not at all; returns the bytes before its first value."""
+    """Write an .npy file, whole or not at all; returns the bytes before its first value.
+
+    Raises ScanError(cannot_write), which is the cache's fault and not the scan's.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
@@ -224,8 +252,11 @@ def _write(path: Path, stored: NDArray[np.uint16]) -> int:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise ScanError("cannot_write", error.strerror or "unknown error") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return offset
 
 
@@ -265,7 +296,7 @@ def _stamp(candidate: Candidate, plan: PlanConfig, secret: bytes) -> str:
 def _read_records(folder: Path) -> dict[str, _Record]:
     records = {}
     try:
-        lines = (folder / "built.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "built.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return {}
     for line in filter(None, lines):

@@ -5,6 +5,7 @@
 
 import hashlib
 import hmac
+import math
 import os
 import stat
 from collections import Counter
@@ -191,7 +192,9 @@ def safe_here(candidates: Sequence[Candidate]) -> bool:
     if any(candidate.compressed for candidate in candidates):
         return False
     count = sum(len(candidate.files) for candidate in candidates)
-    return count <= _FEW_FILES and _bytes_of(path for one in candidates for path in one.paths) <= _FEW_BYTES
+    unpacked = 4 * sum(math.prod(candidate.shape) for candidate in candidates)  # a small file may hold a large scan
+    stored = _bytes_of(path for one in candidates for path in one.paths)
+    return count <= _FEW_FILES and max(stored, unpacked) <= _FEW_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -212,11 +215,15 @@ def _files_of(source: DataSource) -> dict[str, Listed | None]:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    for current, folders, names in os.walk(folder):
+    """Files below the folder; folders that are links or that may not be listed count as one file each."""
+    closed: list[str] = []
+    for current, folders, names in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
         folders.sort()
+        links = [name for name in folders if os.path.islink(f"{current}/{name}")]  # noqa: PTH114
         below = Path(current).relative_to(folder).as_posix()
-        for name in sorted(names):
+        for name in sorted([*names, *links]):
             yield name if below == "." else f"{below}/{name}"
+    yield from (Path(path).relative_to(folder).as_posix() for path in sorted(closed))
 
 
 def _bytes_of(paths: Iterator[Path]) -> int:
@@ -245,6 +252,8 @@ def look_at(folder: Path, file: str, secret: bytes) -> Header | Plain:
     """What the file below `folder` is, by its content. Raises ScanError where it is nothing that can be read."""
     path = folder / file
     status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ScanError("linked_folder" if path.is_symlink() else "cannot_open")
     if not stat.S_ISREG(status.st_mode):
         raise ScanError("not_an_image")  # a pipe would block its reader for ever
     if status.st_size == 0:

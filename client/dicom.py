@@ -145,7 +145,8 @@ def _header(dataset: Dataset, room: PixelRoom | None, file: str, secret: bytes) 
 
 def _reason(dataset: Dataset, room: PixelRoom | None, sop_class: str, modality: Modality | None) -> str:
     """Why the whole file is left out, from its header alone; empty where it is not."""
-    if sop_class.startswith(SECONDARY_CAPTURE):
+    # Its four classes with several frames go on with a dot; those of visible light go on with a digit.
+    if f"{sop_class}.".startswith(f"{SECONDARY_CAPTURE}."):
         return "secondary_capture"
     if room is None:
         return "no_pixels"
@@ -357,11 +358,14 @@ def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.f
         ends = _rescaled(dataset, number, np.array([bounds(stored, bits=bits)]))
         values = ends.sum(dtype=np.float32) - values
     padding = _numbers(dataset, "PixelPaddingValue", 1)
-    if padding is not None and _text(dataset, "Modality") != "CT":  # in CT it lies below any window
+    if padding is not None:
         limit = _numbers(dataset, "PixelPaddingRangeLimit", 1) or padding
         outside = between(stored, padding[0], limit[0])
         if outside.any() and not outside.all():
-            values[outside] = values[~outside].min()
+            lowest = values[~outside].min()
+            # In CT it mostly lies below any window, and stays as every other converter leaves it.
+            is_ct = _text(dataset, "Modality") == "CT"
+            values[outside] = np.minimum(values[outside], lowest) if is_ct else lowest
     return values
 
 

@@ -87,6 +87,8 @@ def type_reason(image_type: Sequence[str], modality: Modality) -> str:
     return ""
 
 
+_MAX_FRAMES = 2**17
+"""Each frame is described one by one; three times the longest series that is known to us."""
 _MAX_PIXELS_PER_BYTE = 8192
 """No codec packs more of an honest picture into a byte; a header that claims more lies."""
 
@@ -97,7 +99,7 @@ def pixels_reason(
     """Whether the header's claims about pixels can be true of a file with that much room for them."""
     if not rows or not columns or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3) or not frames:
         return "bad_pixel_description"
-    if rows * columns * frames > MAX_VOXELS:
+    if rows * columns * frames > MAX_VOXELS or frames > _MAX_FRAMES:
         return "too_large"
     if bits == 1:
         return "binary_image"

@@ -99,17 +99,19 @@ def _opened(path: Path) -> Iterator[Any]:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else path.open("rb") as stream:
         try:
-            start = stream.read(348)
-            stream.seek(0)
+            start = stream.read(540)  # the longer of both headers
         except (OSError, EOFError, zlib.error):
             raise ScanError("not_an_image") from None
         if not _magic(start):
             raise ScanError("not_an_image")
-        kind = nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image
+        kind: Any = nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image
+        length = 540 if kind is nibabel.Nifti2Image else 348
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                image = kind.from_stream(stream)
+                # Not `from_stream`: that reads the extensions too, as much of them as the file says.
+                header = kind.header_class(start[:length])
+                image = kind(kind.ImageArrayProxy(stream, header), header.get_best_affine(), header)
                 _check_size(image, path, zipped)
         except (ScanError, MemoryError):
             raise
@@ -121,7 +123,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _check_size(image: Any, path: Path, zipped: bool) -> None:
     """Whether the file can hold what its header claims, before anything of that size is allocated."""
     kind: np.dtype[Any] = image.header.get_data_dtype()
-    claimed = math.prod(image.shape) * kind.itemsize
+    claimed = image.dataobj.offset + math.prod(image.shape) * kind.itemsize
     size = path.stat().st_size
     if min(image.shape, default=0) < 1:
         raise ScanError("bad_pixel_description")

@@ -11,6 +11,8 @@ REASONS: Mapping[str, str] = {
     "name_contradicts_content": "called .dcm but is a picture or NIfTI: the export went wrong",
     "empty_file": "holds no byte",
     "cannot_open": "missing, or this user may not read it",
+    "linked_folder": "a link to a folder: links are not followed; check the folder itself",
+    "cannot_write": "was read, but its result could not be written",
     "damaged_header": "its header cannot be read",
     "dicomdir": "an index of a DICOM medium; the files it lists are found without it",
     "reader_failed": "the reader failed in an unforeseen way",

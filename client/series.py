@@ -161,12 +161,14 @@ def sort_out(headers: Iterable[Header], *, interpolate: bool) -> list[Group]:
 def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
     refused: dict[str, list[Header]] = {}
     usable: list[Header] = []
-    seen: set[str] = set()
+    seen: set[tuple[object, ...]] = set()
     for header in headers:
         reason = header.reason or _header_problem(header)
         if not reason and header.instance:
-            reason = "duplicate" if header.instance in seen else ""
-            seen.add(header.instance)
+            # Some anonymisers give every slice one and the same UID: a copy also lies where the other does.
+            copy = (header.instance, *(replace(frame, file="") for frame in header.frames))
+            reason = "duplicate" if copy in seen else ""
+            seen.add(copy)
         if reason:
             refused.setdefault(reason, []).append(header)
         else:

@@ -25,7 +25,7 @@ from client.catalogue import Candidate, Catalogue, LeftOut, catalogue, read
 from client.reasons import REASONS
 from client.series import Kind
 from client.site_config import DataSource
-from unimiss_core.errors import ScanError
+from unimiss_core.errors import ConfigError, ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.study import PlanConfig
@@ -85,6 +85,7 @@ def check(
 
     nifti_folder: write each prepared scan there. preview: write a contact sheet (PNG) there.
     show: called with (what is going on, done, total or 0) as the work goes on.
+    Raises ConfigError: what was asked for cannot be written.
     """
     show = show or (lambda _what, _done, _total: None)
     found = catalogue(
@@ -101,11 +102,16 @@ def check(
     ]
     outcomes: dict[int, _Examined | ScanError] = {}
     for index, outcome in workers.run(examine, tasks, workers=processes, time_limit_s=300.0):
+        if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
+            raise ConfigError(f"--save-nifti {nifti_folder}: cannot be written ({outcome.detail})")
         outcomes[index] = outcome
         show("reading scans", len(outcomes), len(tasks))
     if preview is not None:
         tiles = [one.tile for _, one in sorted(outcomes.items()) if isinstance(one, _Examined)]
-        pictures.write_png(preview, contact_sheet([tile for tile in tiles if tile is not None]))
+        try:
+            pictures.write_png(preview, contact_sheet([tile for tile in tiles if tile is not None]))
+        except OSError as error:
+            raise ConfigError(f"{preview}: cannot be written ({error.strerror})") from None
     return _report(found, outcomes)
 
 
@@ -132,7 +138,10 @@ def examine(task: _Examine) -> _Examined:
     values, spacing = prepare(scan, task.plan)
     if task.nifti_folder is not None:
         prepared = Scan(values, spacing, scan.modality, moved_affine(scan, values.shape[1:]))
-        nifti.write_nifti(task.nifti_folder / f"{task.name}_{scan.modality}_{scan.rank}d.nii.gz", prepared)
+        try:
+            nifti.write_nifti(task.nifti_folder / f"{task.name}_{scan.modality}_{scan.rank}d.nii.gz", prepared)
+        except OSError as error:
+            raise ScanError("cannot_write", error.strerror or "unknown error") from None
     return _Examined(
         shape=scan.voxels.shape[1:],
         spacing_mm=scan.spacing_mm,
@@ -283,7 +292,7 @@ def tables(report: CheckReport, *, show_paths: bool) -> Lines:
     """The report for a person: what would be used, what is left out and why, and what the operator could do."""
     unread = sum(len(paths) for paths in report.unreadable.values())
     patients = len({entry.patient for entry in report.used})
-    said = f"{report.files_seen} files seen, {unread} could not be read, {len(report.used)} scans usable"
+    said = f"{report.files_seen} files seen, {unread} of them no scans or not readable, {len(report.used)} scans usable"
     parts: list[Any] = [_used_table(report)] if report.used else []
     if report.unreadable or any(entry.reason for entry in report.entries):
         parts.append(_left_out_table(report))

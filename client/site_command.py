@@ -80,7 +80,10 @@ def _check(options: argparse.Namespace) -> None:
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
-        raise NoUsableScanError("no usable scan; the table says why, and --show-paths names the files")
+        said = (
+            "the table says why, and --show-paths names the files" if report.files_seen else "there is no file to read"
+        )
+        raise NoUsableScanError(f"no usable scan; {said}")
 
 
 def _sources(data: Path) -> tuple[Sequence["DataSource"], int | None]:

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +240,43 @@ def test_a_record_is_one_line_of_json(site):
     records = [json.loads(line) for line in lines if line]
     assert len(records) == 3
     assert set(records[0]) == {"stamp", "key", "shape", "spacing_mm", "offset", "reason"}
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_is_said_and_costs_no_scan(site, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.npy, "write_array_header_1_0", full_disk)
+        with pytest.raises(ConfigError, match=r"site 'north': .* cannot be used: No space left on device"):
+            open_library(site, PLAN)
+    assert not list(site.cache_folder.glob("*.npy"))
+    assert not list(site.cache_folder.glob(".*.partial"))
+    assert len(open_library(site, PLAN).scans) == 3
+
+
+def test_the_journal_and_the_memory_on_a_full_disk_are_told_like_the_scans(site, monkeypatch):
+    monkeypatch.setattr(cache.durable, "write_text", full_disk)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        open_library(site, PLAN)
+
+
+def test_what_a_crash_left_half_written_is_removed_once_it_is_old(site):
+    site.cache_folder.mkdir(parents=True)
+    old, fresh = (site.cache_folder / f".{name}.npy.00.partial" for name in ("old", "fresh"))
+    old.touch()
+    fresh.touch()
+    os.utime(old, (time.time() - 2 * cache._STALE_S,) * 2)
+    open_library(site, PLAN)
+    assert (old.exists(), fresh.exists()) == (False, True)
+
+
+def test_a_journal_that_a_power_failure_damaged_costs_only_its_damaged_lines(site, built):
+    open_library(site, PLAN)
+    count = len(built)
+    journal = site.cache_folder / "built.jsonl"
+    journal.write_bytes(b"\xff\xfe\x00 5\n[]\n" + journal.read_bytes())
+    next(site.cache_folder.glob("library-*")).unlink()
+    assert len(open_library(site, PLAN).scans) == 3
+    assert len(built) == count

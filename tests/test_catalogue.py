@@ -1,10 +1,11 @@
 import os
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from client.catalogue import catalogue, read
+from client.catalogue import catalogue, read, safe_here
 from client.nifti import read_nifti, write_nifti
 from client.patients import patient_of
 from client.pictures import write_png
@@ -67,7 +68,7 @@ def test_pipes_and_dangling_links_do_not_stop_the_walk(tmp_path):
     picture(tmp_path / "a.png")
     found = look(tmp_path)
     assert len(found.candidates) == 1
-    assert reasons(found) == {"not_an_image": 1, "cannot_open": 1}
+    assert reasons(found) == {"not_an_image": 1, "cannot_open": 1, "linked_folder": 1}
 
 
 def test_a_dicomdir_is_an_index_and_its_files_are_found_without_it(tmp_path):
@@ -268,3 +269,33 @@ def test_a_scan_that_cannot_be_decoded_says_so(tmp_path):
     (one,) = look(tmp_path).candidates
     with pytest.raises(ScanError, match="cannot_decode"):
         read(one)
+
+
+def test_folders_that_are_links_or_closed_are_named_and_not_passed_over(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    picture(data / "a.png")
+    picture(tmp_path / "elsewhere" / "b.png", 1)
+    (data / "linked").symlink_to(tmp_path / "elsewhere")
+    (data / "closed").mkdir()
+    really = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = look(data)
+    assert {entry.files[0]: entry.reason for entry in found.unreadable} == {
+        "linked": "linked_folder",
+        "closed": "cannot_open",
+    }
+    assert found.files_seen == 3
+    assert len(found.candidates) == 1
+
+
+def test_a_small_file_that_holds_a_large_scan_is_read_by_a_worker(tmp_path):
+    picture(tmp_path / "a.png")
+    (small,) = look(tmp_path).candidates
+    assert safe_here([small])
+    assert not safe_here([replace(small, shape=(9000, 9000))])

@@ -291,3 +291,45 @@ def test_an_inverted_radiograph_with_a_table_of_values_is_turned_over_behind_it(
     write_dicom(tmp_path / "a", GREY, facts | {"PhotometricInterpretation": "MONOCHROME1"}, adjust=describe)
     expected = int(table.max()) + int(table.min()) - table[GREY].astype(int)
     np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], expected)
+
+
+@pytest.mark.parametrize(("padding", "outside"), [(4000, -1024.0), (-2000, -3024.0)])
+def test_padding_of_a_ct_is_never_bright_and_else_stays_as_it_is(tmp_path, padding, outside):
+    pixels = np.array([[padding, 0, 900], [padding, 50, 60]], dtype=np.int16)
+    write_dicom(tmp_path / "a", pixels, CT | {"RescaleSlope": 1, "PixelPaddingValue": padding})
+    expected = np.array([[outside, -1024, -124], [outside, -974, -964]])
+    np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], expected)
+
+
+def test_run_lengths_hold_the_unused_bits_of_words_too(tmp_path):
+    write_dicom(tmp_path / "a", GREY | 0xA000, CT | {"BitsStored": 12, "HighBit": 11})
+    rewritten(tmp_path / "a", lambda dataset: dataset.compress(RLELossless))
+    np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], GREY * 2.0 - 1024)
+
+
+def test_pictures_in_visible_light_are_no_secondary_captures(tmp_path):
+    for sop_class, reason in (
+        ("1.2.840.10008.5.1.4.1.1.7", "secondary_capture"),
+        ("1.2.840.10008.5.1.4.1.1.7.2", "secondary_capture"),
+        ("1.2.840.10008.5.1.4.1.1.77.1.4", "unsupported_object"),
+    ):
+        write_dicom(tmp_path / "a", GREY, CT | {"SOPClassUID": sop_class, "Modality": "XC"})
+        assert header(tmp_path / "a").reason == reason
+
+
+def test_frames_without_number_are_refused_before_each_is_described(tmp_path):
+    write_dicom(tmp_path / "a", GREY, CT)
+
+    def claim(dataset: Dataset) -> None:
+        dataset.compress(RLELossless)
+        dataset.PixelData = encapsulate([bytes(2**17)])
+        dataset.Rows = dataset.Columns = 1
+        dataset.NumberOfFrames = 2**28
+
+    rewritten(tmp_path / "a", claim)
+    tracemalloc.start()
+    try:
+        assert header(tmp_path / "a").reason == "too_large"
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()

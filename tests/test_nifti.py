@@ -1,5 +1,6 @@
 import gzip
 import itertools
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -112,3 +113,28 @@ def test_gzip_of_something_else_and_cut_files_are_left_out(tmp_path):
     (tmp_path / "c.nii.gz").write_bytes((tmp_path / "b.nii.gz").read_bytes()[:-9000])
     with pytest.raises(ScanError, match="truncated_pixels"):
         read_nifti(tmp_path / "c.nii.gz", "MR")
+
+
+def test_extensions_without_end_are_not_read(tmp_path):
+    save(tmp_path / "a.nii", np.ones(SHAPE, np.int16), np.eye(4))
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[348] = 1  # extensions follow ...
+    content[352:360] = bytes(8)  # ... the first 0 bytes long: nibabel would read all there is
+    content[108:112] = np.float32(368).tobytes()
+    with gzip.open(tmp_path / "b.nii.gz", "wb") as file:
+        file.write(content[:352] + bytes(16) + content[352:] + bytes(64 * 2**20))
+    tracemalloc.start()
+    try:
+        assert read_nifti(tmp_path / "b.nii.gz", "CT").voxels.size == np.prod(SHAPE)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_voxels_that_begin_behind_the_file_are_refused(tmp_path):
+    save(tmp_path / "a.nii", np.ones(SHAPE, np.int16), np.eye(4))
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[108:112] = np.float32(2**30).tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(ScanError, match="truncated_pixels"):
+        check_header(tmp_path / "a.nii")

@@ -216,3 +216,14 @@ def test_canonical_axes_stay_as_they_are():
     same, still = canonical(voxels, affine)
     np.testing.assert_array_equal(same, voxels)
     np.testing.assert_array_equal(still, affine)
+
+
+def test_slices_that_all_bear_one_uid_are_no_copies_of_each_other():
+    slices = [header(index, (0, 0, 3 * index), instance="same") for index in range(5)]
+    again = [replace(one, file=f"copy{index}", frames=(replace(one.frames[0], file=f"copy{index}"),))
+             for index, one in enumerate(slices)]  # fmt: skip
+    groups = sort_out([*slices, *again], interpolate=False)
+    assert sorted((group.reason, len(group.frames) or len(group.headers)) for group in groups) == [
+        ("", 5),
+        ("duplicate", 5),
+    ]

@@ -83,7 +83,7 @@ def test_the_account_of_a_folder(folder, tmp_path, capsys):
     assert used["shape"] == [6, 20, 30]
     assert used["spacing_mm"] == [3.0, 0.9, 0.7]
     said = capsys.readouterr().out
-    assert "15 files seen, 1 could not be read, 2 scans usable" in said
+    assert "15 files seen, 1 of them no scans or not readable, 2 scans usable" in said
     assert "missing_slices" in said
 
 
@@ -150,6 +150,7 @@ def test_a_study_may_let_gaps_be_filled(folder, tmp_path):
 def test_exit_codes_tell_an_empty_folder_from_a_wrong_command(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["check", str(tmp_path / "empty")]) == 3
+    assert "there is no file to read" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "gone")]) == 2
     assert main(["check", str(tmp_path / "empty"), "--report", str(tmp_path / "gone" / "r.json")]) == 2
     with pytest.raises(SystemExit) as error:
@@ -205,3 +206,19 @@ def test_every_reason_is_explained_in_words_and_in_the_documentation():
     assert reasons_in(ROOT / "unimiss_core" / "plan.py") <= REASONS.keys()
     text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
     assert [reason for reason in REASONS if f"`{reason}`" not in text] == []
+
+
+@pytest.mark.parametrize("option", ["--save-nifti", "--preview", "--report"])
+def test_an_output_that_cannot_be_written_is_said_and_no_scan_is_blamed(tmp_path, capsys, option):
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_radiograph(data / "a", np.arange(1200, dtype=np.uint16).reshape(30, 40))
+    target = out if option == "--save-nifti" else out / "file"
+    out.mkdir()
+    # What is written first has this name with an ending: a folder there is in its way, for root too.
+    for name in (".scan-00001_XR_2d.nii.gz.partial.nii.gz", ".file.partial"):
+        (out / name).mkdir()
+    assert main(["check", str(data), option, str(target)]) == 2
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert "Traceback" not in said.err
+    assert "What is left out" not in said.out

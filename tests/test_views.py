@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from unimiss_core.study import ViewConfig
 from unimiss_core.views import (
@@ -19,6 +19,7 @@ from unimiss_core.views import (
     draw_batch,
     draw_strengths,
     generator_for,
+    normal,
     resize,
     shade_,
     shrink_matrix,
@@ -243,6 +244,18 @@ def test_noise_has_its_standard_deviation_and_no_mean() -> None:
     assert abs(noise.std() - 0.05) < 0.001
     assert abs(noise.mean()) < 0.001
     assert not torch.equal(noise[0, 0], noise[0, 1])
+
+
+def test_noise_follows_the_normal_distribution_value_by_value() -> None:
+    drawn = normal((3, 100_001), generator()).double().numpy()
+    assert drawn.shape == (3, 100_001)
+    assert stats.kstest(drawn.ravel(), "norm").pvalue > 1e-3
+    assert abs(drawn.std() - 1) < 0.005
+    assert abs(np.corrcoef(drawn)[0, 1]) < 0.02
+    neighbours = np.corrcoef(drawn[:, 1:].ravel(), drawn[:, :-1].ravel())[0, 1]
+    assert abs(neighbours) < 0.01
+    assert torch.equal(normal((2, 5), generator(3)), normal((2, 5), generator(3)))
+    assert not torch.equal(normal((2, 5), generator(3)), normal((2, 5), generator(4)))
 
 
 def test_brightness_multiplies_contrast_stretches_about_the_mean_and_gamma_is_a_power() -> None:

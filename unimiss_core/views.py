@@ -81,7 +81,7 @@ def draw_batch(
         # Each view is finished before the next is begun, so that it stays in the processor's cache.
         for place, view, strength in zip(places, crops, strengths, strict=True):
             shade_(view, strength, own)
-            torch.sub(view, _MEAN, out=place).mul_(1 / _STD)
+            standardise(view, out=place)
     return views
 
 
@@ -93,9 +93,9 @@ def whole(values: NDArray[np.float32], size: Sequence[int]) -> Tensor:
     return standardise(resize(torch.from_numpy(values), size))
 
 
-def standardise(views: Tensor) -> Tensor:
+def standardise(views: Tensor, *, out: Tensor | None = None) -> Tensor:
     """[0, 1] -> [-2, 2], the range that the model takes: (x - 0.5) / 0.25."""
-    return (views - _MEAN) / _STD
+    return torch.add(torch.tensor(-_MEAN / _STD), views, alpha=1 / _STD, out=out)
 
 
 def intensities(views: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def shrink_matrix(length: int, size: int) -> NDArray[np.float32]:
     weights = np.maximum(0.0, 1 - np.abs(taps - centres) / reach) * ((0 <= taps) & (taps < length))
     margin = math.ceil(reach)
     matrix = np.zeros((size, length + 2 * margin), dtype=np.float32)
-    np.put_along_axis(matrix, taps + margin, weights / weights.sum(axis=1, keepdims=True), axis=1)
+    matrix[np.arange(size)[:, None], taps + margin] = weights / weights.sum(axis=1, keepdims=True)
     return matrix[:, margin:-margin]
 
 
@@ -286,9 +286,12 @@ def blur_matrix(sigma: float, length: int) -> NDArray[np.float32]:
     distances = np.arange(-reach, reach + 1)
     weights = np.exp(-((distances / sigma) ** 2) / 2)
     period = np.bincount(distances % (2 * length), weights / weights.sum(), minlength=2 * length)
-    windows = np.lib.stride_tricks.sliding_window_view(np.tile(period, 2).astype(np.float32), length)
-    # Row i of the first holds distances j - i, of the second i + j + 1: to the mirror image.
-    return np.asarray(windows[2 * length : length : -1] + windows[1 : length + 1])
+    signal = np.concatenate([period, period[: length + 1]]).astype(np.float32)
+    size, step = (length, length), signal.itemsize
+    # Entry (i, j) of the first is of distance i - j + 2 length, of the second i + j + 1: to the mirror image.
+    straight = np.ndarray(size, np.float32, signal, offset=2 * length * step, strides=(step, -step))
+    mirrored = np.ndarray(size, np.float32, signal, offset=step, strides=(step, step))
+    return np.asarray(straight + mirrored)
 
 
 # ------------------------------------------------------------------------------------------------------- intensities
@@ -333,23 +336,38 @@ def shade_(x: Tensor, strengths: Strengths, generator: torch.Generator) -> None:
     Clipping to [0, 1] before gamma stands for the `preserve_range` of batchgenerators.
     """
     if strengths.noise_sigma > 0:
-        x += strengths.noise_sigma * torch.randn(x.shape, generator=generator).to(x.device)
-    if strengths.contrast != 1:
-        x.lerp_(x.mean(), 1 - strengths.contrast)
-    if strengths.brightness != 1:
-        x *= strengths.brightness
+        x.add_(normal(x.shape, generator).to(x.device), alpha=strengths.noise_sigma)
+    # Brightness times (mean + contrast times (x - mean)), in one pass.
+    shift = (
+        x.mean() * (strengths.brightness * (1 - strengths.contrast)) if strengths.contrast != 1 else torch.tensor(0.0)
+    )
+    torch.add(shift, x, alpha=strengths.brightness * strengths.contrast, out=x)
     x.clamp_(0.0, 1.0)
     if strengths.gamma != 1:
         _apply_gamma_(x, strengths.gamma)
 
 
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normally distributed numbers of mean 0 and deviation 1, each one of 65,536 quantiles: none lies beyond 4.4.
+
+    Three times as fast as torch's own, and as good for noise in a picture.
+    """
+    count = math.prod(shape)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    chosen = np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.uint16)[:count]
+    return torch.from_numpy(_quantiles().take(chosen, mode="clip")).view(*shape)
+
+
+@lru_cache(maxsize=1)
+def _quantiles() -> NDArray[np.float32]:
+    """(65536,) of the normal distribution, rising, at the middles of equal shares."""
+    shares = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
+    return np.asarray(torch.special.ndtri(shares).float().numpy())
+
+
 def _apply_gamma_(x: Tensor, exponent: float) -> None:
     """x -> x ** exponent, in place."""
-    if not x.is_cpu:
+    if x.is_cpu:  # three times as fast as torch's power; keeps 0 at 0
+        x.log2_().mul_(exponent).exp2_()
+    else:
         x.pow_(exponent)
-        return
-    values = x.numpy()  # NumPy's logarithm is four times as fast as torch's power, and keeps 0 at 0
-    with np.errstate(divide="ignore"):
-        np.log2(values, out=values)
-    values *= np.float32(exponent)
-    np.exp2(values, out=values)
