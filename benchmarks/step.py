@@ -1,11 +1,13 @@
 """What one optimiser step costs: the naive step against ours, in time and memory.
 
-    python benchmarks/step.py                            every case that this machine is meant for, about 5 minutes
+    python benchmarks/step.py                            every case that this machine is meant for, about 8 minutes
     python benchmarks/step.py --model tiny --rank 3 --batch 2 --variant fast --precision bf16 --repeats 9
+    python benchmarks/step.py --rank 3 --precision fp32 --recompute          what a switch costs
 
-Each option narrows the cases. The cases of one rank run in processes of their own and take turns, step by step, so
-that whatever else the machine does falls on all alike. `naive_unimiss.py` is the baseline. Input sizes and
-65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU
+Ours comes as a whole batch, and again with the switches that options name; without, in the least memory: one scan at a
+time, recomputed. Other options narrow the cases. The cases of one rank run in processes of their own and take turns,
+step by step, so that whatever else the machine does falls on all alike. `naive_unimiss.py` is the baseline. Input sizes
+and 65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU
 small with 24, unless options say otherwise.
 """
 
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,12 +30,15 @@ import torch
 from naive_unimiss import NaiveLearner
 from torch import Tensor
 
+from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import build_network
 from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig, StudyConfig
 
 WARM_UP = 2
+WHOLE = (None, False, False)
+"""No micro-batches, nothing recomputed, nothing compiled."""
 SIZES: dict[Rank, tuple[int, ...]] = {2: (224, 224), 3: (16, 96, 96)}
 SMALL_SIZES: dict[Rank, tuple[int, ...]] = {2: (64, 64), 3: (16, 64, 64)}
 """For nano."""
@@ -48,10 +54,16 @@ class Case:
     prototypes: int
     device: str
     threads: int
+    micro_batch: int | None = None
+    recompute: bool = False
+    compile: bool = False
 
     @property
     def title(self) -> str:
-        return f"{self.variant} {self.precision}"
+        parts = [f"in {self.micro_batch}s"] * (self.micro_batch is not None)
+        return " ".join(
+            [self.variant, self.precision, *parts, *self.recompute * ["recomputed"], *self.compile * ["compiled"]]
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,9 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
     variants = [options.variant] if options.variant else ["naive", "fast"]
     precisions = [options.precision] if options.precision else ["fp32", "bf16"]
+    chosen = (options.micro_batch, options.recompute, options.compile)
+    least_memory = (1, True, False)
+    switched = [chosen] if options.variant else [WHOLE, chosen if chosen != WHOLE else least_memory]
     for rank in [options.rank] if options.rank else [3, 2]:
         yield [
             Case(
@@ -96,9 +111,13 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
                 prototypes=options.prototypes,
                 device=options.device,
                 threads=options.threads,
+                micro_batch=micro_batch,
+                recompute=recompute,
+                compile=compiled,
             )
-            for variant, precision in product(variants, precisions)
+            for variant, precision, (micro_batch, recompute, compiled) in product(variants, precisions, switched)
             if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
+            if variant == "fast" or (micro_batch, recompute, compiled) == WHOLE
         ]
 
 
@@ -135,12 +154,15 @@ def _work(case: Case, pipe: Connection) -> None:
     """A process's life: build, then a step for each 'step', then its peak memory."""
     torch.set_num_threads(case.threads)
     torch.ones(8, device=case.device).sum().item()
+    import_module("torch._dynamo")  # libraries that an optimiser and an empty network bring at first use: 80 MB
     before = _peak_mb(case.device)
     step, views = _build(case)
     pipe.send("ready")
     while pipe.recv() == "step":
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = step(views)  # reading the loss waits for the device
+        loss = step(views)
+        if case.device.startswith("cuda"):
+            torch.cuda.synchronize()
         pipe.send((time.perf_counter() - wall, time.process_time() - cpu, loss))
     pipe.send(_peak_mb(case.device) - before)
 
@@ -156,8 +178,14 @@ def _build(case: Case) -> tuple[Callable[[Tensor], float], Tensor]:
     if case.variant == "naive":
         student, teacher = (build_network(model, seed=0).to(case.device) for _ in range(2))
         return NaiveLearner(student, teacher, bf16=case.precision == "bf16").step, views
-    study = StudyConfig(name="benchmark", model=model)
-    learner = Learner(study, ranks=(2, 3), device=case.device, precision="bf16" if case.precision == "bf16" else "fp32")
+    execution = Execution(
+        device=torch.device(case.device),
+        precision="bf16" if case.precision == "bf16" else "fp32",
+        activation_checkpointing=case.recompute,
+        compile=case.compile,
+        micro_batch={case.rank: case.micro_batch} if case.micro_batch else {},
+    )
+    learner = Learner(StudyConfig(name="benchmark", model=model), ranks=(2, 3), execution=execution)
     return lambda batch: learner.step(batch, step=0).total, views
 
 
@@ -171,6 +199,8 @@ def _peak_mb(device: str) -> float:
 def _table(results: list[Result]) -> str:
     case = results[0].case
     base = next((result for result in results if result.case.variant == "naive"), results[0])
+    on_cpu = not case.device.startswith("cuda")  # there processor time, which other work on the machine disturbs less
+    wide = max(len(result.case.title) for result in results)
     lines = [
         f"{case.model}, {case.rank}D, batch {case.batch}, {case.prototypes} prototypes, {case.device}, "
         f"{case.threads} threads, median of {results[0].repeats}",
@@ -178,10 +208,10 @@ def _table(results: list[Result]) -> str:
     ]
     for result in results:
         low, high = result.wall_quartiles_s
+        speed = base.cpu_s / result.cpu_s if on_cpu else base.wall_s / result.wall_s
         lines.append(
-            f"{result.case.title:12} {result.wall_s:6.3f} ({low:.2f}-{high:.2f}) {result.cpu_s:8.3f} "
-            f"{base.wall_s / result.wall_s:6.2f}x {result.peak_mb:9.0f} {result.peak_mb / base.peak_mb:6.2f}x "
-            f"{result.first_loss:11.5f}"
+            f"{result.case.title:{wide}} {result.wall_s:6.3f} ({low:.2f}-{high:.2f}) {result.cpu_s:8.3f} {speed:6.2f}x "
+            f"{result.peak_mb:9.0f} {result.peak_mb / base.peak_mb:6.2f}x {result.first_loss:11.5f}"
         )
     return "\n".join(lines) + "\n"
 
@@ -199,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="scans in a step")
     parser.add_argument("--variant", choices=["naive", "fast"])
     parser.add_argument("--precision", choices=["fp32", "bf16"])
+    parser.add_argument("--micro-batch", type=int, help="scans in one forward pass of ours (default: the batch)")
+    parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--repeats", type=int, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--prototypes", type=int, default=65_536)

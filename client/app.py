@@ -17,6 +17,7 @@ from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
     ConfigError,
     DeviceError,
+    MemoryTooSmallError,
     NonFiniteLossError,
     NoUsableScanError,
     ScanError,
@@ -38,6 +39,7 @@ REASONS: dict[type[Exception], str] = {
     NonFiniteLossError: "not_finite",
     DeviceError: "device_lost",
     ScanError: "no_usable_scans",
+    MemoryTooSmallError: "site_setup",
 }
 """Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`."""
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from unimiss_core.config import Config, Name, load
 from unimiss_core.errors import ConfigError
-from unimiss_core.scan import Modality
+from unimiss_core.scan import Modality, Rank
 
 
 class TableConfig(Config):
@@ -56,6 +56,21 @@ Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_liste
 """Names of devices; one name alone need not be a list."""
 
 
+MicroBatch = Literal["auto"] | Annotated[int, Field(gt=0)] | None
+
+
+class MicroBatchConfig(Config):
+    """Most scans in one forward pass, by rank. The study's batch is met exactly whatever stands here: a larger one is
+    met in parts whose gradients add up."""
+
+    images: MicroBatch = "auto"
+    """auto finds the largest that fits a GPU's memory, and is the whole batch on a CPU; null is the whole batch."""
+    volumes: MicroBatch = "auto"
+
+    def of(self, rank: Rank) -> MicroBatch:
+        return self.images if rank == 2 else self.volumes
+
+
 class SiteConfig(Config):
     name: Name
     """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
@@ -69,6 +84,13 @@ class SiteConfig(Config):
     """What trains: auto (every GPU, or the CPU where there is none), or a list of cuda:N, or cpu. Several share each
     batch, each with a process of its own; `cpu` may stand several times."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is faster, and needs less memory, on GPUs and on CPUs that have such products; others emulate them."""
+    micro_batch: MicroBatchConfig = MicroBatchConfig()
+    activation_checkpointing: bool = False
+    """Recompute a part of the forward pass instead of keeping it: for cards on which even one scan does not fit."""
+    compile: bool = False
+    """Compile the network at a round's start, which takes minutes: for GPUs, and rounds much longer than that. Where
+    it fails, the round goes on without."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """CPU threads for training, for each process; None leaves torch's choice, or shares the cores among processes."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0

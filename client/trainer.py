@@ -13,6 +13,7 @@ from torch import Tensor
 
 from client.batches import Batch, Batches
 from client.devices import run_team
+from client.execution import learner_for
 from client.site import Site
 from client.site_state import Remembered
 from unimiss_core import progress
@@ -58,7 +59,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     study, library = site.study, site.library
     if site.config.threads:
         torch.set_num_threads(site.config.threads)
-    learner = Learner(study, ranks=library.ranks, device=device, precision=site.config.precision, team=team)
+    learner = learner_for(site.config, study, library.ranks, device=device, team=team)
     memory = site.memory.before(request.round)
     teacher = _round_teacher(request, memory)
     received = _digest(request.student, teacher)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unimiss_core import progress
 from unimiss_core.errors import NonFiniteLossError, WireError
+from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.scan import Rank
@@ -27,7 +28,8 @@ def train(
     team: Team,
 ) -> dict[str, Tensor]:
     """A step on this process's part of each batch; all that the learner holds then, and each step's loss."""
-    learner = Learner(study, ranks={2, 3}, device=device, team=team, micro_batch=micro_batch)
+    execution = Execution(device=device, micro_batch=micro_batch or {})
+    learner = Learner(study, ranks={2, 3}, execution=execution, team=team)
     other = tensors_of(build_network(study.model, seed=1))
     learner.start_round({name: tensor.clone() for name, tensor in tensors_of(learner.student).items()}, other)
     learner.student.to(dtype)

@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -66,3 +68,31 @@ def test_prototypes_have_per_sample_gradients() -> None:
     together = torch.func.vmap(torch.func.grad(cost), in_dims=(None, 0))(weights, h)["weight"]
     one_by_one = torch.stack([torch.func.grad(cost)(weights, row)["weight"] for row in h])
     torch.testing.assert_close(together, one_by_one)
+
+
+def test_a_gradient_at_the_end_is_that_of_all_parts() -> None:
+    plain, gathering = head(), head()
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(rows, 3, 6, generator=generator, dtype=torch.float64) for rows in (2, 1)]
+
+    def backward(of: Head) -> None:
+        for features in parts:
+            torch.autograd.backward(of(features).pow(3).sum())
+
+    for _ in range(2):  # the second adds to the first
+        backward(plain)
+        with gathering.prototypes.gradient_at_the_end():
+            backward(gathering)
+    for (name, ours), theirs in zip(gathering.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+def test_no_gradient_is_given_where_a_part_fails() -> None:
+    made = head()
+    features = torch.rand(2, 6, dtype=torch.float64)
+    with suppress(RuntimeError), made.prototypes.gradient_at_the_end():
+        torch.autograd.backward(made(features).sum())
+        raise RuntimeError("out of memory")
+    assert made.prototypes.weight.grad is None
+    torch.autograd.backward(made(features).sum())
+    assert made.prototypes.weight.grad is not None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unimiss_core.config import parse
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
+from unimiss_core.execution import Execution
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState
 from unimiss_core.network import build_network, tensors_of
@@ -139,7 +140,7 @@ def test_a_site_without_volumes_trains_as_a_mixed_one_does_on_images_and_holds_n
 @pytest.mark.parametrize("batch", [images(scans=5), volumes(scans=3)], ids=["images", "volumes"])
 def test_a_batch_met_in_parts_gives_the_same_step(batch: Tensor) -> None:
     whole = apart(Learner(study(), ranks={2, 3}))
-    parts = apart(Learner(study(), ranks={2, 3}, micro_batch={2: 2, 3: 2}))
+    parts = apart(Learner(study(), ranks={2, 3}, execution=Execution(micro_batch={2: 2, 3: 2})))
     expected, report = whole.step(batch, step=0), parts.step(batch, step=0)
     assert report.terms == pytest.approx(expected.terms, rel=1e-5)
     assert report.diagnostics == pytest.approx(expected.diagnostics, rel=1e-4)
@@ -306,7 +307,10 @@ def test_a_round_begins_with_exactly_the_tensors_of_the_network() -> None:
 
 
 def test_bf16_costs_nearly_the_same_loss_and_keeps_float32_where_it_matters() -> None:
-    exact, half = apart(Learner(study(), ranks={3})), apart(Learner(study(), ranks={3}, precision="bf16"))
+    exact, half = (
+        apart(Learner(study(), ranks={3})),
+        apart(Learner(study(), ranks={3}, execution=Execution(precision="bf16"))),
+    )
     expected, report = exact.step(volumes(), step=0), half.step(volumes(), step=0)
     assert report.terms == pytest.approx(expected.terms, rel=0.02)
     assert {tensor.dtype for tensor in half.state(weights=True).tensors.values()} == {torch.float32}

@@ -7,6 +7,7 @@ UnimissError            1  anything below that has no code of its own
 ├── RoundError          5  a round could not be completed (too few sites replied)
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
 ├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
+├── MemoryTooSmallError 1  a device cannot hold a training step on a single scan
 ├── WireError           1  a message of the peer breaks the contract; it costs that peer its round
 └── ScanError           1  one scan cannot be used; it is left out with a reason code, never fatal
 
@@ -46,6 +47,10 @@ class NonFiniteLossError(UnimissError):
 
 class DeviceError(UnimissError):
     """A process that trained on one of the site's devices died or failed; no process of the round is left."""
+
+
+class MemoryTooSmallError(UnimissError):
+    """A device cannot hold a training step on a single scan; nothing was changed by it."""
 
 
 class WireError(UnimissError):

@@ -3,6 +3,8 @@
 Legend of shapes: B samples, E features of the bottleneck, K prototypes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,12 +43,29 @@ class Prototypes(nn.Module):
     def __init__(self, bottleneck: int, prototypes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(prototypes, bottleneck))
+        self._gathering: _Gathering | None = None
+
+    @contextmanager
+    def gradient_at_the_end(self) -> Iterator[None]:
+        """Within, backward passes reach h alone; at the end the weight gets the gradient of them all, in one product.
+
+        For a batch that is met in parts: a product for each would cost a (K, E) matrix of its own, at the time when
+        activations take the most memory. h must need gradients. Where the block raises, the weight gets none.
+        """
+        self._gathering = gathering = _Gathering(self.weight.detach())
+        try:
+            yield
+        finally:
+            self._gathering = None
+        gradient = gathering.gradient()
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)
 
     def forward(self, h: Tensor) -> Tensor:
         """h (..., E) -> logits (..., K), linear in h: the mean of logits is the logits of the mean."""
         with torch.autocast(h.device.type, enabled=False):
-            logits: Tensor = _UnitRowProduct.apply(  # type: ignore[no-untyped-call]
-                at_least_float32(h).reshape(-1, h.shape[-1]), self.weight
+            rows = at_least_float32(h).reshape(-1, h.shape[-1])
+            logits: Tensor = (
+                self._gathering.logits(rows) if self._gathering else _UnitRowProduct.apply(rows, self.weight)  # type: ignore[no-untyped-call]
             )
             return logits.reshape(*h.shape[:-1], -1)
 
@@ -74,9 +93,34 @@ class _UnitRowProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (h, weight, logits), (grad,) = ctx.saved_tensors, grads
         lengths = torch.linalg.vector_norm(weight, dim=1)
-        scaled = grad / lengths
-        along = (grad * logits).sum(0) / lengths.square()
-        return scaled @ weight, (scaled.mT @ h).addcmul_(weight, along[:, None], value=-1)
+        return (grad / lengths) @ weight, _weight_gradient(h, weight, lengths, logits, grad)
+
+
+class _Gathering:
+    """The products of one batch with a weight (K, E) that stays as it is meanwhile."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._lengths = torch.linalg.vector_norm(weight, dim=1)
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h (R, E) -> (R, K)."""
+        logits: Tensor = (h @ self._weight.mT) / self._lengths
+        factors = (h.detach(), logits.detach())
+        logits.register_hook(lambda grad: self._parts.append((*factors, grad)))
+        return logits
+
+    def gradient(self) -> Tensor:
+        """The weight's (K, E), of all products that a backward pass went through."""
+        h, logits, grad = (torch.cat(rows) for rows in zip(*self._parts, strict=True))
+        return _weight_gradient(h, self._weight, self._lengths, logits, grad)
+
+
+def _weight_gradient(h: Tensor, weight: Tensor, lengths: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
+    """dW = s^T h - c W of `_UnitRowProduct`, with as many rows R of h, z and dz as there are."""
+    along = (grad * logits).sum(0) / lengths.square()
+    return ((grad / lengths).mT @ h).addcmul_(weight, along[:, None], value=-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

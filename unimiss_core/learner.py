@@ -4,16 +4,18 @@ Which parameters a step touches follows from the rank of its scans: parameters o
 keep their optimiser state, and their teacher stands still.
 """
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unimiss_core.collapse import RoundWatch
-from unimiss_core.errors import CheckpointError, NonFiniteLossError
+from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteLossError
+from unimiss_core.execution import PLAIN, Execution, checkpoint_activations_, compile_, uncompile_
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
 from unimiss_core.network import build_network, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
@@ -23,7 +25,7 @@ from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone, Team
 
-Precision = Literal["fp32", "bf16"]
+log = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
 
@@ -58,26 +60,18 @@ class Learner:
     """Student, teacher, centre and AdamW of one site.
 
     ranks: of the site's scans; they decide which tensors exist (`unimiss_core.groups.ranks_needed`).
-    precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32.
-    micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
+    execution: how steps are computed; by default in float32 on the CPU, each batch as a whole.
     team: the processes that take this site's steps together, each with a learner of its own that stays like the others.
     """
 
     def __init__(
-        self,
-        study: StudyConfig,
-        *,
-        ranks: Collection[Rank],
-        device: torch.device | str = "cpu",
-        precision: Precision = "fp32",
-        micro_batch: Mapping[Rank, int] | None = None,
-        team: Team | None = None,
+        self, study: StudyConfig, *, ranks: Collection[Rank], execution: Execution = PLAIN, team: Team | None = None
     ) -> None:
         self.study = study
         self.ranks = tuple(sorted(set(ranks)))
-        self.device = torch.device(device)
-        self.precision = precision
-        self.micro_batch = dict(micro_batch or {})
+        self.execution = execution
+        self.device = execution.device
+        self.micro_batch = dict(execution.micro_batch)
         self.team = team or Alone()
         held = ranks_needed(self.ranks)
         self.student = build_network(study.model, seed=study.seed, ranks=held).to(self.device)
@@ -88,6 +82,12 @@ class Learner:
         self.centre = new_centre(names, bottleneck, self.device)
         self._optimiser = _adamw(self.student)
         self._watch = RoundWatch()
+        if execution.activation_checkpointing:
+            checkpoint_activations_(self.student.backbone)
+        self._compiled = execution.compile
+        if self._compiled:
+            compile_(self.student.backbone)
+            compile_(self.teacher.backbone)
 
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Begin from the global student and teacher; centre and optimiser state go on from the last round.
@@ -110,16 +110,17 @@ class Learner:
 
         share: what part of the step's batch these views are; the rest is with others of the team
         (`unimiss_core.team.part_of`). The report is of the whole batch.
-        Raises NonFiniteLossError: loss or gradient is NaN or infinite; nothing has changed then. ValueError: the
-        views do not fit the model.
+        Raises NonFiniteLossError: loss or gradient is NaN or infinite; nothing has changed then.
+        MemoryTooSmallError: the device cannot hold one scan's part of the step; nothing has changed then.
+        ValueError: the views do not fit the model.
         """
         rank = _rank_of_views(views)
-        gathered = self._gather_gradients(views.to(self.device, non_blocking=True), rank, share)
+        gathered = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
+        self._sum_over_team(gathered)
         if step < self.study.optimiser.freeze_prototypes_steps:
             self.student.get_parameter(_PROTOTYPES).grad = None
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(grads))
-        report = _report(rank, gathered, grad_norm=torch.linalg.vector_norm(norms))
+        report, norms = _report(rank, gathered, torch.stack(torch._foreach_norm(grads)))
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
             self._optimiser.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
@@ -189,22 +190,95 @@ class Learner:
                     key: tensors[name].to(self.device, copy=True) for key, tensors in moments.items()
                 }
 
+    def fits(self, rank: Rank, micro_batch: int) -> bool:
+        """Whether the device's memory holds a step over the study's batch in parts of `micro_batch` scans, by trial.
+
+        Nothing changes: no weight, no state of this learner, no global random state.
+        """
+        before = dict(self.micro_batch)
+        self.micro_batch[rank] = micro_batch
+        try:
+            self._rehearse(rank, 2 * micro_batch)
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        self.micro_batch = before
+        self._drop_gradients()
+        return fits
+
+    def _rehearse(self, rank: Rank, scans: int) -> None:
+        """Gradients of random views, with room taken for AdamW's moments and for the whole batch.
+
+        Two parts are enough, and needed: the second finds the first's gradients in memory.
+        """
+        views = self.study.views
+        shape = (self.study.batch.of(rank), views.views, 1, *views.size_of(rank))
+        batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        without = [p for p in self.student.parameters() if p not in self._optimiser.state]
+        moments = [torch.empty_like(p) for p in without for _ in range(2)]
+        self._gather_or_stop_compiling(batch[:scans], rank, 1.0)
+        del moments
+
+    def _gather_in_parts_that_fit(self, views: Tensor, rank: Rank, share: float) -> Loss:
+        """`_gather_gradients`, again in halved parts while memory runs out. Nothing but gradients has changed by then,
+        so the repeated step is the same step. Later steps of this learner keep the smaller parts."""
+        while True:
+            try:
+                return self._gather_or_stop_compiling(views, rank, share)
+            except torch.OutOfMemoryError:
+                pass  # and leave this clause, for until then the error holds on to the activations
+            self._drop_gradients()
+            before = min(self.micro_batch.get(rank, len(views)), len(views))
+            if before == 1:
+                raise MemoryTooSmallError(
+                    f"a step on one {rank}D scan, views of shape {tuple(views[:1].shape)}, does not fit in the memory "
+                    f"of {self.device}. In the site file set activation_checkpointing: true, free the device of other "
+                    "work or name another one; or take part in a study with a smaller model or smaller views."
+                )
+            self.micro_batch[rank] = before // 2
+            log.warning("out of memory: %dD batches are met in parts of %d, not %d scans", rank, before // 2, before)
+
+    def _gather_or_stop_compiling(self, views: Tensor, rank: Rank, share: float) -> Loss:
+        """`_gather_gradients`; where that fails and is compiled, again without, now and from then on."""
+        try:
+            return self._gather_gradients(views, rank, share)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self._compiled:
+                raise
+            told = " ".join(f"{type(error).__name__}: {error}".split("\n")[:2])  # the cause stands in the second
+            log.warning("compilation failed, going on without it: %.300s", told)
+        for network in (self.student, self.teacher):
+            uncompile_(network.backbone)
+        self._compiled = False
+        return self._gather_gradients(views, rank, share)
+
+    def _drop_gradients(self) -> None:
+        """Forget gradients that no step will use, and give their memory back to the device."""
+        self._optimiser.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _gather_gradients(self, views: Tensor, rank: Rank, share: float) -> Loss:
-        """Gradients and loss of the whole batch, without graph: forward and backward over this process's share, in
-        parts where it is larger than a micro-batch, then summed over the team."""
+        """Forward and backward over this process's share of the batch, in parts where that is larger than a
+        micro-batch: gradients and loss, without graph, weighed as in the whole batch."""
         self._optimiser.zero_grad(set_to_none=True)
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
-        for part in parts:
-            weight = share * len(part) / len(views)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                loss = self.objective(self.student, self.teacher, part, self.centre)
-            torch.autograd.backward(loss.total * weight)
-            losses.append((weight, loss))
-        whole = _weighted_sum(losses)
+        with self.student.head.prototypes.gradient_at_the_end():
+            for part in parts:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
+                    loss = self.objective(self.student, self.teacher, part, self.centre)
+                weight = share * len(part) / len(views)
+                torch.autograd.backward(loss.total * weight)
+                losses.append((weight, loss))
+        return _weighted_sum(losses)
+
+    def _sum_over_team(self, loss: Loss) -> None:
+        """Gradients and `loss` of this process's share become those of the whole batch."""
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-        self.team.sum_([*grads, *_tensors_in(whole)])
-        return whole
+        self.team.sum_([*grads, *_tensors_in(loss)])
 
     def _set_rates(self, step: int) -> None:
         for group in self._optimiser.param_groups:
@@ -253,11 +327,11 @@ def _adamw(student: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
-def _clip_each_(grads: list[Tensor], norms: Tensor, limit: float | None) -> None:
+def _clip_each_(grads: list[Tensor], norms: list[float], limit: float | None) -> None:
     """Scale each gradient whose norm is above `limit` down to it; the published clipping is per tensor."""
-    if limit is not None:
-        scales = (limit / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, list(scales.unbind()))
+    scales = {i: limit / (norm + 1e-6) for i, norm in enumerate(norms) if limit is not None and norm + 1e-6 > limit}
+    if scales:
+        torch._foreach_mul_([grads[i] for i in scales], list(scales.values()))
 
 
 def _rank_of_views(views: Tensor) -> Rank:
@@ -289,20 +363,16 @@ def _tensors_in(loss: Loss) -> list[Tensor]:
     return [*loss.terms.values(), loss.total, *observed]
 
 
-def _report(rank: Rank, loss: Loss, *, grad_norm: Tensor) -> StepReport:
-    """All scalars in one transfer from the device."""
-    diagnostics = {"grad_norm": grad_norm}
+def _report(rank: Rank, loss: Loss, norms: Tensor) -> tuple[StepReport, list[float]]:
+    """The report, and the norm of each gradient: all scalars in one transfer, the step's one wait for the device."""
+    diagnostics = {"grad_norm": torch.linalg.vector_norm(norms)}
     for name, observed in loss.observed.items():
         diagnostics[f"target_entropy_{name}"] = observed.target_entropy
         diagnostics[f"mean_target_entropy_{name}"] = torch.special.entr(observed.target).sum()
-    values = torch.stack([loss.total, *loss.terms.values(), *diagnostics.values()]).tolist()
-    count = 1 + len(loss.terms)
-    return StepReport(
-        rank=rank,
-        terms=dict(zip(loss.terms, values[1:count], strict=True)),
-        total=values[0],
-        diagnostics=dict(zip(diagnostics, values[count:], strict=True)),
-    )
+    scalars = torch.stack([loss.total, *loss.terms.values(), *diagnostics.values()])
+    total, *values = torch.cat([scalars, norms]).tolist()
+    terms = {name: values.pop(0) for name in loss.terms}
+    return StepReport(rank, terms, total, {name: values.pop(0) for name in diagnostics}), values
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

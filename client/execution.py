@@ -1,0 +1,135 @@
+"""How this site computes its steps: from the site file to a learner, with the largest parts of a batch that fit."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.site_config import SiteConfig
+from unimiss_core import durable
+from unimiss_core.execution import Execution
+from unimiss_core.learner import Learner
+from unimiss_core.scan import Rank
+from unimiss_core.study import StudyConfig
+from unimiss_core.team import Team
+
+log = logging.getLogger(__name__)
+
+MEMORY = "micro_batches.json"
+"""In the site's state folder: what was found to fit, by circumstances. May be deleted; it is found again."""
+
+
+def learner_for(
+    config: SiteConfig, study: StudyConfig, ranks: Collection[Rank], *, device: torch.device, team: Team
+) -> Learner:
+    """A learner of `study` on `device`, one of `team`, as the site file wants steps computed.
+
+    Where a micro-batch is `auto`, a GPU is tried out, once: a message starts a new process, so what was found is kept
+    in the state folder. A CPU takes the whole batch; there is no asking it what fits. Raises ConfigError: no such
+    device.
+    """
+    if config.precision == "bf16" and is_slow_in_bf16(device):
+        log.warning("precision: bf16 is slow on this processor, which has no such products; fp32 is faster here")
+    asked = {rank: config.micro_batch.of(rank) for rank in sorted(set(ranks))}
+    execution = Execution(
+        device=device,
+        precision=config.precision,
+        activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
+        micro_batch={rank: size for rank, size in asked.items() if isinstance(size, int)},
+    )
+    learner = Learner(study, ranks=ranks, execution=execution, team=team)
+    if device.type == "cuda":
+        open_ones = [rank for rank, size in asked.items() if size == "auto"]
+        learner.micro_batch |= _found(learner, open_ones, config.state / MEMORY)
+    return learner
+
+
+def largest_that_fits(fits: Callable[[int], bool], whole: int) -> int:
+    """The size of the fewest equal parts of `whole` that fit; 0 where not even 1 fits.
+
+    fits: true up to some size and false above it. Tried first is the whole, then halves until one fits, then middles
+    between that and what did not. Parts are evened out, for 12 and 12 need no more passes than 17 and 7, and less
+    memory.
+    """
+    size, too_large = whole, whole + 1
+    while size > 0 and not fits(size):
+        size, too_large = size // 2, size
+    while too_large - size > 1:
+        middle = (size + too_large) // 2
+        if fits(middle):
+            size = middle
+        else:
+            too_large = middle
+    return _ceil_div(whole, _ceil_div(whole, size)) if size else 0
+
+
+def is_slow_in_bf16(device: torch.device) -> bool:
+    """Whether products in bfloat16 take longer than in float32, measured: so it is on a CPU that must emulate them."""
+    if device.type != "cpu":
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        square = torch.ones(256, 256, dtype=dtype)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            square @ square
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return seconds(torch.bfloat16) > 2 * seconds(torch.float32)
+
+
+def _found(learner: Learner, ranks: Collection[Rank], memory: Path) -> Iterator[tuple[Rank, int]]:
+    """(rank, micro-batch that fits), remembered or found now."""
+    remembered = _read(memory)
+    for rank in ranks:
+        key = _circumstances(learner, rank)
+        if key not in remembered:
+            batch = learner.study.batch.of(rank)
+            remembered[key] = largest_that_fits(partial(learner.fits, rank), batch)
+            log.info("rank=%d micro_batch=%d batch=%d found to fit", rank, remembered[key], batch)
+            if remembered[key]:
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                durable.write_text(memory, json.dumps(remembered, indent=1))
+        yield rank, max(1, remembered[key])  # where not even 1 fits, the step says so in words
+
+
+def _circumstances(learner: Learner, rank: Rank) -> str:
+    """All that a step's need of memory, and what there is of it, follow from."""
+    study, execution = learner.study, learner.execution
+    card = torch.cuda.get_device_properties(learner.device)
+    facts = {
+        "card": card.name,
+        "bytes": card.total_memory,
+        "torch": torch.__version__,
+        "precision": execution.precision,
+        "activation_checkpointing": execution.activation_checkpointing,
+        "compile": execution.compile,
+        "ranks": list(learner.ranks),
+        "model": study.model.model_dump(mode="json"),
+        "views": [study.views.views, *study.views.size_of(rank)],
+        "objective": study.objective.model_dump(mode="json"),
+        "batch": study.batch.of(rank),
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def _read(memory: Path) -> dict[str, int]:
+    """What was found before; empty where the file is missing or damaged."""
+    try:
+        content: Any = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(content, Mapping) and all(type(size) is int and size > 0 for size in content.values())
+    return dict(content) if whole else {}
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,141 @@
+"""From a site file to a learner: what it says, what is found to fit, and what is remembered of that."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from client import execution
+from client.execution import MEMORY, _found, is_slow_in_bf16, largest_that_fits, learner_for
+from client.site_config import SiteConfig
+from tests.test_execution import Tight
+from tests.test_learner import study
+from unimiss_core.config import parse
+from unimiss_core.errors import ConfigError
+from unimiss_core.execution import PLAIN
+from unimiss_core.learner import Learner
+from unimiss_core.network import empty_network, tensors_of
+
+STUDY = study()
+
+
+def site(tmp_path: Path, **settings: object) -> SiteConfig:
+    raw = {"name": "north", "data": [{"folder": str(tmp_path)}], "state": str(tmp_path), "device": "cpu", **settings}
+    return parse(SiteConfig, raw, where="site.yaml")
+
+
+def test_a_site_file_without_these_settings_computes_plainly(tmp_path: Path) -> None:
+    learner = learner_for(site(tmp_path), STUDY, {2, 3})
+    assert learner.execution == PLAIN
+    assert learner.micro_batch == {}  # auto on a CPU: the batch as a whole
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_site_file_says_is_what_the_learner_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unimiss_core.execution.COMPILER", "eager")
+    settings = {"micro_batch": {"images": 3, "volumes": None}, "activation_checkpointing": True, "compile": True}
+    learner = learner_for(site(tmp_path, **settings), STUDY, {2, 3})
+    assert learner.micro_batch == {2: 3}
+    assert learner.execution.activation_checkpointing
+    assert learner.execution.compile
+    assert tensors_of(learner.student).keys() == tensors_of(empty_network(STUDY.model)).keys()
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "all"])
+def test_a_micro_batch_that_is_none_is_refused(tmp_path: Path, wrong: object) -> None:
+    with pytest.raises(ConfigError, match=r"micro_batch\.images"):
+        site(tmp_path, micro_batch={"images": wrong})
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_processor_that_emulates_bfloat16_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, slow: bool
+) -> None:
+    monkeypatch.setattr(execution, "is_slow_in_bf16", lambda _: slow)
+    assert learner_for(site(tmp_path, precision="bf16"), STUDY, {2}).execution.precision == "bf16"
+    assert ["fp32 is faster here" in record.message for record in caplog.records] == [True] * slow
+    caplog.clear()
+    learner_for(site(tmp_path), STUDY, {2})
+    assert not caplog.records
+
+
+def test_no_gpu_is_called_slow_in_bfloat16() -> None:
+    assert not is_slow_in_bf16(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("whole", [1, 2, 7, 16, 24])
+def test_the_fewest_equal_parts_that_fit_are_found_in_few_trials(whole: int) -> None:
+    for limit in range(whole + 3):
+        tried: list[int] = []
+
+        def fits(size: int, limit: int = limit, tried: list[int] = tried) -> bool:
+            tried.append(size)
+            return size <= limit
+
+        found = largest_that_fits(fits, whole)
+        sizes = [size for size in range(1, whole + 1) if size <= limit]
+        passes = min((-(-whole // size) for size in sizes), default=0)
+        assert found == min((size for size in sizes if -(-whole // size) == passes), default=0)
+        assert len(tried) == len(set(tried)) <= 2 * whole.bit_length()
+
+
+def card(name: str = "Card", gigabytes: int = 8) -> SimpleNamespace:
+    return SimpleNamespace(name=name, total_memory=gigabytes * 2**30)
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> tuple[Learner, Tight]:
+    """A learner on a card that holds three scans of the study's 16 images or 2 volumes."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card())
+    learner = Learner(STUDY, ranks={2, 3})
+    learner.objective = objective = Tight(learner, scans=3)
+    return learner, objective
+
+
+def test_what_fits_is_tried_once_and_remembered(tmp_path: Path, tight: tuple[Learner, Tight]) -> None:
+    learner, objective = tight
+    memory = tmp_path / "state" / MEMORY
+    assert dict(_found(learner, [2, 3], memory)) == {2: 3, 3: 2}
+    assert objective.sizes
+    objective.sizes.clear()
+    assert dict(_found(learner, [2, 3], memory)) == {2: 3, 3: 2}
+    assert not objective.sizes
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 0}'])
+def test_a_damaged_memory_is_found_anew(tmp_path: Path, tight: tuple[Learner, Tight], content: str) -> None:
+    (tmp_path / MEMORY).write_text(content)
+    assert dict(_found(tight[0], [3], tmp_path / MEMORY)) == {3: 2}
+    assert list(json.loads((tmp_path / MEMORY).read_text()).values()) == [2]
+
+
+def test_another_card_or_another_study_is_tried_anew(
+    tmp_path: Path, tight: tuple[Learner, Tight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, objective = tight
+    dict(_found(learner, [3], tmp_path / MEMORY))
+    for other in (card(gigabytes=4), card(name="Another")):
+        objective.sizes.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, other=other: other)
+        dict(_found(learner, [3], tmp_path / MEMORY))
+        assert objective.sizes
+    objective.sizes.clear()
+    learner.study = study(freeze_prototypes_steps=1)
+    dict(_found(learner, [3], tmp_path / MEMORY))
+    assert not objective.sizes  # nothing that memory depends on
+    learner.study = STUDY.model_copy(update={"batch": STUDY.batch.model_copy(update={"volumes": 1})})
+    dict(_found(learner, [3], tmp_path / MEMORY))
+    assert objective.sizes
+    assert len(json.loads((tmp_path / MEMORY).read_text())) == 4
+
+
+def test_where_not_even_one_scan_fits_the_step_says_so_and_nothing_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card())
+    learner = Learner(STUDY, ranks={2})
+    learner.objective = Tight(learner, scans=0)
+    assert dict(_found(learner, [2], tmp_path / MEMORY)) == {2: 1}
+    assert not list(tmp_path.iterdir())

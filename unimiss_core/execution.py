@@ -1,0 +1,80 @@
+"""How a step is computed, not what it computes: device, precision, and what is traded between memory and time.
+
+Every setting here gives the same loss and the same gradients up to rounding, and none changes a parameter's name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unimiss_core.model import Block, ConvBlock, MiT
+from unimiss_core.scan import Rank
+
+Precision = Literal["fp32", "bf16"]
+
+COMPILER = "inductor"
+"""torch.compile's backend: it needs a C++ compiler on a CPU, Triton on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What a site's hardware asks for.
+
+    precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32.
+    activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass.
+    compile: compile both backbones; where that fails, the step is computed without.
+    micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "fp32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    micro_batch: Mapping[Rank, int] = field(default_factory=dict)
+
+
+PLAIN = Execution()
+"""In float32 on the CPU, each batch as a whole."""
+
+
+def checkpoint_activations_(backbone: MiT) -> None:
+    """Recompute the fine grids' convolution and transformer blocks in the backward pass; keep what enters them.
+
+    Four fifths of the kept bytes are of the stem, the first two stages and the last two, whose grids are fine; the
+    others would give little memory for their time. Nothing inside is random, so no random state is kept. A forward
+    pass without gradients is as it was.
+    """
+    fine = nn.ModuleList([backbone.encoder.stem, *backbone.encoder.stages[:2], *backbone.decoder.stages[-2:]])
+    for module in fine.modules():
+        if isinstance(module, ConvBlock | Block):
+            module.forward = partial(  # type: ignore[method-assign]
+                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
+
+def compile_(backbone: MiT) -> None:
+    """Compile the forward pass, when first called. One program serves all batches of a size of scan.
+
+    The other axes are fixed: position tables, odd grids and the reduction of keys differ with them.
+    """
+    compiled = torch.compile(backbone.forward, backend=COMPILER)
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.clone()  # what x is a view of would be looked at too: a single scan would get a program of its own
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        for axis in range(1, x.ndim):
+            torch._dynamo.mark_static(x, axis)
+        class_token: Tensor = compiled(x)
+        return class_token
+
+    backbone.forward = forward  # type: ignore[method-assign]
+
+
+def uncompile_(backbone: MiT) -> None:
+    """Undo `compile_`."""
+    del backbone.forward
