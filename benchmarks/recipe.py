@@ -51,7 +51,10 @@ DECIDING = {"2D": "nih-pneumonia", "3D": "adrenal"}
 
 @dataclass(frozen=True)
 class Gain:
-    """A task's AUC before and after training, for one seed; interval: of their difference, 95% over patients."""
+    """A task's AUC before and after training, for one seed; interval: of their difference, 95% over patients.
+
+    All are means over the ways to part the patients into folds.
+    """
 
     before: float
     after: float
@@ -147,19 +150,19 @@ def _say(step: int, entropies: Mapping[str, float]) -> None:
     print(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in entropies.items()), flush=True)
 
 
-def _probed(learner: Learner, tasks: Mapping[str, Task]) -> dict[str, Probe]:
+def _probed(learner: Learner, tasks: Mapping[str, Task]) -> dict[str, list[Probe]]:
     encoder = encoder_of(learner.study.model, tensors_of(learner.teacher))
     return {name: each.probed(encoder) for name, each in tasks.items()}
 
 
-def auc_of(probed: Probe) -> float:
-    value = probed.auc()
-    return math.nan if value is None else value
+def auc_of(probes: list[Probe]) -> float:
+    return statistics.fmean(math.nan if (auc := each.auc()) is None else auc for each in probes)
 
 
-def _gain(before: Probe, after: Probe) -> Gain:
-    found = gain(before, after)
-    return Gain(auc_of(before), auc_of(after), found[1] if found else (math.nan, math.nan))
+def _gain(before: list[Probe], after: list[Probe]) -> Gain:
+    found = [gain(old, new) for old, new in zip(before, after, strict=True)]
+    lows, highs = zip(*(each[1] if each else (math.nan, math.nan) for each in found), strict=True)
+    return Gain(auc_of(before), auc_of(after), (statistics.fmean(lows), statistics.fmean(highs)))
 
 
 def gain_lines(runs: list[Run], floors: Mapping[str, float]) -> Iterator[str]:
