@@ -17,17 +17,24 @@ from unimiss_core.errors import ConfigError
 from unimiss_core.execution import PLAIN
 from unimiss_core.learner import Learner
 from unimiss_core.network import empty_network, tensors_of
+from unimiss_core.scan import Rank
+from unimiss_core.study import StudyConfig
+from unimiss_core.team import Alone
 
 STUDY = study()
 
 
 def site(tmp_path: Path, **settings: object) -> SiteConfig:
-    raw = {"name": "north", "data": [{"folder": str(tmp_path)}], "state": str(tmp_path), "device": "cpu", **settings}
+    raw = {"name": "north", "data": [{"folder": str(tmp_path)}], "state": str(tmp_path), "devices": "cpu", **settings}
     return parse(SiteConfig, raw, where="site.yaml")
 
 
+def made(config: SiteConfig, study: StudyConfig, ranks: set[Rank]) -> Learner:
+    return learner_for(config, study, ranks, device=torch.device("cpu"), team=Alone())
+
+
 def test_a_site_file_without_these_settings_computes_plainly(tmp_path: Path) -> None:
-    learner = learner_for(site(tmp_path), STUDY, {2, 3})
+    learner = made(site(tmp_path), STUDY, {2, 3})
     assert learner.execution == PLAIN
     assert learner.micro_batch == {}  # auto on a CPU: the batch as a whole
     assert not list(tmp_path.iterdir())
@@ -36,7 +43,7 @@ def test_a_site_file_without_these_settings_computes_plainly(tmp_path: Path) -> 
 def test_what_the_site_file_says_is_what_the_learner_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unimiss_core.execution.COMPILER", "eager")
     settings = {"micro_batch": {"images": 3, "volumes": None}, "activation_checkpointing": True, "compile": True}
-    learner = learner_for(site(tmp_path, **settings), STUDY, {2, 3})
+    learner = made(site(tmp_path, **settings), STUDY, {2, 3})
     assert learner.micro_batch == {2: 3}
     assert learner.execution.activation_checkpointing
     assert learner.execution.compile
@@ -54,10 +61,10 @@ def test_a_processor_that_emulates_bfloat16_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, slow: bool
 ) -> None:
     monkeypatch.setattr(execution, "is_slow_in_bf16", lambda _: slow)
-    assert learner_for(site(tmp_path, precision="bf16"), STUDY, {2}).execution.precision == "bf16"
+    assert made(site(tmp_path, precision="bf16"), STUDY, {2}).execution.precision == "bf16"
     assert ["fp32 is faster here" in record.message for record in caplog.records] == [True] * slow
     caplog.clear()
-    learner_for(site(tmp_path), STUDY, {2})
+    made(site(tmp_path), STUDY, {2})
     assert not caplog.records
 
 
