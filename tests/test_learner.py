@@ -155,7 +155,7 @@ def test_a_batch_met_in_parts_gives_the_same_step(batch: Tensor) -> None:
 def test_a_batch_met_in_parts_gives_the_same_step_of_the_second_objective(batch: Tensor) -> None:
     """In float64, so that nothing but rounding may differ; the moments after a step are the clipped gradients."""
     whole = in_float64(apart(Learner(plus_study(), ranks={2, 3})))
-    parts = in_float64(apart(Learner(plus_study(), ranks={2, 3}, micro_batch={2: 2, 3: 2})))
+    parts = in_float64(apart(Learner(plus_study(), ranks={2, 3}, execution=Execution(micro_batch={2: 2, 3: 2}))))
     expected, report = whole.step(batch.double(), step=0), parts.step(batch.double(), step=0)
     assert report.terms == pytest.approx(expected.terms, rel=1e-9)
     assert report.total == pytest.approx(expected.total, rel=1e-9)
@@ -226,7 +226,7 @@ def test_state_of_another_objective_is_refused() -> None:
 
 def test_bf16_keeps_the_reconstruction_and_its_error_in_float32() -> None:
     exact = apart(Learner(plus_study(), ranks={3})).step(volumes(), step=0)
-    learner = apart(Learner(plus_study(), ranks={3}, precision="bf16"))
+    learner = apart(Learner(plus_study(), ranks={3}, execution=Execution(precision="bf16")))
     assert learner.step(volumes(), step=0).terms == pytest.approx(exact.terms, rel=0.03)
     with torch.autocast("cpu", torch.bfloat16):
         h, drawn = learner.student.bottleneck_and_reconstruction(volumes().flatten(0, 1))
