@@ -75,7 +75,7 @@ def test_two_processes_give_the_bits_of_one_that_takes_the_same_parts_in_turn(
     two = run_team(team_members.train, (STUDY, [batch], torch.float32), devices=TWO, state=tmp_path)
     differing = {name for name in one if not torch.equal(two[name], one[name])}
     assert all(name.endswith("head.prototypes.weight") for name in differing)
-    assert len(one) > 1000
+    assert two.keys() == one.keys()
     for moment in ("adam_moment1", "adam_moment2"):
         name = f"{moment}.head.prototypes.weight"
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-7)
