@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,10 +73,10 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     batches = Batches(site, team, device)
     with batches.drawn_ahead(steps_of_round(study.schedule, request.round)[figures.steps :]) as upcoming:
         for step, batch in upcoming:
-            figures.add(*_take_step(learner, batches, step, batch))
-            progress.report(
-                progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, figures.last_loss)
-            )
+            report, skipped = _take_step(learner, batches, step, batch)
+            figures.add(report, skipped)
+            loss = mean_cross_entropy(report.terms)
+            progress.report(progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, loss))
             if team.place == 0 and time.monotonic() - saved >= 60 * site.config.checkpoint_minutes:
                 _save_unfinished(site, learner, request.round, received, figures)
                 saved = time.monotonic()
@@ -143,7 +142,7 @@ def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> t
 
 def _save_unfinished(site: Site, learner: Learner, round: int, received: str, figures: "_RoundFigures") -> None:
     state = learner.state(weights=True)
-    facts = {"received": received, "figures": figures.facts(), "learner": state.facts}
+    facts = {"received": received, "figures": asdict(figures), "learner": state.facts}
     site.memory.remember_unfinished(Remembered(round, state.tensors, facts))
 
 
@@ -153,11 +152,11 @@ def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_
     if state is None or state.facts.get("received") != received:
         return None
     try:
+        figures = _RoundFigures(**state.facts["figures"])
         learner.restore(LearnerState(dict(state.tensors), state.facts["learner"]))
-    except CheckpointError as error:
+    except (CheckpointError, KeyError, TypeError) as error:  # the last two: another version of the program wrote it
         log.warning("unfinished round %d does not fit, beginning it anew: %s", round, error)
         return None
-    figures = _RoundFigures(**state.facts["figures"])
     log.info("round=%d goes on after step %d", round, figures.steps)
     return figures
 
@@ -182,8 +181,6 @@ class _RoundFigures:
 
     terms: dict[str, list[float]] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
-    last_loss: float = 0.0
-    """Mean over the last step's cross-entropies."""
     skipped_batches: int = 0
 
     @property
@@ -194,11 +191,7 @@ class _RoundFigures:
         for name, value in report.terms.items():
             self.terms.setdefault(name, []).append(value)
         self.grad_norms.append(report.diagnostics["grad_norm"])
-        self.last_loss = mean_cross_entropy(report.terms)
         self.skipped_batches += skipped
-
-    def facts(self) -> dict[str, Any]:
-        return asdict(self)
 
     def losses(self) -> dict[str, float]:
         return {name: fmean(values) for name, values in self.terms.items()}

@@ -219,6 +219,22 @@ def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(tmp_pa
     assert steps_taken(site, first_round(LONG))[1] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "change", [{"figures": {"of another version": 1}}, {"figures": None}, {"learner": {}}, {"watch": "lost"}]
+)
+def test_an_unfinished_round_that_another_version_wrote_begins_anew(tmp_path: Path, change: dict[str, object]) -> None:
+    expected = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
+    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
+    killed(site, first_round(LONG))
+    state = site.memory.unfinished(1)
+    assert state is not None
+    kept = {name: tensor for name, tensor in state.tensors.items() if not ("watch" in change and "watch." in name)}
+    site.memory.remember_unfinished(Remembered(1, kept, {**state.facts, **change}))
+    reply, steps = steps_taken(site, first_round(LONG))
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert_same_reply(reply, expected)
+
+
 def test_a_site_with_time_between_checkpoints_writes_none_of_a_short_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from unimiss_core.errors import CheckpointError
 from unimiss_core.objective import Observed, weighted_mean
 
 ALIKE = 0.02
@@ -45,7 +46,9 @@ class RoundWatch:
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], steps: Mapping[str, int]) -> "RoundWatch":
-        """The watch as it was at `state`. Raises KeyError: a tensor is missing."""
+        """The watch as it was at `state`. Raises CheckpointError: a tensor of a watched representation is missing."""
+        if missing := {f"{name}.{part.name}" for name in steps for part in fields(Observed)} - tensors.keys():
+            raise CheckpointError(f"local state is damaged: {min(missing)} is missing of what the round showed so far")
         means = {
             name: Observed(**{part.name: tensors[f"{name}.{part.name}"] for part in fields(Observed)}) for name in steps
         }

@@ -177,11 +177,10 @@ class Learner:
         moments = {key: _below(prefix, state.tensors) for key, prefix in _OPTIMISER_KEYS.items()}
         self._check_state(centre, moments)
         if state.facts["weights"]:
+            watched = {name: tensor.to(self.device) for name, tensor in _below("watch", state.tensors).items()}
+            watch = RoundWatch.restored(watched, state.facts.get("watched_steps", {}))
             self.start_round(_below("student", state.tensors), _below("teacher", state.tensors))
-            self._watch = RoundWatch.restored(
-                {name: tensor.to(self.device) for name, tensor in _below("watch", state.tensors).items()},
-                state.facts["watched_steps"],
-            )
+            self._watch = watch
         self.centre = {name: centre[name].to(self.device, copy=True) for name in self.centre}
         self._optimiser.state.clear()
         for name, parameter in self.student.named_parameters():
