@@ -52,11 +52,11 @@ def run_team(
     """
     state.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=state, prefix="team-") as folder:
-        members = [
-            Interpreter.start("client.devices", _environment(devices), log=state / f"device-{place}.log")
-            for place in range(len(devices))
-        ]
+        members: list[Interpreter] = []
         try:
+            for place in range(len(devices)):
+                log = state / f"device-{place}.log"
+                members.append(Interpreter.start("client.devices", _environment(devices), log=log))
             for place, member in enumerate(members):
                 _send(member.channel, (_Place(place, devices, f"{folder}/rendezvous"), function, arguments))
             result: Result = _result(members, devices)

@@ -16,7 +16,7 @@ from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
-from unimiss_core.team import Team
+from unimiss_core.team import Team, largest_part
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,7 @@ def learner_for(
     """A learner of `study` on `device`, one of `team`, as the site file wants steps computed.
 
     Where a micro-batch is `auto`, a GPU is tried out, once: a message starts a new process, so what was found is kept
-    in the state folder. A CPU takes the whole batch; there is no asking it what fits. Raises ConfigError: no such
-    device.
+    in the state folder. A CPU takes the whole batch; there is no asking it what fits.
     """
     if config.precision == "bf16" and is_slow_in_bf16(device):
         log.warning("precision: bf16 is slow on this processor, which has no such products; fp32 is faster here")
@@ -87,15 +86,15 @@ def is_slow_in_bf16(device: torch.device) -> bool:
 
 
 def _found(learner: Learner, ranks: Collection[Rank], memory: Path) -> Iterator[tuple[Rank, int]]:
-    """(rank, micro-batch that fits), remembered or found now."""
+    """(rank, micro-batch that fits), remembered or found now; of a team on cards that are alike the first remembers."""
     remembered = _read(memory)
     for rank in ranks:
         key = _circumstances(learner, rank)
         if key not in remembered:
-            batch = learner.study.batch.of(rank)
+            batch = largest_part(learner.team, learner.study.batch.of(rank))
             remembered[key] = largest_that_fits(partial(learner.fits, rank), batch)
             log.info("rank=%d micro_batch=%d batch=%d found to fit", rank, remembered[key], batch)
-            if remembered[key]:
+            if remembered[key] and learner.team.place == 0:
                 memory.parent.mkdir(parents=True, exist_ok=True)
                 durable.write_text(memory, json.dumps(remembered, indent=1))
         yield rank, max(1, remembered[key])  # where not even 1 fits, the step says so in words
@@ -116,7 +115,7 @@ def _circumstances(learner: Learner, rank: Rank) -> str:
         "model": study.model.model_dump(mode="json"),
         "views": [study.views.views, *study.views.size_of(rank)],
         "objective": study.objective.model_dump(mode="json"),
-        "batch": study.batch.of(rank),
+        "batch": largest_part(learner.team, study.batch.of(rank)),
     }
     return json.dumps(facts, sort_keys=True)
 

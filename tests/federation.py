@@ -14,6 +14,7 @@ from unimiss_core.groups import GROUPS, groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import ModelConfig, StudyConfig
+from unimiss_core.team import Alone
 from unimiss_core.wire import Hello, Introduction, Refusal, TrainReply, TrainRequest, study_of
 
 
@@ -35,6 +36,13 @@ def layout_for(ranks: frozenset[Rank]) -> Layout:
 def random_tensors(layout: Layout, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {spec.name: torch.randn(spec.shape, generator=generator) for specs in layout.values() for spec in specs}
+
+
+class Placed(Alone):
+    """One of a team of `size`, whose sums are its own values."""
+
+    def __init__(self, place: int, size: int) -> None:
+        self.place, self.size = place, size
 
 
 Answer = Callable[[TrainRequest, "StubSite"], TrainReply]

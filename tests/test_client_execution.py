@@ -10,6 +10,7 @@ import torch
 from client import execution
 from client.execution import MEMORY, _found, is_slow_in_bf16, largest_that_fits, learner_for
 from client.site_config import SiteConfig
+from tests.federation import Placed
 from tests.test_execution import Tight
 from tests.test_learner import study
 from unimiss_core.config import parse
@@ -109,6 +110,19 @@ def test_what_fits_is_tried_once_and_remembered(tmp_path: Path, tight: tuple[Lea
     objective.sizes.clear()
     assert dict(_found(learner, [2, 3], memory)) == {2: 3, 3: 2}
     assert not objective.sizes
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_of_a_team_each_tries_out_its_part_and_the_first_remembers(
+    tmp_path: Path, tight: tuple[Learner, Tight], place: int
+) -> None:
+    learner, objective = tight
+    learner.team = Placed(place, size=8)
+    assert dict(_found(learner, [2, 3], tmp_path / MEMORY)) == {2: 2, 3: 1}
+    assert max(objective.sizes) == 2
+    assert (tmp_path / MEMORY).exists() == (place == 0)
+    learner.team = Alone()
+    assert dict(_found(learner, [2], tmp_path / MEMORY)) == {2: 3}
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 0}'])

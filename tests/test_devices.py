@@ -12,19 +12,14 @@ import torch
 
 from client.devices import run_team
 from tests import team_members
-from tests.federation import small_study
+from tests.federation import Placed, small_study
 from unimiss_core import progress
 from unimiss_core.device import device_of, devices_of
 from unimiss_core.errors import ConfigError, DeviceError, NonFiniteLossError, WireError
-from unimiss_core.team import Alone, part_of
+from unimiss_core.team import Alone, largest_part, part_of
 
 CPU = torch.device("cpu")
 TWO = (CPU, CPU)
-
-
-class Placed(Alone):
-    def __init__(self, place: int, size: int) -> None:
-        self.place, self.size = place, size
 
 
 def views(*shape: int) -> torch.Tensor:
@@ -48,6 +43,7 @@ def test_parts_cover_the_batch_once_and_their_shares_add_up_to_one(size: int, sc
     assert all(part.scans == slice(0, 1) for part in parts if not part.share)
     lengths = [part.scans.stop - part.scans.start for part in parts if part.share]
     assert max(lengths) - min(lengths) <= 1
+    assert largest_part(Placed(0, size), scans) == max(lengths)
 
 
 STUDY = small_study(2, model={"prototypes": 16}, optimiser={"warmup_steps": 1, "lr": 1e-3})

@@ -23,7 +23,7 @@ from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay
 from unimiss_core.study import StudyConfig
-from unimiss_core.team import Alone, Team
+from unimiss_core.team import Alone, Team, largest_part
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,8 @@ class Learner:
                 }
 
     def fits(self, rank: Rank, micro_batch: int) -> bool:
-        """Whether the device's memory holds a step over the study's batch in parts of `micro_batch` scans, by trial.
+        """Whether the device's memory holds a step over its part of the study's batch, `micro_batch` scans at a time,
+        by trial.
 
         Nothing changes: no weight, no state of this learner, no global random state.
         """
@@ -206,12 +207,12 @@ class Learner:
         return fits
 
     def _rehearse(self, rank: Rank, scans: int) -> None:
-        """Gradients of random views, with room taken for AdamW's moments and for the whole batch.
+        """Gradients of random views, with room taken for AdamW's moments and for this process's part of the batch.
 
         Two parts are enough, and needed: the second finds the first's gradients in memory.
         """
         views = self.study.views
-        shape = (self.study.batch.of(rank), views.views, 1, *views.size_of(rank))
+        shape = (largest_part(self.team, self.study.batch.of(rank)), views.views, 1, *views.size_of(rank))
         batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         without = [p for p in self.student.parameters() if p not in self._optimiser.state]
         moments = [torch.empty_like(p) for p in without for _ in range(2)]

@@ -4,6 +4,7 @@ Each holds the whole network and finds the gradient of its part of a batch. The 
 all take the same step, so that weights, moments, teacher and centre stay alike without being sent.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -72,6 +73,11 @@ def part_of(team: Team, scans: int) -> Part:
     if start == stop:
         return Part(slice(0, 1), 0.0)
     return Part(slice(start, stop), (stop - start) / scans)
+
+
+def largest_part(team: Team, scans: int) -> int:
+    """The scans of the largest part that any process takes of a batch of `scans`."""
+    return math.ceil(scans / team.size)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
