@@ -133,7 +133,8 @@ class TrainReply:
 
     update: trained minus received, for the groups that the site trained.
     steps: optimiser steps of each rank in this round; losses: mean of each loss term over the round;
-    diagnostics: means of the learner's collapse indicators. Nothing else leaves the site.
+    diagnostics: means over the round of collapse indicators and of the gradient's norm, and how many batches were
+    skipped for NaN or infinity. Nothing else leaves the site.
     """
 
     site: str
