@@ -270,7 +270,14 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, hospitals: Path
     config = simulation(tmp_path, hospitals, overrides={"schedule": {"rounds": 2, "local_steps": 8}})
     out = tmp_path / "out"
     command = [sys.executable, "-m", "server.simulate_command", str(config), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As a terminal starts it; where the suite itself was started in the background, SIGINT would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     give_up = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None
