@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from benchmarks.recipe_tasks import STS, TASKS, Task, sts_source, task
 from client.cache import Library, open_library
@@ -34,7 +35,7 @@ from unimiss_core.network import tensors_of
 from unimiss_core.probe import Probe, gain
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import rank_of_step, total_steps
-from unimiss_core.study import StudyConfig
+from unimiss_core.study import ModelConfig, StudyConfig
 from unimiss_core.views import draw_batch, generator_for
 
 ROOT = Path(__file__).parents[1]
@@ -81,9 +82,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     study = parse(StudyConfig, _study(options.steps), where="nano")
     with tempfile.TemporaryDirectory() as scratch:
-        library = open_library(_pooled(options.data, Path(scratch)), study.plan)
+        library = open_library(pooled(options.data, Path(scratch)), study.plan)
         tasks = {name: task(name, options.data, study) for name in TASKS}
-        runs = [_run(study.model_copy(update={"seed": seed}), library, tasks) for seed in options.seeds]
+        runs = [train_pooled(study.model_copy(update={"seed": seed}), library, tasks) for seed in options.seeds]
     floors = {name: auc_of(each.floor()) for name, each in tasks.items()}
     print("\n".join([*gain_lines(runs, floors), *verdict_lines(runs)]))
     if options.json:
@@ -108,7 +109,7 @@ def _study(steps: int | None) -> dict[str, Any]:
     return raw
 
 
-def _pooled(data: Path, scratch: Path) -> SiteConfig:
+def pooled(data: Path, scratch: Path) -> SiteConfig:
     """All that the sites of shared_real.yaml hold, as one site."""
     nih = TableConfig(path=data / "nih_cxr14" / "labels.csv", file="image", patient="patient_id")
     images = DataSource(folder=data / "nih_cxr14" / "images_224", table=nih, patient_range=TRAINED)
@@ -116,9 +117,10 @@ def _pooled(data: Path, scratch: Path) -> SiteConfig:
     return anchored(SiteConfig(name="pooled", data=(images, *volumes), state=scratch, devices=("cpu",)), scratch)
 
 
-def _run(study: StudyConfig, library: Library, tasks: Mapping[str, Task]) -> Run:
+def train_pooled(study: StudyConfig, library: Library, tasks: Mapping[str, Task]) -> Run:
+    """Train on all scans of `library`, with the probes before and after."""
     learner = Learner(study, ranks=library.ranks)
-    before = _probed(learner, tasks)
+    before = {name: tensor.clone() for name, tensor in tensors_of(learner.teacher).items()}
     steps = total_steps(study.schedule)
     began, cpu = time.monotonic(), time.process_time()
     for step in range(steps):
@@ -135,7 +137,7 @@ def _run(study: StudyConfig, library: Library, tasks: Mapping[str, Task]) -> Run
         cpu_s=time.process_time() - cpu,
         wall_s=time.monotonic() - began,
         entropies=_shares_of_log_k(learner),
-        gains={name: _gain(before[name], after) for name, after in _probed(learner, tasks).items()},
+        gains=gains_of(probed(study.model, before, tasks), probed(study.model, tensors_of(learner.teacher), tasks)),
     )
     print(json.dumps(asdict(run)), flush=True)
     return run
@@ -150,13 +152,18 @@ def _say(step: int, entropies: Mapping[str, float]) -> None:
     print(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in entropies.items()), flush=True)
 
 
-def _probed(learner: Learner, tasks: Mapping[str, Task]) -> dict[str, list[Probe]]:
-    encoder = encoder_of(learner.study.model, tensors_of(learner.teacher))
+def probed(model: ModelConfig, teacher: Mapping[str, Tensor], tasks: Mapping[str, Task]) -> dict[str, list[Probe]]:
+    """Each task's probes with these tensors as encoder."""
+    encoder = encoder_of(model, teacher)
     return {name: each.probed(encoder) for name, each in tasks.items()}
 
 
 def auc_of(probes: list[Probe]) -> float:
     return statistics.fmean(math.nan if (auc := each.auc()) is None else auc for each in probes)
+
+
+def gains_of(before: Mapping[str, list[Probe]], after: Mapping[str, list[Probe]]) -> dict[str, Gain]:
+    return {name: _gain(before[name], probes) for name, probes in after.items()}
 
 
 def _gain(before: list[Probe], after: list[Probe]) -> Gain:
@@ -191,7 +198,7 @@ def over_seeds(gains: list[float]) -> tuple[float, float]:
     return statistics.fmean(gains) - reach, statistics.fmean(gains) + reach
 
 
-def verdict_lines(runs: list[Run]) -> Iterator[str]:
+def verdict_lines(runs: list[Run], most_cpu_min: float = MOST_CPU_MIN) -> Iterator[str]:
     """What is asked, what was found, and whether that is enough."""
 
     def line(passes: bool, asked: str, found: str) -> str:
@@ -205,7 +212,7 @@ def verdict_lines(runs: list[Run]) -> Iterator[str]:
         mean = statistics.fmean(run.gains[name].value for run in runs)
         yield line(mean >= LEAST_GAIN, f"gain of at least {LEAST_GAIN} AUC in {kind}", f"{name} {mean:+.3f}")
     slowest = max(run.cpu_s for run in runs) / 60
-    yield line(slowest <= MOST_CPU_MIN, f"at most {MOST_CPU_MIN:g} processor minutes a run", f"longest {slowest:.1f}")
+    yield line(slowest <= most_cpu_min, f"at most {most_cpu_min:g} processor minutes a run", f"longest {slowest:.1f}")
 
 
 if __name__ == "__main__":
