@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server.attendance import Attendance
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ class GlobalState:
 
     student: float32 masters. teacher: the EMA of the released students, per group. retention: what was left
     of the teacher in the last round. taught: site -> the last round whose teacher it holds on its disk.
+    attendance: what is remembered of sites; unlike the rest it also moves when a round fails.
     """
 
     round: int
@@ -27,6 +29,7 @@ class GlobalState:
     teacher: dict[str, Tensor]
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
     taught: dict[str, int] = field(default_factory=dict)
+    attendance: Attendance = field(default_factory=Attendance)
 
     @classmethod
     def initial(cls, student: Mapping[str, Tensor], study: StudyConfig) -> "GlobalState":
@@ -37,10 +40,18 @@ class GlobalState:
     def restored(cls, found: Checkpoint) -> "GlobalState":
         """As `save` left it."""
         book = json.loads(found.server_json)
-        return cls(found.manifest.round, dict(found.student), dict(found.teacher), book["retention"], book["taught"])
+        return cls(
+            found.manifest.round,
+            dict(found.student),
+            dict(found.teacher),
+            book["retention"],
+            book["taught"],
+            Attendance.of(book["attendance"]),
+        )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
         """Write it as its round's checkpoint, in one rename."""
+        book = {"retention": self.retention, "taught": self.taught, "attendance": self.attendance.facts()}
         checkpoint.save(
             folder.checkpoint_of(self.round),
             origin="federation",
@@ -50,5 +61,5 @@ class GlobalState:
             plan=study.plan,
             student=self.student,
             teacher=self.teacher,
-            server_json=json.dumps({"retention": self.retention, "taught": self.taught}, sort_keys=True),
+            server_json=json.dumps(book, sort_keys=True),
         )

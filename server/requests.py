@@ -21,10 +21,14 @@ class Requests:
         self._state = state
         self._packed: dict[tuple[frozenset[Rank], bool], RecordDict] = {}
 
-    def for_site(self, site: Introduction) -> RecordDict:
-        """The content of its request; with the teacher where `state.taught` does not say that the site holds it."""
+    def holds_teacher(self, site: Introduction) -> bool:
+        """Whether the site can rebuild the teacher from what it holds, as far as the coordinator knows."""
+        return self._state.round == 0 or self._state.taught.get(site.site) == self._state.round
+
+    def for_site(self, site: Introduction, *, with_teacher: bool = False) -> RecordDict:
+        """The content of its request; with the teacher where asked, or where the site cannot rebuild it."""
         state = self._state
-        holds_teacher = state.round == 0 or state.taught.get(site.site) == state.round
+        holds_teacher = self.holds_teacher(site) and not with_teacher
         if (key := (site.ranks, holds_teacher)) not in self._packed:
             self._packed[key] = TrainRequest(
                 study=self._study,

@@ -15,6 +15,10 @@ REASONS: dict[str, str] = {
     # the coordinator says so
     "no_introduction": "the site did not say in time who it is",
     "no_reply": "no reply came before the deadline",
+    "busy": "the site is still at work on an earlier round; its update counts when it comes",
+    "discounted": "the site's update for an earlier round came late and counted with less weight, as the study says",
+    "set_aside": "the site failed in several rounds in a row; it is asked again later",
+    "not_registered": "the coordinator file does not name the site, or names it with another key",
     "name_taken": "another connected site goes by the same name",
     "protocol": "the site speaks another version of the protocol",
     "malformed": "the reply is not of the agreed form",

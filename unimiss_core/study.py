@@ -246,6 +246,12 @@ class AggregationConfig(Config):
     """A site that claims more is refused: under `sqrt` and `scans` a claim is a weight."""
     max_update_norm: Annotated[float, Field(gt=0)] = 1e3
     """An update with a larger L2 norm is refused."""
+    max_size_ratio: Annotated[float, Field(gt=1)] | None = 10.0
+    """An update whose values have a root mean square of more than this many times the median of the updates that
+    counted in the last three rounds is refused; None asks nothing."""
+    late_weight: Fraction = 0.0
+    """An update that comes after its round was closed counts in a later one, with this share of its weight for each
+    round of delay (Xie, Koyejo, Gupta 2019, "Asynchronous federated optimization"); 0 drops it."""
 
 
 class WireConfig(Config):
