@@ -58,8 +58,16 @@ def one_is_killed(*, device: torch.device, team: Team) -> None:
 
 
 def one_fails(text: str, *, device: torch.device, team: Team) -> None:
+    _report_and_meet(team)
     if team.place == 1:
         raise OSError(text)
+    team.sum_([torch.zeros(3)])
+
+
+def one_refuses(reason: str, *, device: torch.device, team: Team) -> None:
+    _report_and_meet(team)
+    if team.place == 1:
+        raise WireError(reason, "in words")
     team.sum_([torch.zeros(3)])
 
 
@@ -72,3 +80,9 @@ def never_ends(*, device: torch.device, team: Team) -> None:
         progress.report(progress.Note("at work"))
         team.sum_([torch.zeros(3)])
         time.sleep(0.01)
+
+
+def _report_and_meet(team: Team) -> None:
+    """The parent may take its time over the word of progress: the first process has sent it when the others go on."""
+    progress.report(progress.Note("at work"))
+    team.sum_([torch.zeros(1)])
