@@ -1,5 +1,6 @@
 """A site's part of a round: which scans a batch holds, which teacher the round begins with, what a small site does."""
 
+import errno
 import math
 import os
 import pickle
@@ -23,7 +24,7 @@ from client.site_config import DataSource, SiteConfig
 from client.site_state import Remembered, SiteState
 from client.trainer import BATCH_TRIES, _round_teacher, run_round
 from tests.federation import small_study
-from unimiss_core import progress
+from unimiss_core import durable, progress
 from unimiss_core.errors import NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.network import build_network, tensors_of
@@ -240,6 +241,23 @@ def test_a_site_with_time_between_checkpoints_writes_none_of_a_short_round(
 ) -> None:
     monkeypatch.setattr(SiteState, "remember_unfinished", lambda *_: pytest.fail("written"))
     run_round(site_with_pictures(tmp_path, LONG, 3), first_round(LONG))
+
+
+def test_a_disk_without_room_for_a_checkpoint_on_the_way_does_not_cost_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
+    write = durable.write_bytes
+
+    def nearly_full(path: Path, payload: bytes) -> None:
+        if path.stem == "unfinished":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, payload)
+
+    monkeypatch.setattr(durable, "write_bytes", nearly_full)
+    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
+    assert_same_reply(run_round(site, first_round(LONG)), expected)
+    assert "No space left on device; make room" in caplog.text
 
 
 # -- NaN and infinity --------------------------------------------------------------------------------------------------
