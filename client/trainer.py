@@ -131,14 +131,16 @@ def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> t
 
     Such a step changes nothing, so the state to go on from is the one before it. Raises NonFiniteLossError.
     """
-    for attempt in range(BATCH_TRIES):
+    attempt = 0
+    while True:
         try:
-            views, share = batches.draw(step, attempt) if attempt else batch
-            return learner.step(views, step=step, share=share), attempt
-        except NonFiniteLossError as error:
-            log.warning("batch skipped: %s", error)
-            failure = error
-    raise failure
+            return learner.step(batch.views, step=step, share=batch.share), attempt
+        except NonFiniteLossError as error:  # not to be kept, by a log neither: it holds the gradients of its step
+            attempt += 1
+            if attempt == BATCH_TRIES:
+                raise
+            log.warning("batch skipped: %s", str(error))
+        batch = batches.draw(step, attempt)
 
 
 def _save_unfinished(site: Site, learner: Learner, round: int, received: str, figures: "_RoundFigures") -> None:
