@@ -1,6 +1,7 @@
 # ruff: noqa: ARG001 - every such function is given a device and a team
 """What the processes of a team do in tests; importable by name, as `client.devices.run_team` needs it."""
 
+import math
 import os
 import signal
 import time
@@ -27,7 +28,8 @@ def train(
     device: torch.device,
     team: Team,
 ) -> dict[str, Tensor]:
-    """A step on this process's part of each batch; all that the learner holds then, and each step's loss."""
+    """A step on this process's part of each batch; all that the learner holds then, and each step's loss, NaN where it
+    was not taken."""
     execution = Execution(device=device, micro_batch=micro_batch or {})
     learner = Learner(study, ranks={2, 3}, execution=execution, team=team)
     other = tensors_of(build_network(study.model, seed=1))
@@ -38,7 +40,10 @@ def train(
     losses = []
     for step, batch in enumerate(batches):
         part = part_of(team, len(batch))
-        losses.append(learner.step(batch[part.scans].to(dtype), step=step, share=part.share).total)
+        try:
+            losses.append(learner.step(batch[part.scans].to(dtype), step=step, share=part.share).total)
+        except NonFiniteLossError:
+            losses.append(math.nan)
     return {**learner.state(weights=True).tensors, "losses": torch.tensor(losses)}
 
 

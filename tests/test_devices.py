@@ -1,5 +1,6 @@
 """Several devices of a site: the same outcome as one, and no harm where one is lost."""
 
+import math
 import os
 import subprocess
 import sys
@@ -52,11 +53,22 @@ STUDY = small_study(2, model={"prototypes": 16}, optimiser={"warmup_steps": 1, "
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Batches of three images, of two volumes, and of one volume, which leaves a process without a scan."""
-    batches = [views(3, 2, 1, 33, 40), views(2, 2, 1, 13, 33, 40), views(1, 3, 1, 14, 33, 36), views(2, 2, 1, 37, 33)]
+    """Batches of three images, of two volumes, and of one volume, which leaves a process without a scan; then one with
+    NaN in a scan that the second process alone sees."""
+    bad = views(3, 2, 1, 33, 40)
+    bad[2, 1, 0, 7, 7] = math.nan
+    batches = [
+        views(3, 2, 1, 33, 40),
+        views(2, 2, 1, 13, 33, 40),
+        views(1, 3, 1, 14, 33, 36),
+        bad,
+        views(2, 2, 1, 37, 33),
+    ]
     one = team_members.train(STUDY, batches, torch.float64, device=CPU, team=Alone())
     two = run_team(team_members.train, (STUDY, batches, torch.float64), devices=TWO, state=tmp_path)
     assert two.keys() == one.keys()
+    assert two["losses"].isnan().tolist() == [False, False, False, True, False]
+    torch.testing.assert_close(two.pop("losses"), one.pop("losses"), rtol=1e-5, atol=1e-9, equal_nan=True)
     for name, expected in one.items():
         torch.testing.assert_close(
             two[name], expected, rtol=1e-5, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
