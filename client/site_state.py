@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unimiss_core import durable
 from unimiss_core.checkpoint import folder_name
+from unimiss_core.errors import ConfigError
 
 KEPT_ROUNDS = 2
 
@@ -37,7 +38,10 @@ class SiteState:
         self._folder = folder / "studies" / study_digest[:16]
 
     def remember(self, state: Remembered) -> None:
-        """Write the state after `state.round` whole, and drop what is older than the round before, or unfinished."""
+        """Write the state after `state.round` whole, and drop what is older than the round before, or unfinished.
+
+        Raises ConfigError: the disk is full, or the folder cannot be written to. What was remembered before still is.
+        """
         _write(self._path(state.round), state)
         for old in range(max(0, state.round - 50), state.round - KEPT_ROUNDS + 1):
             self._path(old).unlink(missing_ok=True)
@@ -52,7 +56,7 @@ class SiteState:
         return None
 
     def remember_unfinished(self, state: Remembered) -> None:
-        """Write the state in the middle of `state.round` whole, in place of an earlier one."""
+        """Write the state in the middle of `state.round` whole, in place of an earlier one. Raises as `remember`."""
         _write(self._unfinished, state)
 
     def unfinished(self, round: int) -> Remembered | None:
@@ -69,9 +73,16 @@ class SiteState:
 
 
 def _write(path: Path, state: Remembered) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    durable.write_bytes(path, save(tensors, metadata={"round": str(state.round), "facts": json.dumps(state.facts)}))
+    content = save(tensors, metadata={"round": str(state.round), "facts": json.dumps(state.facts)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_bytes(path, content)
+    except OSError as error:
+        raise ConfigError(
+            f"round {state.round} cannot be written to the state folder: {error.strerror or 'unknown error'}; make "
+            "room, or point 'state' to another disk"
+        ) from None
 
 
 def _read(path: Path) -> Remembered | None:

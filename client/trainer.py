@@ -17,7 +17,7 @@ from client.site import Site
 from client.site_state import Remembered
 from unimiss_core import progress
 from unimiss_core.device import devices_of
-from unimiss_core.errors import CheckpointError, NonFiniteLossError, WireError
+from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
 from unimiss_core.loss_terms import mean_cross_entropy
@@ -43,7 +43,8 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
 
     A round that was begun before, from the same student and teacher, goes on where it was last saved. Raises WireError
     `needs_teacher` where the request brings no teacher and this site cannot rebuild it, DeviceError where a device was
-    lost, NonFiniteLossError where no batch gives a step. Nothing but the unfinished round is remembered then.
+    lost, NonFiniteLossError where no batch gives a step, ConfigError where the state folder cannot be written. Nothing
+    but the unfinished round is remembered then.
     """
     devices = devices_of(site.config.devices)
     _ = site.library  # what is new is read here, once, before several processes open it
@@ -130,20 +131,25 @@ def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> t
 
     Such a step changes nothing, so the state to go on from is the one before it. Raises NonFiniteLossError.
     """
-    for attempt in range(BATCH_TRIES):
+    attempt = 0
+    while True:
         try:
-            views, share = batches.draw(step, attempt) if attempt else batch
-            return learner.step(views, step=step, share=share), attempt
-        except NonFiniteLossError as error:
-            log.warning("batch skipped: %s", error)
-            failure = error
-    raise failure
+            return learner.step(batch.views, step=step, share=batch.share), attempt
+        except NonFiniteLossError as error:  # not to be kept, by a log neither: it holds the gradients of its step
+            attempt += 1
+            if attempt == BATCH_TRIES:
+                raise
+            log.warning("batch skipped: %s", str(error))
+        batch = batches.draw(step, attempt)
 
 
 def _save_unfinished(site: Site, learner: Learner, round: int, received: str, figures: "_RoundFigures") -> None:
     state = learner.state(weights=True)
     facts = {"received": received, "figures": asdict(figures), "learner": state.facts}
-    site.memory.remember_unfinished(Remembered(round, state.tensors, facts))
+    try:
+        site.memory.remember_unfinished(Remembered(round, state.tensors, facts))
+    except ConfigError as error:  # only a later kill would need it
+        log.warning("the round goes on without a checkpoint on the way: %s", error)
 
 
 def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_RoundFigures | None":

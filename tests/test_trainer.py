@@ -1,15 +1,19 @@
 """A site's part of a round: which scans a batch holds, which teacher the round begins with, what a small site does."""
 
+import errno
+import gc
 import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +25,9 @@ from client.pictures import write_png
 from client.site import Site
 from client.site_config import DataSource, SiteConfig
 from client.site_state import Remembered, SiteState
-from client.trainer import BATCH_TRIES, _round_teacher, run_round
+from client.trainer import BATCH_TRIES, _round_teacher, _take_step, run_round
 from tests.federation import small_study
-from unimiss_core import progress
+from unimiss_core import durable, progress
 from unimiss_core.errors import NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.network import build_network, tensors_of
@@ -242,6 +246,23 @@ def test_a_site_with_time_between_checkpoints_writes_none_of_a_short_round(
     run_round(site_with_pictures(tmp_path, LONG, 3), first_round(LONG))
 
 
+def test_a_disk_without_room_for_a_checkpoint_on_the_way_does_not_cost_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
+    write = durable.write_bytes
+
+    def nearly_full(path: Path, payload: bytes) -> None:
+        if path.stem == "unfinished":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, payload)
+
+    monkeypatch.setattr(durable, "write_bytes", nearly_full)
+    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
+    assert_same_reply(run_round(site, first_round(LONG)), expected)
+    assert "No space left on device; make room" in caplog.text
+
+
 # -- NaN and infinity --------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +286,32 @@ def test_a_batch_that_gives_nan_is_skipped_and_told(tmp_path: Path, monkeypatch:
     reply = run_round(site, first_round(LONG))
     assert (expected.diagnostics["skipped_batches"], reply.diagnostics["skipped_batches"]) == (0, 2)
     assert_same_reply(replace(reply, diagnostics={}), replace(expected, diagnostics={}))
+
+
+def test_a_skipped_batch_keeps_no_memory() -> None:
+    """An error keeps what its step held, gradients of a whole network; a card may have no room for them twice."""
+    errors: list[weakref.ref[NonFiniteLossError]] = []
+
+    class Learner:
+        def step(self, *_: torch.Tensor, step: int, **__: float) -> int:
+            if len(errors) < 2:
+                assert not any(error() for error in errors)
+                error = NonFiniteLossError("nan")
+                errors.append(weakref.ref(error))
+                try:
+                    raise error
+                finally:
+                    del error  # or this frame would keep it
+            return step
+
+    batch = Batch(torch.zeros(1), 1.0)
+    batches = SimpleNamespace(draw=lambda *_: batch)
+    gc.disable()
+    try:
+        assert _take_step(Learner(), batches, 7, batch) == (7, 2)  # type: ignore[arg-type, comparison-overlap]
+        assert [error() for error in errors] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_site_whose_every_batch_gives_nan_refuses_the_round_and_remembers_nothing(

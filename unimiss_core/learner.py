@@ -17,7 +17,7 @@ from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteLossError
 from unimiss_core.execution import PLAIN, Execution, checkpoint_activations_, compile_, uncompile_
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
-from unimiss_core.network import build_network, load_tensors_, tensors_of
+from unimiss_core.network import build_network, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
@@ -92,8 +92,9 @@ class Learner:
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Begin from the global student and teacher; centre and optimiser state go on from the last round.
 
-        Raises CheckpointError: names or shapes are not exactly those of this site's networks.
+        Raises CheckpointError: names or shapes are not exactly those of this site's networks; nothing has changed then.
         """
+        check_tensors(self.teacher, teacher)
         load_tensors_(self.student, student)
         load_tensors_(self.teacher, teacher)
         self._watch = RoundWatch()
