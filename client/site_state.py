@@ -1,4 +1,5 @@
-"""What a site remembers between rounds of a study, on its own disk: optimiser moments, teacher, centre.
+"""What a site remembers between rounds of a study, on its own disk: optimiser moments, teacher, centre,
+and under FedEMA the student that it trained to.
 
 One file per round, `round-0007.safetensors`: the state after that round. The last two are kept, because a round that
 the coordinator asks for a second time (it was killed before it had saved the first) must start where the first did.

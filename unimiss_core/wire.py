@@ -133,8 +133,9 @@ class TrainReply:
 
     update: trained minus received, for the groups that the site trained.
     steps: optimiser steps of each rank in this round; losses: mean of each loss term over the round;
-    diagnostics: means over the round of collapse indicators and of the gradient's norm, and how many batches were
-    skipped for NaN or infinity. Nothing else leaves the site.
+    diagnostics: means over the round of collapse indicators, of the gradient's norm and, under FedProx, of the distance
+    to the received student; under FedEMA the site's own share of its start; how many batches were skipped for NaN or
+    infinity. Nothing else leaves the site.
     """
 
     site: str
