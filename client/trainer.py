@@ -99,6 +99,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
+        run=request.run,
         round=request.round,
         study_digest=study.digest(),
         update={name: t.cpu() - request.student[name] for name, t in tensors_of(learner.student).items()},

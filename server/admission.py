@@ -9,13 +9,18 @@ from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainReply
 
 
-def admit(reply: TrainReply, *, asked: Introduction, round: int, study: StudyConfig, study_digest: str) -> None:
+def admit(
+    reply: TrainReply, *, asked: Introduction, run: str, round: int, study: StudyConfig, study_digest: str
+) -> None:
     """Raises WireError with the reason when `reply` must not count.
 
-    Names, shapes and dtypes were checked when it was unpacked; here: who, when, which study, finite, and how large.
+    Names, shapes and dtypes were checked when it was unpacked; here: who, in which run and round,
+    which study, finite, and how large.
     """
     if reply.site != asked.site:
         raise WireError("wrong_site", "the reply names another site than the one that was asked")
+    if reply.run != run:
+        raise WireError("wrong_run", "the reply was trained in another run of the study")
     if reply.round != round:
         raise WireError("stale_round", f"the reply is for round {reply.round}, asked was round {round}")
     if reply.study_digest != study_digest:

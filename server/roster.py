@@ -12,7 +12,6 @@ from server.exchange import POLL_S, introduction_of, status_of
 from server.site_round import SiteRound
 from unimiss_core import progress
 from unimiss_core.errors import RoundError, WireError
-from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello, Introduction
 
 log = logging.getLogger(__name__)
@@ -34,10 +33,10 @@ class Roster:
     sites: node -> who it is, for the sites that can take part. unfit: the others by name, and why.
     """
 
-    def __init__(self, grid: Grid, study: StudyConfig, config: CoordinatorConfig) -> None:
+    def __init__(self, grid: Grid, hello: Hello, config: CoordinatorConfig) -> None:
         self._grid = grid
         self._config = config
-        self._hello = Hello(study).pack()
+        self._hello = hello.pack()
         self.sites: dict[int, Introduction] = {}
         self.unfit: dict[str, SiteRound] = {}
         self._hellos: dict[str, _Hello] = {}

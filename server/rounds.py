@@ -31,7 +31,7 @@ from unimiss_core.errors import RoundError, WireError
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network
 from unimiss_core.study import StudyConfig
-from unimiss_core.wire import Introduction, TrainReply, num_bytes
+from unimiss_core.wire import Hello, Introduction, TrainReply, num_bytes
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,6 @@ class Federation:
         network = build_network(study.model, seed=study.seed)
         self._layout = layout_of(network)
         self._initial = {name: parameter.detach() for name, parameter in network.named_parameters()}
-        self._roster = Roster(grid, study, config)
         self._probe = probe
 
     def run(self, *, resume: bool = False) -> GlobalState:
@@ -70,6 +69,8 @@ class Federation:
         replied: what was finished is saved, and a resumed run goes on from there.
         """
         state = self._restore_or_start(resume=resume)
+        self._run = self._folder.run
+        self._roster = Roster(self._grid, Hello(self._study, self._run), self._config)
         for round in range(state.round + 1, self._study.schedule.rounds + 1):
             self._roster.gather()
             state = self._run_round(state, round)
@@ -92,7 +93,7 @@ class Federation:
         progress.report(progress.RoundStarted(round, rounds, tuple(lines)))
         for name, unfit in roster.unfit.items():
             progress.report(progress.SiteReplied(round, name, unfit.status, unfit.reason))
-        requests = Requests(self._study, self._layout, state)
+        requests = Requests(self._study, self._run, self._layout, state)
         total = RoundSum(self._study, self._layout)
         exchange = Exchange(self._grid, self._config.deadline_s)
         for node_id, site in roster.sites.items():
@@ -132,7 +133,7 @@ class Federation:
             answer = TrainReply.unpack(content, layout_for(site.ranks, self._layout), self._study.wire.dtype)
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             raise WireError("malformed", "the reply cannot be read") from None
-        admit(answer, asked=site, round=round, study=self._study, study_digest=self._digest)
+        admit(answer, asked=site, run=self._run, round=round, study=self._study, study_digest=self._digest)
         line.status = "ok"
         line.scans = {f"{rank}d": count for rank, count in answer.scans.items()}
         line.steps = answer.steps
