@@ -82,11 +82,11 @@ class SiteState:
 
     def _write(self, path: Path, state: Remembered) -> None:
         if not self._folder.exists():
-            self._folder.mkdir(parents=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             forget_old_runs(self._folder.parent, now=time.time())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-        facts = {"study": self._study_digest, "round": str(state.round), "facts": json.dumps(state.facts)}
-        durable.write_bytes(path, save(tensors, metadata=facts))
+        metadata = {"study": self._study_digest, "round": str(state.round), "facts": json.dumps(state.facts)}
+        durable.write_bytes(path, save(tensors, metadata=metadata))
 
     def _read(self, path: Path) -> Remembered | None:
         """What the file holds; None where it is not there, damaged, or of another study: an older one, or a fresh

@@ -14,8 +14,8 @@ def admit(
 ) -> None:
     """Raises WireError with the reason when `reply` must not count.
 
-    Names, shapes and dtypes were checked when it was unpacked; here: who, in which run and round,
-    which study, finite, and how large.
+    Names, shapes and dtypes were checked when it was unpacked; here: who, in which run and round, of which study,
+    finite, and how large.
     """
     if reply.site != asked.site:
         raise WireError("wrong_site", "the reply names another site than the one that was asked")
