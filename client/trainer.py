@@ -71,7 +71,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     learner = learner_for(site.config, study, library.ranks, device=device, team=team)
     memory = site.memory.before(request.round)
     teacher = _round_teacher(request, memory)
-    start = _round_start(request, memory)
+    start = _round_start(request, request.student, memory)
     received = _digest(request.student, teacher, *([start.student] if start.own_share else []))
     learner.stay_near(request.student)
     figures = _gone_on_with(site, learner, request.round, received)
@@ -148,22 +148,22 @@ def _round_teacher(request: TrainRequest, memory: Remembered | None) -> Mapping[
     return advance_teacher(before, request.student, retention)
 
 
-def _round_start(request: TrainRequest, memory: Remembered | None) -> Start:
-    """The student that this round starts from: the received one; under FedEMA with a share of the site's own.
+def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: Remembered | None) -> Start:
+    """What this round starts from: the received `student`; under FedEMA with a share of the site's own.
 
     That takes part only where it is of the round before: a site that is new, lost its memory, missed a round or trained
     other tensors starts from the received student. Its scale outlives a missed round, not the others.
     """
     tau = request.study.local.divergence_scale
     if tau is None or memory is None:
-        return Start(request.student, 0.0, None)
+        return Start(student, 0.0, None)
     own = _below(_STUDENT, memory.tensors)
-    if own.keys() != request.student.keys():
-        return Start(request.student, 0.0, None)
+    if own.keys() != student.keys():
+        return Start(student, 0.0, None)
     scale = memory.facts[_SCALE]
     if memory.round != request.round - 1:
-        return Start(request.student, 0.0, scale)
-    return divergence_aware_start(request.student, own, tau=tau, scale=scale)
+        return Start(student, 0.0, scale)
+    return divergence_aware_start(student, own, tau=tau, scale=scale)
 
 
 def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> tuple[StepReport, int]:
