@@ -17,6 +17,7 @@ from client.site import Site
 from client.site_state import Remembered
 from unimiss_core import progress
 from unimiss_core.device import devices_of
+from unimiss_core.divergence import Start, divergence_aware_start
 from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
@@ -34,7 +35,12 @@ BATCH_TRIES = 5
 """Batches that may be tried for one step; when all of them give NaN or infinity, it is not the batch's fault."""
 
 _TEACHER = "teacher/"
+_STUDENT = "student/"
+"""What this site trained to; kept only where the study's `local.divergence_scale` asks for it."""
 _LEARNER = "learner/"
+
+_SCALE = "divergence_scale"
+"""Among the facts: FedEMA's lambda of this site (`unimiss_core.divergence`)."""
 
 
 def run_round(site: Site, request: TrainRequest) -> TrainReply:
@@ -49,12 +55,16 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
     devices = devices_of(site.config.devices)
     _ = site.library  # what is new is read here, once, before several processes open it
     if len(devices) == 1:
-        return train(site, request, device=devices[0], team=Alone())
-    return run_team(train, (site, request), devices=devices, state=site.config.state)
+        reply = train(site, request, device=devices[0], team=Alone())
+    else:
+        reply = run_team(train, (site, request), devices=devices, state=site.config.state)
+    assert reply is not None
+    return reply
 
 
-def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply:
-    """`run_round` as one process of `team` on one device. All of the team return the same; the first one remembers."""
+def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply | None:
+    """`run_round` as one process of `team` on one device. The first one remembers and replies, for they end alike;
+    the others return None."""
     began = time.monotonic()
     study, library = site.study, site.library
     if site.config.threads:
@@ -62,13 +72,15 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     learner = learner_for(site.config, study, library.ranks, device=device, team=team)
     memory = site.memory.before(request.round)
     teacher = _round_teacher(request, memory)
-    received = _digest(request.student, teacher)
+    start = _round_start(request, request.student, memory)
+    received = _digest(request.student, teacher, *([start.student] if start.own_share else []))
+    learner.stay_near(request.student)
     figures = _gone_on_with(site, learner, request.round, received)
     if figures is None:
         figures = _RoundFigures()
         if memory is not None:
             _restore(learner, memory)
-        learner.start_round(request.student, teacher)
+        learner.start_round(start.student, teacher)
 
     saved = time.monotonic()
     batches = Batches(site, team, device)
@@ -82,13 +94,13 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
                 _save_unfinished(site, learner, request.round, received, figures)
                 saved = time.monotonic()
 
-    if team.place == 0:
-        kept = learner.state()
-        tensors = {_LEARNER + name: tensor for name, tensor in kept.tensors.items()}
-        tensors |= {_TEACHER + name: tensor for name, tensor in teacher.items()}
-        site.memory.remember(Remembered(request.round, tensors, kept.facts))
+    if team.place > 0:
+        return None
+    _remember(site, learner, request.round, teacher, start)
+    own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
+        run=request.run,
         round=request.round,
         study_digest=study.digest(),
         update={name: t.cpu() - request.student[name] for name, t in tensors_of(learner.student).items()},
@@ -96,8 +108,19 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
         steps=study.schedule.local_steps,
         seconds=time.monotonic() - began,
         losses=figures.losses(),
-        diagnostics={**learner.round_diagnostics(), **figures.diagnostics()},
+        diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share},
     )
+
+
+def _remember(site: Site, learner: Learner, round: int, teacher: Mapping[str, Tensor], start: Start) -> None:
+    kept = learner.state()
+    tensors = {_LEARNER + name: tensor for name, tensor in kept.tensors.items()}
+    tensors |= {_TEACHER + name: tensor for name, tensor in teacher.items()}
+    facts = dict(kept.facts)
+    if site.study.local.divergence_scale is not None:
+        tensors |= {_STUDENT + name: tensor for name, tensor in tensors_of(learner.student).items()}
+        facts[_SCALE] = start.scale
+    site.memory.remember(Remembered(round, tensors, facts))
 
 
 def _restore(learner: Learner, memory: Remembered) -> None:
@@ -124,6 +147,24 @@ def _round_teacher(request: TrainRequest, memory: Remembered | None) -> Mapping[
         raise WireError("needs_teacher", "this site trained other tensors in the round before")
     retention: dict[str, float] = {name: request.teacher_retention.get(group_of(name), 1.0) for name in before}
     return advance_teacher(before, request.student, retention)
+
+
+def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: Remembered | None) -> Start:
+    """What this round starts from: the received `student`; under FedEMA with a share of the site's own.
+
+    That takes part only where it is of the round before: a site that is new, lost its memory, missed a round or trained
+    other tensors starts from the received student. Its scale outlives a missed round, not the others.
+    """
+    tau = request.study.local.divergence_scale
+    if tau is None or memory is None:
+        return Start(student, 0.0, None)
+    own = _below(_STUDENT, memory.tensors)
+    if own.keys() != student.keys():
+        return Start(student, 0.0, None)
+    scale = memory.facts[_SCALE]
+    if memory.round != request.round - 1:
+        return Start(student, 0.0, scale)
+    return divergence_aware_start(student, own, tau=tau, scale=scale)
 
 
 def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> tuple[StepReport, int]:
@@ -167,10 +208,10 @@ def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_
     return figures
 
 
-def _digest(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> str:
-    """Names what a round begins with: sha256 over the values of both, by name."""
+def _digest(*begun_with: Mapping[str, Tensor]) -> str:
+    """Names what a round begins with: sha256 over the values of each, by name."""
     digest = hashlib.sha256()
-    for tensors in (student, teacher):
+    for tensors in begun_with:
         for name in sorted(tensors):
             digest.update(name.encode())
             digest.update(tensors[name].contiguous().numpy().data)
@@ -187,6 +228,8 @@ class _RoundFigures:
 
     terms: dict[str, list[float]] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
+    global_distances: list[float] = field(default_factory=list)
+    """Under FedProx."""
     skipped_batches: int = 0
 
     @property
@@ -197,10 +240,15 @@ class _RoundFigures:
         for name, value in report.terms.items():
             self.terms.setdefault(name, []).append(value)
         self.grad_norms.append(report.diagnostics["grad_norm"])
+        if "global_distance" in report.diagnostics:
+            self.global_distances.append(report.diagnostics["global_distance"])
         self.skipped_batches += skipped
 
     def losses(self) -> dict[str, float]:
         return {name: fmean(values) for name, values in self.terms.items()}
 
     def diagnostics(self) -> dict[str, float]:
-        return {"grad_norm": fmean(self.grad_norms), "skipped_batches": float(self.skipped_batches)}
+        figures = {"grad_norm": fmean(self.grad_norms), "skipped_batches": float(self.skipped_batches)}
+        if self.global_distances:
+            figures["global_distance"] = fmean(self.global_distances)
+        return figures

@@ -13,6 +13,7 @@ def admit(
     reply: TrainReply,
     *,
     asked: Introduction,
+    run: str,
     round: int,
     study: StudyConfig,
     study_digest: str,
@@ -22,10 +23,13 @@ def admit(
 
     Raises WireError with the reason when `reply` must not count.
     usual_size: of updates that counted before (`server.attendance.Attendance.usual_size`).
-    Names, shapes and dtypes were checked when it was unpacked; here: who, when, which study, finite, and how large.
+    Names, shapes and dtypes were checked when it was unpacked; here: who, in which run and round, of which study,
+    finite, and how large.
     """
     if reply.site != asked.site:
         raise WireError("wrong_site", "the reply names another site than the one that was asked")
+    if reply.run != run:
+        raise WireError("wrong_run", "the reply was trained in another run of the study")
     if reply.round != round:
         raise WireError("stale_round", f"the reply is for round {reply.round}, asked was round {round}")
     if reply.study_digest != study_digest:

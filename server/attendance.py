@@ -1,4 +1,7 @@
-"""What the coordinator remembers of sites from round to round: who failed how often, and how large updates were (their root mean square)."""
+"""What the coordinator remembers of sites from round to round: who failed how often, and how large updates were.
+
+An update's size is the root mean square of its values.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence

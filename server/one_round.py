@@ -33,6 +33,7 @@ class OneRound:
         self,
         *,
         study: StudyConfig,
+        run: str,
         config: CoordinatorConfig,
         layout: Layout,
         roster: Roster,
@@ -40,6 +41,7 @@ class OneRound:
         state: GlobalState,
     ) -> None:
         self._study = study
+        self._run = run
         self._digest = study.digest()
         self._config = config
         self._layout = layout
@@ -47,7 +49,7 @@ class OneRound:
         self._exchange = exchange
         self._state = state
         self._round = state.round + 1
-        self._requests = Requests(study, layout, state)
+        self._requests = Requests(study, run, layout, state)
         self._total = RoundSum(study, layout)
         self._taught: dict[str, int] = {}
         self._sizes: list[float] = []
@@ -129,6 +131,7 @@ class OneRound:
         size = admit(
             answer,
             asked=site,
+            run=self._run,
             round=round,
             study=self._study,
             study_digest=self._digest,

@@ -14,9 +14,10 @@ class Requests:
     """The requests of one round. Sites that need the same bytes share them, so that memory does not grow with the
     number of sites."""
 
-    def __init__(self, study: StudyConfig, layout: Layout, state: GlobalState) -> None:
+    def __init__(self, study: StudyConfig, run: str, layout: Layout, state: GlobalState) -> None:
         """state: after the round before."""
         self._study = study
+        self._run = run
         self._layout = layout
         self._state = state
         self._packed: dict[tuple[frozenset[Rank], bool], RecordDict] = {}
@@ -32,6 +33,7 @@ class Requests:
         if (key := (site.ranks, holds_teacher)) not in self._packed:
             self._packed[key] = TrainRequest(
                 study=self._study,
+                run=self._run,
                 round=state.round + 1,
                 student=released(state.student, self._study.wire.dtype),
                 teacher=None if holds_teacher else state.teacher,

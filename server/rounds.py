@@ -27,6 +27,7 @@ from unimiss_core.errors import RoundError
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network
 from unimiss_core.study import StudyConfig
+from unimiss_core.wire import Hello
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Federation:
         network = build_network(study.model, seed=study.seed)
         self._layout = layout_of(network)
         self._initial = {name: parameter.detach() for name, parameter in network.named_parameters()}
-        self._roster = Roster(grid, study, config)
+        self._roster = Roster(grid, config)
         grace_s = config.deadline_s if study.aggregation.late_weight > 0 else 0.0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, grace_s=grace_s)
         self._probe = probe
@@ -65,15 +66,16 @@ class Federation:
         too few replied in all tries of a round: what was finished is saved, and a resumed run goes on from there.
         """
         state = self._restore_or_start(resume=resume)
+        hello = Hello(self._study, self._folder.run)
         for round in range(state.round + 1, self._study.schedule.rounds + 1):
-            state = self._completed(state, round)
+            state = self._completed(state, round, hello)
         return state
 
-    def _completed(self, state: GlobalState, round: int) -> GlobalState:
+    def _completed(self, state: GlobalState, round: int, hello: Hello) -> GlobalState:
         """The state after a round that enough updates came of, in the first or a further try. Raises RoundError."""
         pause_s = self._config.retry_s
         for tries_left in reversed(range(self._config.round_tries)):
-            self._roster.gather()
+            self._roster.gather(hello)
             try:
                 return self._run_round(state)
             except RoundError as error:
@@ -97,6 +99,7 @@ class Federation:
         began = time.monotonic()
         work = OneRound(
             study=self._study,
+            run=self._folder.run,
             config=self._config,
             layout=self._layout,
             roster=self._roster,

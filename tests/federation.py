@@ -52,6 +52,8 @@ class Placed(Alone):
         self.place, self.size = place, size
 
 
+RUN = "0123456789abcdef"
+
 Answer = Callable[[TrainRequest, "StubSite"], TrainReply]
 
 
@@ -79,6 +81,7 @@ def good_answer(request: TrainRequest, site: StubSite) -> TrainReply:
 def reply_with(update: Mapping[str, Tensor], request: TrainRequest, site: StubSite) -> TrainReply:
     return TrainReply(
         site=site.name,
+        run=request.run,
         round=request.round,
         study_digest=request.study.digest(),
         update=update,

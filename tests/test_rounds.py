@@ -170,6 +170,10 @@ def stale(request: TrainRequest, site: StubSite) -> TrainReply:
     return dataclasses.replace(good_answer(request, site), round=request.round - 1)
 
 
+def another_run(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), run="f" * 16)
+
+
 def another_study(request: TrainRequest, site: StubSite) -> TrainReply:
     return dataclasses.replace(good_answer(request, site), study_digest="0" * 64)
 
@@ -209,6 +213,7 @@ def in_anothers_name(request: TrainRequest, site: StubSite) -> TrainReply:
         (not_finite, "refused", "not_finite"),
         (huge, "refused", "too_large"),
         (stale, "refused", "stale_round"),
+        (another_run, "refused", "wrong_run"),
         (another_study, "refused", "wrong_study"),
         (too_many_scans, "refused", "counts"),
         (scans_of_another_rank, "refused", "counts"),

@@ -179,6 +179,20 @@ def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(
     assert "continue it with --resume" in capsys.readouterr().err
 
 
+def test_sites_tied_to_a_student_train_and_resume_to_the_same_bits(tmp_path: Path, hospitals: Path) -> None:
+    """FedProx and FedEMA at sites of every kind; the second round once whole, once asked again after a crash."""
+    local = {"proximal": 0.1, "divergence_scale": 0.6}
+    config, out, again = simulation(tmp_path, hospitals, overrides={"local": local}), tmp_path / "out", tmp_path / "b"
+    assert run(config, out) == 0
+    told = [[site["diagnostics"] for site in row["sites"].values()] for row in rows(out)]
+    assert [[figures["own_share"] for figures in one] for one in told] == [[0.0] * 3, [pytest.approx(0.6)] * 3]
+    assert all(figures["global_distance"] > 0 for one in told for figures in one)
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "checkpoints" / "round-0002")
+    assert run(config, again, "--resume") == 0
+    assert same_weights(again / "checkpoints" / "round-0002", out / "checkpoints" / "round-0002")
+
+
 def test_the_run_goes_on_without_sites_that_cannot_take_part(
     tmp_path: Path, hospitals: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from client.site import Site
 from client.site_config import DataSource, SiteConfig
 from client.site_state import Remembered, SiteState
 from client.trainer import BATCH_TRIES, _round_teacher, _take_step, run_round
-from tests.federation import small_study
+from tests.federation import RUN, small_study
 from unimiss_core import durable, progress
 from unimiss_core.errors import NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
@@ -72,7 +72,15 @@ STUDY = small_study(3, batch={"images": 5})
 def request_of(round: int, *, study: StudyConfig = STUDY, fill: float = 1.0, **changes: object) -> TrainRequest:
     student = {"shared.a": torch.full((2, 3), fill), "image.b": torch.full((4,), fill)}
     return TrainRequest(
-        **{"study": study, "round": round, "student": student, "teacher": None, "teacher_retention": {}, **changes}
+        **{
+            "study": study,
+            "run": RUN,
+            "round": round,
+            "student": student,
+            "teacher": None,
+            "teacher_retention": {},
+            **changes,
+        }
     )
 
 
@@ -114,7 +122,9 @@ def test_a_site_without_the_teacher_asks_for_it(memory: Remembered | None) -> No
     assert error.value.reason == "needs_teacher"
 
 
-def site_with_pictures(folder: Path, study: StudyConfig, pictures: int = 2, **settings: object) -> Site:
+def site_with_pictures(
+    folder: Path, study: StudyConfig, pictures: int = 2, *, run: str = RUN, **settings: object
+) -> Site:
     scans = folder / "scans"
     scans.mkdir(parents=True, exist_ok=True)
     for number in range(pictures):
@@ -127,7 +137,7 @@ def site_with_pictures(folder: Path, study: StudyConfig, pictures: int = 2, **se
         "devices": "cpu",
         **settings,
     }
-    return Site(SiteConfig.model_validate(raw), study)
+    return Site(SiteConfig.model_validate(raw), study, run)
 
 
 def first_round(study: StudyConfig, *, seed: int = 0) -> TrainRequest:
@@ -209,14 +219,14 @@ def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical
     reply, steps = steps_taken(site, first_round(LONG))
     assert steps == [5, 6]
     assert_same_reply(reply, unbroken)
-    kept = [path.name for path in (tmp_path / "b" / "state" / "studies").rglob("*.safetensors")]
+    kept = [path.name for path in (tmp_path / "b" / "state" / "runs").rglob("*.safetensors")]
     assert kept == ["round-0001.safetensors"]
 
 
 def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(tmp_path: Path) -> None:
     site = site_with_pictures(tmp_path, LONG, 3, checkpoint_minutes=0)
     killed(site, first_round(LONG))
-    (unfinished,) = (tmp_path / "state" / "studies").rglob("unfinished.safetensors")
+    (unfinished,) = (tmp_path / "state" / "runs").rglob("unfinished.safetensors")
     saved = unfinished.read_bytes()
     assert steps_taken(site, first_round(LONG, seed=1))[1] == [1, 2, 3, 4, 5, 6]
     unfinished.write_bytes(saved[:-100])

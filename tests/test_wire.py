@@ -10,11 +10,11 @@ import torch
 from flwr.app import Array, ConfigRecord, RecordDict
 
 from client.app import REASONS as SITE_REASONS
-from tests.federation import layout_for, random_tensors, small_study, whole_layout
+from tests.federation import RUN, layout_for, random_tensors, small_study, whole_layout
 from unimiss_core.errors import WireError
 from unimiss_core.groups import Group
 from unimiss_core.reasons import REASONS
-from unimiss_core.wire import PROTOCOL, Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes
+from unimiss_core.wire import PROTOCOL, Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes, run_of
 
 ROOT = Path(__file__).parents[1]
 STUDY = small_study(wire={"dtype": "fp32"})
@@ -24,6 +24,7 @@ RETENTION: dict[Group, float] = {"shared": 0.9, "2d": 0.9, "3d": 1.0, "head": 0.
 def reply(layout=None) -> TrainReply:  # type: ignore[no-untyped-def]
     return TrainReply(
         site="north",
+        run=RUN,
         round=3,
         study_digest=STUDY.digest(),
         update=random_tensors(layout or whole_layout(), 5),
@@ -47,7 +48,7 @@ def refused(content: RecordDict, layout=None) -> str:  # type: ignore[no-untyped
 
 
 def test_hello_and_introduction_round_trip() -> None:
-    assert Hello.unpack(Hello(STUDY).pack()).study == STUDY
+    assert Hello.unpack(Hello(STUDY, RUN).pack()) == Hello(STUDY, RUN)
     introduction = Introduction("north", {2: 5, 3: 0})
     assert Introduction.unpack(introduction.pack()) == introduction
     assert introduction.ranks == frozenset({2})
@@ -57,9 +58,9 @@ def test_hello_and_introduction_round_trip() -> None:
 def test_request_round_trip(with_teacher: bool) -> None:
     layout = layout_for(frozenset({2}))
     student, teacher = random_tensors(layout, 0), random_tensors(layout, 1)
-    sent = TrainRequest(STUDY, 4, student, teacher if with_teacher else None, RETENTION)
+    sent = TrainRequest(STUDY, RUN, 4, student, teacher if with_teacher else None, RETENTION)
     got = TrainRequest.unpack(sent.pack(layout), layout)
-    assert (got.study, got.round, got.teacher_retention) == (STUDY, 4, RETENTION)
+    assert (got.study, got.run, got.round, got.teacher_retention) == (STUDY, RUN, 4, RETENTION)
     assert all(torch.equal(got.student[name], student[name]) for name in student)
     assert (got.teacher is not None) == with_teacher
 
@@ -122,6 +123,24 @@ def test_a_name_that_could_forge_a_line_or_a_path_is_refused() -> None:
             Introduction.unpack(Introduction(name, {2: 1, 3: 0}).pack())
 
 
+@pytest.mark.parametrize(
+    "run", ["", "0123456789ABCDEF", "../../../secrets1", "0123456789abcde", "0123456789abcdef0", 7]
+)
+def test_a_run_whose_name_could_be_a_path_is_refused_by_both(run: object) -> None:
+    """It becomes a folder on the site's disk."""
+    layout = layout_for(frozenset({2}))
+    request = TrainRequest(STUDY, RUN, 1, random_tensors(layout, 0), None, RETENTION).pack(layout)
+    assert run_of(request) == RUN
+    forged = with_facts(request, run=run)
+    with pytest.raises(WireError, match="run"):
+        run_of(forged)
+    with pytest.raises(WireError, match="run"):
+        TrainRequest.unpack(forged, layout)
+    with pytest.raises(WireError, match="run"):
+        Hello.unpack(with_facts(Hello(STUDY, RUN).pack(), run=run))
+    assert refused(with_facts(reply().pack(whole_layout(), "fp32"), run=run)) == "malformed"
+
+
 def test_every_reason_that_the_program_gives_is_one_of_the_fixed_set() -> None:
     sources = [path for package in ("unimiss_core", "client", "server") for path in (ROOT / package).glob("*.py")]
     given = {reason for path in sources for reason in re.findall(r'WireError\(\s*"(\w+)"', path.read_text())}
@@ -142,4 +161,4 @@ def test_a_student_that_is_not_finite_is_refused_by_the_site() -> None:
     student = random_tensors(layout, 0)
     next(iter(student.values())).view(-1)[0] = float("inf")
     with pytest.raises(WireError, match="not a finite number"):
-        TrainRequest.unpack(TrainRequest(STUDY, 1, student, None, RETENTION).pack(layout), layout)
+        TrainRequest.unpack(TrainRequest(STUDY, RUN, 1, student, None, RETENTION).pack(layout), layout)

@@ -27,6 +27,7 @@ REASONS: dict[str, str] = {
     "wrong_size": "the reply holds more or fewer values than the model",
     "wrong_site": "the reply names another site than was asked",
     "wrong_study": "the reply was trained for another study",
+    "wrong_run": "the reply was trained in another run of the study",
     "stale_round": "the reply is for another round",
     "counts": "the reply claims a number of scans that it may not",
     "steps": "the reply claims another number of steps than the study asks",

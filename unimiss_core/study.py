@@ -236,6 +236,16 @@ class BatchConfig(Config):
         return self.images if rank == 2 else self.volumes
 
 
+class LocalConfig(Config):
+    """What ties a site's training to the federation's student, or to its own of before; see docs/federation.md."""
+
+    proximal: NonNegative = 0.0
+    """mu of FedProx: mu/2 ||w - w_received||^2 is added to what each step lowers; 0 turns it off."""
+    divergence_scale: Annotated[float, Field(gt=0, le=1)] | None = None
+    """tau of FedEMA (published: 0.7): a site that comes back starts from a mixture of the received student and its own
+    of the round before; tau is its own's share the first time. None starts from the received one alone."""
+
+
 class AggregationConfig(Config):
     """How the coordinator joins updates; see `server.aggregation`."""
 
@@ -270,6 +280,8 @@ class StudyConfig(Config):
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
+    local: Annotated[LocalConfig, Field(exclude_if=lambda local: local == LocalConfig())] = LocalConfig()
+    """Not written out where all of it is off, so that older studies keep their digests."""
     aggregation: AggregationConfig = AggregationConfig()
     wire: WireConfig = WireConfig()
 

@@ -1,7 +1,7 @@
 """Everything that crosses between coordinator and site, and nothing else: three messages, each packs itself.
 
     coordinator                                     site
-        Hello(study)                  ──query──▶
+        Hello(study, run)             ──query──▶
                                       ◀─────────    Introduction(site, ranks, scans)
         TrainRequest(student, ...)    ──train──▶
                                       ◀─────────    TrainReply(update, ...)  or  Refusal(reason)
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from unimiss_core import codec
 from unimiss_core.codec import Layout
-from unimiss_core.config import NAME, parse
+from unimiss_core.config import NAME, RUN, parse
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.reasons import REASONS
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 FIGURE_NAME = r"[a-z0-9_]{1,64}"
 FIGURES_LIMIT = 16_384
@@ -43,16 +43,18 @@ TEACHER_DTYPE = "fp32"
 
 @dataclass(frozen=True)
 class Hello:
-    """Coordinator to site: this is the study; who are you?"""
+    """Coordinator to site: this is the study, and this run of it; who are you?"""
 
     study: StudyConfig
+    run: str
 
     def pack(self) -> RecordDict:
-        return _content({"study": self.study.canonical()})
+        return _content({"study": self.study.canonical(), "run": self.run})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> Self:
-        return cls(study=_study(_facts(content)))
+        facts = _facts(content)
+        return cls(study=_study(facts), run=_run(facts))
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Introduction:
 class TrainRequest:
     """Coordinator to site: train this round from this student.
 
+    run: which run of the study; what a site remembers is of one run.
     student: the released student's tensors of the groups that the site trains.
     teacher: the global teacher's; None where the site can rebuild it from what it received in the round before
         (in round 1 it is the student).
@@ -91,6 +94,7 @@ class TrainRequest:
     """
 
     study: StudyConfig
+    run: str
     round: int
     student: Mapping[str, Tensor]
     teacher: Mapping[str, Tensor] | None
@@ -99,6 +103,7 @@ class TrainRequest:
     def pack(self, layout: Layout) -> RecordDict:
         facts = {
             "study": self.study.canonical(),
+            "run": self.run,
             "round": self.round,
             "teacher_retention": json.dumps(dict(self.teacher_retention), sort_keys=True),
         }
@@ -120,6 +125,7 @@ class TrainRequest:
             raise WireError("not_finite", "the student holds a value that is not a finite number")
         return cls(
             study=study,
+            run=_run(facts),
             round=_take(facts, "round", int),
             student=student,
             teacher=_tensors(content, "teacher", layout, TEACHER_DTYPE) if "teacher" in content else None,
@@ -133,11 +139,13 @@ class TrainReply:
 
     update: trained minus received, for the groups that the site trained.
     steps: optimiser steps of each rank in this round; losses: mean of each loss term over the round;
-    diagnostics: means over the round of collapse indicators and of the gradient's norm, and how many batches were
-    skipped for NaN or infinity. Nothing else leaves the site.
+    diagnostics: means over the round of collapse indicators, of the gradient's norm and, under FedProx, of the distance
+    to the received student; under FedEMA the site's own share of its start; how many batches were skipped for NaN or
+    infinity. Nothing else leaves the site.
     """
 
     site: str
+    run: str
     round: int
     study_digest: str
     update: Mapping[str, Tensor]
@@ -151,6 +159,7 @@ class TrainReply:
         facts = {
             "status": "ok",
             "site": self.site,
+            "run": self.run,
             "round": self.round,
             "study_digest": self.study_digest,
             "steps": self.steps,
@@ -169,6 +178,7 @@ class TrainReply:
             raise WireError("malformed", "'seconds' should be a finite number of at least 0")
         return cls(
             site=_take(facts, "site", str),
+            run=_run(facts),
             round=_take(facts, "round", int),
             study_digest=_take(facts, "study_digest", str),
             update=_tensors(content, "update", layout, dtype),
@@ -203,6 +213,11 @@ def study_of(content: RecordDict) -> StudyConfig:
     return _study(_facts(content))
 
 
+def run_of(content: RecordDict) -> str:
+    """The run that a request is of: whose memory a site opens."""
+    return _run(_facts(content))
+
+
 def num_bytes(content: RecordDict) -> int:
     """Bytes of the arrays of a message: all of its size but some hundred bytes."""
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
@@ -235,6 +250,12 @@ def _study(facts: Mapping[str, Any]) -> StudyConfig:
         return parse(StudyConfig, json.loads(_take(facts, "study", str)), where="study")
     except (ConfigError, ValueError):
         raise WireError("study", "the message holds no study that this version understands") from None
+
+
+def _run(facts: Mapping[str, Any]) -> str:
+    if not re.fullmatch(RUN, run := _take(facts, "run", str)):
+        raise WireError("malformed", "the run's id is not of the agreed form")
+    return run
 
 
 def _count_facts(scans: Mapping[Rank, int]) -> dict[str, int]:
