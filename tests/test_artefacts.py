@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from server.artefacts import GlobalRecord, ProbeRecord, RoundRecord, SiteRecord, read_artefacts
-from server.rounds import SiteRound
+from server.site_round import SiteRound
 from tests.run_artefacts import SITES, round_records, write_probe, write_run, write_views
 from unimiss_core import errors
 from unimiss_core.checkpoint import Manifest

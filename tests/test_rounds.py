@@ -13,8 +13,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from server.coordinator_config import CoordinatorConfig
+from server.global_state import GlobalState
 from server.local_grid import LocalGrid
-from server.rounds import Federation, GlobalState
+from server.rounds import Federation
 from server.run_folder import RunFolder
 from tests.federation import Answer, StubSite, good_answer, reply_with, small_study, stub_app
 from unimiss_core import checkpoint, progress
@@ -387,15 +388,15 @@ def test_resumed_run_ends_bit_identical_to_an_unbroken_one(tmp_path: Path, cut: 
 
     unbroken = federate(tmp_path / "a", [xray(), ct()], study)
 
-    save = Federation._save
+    save = GlobalState.save
 
-    def save_until_cut(self: Federation, state: GlobalState) -> None:
+    def save_until_cut(state: GlobalState, folder: RunFolder, study: StudyConfig) -> None:
         if state.round == cut + 1:
             raise Cut  # metrics of this round are written, its checkpoint is not
-        save(self, state)
+        save(state, folder, study)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Federation, "_save", save_until_cut)
+        patch.setattr(GlobalState, "save", save_until_cut)
         with pytest.raises(Cut):
             federate(tmp_path / "b", [xray(), ct()], study)
     resumed = federate(tmp_path / "b", [xray(), ct()], study, resume=True)

@@ -1,0 +1,54 @@
+"""What the coordinator holds between rounds, and how it is saved and found again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from server.run_folder import RunFolder
+from unimiss_core import checkpoint
+from unimiss_core.checkpoint import Checkpoint
+from unimiss_core.codec import released
+from unimiss_core.groups import GROUPS, Group
+from unimiss_core.study import StudyConfig
+
+
+@dataclass
+class GlobalState:
+    """What the coordinator holds after `round` rounds.
+
+    student: float32 masters. teacher: the EMA of the released students, per group. retention: what was left
+    of the teacher in the last round. taught: site -> the last round whose teacher it holds on its disk.
+    """
+
+    round: int
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
+    taught: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def initial(cls, student: Mapping[str, Tensor], study: StudyConfig) -> "GlobalState":
+        """Before the first round."""
+        return cls(0, dict(student), released(student, study.wire.dtype))
+
+    @classmethod
+    def restored(cls, found: Checkpoint) -> "GlobalState":
+        """As `save` left it."""
+        book = json.loads(found.server_json)
+        return cls(found.manifest.round, dict(found.student), dict(found.teacher), book["retention"], book["taught"])
+
+    def save(self, folder: RunFolder, study: StudyConfig) -> None:
+        """Write it as its round's checkpoint, in one rename."""
+        checkpoint.save(
+            folder.checkpoint_of(self.round),
+            origin="federation",
+            round=self.round,
+            study_digest=study.digest(),
+            model=study.model,
+            plan=study.plan,
+            student=self.student,
+            teacher=self.teacher,
+            server_json=json.dumps({"retention": self.retention, "taught": self.taught}, sort_keys=True),
+        )

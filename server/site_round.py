@@ -1,0 +1,19 @@
+"""One site's line in the metrics of a round."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SiteRound:
+    """What a site did in a round; docs/artefacts.md names the fields."""
+
+    status: str = "absent"
+    reason: str = ""
+    scans: dict[str, int] = field(default_factory=lambda: {"2d": 0, "3d": 0})
+    left_out: int = 0
+    steps: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
