@@ -28,7 +28,7 @@ _AT_ONCE = 65_536
 
 
 class Aggregate(Protocol):
-    """A rule at work in one round. Fold every admitted update in, then ask for the result once."""
+    """A rule at work in one round: every admitted update is folded in, then the result is taken, once."""
 
     def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
         """Add one site's update, float32 and finite. `weights`: w_ig of the groups that it trained; 0 is as if it had
@@ -83,7 +83,7 @@ class WeightedMean:
 
     def result(self) -> dict[str, Tensor]:
         return {
-            spec.name: self._sums.over(spec.name, math.fsum(weights)).view(spec.shape)
+            spec.name: self._sums.take(spec.name, math.fsum(weights)).view(spec.shape)
             for group, weights in self._weights.items()
             for spec in self._layout[group]
         }

@@ -54,10 +54,10 @@ class ExactSum:
             high_part.add_(torch.add(x, self._coarse, out=h).sub_(self._coarse))
             low_part.add_(x.sub_(h).add_(self._fine).sub_(self._fine))
 
-    def over(self, name: str, divisor: float) -> Tensor:
-        """sum[name] / divisor as a flat float32 tensor."""
-        high, low = self._sums[name]
-        return (high + low).div_(divisor).float()
+    def take(self, name: str, divisor: float) -> Tensor:
+        """sum[name] / divisor as a flat float32 tensor; the sum itself is gone, and so is its memory."""
+        high, low = self._sums.pop(name)
+        return high.add_(low).div_(divisor).float()
 
 
 def _grid(largest: float) -> float:

@@ -19,7 +19,8 @@ class GlobalState:
     """What the coordinator holds after `round` rounds.
 
     student: float32 masters. teacher: the EMA of the released students, per group. retention: what was left
-    of the teacher in the last round. taught: site -> the last round whose teacher it holds on its disk.
+    of the teacher in the last round. taught: site -> the last round whose teacher it holds on its disk. optimiser: of
+    the server, see `server.optimisers`.
     """
 
     round: int
@@ -27,6 +28,7 @@ class GlobalState:
     teacher: dict[str, Tensor]
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
     taught: dict[str, int] = field(default_factory=dict)
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def initial(cls, student: Mapping[str, Tensor], study: StudyConfig) -> "GlobalState":
@@ -37,7 +39,14 @@ class GlobalState:
     def restored(cls, found: Checkpoint) -> "GlobalState":
         """As `save` left it."""
         book = json.loads(found.server_json)
-        return cls(found.manifest.round, dict(found.student), dict(found.teacher), book["retention"], book["taught"])
+        return cls(
+            round=found.manifest.round,
+            student=dict(found.student),
+            teacher=dict(found.teacher),
+            retention=book["retention"],
+            taught=book["taught"],
+            optimiser=found.server_tensors,
+        )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
         """Write it as its round's checkpoint, in one rename."""
@@ -51,4 +60,5 @@ class GlobalState:
             student=self.student,
             teacher=self.teacher,
             server_json=json.dumps({"retention": self.retention, "taught": self.taught}, sort_keys=True),
+            server_tensors=self.optimiser,
         )

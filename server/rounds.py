@@ -22,6 +22,7 @@ from server.global_state import GlobalState
 from server.requests import Requests
 from server.roster import Roster
 from server.round_sum import RoundSum, layout_for
+from server.rules import opened_aggregate
 from server.run_folder import RunFolder
 from server.site_round import SiteRound
 from unimiss_core import progress
@@ -72,7 +73,8 @@ class Federation:
         state = self._restore_or_start(resume=resume)
         for round in range(state.round + 1, self._study.schedule.rounds + 1):
             self._roster.gather()
-            state = self._run_round(state, round)
+            with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
+                state = self._run_round(state, round, RoundSum(self._study, aggregate))
         return state
 
     def _restore_or_start(self, *, resume: bool) -> GlobalState:
@@ -85,7 +87,7 @@ class Federation:
 
     # -- one round --------------------------------------------------------------------------------------------------
 
-    def _run_round(self, state: GlobalState, round: int) -> GlobalState:
+    def _run_round(self, state: GlobalState, round: int, total: RoundSum) -> GlobalState:
         began = time.monotonic()
         rounds, roster = self._study.schedule.rounds, self._roster
         lines = {**roster.unfit, **{site.site: SiteRound(left_out=site.left_out) for site in roster.sites.values()}}
@@ -93,7 +95,6 @@ class Federation:
         for name, unfit in roster.unfit.items():
             progress.report(progress.SiteReplied(round, name, unfit.status, unfit.reason))
         requests = Requests(self._study, self._layout, state)
-        total = RoundSum(self._study, self._layout)
         exchange = Exchange(self._grid, self._config.deadline_s)
         for node_id, site in roster.sites.items():
             self._ask(exchange, node_id, requests.for_site(site), round, lines[site.site])

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Message
 
 from server.coordinator_config import CoordinatorConfig
 from server.global_state import GlobalState
@@ -272,53 +271,6 @@ def test_a_site_that_lost_its_memory_is_sent_the_teacher_in_the_same_round(tmp_p
     assert [row["sites"]["ct"]["status"] for row in rows(tmp_path)] == ["ok", "ok", "ok"]
 
 
-def test_a_straggler_gives_up_its_place_when_its_time_is_over() -> None:
-    """One worker: the other site's message is served while the straggler, past its deadline, still runs."""
-    release = threading.Event()
-    app = ClientApp()
-
-    @app.query()
-    def answer(message: Message, context: Context) -> Message:
-        if context.node_config["slow"]:
-            release.wait(20)
-        return Message(RecordDict({}), reply_to=message)
-
-    with LocalGrid(app, {"a": {"slow": True}, "b": {"slow": False}}, run_config={}) as grid:
-        (late,) = grid.push_messages([grid.create_message(RecordDict({}), "query", 1001, "1", ttl=0.3)])
-        time.sleep(0.1)
-        (prompt,) = grid.push_messages([grid.create_message(RecordDict({}), "query", 1002, "1", ttl=20)])
-        give_up = time.monotonic() + 15
-        while not (found := list(grid.pull_messages([prompt]))) and time.monotonic() < give_up:
-            time.sleep(0.01)
-        release.set()
-        time.sleep(0.2)
-        assert found
-        assert not list(grid.pull_messages([late]))
-
-
-def test_one_node_serves_one_message_at_a_time() -> None:
-    busy, most = [0], [0]
-    app = ClientApp()
-
-    @app.query()
-    def count(message: Message, _: Context) -> Message:
-        busy[0] += 1
-        most[0] = max(most[0], busy[0])
-        time.sleep(0.05)
-        busy[0] -= 1
-        return Message(RecordDict({}), reply_to=message)
-
-    with LocalGrid(app, {"a": {}}, run_config={}, workers=4) as grid:
-        ids = grid.push_messages([grid.create_message(RecordDict({}), "query", 1001, "1") for _ in range(4)])
-        give_up = time.monotonic() + 20
-        answered = 0
-        while answered < len(ids) and time.monotonic() < give_up:
-            answered += len(list(grid.pull_messages(ids)))
-            time.sleep(0.01)
-    assert answered == 4
-    assert most[0] == 1
-
-
 def test_a_silent_node_delays_only_the_first_round(tmp_path: Path) -> None:
     app = stub_app({"ct": ct()})
     honest = app._registered_funcs["query.default"]
@@ -433,17 +385,6 @@ def test_a_site_that_joins_late_receives_the_teacher(tmp_path: Path) -> None:
     assert teacher is not None
     assert all(torch.equal(teacher[name], old.teacher[name]) for name in teacher)
     assert late.requests[1].teacher is None
-
-
-def test_stub_and_grid_keep_messages_apart() -> None:
-    """A message that a site changes must not change for others: the grid copies, as a network would."""
-    app = stub_app({})
-    with LocalGrid(app, {"a": {}}, run_config={}) as grid:
-        content = RecordDict({})
-        message = grid.create_message(content, "query", 1001, "1")
-        (identity,) = grid.push_messages([message])
-        assert identity.startswith("message-")
-        assert message.metadata.message_id == ""
 
 
 def test_a_mixed_site_without_a_volume_step_has_no_weight_in_the_3d_group(tmp_path: Path) -> None:

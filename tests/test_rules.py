@@ -133,10 +133,15 @@ def test_what_a_round_kept_is_gone_when_the_round_fails(rule: str, tmp_path: Pat
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     (scratch / "left-by-a-crash").touch()
-    with pytest.raises(KeyboardInterrupt), opened_aggregate(config, LAYOUT, scratch) as aggregate:
-        assert not list(scratch.iterdir())
-        aggregate.fold({spec.name: torch.ones(spec.shape) for spec in LAYOUT["head"]}, {"head": 1.0})
-        raise KeyboardInterrupt
+
+    def fail() -> None:
+        with opened_aggregate(config, LAYOUT, scratch) as aggregate:
+            assert not list(scratch.iterdir())
+            aggregate.fold({spec.name: torch.ones(spec.shape) for spec in LAYOUT["head"]}, {"head": 1.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert not scratch.exists()
 
 
