@@ -1,5 +1,6 @@
 """Sums against exact rational arithmetic, in any order."""
 
+import math
 import random
 from fractions import Fraction
 
@@ -12,8 +13,12 @@ from server import exact_sum
 from server.exact_sum import MOST_SUMMANDS, ExactSum
 
 LARGEST = 1e3
-FLOAT32 = st.floats(-LARGEST, LARGEST, width=32)
-COLUMN = st.lists(FLOAT32, min_size=1, max_size=12)
+CANCELLING = st.builds(math.ldexp, st.sampled_from([-1.0, 1.0, 3.0]), st.sampled_from([0, -1, -24, -53, -54, -80]))
+"""Values whose sums float64 rounds by their order, and which leave little when the large ones cancel."""
+COLUMN = st.one_of(
+    st.lists(CANCELLING, min_size=2, max_size=6).map(lambda values: values + [-value for value in values[1:]]),
+    st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=1, max_size=12),
+)
 
 
 def summed(columns: list[Tensor], weight: float = 1.0) -> ExactSum:

@@ -331,9 +331,14 @@ def test_too_few_sites_are_told(tmp_path: Path) -> None:
         federate(tmp_path, [ct()], min_replies=2)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2])
-def test_resumed_run_ends_bit_identical_to_an_unbroken_one(tmp_path: Path, cut: int) -> None:
-    study = small_study(rounds=3)
+ROBUST = {"rule": "median", "server_optimiser": {"name": "fedadam"}}
+
+
+@pytest.mark.parametrize(("cut", "aggregation"), [(0, {}), (1, ROBUST), (2, ROBUST)])
+def test_resumed_run_ends_bit_identical_to_an_unbroken_one(
+    tmp_path: Path, cut: int, aggregation: dict[str, object]
+) -> None:
+    study = small_study(rounds=3, aggregation=aggregation)
 
     class Cut(Exception):  # noqa: N818
         pass
@@ -353,9 +358,46 @@ def test_resumed_run_ends_bit_identical_to_an_unbroken_one(tmp_path: Path, cut: 
             federate(tmp_path / "b", [xray(), ct()], study)
     resumed = federate(tmp_path / "b", [xray(), ct()], study, resume=True)
     assert resumed.round == 3
-    for ours, theirs in ((resumed.student, unbroken.student), (resumed.teacher, unbroken.teacher)):
+    for part in ("student", "teacher", "optimiser"):
+        ours, theirs = getattr(resumed, part), getattr(unbroken, part)
+        assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [row["round"] for row in rows(tmp_path / "b")] == [1, 2, 3]
+
+
+def test_who_replies_first_does_not_show(tmp_path: Path) -> None:
+    """To the last bit: with weights and updates whose sums float64 would round."""
+    study = small_study(rounds=2, aggregation={"weighting": "sqrt"}, wire={"dtype": "fp32"})
+
+    def late(seconds: float) -> Answer:
+        def answer(request: TrainRequest, site: StubSite) -> TrainReply:
+            time.sleep(seconds)
+            return good_answer(request, site)
+
+        return answer
+
+    delays = {"a": 0.0, "b": 0.3, "c": 0.6}
+    forth, back = (
+        federate(
+            tmp_path / name,
+            [StubSite(site, {2: 7 + ord(site)}, late(sign * (delay - 0.3) + 0.3)) for site, delay in delays.items()],
+            study,
+            workers=3,
+        )
+        for name, sign in (("forth", 1), ("back", -1))
+    )
+    assert all(torch.equal(back.student[name], tensor) for name, tensor in forth.student.items())
+    assert all(torch.equal(back.teacher[name], tensor) for name, tensor in forth.teacher.items())
+
+
+def test_updates_that_a_crash_left_on_disk_are_gone_when_the_run_goes_on(tmp_path: Path) -> None:
+    federate(tmp_path, [ct()], small_study(rounds=1, aggregation={"rule": "median"}))
+    left = RunFolder(tmp_path).scratch
+    assert not left.exists()
+    left.mkdir()
+    (left / "head-0000.f32").touch()
+    federate(tmp_path, [ct()], small_study(rounds=1, aggregation={"rule": "median"}), resume=True)
+    assert not left.exists()
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
