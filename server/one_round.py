@@ -39,6 +39,7 @@ class OneRound:
         roster: Roster,
         exchange: Exchange,
         state: GlobalState,
+        total: RoundSum,
     ) -> None:
         self._study = study
         self._run = run
@@ -50,7 +51,7 @@ class OneRound:
         self._state = state
         self._round = state.round + 1
         self._requests = Requests(study, run, layout, state)
-        self._total = RoundSum(study, layout)
+        self._total = total
         self._taught: dict[str, int] = {}
         self._sizes: list[float] = []
         exchange.begin(self._round)

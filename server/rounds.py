@@ -19,6 +19,8 @@ from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
 from server.roster import Roster
+from server.round_sum import RoundSum
+from server.rules import opened_aggregate
 from server.run_folder import RunFolder
 from server.site_round import SiteRound, round_s
 from unimiss_core import progress
@@ -77,7 +79,8 @@ class Federation:
         for tries_left in reversed(range(self._config.round_tries)):
             self._roster.gather(hello)
             try:
-                return self._run_round(state)
+                with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
+                    return self._run_round(state, RoundSum(self._study, aggregate))
             except RoundError as error:
                 if tries_left == 0:
                     raise
@@ -95,7 +98,7 @@ class Federation:
         state.save(self._folder, self._study)
         return state
 
-    def _run_round(self, state: GlobalState) -> GlobalState:
+    def _run_round(self, state: GlobalState, total: RoundSum) -> GlobalState:
         began = time.monotonic()
         work = OneRound(
             study=self._study,
@@ -105,6 +108,7 @@ class Federation:
             roster=self._roster,
             exchange=self._exchange,
             state=state,
+            total=total,
         )
         after, step = work.run()
         self._close(after, step, work.lines, time.monotonic() - began)

@@ -55,7 +55,11 @@ def unpack(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> dict[str,
     expected = sum(spec.size for spec in specs) * wire_dtype.itemsize
     if len(payload) != expected:
         raise WireError("wrong_size", f"a parameter group came with {len(payload)} bytes, expected {expected}")
-    flat = torch.frombuffer(bytearray(payload), dtype=wire_dtype).float()
+    return split(torch.frombuffer(bytearray(payload), dtype=wire_dtype).float(), specs)
+
+
+def split(flat: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """The tensors of `specs`, which lie end to end in `flat` and go on sharing its memory."""
     parts = flat.split([spec.size for spec in specs])
     return {spec.name: part.reshape(spec.shape) for spec, part in zip(specs, parts, strict=True)}
 
