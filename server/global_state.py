@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server import optimisers
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ class GlobalState:
             teacher=dict(found.teacher),
             retention=book["retention"],
             taught=book["taught"],
-            optimiser=found.server_tensors,
+            optimiser={name: t for name, t in found.server_tensors.items() if name.startswith(optimisers.PREFIXES)},
         )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:

@@ -30,7 +30,7 @@ from unimiss_core.codec import layout_of
 from unimiss_core.collapse import signs_of_collapse
 from unimiss_core.errors import RoundError, WireError
 from unimiss_core.loss_terms import mean_cross_entropy
-from unimiss_core.network import build_network
+from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainReply, num_bytes
 
@@ -58,9 +58,7 @@ class Federation:
         self._digest = study.digest()
         self._config = config
         self._folder = RunFolder(config.out)
-        network = build_network(study.model, seed=study.seed)
-        self._layout = layout_of(network)
-        self._initial = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        self._layout = layout_of(empty_network(study.model))
         self._roster = Roster(grid, study, config)
         self._probe = probe
 
@@ -81,7 +79,8 @@ class Federation:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
             return GlobalState.restored(found)
-        state = GlobalState.initial(self._initial, self._study)
+        student = tensors_of(build_network(self._study.model, seed=self._study.seed))
+        state = GlobalState.initial(student, self._study)
         state.save(self._folder, self._study)
         return state
 
@@ -115,6 +114,7 @@ class Federation:
                 total.fold(answer)
                 state.taught[site.site] = round
                 self._warn_of_trouble(answer)
+                del answer, reply  # each as large as the model: not to be held while the next is unpacked
             progress.report(progress.SiteReplied(round, site.site, line.status, line.reason))
         self._require_quorum(round, lines)
         after, step = total.applied_to(state, round)
