@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from server.exact_sum import ExactSum
-from unimiss_core.codec import Layout, TensorSpec
+from unimiss_core.codec import Layout, TensorSpec, split
 from unimiss_core.groups import Group
 from unimiss_core.scan import Rank
 from unimiss_core.study import AggregationConfig
@@ -78,15 +78,13 @@ class WeightedMean:
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float, *, scale: float = 1.0) -> None:
         """Count `scale` times the update's tensors of one group with this weight, which is above zero."""
         self._weights.setdefault(group, []).append(weight)
-        for spec in self._layout[group]:
-            self._sums.add(spec.name, update[spec.name], weight * scale)
+        self._sums.add(group, [update[spec.name] for spec in self._layout[group]], weight * scale)
 
     def result(self) -> dict[str, Tensor]:
-        return {
-            spec.name: self._sums.take(spec.name, math.fsum(weights)).view(spec.shape)
-            for group, weights in self._weights.items()
-            for spec in self._layout[group]
-        }
+        joined: dict[str, Tensor] = {}
+        for group, weights in self._weights.items():
+            joined |= split(self._sums.take(group, math.fsum(weights)), self._layout[group])
+        return joined
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:

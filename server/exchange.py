@@ -75,9 +75,11 @@ class Exchange:
                 arrived = list(self._grid.pull_messages(waiting[start : start + AT_ONCE]))
                 some_arrived = some_arrived or bool(arrived)
                 while arrived:
-                    reply = arrived.pop(0)
-                    if (asked := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
-                        yield asked, reply
+                    asked = self._waiting.pop(arrived[0].metadata.reply_to_message_id, None)
+                    if asked is None:
+                        del arrived[0]
+                    else:
+                        yield asked, arrived.pop(0)  # bound to no name, or it would be held while the next is pulled
             if not some_arrived:
                 time.sleep(POLL_S)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server import optimisers
 from server.attendance import Attendance
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint
@@ -49,7 +50,7 @@ class GlobalState:
             retention=book["retention"],
             taught=book["taught"],
             attendance=Attendance.of(book["attendance"]),
-            optimiser=found.server_tensors,
+            optimiser={name: t for name, t in found.server_tensors.items() if name.startswith(optimisers.PREFIXES)},
         )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 10.0
 """How long leaving the grid waits for sites to stop; after that their threads end with the process."""
 
-MOST_WAITING = 2
+MOST_WAITING = 1
 """Replies with arrays that lie ready for the coordinator: each is as large as the model, and sites may be faster than
 it is. Between machines they would wait at the server."""
 

@@ -65,6 +65,7 @@ class OneRound:
         self._ask_all()
         for asked, reply in self._exchange:
             self._hear(asked, reply)
+            del reply  # as large as the model: not to be held while the next is pulled
         for name, line in self.lines.items():
             if line.bytes_down or line.status == "late":
                 self._state.attendance.note(name, self._round, counted=line.status in ("ok", "late"))

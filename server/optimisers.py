@@ -17,6 +17,8 @@ from torch import Tensor
 
 from unimiss_core.study import FedAdamConfig, FedAvgMConfig, NoServerOptimiserConfig, ServerOptimiserConfig
 
+PREFIXES = ("momentum.", "second_moment.")
+
 State = Mapping[str, Tensor]
 """prefix.name -> tensor, float32, of the parameter's shape."""
 

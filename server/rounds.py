@@ -27,7 +27,7 @@ from unimiss_core import progress
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import RoundError
 from unimiss_core.loss_terms import mean_cross_entropy
-from unimiss_core.network import build_network
+from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -53,9 +53,7 @@ class Federation:
         self._study = study
         self._config = config
         self._folder = RunFolder(config.out)
-        network = build_network(study.model, seed=study.seed)
-        self._layout = layout_of(network)
-        self._initial = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        self._layout = layout_of(empty_network(study.model))
         self._roster = Roster(grid, config)
         grace_s = config.deadline_s if study.aggregation.late_weight > 0 else 0.0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, grace_s=grace_s)
@@ -94,7 +92,8 @@ class Federation:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
             return GlobalState.restored(found)
-        state = GlobalState.initial(self._initial, self._study)
+        student = tensors_of(build_network(self._study.model, seed=self._study.seed))
+        state = GlobalState.initial(student, self._study)
         state.save(self._folder, self._study)
         return state
 

@@ -24,7 +24,7 @@ COLUMN = st.one_of(
 def summed(columns: list[Tensor], weight: float = 1.0) -> ExactSum:
     total = ExactSum(LARGEST * weight)
     for column in columns:
-        total.add("a", column, weight)
+        total.add("a", [column], weight)
     return total
 
 
@@ -49,7 +49,7 @@ def test_as_many_of_the_largest_as_are_promised_leave_nothing_out() -> None:
     values = torch.tensor([LARGEST, -LARGEST, 1e-9])
     total = ExactSum(LARGEST)
     for _ in range(MOST_SUMMANDS):
-        total.add("a", values, 1.0)
+        total.add("a", [values], 1.0)
     assert torch.equal(total.take("a", MOST_SUMMANDS), values)
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from unimiss_core import durable
@@ -84,25 +84,24 @@ def save(
 
     server_tensors: named `prefix.name` after the parameter they belong to, and of its shape.
     """
-    files = {
-        "student.safetensors": save_tensors(_plain(student)),
-        "teacher.safetensors": save_tensors(_plain(teacher)),
-        "server.json": server_json.encode(),
-    }
+    files = {"student.safetensors": student, "teacher.safetensors": teacher}
     if server_tensors:
-        files[_SERVER_TENSORS] = save_tensors(_plain(server_tensors))
-    manifest = Manifest(
-        origin=origin,
-        round=round,
-        study_digest=study_digest,
-        model=model,
-        plan=plan,
-        tensors={name: tuple(tensor.shape) for name, tensor in sorted(student.items())},
-        sha256={name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()},
-    )
+        files[_SERVER_TENSORS] = server_tensors
     with durable.new_folder(folder) as partial:
-        for name, payload in files.items():
-            (partial / name).write_bytes(payload)
+        for name, tensors in files.items():
+            save_tensors(
+                _plain(tensors), partial / name
+            )  # straight to disk: as bytes in memory they take as much again
+        (partial / "server.json").write_bytes(server_json.encode())
+        manifest = Manifest(
+            origin=origin,
+            round=round,
+            study_digest=study_digest,
+            model=model,
+            plan=plan,
+            tensors={name: tuple(tensor.shape) for name, tensor in sorted(student.items())},
+            sha256={file.name: _sha256_of(file) for file in sorted(partial.iterdir())},
+        )
         (partial / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -169,6 +168,11 @@ def latest(checkpoints: Path) -> Path | None:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_checked(folder: Path, name: str, digest: str) -> bytes:
