@@ -9,7 +9,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import POLL_S, introduction_of, status_of
+from server.exchange import POLL_S, introduction_of, pushed, status_of
 from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
@@ -95,7 +95,8 @@ class Roster:
             name = name_of(node)
             if node_id not in self.sites and node_id not in waiting and name not in self.unfit:
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
-                (message_id,) = self._grid.push_messages([message])
+                if (message_id := pushed(self._grid, message)) is None:
+                    continue  # it left since the nodes were listed
                 expires_at = time.monotonic() + self._config.introduction_s
                 wait_until = 0.0 if node_id in self._silent else expires_at
                 self._greeted[message_id] = _Greeted(node, wait_until, expires_at)
