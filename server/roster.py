@@ -95,11 +95,11 @@ class Roster:
             name = name_of(node)
             if node_id not in self.sites and node_id not in waiting and name not in self.unfit:
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
-                if (message_id := pushed(self._grid, message)) is None:
+                if (taken := pushed(self._grid, message)) is None:
                     continue  # it left since the nodes were listed
                 expires_at = time.monotonic() + self._config.introduction_s
                 wait_until = 0.0 if node_id in self._silent else expires_at
-                self._greeted[message_id] = _Greeted(node, wait_until, expires_at)
+                self._greeted[taken] = _Greeted(node, wait_until, expires_at)
 
     def _hear_introductions(self) -> None:
         for reply in self._grid.pull_messages(list(self._greeted)):

@@ -62,13 +62,15 @@ class Federation:
     def run(self, *, resume: bool = False) -> GlobalState:
         """All rounds that are not done yet; the state after the last.
 
-        Raises ConfigError (the folder is not this run's), CheckpointError, and RoundError where too few sites came, or
-        too few replied in all tries of a round: what was finished is saved, and a resumed run goes on from there.
+        Raises ConfigError (the folder is not this run's, or another coordinator is at work in it), CheckpointError, and
+        RoundError where too few sites came, or too few replied in all tries of a round: what was finished is saved, and
+        a resumed run goes on from there.
         """
-        state = self._restore_or_start(resume=resume)
-        hello = Hello(self._study, self._folder.run)
-        for round in range(state.round + 1, self._study.schedule.rounds + 1):
-            state = self._completed(state, round, hello)
+        with self._folder.alone():
+            state = self._restore_or_start(resume=resume)
+            hello = Hello(self._study, self._folder.run)
+            for round in range(state.round + 1, self._study.schedule.rounds + 1):
+                state = self._completed(state, round, hello)
         return state
 
     def _completed(self, state: GlobalState, round: int, hello: Hello) -> GlobalState:

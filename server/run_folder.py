@@ -8,7 +8,9 @@ import json
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from unimiss_core import checkpoint, durable
 from unimiss_core.config import RUN, dump_yaml, load
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.study import StudyConfig
+
+if sys.platform != "win32":
+    import fcntl
 
 
 class RunFolder:
@@ -64,13 +69,31 @@ class RunFolder:
     def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder against other coordinators; the system lets go of it when this process ends, however it ends.
+
+        A run that was submitted twice would otherwise be written by two. Raises ConfigError: another is at work in it.
+        Windows has no such lock; there nothing is held.
+        """
+        self._require_no_file_in_its_way()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "run.lock").open("ab") as file:
+            if sys.platform != "win32":
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ConfigError(
+                        f"{self.path}: another coordinator is at work in it; wait for it or end it, then --resume"
+                    ) from None
+            yield
+
     def check(self, study: StudyConfig, *, resume: bool) -> Path | None:
         """The checkpoint folder to go on from, or None for a fresh run; nothing is written.
 
         Raises ConfigError: the folder cannot be one, holds a run and `resume` is False, or a run of another study.
         """
-        if (above := next(p for p in (self.path, *self.path.parents) if p.exists())) and not above.is_dir():
-            raise ConfigError(f"{self.path}: {above} is a file; give a folder with --out")
+        self._require_no_file_in_its_way()
         latest = checkpoint.latest(self.checkpoints)
         if latest is None:
             return None
@@ -101,6 +124,10 @@ class RunFolder:
             self._draw_run()
         self._forget_rounds_after(found.manifest.round)
         return found
+
+    def _require_no_file_in_its_way(self) -> None:
+        if (above := next(p for p in (self.path, *self.path.parents) if p.exists())) and not above.is_dir():
+            raise ConfigError(f"{self.path}: {above} is a file; give a folder with --out")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

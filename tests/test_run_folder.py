@@ -33,6 +33,21 @@ def test_every_run_has_a_name_of_its_own(tmp_path: Path) -> None:
     assert all(re.fullmatch(RUN, name) for name in names)
 
 
+def test_a_run_that_is_started_twice_is_refused_the_second_time(tmp_path: Path) -> None:
+    """Submitted again while its coordinator lives, say; one that has ended, or was killed, holds nothing."""
+    begun: list[str] = []
+
+    def start_again(request: TrainRequest, stub: StubSite) -> TrainReply:
+        with pytest.raises(ConfigError, match="another coordinator is at work in it"):
+            federate(tmp_path, [site([])], small_study(), resume=True)
+        begun.append(request.run)
+        return good_answer(request, stub)
+
+    federate(tmp_path, [StubSite("a", {2: 3}, start_again)], small_study())
+    assert len(begun) == small_study().schedule.rounds
+    federate(tmp_path, [site([])], small_study(), resume=True)
+
+
 def test_a_resumed_run_keeps_its_name_and_tells_it_in_every_request(tmp_path: Path) -> None:
     asked: list[str] = []
     study = small_study(rounds=3)
