@@ -24,6 +24,11 @@ class Registration:
         self._sites = {site.name: site for site in sites}
         self._keys = {site.name: _pem(site) for site in sites if site.public_key}
 
+    def name_of(self, node: NodeInfo) -> str:
+        """What people call a node before it has introduced itself: by its registered key, else as Flower was told."""
+        by_key = (name for name, key in self._keys.items() if key == node.public_key)
+        return next(by_key, node.name) or f"node-{node.node_id}"
+
     def may_ask(self, node: NodeInfo) -> bool:
         """Whether this node may be asked who it is: it has a registered key, or may still name a site without one."""
         if not self._sites or node.public_key in self._keys.values():

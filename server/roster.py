@@ -71,7 +71,7 @@ class Roster:
                 )
             time.sleep(POLL_S)
         for message_id, greeted in list(self._greeted.items()):
-            self._mark_unfit(name_of(greeted.node), SiteRound("absent", "no_introduction"))
+            self._mark_unfit(greeted.node, SiteRound("absent", "no_introduction"))
             self._silent.add(greeted.node.node_id)
             if time.monotonic() >= greeted.expires_at:
                 del self._greeted[message_id]
@@ -92,7 +92,7 @@ class Roster:
             if not self.registration.may_ask(node):
                 self._tell_of_stranger(node)
                 continue
-            name = name_of(node)
+            name = self.registration.name_of(node)
             if node_id not in self.sites and node_id not in waiting and name not in self.unfit:
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
                 if (taken := pushed(self._grid, message)) is None:
@@ -111,7 +111,7 @@ class Roster:
                 if introduction.site in {site.site for site in self.sites.values()}:
                     raise WireError("name_taken", "another connected site goes by the same name")
             except WireError as error:
-                self._mark_unfit(name_of(greeted.node), SiteRound(status_of(error.reason), error.reason))
+                self._mark_unfit(greeted.node, SiteRound(status_of(error.reason), error.reason))
             else:
                 self.sites[greeted.node.node_id] = introduction
                 self._silent.discard(greeted.node.node_id)
@@ -119,15 +119,12 @@ class Roster:
     def _tell_of_stranger(self, node: NodeInfo) -> None:
         if node.node_id not in self._strangers:
             self._strangers.add(node.node_id)
-            log.warning("node=%s status=refused reason=not_registered", name_of(node))
-            progress.report(progress.Note(f"{name_of(node)} is not asked: the coordinator file does not name it"))
+            name = self.registration.name_of(node)
+            log.warning("node=%s status=refused reason=not_registered", name)
+            progress.report(progress.Note(f"{name} is not asked: the coordinator file does not name it"))
 
-    def _mark_unfit(self, name: str, line: SiteRound) -> None:
+    def _mark_unfit(self, node: NodeInfo, line: SiteRound) -> None:
+        name = self.registration.name_of(node)
         self.unfit[name] = line
         log.warning("site=%s status=%s reason=%s", name, line.status, line.reason)
         progress.report(progress.Note(f"{name} cannot take part: {line.reason}"))
-
-
-def name_of(node: NodeInfo) -> str:
-    """What people call a node before it has introduced itself."""
-    return node.name or f"node-{node.node_id}"

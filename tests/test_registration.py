@@ -58,6 +58,19 @@ def test_only_nodes_that_can_be_a_registered_site_are_asked(node: NodeInfo, aske
     assert Registration([ALPHA, BETA]).may_ask(node) == asked
 
 
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        (NodeInfo(node_id=7, public_key=ALPHA_KEY), "alpha"),
+        (NodeInfo(node_id=7, public_key=ALPHA_KEY, name="ward-3"), "alpha"),
+        (NodeInfo(node_id=7, public_key=STRANGER_KEY, name="ward-3"), "ward-3"),
+        (NodeInfo(node_id=7), "node-7"),
+    ],
+)
+def test_a_node_that_has_not_introduced_itself_goes_by_its_registered_key(node: NodeInfo, name: str) -> None:
+    assert Registration([ALPHA, BETA]).name_of(node) == name
+
+
 def test_where_every_site_has_a_key_a_node_without_one_is_not_even_asked() -> None:
     assert not Registration([ALPHA]).may_ask(NodeInfo())
 
