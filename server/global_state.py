@@ -6,38 +6,53 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server.release import Release
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Checkpoint
-from unimiss_core.codec import released
+from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.study import StudyConfig
+
+_RELEASED = "released."
+"""Prefix of the release before, among the tensors that a checkpoint holds besides."""
 
 
 @dataclass
 class GlobalState:
     """What the coordinator holds after `round` rounds.
 
-    student: float32 masters. teacher: the EMA of the released students, per group. retention: what was left
-    of the teacher in the last round. taught: site -> the last round whose teacher it holds on its disk.
+    student: float32 masters. release: what sites hold of them. teacher: the EMA of the released students, per group.
+    retention: what was left of the teacher in the last round. taught: site -> the last round whose release and teacher
+    it holds on its disk.
     """
 
     round: int
     student: dict[str, Tensor]
+    release: Release
     teacher: dict[str, Tensor]
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
     taught: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def initial(cls, student: Mapping[str, Tensor], study: StudyConfig) -> "GlobalState":
+    def initial(cls, student: Mapping[str, Tensor], study: StudyConfig, layout: Layout) -> "GlobalState":
         """Before the first round."""
-        return cls(0, dict(student), released(student, study.wire.dtype))
+        release = Release.of(student, before=None, layout=layout, dtype=study.wire.dtype)
+        return cls(0, dict(student), release, dict(release.student))
 
     @classmethod
-    def restored(cls, found: Checkpoint) -> "GlobalState":
+    def restored(cls, found: Checkpoint, study: StudyConfig, layout: Layout) -> "GlobalState":
         """As `save` left it."""
         book = json.loads(found.server_json)
-        return cls(found.manifest.round, dict(found.student), dict(found.teacher), book["retention"], book["taught"])
+        held = {
+            name.removeprefix(_RELEASED): tensor
+            for name, tensor in found.server_tensors.items()
+            if name.startswith(_RELEASED)
+        }
+        release = Release.of(found.student, before=held or None, layout=layout, dtype=study.wire.dtype)
+        return cls(
+            found.manifest.round, dict(found.student), release, dict(found.teacher), book["retention"], book["taught"]
+        )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
         """Write it as its round's checkpoint, in one rename."""
@@ -51,4 +66,5 @@ class GlobalState:
             student=self.student,
             teacher=self.teacher,
             server_json=json.dumps({"retention": self.retention, "taught": self.taught}, sort_keys=True),
+            server_tensors={_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()},
         )

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from server.aggregation import WeightedMean, group_weights
 from server.global_state import GlobalState
-from unimiss_core.codec import Layout, released
+from server.release import Release
+from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group, group_of, groups_of_ranks
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import teacher_retention, trained_steps
@@ -26,6 +27,7 @@ class RoundSum:
 
     def __init__(self, study: StudyConfig, layout: Layout) -> None:
         self._study = study
+        self._layout = layout
         self._mean = WeightedMean(layout)
         self._retention = _MeanRetention()
 
@@ -43,13 +45,11 @@ class RoundSum:
         """(state after the round, what was added to the student). Groups that nobody trained keep their bits."""
         step = self._mean.result()
         student = {name: tensor + step[name] if name in step else tensor for name, tensor in state.student.items()}
+        dtype = self._study.wire.dtype
+        release = Release.of(student, before=state.release.student, layout=self._layout, dtype=dtype)
         left = self._retention.result()
-        teacher = advance_teacher(
-            state.teacher,
-            released(student, self._study.wire.dtype),
-            {name: left[group_of(name)] for name in student},
-        )
-        return replace(state, round=round, student=student, teacher=teacher, retention=left), step
+        teacher = advance_teacher(state.teacher, release.student, {name: left[group_of(name)] for name in student})
+        return replace(state, round=round, student=student, release=release, teacher=teacher, retention=left), step
 
 
 class _MeanRetention:

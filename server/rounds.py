@@ -78,8 +78,8 @@ class Federation:
     def _restore_or_start(self, *, resume: bool) -> GlobalState:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
-            return GlobalState.restored(found)
-        state = GlobalState.initial(self._initial, self._study)
+            return GlobalState.restored(found, self._study, self._layout)
+        state = GlobalState.initial(self._initial, self._study, self._layout)
         state.save(self._folder, self._study)
         return state
 
@@ -103,8 +103,8 @@ class Federation:
             try:
                 answer = self._admitted(reply, site, round, line)
             except WireError as error:
-                if error.reason == "needs_teacher" and state.taught.pop(site.site, None) is not None:
-                    # It lost what it remembered. Once more, with the teacher: no round is lost to a new disk.
+                if error.reason == "needs_whole" and state.taught.pop(site.site, None) is not None:
+                    # It lost what it remembered. Once more, with whole tensors: no round is lost to a new disk.
                     self._ask(exchange, node_id, requests.for_site(site), round, line)
                     continue
                 line.status, line.reason = status_of(error.reason), error.reason

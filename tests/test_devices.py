@@ -103,9 +103,9 @@ def test_a_failing_process_tells_where_but_not_what(tmp_path: Path) -> None:
 
 
 def test_what_a_process_refuses_is_refused_here(tmp_path: Path) -> None:
-    with pytest.raises(WireError, match="needs_teacher: in words") as error:
-        run_team(team_members.refuse, ("needs_teacher",), devices=TWO, state=tmp_path)
-    assert error.value.reason == "needs_teacher"
+    with pytest.raises(WireError, match="needs_whole: in words") as error:
+        run_team(team_members.refuse, ("needs_whole",), devices=TWO, state=tmp_path)
+    assert error.value.reason == "needs_whole"
     with pytest.raises(NonFiniteLossError, match="step 3: loss nan"):
         run_team(team_members.refuse, ("",), devices=(CPU,), state=tmp_path)
 

@@ -5,6 +5,7 @@
         student.safetensors    the global student, float32, named as in the model
         teacher.safetensors    the global teacher (what embedding and fine-tuning use)
         server.json            the coordinator's bookkeeping, which resuming needs
+        server.safetensors     tensors that resuming needs besides, where there are any
 
 Nothing is ever unpickled. No time and no host stands in a checkpoint, so that equal runs give equal bytes.
 """
@@ -55,6 +56,8 @@ class Checkpoint:
     teacher: Mapping[str, Tensor]
     server_json: str
     """The coordinator's bookkeeping as it wrote it; `{}` for imported weights."""
+    server_tensors: Mapping[str, Tensor]
+    """What it keeps besides, by names of its own; mostly nothing."""
 
 
 def folder_name(round: int) -> str:
@@ -72,6 +75,7 @@ def save(
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
     server_json: str = "{}",
+    server_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint as `folder`, in one rename."""
     files = {
@@ -79,6 +83,8 @@ def save(
         "teacher.safetensors": save_tensors(_plain(teacher)),
         "server.json": server_json.encode(),
     }
+    if server_tensors:
+        files["server.safetensors"] = save_tensors(_plain(server_tensors))
     manifest = Manifest(
         origin=origin,
         round=round,
@@ -105,6 +111,7 @@ def load(folder: Path) -> Checkpoint:
         student = load_tensors(payloads["student.safetensors"])
         teacher = load_tensors(payloads["teacher.safetensors"])
         server_json = payloads["server.json"].decode()
+        more = load_tensors(payloads["server.safetensors"]) if "server.safetensors" in payloads else {}
     except (KeyError, SafetensorError, UnicodeDecodeError):
         raise CheckpointError(f"{folder}: the files do not hold what the manifest says; take another copy") from None
     for part, tensors in {"student": student, "teacher": teacher}.items():
@@ -112,7 +119,7 @@ def load(folder: Path) -> Checkpoint:
         if shapes != manifest.tensors:
             odd = sorted(shapes.items() ^ manifest.tensors.items())[:3]
             raise CheckpointError(f"{folder}: {part} does not hold the tensors that the manifest names: {odd}")
-    return Checkpoint(manifest, student, teacher, server_json)
+    return Checkpoint(manifest, student, teacher, server_json, more)
 
 
 def read_manifest(folder: Path) -> Manifest:
