@@ -50,7 +50,7 @@ SITES: dict[str, frozenset[Rank]] = {"2D only": frozenset({2}), "3D only": froze
 GOALS = {"bf16": 0.35, "int8": 0.18}
 """Largest share that is asked of a 2D-only site, of `small` with the published number of prototypes."""
 
-LOCAL_STEPS = 5
+LOCAL_STEPS = 3
 KINDS: tuple[Literal["cr", "ct"], ...] = ("cr", "ct")
 """The phantom hospitals of `loss`: one of X-rays, one of CT."""
 
@@ -158,7 +158,7 @@ def _train(out: Path, dtype: str, seed: int, rounds: int, watch: "Watch | None")
             "wire": {"dtype": dtype},
             "optimiser": {"warmup_steps": rounds},
             "schedule": {"rounds": rounds, "local_steps": LOCAL_STEPS},
-            "batch": {"images": 8, "volumes": 2},
+            "batch": {"images": 6, "volumes": 1},
             "views": {"image_size": [33, 40], "volume_size": [13, 33, 36]},
         },
         "sites": [{"name": kind, "data": [{"folder": str(out.parent / kind / "scans")}]} for kind in KINDS],

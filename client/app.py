@@ -28,7 +28,7 @@ from unimiss_core.errors import (
 from unimiss_core.groups import groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS
-from unimiss_core.wire import Hello, Introduction, Refusal, TrainRequest, study_of
+from unimiss_core.wire import Hello, Introduction, Refusal, TrainRequest, run_of, study_of
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -49,7 +49,8 @@ def introduce(message: Message, context: Context) -> Message:
     """Who this site is and what it can train, after it has read its scans for the study."""
 
     def answer() -> RecordDict:
-        site = open_site(context, Hello.unpack(message.content).study)
+        hello = Hello.unpack(message.content)
+        site = open_site(context, hello.study, hello.run)
         scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
         _tell_what_is_left_out(site)
         return Introduction(site.config.name, scans, sum(site.library.left_out.values())).pack()
@@ -63,7 +64,7 @@ def train(message: Message, context: Context) -> Message:
 
     def answer() -> RecordDict:
         study = study_of(message.content)
-        site = open_site(context, study)
+        site = open_site(context, study, run_of(message.content))
         layout = layout_of(empty_network(study.model))
         trained = {group: layout[group] for group in groups_of_ranks(site.library.ranks)}
         request = TrainRequest.unpack(message.content, trained)

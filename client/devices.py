@@ -4,8 +4,8 @@ A process that dies or fails ends the round of this site and no more: the others
 round gets one error. All of them talk over the loopback interface alone.
 """
 
+import io
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -57,8 +57,11 @@ def run_team(
             for place in range(len(devices)):
                 log = state / f"device-{place}.log"
                 members.append(Interpreter.start("client.devices", _environment(devices), log=log))
+            work = _packed((function, arguments))
             for place, member in enumerate(members):
-                _send(member.channel, (_Place(place, devices, f"{folder}/rendezvous"), function, arguments))
+                with suppress(OSError):  # it is dead already: its closed channel is found below
+                    _send(member.channel, _Place(place, devices, f"{folder}/rendezvous"))
+                    member.channel.send_bytes(work)
             result: Result = _result(members, devices)
             return result
         finally:
@@ -80,7 +83,7 @@ def _result(members: Sequence[Interpreter], devices: Sequence[torch.device]) -> 
             assert isinstance(channel, Connection)
             place = waiting[channel]
             try:
-                said = pickle.loads(channel.recv_bytes())
+                said = _unpacked(channel.recv_bytes())
             except (EOFError, OSError):
                 with suppress(subprocess.TimeoutExpired):
                     members[place].process.wait(timeout=5)
@@ -112,30 +115,32 @@ def _lost(members: Sequence[Interpreter], devices: Sequence[torch.device], place
 
 
 def _send(channel: Connection, message: object) -> None:
-    """Not `Connection.send`: that would pass tensors as shared memory, which ends with the process."""
-    channel.send_bytes(pickle.dumps(message))
+    channel.send_bytes(_packed(message))
+
+
+def _packed(message: object) -> bytes:
+    """Not `Connection.send`, which would pass tensors as shared memory that ends with the process; nor plain pickle,
+    which writes the whole of a long tensor for each part of it: a request, of 200 such parts, would grow 50 times."""
+    written = io.BytesIO()
+    torch.save(message, written)
+    return written.getvalue()
+
+
+def _unpacked(message: bytes) -> Any:
+    return torch.load(io.BytesIO(message), weights_only=False)  # from a process of our own
 
 
 def _serve(channel: Connection) -> None:
     """The life of a process: join the team, run, say how it ended."""
-    place, function, arguments = pickle.loads(channel.recv_bytes())
+    place: _Place = _unpacked(channel.recv_bytes())
+    function, arguments = _unpacked(channel.recv_bytes())
     until_told_to_go = Thread(target=_leave_with_parent, args=[channel], daemon=True)
     until_told_to_go.start()
-    device = place.devices[place.place]
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{place.rendezvous}",
-            rank=place.place,
-            world_size=len(place.devices),
-            timeout=STALLED,
-        )
+        _join_team(place)
         with progress.listen(lambda event: _send(channel, event) if place.place == 0 else None):
-            result = function(*arguments, device=device, team=Processes())
+            result = function(*arguments, device=place.devices[place.place], team=Processes())
         _send(channel, ("result", result if place.place == 0 else None))
-        until_told_to_go.join()  # a process that leaves early is a lost one to the others
     except UnimissError as error:
         _send(channel, ("refused", error))
     except Exception as error:
@@ -143,6 +148,23 @@ def _serve(channel: Connection) -> None:
         if isinstance(error, RuntimeError):  # torch's own words, of devices and sums; any other's could quote a file
             print(error, file=sys.stderr)
         _send(channel, ("failed", where(error)))
+    until_told_to_go.join()  # one that left would be a lost one to the others, and could be heard of after them
+
+
+def _join_team(place: _Place) -> None:
+    device = place.devices[place.place]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Not init_method="file://...": a folder's name may hold what ends a path in an address.
+    store = dist.FileStore(place.rendezvous, len(place.devices))  # type: ignore[attr-defined]
+    store.set_timeout(STALLED)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.place,
+        world_size=len(place.devices),
+        timeout=STALLED,
+    )
 
 
 def _leave_with_parent(channel: Connection) -> None:

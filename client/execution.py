@@ -95,8 +95,7 @@ def _found(learner: Learner, ranks: Collection[Rank], memory: Path) -> Iterator[
             remembered[key] = largest_that_fits(partial(learner.fits, rank), batch)
             log.info("rank=%d micro_batch=%d batch=%d found to fit", rank, remembered[key], batch)
             if remembered[key] and learner.team.place == 0:
-                memory.parent.mkdir(parents=True, exist_ok=True)
-                durable.write_text(memory, json.dumps(remembered, indent=1))
+                _write(memory, remembered)
         yield rank, max(1, remembered[key])  # where not even 1 fits, the step says so in words
 
 
@@ -128,6 +127,14 @@ def _read(memory: Path) -> dict[str, int]:
         return {}
     whole = isinstance(content, Mapping) and all(type(size) is int and size > 0 for size in content.values())
     return dict(content) if whole else {}
+
+
+def _write(memory: Path, found: Mapping[str, int]) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_text(memory, json.dumps(found, indent=1))
+    except OSError as error:
+        log.warning("what fits cannot be kept, and will be found again: %s", error.strerror or "unknown error")
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -15,10 +15,11 @@ from unimiss_core.study import StudyConfig
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital within one study."""
+    """One hospital within one run of a study."""
 
     config: SiteConfig
     study: StudyConfig
+    run: str
 
     @cached_property
     def library(self) -> Library:
@@ -27,7 +28,7 @@ class Site:
 
     @cached_property
     def memory(self) -> SiteState:
-        return SiteState(self.config.state, self.study.digest())
+        return SiteState(self.config.state, run=self.run, study_digest=self.study.digest())
 
 
 def site_file(context: Context) -> Path:
@@ -49,9 +50,9 @@ def site_file(context: Context) -> Path:
     raise ConfigError("this node names no site file; start the SuperNode with --node-config 'site=\"/path/site.yaml\"'")
 
 
-def open_site(context: Context, study: StudyConfig) -> Site:
-    """The site of this node, for `study`. Raises ConfigError."""
-    return Site(load_site(site_file(context)), study)
+def open_site(context: Context, study: StudyConfig, run: str) -> Site:
+    """The site of this node, for a run of `study`. Raises ConfigError."""
+    return Site(load_site(site_file(context)), study, run)
 
 
 def simulation_folder(context: Context) -> Path:

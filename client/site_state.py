@@ -1,11 +1,16 @@
-"""What a site remembers between rounds of a study, on its own disk: optimiser moments, teacher, centre.
+"""What a site remembers between rounds of a run, on its own disk: optimiser moments, teacher, centre, and under FedEMA
+the student that it trained to.
 
-One file per round, `round-0007.safetensors`: the state after that round. The last two are kept, because a round that
-the coordinator asks for a second time (it was killed before it had saved the first) must start where the first did.
-Beside them `unfinished.safetensors` holds the round at work, as far as it was saved on the way.
+Each run has a folder, `runs/<its id>`, so that two runs, though of one study, never find each other's state. In it one
+file per round, `round-0007.safetensors`: the state after that round. The last two are kept, because a round that the
+coordinator asks for a second time (it was killed before it had saved the first) must start where the first did. Beside
+them `unfinished.safetensors` holds the round at work, as far as it was saved on the way.
 """
 
 import json
+import re
+import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +22,13 @@ from torch import Tensor
 
 from unimiss_core import durable
 from unimiss_core.checkpoint import folder_name
+from unimiss_core.config import RUN
+from unimiss_core.errors import ConfigError
 
 KEPT_ROUNDS = 2
+KEPT_RUNS = 8
+KEPT_DAYS = 90.0
+"""A run is forgotten when it is neither among the newest KEPT_RUNS nor was touched in these days."""
 
 
 @dataclass(frozen=True)
@@ -31,33 +41,40 @@ class Remembered:
 
 
 class SiteState:
-    """The memory of one site for one study."""
+    """The memory of one site for one run.
 
-    def __init__(self, folder: Path, study_digest: str) -> None:
-        self._folder = folder / "studies" / study_digest[:16]
+    A run is of one study; state of another, from a coordinator that uses a run's id again, counts as none.
+    """
+
+    def __init__(self, folder: Path, *, run: str, study_digest: str) -> None:
+        self._folder = folder / "runs" / run
+        self._study_digest = study_digest
 
     def remember(self, state: Remembered) -> None:
-        """Write the state after `state.round` whole, and drop what is older than the round before, or unfinished."""
-        _write(self._path(state.round), state)
+        """Write the state after `state.round` whole, and drop what is older than the round before, or unfinished.
+
+        Raises ConfigError: the disk is full, or the folder cannot be written to. What was remembered before still is.
+        """
+        self._write(self._path(state.round), state)
         for old in range(max(0, state.round - 50), state.round - KEPT_ROUNDS + 1):
             self._path(old).unlink(missing_ok=True)
         self._unfinished.unlink(missing_ok=True)
 
     def before(self, round: int) -> Remembered | None:
-        """The newest state from before `round`; None for a site that is new to the study."""
+        """The newest state from before `round`; None for a site that is new to the run."""
         rounds = [int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")]
         for earlier in sorted((found for found in rounds if found < round), reverse=True):
-            if (state := _read(self._path(earlier))) is not None and state.round == earlier:
+            if (state := self._read(self._path(earlier))) is not None and state.round == earlier:
                 return state
         return None
 
     def remember_unfinished(self, state: Remembered) -> None:
-        """Write the state in the middle of `state.round` whole, in place of an earlier one."""
-        _write(self._unfinished, state)
+        """Write the state in the middle of `state.round` whole, in place of an earlier one. Raises as `remember`."""
+        self._write(self._unfinished, state)
 
     def unfinished(self, round: int) -> Remembered | None:
         """The state in the middle of `round`, or None where there is none or it is damaged."""
-        state = _read(self._unfinished)
+        state = self._read(self._unfinished)
         return state if state is not None and state.round == round else None
 
     @property
@@ -67,19 +84,44 @@ class SiteState:
     def _path(self, round: int) -> Path:
         return self._folder / f"{folder_name(round)}.safetensors"
 
+    def _write(self, path: Path, state: Remembered) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        metadata = {"study": self._study_digest, "round": str(state.round), "facts": json.dumps(state.facts)}
+        content = save(tensors, metadata=metadata)
+        try:
+            if not self._folder.exists():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                forget_old_runs(self._folder.parent, now=time.time())
+            durable.write_bytes(path, content)
+        except OSError as error:
+            raise ConfigError(
+                f"round {state.round} cannot be written to the state folder: {error.strerror or 'unknown error'}; make "
+                "room, or point 'state' to another disk"
+            ) from None
 
-def _write(path: Path, state: Remembered) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    durable.write_bytes(path, save(tensors, metadata={"round": str(state.round), "facts": json.dumps(state.facts)}))
+    def _read(self, path: Path) -> Remembered | None:
+        """What the file holds; None where it is not there, damaged, or of another study: an older one, or a fresh
+        start, will do."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                if metadata["study"] != self._study_digest:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                return Remembered(int(metadata["round"]), tensors, json.loads(metadata["facts"]))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
 
 
-def _read(path: Path) -> Remembered | None:
-    """What the file holds, or None where it is not there or damaged: an older one, or a fresh start, will do."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = file.metadata()
-            return Remembered(int(metadata["round"]), tensors, json.loads(metadata["facts"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return None
+def forget_old_runs(runs: Path, *, now: float) -> None:
+    """Delete the memory of runs that have long ended, when a new one begins. now: seconds since 1970.
+
+    Kept are the KEPT_RUNS that were touched last, and every run that was touched in the last KEPT_DAYS: a disk does not
+    fill up, and neither many new runs nor a clock that is wrong takes the memory of a run at work. A run that went on
+    after more than that would find the site as a new one: it is sent the teacher and starts with a fresh optimiser.
+    """
+    folders = [path for path in runs.iterdir() if re.fullmatch(RUN, path.name) and path.is_dir()]
+    touched = {path: path.stat().st_mtime for path in folders}  # every file that is written there renews it
+    for path in sorted(folders, key=touched.__getitem__, reverse=True)[KEPT_RUNS:]:
+        if now - touched[path] > KEPT_DAYS * 86_400:
+            shutil.rmtree(path, ignore_errors=True)

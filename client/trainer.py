@@ -18,7 +18,8 @@ from client.site import Site
 from client.site_state import Remembered
 from unimiss_core import progress
 from unimiss_core.device import devices_of
-from unimiss_core.errors import CheckpointError, NonFiniteLossError, WireError
+from unimiss_core.divergence import Start, divergence_aware_start
+from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, WireError
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
@@ -37,10 +38,15 @@ BATCH_TRIES = 5
 
 _LEARNER = "learner/"
 _TEACHER = "teacher/"
+_STUDENT = "student/"
+"""What this site trained to; kept only where the study's `local.divergence_scale` asks for it."""
 _RELEASED = "released/"
 """The student that the round began with; only where the study's format sends its steps."""
 _LOST = "feedback/"
 """What the wire lost of the updates until then; likewise."""
+
+_SCALE = "divergence_scale"
+"""Among the facts: FedEMA's lambda of this site (`unimiss_core.divergence`)."""
 
 
 def run_round(site: Site, request: TrainRequest) -> TrainReply:
@@ -49,18 +55,22 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
 
     A round that was begun before, from the same student and teacher, goes on where it was last saved. Raises WireError
     `needs_whole` where the request brings no student or teacher and this site cannot rebuild it, and `not_finite` where
-    the update is not; DeviceError where a device was lost, NonFiniteLossError where no batch gives a step. Nothing but
-    the unfinished round is remembered then.
+    the update is not; DeviceError where a device was lost, NonFiniteLossError where no batch gives a step, ConfigError
+    where the state folder cannot be written. Nothing but the unfinished round is remembered then.
     """
     devices = devices_of(site.config.devices)
     _ = site.library  # what is new is read here, once, before several processes open it
     if len(devices) == 1:
-        return train(site, request, device=devices[0], team=Alone())
-    return run_team(train, (site, request), devices=devices, state=site.config.state)
+        reply = train(site, request, device=devices[0], team=Alone())
+    else:
+        reply = run_team(train, (site, request), devices=devices, state=site.config.state)
+    assert reply is not None
+    return reply
 
 
-def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply:
-    """`run_round` as one process of `team` on one device. All of the team return the same; the first one remembers."""
+def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply | None:
+    """`run_round` as one process of `team` on one device. The first one remembers and replies, for they end alike;
+    the others return None."""
     began = time.monotonic()
     study, library = site.study, site.library
     if site.config.threads:
@@ -69,13 +79,15 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     memory = site.memory.before(request.round)
     student = _round_student(request, memory)
     teacher = _round_teacher(request, student, memory)
-    received = _digest(student, teacher)
+    start = _round_start(request, student, memory)
+    received = _digest(student, teacher, *([start.student] if start.own_share else []))
+    learner.stay_near(student)
     figures = _gone_on_with(site, learner, request.round, received)
     if figures is None:
         figures = _RoundFigures()
         if memory is not None:
             _restore(learner, memory)
-        learner.start_round(student, teacher)
+        learner.start_round(start.student, teacher)
 
     saved = time.monotonic()
     batches = Batches(site, team, device)
@@ -89,20 +101,20 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
                 _save_unfinished(site, learner, request.round, received, figures)
                 saved = time.monotonic()
 
+    if team.place > 0:
+        return None
     update = {name: tensor.cpu() - student[name] for name, tensor in tensors_of(learner.student).items()}
-    parts: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
+    kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
     if FORMATS[study.wire.dtype].carries_over:
         lost_before = {} if memory is None else _below(_LOST, memory.tensors)
         update, lost = with_feedback(update, lost_before, study=study, ranks=library.ranks, round=request.round)
         # Copied, because in round 1 the teacher is the student, and no file takes the same memory twice.
-        parts |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
-    if team.place == 0:
-        kept = learner.state()
-        parts[_LEARNER] = kept.tensors
-        tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
-        site.memory.remember(Remembered(request.round, tensors, kept.facts))
+        kept |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
+    _remember(site, learner, request.round, start, kept)
+    own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
+        run=request.run,
         round=request.round,
         study_digest=study.digest(),
         update=update,
@@ -110,8 +122,20 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
         steps=study.schedule.local_steps,
         seconds=time.monotonic() - began,
         losses=figures.losses(),
-        diagnostics={**learner.round_diagnostics(), **figures.diagnostics()},
+        diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share},
     )
+
+
+def _remember(site: Site, learner: Learner, round: int, start: Start, kept: dict[str, Mapping[str, Tensor]]) -> None:
+    """kept: prefix -> tensors that stay besides the learner's state."""
+    state = learner.state()
+    parts = {_LEARNER: state.tensors, **kept}
+    facts = dict(state.facts)
+    if site.study.local.divergence_scale is not None:
+        parts[_STUDENT] = tensors_of(learner.student)
+        facts[_SCALE] = start.scale
+    tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    site.memory.remember(Remembered(round, tensors, facts))
 
 
 def _restore(learner: Learner, memory: Remembered) -> None:
@@ -157,25 +181,48 @@ def _held(prefix: str, names: Collection[str], round: int, memory: Remembered | 
     return held
 
 
+def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: Remembered | None) -> Start:
+    """What this round starts from: the received `student`; under FedEMA with a share of the site's own.
+
+    That takes part only where it is of the round before: a site that is new, lost its memory, missed a round or trained
+    other tensors starts from the received student. Its scale outlives a missed round, not the others.
+    """
+    tau = request.study.local.divergence_scale
+    if tau is None or memory is None:
+        return Start(student, 0.0, None)
+    own = _below(_STUDENT, memory.tensors)
+    if own.keys() != student.keys():
+        return Start(student, 0.0, None)
+    scale = memory.facts[_SCALE]
+    if memory.round != request.round - 1:
+        return Start(student, 0.0, scale)
+    return divergence_aware_start(student, own, tau=tau, scale=scale)
+
+
 def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> tuple[StepReport, int]:
     """(report, batches skipped): `Learner.step`, with another batch where one gave NaN or infinity.
 
     Such a step changes nothing, so the state to go on from is the one before it. Raises NonFiniteLossError.
     """
-    for attempt in range(BATCH_TRIES):
+    attempt = 0
+    while True:
         try:
-            views, share = batches.draw(step, attempt) if attempt else batch
-            return learner.step(views, step=step, share=share), attempt
-        except NonFiniteLossError as error:
-            log.warning("batch skipped: %s", error)
-            failure = error
-    raise failure
+            return learner.step(batch.views, step=step, share=batch.share), attempt
+        except NonFiniteLossError as error:  # not to be kept, by a log neither: it holds the gradients of its step
+            attempt += 1
+            if attempt == BATCH_TRIES:
+                raise
+            log.warning("batch skipped: %s", str(error))
+        batch = batches.draw(step, attempt)
 
 
 def _save_unfinished(site: Site, learner: Learner, round: int, received: str, figures: "_RoundFigures") -> None:
     state = learner.state(weights=True)
     facts = {"received": received, "figures": asdict(figures), "learner": state.facts}
-    site.memory.remember_unfinished(Remembered(round, state.tensors, facts))
+    try:
+        site.memory.remember_unfinished(Remembered(round, state.tensors, facts))
+    except ConfigError as error:  # only a later kill would need it
+        log.warning("the round goes on without a checkpoint on the way: %s", error)
 
 
 def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_RoundFigures | None":
@@ -193,10 +240,10 @@ def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_
     return figures
 
 
-def _digest(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> str:
-    """Names what a round begins with: sha256 over the values of both, by name."""
+def _digest(*begun_with: Mapping[str, Tensor]) -> str:
+    """Names what a round begins with: sha256 over the values of each, by name."""
     digest = hashlib.sha256()
-    for tensors in (student, teacher):
+    for tensors in begun_with:
         for name in sorted(tensors):
             digest.update(name.encode())
             digest.update(tensors[name].contiguous().numpy().data)
@@ -213,6 +260,8 @@ class _RoundFigures:
 
     terms: dict[str, list[float]] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
+    global_distances: list[float] = field(default_factory=list)
+    """Under FedProx."""
     skipped_batches: int = 0
 
     @property
@@ -223,10 +272,15 @@ class _RoundFigures:
         for name, value in report.terms.items():
             self.terms.setdefault(name, []).append(value)
         self.grad_norms.append(report.diagnostics["grad_norm"])
+        if "global_distance" in report.diagnostics:
+            self.global_distances.append(report.diagnostics["global_distance"])
         self.skipped_batches += skipped
 
     def losses(self) -> dict[str, float]:
         return {name: fmean(values) for name, values in self.terms.items()}
 
     def diagnostics(self) -> dict[str, float]:
-        return {"grad_norm": fmean(self.grad_norms), "skipped_batches": float(self.skipped_batches)}
+        figures = {"grad_norm": fmean(self.grad_norms), "skipped_batches": float(self.skipped_batches)}
+        if self.global_distances:
+            figures["global_distance"] = fmean(self.global_distances)
+        return figures

@@ -9,13 +9,27 @@ from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainReply
 
 
-def admit(reply: TrainReply, *, asked: Introduction, round: int, study: StudyConfig, study_digest: str) -> None:
-    """Raises WireError with the reason when `reply` must not count.
+def admit(
+    reply: TrainReply,
+    *,
+    asked: Introduction,
+    run: str,
+    round: int,
+    study: StudyConfig,
+    study_digest: str,
+    usual_size: float | None = None,
+) -> float:
+    """The update's size: the root mean square of its values, which sites of different ranks have in common.
 
-    Names, shapes and dtypes were checked when it was unpacked; here: who, when, which study, finite, and how large.
+    Raises WireError with the reason when `reply` must not count.
+    usual_size: of updates that counted before (`server.attendance.Attendance.usual_size`).
+    Names, shapes and dtypes were checked when it was unpacked; here: who, in which run and round, of which study,
+    finite, and how large.
     """
     if reply.site != asked.site:
         raise WireError("wrong_site", "the reply names another site than the one that was asked")
+    if reply.run != run:
+        raise WireError("wrong_run", "the reply was trained in another run of the study")
     if reply.round != round:
         raise WireError("stale_round", f"the reply is for round {reply.round}, asked was round {round}")
     if reply.study_digest != study_digest:
@@ -27,8 +41,13 @@ def admit(reply: TrainReply, *, asked: Introduction, round: int, study: StudyCon
         raise WireError("counts", f"the reply claims more than {study.aggregation.max_scans} scans")
     if reply.steps != study.schedule.local_steps:
         raise WireError("steps", f"the reply claims {reply.steps} steps, the study asks {study.schedule.local_steps}")
-    size = norm(reply.update)
-    if not math.isfinite(size):
+    length = norm(reply.update)
+    if not math.isfinite(length):
         raise WireError("not_finite", "the update holds a value that is not a finite number")
-    if size > study.aggregation.max_update_norm:
-        raise WireError("too_large", f"the update's norm {size:.3g} is above {study.aggregation.max_update_norm:g}")
+    if length > (most := study.aggregation.max_update_norm):
+        raise WireError("too_large", f"the update's norm {length:.3g} is above the study's max_update_norm {most:g}")
+    size = length / math.sqrt(sum(tensor.numel() for tensor in reply.update.values()))
+    ratio = study.aggregation.max_size_ratio
+    if usual_size is not None and ratio is not None and size > ratio * usual_size:
+        raise WireError("too_large", f"the update is {size / usual_size:.3g} times as large as usual, above {ratio:g}")
+    return size

@@ -52,7 +52,7 @@ class SiteRecord(_Record):
     """One site in one round."""
 
     status: str
-    """ok, refused, error or absent."""
+    """ok, late, refused, error or absent."""
     reason: Annotated[str, BeforeValidator(lambda raw: raw or "")] = ""
     scans: Mapping[str, Count] = {}
     """Number of scans under "2d" and "3d"."""

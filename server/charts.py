@@ -192,8 +192,9 @@ def attendance(statuses: Sequence[str]) -> Html:
     return tag("svg", {"class": "strip", "viewBox": f"0 0 {width} {height}", "aria-hidden": "true"}, *cells)
 
 
-# Vertical place and height of a cell: ok stands tall, refused lies low, error hangs from the top, absent is a dash.
-_CELL = {"ok": (1, 12), "refused": (8, 5), "error": (1, 5), "absent": (6.25, 1.5)}
+# Vertical place and height of a cell: ok stands tall, late half as tall, refused lies low, error hangs from the top,
+# absent is a dash.
+_CELL = {"ok": (1, 12), "late": (4, 6), "refused": (8, 5), "error": (1, 5), "absent": (6.25, 1.5)}
 
 
 def swatch(style: int) -> Html:

@@ -5,8 +5,25 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from unimiss_core.config import Config, load
+from unimiss_core.config import Config, Name, load
 from unimiss_core.errors import ConfigError
+from unimiss_core.scan import Rank
+
+
+class RegisteredSite(Config):
+    """A site that may take part."""
+
+    name: Name
+    """As its site file says it."""
+    public_key: str | None = None
+    """The line of its .pub file; None trusts the name alone, for trials among friends."""
+    max_images: Annotated[int, Field(gt=0)] | None = None
+    """A reply that claims to have trained on more is refused: under the weightings `sqrt` and `scans` a claim is
+    weight."""
+    max_volumes: Annotated[int, Field(gt=0)] | None = None
+
+    def most_scans(self, rank: Rank) -> int | None:
+        return self.max_images if rank == 2 else self.max_volumes
 
 
 class CoordinatorConfig(Config):
@@ -14,6 +31,8 @@ class CoordinatorConfig(Config):
     """The study file; relative paths count from the coordinator file's folder."""
     out: Path
     """Folder for checkpoints, metrics and the report."""
+    sites: tuple[RegisteredSite, ...] = ()
+    """Only these are asked; empty means every node that connects."""
     min_sites: Annotated[int, Field(gt=0)] = 1
     """Sites that must have joined before the first round begins."""
     min_replies: Annotated[int, Field(gt=0)] = 1
@@ -24,6 +43,13 @@ class CoordinatorConfig(Config):
     """How long a site that is new may take to say what it holds: it reads its archive before it answers."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
     """How long a round waits for updates."""
+    round_tries: Annotated[int, Field(gt=0)] = 3
+    """How often a round that too few updates came of is tried before the run ends; it can then be resumed."""
+    retry_s: Annotated[float, Field(ge=0)] = 30.0
+    """Pause before a round is tried again; twice as long before each further try."""
+    set_aside_after: Annotated[int, Field(gt=0)] = 3
+    """A site that failed in as many rounds in a row is left out of the next 1, then 2, 4, 8 and 16 rounds between two
+    tries, unless the round has too few sites without it."""
     keep_checkpoints: Annotated[int, Field(gt=0)] = 10
     """Newest rounds whose checkpoints stay; the initial weights, round 0, always do."""
     probe: tuple[Path, ...] = ()
@@ -33,6 +59,11 @@ class CoordinatorConfig(Config):
     def _check(self) -> Self:
         if self.min_replies > self.min_sites:
             raise ValueError(f"min_replies={self.min_replies} must not be above min_sites={self.min_sites}")
+        names = [site.name for site in self.sites]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"sites: the name {', '.join(sorted(twice))} stands twice")
+        if self.sites and self.min_sites > len(self.sites):
+            raise ValueError(f"min_sites={self.min_sites} must not be above the number of sites, {len(self.sites)}")
         return self
 
 

@@ -277,7 +277,8 @@ def _status(event: SiteReplied) -> str:
 
 
 def _refusal(event: SiteReplied) -> str:
-    return f"round {event.round}: {event.site} did not count: {_status(event)}"
+    said = "counted late" if event.status == "late" else f"did not count: {_status(event)}"
+    return f"round {event.round}: {event.site} {said}"
 
 
 def _round_line(event: RoundDone, tally: Tally) -> str:

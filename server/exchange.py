@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from unimiss_core.errors import WireError
@@ -20,27 +21,60 @@ _STATUS = {"failed": "error", "no_reply": "absent"}
 """Reason -> status; every other reason is a refusal."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A request that a node has not answered yet."""
+
+    node_id: int
+    round: int
+    expires_at: float
+
+
 class Exchange:
-    """Questions to nodes and their replies as they arrive, until all replied or the deadline passed."""
+    """Training requests and their replies, over all rounds of a run.
 
-    def __init__(self, grid: Grid, deadline_s: float) -> None:
+    deadline_s: how long a round waits. grace_s: how much longer a reply is still of use; it then arrives in a later
+    round. Messages carry both as their time-to-live, so that neither the network nor a site waits longer.
+    """
+
+    def __init__(self, grid: Grid, *, deadline_s: float, grace_s: float = 0.0) -> None:
         self._grid = grid
-        self._give_up = time.monotonic() + deadline_s
-        self._waiting: dict[str, int] = {}
+        self._deadline_s = deadline_s
+        self._time_to_live_s = deadline_s + grace_s
+        self._round = 0
+        self._give_up = 0.0
+        self._waiting: dict[str, Asked] = {}
 
-    def ask(self, node_id: int, message: Message) -> None:
+    def begin(self, round: int) -> None:
+        """The round's deadline runs from now; requests whose time is over are forgotten."""
+        now = time.monotonic()
+        self._round, self._give_up = round, now + self._deadline_s
+        self._waiting = {key: asked for key, asked in self._waiting.items() if now < asked.expires_at}
+
+    @property
+    def busy(self) -> frozenset[int]:
+        """Nodes that may still answer an earlier request: another one would only queue behind it."""
+        return frozenset(asked.node_id for asked in self._waiting.values())
+
+    def ask(self, node_id: int, content: RecordDict) -> None:
+        """Send this round's request."""
+        message = Message(content, node_id, "train", ttl=self._time_to_live_s, group_id=str(self._round))
         (message_id,) = self._grid.push_messages([message])
-        self._waiting[message_id] = node_id
+        self._waiting[message_id] = Asked(node_id, self._round, time.monotonic() + self._time_to_live_s)
 
-    def __iter__(self) -> Iterator[tuple[int, Message]]:
-        """(node, reply); more may be asked meanwhile."""
-        while self._waiting and time.monotonic() < self._give_up:
+    def __iter__(self) -> Iterator[tuple[Asked, Message]]:
+        """Replies as they arrive, late ones of earlier rounds among them, until all of this round replied or its
+        deadline passed; more may be asked meanwhile."""
+        while self._awaits_this_round() and time.monotonic() < self._give_up:
             arrived = list(self._grid.pull_messages(list(self._waiting)))
             for reply in arrived:
-                if (node_id := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
-                    yield node_id, reply
+                if (asked := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
+                    yield asked, reply
             if not arrived:
                 time.sleep(POLL_S)
+
+    def _awaits_this_round(self) -> bool:
+        return any(asked.round == self._round for asked in self._waiting.values())
 
 
 def content_of(reply: Message) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server.attendance import Attendance
 from server.release import Release
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint
@@ -24,7 +25,7 @@ class GlobalState:
 
     student: float32 masters. release: what sites hold of them. teacher: the EMA of the released students, per group.
     retention: what was left of the teacher in the last round. taught: site -> the last round whose release and teacher
-    it holds on its disk.
+    it holds on its disk. attendance: what is remembered of sites; unlike the rest it also moves when a round fails.
     """
 
     round: int
@@ -33,6 +34,7 @@ class GlobalState:
     teacher: dict[str, Tensor]
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
     taught: dict[str, int] = field(default_factory=dict)
+    attendance: Attendance = field(default_factory=Attendance)
 
     @classmethod
     def initial(cls, student: Mapping[str, Tensor], study: StudyConfig, layout: Layout) -> "GlobalState":
@@ -49,13 +51,19 @@ class GlobalState:
             for name, tensor in found.server_tensors.items()
             if name.startswith(_RELEASED)
         }
-        release = Release.of(found.student, before=held or None, layout=layout, dtype=study.wire.dtype)
         return cls(
-            found.manifest.round, dict(found.student), release, dict(found.teacher), book["retention"], book["taught"]
+            found.manifest.round,
+            dict(found.student),
+            Release.of(found.student, before=held or None, layout=layout, dtype=study.wire.dtype),
+            dict(found.teacher),
+            book["retention"],
+            book["taught"],
+            Attendance.of(book["attendance"]),
         )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
         """Write it as its round's checkpoint, in one rename."""
+        book = {"retention": self.retention, "taught": self.taught, "attendance": self.attendance.facts()}
         checkpoint.save(
             folder.checkpoint_of(self.round),
             origin="federation",
@@ -65,6 +73,6 @@ class GlobalState:
             plan=study.plan,
             student=self.student,
             teacher=self.teacher,
-            server_json=json.dumps({"retention": self.retention, "taught": self.taught}, sort_keys=True),
+            server_json=json.dumps(book, sort_keys=True),
             server_tensors={_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()},
         )

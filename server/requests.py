@@ -14,22 +14,33 @@ class Requests:
     """The requests of one round. Sites that need the same bytes share them, so that memory does not grow with the
     number of sites."""
 
-    def __init__(self, study: StudyConfig, layout: Layout, state: GlobalState) -> None:
+    def __init__(self, study: StudyConfig, run: str, layout: Layout, state: GlobalState) -> None:
         """state: after the round before."""
         self._study = study
+        self._run = run
         self._layout = layout
         self._state = state
         self._packed: dict[tuple[frozenset[Rank], bool], RecordDict] = {}
+        self._forgetful: set[str] = set()
+
+    def holds_last(self, site: Introduction) -> bool:
+        """Whether the site holds what the last round began with, as far as is known."""
+        return site.site not in self._forgetful and self._state.taught.get(site.site) == self._state.round
+
+    def note_loss(self, site: Introduction) -> None:
+        """The site says that it does not hold it."""
+        self._forgetful.add(site.site)
 
     def for_site(self, site: Introduction) -> RecordDict:
-        """The content of its request: steps where `state.taught` says that the site holds what they start from, else
-        whole tensors. Before round 1 the teacher is the student."""
+        """The content of its request: whole tensors where the site cannot rebuild them. Before round 1 the teacher is
+        the student."""
         state, release = self._state, self._state.release
-        holds_last = state.taught.get(site.site) == state.round
+        holds_last = self.holds_last(site)
         if (key := (site.ranks, holds_last)) not in self._packed:
             step = release.step if holds_last else None
             self._packed[key] = TrainRequest(
                 study=self._study,
+                run=self._run,
                 round=state.round + 1,
                 student=release.student if step is None else None,
                 student_step=step,

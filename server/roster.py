@@ -4,26 +4,26 @@ import logging
 import time
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import POLL_S, introduction_of, status_of
+from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
 from unimiss_core.errors import RoundError, WireError
-from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello, Introduction
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Hello:
+class _Greeted:
     """A node that was asked who it is."""
 
-    node_id: int
-    node_name: str
+    node: NodeInfo
     wait_until: float
     expires_at: float
 
@@ -34,18 +34,21 @@ class Roster:
     sites: node -> who it is, for the sites that can take part. unfit: the others by name, and why.
     """
 
-    def __init__(self, grid: Grid, study: StudyConfig, config: CoordinatorConfig) -> None:
+    def __init__(self, grid: Grid, config: CoordinatorConfig) -> None:
+        """Raises ConfigError: a registered key that cannot be read."""
         self._grid = grid
         self._config = config
-        self._hello = Hello(study).pack()
         self.sites: dict[int, Introduction] = {}
         self.unfit: dict[str, SiteRound] = {}
-        self._hellos: dict[str, _Hello] = {}
+        self._greeted: dict[str, _Greeted] = {}
         """Message -> the node that has not answered it yet."""
         self._silent: set[int] = set()
         """Nodes that once let their time to answer pass."""
+        self.registration = Registration(config.sites)
+        self._strangers: set[int] = set()
+        """Nodes that are not registered and were told of."""
 
-    def gather(self) -> None:
+    def gather(self, hello: Hello) -> None:
         """Ask every node that is not known who it is; begin when all have said so and `min_sites` are there.
 
         A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
@@ -53,10 +56,11 @@ class Roster:
         """
         give_up = time.monotonic() + self._config.wait_s
         self.unfit = {}
+        content = hello.pack()
         while True:
-            self._greet_new_nodes()
+            self._greet_new_nodes(content)
             self._hear_introductions()
-            reading = any(time.monotonic() < hello.wait_until for hello in self._hellos.values())
+            reading = any(time.monotonic() < greeted.wait_until for greeted in self._greeted.values())
             if not reading and len(self.sites) >= self._config.min_sites:
                 break
             if not reading and time.monotonic() > give_up:
@@ -66,43 +70,63 @@ class Roster:
                     "Mend the sites or lower min_sites, then resume"
                 )
             time.sleep(POLL_S)
-        for message_id, hello in list(self._hellos.items()):
-            self._mark_unfit(hello.node_name, SiteRound("absent", "no_introduction"))
-            self._silent.add(hello.node_id)
-            if time.monotonic() >= hello.expires_at:
-                del self._hellos[message_id]
+        for message_id, greeted in list(self._greeted.items()):
+            self._mark_unfit(name_of(greeted.node), SiteRound("absent", "no_introduction"))
+            self._silent.add(greeted.node.node_id)
+            if time.monotonic() >= greeted.expires_at:
+                del self._greeted[message_id]
 
     def ask_again(self, node_id: int) -> None:
         """Forget what a node said it is; it may have changed, by new scans say."""
         del self.sites[node_id]
 
-    def _greet_new_nodes(self) -> None:
-        nodes = {node.node_id: node.name or f"node-{node.node_id}" for node in self._grid.get_nodes()}
+    def _greet_new_nodes(self, hello: RecordDict) -> None:
+        nodes = {node.node_id: node for node in self._grid.get_nodes()}
         for gone in self.sites.keys() - nodes.keys():
             del self.sites[gone]
-        waiting = {hello.node_id for hello in self._hellos.values()}
-        for node_id, name in nodes.items():
+        for message_id, greeted in list(self._greeted.items()):
+            if greeted.node.node_id not in nodes:
+                del self._greeted[message_id]  # it is asked anew when it is back
+        waiting = {greeted.node.node_id for greeted in self._greeted.values()}
+        for node_id, node in nodes.items():
+            if not self.registration.may_ask(node):
+                self._tell_of_stranger(node)
+                continue
+            name = name_of(node)
             if node_id not in self.sites and node_id not in waiting and name not in self.unfit:
-                message = Message(self._hello, node_id, "query", ttl=self._config.introduction_s)
+                message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
                 (message_id,) = self._grid.push_messages([message])
                 expires_at = time.monotonic() + self._config.introduction_s
                 wait_until = 0.0 if node_id in self._silent else expires_at
-                self._hellos[message_id] = _Hello(node_id, name, wait_until, expires_at)
+                self._greeted[message_id] = _Greeted(node, wait_until, expires_at)
 
     def _hear_introductions(self) -> None:
-        for reply in self._grid.pull_messages(list(self._hellos)):
-            hello = self._hellos.pop(reply.metadata.reply_to_message_id)
+        for reply in self._grid.pull_messages(list(self._greeted)):
+            if (greeted := self._greeted.pop(reply.metadata.reply_to_message_id, None)) is None:
+                continue  # it came twice
             try:
                 introduction = introduction_of(reply)
+                self.registration.check(introduction, greeted.node)
                 if introduction.site in {site.site for site in self.sites.values()}:
                     raise WireError("name_taken", "another connected site goes by the same name")
             except WireError as error:
-                self._mark_unfit(hello.node_name, SiteRound(status_of(error.reason), error.reason))
+                self._mark_unfit(name_of(greeted.node), SiteRound(status_of(error.reason), error.reason))
             else:
-                self.sites[hello.node_id] = introduction
-                self._silent.discard(hello.node_id)
+                self.sites[greeted.node.node_id] = introduction
+                self._silent.discard(greeted.node.node_id)
+
+    def _tell_of_stranger(self, node: NodeInfo) -> None:
+        if node.node_id not in self._strangers:
+            self._strangers.add(node.node_id)
+            log.warning("node=%s status=refused reason=not_registered", name_of(node))
+            progress.report(progress.Note(f"{name_of(node)} is not asked: the coordinator file does not name it"))
 
     def _mark_unfit(self, name: str, line: SiteRound) -> None:
         self.unfit[name] = line
         log.warning("site=%s status=%s reason=%s", name, line.status, line.reason)
         progress.report(progress.Note(f"{name} cannot take part: {line.reason}"))
+
+
+def name_of(node: NodeInfo) -> str:
+    """What people call a node before it has introduced itself."""
+    return node.name or f"node-{node.node_id}"

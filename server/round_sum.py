@@ -31,13 +31,17 @@ class RoundSum:
         self._mean = WeightedMean(layout)
         self._retention = _MeanRetention()
 
-    def fold(self, answer: TrainReply) -> None:
-        """Add one site's update, by what the site trained of each group in that round."""
+    def fold(self, answer: TrainReply, *, share: float = 1.0) -> None:
+        """Add one site's update, by what the site trained of each group in its round.
+
+        share: of its weight; less than 1 for an update that comes late.
+        """
         study = self._study
         ranks = frozenset(rank for rank in RANKS if answer.scans[rank] > 0)
         trained = trained_steps(ranks, study.schedule, answer.round)
         groups = [group for group, steps in trained.items() if steps > 0]
-        weights = group_weights(answer.scans, groups, study.aggregation.weighting)
+        whole = group_weights(answer.scans, groups, study.aggregation.weighting)
+        weights = {group: share * weight for group, weight in whole.items()}
         self._mean.fold(answer.update, weights)
         self._retention.fold(weights, teacher_retention(study, ranks, answer.round))
 

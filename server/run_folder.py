@@ -5,13 +5,15 @@ has its line; lines beyond the last checkpoint belong to a round that was cut of
 """
 
 import json
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unimiss_core import checkpoint, durable
-from unimiss_core.config import dump_yaml, load
+from unimiss_core.config import RUN, dump_yaml, load
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.study import StudyConfig
 
@@ -34,6 +36,25 @@ class RunFolder:
     def report(self) -> Path:
         """Folder with what the report is made of, besides the metrics."""
         return self.path / "report"
+
+    @property
+    def run(self) -> str:
+        """What the sites know this run by: drawn when it was begun, the same ever after, so that they find what they
+        remember of it. Raises ConfigError where the run was not begun, or run.json is damaged."""
+        try:
+            run = json.loads(self._identity.read_text(encoding="utf-8"))["run"]
+            if not re.fullmatch(RUN, run):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{self._identity}: does not name the run; delete it to go on under a new name, with sites that "
+                "remember nothing of the run so far"
+            ) from None
+        return str(run)
+
+    @property
+    def _identity(self) -> Path:
+        return self.path / "run.json"
 
     def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
@@ -69,6 +90,8 @@ class RunFolder:
             found = checkpoint.load(latest)
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or delete {latest} to go on from the round before it") from None
+        if not self._identity.exists():  # deleted, or begun before runs had names
+            self._draw_run()
         self._forget_rounds_after(found.manifest.round)
         return found
 
@@ -92,7 +115,11 @@ class RunFolder:
         self.report.mkdir(exist_ok=True)
         text = f"# sha256 of this study: {study.digest()}\n{dump_yaml(study)}"
         durable.write_text(self.path / "study.yaml", text)
+        self._draw_run()
         durable.write_text(self.metrics, "")
+
+    def _draw_run(self) -> None:
+        durable.write_text(self._identity, json.dumps({"run": secrets.token_hex(8)}) + "\n")
 
     def _forget_rounds_after(self, round: int) -> None:
         kept = [row for row in self.metric_rows() if row["round"] <= round]

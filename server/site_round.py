@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from unimiss_core.wire import TrainReply
+
 
 @dataclass
 class SiteRound:
@@ -17,3 +19,16 @@ class SiteRound:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
+
+    def describe(self, answer: TrainReply) -> None:
+        """Take over what an update that may count says of itself."""
+        self.scans = {f"{rank}d": count for rank, count in answer.scans.items()}
+        self.steps = answer.steps
+        self.losses = dict(answer.losses)
+        self.diagnostics = dict(answer.diagnostics)
+        self.seconds = round_s(answer.seconds)
+
+
+def round_s(seconds: float) -> float:
+    """Seconds as they stand in the metrics: to the millisecond."""
+    return round(seconds, 3)

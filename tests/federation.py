@@ -1,9 +1,12 @@
 """What federation tests share: a study small enough for milliseconds, and stub sites that answer at once."""
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
@@ -22,6 +25,10 @@ def small_study(rounds: int = 2, **changes: object) -> StudyConfig:
     short = {"schedule": {"rounds": rounds, "local_steps": 2}, "optimiser": {"warmup_steps": 1}}
     raw = {"name": "toy", "model": {"prototypes": 16}, **short, **changes}
     return parse(StudyConfig, raw, where="test")
+
+
+def metric_rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def whole_layout(model: ModelConfig | None = None) -> Layout:
@@ -45,6 +52,8 @@ class Placed(Alone):
         self.place, self.size = place, size
 
 
+RUN = "0123456789abcdef"
+
 Answer = Callable[[TrainRequest, "StubSite"], TrainReply]
 
 
@@ -58,6 +67,8 @@ class StubSite:
         self.layout = layout_for(self.ranks)
         self.answer = answer or good_answer
         self.requests: list[TrainRequest] = []
+        self.tamper: Callable[[RecordDict, int], RecordDict] = lambda content, _: content
+        """Changes the packed reply to the request of a round, as a faulty or hostile site might."""
 
 
 def good_answer(request: TrainRequest, site: StubSite) -> TrainReply:
@@ -70,6 +81,7 @@ def good_answer(request: TrainRequest, site: StubSite) -> TrainReply:
 def reply_with(update: Mapping[str, Tensor], request: TrainRequest, site: StubSite) -> TrainReply:
     return TrainReply(
         site=site.name,
+        run=request.run,
         round=request.round,
         study_digest=request.study.digest(),
         update=update,
@@ -100,6 +112,7 @@ def stub_app(sites: Mapping[str, StubSite]) -> ClientApp:
             reply = site.answer(request, site)
         except WireError as error:
             return Message(Refusal(error.reason).pack(), reply_to=message)
-        return Message(reply.pack(site.layout, study_of(message.content).wire.dtype), reply_to=message)
+        content = reply.pack(site.layout, study_of(message.content).wire.dtype)
+        return Message(site.tamper(content, request.round), reply_to=message)
 
     return app

@@ -1,6 +1,7 @@
 # ruff: noqa: ARG001 - every such function is given a device and a team
 """What the processes of a team do in tests; importable by name, as `client.devices.run_team` needs it."""
 
+import math
 import os
 import signal
 import time
@@ -27,7 +28,8 @@ def train(
     device: torch.device,
     team: Team,
 ) -> dict[str, Tensor]:
-    """A step on this process's part of each batch; all that the learner holds then, and each step's loss."""
+    """A step on this process's part of each batch; all that the learner holds then, and each step's loss, NaN where it
+    was not taken."""
     execution = Execution(device=device, micro_batch=micro_batch or {})
     learner = Learner(study, ranks={2, 3}, execution=execution, team=team)
     other = tensors_of(build_network(study.model, seed=1))
@@ -38,7 +40,10 @@ def train(
     losses = []
     for step, batch in enumerate(batches):
         part = part_of(team, len(batch))
-        losses.append(learner.step(batch[part.scans].to(dtype), step=step, share=part.share).total)
+        try:
+            losses.append(learner.step(batch[part.scans].to(dtype), step=step, share=part.share).total)
+        except NonFiniteLossError:
+            losses.append(math.nan)
     return {**learner.state(weights=True).tensors, "losses": torch.tensor(losses)}
 
 
@@ -58,8 +63,16 @@ def one_is_killed(*, device: torch.device, team: Team) -> None:
 
 
 def one_fails(text: str, *, device: torch.device, team: Team) -> None:
+    _report_and_meet(team)
     if team.place == 1:
         raise OSError(text)
+    team.sum_([torch.zeros(3)])
+
+
+def one_refuses(reason: str, *, device: torch.device, team: Team) -> None:
+    _report_and_meet(team)
+    if team.place == 1:
+        raise WireError(reason, "in words")
     team.sum_([torch.zeros(3)])
 
 
@@ -72,3 +85,9 @@ def never_ends(*, device: torch.device, team: Team) -> None:
         progress.report(progress.Note("at work"))
         team.sum_([torch.zeros(3)])
         time.sleep(0.01)
+
+
+def _report_and_meet(team: Team) -> None:
+    """The parent may take its time over the word of progress: the first process has sent it when the others go on."""
+    progress.report(progress.Note("at work"))
+    team.sum_([torch.zeros(1)])

@@ -25,6 +25,7 @@ ONLY_IN = {
     "gdcm": {"client/dicom.py"},
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
+    "cryptography": {"server/registration.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
         "unimiss_core/wire.py",
@@ -33,6 +34,8 @@ ONLY_IN = {
         "server/app.py",
         "server/rounds.py",
         "server/exchange.py",
+        "server/one_round.py",
+        "server/registration.py",
         "server/requests.py",
         "server/roster.py",
         "server/local_grid.py",

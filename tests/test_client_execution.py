@@ -1,6 +1,8 @@
 """From a site file to a learner: what it says, what is found to fit, and what is remembered of that."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from client.site_config import SiteConfig
 from tests.federation import Placed
 from tests.test_execution import Tight
 from tests.test_learner import study
+from unimiss_core import durable
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.execution import PLAIN
@@ -123,6 +126,17 @@ def test_of_a_team_each_tries_out_its_part_and_the_first_remembers(
     assert (tmp_path / MEMORY).exists() == (place == 0)
     learner.team = Alone()
     assert dict(_found(learner, [2], tmp_path / MEMORY)) == {2: 3}
+
+
+def test_a_disk_without_room_for_the_memory_does_not_cost_the_round(
+    tmp_path: Path, tight: tuple[Learner, Tight], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(durable, "write_text", full)
+    assert dict(_found(tight[0], [3], tmp_path / MEMORY)) == {3: 2}
+    assert "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 0}'])

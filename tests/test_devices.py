@@ -1,21 +1,24 @@
 """Several devices of a site: the same outcome as one, and no harm where one is lost."""
 
+import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from client.devices import run_team
+from client.devices import _packed, _unpacked, run_team
+from client.interpreter import Interpreter
 from tests import team_members
 from tests.federation import Placed, small_study
 from unimiss_core import progress
 from unimiss_core.device import device_of, devices_of
-from unimiss_core.errors import ConfigError, DeviceError, NonFiniteLossError, WireError
+from unimiss_core.errors import ConfigError, DeviceError, NonFiniteLossError, UnimissError, WireError
 from unimiss_core.team import Alone, largest_part, part_of
 
 CPU = torch.device("cpu")
@@ -50,11 +53,22 @@ STUDY = small_study(2, model={"prototypes": 16}, optimiser={"warmup_steps": 1, "
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Batches of three images, of two volumes, and of one volume, which leaves a process without a scan."""
-    batches = [views(3, 2, 1, 33, 40), views(2, 2, 1, 13, 33, 40), views(1, 3, 1, 14, 33, 36), views(2, 2, 1, 37, 33)]
+    """Batches of three images, of two volumes, and of one volume, which leaves a process without a scan; then one with
+    NaN in a scan that the second process alone sees."""
+    bad = views(3, 2, 1, 33, 40)
+    bad[2, 1, 0, 7, 7] = math.nan
+    batches = [
+        views(3, 2, 1, 33, 40),
+        views(2, 2, 1, 13, 33, 40),
+        views(1, 3, 1, 14, 33, 36),
+        bad,
+        views(2, 2, 1, 37, 33),
+    ]
     one = team_members.train(STUDY, batches, torch.float64, device=CPU, team=Alone())
     two = run_team(team_members.train, (STUDY, batches, torch.float64), devices=TWO, state=tmp_path)
     assert two.keys() == one.keys()
+    assert two["losses"].isnan().tolist() == [False, False, False, True, False]
+    torch.testing.assert_close(two.pop("losses"), one.pop("losses"), rtol=1e-5, atol=1e-9, equal_nan=True)
     for name, expected in one.items():
         torch.testing.assert_close(
             two[name], expected, rtol=1e-5, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
@@ -102,6 +116,53 @@ def test_a_failing_process_tells_where_but_not_what(tmp_path: Path) -> None:
     assert "DOE" not in str(error.value) + logged
 
 
+def test_a_process_that_does_not_come_up_is_told_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Interpreter.start
+
+    def stillborn(_: str, environment: Mapping[str, str], *, log: Path) -> Interpreter:
+        member = start("client.no_such_module", environment, log=log)
+        member.process.wait()
+        return member
+
+    monkeypatch.setattr(Interpreter, "start", stillborn)
+    with pytest.raises(DeviceError, match=r"process 0 on cpu .* it ended with code 1; see device-0\.log"):
+        run_team(team_members.every_place, (), devices=TWO, state=tmp_path)
+    assert "no_such_module" in (tmp_path / "device-0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "told"),
+    [
+        (team_members.one_refuses, "needs_whole", "needs_whole: in words"),
+        (team_members.one_fails, "secret", r"process 1 on cpu .*OSError at team_members.py:"),
+    ],
+)
+def test_the_cause_is_told_and_not_what_it_did_to_the_others_however_late_it_is_heard(
+    tmp_path: Path, function: Callable[..., None], argument: str, told: str
+) -> None:
+    with progress.listen(lambda _: time.sleep(2)), pytest.raises(UnimissError, match=told):
+        run_team(function, (argument,), devices=TWO, state=tmp_path)
+
+
+def test_what_is_sent_is_no_larger_than_the_tensors_that_it_holds() -> None:
+    """Received tensors are parts of one long one (`unimiss_core.codec.unpack`); pickle would repeat it for each."""
+    whole = torch.arange(1000 * 64, dtype=torch.float32)
+    tensors = {str(number): part.view(8, 8) for number, part in enumerate(whole.split(64))}
+    packed = _packed(tensors)
+    assert len(packed) < 2 * 4 * len(whole)
+    again = _unpacked(packed)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["site#1", "why?not=1"])
+def test_a_state_folder_may_have_any_name_and_nothing_is_written_beside_it(tmp_path: Path, name: str) -> None:
+    run_team(team_members.every_place, (), devices=TWO, state=tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_what_a_process_refuses_is_refused_here(tmp_path: Path) -> None:
     with pytest.raises(WireError, match="needs_whole: in words") as error:
         run_team(team_members.refuse, ("needs_whole",), devices=TWO, state=tmp_path)
@@ -123,7 +184,8 @@ PARENT = """
 import sys
 from pathlib import Path
 import torch
-from client.devices import run_team
+from client.devices import _packed, _unpacked, run_team
+from client.interpreter import Interpreter
 from tests import team_members
 from unimiss_core import progress
 with progress.listen(lambda event: print("at work", flush=True)):

@@ -89,7 +89,7 @@ def test_a_round_that_is_asked_again_gives_the_same_bytes_also_after_a_restart(t
 def test_a_site_that_lost_its_memory_asks_for_whole_tensors_and_begins_with_nothing_lost(tmp_path: Path) -> None:
     site = site_with_pictures(tmp_path, INT8)
     run_round(site, first_round(INT8))
-    shutil.rmtree(tmp_path / "state" / "studies")
+    shutil.rmtree(tmp_path / "state" / "runs")
     request = stepped(first_round(INT8), 2, seed=5)
     with pytest.raises(WireError, match="needs_whole"):
         run_round(site, request)

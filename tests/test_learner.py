@@ -266,6 +266,19 @@ def test_state_of_other_ranks_or_of_another_model_is_refused() -> None:
         Learner(study(), ranks={2}).restore(damaged)
 
 
+@pytest.mark.parametrize("part", ["student", "teacher", "watch", "adam_moment2"])
+def test_a_damaged_state_of_a_rounds_middle_changes_nothing(part: str) -> None:
+    learner = apart(Learner(study(), ranks={2}))
+    learner.step(images(), step=0)
+    state = learner.state(weights=True)
+    lost = max(name for name in state.tensors if name.startswith(f"{part}."))
+    again = Learner(study(), ranks={2})
+    before = everything(again)
+    with pytest.raises(CheckpointError):
+        again.restore(LearnerState({name: state.tensors[name] for name in state.tensors.keys() - {lost}}, state.facts))
+    assert_same(everything(again), before)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(bad: float) -> None:
     learner = apart(Learner(study(), ranks={2}))
@@ -277,6 +290,20 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(bad: float) -> No
         learner.step(poisoned, step=1)
     assert_same(everything(learner), before)
     assert all(parameter.grad is None for parameter in learner.student.parameters())
+
+
+@pytest.mark.parametrize("frozen", [0, 9])
+def test_a_gradient_that_is_not_finite_beside_a_finite_loss_changes_nothing(frozen: int) -> None:
+    learner = apart(Learner(study(freeze_prototypes_steps=frozen), ranks={2}))
+    learner.step(images(0), step=0)
+    before, figures = everything(learner), learner.round_diagnostics()
+    poison = learner.student.get_parameter("backbone.encoder.class_token").register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NonFiniteLossError, match=r"step 1: loss [0-9.]+, gradient norm nan"):
+        learner.step(images(1), step=1)
+    assert_same(everything(learner), before)
+    assert learner.round_diagnostics() == figures
+    poison.remove()
+    learner.step(images(1), step=1)
 
 
 def test_a_round_has_collapse_figures_of_each_representation_and_begins_without() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from server.global_state import GlobalState
 from server.release import Release
-from tests.federation import StubSite, good_answer, random_tensors, small_study, whole_layout
-from tests.test_rounds import ct, federate, rows, xray
+from tests.federation import StubSite, good_answer, metric_rows, random_tensors, small_study, whole_layout
+from tests.test_rounds import ct, federate, xray
 from unimiss_core import checkpoint
 from unimiss_core.codec import num_bytes, released
 from unimiss_core.errors import WireError
@@ -93,7 +93,7 @@ def test_metrics_carry_the_exact_bytes_of_int8(tmp_path: Path) -> None:
     federate(tmp_path, [a, b], small_study(rounds=3, wire=INT8))
     for site in (a, b):
         whole, steps = num_bytes(site.layout, "fp32"), num_bytes(site.layout, "int8")
-        lines = [row["sites"][site.name] for row in rows(tmp_path)]
+        lines = [row["sites"][site.name] for row in metric_rows(tmp_path)]
         assert [line["bytes_down"] for line in lines] == [whole, steps, steps]
         assert [line["bytes_up"] for line in lines] == [steps] * 3
 
@@ -112,10 +112,23 @@ def test_a_site_that_lost_its_memory_is_sent_whole_tensors_in_the_same_round(tmp
     for request in faithful.requests[1:3]:
         student = {name: tensor + request.student_step[name] for name, tensor in student.items()}  # type: ignore[union-attr,index]
     assert all(torch.equal(site.requests[3].student[name], student[name]) for name in student)  # type: ignore[index,union-attr]
-    assert all(row["sites"]["ct"]["status"] == "ok" for row in rows(tmp_path))
-    line = rows(tmp_path)[2]["sites"]["ct"]
+    assert all(row["sites"]["ct"]["status"] == "ok" for row in metric_rows(tmp_path))
+    line = metric_rows(tmp_path)[2]["sites"]["ct"]
     assert line["bytes_down"] == num_bytes(site.layout, "int8") + 2 * num_bytes(site.layout, "fp32")
     assert state.taught == {"ct": 4, "other": 4}
+
+
+def test_a_site_that_is_never_content_costs_itself_the_round_and_is_not_asked_for_ever(tmp_path: Path) -> None:
+    def never_content(request: TrainRequest, site: StubSite) -> TrainReply:
+        if request.round == 2:
+            raise WireError("needs_whole", "so it says")
+        return good_answer(request, site)
+
+    site = ct(answer=never_content)
+    federate(tmp_path, [site, xray()], small_study(rounds=2, wire=INT8))
+    assert [request.round for request in site.requests] == [1, 2, 2]
+    line = metric_rows(tmp_path)[1]["sites"]["ct"]
+    assert (line["status"], line["reason"]) == ("refused", "needs_whole")
 
 
 def test_a_site_whose_reply_did_not_count_is_sent_whole_tensors_next_time(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The coordinator's loop over the in-process grid, with stub sites: rounds, refusals, quorum, resume."""
 
 import dataclasses
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from server.global_state import GlobalState
 from server.local_grid import LocalGrid
 from server.rounds import Federation
 from server.run_folder import RunFolder
-from tests.federation import Answer, StubSite, good_answer, reply_with, small_study, stub_app
+from tests.federation import Answer, StubSite, good_answer, metric_rows, reply_with, small_study, stub_app
 from unimiss_core import checkpoint, progress
 from unimiss_core.errors import ConfigError, RoundError, WireError
 from unimiss_core.groups import group_of
@@ -39,7 +38,13 @@ def federate(
 ) -> GlobalState:
     nodes = {site.name: {"name": site.name} for site in sites}
     config = CoordinatorConfig(
-        study=Path("unused"), out=out, min_sites=min_replies, min_replies=min_replies, wait_s=0.1, deadline_s=deadline_s
+        study=Path("unused"),
+        out=out,
+        min_sites=min_replies,
+        min_replies=min_replies,
+        wait_s=0.1,
+        deadline_s=deadline_s,
+        retry_s=0.0,
     )
     app = stub_app({site.name: site for site in sites})
     with LocalGrid(app, nodes, run_config={}, workers=workers) as grid:
@@ -52,10 +57,6 @@ def xray(name: str = "xray", answer: Answer | None = None) -> StubSite:
 
 def ct(name: str = "ct", answer: Answer | None = None) -> StubSite:
     return StubSite(name, {3: 6}, answer)
-
-
-def rows(out: Path) -> list[dict]:  # type: ignore[type-arg]
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_rounds_give_the_model_that_the_formula_gives(tmp_path: Path) -> None:
@@ -114,12 +115,12 @@ def test_skipped_batches_are_told_and_stand_in_the_metrics(tmp_path: Path) -> No
     with progress.listen(notes.append):
         federate(tmp_path, [xray(answer=skipping), ct()], small_study(rounds=1))
     assert progress.Note("xray: 2 batches gave NaN or infinity and were skipped") in notes
-    assert rows(tmp_path)[0]["sites"]["xray"]["diagnostics"] == {"skipped_batches": 2.0}
+    assert metric_rows(tmp_path)[0]["sites"]["xray"]["diagnostics"] == {"skipped_batches": 2.0}
 
 
 def test_metrics_say_what_happened(tmp_path: Path) -> None:
     federate(tmp_path, [xray(), ct()])
-    first, second = rows(tmp_path)
+    first, second = metric_rows(tmp_path)
     assert (first["round"], second["round"]) == (1, 2)
     line = first["sites"]["xray"]
     assert line["status"] == "ok"
@@ -168,6 +169,10 @@ def stale(request: TrainRequest, site: StubSite) -> TrainReply:
     return dataclasses.replace(good_answer(request, site), round=request.round - 1)
 
 
+def another_run(request: TrainRequest, site: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, site), run="f" * 16)
+
+
 def another_study(request: TrainRequest, site: StubSite) -> TrainReply:
     return dataclasses.replace(good_answer(request, site), study_digest="0" * 64)
 
@@ -207,6 +212,7 @@ def in_anothers_name(request: TrainRequest, site: StubSite) -> TrainReply:
         (not_finite, "refused", "not_finite"),
         (huge, "refused", "too_large"),
         (stale, "refused", "stale_round"),
+        (another_run, "refused", "wrong_run"),
         (another_study, "refused", "wrong_study"),
         (too_many_scans, "refused", "counts"),
         (scans_of_another_rank, "refused", "counts"),
@@ -221,7 +227,7 @@ def test_a_bad_reply_costs_its_site_alone(tmp_path: Path, answer: Answer, status
     state = federate(tmp_path / "with", [xray(answer=answer), ct()])
     alone = federate(tmp_path / "without", [ct()])
     assert all(torch.equal(state.student[name], alone.student[name]) for name in state.student)
-    for row in rows(tmp_path / "with"):
+    for row in metric_rows(tmp_path / "with"):
         assert (row["sites"]["xray"]["status"], row["sites"]["xray"]["reason"]) == (status, reason)
         assert row["sites"]["ct"]["status"] == "ok"
     assert "P123" not in (tmp_path / "with" / "metrics.jsonl").read_text()
@@ -238,7 +244,10 @@ def test_a_refusal_in_free_words_becomes_a_code(tmp_path: Path) -> None:
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1)
     with LocalGrid(app, {"a": {"name": "a"}, "b": {"name": "b"}}, run_config={}) as grid:
         Federation(grid, small_study(rounds=1), config).run()
-    assert {name: line["reason"] for name, line in rows(tmp_path)[0]["sites"].items()} == {"a": "malformed", "b": ""}
+    assert {name: line["reason"] for name, line in metric_rows(tmp_path)[0]["sites"].items()} == {
+        "a": "malformed",
+        "b": "",
+    }
 
 
 def _either(honest: Callable[..., Message], spoken: Callable[..., Message]) -> Callable[..., Message]:
@@ -255,8 +264,8 @@ def test_two_nodes_of_one_name_do_not_share_a_line(tmp_path: Path) -> None:
     alone = federate(tmp_path / "alone", [ct("ct")])
     assert all(torch.equal(state.student[name], alone.student[name]) for name in state.student)
     assert not impostor.requests
-    assert rows(tmp_path)[0]["sites"]["second"]["reason"] == "name_taken"
-    assert rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"
+    assert metric_rows(tmp_path)[0]["sites"]["second"]["reason"] == "name_taken"
+    assert metric_rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"
 
 
 def test_a_site_that_lost_its_memory_is_sent_the_teacher_in_the_same_round(tmp_path: Path) -> None:
@@ -268,7 +277,7 @@ def test_a_site_that_lost_its_memory_is_sent_the_teacher_in_the_same_round(tmp_p
     site = ct(answer=forgetful)
     federate(tmp_path, [site, xray()], small_study(rounds=3))
     assert [request.teacher is None for request in site.requests] == [True, True, False, True]
-    assert [row["sites"]["ct"]["status"] for row in rows(tmp_path)] == ["ok", "ok", "ok"]
+    assert [row["sites"]["ct"]["status"] for row in metric_rows(tmp_path)] == ["ok", "ok", "ok"]
 
 
 def test_a_straggler_gives_up_its_place_when_its_time_is_over() -> None:
@@ -332,8 +341,8 @@ def test_a_silent_node_delays_only_the_first_round(tmp_path: Path) -> None:
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1, introduction_s=0.5)
     with LocalGrid(app, {"silent": {"name": "silent"}, "ct": {"name": "ct"}}, run_config={}, workers=2) as grid:
         Federation(grid, small_study(rounds=2), config).run()
-    assert rows(tmp_path)[0]["sites"]["silent"]["status"] == "absent"
-    assert [row["sites"]["ct"]["status"] for row in rows(tmp_path)] == ["ok", "ok"]
+    assert metric_rows(tmp_path)[0]["sites"]["silent"]["status"] == "absent"
+    assert [row["sites"]["ct"]["status"] for row in metric_rows(tmp_path)] == ["ok", "ok"]
 
 
 def test_an_update_of_zeros_is_welcome(tmp_path: Path) -> None:
@@ -356,8 +365,8 @@ def test_a_site_past_the_deadline_is_absent_and_the_round_goes_on(tmp_path: Path
         federate(tmp_path, [xray(answer=hang), ct()], small_study(rounds=1), deadline_s=1.0, workers=2)
     finally:
         release.set()
-    assert rows(tmp_path)[0]["sites"]["xray"]["status"] == "absent"
-    assert rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"
+    assert metric_rows(tmp_path)[0]["sites"]["xray"]["status"] == "absent"
+    assert metric_rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"
 
 
 def test_too_few_replies_end_the_run_with_what_was_finished_saved(tmp_path: Path) -> None:
@@ -368,7 +377,7 @@ def test_too_few_replies_end_the_run_with_what_was_finished_saved(tmp_path: Path
     with pytest.raises(RoundError, match=r"(?s)round 2 could not be completed: 1 of at least 2.*xray: error failed"):
         federate(tmp_path, sites, min_replies=2)
     assert RunFolder(tmp_path).checkpoint_of(1).is_dir()
-    assert [row["round"] for row in rows(tmp_path)] == [1]
+    assert [row["round"] for row in metric_rows(tmp_path)] == [1]
     state = federate(tmp_path, [xray(), ct()], min_replies=2, resume=True)
     assert state.round == 2
 
@@ -402,7 +411,7 @@ def test_resumed_run_ends_bit_identical_to_an_unbroken_one(tmp_path: Path, cut: 
     assert resumed.round == 3
     for ours, theirs in ((resumed.student, unbroken.student), (resumed.teacher, unbroken.teacher)):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [row["round"] for row in rows(tmp_path / "b")] == [1, 2, 3]
+    assert [row["round"] for row in metric_rows(tmp_path / "b")] == [1, 2, 3]
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:

@@ -192,13 +192,27 @@ def test_in_int8_a_resumed_run_ends_bit_identical_and_a_site_with_a_new_disk_goe
     for copy in ("killed", "new-disk"):
         shutil.copytree(out, tmp_path / copy)
         shutil.rmtree(tmp_path / copy / "checkpoints" / "round-0003")
-    shutil.rmtree(tmp_path / "new-disk" / "sites" / "ct-site" / "state" / "studies")
+    shutil.rmtree(tmp_path / "new-disk" / "sites" / "ct-site" / "state" / "runs")
     for copy in ("killed", "new-disk"):
         assert run(config, tmp_path / copy, "--resume") == 0
         assert {site["status"] for site in rows(tmp_path / copy)[2]["sites"].values()} == {"ok"}
     last = Path("checkpoints") / "round-0003"
     assert same_weights(tmp_path / "killed" / last, out / last)
     assert rows(tmp_path / "new-disk")[2]["sites"]["ct-site"]["bytes_down"] == steps + 2 * whole
+
+
+def test_sites_tied_to_a_student_train_and_resume_to_the_same_bits(tmp_path: Path, hospitals: Path) -> None:
+    """FedProx and FedEMA at sites of every kind; the second round once whole, once asked again after a crash."""
+    local = {"proximal": 0.1, "divergence_scale": 0.6}
+    config, out, again = simulation(tmp_path, hospitals, overrides={"local": local}), tmp_path / "out", tmp_path / "b"
+    assert run(config, out) == 0
+    told = [[site["diagnostics"] for site in row["sites"].values()] for row in rows(out)]
+    assert [[figures["own_share"] for figures in one] for one in told] == [[0.0] * 3, [pytest.approx(0.6)] * 3]
+    assert all(figures["global_distance"] > 0 for one in told for figures in one)
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "checkpoints" / "round-0002")
+    assert run(config, again, "--resume") == 0
+    assert same_weights(again / "checkpoints" / "round-0002", out / "checkpoints" / "round-0002")
 
 
 def test_the_run_goes_on_without_sites_that_cannot_take_part(

@@ -1,15 +1,19 @@
 """A site's part of a round: which scans a batch holds, which teacher the round begins with, what a small site does."""
 
+import errno
+import gc
 import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +25,9 @@ from client.pictures import write_png
 from client.site import Site
 from client.site_config import DataSource, SiteConfig
 from client.site_state import Remembered, SiteState
-from client.trainer import BATCH_TRIES, _round_student, _round_teacher, run_round
-from tests.federation import small_study
-from unimiss_core import progress
+from client.trainer import BATCH_TRIES, _round_student, _round_teacher, _take_step, run_round
+from tests.federation import RUN, small_study
+from unimiss_core import durable, progress
 from unimiss_core.errors import NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.network import build_network, tensors_of
@@ -68,7 +72,15 @@ STUDY = small_study(3, batch={"images": 5})
 def request_of(round: int, *, study: StudyConfig = STUDY, fill: float = 1.0, **changes: object) -> TrainRequest:
     student = {"shared.a": torch.full((2, 3), fill), "image.b": torch.full((4,), fill)}
     return TrainRequest(
-        **{"study": study, "round": round, "student": student, "teacher": None, "teacher_retention": {}, **changes}
+        **{
+            "study": study,
+            "run": RUN,
+            "round": round,
+            "student": student,
+            "teacher": None,
+            "teacher_retention": {},
+            **changes,
+        }
     )
 
 
@@ -123,7 +135,9 @@ def test_a_student_is_rebuilt_from_the_one_before_and_its_step() -> None:
     assert all(torch.equal(student[name], before[name] + 1.0) for name in before)
 
 
-def site_with_pictures(folder: Path, study: StudyConfig, pictures: int = 2, **settings: object) -> Site:
+def site_with_pictures(
+    folder: Path, study: StudyConfig, pictures: int = 2, *, run: str = RUN, **settings: object
+) -> Site:
     scans = folder / "scans"
     scans.mkdir(parents=True, exist_ok=True)
     for number in range(pictures):
@@ -136,7 +150,7 @@ def site_with_pictures(folder: Path, study: StudyConfig, pictures: int = 2, **se
         "devices": "cpu",
         **settings,
     }
-    return Site(SiteConfig.model_validate(raw), study)
+    return Site(SiteConfig.model_validate(raw), study, run)
 
 
 def first_round(study: StudyConfig, *, seed: int = 0) -> TrainRequest:
@@ -218,14 +232,14 @@ def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical
     reply, steps = steps_taken(site, first_round(LONG))
     assert steps == [5, 6]
     assert_same_reply(reply, unbroken)
-    kept = [path.name for path in (tmp_path / "b" / "state" / "studies").rglob("*.safetensors")]
+    kept = [path.name for path in (tmp_path / "b" / "state" / "runs").rglob("*.safetensors")]
     assert kept == ["round-0001.safetensors"]
 
 
 def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(tmp_path: Path) -> None:
     site = site_with_pictures(tmp_path, LONG, 3, checkpoint_minutes=0)
     killed(site, first_round(LONG))
-    (unfinished,) = (tmp_path / "state" / "studies").rglob("unfinished.safetensors")
+    (unfinished,) = (tmp_path / "state" / "runs").rglob("unfinished.safetensors")
     saved = unfinished.read_bytes()
     assert steps_taken(site, first_round(LONG, seed=1))[1] == [1, 2, 3, 4, 5, 6]
     unfinished.write_bytes(saved[:-100])
@@ -255,6 +269,23 @@ def test_a_site_with_time_between_checkpoints_writes_none_of_a_short_round(
     run_round(site_with_pictures(tmp_path, LONG, 3), first_round(LONG))
 
 
+def test_a_disk_without_room_for_a_checkpoint_on_the_way_does_not_cost_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
+    write = durable.write_bytes
+
+    def nearly_full(path: Path, payload: bytes) -> None:
+        if path.stem == "unfinished":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, payload)
+
+    monkeypatch.setattr(durable, "write_bytes", nearly_full)
+    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
+    assert_same_reply(run_round(site, first_round(LONG)), expected)
+    assert "No space left on device; make room" in caplog.text
+
+
 # -- NaN and infinity --------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +309,32 @@ def test_a_batch_that_gives_nan_is_skipped_and_told(tmp_path: Path, monkeypatch:
     reply = run_round(site, first_round(LONG))
     assert (expected.diagnostics["skipped_batches"], reply.diagnostics["skipped_batches"]) == (0, 2)
     assert_same_reply(replace(reply, diagnostics={}), replace(expected, diagnostics={}))
+
+
+def test_a_skipped_batch_keeps_no_memory() -> None:
+    """An error keeps what its step held, gradients of a whole network; a card may have no room for them twice."""
+    errors: list[weakref.ref[NonFiniteLossError]] = []
+
+    class Learner:
+        def step(self, *_: torch.Tensor, step: int, **__: float) -> int:
+            if len(errors) < 2:
+                assert not any(error() for error in errors)
+                error = NonFiniteLossError("nan")
+                errors.append(weakref.ref(error))
+                try:
+                    raise error
+                finally:
+                    del error  # or this frame would keep it
+            return step
+
+    batch = Batch(torch.zeros(1), 1.0)
+    batches = SimpleNamespace(draw=lambda *_: batch)
+    gc.disable()
+    try:
+        assert _take_step(Learner(), batches, 7, batch) == (7, 2)  # type: ignore[arg-type, comparison-overlap]
+        assert [error() for error in errors] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_site_whose_every_batch_gives_nan_refuses_the_round_and_remembers_nothing(

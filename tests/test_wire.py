@@ -10,13 +10,13 @@ import torch
 from flwr.app import Array, ConfigRecord, RecordDict
 
 from client.app import REASONS as SITE_REASONS
-from tests.federation import layout_for, random_tensors, small_study, whole_layout
+from tests.federation import RUN, layout_for, random_tensors, small_study, whole_layout
 from unimiss_core.codec import num_bytes as num_bytes_of
 from unimiss_core.codec import released
 from unimiss_core.errors import WireError
 from unimiss_core.groups import Group
 from unimiss_core.reasons import REASONS
-from unimiss_core.wire import PROTOCOL, Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes
+from unimiss_core.wire import PROTOCOL, Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes, run_of
 
 ROOT = Path(__file__).parents[1]
 STUDY = small_study(wire={"dtype": "fp32"})
@@ -26,6 +26,7 @@ RETENTION: dict[Group, float] = {"shared": 0.9, "2d": 0.9, "3d": 1.0, "head": 0.
 def reply(layout=None) -> TrainReply:  # type: ignore[no-untyped-def]
     return TrainReply(
         site="north",
+        run=RUN,
         round=3,
         study_digest=STUDY.digest(),
         update=random_tensors(layout or whole_layout(), 5),
@@ -49,7 +50,7 @@ def refused(content: RecordDict, layout=None) -> str:  # type: ignore[no-untyped
 
 
 def test_hello_and_introduction_round_trip() -> None:
-    assert Hello.unpack(Hello(STUDY).pack()).study == STUDY
+    assert Hello.unpack(Hello(STUDY, RUN).pack()) == Hello(STUDY, RUN)
     introduction = Introduction("north", {2: 5, 3: 0})
     assert Introduction.unpack(introduction.pack()) == introduction
     assert introduction.ranks == frozenset({2})
@@ -59,9 +60,9 @@ def test_hello_and_introduction_round_trip() -> None:
 def test_request_round_trip(with_teacher: bool) -> None:
     layout = layout_for(frozenset({2}))
     student, teacher = random_tensors(layout, 0), random_tensors(layout, 1)
-    sent = TrainRequest(STUDY, 4, student, teacher if with_teacher else None, RETENTION)
+    sent = TrainRequest(STUDY, RUN, 4, student, teacher if with_teacher else None, RETENTION)
     got = TrainRequest.unpack(sent.pack(layout), layout)
-    assert (got.study, got.round, got.teacher_retention) == (STUDY, 4, RETENTION)
+    assert (got.study, got.run, got.round, got.teacher_retention) == (STUDY, RUN, 4, RETENTION)
     assert all(torch.equal(got.student[name], student[name]) for name in student)
     assert (got.teacher is not None) == with_teacher
 
@@ -70,7 +71,7 @@ def test_request_round_trip(with_teacher: bool) -> None:
 def test_request_of_a_format_that_carries_over_holds_exact_tensors_or_a_step(with_step: bool) -> None:
     layout, study = layout_for(frozenset({2})), small_study(wire={"dtype": "int8"})
     student, teacher = random_tensors(layout, 0), random_tensors(layout, 1)
-    sent = TrainRequest(study, 4, None if with_step else student, None if with_step else teacher, RETENTION)
+    sent = TrainRequest(study, RUN, 4, None if with_step else student, None if with_step else teacher, RETENTION)
     sent = dataclasses.replace(sent, student_step=student if with_step else None)
     content = sent.pack(layout)
     got = TrainRequest.unpack(content, layout)
@@ -89,8 +90,8 @@ def test_a_request_holds_either_a_student_or_its_step() -> None:
     layout, study = layout_for(frozenset({2})), small_study(wire={"dtype": "int8"})
     student = random_tensors(layout, 0)
     for request in (
-        TrainRequest(study, 4, None, None, RETENTION),
-        TrainRequest(study, 4, student, None, RETENTION, student_step=student),
+        TrainRequest(study, RUN, 4, None, None, RETENTION),
+        TrainRequest(study, RUN, 4, student, None, RETENTION, student_step=student),
     ):
         with pytest.raises(WireError, match="either a student or its step"):
             TrainRequest.unpack(request.pack(layout), layout)
@@ -169,6 +170,24 @@ def test_a_name_that_could_forge_a_line_or_a_path_is_refused() -> None:
             Introduction.unpack(Introduction(name, {2: 1, 3: 0}).pack())
 
 
+@pytest.mark.parametrize(
+    "run", ["", "0123456789ABCDEF", "../../../secrets1", "0123456789abcde", "0123456789abcdef0", 7]
+)
+def test_a_run_whose_name_could_be_a_path_is_refused_by_both(run: object) -> None:
+    """It becomes a folder on the site's disk."""
+    layout = layout_for(frozenset({2}))
+    request = TrainRequest(STUDY, RUN, 1, random_tensors(layout, 0), None, RETENTION).pack(layout)
+    assert run_of(request) == RUN
+    forged = with_facts(request, run=run)
+    with pytest.raises(WireError, match="run"):
+        run_of(forged)
+    with pytest.raises(WireError, match="run"):
+        TrainRequest.unpack(forged, layout)
+    with pytest.raises(WireError, match="run"):
+        Hello.unpack(with_facts(Hello(STUDY, RUN).pack(), run=run))
+    assert refused(with_facts(reply().pack(whole_layout(), "fp32"), run=run)) == "malformed"
+
+
 def test_every_reason_that_the_program_gives_is_one_of_the_fixed_set() -> None:
     sources = [path for package in ("unimiss_core", "client", "server") for path in (ROOT / package).glob("*.py")]
     given = {reason for path in sources for reason in re.findall(r'WireError\(\s*"(\w+)"', path.read_text())}
@@ -189,4 +208,4 @@ def test_a_student_that_is_not_finite_is_refused_by_the_site() -> None:
     student = random_tensors(layout, 0)
     next(iter(student.values())).view(-1)[0] = float("inf")
     with pytest.raises(WireError, match="not a finite number"):
-        TrainRequest.unpack(TrainRequest(STUDY, 1, student, None, RETENTION).pack(layout), layout)
+        TrainRequest.unpack(TrainRequest(STUDY, RUN, 1, student, None, RETENTION).pack(layout), layout)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.wire import GOALS, SITES, Updates, block_errors, traffic
-from tests.federation import StubSite, layout_for, random_tensors, reply_with, small_study
+from tests.federation import RUN, StubSite, layout_for, random_tensors, reply_with, small_study
 from unimiss_core.codec import TensorSpec
 from unimiss_core.formats import BLOCK
 from unimiss_core.study import ModelConfig
@@ -19,8 +19,8 @@ def test_traffic_is_what_messages_weigh(kind: str, dtype: str) -> None:
     layout = layout_for(SITES[kind])
     tensors = random_tensors(layout, 0)
     by_step = {"student": None, "student_step": tensors} if dtype == "int8" else {"student": tensors}
-    request = TrainRequest(study=study, round=3, teacher=None, teacher_retention={}, **by_step)
-    first = TrainRequest(study=study, round=3, student=tensors, teacher=tensors, teacher_retention={})
+    request = TrainRequest(study=study, run=RUN, round=3, teacher=None, teacher_retention={}, **by_step)
+    first = TrainRequest(study=study, run=RUN, round=3, student=tensors, teacher=tensors, teacher_retention={})
     reply = reply_with(tensors, request, StubSite("a", dict.fromkeys(SITES[kind], 4)))
     counted = traffic(study.model, SITES[kind], dtype)
     assert counted.down == num_bytes(request.pack(layout))

@@ -26,6 +26,9 @@ NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
+RUN = r"[0-9a-f]{16}"
+"""What a run of a study is called: drawn at random by its coordinator; it goes into paths too."""
+
 # PyYAML follows YAML 1.1, where an exponent needs a dot and a sign: 1e-4 is text there.
 _TEXT_THAT_LOOKS_LIKE_A_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
 

@@ -11,12 +11,19 @@ PARTIAL = ".partial"
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
-    """Replace `path` by `payload`: after a crash it holds the old content or the new, never a mixture."""
+    """Replace `path` by `payload`: after a crash it holds the old content or the new, never a mixture.
+
+    Raises OSError: it holds the old content, and nothing half written takes room.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
     _sync_folder(path.parent)
 

@@ -17,7 +17,7 @@ from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteLossError
 from unimiss_core.execution import PLAIN, Execution, checkpoint_activations_, compile_, uncompile_
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
-from unimiss_core.network import build_network, load_tensors_, tensors_of
+from unimiss_core.network import build_network, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
@@ -37,9 +37,9 @@ _OPTIMISER_KEYS = {"step": "adam_step", "exp_avg": "adam_moment1", "exp_avg_sq":
 class StepReport:
     """What one optimiser step cost and showed.
 
-    terms: the loss terms by name; total: their sum by weight; diagnostics: `grad_norm` before clipping, and by
-    representation the entropy of the teacher's targets and of their mean over the batch, in nats (log K says: no
-    information).
+    terms: the loss terms by name; total: their sum by weight, without FedProx's term; diagnostics: `grad_norm` before
+    clipping, where that term is on `global_distance` (`Learner.stay_near`), and by representation the entropy of the
+    teacher's targets and of their mean over the batch, in nats (log K says: no information).
     """
 
     rank: Rank
@@ -82,6 +82,7 @@ class Learner:
         self.centre = new_centre(names, bottleneck, self.device)
         self._optimiser = _adamw(self.student)
         self._watch = RoundWatch()
+        self._near: Mapping[str, Tensor] = {}
         if execution.activation_checkpointing:
             checkpoint_activations_(self.student.backbone)
         self._compiled = execution.compile
@@ -92,11 +93,26 @@ class Learner:
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Begin from the global student and teacher; centre and optimiser state go on from the last round.
 
-        Raises CheckpointError: names or shapes are not exactly those of this site's networks.
+        Raises CheckpointError: names or shapes are not exactly those of this site's networks; nothing has changed then.
         """
+        check_tensors(self.teacher, teacher)
         load_tensors_(self.student, student)
         load_tensors_(self.teacher, teacher)
         self._watch = RoundWatch()
+
+    def stay_near(self, received: Mapping[str, Tensor]) -> None:
+        """From here on FedProx's term pulls towards `received`, the global student, wherever the round starts from.
+
+        Li et al. 2020 (arXiv:1812.06127), eq. 2: a site lowers F(w) + mu/2 ||w - w_received||^2, mu being the study's
+        `local.proximal`; with mu = 0 nothing is kept and nothing computed. So mu (w - w_received) joins the gradient
+        of F once a step, when that is final: summed over parts and team, before the clipping per tensor and AdamW,
+        which hold for the sum. A tensor's pull can thus crowd out F's gradient but never exceed the clip; and as
+        AdamW takes steps of about the rate's size, mu weighs the pull against F, not the length of a step. What a step
+        does not train (3D tensors in a 2D step, frozen prototypes) has no gradient, hence no pull, and keeps its
+        moments. `received` is kept, not copied; a learner that was given none, outside a federation, has no such term.
+        """
+        if self.study.local.proximal > 0:
+            self._near = {name: tensor.to(self.device) for name, tensor in received.items()}
 
     def round_diagnostics(self) -> dict[str, float]:
         """Collapse figures over the round's steps so far (`unimiss_core.collapse.RoundWatch.figures`).
@@ -120,7 +136,8 @@ class Learner:
         if step < self.study.optimiser.freeze_prototypes_steps:
             self.student.get_parameter(_PROTOTYPES).grad = None
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-        report, norms = _report(rank, gathered, torch.stack(torch._foreach_norm(grads)))
+        distance = self._pull_back_()
+        report, norms = _report(rank, gathered, torch.stack(torch._foreach_norm(grads)), distance)
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
             self._optimiser.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
@@ -280,6 +297,15 @@ class Learner:
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
         self.team.sum_([*grads, *_tensors_in(loss)])
 
+    def _pull_back_(self) -> dict[str, Tensor]:
+        """Add FedProx's gradient; `global_distance`, the norm of w - w_received over what this step trains."""
+        if not self._near:
+            return {}
+        trained = [(name, p, p.grad) for name, p in self.student.named_parameters() if p.grad is not None]
+        apart = torch._foreach_sub([p.detach() for _, p, _ in trained], [self._near[name] for name, _, _ in trained])
+        torch._foreach_add_([grad for _, _, grad in trained], apart, alpha=self.study.local.proximal)
+        return {"global_distance": torch.linalg.vector_norm(torch.stack(torch._foreach_norm(apart)))}
+
     def _set_rates(self, step: int) -> None:
         for group in self._optimiser.param_groups:
             group["lr"] = learning_rate(self.study, step)
@@ -363,9 +389,9 @@ def _tensors_in(loss: Loss) -> list[Tensor]:
     return [*loss.terms.values(), loss.total, *observed]
 
 
-def _report(rank: Rank, loss: Loss, norms: Tensor) -> tuple[StepReport, list[float]]:
+def _report(rank: Rank, loss: Loss, norms: Tensor, distance: Mapping[str, Tensor]) -> tuple[StepReport, list[float]]:
     """The report, and the norm of each gradient: all scalars in one transfer, the step's one wait for the device."""
-    diagnostics = {"grad_norm": torch.linalg.vector_norm(norms)}
+    diagnostics = {"grad_norm": torch.linalg.vector_norm(norms), **distance}
     for name, observed in loss.observed.items():
         diagnostics[f"target_entropy_{name}"] = observed.target_entropy
         diagnostics[f"mean_target_entropy_{name}"] = torch.special.entr(observed.target).sum()

@@ -86,6 +86,14 @@ def load_tensors_(network: Network, tensors: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointError: a name too many or too few, or another shape; the network is then unchanged.
     """
+    check_tensors(network, tensors)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def check_tensors(network: Network, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError: a name too many or too few, or another shape than the network's."""
     own = dict(network.named_parameters())
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
@@ -97,9 +105,6 @@ def load_tensors_(network: Network, tensors: Mapping[str, Tensor]) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"tensors do not fit the model: {'; '.join(problems[:5])}{more}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
 
 
 def _initialise_(network: Network, seed: int) -> None:

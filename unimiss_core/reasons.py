@@ -15,6 +15,10 @@ REASONS: dict[str, str] = {
     # the coordinator says so
     "no_introduction": "the site did not say in time who it is",
     "no_reply": "no reply came before the deadline",
+    "busy": "the site is still at work on an earlier round; its update counts when it comes",
+    "discounted": "the site's update for an earlier round came late and counted with less weight, as the study says",
+    "set_aside": "the site failed in several rounds in a row; it is asked again later",
+    "not_registered": "the coordinator file does not name the site, or names it with another key",
     "name_taken": "another connected site goes by the same name",
     "protocol": "the site speaks another version of the protocol",
     "malformed": "the reply is not of the agreed form",
@@ -23,6 +27,7 @@ REASONS: dict[str, str] = {
     "wrong_size": "the reply holds more or fewer values than the model",
     "wrong_site": "the reply names another site than was asked",
     "wrong_study": "the reply was trained for another study",
+    "wrong_run": "the reply was trained in another run of the study",
     "stale_round": "the reply is for another round",
     "counts": "the reply claims a number of scans that it may not",
     "steps": "the reply claims another number of steps than the study asks",

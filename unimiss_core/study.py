@@ -236,6 +236,16 @@ class BatchConfig(Config):
         return self.images if rank == 2 else self.volumes
 
 
+class LocalConfig(Config):
+    """What ties a site's training to the federation's student, or to its own of before; see docs/federation.md."""
+
+    proximal: NonNegative = 0.0
+    """mu of FedProx: mu/2 ||w - w_received||^2 is added to what each step lowers; 0 turns it off."""
+    divergence_scale: Annotated[float, Field(gt=0, le=1)] | None = None
+    """tau of FedEMA (published: 0.7): a site that comes back starts from a mixture of the received student and its own
+    of the round before; tau is its own's share the first time. None starts from the received one alone."""
+
+
 class AggregationConfig(Config):
     """How the coordinator joins updates; see `server.aggregation`."""
 
@@ -246,6 +256,12 @@ class AggregationConfig(Config):
     """A site that claims more is refused: under `sqrt` and `scans` a claim is a weight."""
     max_update_norm: Annotated[float, Field(gt=0)] = 1e3
     """An update with a larger L2 norm is refused."""
+    max_size_ratio: Annotated[float, Field(gt=1)] | None = 10.0
+    """An update whose values have a root mean square of more than this many times the median of the updates that
+    counted in the last three rounds is refused; None asks nothing."""
+    late_weight: Fraction = 0.0
+    """An update that comes after its round was closed counts in a later one, with this share of its weight for each
+    round of delay (Xie, Koyejo, Gupta 2019, "Asynchronous federated optimization"); 0 drops it."""
 
 
 class WireConfig(Config):
@@ -267,6 +283,8 @@ class StudyConfig(Config):
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
+    local: Annotated[LocalConfig, Field(exclude_if=lambda local: local == LocalConfig())] = LocalConfig()
+    """Not written out where all of it is off, so that older studies keep their digests."""
     aggregation: AggregationConfig = AggregationConfig()
     wire: WireConfig = WireConfig()
 

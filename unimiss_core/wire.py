@@ -1,7 +1,7 @@
 """Everything that crosses between coordinator and site, and nothing else: three messages, each packs itself.
 
     coordinator                                     site
-        Hello(study)                  ──query──▶
+        Hello(study, run)             ──query──▶
                                       ◀─────────    Introduction(site, ranks, scans)
         TrainRequest(student, ...)    ──train──▶
                                       ◀─────────    TrainReply(update, ...)  or  Refusal(reason)
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unimiss_core import codec
 from unimiss_core.codec import Layout
-from unimiss_core.config import NAME, parse
+from unimiss_core.config import NAME, RUN, parse
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import GROUPS, Group
@@ -30,7 +30,7 @@ from unimiss_core.reasons import REASONS
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 FIGURE_NAME = r"[a-z0-9_]{1,64}"
 FIGURES_LIMIT = 16_384
@@ -44,16 +44,18 @@ EXACT = "fp32"
 
 @dataclass(frozen=True)
 class Hello:
-    """Coordinator to site: this is the study; who are you?"""
+    """Coordinator to site: this is the study, and this run of it; who are you?"""
 
     study: StudyConfig
+    run: str
 
     def pack(self) -> RecordDict:
-        return _content({"study": self.study.canonical()})
+        return _content({"study": self.study.canonical(), "run": self.run})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> Self:
-        return cls(study=_study(_facts(content)))
+        facts = _facts(content)
+        return cls(study=_study(facts), run=_run(facts))
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Introduction:
 class TrainRequest:
     """Coordinator to site: train this round from this student. Tensors are those of the groups that the site trains.
 
+    run: which run of the study; what a site remembers is of one run.
     student: the released student; None where the site can rebuild it from `student_step`.
     teacher: the global teacher's; None where the site can rebuild it from what it received in the round before
         (in round 1 it is the student).
@@ -93,6 +96,7 @@ class TrainRequest:
     """
 
     study: StudyConfig
+    run: str
     round: int
     student: Mapping[str, Tensor] | None
     teacher: Mapping[str, Tensor] | None
@@ -102,6 +106,7 @@ class TrainRequest:
     def pack(self, layout: Layout) -> RecordDict:
         facts = {
             "study": self.study.canonical(),
+            "run": self.run,
             "round": self.round,
             "teacher_retention": json.dumps(dict(self.teacher_retention), sort_keys=True),
         }
@@ -130,6 +135,7 @@ class TrainRequest:
             raise WireError("not_finite", "student or teacher holds a value that is not a finite number")
         return cls(
             study=study,
+            run=_run(facts),
             round=_take(facts, "round", int),
             student=held.get("student"),
             teacher=held.get("teacher"),
@@ -144,11 +150,13 @@ class TrainReply:
 
     update: trained minus received, for the groups that the site trained.
     steps: optimiser steps of each rank in this round; losses: mean of each loss term over the round;
-    diagnostics: means over the round of collapse indicators and of the gradient's norm, and how many batches were
-    skipped for NaN or infinity. Nothing else leaves the site.
+    diagnostics: means over the round of collapse indicators, of the gradient's norm and, under FedProx, of the distance
+    to the received student; under FedEMA the site's own share of its start; how many batches were skipped for NaN or
+    infinity. Nothing else leaves the site.
     """
 
     site: str
+    run: str
     round: int
     study_digest: str
     update: Mapping[str, Tensor]
@@ -162,6 +170,7 @@ class TrainReply:
         facts = {
             "status": "ok",
             "site": self.site,
+            "run": self.run,
             "round": self.round,
             "study_digest": self.study_digest,
             "steps": self.steps,
@@ -180,6 +189,7 @@ class TrainReply:
             raise WireError("malformed", "'seconds' should be a finite number of at least 0")
         return cls(
             site=_take(facts, "site", str),
+            run=_run(facts),
             round=_take(facts, "round", int),
             study_digest=_take(facts, "study_digest", str),
             update=_tensors(content, "update", layout, dtype),
@@ -212,6 +222,11 @@ class Refusal:
 def study_of(content: RecordDict) -> StudyConfig:
     """The study that a request names: what a site checks before it looks at anything else."""
     return _study(_facts(content))
+
+
+def run_of(content: RecordDict) -> str:
+    """The run that a request is of: whose memory a site opens."""
+    return _run(_facts(content))
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -254,6 +269,12 @@ def _study(facts: Mapping[str, Any]) -> StudyConfig:
         return parse(StudyConfig, json.loads(_take(facts, "study", str)), where="study")
     except (ConfigError, ValueError):
         raise WireError("study", "the message holds no study that this version understands") from None
+
+
+def _run(facts: Mapping[str, Any]) -> str:
+    if not re.fullmatch(RUN, run := _take(facts, "run", str)):
+        raise WireError("malformed", "the run's id is not of the agreed form")
+    return run
 
 
 def _count_facts(scans: Mapping[Rank, int]) -> dict[str, int]:

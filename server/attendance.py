@@ -1,0 +1,76 @@
+"""What the coordinator remembers of sites from round to round: who failed how often, and how large updates were.
+
+An update's size is the root mean square of its values.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SIZE_ROUNDS = 3
+"""Rounds whose updates say how large an update is."""
+LEAST_SIZES = 3
+"""Updates that must have counted in them before they say anything."""
+LONGEST_PAUSE = 16
+"""Most rounds between two tries of a site that keeps failing."""
+
+
+@dataclass(frozen=True)
+class Failures:
+    """How often in a row a site failed, and in which round last."""
+
+    in_a_row: int
+    last_round: int
+
+
+@dataclass
+class Attendance:
+    """failures: by site, of those whose last try failed. sizes: of the updates that counted, by round."""
+
+    failures: dict[str, Failures] = field(default_factory=dict)
+    sizes: dict[int, list[float]] = field(default_factory=dict)
+
+    def note(self, site: str, round: int, *, counted: bool) -> None:
+        """A site that was asked in `round` counted, or did not."""
+        before = self.failures.pop(site, Failures(0, 0))
+        if not counted:
+            again = before.last_round == round  # a round that is tried again is one round
+            self.failures[site] = before if again else Failures(before.in_a_row + 1, round)
+
+    def is_set_aside(self, site: str, round: int, after: int) -> bool:
+        """Whether a site that failed `after` times in a row, or more often, is to be left out of `round`."""
+        failed = self.failures.get(site)
+        if failed is None or failed.in_a_row < after:
+            return False
+        pause: int = min(2 ** (failed.in_a_row - after), LONGEST_PAUSE)
+        return round <= failed.last_round + pause
+
+    def note_sizes(self, round: int, sizes: Sequence[float]) -> None:
+        """Updates of these sizes counted in `round`; what is too old to matter is forgotten."""
+        self.sizes[round] = list(sizes)
+        for old in [earlier for earlier in self.sizes if earlier <= round - SIZE_ROUNDS]:
+            del self.sizes[old]
+
+    def usual_size(self, round: int) -> float | None:
+        """The median size of updates that counted before `round`; None where too few have to tell.
+
+        Those of `round` itself do not matter, so that the order in which they arrive does not.
+        """
+        sizes = [size for earlier, found in self.sizes.items() if earlier < round for size in found]
+        return statistics.median(sizes) if len(sizes) >= LEAST_SIZES else None
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "failures": {site: [failed.in_a_row, failed.last_round] for site, failed in self.failures.items()},
+            "sizes": {str(round): sorted(sizes) for round, sizes in self.sizes.items()},
+        }
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Attendance":
+        """From `facts`."""
+        return cls(
+            {site: Failures(*numbers) for site, numbers in facts["failures"].items()},
+            {int(round): list(sizes) for round, sizes in facts["sizes"].items()},
+        )

@@ -1,0 +1,174 @@
+"""One round: sites are asked, and their updates checked and folded in as they arrive."""
+
+import logging
+
+from flwr.app import Message
+from torch import Tensor
+
+from server.admission import admit
+from server.coordinator_config import CoordinatorConfig
+from server.exchange import Asked, Exchange, content_of, status_of
+from server.global_state import GlobalState
+from server.requests import Requests
+from server.roster import Roster
+from server.round_sum import RoundSum, layout_for
+from server.site_round import SiteRound
+from unimiss_core import progress
+from unimiss_core.codec import Layout
+from unimiss_core.collapse import signs_of_collapse
+from unimiss_core.errors import RoundError, WireError
+from unimiss_core.study import StudyConfig
+from unimiss_core.wire import Introduction, TrainReply, num_bytes
+
+log = logging.getLogger(__name__)
+
+
+class OneRound:
+    """A try of the round after `state`.
+
+    lines: each site's line in the round's metrics; one that has a reason from the start is not asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        study: StudyConfig,
+        run: str,
+        config: CoordinatorConfig,
+        layout: Layout,
+        roster: Roster,
+        exchange: Exchange,
+        state: GlobalState,
+    ) -> None:
+        self._study = study
+        self._run = run
+        self._digest = study.digest()
+        self._config = config
+        self._layout = layout
+        self._roster = roster
+        self._exchange = exchange
+        self._state = state
+        self._round = state.round + 1
+        self._requests = Requests(study, run, layout, state)
+        self._total = RoundSum(study, layout)
+        self._taught: dict[str, int] = {}
+        self._sizes: list[float] = []
+        exchange.begin(self._round)
+        self.lines = dict(roster.unfit) | self._lines_of_sites()
+
+    def run(self) -> tuple[GlobalState, dict[str, Tensor]]:
+        """(state after the round, what was added to the student).
+
+        Raises RoundError: too few updates count. Then only `state.attendance` has changed: who failed is remembered.
+        """
+        self._ask_all()
+        for asked, reply in self._exchange:
+            self._hear(asked, reply)
+        for name, line in self.lines.items():
+            if line.bytes_down or line.status == "late":
+                self._state.attendance.note(name, self._round, counted=line.status in ("ok", "late"))
+        self._require_quorum()
+        after, step = self._total.applied_to(self._state, self._round)
+        after.taught = self._state.taught | self._taught
+        after.attendance.note_sizes(self._round, self._sizes)
+        return after, step
+
+    def _lines_of_sites(self) -> dict[str, SiteRound]:
+        """Not asked: sites still at work on an earlier round, and those that keep failing, if there are others."""
+        lines = {site.site: SiteRound(left_out=site.left_out) for site in self._roster.sites.values()}
+        for node_id in self._exchange.busy & self._roster.sites.keys():
+            lines[self._roster.sites[node_id].site].reason = "busy"
+        free = [name for name, line in lines.items() if not line.reason]
+        attendance, after = self._state.attendance, self._config.set_aside_after
+        aside = [name for name in free if attendance.is_set_aside(name, self._round, after)]
+        if len(free) - len(aside) >= self._config.min_replies:
+            for name in aside:
+                lines[name].reason = "set_aside"
+        return lines
+
+    def _ask_all(self) -> None:
+        progress.report(progress.RoundStarted(self._round, self._study.schedule.rounds, tuple(self.lines)))
+        for name, line in self.lines.items():
+            if line.reason:
+                self._tell(name, line)
+        for node_id, site in self._roster.sites.items():
+            if not self.lines[site.site].reason:
+                self._ask(node_id, site)
+
+    def _ask(self, node_id: int, site: Introduction) -> None:
+        content = self._requests.for_site(site)
+        self.lines[site.site].bytes_down += num_bytes(content)
+        self._exchange.ask(node_id, content)
+
+    def _hear(self, asked: Asked, reply: Message) -> None:
+        """Fold the reply in where it may count; say in its site's line what became of it."""
+        site = self._roster.sites.get(asked.node_id)
+        if site is None:  # it left after it was asked, in an earlier round
+            return
+        line = self.lines[site.site]
+        try:
+            answer = self._admitted(reply, site, asked.round, line)
+        except WireError as error:
+            if error.reason == "needs_whole" and asked.round == self._round and self._requests.holds_last(site):
+                # It lost what it remembered. Once more, with whole tensors: no round is lost to a new disk.
+                self._requests.note_loss(site)
+                self._ask(asked.node_id, site)
+                return
+            line.status, line.reason = status_of(error.reason), error.reason
+            log.warning("round=%d site=%s %s: %s", self._round, site.site, line.status, error)
+            self._roster.ask_again(asked.node_id)
+        else:
+            self._count(answer, line)
+        self._tell(site.site, line)
+
+    def _admitted(self, reply: Message, site: Introduction, round: int, line: SiteRound) -> TrainReply:
+        """The reply to the request of `round`, if it may count; `line` then says what it held. Raises WireError."""
+        content = content_of(reply)
+        line.bytes_up += num_bytes(content)
+        try:
+            answer = TrainReply.unpack(content, layout_for(site.ranks, self._layout), self._study.wire.dtype)
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+            raise WireError("malformed", "the reply cannot be read") from None
+        size = admit(
+            answer,
+            asked=site,
+            run=self._run,
+            round=round,
+            study=self._study,
+            study_digest=self._digest,
+            usual_size=self._state.attendance.usual_size(self._round),
+        )
+        self._roster.registration.check_counts(answer)
+        self._sizes.append(size)
+        line.describe(answer)
+        return answer
+
+    def _count(self, answer: TrainReply, line: SiteRound) -> None:
+        delay = self._round - answer.round
+        self._total.fold(answer, share=self._study.aggregation.late_weight**delay)
+        self._taught[answer.site] = answer.round
+        line.status, line.reason = ("late", "discounted") if delay else ("ok", "")
+        self._warn_of_trouble(answer)
+
+    def _tell(self, site: str, line: SiteRound) -> None:
+        progress.report(progress.SiteReplied(self._round, site, line.status, line.reason))
+
+    def _warn_of_trouble(self, answer: TrainReply) -> None:
+        """Of skipped batches; and of collapse, but only after the warm-up: a young network's targets are alike too."""
+        if skipped := answer.diagnostics.get("skipped_batches", 0.0):
+            log.warning("round=%d site=%s skipped_batches=%g", answer.round, answer.site, skipped)
+            progress.report(progress.Note(f"{answer.site}: {skipped:g} batches gave NaN or infinity and were skipped"))
+        if answer.round * self._study.schedule.local_steps <= self._study.optimiser.warmup_steps:
+            return
+        for sign in signs_of_collapse(answer.diagnostics, self._study.model.prototypes):
+            log.warning("round=%d site=%s collapse: %s", answer.round, answer.site, sign)
+            progress.report(progress.Note(f"{answer.site}: {sign}"))
+
+    def _require_quorum(self) -> None:
+        if (counted := sum(line.status == "ok" for line in self.lines.values())) >= self._config.min_replies:
+            return
+        told = "; ".join(f"{name}: {line.status} {line.reason}".rstrip() for name, line in sorted(self.lines.items()))
+        raise RoundError(
+            f"round {self._round} could not be completed: {counted} of at least {self._config.min_replies} updates "
+            f"count ({told}). Mend the sites, then resume; rounds up to {self._round - 1} are saved"
+        )

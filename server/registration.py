@@ -1,0 +1,58 @@
+"""Which sites a run may ask: those that its coordinator file names, told apart by their keys.
+
+A node proves to Flower's SuperLink that it holds the private half of its key; its name alone is a claim.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.proto.node_pb2 import NodeInfo
+
+from server.coordinator_config import RegisteredSite
+from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.scan import RANKS
+from unimiss_core.wire import Introduction, TrainReply
+
+
+class Registration:
+    """The sites that a coordinator file names; where it names none, every node that connects may take part."""
+
+    def __init__(self, sites: Sequence[RegisteredSite]) -> None:
+        """Raises ConfigError: a public key that cannot be read."""
+        self._sites = {site.name: site for site in sites}
+        self._keys = {site.name: _pem(site) for site in sites if site.public_key}
+
+    def may_ask(self, node: NodeInfo) -> bool:
+        """Whether this node may be asked who it is: it has a registered key, or may still name a site without one."""
+        if not self._sites or node.public_key in self._keys.values():
+            return True
+        return any(node.name in ("", name) for name in self._sites.keys() - self._keys.keys())
+
+    def check(self, introduction: Introduction, node: NodeInfo) -> None:
+        """Raises WireError `not_registered`: the site that the node says it is is not named, or has another key."""
+        name = introduction.site
+        if self._sites and (name not in self._sites or self._keys.get(name, node.public_key) != node.public_key):
+            raise WireError("not_registered", "the coordinator file does not name this site with this key")
+
+    def check_counts(self, reply: TrainReply) -> None:
+        """Raises WireError `counts`: the reply claims more scans than the site is registered with."""
+        if (site := self._sites.get(reply.site)) is None:
+            return
+        for rank in RANKS:
+            if (most := site.most_scans(rank)) is not None and reply.scans[rank] > most:
+                raise WireError("counts", f"the reply claims more than the registered {most} scans of rank {rank}")
+
+
+@cache
+def _pem(site: RegisteredSite) -> bytes:
+    """The site's public key as Flower gives a node's."""
+    try:
+        key = load_ssh_public_key((site.public_key or "").encode())
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(
+            f"sites: '{site.name}': public_key is not a public key in OpenSSH's form; give the one line of its .pub "
+            "file, as made by `ssh-keygen -t ecdsa -b 384`"
+        ) from None
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,70 @@
+"""A run's folder: what the run is called, which holds as long as the folder does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from server.run_folder import RunFolder
+from tests.federation import StubSite, good_answer, small_study
+from tests.test_rounds import federate
+from unimiss_core.config import RUN
+from unimiss_core.errors import ConfigError
+from unimiss_core.wire import TrainReply, TrainRequest
+
+
+def site(asked: list[str]) -> StubSite:
+    """It notes the run of every request."""
+
+    def answer(request: TrainRequest, stub: StubSite) -> TrainReply:
+        asked.append(request.run)
+        return good_answer(request, stub)
+
+    return StubSite("a", {2: 3}, answer)
+
+
+def test_every_run_has_a_name_of_its_own(tmp_path: Path) -> None:
+    names = []
+    for number in range(20):
+        folder = RunFolder(tmp_path / str(number))
+        folder.begin(small_study(), resume=False)
+        names.append(folder.run)
+    assert len(set(names)) == 20
+    assert all(re.fullmatch(RUN, name) for name in names)
+
+
+def test_a_resumed_run_keeps_its_name_and_tells_it_in_every_request(tmp_path: Path) -> None:
+    asked: list[str] = []
+    study = small_study(rounds=3)
+    failing = StubSite("a", {2: 3}, lambda *_: 1 / 0)  # type: ignore[arg-type, return-value]
+    federate(tmp_path / "whole", [site(asked)], study)
+    name = RunFolder(tmp_path / "whole").run
+    assert asked == [name] * 3
+    with pytest.raises(Exception, match="round 1 could not be completed"):
+        federate(tmp_path / "cut", [failing], study)
+    begun = RunFolder(tmp_path / "cut").run
+    asked.clear()
+    federate(tmp_path / "cut", [site(asked)], study, resume=True)
+    assert asked == [begun] * 3
+    assert begun == RunFolder(tmp_path / "cut").run != name
+
+
+def test_a_run_that_lost_its_name_goes_on_under_a_new_one(tmp_path: Path) -> None:
+    study, folder = small_study(), RunFolder(tmp_path)
+    federate(tmp_path, [site([])], study)
+    lost = folder.run
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ConfigError, match="does not name the run"):
+        _ = folder.run
+    folder.begin(study, resume=True)
+    assert re.fullmatch(RUN, folder.run)
+    assert folder.run != lost
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", '{"run": 7}', '{"run": "../../x"}', '["run"]', '{"run": "0123'])
+def test_a_damaged_name_is_told_with_the_way_out(tmp_path: Path, damaged: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(small_study(), resume=False)
+    (tmp_path / "run.json").write_text(damaged)
+    with pytest.raises(ConfigError, match=r"run\.json: does not name the run; delete it"):
+        _ = folder.run
