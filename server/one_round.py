@@ -97,8 +97,8 @@ class OneRound:
             if not self.lines[site.site].reason:
                 self._ask(node_id, site)
 
-    def _ask(self, node_id: int, site: Introduction, *, with_teacher: bool = False) -> None:
-        content = self._requests.for_site(site, with_teacher=with_teacher)
+    def _ask(self, node_id: int, site: Introduction) -> None:
+        content = self._requests.for_site(site)
         self.lines[site.site].bytes_down += num_bytes(content)
         self._exchange.ask(node_id, content)
 
@@ -111,9 +111,10 @@ class OneRound:
         try:
             answer = self._admitted(reply, site, asked.round, line)
         except WireError as error:
-            if error.reason == "needs_teacher" and asked.round == self._round and self._requests.holds_teacher(site):
-                # It lost what it remembered. Once more, with the teacher: no round is lost to a new disk.
-                self._ask(asked.node_id, site, with_teacher=True)
+            if error.reason == "needs_whole" and asked.round == self._round and self._requests.holds_last(site):
+                # It lost what it remembered. Once more, with whole tensors: no round is lost to a new disk.
+                self._requests.note_loss(site)
+                self._ask(asked.node_id, site)
                 return
             line.status, line.reason = status_of(error.reason), error.reason
             log.warning("round=%d site=%s %s: %s", self._round, site.site, line.status, error)

@@ -135,7 +135,7 @@ def test_a_process_that_does_not_come_up_is_told_like_any_other(
 @pytest.mark.parametrize(
     ("function", "argument", "told"),
     [
-        (team_members.one_refuses, "needs_teacher", "needs_teacher: in words"),
+        (team_members.one_refuses, "needs_whole", "needs_whole: in words"),
         (team_members.one_fails, "secret", r"process 1 on cpu .*OSError at team_members.py:"),
     ],
 )
@@ -164,9 +164,9 @@ def test_a_state_folder_may_have_any_name_and_nothing_is_written_beside_it(tmp_p
 
 
 def test_what_a_process_refuses_is_refused_here(tmp_path: Path) -> None:
-    with pytest.raises(WireError, match="needs_teacher: in words") as error:
-        run_team(team_members.refuse, ("needs_teacher",), devices=TWO, state=tmp_path)
-    assert error.value.reason == "needs_teacher"
+    with pytest.raises(WireError, match="needs_whole: in words") as error:
+        run_team(team_members.refuse, ("needs_whole",), devices=TWO, state=tmp_path)
+    assert error.value.reason == "needs_whole"
     with pytest.raises(NonFiniteLossError, match="step 3: loss nan"):
         run_team(team_members.refuse, ("",), devices=(CPU,), state=tmp_path)
 

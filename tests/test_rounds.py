@@ -17,7 +17,6 @@ from server.rounds import Federation
 from server.run_folder import RunFolder
 from tests.federation import Answer, StubSite, good_answer, metric_rows, reply_with, small_study, stub_app
 from unimiss_core import checkpoint, progress
-from unimiss_core.codec import released
 from unimiss_core.errors import ConfigError, RoundError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.schedule import teacher_retention
@@ -86,7 +85,7 @@ def test_a_site_can_rebuild_the_teacher_it_is_not_sent(tmp_path: Path) -> None:
         teacher = advance_teacher(
             teacher, request.student, {name: request.teacher_retention[group_of(name)] for name in teacher}
         )
-    last = released(state.student, study.wire.dtype)
+    last = {name: tensor.bfloat16().float() for name, tensor in state.student.items()}
     teacher = advance_teacher(teacher, last, {name: state.retention[group_of(name)] for name in teacher})
     assert all(torch.equal(teacher[name], state.teacher[name]) for name in teacher)
 
@@ -271,7 +270,7 @@ def test_two_nodes_of_one_name_do_not_share_a_line(tmp_path: Path) -> None:
 def test_a_site_that_lost_its_memory_is_sent_the_teacher_in_the_same_round(tmp_path: Path) -> None:
     def forgetful(request: TrainRequest, site: StubSite) -> TrainReply:
         if request.round == 2 and request.teacher is None:
-            raise WireError("needs_teacher", "the disk is new")
+            raise WireError("needs_whole", "the disk is new")
         return good_answer(request, site)
 
     site = ct(answer=forgetful)

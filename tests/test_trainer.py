@@ -25,7 +25,7 @@ from client.pictures import write_png
 from client.site import Site
 from client.site_config import DataSource, SiteConfig
 from client.site_state import Remembered, SiteState
-from client.trainer import BATCH_TRIES, _round_teacher, _take_step, run_round
+from client.trainer import BATCH_TRIES, _round_student, _round_teacher, _take_step, run_round
 from tests.federation import RUN, small_study
 from unimiss_core import durable, progress
 from unimiss_core.errors import NonFiniteLossError, WireError
@@ -90,12 +90,12 @@ def remembered(round: int, **tensors: torch.Tensor) -> Remembered:
 
 def test_a_teacher_that_came_is_the_teacher() -> None:
     teacher = {"shared.a": torch.zeros(2, 3)}
-    assert _round_teacher(request_of(2, teacher=teacher), None) is teacher
+    assert _round_teacher(request_of(2, teacher=teacher), {}, None) is teacher
 
 
 def test_in_round_one_the_student_is_the_teacher() -> None:
-    request = request_of(1)
-    assert _round_teacher(request, None) is request.student
+    student = _round_student(request := request_of(1), None)
+    assert _round_teacher(request, student, None) is student is request.student
 
 
 def test_a_teacher_is_rebuilt_from_the_round_before() -> None:
@@ -104,7 +104,7 @@ def test_a_teacher_is_rebuilt_from_the_round_before() -> None:
     groups = {group_of(name) for name in student}
     untouched = min(groups)
     request = request_of(3, student=student, teacher_retention=dict.fromkeys(groups - {untouched}, 0.9))
-    rebuilt = _round_teacher(request, remembered(2, **before))
+    rebuilt = _round_teacher(request, student, remembered(2, **before))
     assert rebuilt.keys() == student.keys()
     for name, tensor in rebuilt.items():
         if group_of(name) == untouched:
@@ -116,10 +116,23 @@ def test_a_teacher_is_rebuilt_from_the_round_before() -> None:
 @pytest.mark.parametrize(
     "memory", [None, remembered(1, **{"shared.a": torch.ones(2, 3)}), remembered(2, **{"shared.a": torch.ones(2, 3)})]
 )
-def test_a_site_without_the_teacher_asks_for_it(memory: Remembered | None) -> None:
-    with pytest.raises(WireError, match="needs_teacher") as error:
-        _round_teacher(request_of(3), memory)
-    assert error.value.reason == "needs_teacher"
+def test_a_site_without_student_or_teacher_asks_for_them(memory: Remembered | None) -> None:
+    request = request_of(3)
+    with pytest.raises(WireError, match="needs_whole"):
+        _round_teacher(request, request.student, memory)
+    step = replace(request, student=None, student_step=request.student)
+    if memory is not None:
+        memory = replace(memory, tensors={n.replace("teacher", "released"): t for n, t in memory.tensors.items()})
+    with pytest.raises(WireError, match="needs_whole"):
+        _round_student(step, memory)
+
+
+def test_a_student_is_rebuilt_from_the_one_before_and_its_step() -> None:
+    before = {"shared.a": torch.rand(2, 3), "image.b": torch.rand(4)}
+    memory = Remembered(2, {f"released/{name}": tensor for name, tensor in before.items()}, {})
+    request = request_of(3)
+    student = _round_student(replace(request, student=None, student_step=request.student), memory)
+    assert all(torch.equal(student[name], before[name] + 1.0) for name in before)
 
 
 def site_with_pictures(

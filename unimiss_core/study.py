@@ -359,8 +359,11 @@ class AggregationConfig(Config):
 
 
 class WireConfig(Config):
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """What weights and updates travel as."""
+    """In what values travel; see `unimiss_core.formats` and docs/federation.md."""
+
+    dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    """What weights and updates travel as. With int8, what rounding loses is kept and sent with the next update; a site
+    that was away is sent whole weights in fp32."""
 
 
 class StudyConfig(Config):
