@@ -71,15 +71,12 @@ class MicroBatchConfig(Config):
         return self.images if rank == 2 else self.volumes
 
 
-class SiteConfig(Config):
+class SiteTraining(Config):
+    """What a site file and a simulation say alike: a site's name, and how it trains on its own devices; nothing here
+    changes what is learned (docs/training.md)."""
+
     name: Name
     """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
-    data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    state: Path
-    """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
-    cache: Path | None = None
-    """Folder for preprocessed scans; None means `cache` in the state folder."""
-    cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
     devices: Devices = ("auto",)
     """What trains: auto (every GPU, or the CPU where there is none), or a list of cuda:N, or cpu. Several share each
     batch, each with a process of its own; `cpu` may stand several times."""
@@ -98,6 +95,15 @@ class SiteConfig(Config):
     every step."""
     workers: Annotated[int, Field(gt=0)] | None = None
     """Processes that read scans; None takes one for each core."""
+
+
+class SiteConfig(SiteTraining):
+    data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    state: Path
+    """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
+    cache: Path | None = None
+    """Folder for preprocessed scans; None means `cache` in the state folder."""
+    cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
 
     @property
     def cache_folder(self) -> Path:
