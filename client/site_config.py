@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from unimiss_core.config import Config, Name, load
+from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality, Rank
 
@@ -52,7 +53,12 @@ def _listed(names: object) -> object:
     return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
 
 
-Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_listed)]
+def _possible(names: tuple[str, ...]) -> tuple[str, ...]:
+    check_names(names)
+    return names
+
+
+Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_listed), AfterValidator(_possible)]
 """Names of devices; one name alone need not be a list."""
 
 
@@ -79,7 +85,7 @@ class SiteTraining(Config):
     """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
     devices: Devices = ("auto",)
     """What trains: auto (every GPU, or the CPU where there is none), or a list of cuda:N, or cpu. Several share each
-    batch, each with a process of its own; `cpu` may stand several times."""
+    batch, each with a process of its own; `cpu` may stand several times, `auto` stands alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster, and needs less memory, on GPUs and on CPUs that have such products; others emulate them."""
     micro_batch: MicroBatchConfig = MicroBatchConfig()
@@ -128,7 +134,7 @@ def anchored(site: SiteConfig, base: Path) -> SiteConfig:
             problems.append(f"'data.{index}.table.path': {table.path} is not a file")
         sources.append(source.model_copy(update={"folder": folder, "table": table}))
     if problems:
-        raise ConfigError(f"site '{site.name}':\n" + "\n".join(f"  - {line}" for line in problems))
+        raise ConfigError(f"site '{site.name}': it is not all there\n" + "\n".join(f"  - {line}" for line in problems))
     return site.model_copy(
         update={"data": tuple(sources), "state": base / site.state, "cache": site.cache and base / site.cache}
     )
