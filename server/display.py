@@ -23,7 +23,8 @@ from rich.text import Text
 
 from server.wording import counted, duration, printable, significant
 from unimiss_core import checkpoint, progress
-from unimiss_core.progress import Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
+from unimiss_core.collapse import WAY_OUT
+from unimiss_core.progress import Collapsed, Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
 
 class Display:
@@ -86,6 +87,8 @@ class Tally:
     """Sites whose update counted in this round."""
     losses: list[Mapping[str, float]] = field(default_factory=list)
     """Mean loss by site, of each round."""
+    collapsed: dict[str, int] = field(default_factory=dict)
+    """The last round in which a site showed signs of collapse."""
     _steps: dict[str, float] = field(default_factory=dict)
     _missed: Counter[tuple[str, str]] = field(default_factory=Counter)
     _first_round: int = 0
@@ -103,6 +106,8 @@ class Tally:
                 self.counting += event.status == "ok"
                 if event.status != "ok":
                     self._missed[event.site, _status(event)] += 1
+            case Collapsed():
+                self.collapsed[event.site] = event.round
             case RoundDone():
                 silent = [
                     SiteReplied(event.round, site, "absent", "no reply in time")
@@ -151,6 +156,10 @@ class Tally:
             moved = [f"{printable(site)} {significant(first[site])} to {significant(last[site])}" for site in shared]
             start = "first round" if self._first_round == 1 else f"round {self._first_round}"
             lines.append(f"Mean loss, {start} to last: {', '.join(moved)}.")
+        if fallen := [printable(site) for site, last in sorted(self.collapsed.items()) if last == self.rounds_done]:
+            lines.append(
+                f"Collapsed in round {self.rounds_done}, so that nothing is learned: {', '.join(fallen)}; {WAY_OUT}."
+            )
         return lines
 
     def _start(self, event: RoundStarted) -> None:
@@ -190,6 +199,8 @@ class Lines:
                 self._line(_refusal(event))
             case RoundDone():
                 self._line(_round_line(event, tally))
+            case Collapsed():
+                self._line(f"{event.site}: {event.sign}")
             case Note():
                 self._line(event.text)
             case _:
@@ -233,6 +244,8 @@ class Bars:
                 self._above(_refusal(event), "red")
             case RoundDone():
                 self._above(_round_line(event, tally), "dim")
+            case Collapsed():
+                self._above(f"{event.site}: {event.sign}", "red")
             case Note():
                 self._above(event.text, "")
         if tally.rounds:
