@@ -169,7 +169,8 @@ class OneRound:
         told = "; ".join(f"{name}: {line.status} {line.reason}".rstrip() for name, line in sorted(self.lines.items()))
         raise RoundError(
             f"round {self._round} could not be completed: {counted} of at least {self._config.min_replies} updates "
-            f"count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to {self._round - 1} are saved"
+            f"count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to {self._round - 1} are "
+            "saved"
         )
 
     def _or_the_study(self) -> str:
