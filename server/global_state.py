@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server import optimisers
 from server.attendance import Attendance
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint
@@ -21,7 +22,8 @@ class GlobalState:
 
     student: float32 masters. teacher: the EMA of the released students, per group. retention: what was left
     of the teacher in the last round. taught: site -> the last round whose teacher it holds on its disk.
-    attendance: what is remembered of sites; unlike the rest it also moves when a round fails.
+    attendance: what is remembered of sites; unlike the rest it also moves when a round fails. optimiser: of the
+    server, see `server.optimisers`.
     """
 
     round: int
@@ -30,6 +32,7 @@ class GlobalState:
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
     taught: dict[str, int] = field(default_factory=dict)
     attendance: Attendance = field(default_factory=Attendance)
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def initial(cls, student: Mapping[str, Tensor], study: StudyConfig) -> "GlobalState":
@@ -41,12 +44,13 @@ class GlobalState:
         """As `save` left it."""
         book = json.loads(found.server_json)
         return cls(
-            found.manifest.round,
-            dict(found.student),
-            dict(found.teacher),
-            book["retention"],
-            book["taught"],
-            Attendance.of(book["attendance"]),
+            round=found.manifest.round,
+            student=dict(found.student),
+            teacher=dict(found.teacher),
+            retention=book["retention"],
+            taught=book["taught"],
+            attendance=Attendance.of(book["attendance"]),
+            optimiser={name: t for name, t in found.server_tensors.items() if name.startswith(optimisers.PREFIXES)},
         )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
@@ -62,4 +66,5 @@ class GlobalState:
             student=self.student,
             teacher=self.teacher,
             server_json=json.dumps(book, sort_keys=True),
+            server_tensors=self.optimiser,
         )

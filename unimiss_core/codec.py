@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,9 +56,22 @@ def unpack(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> dict[str,
     expected = sum(spec.size for spec in specs) * wire_dtype.itemsize
     if len(payload) != expected:
         raise WireError("wrong_size", f"a parameter group came with {len(payload)} bytes, expected {expected}")
-    flat = torch.frombuffer(bytearray(payload), dtype=wire_dtype).float()
+    return split(_widened(payload, wire_dtype), specs)
+
+
+def split(flat: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """The tensors of `specs`, which lie end to end in `flat` and go on sharing its memory."""
     parts = flat.split([spec.size for spec in specs])
     return {spec.name: part.reshape(spec.shape) for spec, part in zip(specs, parts, strict=True)}
+
+
+def _widened(payload: bytes, dtype: torch.dtype) -> Tensor:
+    """The payload's values in float32. NumPy reads bytes where they are and asks for large pages: a fifth of the time
+    that torch takes for a bytearray's copy and its conversion."""
+    if dtype == torch.float32:
+        return torch.from_numpy(np.frombuffer(payload, "<f4").copy())
+    bits = np.left_shift(np.frombuffer(payload, "<u2"), 16, dtype=np.uint32)  # bfloat16 is float32's upper half
+    return torch.from_numpy(bits.view(np.float32))
 
 
 def released(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
