@@ -36,7 +36,7 @@ class Display:
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console()
         self._tally = Tally(clock)
-        self._screen: Screen = Bars(self._console) if self._console.is_terminal else Lines(self._console)
+        self._screen: Screen = Bars(self._console) if self._console.is_terminal else Lines(self._console, clock)
         # One event at a time: sites may train in threads, and a bar's text must go with its tally.
         self._lock = threading.Lock()
         self._open = ExitStack()
@@ -176,11 +176,18 @@ class Screen(Protocol):
     def stop(self) -> None: ...
 
 
-class Lines:
-    """For logs: one line when a site is ready, when a site does not count, and when a round is done."""
+SILENT_S = 180.0
+"""A log that got no line for so long gets one from whatever site is heard of next."""
 
-    def __init__(self, console: Console) -> None:
+
+class Lines:
+    """For logs: one line when a site is ready, when a site does not count, and when a round is done; in between, a sign
+    of life every few minutes."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         self._console = console
+        self._clock = clock
+        self._last_line = clock()
         self._prepared: dict[str, int] = {}
         """Scans of each site that were told to be ready; a site looks at its cache again whenever it opens it."""
 
@@ -203,10 +210,15 @@ class Lines:
                 self._line(f"{event.site}: {event.sign}")
             case Note():
                 self._line(event.text)
+            case StepDone() if self._clock() - self._last_line >= SILENT_S:
+                self._line(f"round {tally.round} of {tally.rounds}: {event.site} at {_step(event)}")
+            case Preparing() if self._clock() - self._last_line >= SILENT_S:
+                self._line(f"{event.site}: {_preparation(event)}")
             case _:
                 pass
 
     def _line(self, words: str) -> None:
+        self._last_line = self._clock()
         self._console.print(Text(printable(words)), soft_wrap=True)
 
 
@@ -235,8 +247,7 @@ class Bars:
                 for site in event.sites:
                     self._site(site, 0, None, "waiting")
             case StepDone():
-                words = f"step {event.step} of {event.steps}, loss {significant(event.loss)}"
-                self._site(event.site, event.step, event.steps, words)
+                self._site(event.site, event.step, event.steps, _step(event))
             case SiteReplied(status="ok"):
                 self._site(event.site, 1, 1, "replied")
             case SiteReplied():
@@ -283,6 +294,10 @@ def _preparation(event: Preparing) -> str:
     if event.total == 0:
         return f"looking through files, {event.done}"
     return f"scans prepared: {event.done} of {event.total}"
+
+
+def _step(event: StepDone) -> str:
+    return f"step {event.step} of {event.steps}, loss {significant(event.loss)}"
 
 
 def _status(event: SiteReplied) -> str:

@@ -62,6 +62,24 @@ def test_a_log_gets_one_line_for_each_round_and_each_site_that_did_not_count() -
     ]
 
 
+def test_a_log_gets_a_sign_of_life_every_three_minutes_of_a_long_round() -> None:
+    clock, file = Clock(), io.StringIO()
+    with Display(Console(file=file, width=110), clock=clock):
+        for done in range(4):
+            clock.now += 100
+            progress.report(Preparing("beta", done, 9))
+        progress.report(RoundStarted(1, 2, SITES))
+        for step in range(1, 8):
+            clock.now += 60
+            progress.report(StepDone("alpha", step, 9, 5.5))
+    assert file.getvalue().splitlines()[:-1] == [
+        "beta: scans prepared: 1 of 9",
+        "beta: scans prepared: 3 of 9",
+        "round 1 of 2: alpha at step 3 of 9, loss 5.50",
+        "round 1 of 2: alpha at step 6 of 9, loss 5.50",
+    ]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_that_ended_collapsed_says_so_at_its_end_with_a_way_out(terminal: bool) -> None:
     first, second = round_events(1, 2), round_events(2, 2)
