@@ -54,7 +54,7 @@ def introduce(message: Message, context: Context) -> Message:
         site = open_site(context, hello.study, hello.run)
         look_over(site.config)  # before the scans are read, which can take hours
         scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
-        _tell_what_is_left_out(site)
+        _tell_of_scans(site)
         return Introduction(site.config.name, scans, sum(site.library.left_out.values())).pack()
 
     return _reply(message, context, answer)
@@ -75,10 +75,18 @@ def train(message: Message, context: Context) -> Message:
     return _reply(message, context, answer)
 
 
-def _tell_what_is_left_out(site: Site) -> None:
+def _tell_of_scans(site: Site) -> None:
+    """What is left out, and where a batch asks for more scans than there are."""
     if site.library.left_out:
         told = ", ".join(f"{count} {reason}" for reason, count in site.library.left_out.items())
         tell(site.config.name, f"left out {told}; see unimiss-site check")
+    for rank in sorted(site.library.ranks):
+        held, asked = len(site.library.of_rank(rank)), site.study.batch.of(rank)
+        if held < asked:
+            tell(
+                site.config.name,
+                f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly",
+            )
 
 
 def _reply(message: Message, context: Context, answer: Callable[[], RecordDict]) -> Message:

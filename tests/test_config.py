@@ -131,6 +131,11 @@ def test_broken_relation_is_told() -> None:
         ("optimiser", {"freeze_prototypes_steps": 501}, "freeze_prototypes_steps=501 must not be above"),
         ("objective", {"volume_teacher_temperature": 0.2}, "volume_teacher_temperature=0.2 must not be above student_"),
         ("objective", {"volume_teacher_temperature": 0}, r"volume_teacher_temperature': .* greater than 0"),
+        (
+            "objective",
+            {"slices_per_volume": 17},
+            r"slices_per_volume=17 must not be above views\.volume_size\[0\]=16",
+        ),
         ("schedule", {"rounds": 1}, r"warmup_steps=100 must be below rounds x local_steps = 1 x 50 = 50"),
     ],
 )
