@@ -98,9 +98,12 @@ class OneRound:
                 self._ask(node_id, site)
 
     def _ask(self, node_id: int, site: Introduction) -> None:
-        content = self._requests.for_site(site)
-        self.lines[site.site].bytes_down += num_bytes(content)
-        self._exchange.ask(node_id, content)
+        content, line = self._requests.for_site(site), self.lines[site.site]
+        if self._exchange.ask(node_id, content):
+            line.bytes_down += num_bytes(content)
+            return
+        line.reason = "no_reply"  # it left since it introduced itself
+        self._tell(site.site, line)
 
     def _hear(self, asked: Asked, reply: Message) -> None:
         """Fold the reply in where it may count; say in its site's line what became of it."""
