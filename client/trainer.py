@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from client.batches import Batch, Batches
 from client.devices import run_team
-from client.execution import learner_for
+from client.execution import devices_for, learner_for
+from client.feedback import with_feedback
 from client.site import Site
 from client.site_state import Remembered
+from client.telling import tell
 from unimiss_core import progress
-from unimiss_core.device import devices_of
 from unimiss_core.divergence import Start, divergence_aware_start
-from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, WireError
+from unimiss_core.errors import CheckpointError, ConfigError, DeviceError, NonFiniteLossError, WireError
+from unimiss_core.formats import FORMATS
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
 from unimiss_core.loss_terms import mean_cross_entropy
@@ -34,10 +36,14 @@ log = logging.getLogger(__name__)
 BATCH_TRIES = 5
 """Batches that may be tried for one step; when all of them give NaN or infinity, it is not the batch's fault."""
 
+_LEARNER = "learner/"
 _TEACHER = "teacher/"
 _STUDENT = "student/"
 """What this site trained to; kept only where the study's `local.divergence_scale` asks for it."""
-_LEARNER = "learner/"
+_RELEASED = "released/"
+"""The student that the round began with; only where the study's format sends its steps."""
+_LOST = "feedback/"
+"""What the wire lost of the updates until then; likewise."""
 
 _SCALE = "divergence_scale"
 """Among the facts: FedEMA's lambda of this site (`unimiss_core.divergence`)."""
@@ -48,45 +54,61 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
     return what may leave.
 
     A round that was begun before, from the same student and teacher, goes on where it was last saved. Raises WireError
-    `needs_teacher` where the request brings no teacher and this site cannot rebuild it, DeviceError where a device was
-    lost, NonFiniteLossError where no batch gives a step, ConfigError where the state folder cannot be written. Nothing
-    but the unfinished round is remembered then.
+    `needs_whole` where the request brings no student or teacher and this site cannot rebuild it, and `not_finite` where
+    the update is not; DeviceError where a device was lost, NonFiniteLossError where no batch gives a step, ConfigError
+    where the state folder cannot be written. Nothing but the unfinished round is remembered then.
     """
-    devices = devices_of(site.config.devices)
+    devices = devices_for(site.config)
     _ = site.library  # what is new is read here, once, before several processes open it
+    began = time.monotonic()
     if len(devices) == 1:
         reply = train(site, request, device=devices[0], team=Alone())
     else:
-        reply = run_team(train, (site, request), devices=devices, state=site.config.state)
+        reply = _train_together(site, request, devices)
     assert reply is not None
-    return reply
+    return replace(reply, seconds=time.monotonic() - began)
+
+
+def _train_together(site: Site, request: TrainRequest, devices: Sequence[torch.device]) -> TrainReply | None:
+    """`train` in a process for each device. Raises as that does; a DeviceError says what a next try begins with."""
+    try:
+        return run_team(train, (site, request), devices=devices, state=site.config.state)
+    except DeviceError as error:
+        saved = site.memory.unfinished(request.round)
+        steps = len(saved.facts.get("figures", {}).get("grad_norms", [])) if saved else 0
+        if steps:
+            again = f"goes on after step {steps}, the last that was saved"
+        else:
+            every = f"checkpoint_minutes: {site.config.checkpoint_minutes:g}"
+            again = f"begins anew, for nothing of it was saved yet ({every})"
+        raise DeviceError(f"{error}. The round is given up; asked for again, it {again}") from None
 
 
 def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply | None:
     """`run_round` as one process of `team` on one device. The first one remembers and replies, for they end alike;
-    the others return None."""
-    began = time.monotonic()
+    the others return None. `seconds` is left to `run_round`, which knows what starting the processes took."""
     study, library = site.study, site.library
     if site.config.threads:
         torch.set_num_threads(site.config.threads)
     learner = learner_for(site.config, study, library.ranks, device=device, team=team)
     memory = site.memory.before(request.round)
-    teacher = _round_teacher(request, memory)
-    start = _round_start(request, request.student, memory)
-    received = _digest(request.student, teacher, *([start.student] if start.own_share else []))
-    learner.stay_near(request.student)
+    student = _round_student(request, memory)
+    teacher = _round_teacher(request, student, memory)
+    start = _round_start(request, student, memory)
+    received = _digest(student, teacher, *([start.student] if start.own_share else []))
+    learner.stay_near(student)
     figures = _gone_on_with(site, learner, request.round, received)
     if figures is None:
         figures = _RoundFigures()
         if memory is not None:
-            _restore(learner, memory)
+            _restore(learner, memory, site.config.name)
         learner.start_round(start.student, teacher)
 
     saved = time.monotonic()
     batches = Batches(site, team, device)
     with batches.drawn_ahead(steps_of_round(study.schedule, request.round)[figures.steps :]) as upcoming:
         for step, batch in upcoming:
-            report, skipped = _take_step(learner, batches, step, batch)
+            report, skipped = _take_step(learner, batches, step, batch, site=site.config.name)
             figures.add(report, skipped)
             loss = mean_cross_entropy(report.terms)
             progress.report(progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, loss))
@@ -96,57 +118,82 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
 
     if team.place > 0:
         return None
-    _remember(site, learner, request.round, teacher, start)
+    update = {name: tensor.cpu() - student[name] for name, tensor in tensors_of(learner.student).items()}
+    kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
+    if FORMATS[study.wire.dtype].carries_over:
+        lost_before = {} if memory is None else _below(_LOST, memory.tensors)
+        update, lost = with_feedback(update, lost_before, study=study, ranks=library.ranks, round=request.round)
+        # Copied, because in round 1 the teacher is the student, and no file takes the same memory twice.
+        kept |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
+    _remember(site, learner, request.round, start, kept)
     own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
         run=request.run,
         round=request.round,
         study_digest=study.digest(),
-        update={name: t.cpu() - request.student[name] for name, t in tensors_of(learner.student).items()},
+        update=update,
         scans={rank: len(library.of_rank(rank)) for rank in RANKS},
         steps=study.schedule.local_steps,
-        seconds=time.monotonic() - began,
+        seconds=0.0,
         losses=figures.losses(),
         diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share},
     )
 
 
-def _remember(site: Site, learner: Learner, round: int, teacher: Mapping[str, Tensor], start: Start) -> None:
-    kept = learner.state()
-    tensors = {_LEARNER + name: tensor for name, tensor in kept.tensors.items()}
-    tensors |= {_TEACHER + name: tensor for name, tensor in teacher.items()}
-    facts = dict(kept.facts)
+def _remember(site: Site, learner: Learner, round: int, start: Start, kept: dict[str, Mapping[str, Tensor]]) -> None:
+    """kept: prefix -> tensors that stay besides the learner's state."""
+    state = learner.state()
+    parts = {_LEARNER: state.tensors, **kept}
+    facts = dict(state.facts)
     if site.study.local.divergence_scale is not None:
-        tensors |= {_STUDENT + name: tensor for name, tensor in tensors_of(learner.student).items()}
+        parts[_STUDENT] = tensors_of(learner.student)
         facts[_SCALE] = start.scale
+    tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
     site.memory.remember(Remembered(round, tensors, facts))
 
 
-def _restore(learner: Learner, memory: Remembered) -> None:
+def _restore(learner: Learner, memory: Remembered, site: str) -> None:
     try:
         learner.restore(LearnerState(_below(_LEARNER, memory.tensors), dict(memory.facts)))
     except CheckpointError as error:
         # A site that has gained volumes since, say, holds state for other tensors: it begins anew, as a new site does.
-        log.warning("local state of round %d does not fit, starting afresh: %s", memory.round, error)
+        tell(site, f"what it remembers of round {memory.round} does not fit, so moments and centre begin anew: {error}")
 
 
-def _round_teacher(request: TrainRequest, memory: Remembered | None) -> Mapping[str, Tensor]:
-    """The global teacher that this round begins with: received, or rebuilt from the one before.
+def _round_student(request: TrainRequest, memory: Remembered | None) -> Mapping[str, Tensor]:
+    """The released student that this round begins with: received, or rebuilt from the one before and its step."""
+    if request.student is not None:
+        return request.student
+    assert request.student_step is not None, "a request that was unpacked holds one of the two"
+    before = _held(_RELEASED, request.student_step.keys(), request.round, memory)
+    return {name: before[name] + step for name, step in request.student_step.items()}
+
+
+def _round_teacher(
+    request: TrainRequest, student: Mapping[str, Tensor], memory: Remembered | None
+) -> Mapping[str, Tensor]:
+    """The global teacher that this round begins with: received, or rebuilt from the one before and `student`.
 
     The coordinator moves its teacher by the same function on the same values, so both hold the same bits.
     """
     if request.teacher is not None:
         return request.teacher
     if request.round == 1:
-        return request.student
-    if memory is None or memory.round != request.round - 1:
-        raise WireError("needs_teacher", f"round {request.round} builds on a teacher that this site does not hold")
-    before = _below(_TEACHER, memory.tensors)
-    if before.keys() != request.student.keys():
-        raise WireError("needs_teacher", "this site trained other tensors in the round before")
+        return student
+    before = _held(_TEACHER, student.keys(), request.round, memory)
     retention: dict[str, float] = {name: request.teacher_retention.get(group_of(name), 1.0) for name in before}
-    return advance_teacher(before, request.student, retention)
+    return advance_teacher(before, student, retention)
+
+
+def _held(prefix: str, names: Collection[str], round: int, memory: Remembered | None) -> dict[str, Tensor]:
+    """What this site holds of the round before `round`, for exactly these tensors. Raises WireError `needs_whole`."""
+    if memory is None or memory.round != round - 1:
+        raise WireError("needs_whole", f"round {round} builds on a student and teacher that this site does not hold")
+    held = _below(prefix, memory.tensors)
+    if held.keys() != set(names):
+        raise WireError("needs_whole", "this site trained other tensors in the round before")
+    return held
 
 
 def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: Remembered | None) -> Start:
@@ -167,7 +214,7 @@ def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: R
     return divergence_aware_start(student, own, tau=tau, scale=scale)
 
 
-def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> tuple[StepReport, int]:
+def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch, *, site: str) -> tuple[StepReport, int]:
     """(report, batches skipped): `Learner.step`, with another batch where one gave NaN or infinity.
 
     Such a step changes nothing, so the state to go on from is the one before it. Raises NonFiniteLossError.
@@ -180,7 +227,7 @@ def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> t
             attempt += 1
             if attempt == BATCH_TRIES:
                 raise
-            log.warning("batch skipped: %s", str(error))
+            tell(site, f"batch skipped: {error}")
         batch = batches.draw(step, attempt)
 
 
@@ -202,9 +249,10 @@ def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_
         figures = _RoundFigures(**state.facts["figures"])
         learner.restore(LearnerState(dict(state.tensors), state.facts["learner"]))
     except (CheckpointError, KeyError, TypeError) as error:  # the last two: another version of the program wrote it
-        log.warning("unfinished round %d does not fit, beginning it anew: %s", round, error)
+        tell(site.config.name, f"what was saved of round {round} does not fit, so the round begins anew: {error}")
         return None
-    log.info("round=%d goes on after step %d", round, figures.steps)
+    steps = site.study.schedule.local_steps
+    tell(site.config.name, f"round {round} goes on after step {figures.steps} of {steps}")
     return figures
 
 

@@ -8,26 +8,31 @@ from torch import Tensor
 
 from server import optimisers
 from server.attendance import Attendance
+from server.release import Release
 from server.run_folder import RunFolder
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Checkpoint
-from unimiss_core.codec import released
+from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.study import StudyConfig
+
+_RELEASED = "released."
+"""Prefix of the release before, among the tensors that a checkpoint holds besides."""
 
 
 @dataclass
 class GlobalState:
     """What the coordinator holds after `round` rounds.
 
-    student: float32 masters. teacher: the EMA of the released students, per group. retention: what was left
-    of the teacher in the last round. taught: site -> the last round whose teacher it holds on its disk.
-    attendance: what is remembered of sites; unlike the rest it also moves when a round fails. optimiser: of the
-    server, see `server.optimisers`.
+    student: float32 masters. release: what sites hold of them. teacher: the EMA of the released students, per group.
+    retention: what was left of the teacher in the last round. taught: site -> the last round whose release and teacher
+    it holds on its disk. attendance: what is remembered of sites; unlike the rest it also moves when a round fails.
+    optimiser: of the server, see `server.optimisers`.
     """
 
     round: int
     student: dict[str, Tensor]
+    release: Release
     teacher: dict[str, Tensor]
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
     taught: dict[str, int] = field(default_factory=dict)
@@ -35,17 +40,24 @@ class GlobalState:
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def initial(cls, student: Mapping[str, Tensor], study: StudyConfig) -> "GlobalState":
+    def initial(cls, student: Mapping[str, Tensor], study: StudyConfig, layout: Layout) -> "GlobalState":
         """Before the first round."""
-        return cls(0, dict(student), released(student, study.wire.dtype))
+        release = Release.of(student, before=None, layout=layout, dtype=study.wire.dtype)
+        return cls(0, dict(student), release, dict(release.student))
 
     @classmethod
-    def restored(cls, found: Checkpoint) -> "GlobalState":
+    def restored(cls, found: Checkpoint, study: StudyConfig, layout: Layout) -> "GlobalState":
         """As `save` left it."""
         book = json.loads(found.server_json)
+        held = {
+            name.removeprefix(_RELEASED): tensor
+            for name, tensor in found.server_tensors.items()
+            if name.startswith(_RELEASED)
+        }
         return cls(
             round=found.manifest.round,
             student=dict(found.student),
+            release=Release.of(found.student, before=held or None, layout=layout, dtype=study.wire.dtype),
             teacher=dict(found.teacher),
             retention=book["retention"],
             taught=book["taught"],
@@ -55,6 +67,7 @@ class GlobalState:
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
         """Write it as its round's checkpoint, in one rename."""
+        held = {_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()}
         book = {"retention": self.retention, "taught": self.taught, "attendance": self.attendance.facts()}
         checkpoint.save(
             folder.checkpoint_of(self.round),
@@ -66,5 +79,5 @@ class GlobalState:
             student=self.student,
             teacher=self.teacher,
             server_json=json.dumps(book, sort_keys=True),
-            server_tensors=self.optimiser,
+            server_tensors={**self.optimiser, **held},
         )

@@ -15,7 +15,7 @@ from server.round_sum import RoundSum, layout_for
 from server.site_round import SiteRound
 from unimiss_core import progress
 from unimiss_core.codec import Layout
-from unimiss_core.collapse import signs_of_collapse
+from unimiss_core.collapse import signs_in_round
 from unimiss_core.errors import RoundError, WireError
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainReply, num_bytes
@@ -97,8 +97,8 @@ class OneRound:
             if not self.lines[site.site].reason:
                 self._ask(node_id, site)
 
-    def _ask(self, node_id: int, site: Introduction, *, with_teacher: bool = False) -> None:
-        content, line = self._requests.for_site(site, with_teacher=with_teacher), self.lines[site.site]
+    def _ask(self, node_id: int, site: Introduction) -> None:
+        content, line = self._requests.for_site(site), self.lines[site.site]
         if self._exchange.ask(node_id, content):
             line.bytes_down += num_bytes(content)
             return
@@ -114,12 +114,15 @@ class OneRound:
         try:
             answer = self._admitted(reply, site, asked.round, line)
         except WireError as error:
-            if error.reason == "needs_teacher" and asked.round == self._round and self._requests.holds_teacher(site):
-                # It lost what it remembered. Once more, with the teacher: no round is lost to a new disk.
-                self._ask(asked.node_id, site, with_teacher=True)
+            if error.reason == "needs_whole" and asked.round == self._round and self._requests.holds_last(site):
+                # It lost what it remembered. Once more, with whole tensors: no round is lost to a new disk.
+                self._requests.note_loss(site)
+                self._ask(asked.node_id, site)
                 return
             line.status, line.reason = status_of(error.reason), error.reason
             log.warning("round=%d site=%s %s: %s", self._round, site.site, line.status, error)
+            if error.reason == "too_large":  # how much so, only this side knows
+                progress.report(progress.Note(f"{site.site}: {error.detail}"))
             self._roster.ask_again(asked.node_id)
         else:
             self._count(answer, line)
@@ -158,15 +161,13 @@ class OneRound:
         progress.report(progress.SiteReplied(self._round, site, line.status, line.reason))
 
     def _warn_of_trouble(self, answer: TrainReply) -> None:
-        """Of skipped batches; and of collapse, but only after the warm-up: a young network's targets are alike too."""
+        """Of skipped batches and of collapse."""
         if skipped := answer.diagnostics.get("skipped_batches", 0.0):
             log.warning("round=%d site=%s skipped_batches=%g", answer.round, answer.site, skipped)
             progress.report(progress.Note(f"{answer.site}: {skipped:g} batches gave NaN or infinity and were skipped"))
-        if answer.round * self._study.schedule.local_steps <= self._study.optimiser.warmup_steps:
-            return
-        for sign in signs_of_collapse(answer.diagnostics, self._study.model.prototypes):
+        for sign in signs_in_round(self._study, answer.round, answer.diagnostics):
             log.warning("round=%d site=%s collapse: %s", answer.round, answer.site, sign)
-            progress.report(progress.Note(f"{answer.site}: {sign}"))
+            progress.report(progress.Collapsed(self._round, answer.site, sign))
 
     def _require_quorum(self) -> None:
         if (counted := sum(line.status == "ok" for line in self.lines.values())) >= self._config.min_replies:
@@ -174,5 +175,14 @@ class OneRound:
         told = "; ".join(f"{name}: {line.status} {line.reason}".rstrip() for name, line in sorted(self.lines.items()))
         raise RoundError(
             f"round {self._round} could not be completed: {counted} of at least {self._config.min_replies} updates "
-            f"count ({told}). Mend the sites, then resume; rounds up to {self._round - 1} are saved"
+            f"count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to {self._round - 1} are "
+            "saved"
+        )
+
+    def _or_the_study(self) -> str:
+        if not any(line.reason in ("too_large", "not_finite") for line in self.lines.values()):
+            return ""
+        return (
+            " - or, where updates are too large or not finite, begin a run with a lower optimiser.lr or another "
+            "aggregation.max_update_norm or max_size_ratio -"
         )

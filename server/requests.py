@@ -4,7 +4,7 @@ from flwr.app import RecordDict
 
 from server.global_state import GlobalState
 from server.round_sum import layout_for
-from unimiss_core.codec import Layout, released
+from unimiss_core.codec import Layout
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainRequest
@@ -21,22 +21,30 @@ class Requests:
         self._layout = layout
         self._state = state
         self._packed: dict[tuple[frozenset[Rank], bool], RecordDict] = {}
+        self._forgetful: set[str] = set()
 
-    def holds_teacher(self, site: Introduction) -> bool:
-        """Whether the site can rebuild the teacher from what it holds, as far as the coordinator knows."""
-        return self._state.round == 0 or self._state.taught.get(site.site) == self._state.round
+    def holds_last(self, site: Introduction) -> bool:
+        """Whether the site holds what the last round began with, as far as is known."""
+        return site.site not in self._forgetful and self._state.taught.get(site.site) == self._state.round
 
-    def for_site(self, site: Introduction, *, with_teacher: bool = False) -> RecordDict:
-        """The content of its request; with the teacher where asked, or where the site cannot rebuild it."""
-        state = self._state
-        holds_teacher = self.holds_teacher(site) and not with_teacher
-        if (key := (site.ranks, holds_teacher)) not in self._packed:
+    def note_loss(self, site: Introduction) -> None:
+        """The site says that it does not hold it."""
+        self._forgetful.add(site.site)
+
+    def for_site(self, site: Introduction) -> RecordDict:
+        """The content of its request: whole tensors where the site cannot rebuild them. Before round 1 the teacher is
+        the student."""
+        state, release = self._state, self._state.release
+        holds_last = self.holds_last(site)
+        if (key := (site.ranks, holds_last)) not in self._packed:
+            step = release.step if holds_last else None
             self._packed[key] = TrainRequest(
                 study=self._study,
                 run=self._run,
                 round=state.round + 1,
-                student=released(state.student, self._study.wire.dtype),
-                teacher=None if holds_teacher else state.teacher,
+                student=release.student if step is None else None,
+                student_step=step,
+                teacher=None if holds_last or state.round == 0 else state.teacher,
                 teacher_retention=state.retention,
             ).pack(layout_for(site.ranks, self._layout))
         return self._packed[key]

@@ -84,9 +84,8 @@ class Roster:
         nodes = {node.node_id: node for node in self._grid.get_nodes()}
         for gone in self.sites.keys() - nodes.keys():
             del self.sites[gone]
-        for message_id, greeted in list(self._greeted.items()):
-            if greeted.node.node_id not in nodes:
-                del self._greeted[message_id]  # it is asked anew when it is back
+        # One that left before it answered is asked anew when it is back.
+        self._greeted = {key: greeted for key, greeted in self._greeted.items() if greeted.node.node_id in nodes}
         waiting = {greeted.node.node_id for greeted in self._greeted.values()}
         for node_id, node in nodes.items():
             if not self.registration.may_ask(node):

@@ -9,7 +9,8 @@ from torch import Tensor
 from server.aggregation import Aggregate, group_weights
 from server.global_state import GlobalState
 from server.optimisers import build_optimiser
-from unimiss_core.codec import Layout, released
+from server.release import Release
+from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group, group_of, groups_of_ranks
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import teacher_retention, trained_steps
@@ -29,8 +30,9 @@ class RoundSum:
     aggregate: the study's rule, to which nothing was given yet.
     """
 
-    def __init__(self, study: StudyConfig, aggregate: Aggregate) -> None:
+    def __init__(self, study: StudyConfig, layout: Layout, aggregate: Aggregate) -> None:
         self._study = study
+        self._layout = layout
         self._aggregate = aggregate
         self._optimiser = build_optimiser(study.aggregation.server_optimiser)
         self._retention = _MeanRetention()
@@ -53,13 +55,13 @@ class RoundSum:
         """(state after the round, what was added to the student). Groups that nobody trained keep their bits."""
         step, optimiser = self._optimiser.step(self._aggregate.result(), state.optimiser)
         student = {name: tensor + step[name] if name in step else tensor for name, tensor in state.student.items()}
+        dtype = self._study.wire.dtype
+        release = Release.of(student, before=state.release.student, layout=self._layout, dtype=dtype)
         left = self._retention.result()
-        teacher = advance_teacher(
-            state.teacher,
-            released(student, self._study.wire.dtype),
-            {name: left[group_of(name)] for name in student},
+        teacher = advance_teacher(state.teacher, release.student, {name: left[group_of(name)] for name in student})
+        after = replace(
+            state, round=round, student=student, release=release, teacher=teacher, retention=left, optimiser=optimiser
         )
-        after = replace(state, round=round, student=student, teacher=teacher, retention=left, optimiser=optimiser)
         return after, step
 
 

@@ -80,7 +80,7 @@ class Federation:
             self._roster.gather(hello)
             try:
                 with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
-                    return self._run_round(state, RoundSum(self._study, aggregate))
+                    return self._run_round(state, RoundSum(self._study, self._layout, aggregate))
             except RoundError as error:
                 if tries_left == 0:
                     raise
@@ -93,9 +93,9 @@ class Federation:
     def _restore_or_start(self, *, resume: bool) -> GlobalState:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
-            return GlobalState.restored(found)
+            return GlobalState.restored(found, self._study, self._layout)
         student = tensors_of(build_network(self._study.model, seed=self._study.seed))
-        state = GlobalState.initial(student, self._study)
+        state = GlobalState.initial(student, self._study, self._layout)
         state.save(self._folder, self._study)
         return state
 

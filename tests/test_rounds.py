@@ -1,6 +1,7 @@
 """The coordinator's loop over the in-process grid, with stub sites: rounds, refusals, quorum, resume."""
 
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from server.rounds import Federation
 from server.run_folder import RunFolder
 from tests.federation import Answer, StubSite, good_answer, metric_rows, reply_with, small_study, stub_app
 from unimiss_core import checkpoint, progress
-from unimiss_core.codec import released
 from unimiss_core.errors import ConfigError, RoundError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.schedule import teacher_retention
@@ -86,7 +86,7 @@ def test_a_site_can_rebuild_the_teacher_it_is_not_sent(tmp_path: Path) -> None:
         teacher = advance_teacher(
             teacher, request.student, {name: request.teacher_retention[group_of(name)] for name in teacher}
         )
-    last = released(state.student, study.wire.dtype)
+    last = {name: tensor.bfloat16().float() for name, tensor in state.student.items()}
     teacher = advance_teacher(teacher, last, {name: state.retention[group_of(name)] for name in teacher})
     assert all(torch.equal(teacher[name], state.teacher[name]) for name in teacher)
 
@@ -233,6 +233,17 @@ def test_a_bad_reply_costs_its_site_alone(tmp_path: Path, answer: Answer, status
     assert "P123" not in (tmp_path / "with" / "metrics.jsonl").read_text()
 
 
+def test_an_update_that_is_too_large_is_told_with_its_norm_and_the_study_may_be_at_fault(tmp_path: Path) -> None:
+    heard: list[progress.Event] = []
+    with (
+        progress.listen(heard.append),
+        pytest.raises(RoundError, match=r"Mend the sites - or, .* a lower optimiser\.lr or"),
+    ):
+        federate(tmp_path, [xray(answer=huge)])
+    told = [event.text for event in heard if isinstance(event, progress.Note) and event.text.startswith("xray: ")]
+    assert re.fullmatch(r"xray: the update's norm \S+ is above the study's max_update_norm 1000", told[0])
+
+
 def test_a_refusal_in_free_words_becomes_a_code(tmp_path: Path) -> None:
     app = stub_app({"a": xray("a"), "b": ct("b")})
 
@@ -271,7 +282,7 @@ def test_two_nodes_of_one_name_do_not_share_a_line(tmp_path: Path) -> None:
 def test_a_site_that_lost_its_memory_is_sent_the_teacher_in_the_same_round(tmp_path: Path) -> None:
     def forgetful(request: TrainRequest, site: StubSite) -> TrainReply:
         if request.round == 2 and request.teacher is None:
-            raise WireError("needs_teacher", "the disk is new")
+            raise WireError("needs_whole", "the disk is new")
         return good_answer(request, site)
 
     site = ct(answer=forgetful)

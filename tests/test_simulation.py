@@ -179,6 +179,28 @@ def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(
     assert "continue it with --resume" in capsys.readouterr().err
 
 
+def test_in_int8_a_resumed_run_ends_bit_identical_and_a_site_with_a_new_disk_goes_on(
+    tmp_path: Path, hospitals: Path
+) -> None:
+    changes = {"wire": {"dtype": "int8"}, "schedule": {"rounds": 3, "local_steps": 2}}
+    config, out = simulation(tmp_path, hospitals, overrides=changes), tmp_path / "out"
+    assert run(config, out) == 0
+    sent = [row["sites"]["ct-site"]["bytes_down"] for row in rows(out)]
+    steps, whole = sent[1], sent[0]
+    assert sent == [whole, steps, steps]
+    assert [row["sites"]["ct-site"]["bytes_up"] for row in rows(out)] == [steps] * 3
+    for copy in ("killed", "new-disk"):
+        shutil.copytree(out, tmp_path / copy)
+        shutil.rmtree(tmp_path / copy / "checkpoints" / "round-0003")
+    shutil.rmtree(tmp_path / "new-disk" / "sites" / "ct-site" / "state" / "runs")
+    for copy in ("killed", "new-disk"):
+        assert run(config, tmp_path / copy, "--resume") == 0
+        assert {site["status"] for site in rows(tmp_path / copy)[2]["sites"].values()} == {"ok"}
+    last = Path("checkpoints") / "round-0003"
+    assert same_weights(tmp_path / "killed" / last, out / last)
+    assert rows(tmp_path / "new-disk")[2]["sites"]["ct-site"]["bytes_down"] == steps + 2 * whole
+
+
 def test_sites_tied_to_a_student_train_and_resume_to_the_same_bits(tmp_path: Path, hospitals: Path) -> None:
     """FedProx and FedEMA at sites of every kind; the second round once whole, once asked again after a crash."""
     local = {"proximal": 0.1, "divergence_scale": 0.6}

@@ -47,7 +47,7 @@ def test_two_runs_of_one_study_at_one_site_share_nothing(tmp_path: Path) -> None
     study = small_study(2, batch={"images": 2})
     first, second = first_round(study), request_of(2, study=study, student=first_round(study, seed=3).student)
     both = {run: site_with_pictures(tmp_path / "both", study, run=run) for run in (RUN, OTHER_RUN)}
-    with pytest.raises(WireError, match="needs_teacher"):
+    with pytest.raises(WireError, match="needs_whole"):
         run_round(both[RUN], second)
     replies = {}
     for run, site in both.items():
@@ -59,7 +59,7 @@ def test_two_runs_of_one_study_at_one_site_share_nothing(tmp_path: Path) -> None
     for answers in replies.values():
         for answer, known in zip(answers, expected, strict=True):
             assert_same_reply(answer, known)
-    with pytest.raises(WireError, match="needs_teacher"):
+    with pytest.raises(WireError, match="needs_whole"):
         run_round(site_with_pictures(tmp_path / "both", study, run="0" * 16), second)
 
 

@@ -11,6 +11,8 @@ from flwr.app import Array, ConfigRecord, RecordDict
 
 from client.app import REASONS as SITE_REASONS
 from tests.federation import RUN, layout_for, random_tensors, small_study, whole_layout
+from unimiss_core.codec import num_bytes as num_bytes_of
+from unimiss_core.codec import released
 from unimiss_core.errors import WireError
 from unimiss_core.groups import Group
 from unimiss_core.reasons import REASONS
@@ -63,6 +65,51 @@ def test_request_round_trip(with_teacher: bool) -> None:
     assert (got.study, got.run, got.round, got.teacher_retention) == (STUDY, RUN, 4, RETENTION)
     assert all(torch.equal(got.student[name], student[name]) for name in student)
     assert (got.teacher is not None) == with_teacher
+
+
+@pytest.mark.parametrize("with_step", [True, False])
+def test_request_of_a_format_that_carries_over_holds_exact_tensors_or_a_step(with_step: bool) -> None:
+    layout, study = layout_for(frozenset({2})), small_study(wire={"dtype": "int8"})
+    student, teacher = random_tensors(layout, 0), random_tensors(layout, 1)
+    sent = TrainRequest(study, RUN, 4, None if with_step else student, None if with_step else teacher, RETENTION)
+    sent = dataclasses.replace(sent, student_step=student if with_step else None)
+    content = sent.pack(layout)
+    got = TrainRequest.unpack(content, layout)
+    assert num_bytes(content) == (num_bytes_of(layout, "int8") if with_step else 2 * num_bytes_of(layout, "fp32"))
+    if with_step:
+        assert got.student is got.teacher is None
+        seen = released(student, layout, "int8")
+        assert all(torch.equal(got.student_step[name], seen[name]) for name in student)
+    else:
+        assert got.student_step is None
+        assert all(torch.equal(got.student[name], student[name]) for name in student)
+        assert all(torch.equal(got.teacher[name], teacher[name]) for name in student)
+
+
+def test_a_request_holds_either_a_student_or_its_step() -> None:
+    layout, study = layout_for(frozenset({2})), small_study(wire={"dtype": "int8"})
+    student = random_tensors(layout, 0)
+    for request in (
+        TrainRequest(study, RUN, 4, None, None, RETENTION),
+        TrainRequest(study, RUN, 4, student, None, RETENTION, student_step=student),
+    ):
+        with pytest.raises(WireError, match="either a student or its step"):
+            TrainRequest.unpack(request.pack(layout), layout)
+    bf16 = dataclasses.replace(request, study=STUDY, student_step=None).pack(layout)
+    bf16["student_step"] = bf16.array_records.pop("student")
+    with pytest.raises(WireError, match="either a student or its step"):
+        TrainRequest.unpack(bf16, layout)
+
+
+def test_an_int8_reply_with_a_hostile_scale_is_refused() -> None:
+    content = reply().pack(whole_layout(), "int8")
+    held = content.array_records["update"]["2d"]
+    for scale, reason in ((b"\xc0\x7f", "not_finite"), (b"\x80\xbf", "malformed"), (b"\0\0", "malformed")):
+        data = held.data[:6] + scale + held.data[8:]
+        content.array_records["update"]["2d"] = Array(dtype="int8", shape=held.shape, stype="unimiss", data=data)
+        with pytest.raises(WireError) as caught:
+            TrainReply.unpack(content, whole_layout(), "int8")
+        assert caught.value.reason == reason
 
 
 def test_reply_round_trip() -> None:

@@ -5,7 +5,7 @@
         student.safetensors    the global student, float32, named as in the model
         teacher.safetensors    the global teacher (what embedding and fine-tuning use)
         server.json            the coordinator's bookkeeping, which resuming needs
-        server.safetensors     its optimiser's state, which resuming needs; only where the study's optimiser has some
+        server.safetensors     tensors that resuming needs besides (`server.global_state`), where there are any
 
 Embedding and fine-tuning never open `server.safetensors`, so that a checkpoint may be handed on without it.
 

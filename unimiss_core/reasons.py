@@ -8,7 +8,7 @@ REASONS: dict[str, str] = {
     "site_setup": "the site's own file, folders, disk or device do not allow it; its screen and log say what",
     "no_usable_scans": "the site's folders hold nothing that can be trained on",
     "study": "the site does not understand the study: another version of the program",
-    "needs_teacher": "the site lost what it remembered; it is sent the teacher next time",
+    "needs_whole": "the site lost what it remembered; it is sent the whole student and teacher next time",
     "not_finite": "a loss, gradient or update is not a finite number",
     "device_lost": "a process that trained on one of the site's devices died; its screen and log say which",
     "failed": "the site met an error of the program; its log says where",

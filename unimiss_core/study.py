@@ -359,8 +359,11 @@ class AggregationConfig(Config):
 
 
 class WireConfig(Config):
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """What weights and updates travel as."""
+    """In what values travel; see `unimiss_core.formats` and docs/federation.md."""
+
+    dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    """What weights and updates travel as. With int8, what rounding loses is kept and sent with the next update; a site
+    that was away is sent whole weights in fp32."""
 
 
 class StudyConfig(Config):
@@ -385,6 +388,11 @@ class StudyConfig(Config):
             raise ValueError(
                 f"the objective {self.objective.name} {'needs' if needed else 'never trains'} the model's "
                 f"reconstruction; write model.reconstruction: {'true' if needed else 'false'}"
+            )
+        depth, slices = self.views.volume_size[0], getattr(self.objective, "slices_per_volume", None)
+        if slices is not None and slices > depth:
+            raise ValueError(
+                f"objective.slices_per_volume={slices} must not be above views.volume_size[0]={depth}, a view's slices"
             )
         warmup, frozen = self.optimiser.warmup_steps, self.optimiser.freeze_prototypes_steps
         rounds, local = self.schedule.rounds, self.schedule.local_steps

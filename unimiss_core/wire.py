@@ -24,12 +24,13 @@ from unimiss_core import codec
 from unimiss_core.codec import Layout
 from unimiss_core.config import NAME, RUN, parse
 from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.formats import FORMATS
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.reasons import REASONS
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 FIGURE_NAME = r"[a-z0-9_]{1,64}"
 FIGURES_LIMIT = 16_384
@@ -37,8 +38,8 @@ FIGURES_LIMIT = 16_384
 
 ScalarT = TypeVar("ScalarT", str, int, float)
 
-TEACHER_DTYPE = "fp32"
-"""A teacher travels exactly, so that sites that rebuild it and sites that receive it hold the same one."""
+EXACT = "fp32"
+"""What travels so that those who rebuild it and those who receive it hold the same bits."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,24 @@ class Introduction:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Coordinator to site: train this round from this student.
+    """Coordinator to site: train this round from this student. Tensors are those of the groups that the site trains.
 
     run: which run of the study; what a site remembers is of one run.
-    student: the released student's tensors of the groups that the site trains.
+    student: the released student; None where the site can rebuild it from `student_step`.
     teacher: the global teacher's; None where the site can rebuild it from what it received in the round before
         (in round 1 it is the student).
     teacher_retention: per group, what was left of the global teacher after the round before:
         teacher <- m teacher + (1 - m) student, m = 1 for a group that nobody trained.
+    student_step: what the released student changed by since the round before, for a format that carries over.
     """
 
     study: StudyConfig
     run: str
     round: int
-    student: Mapping[str, Tensor]
+    student: Mapping[str, Tensor] | None
     teacher: Mapping[str, Tensor] | None
     teacher_retention: Mapping[Group, float]
+    student_step: Mapping[str, Tensor] | None = None
 
     def pack(self, layout: Layout) -> RecordDict:
         facts = {
@@ -107,10 +110,11 @@ class TrainRequest:
             "round": self.round,
             "teacher_retention": json.dumps(dict(self.teacher_retention), sort_keys=True),
         }
-        arrays = {"student": _arrays(self.student, layout, self.study.wire.dtype)}
-        if self.teacher is not None:
-            arrays["teacher"] = _arrays(self.teacher, layout, TEACHER_DTYPE)
-        return _content(facts, arrays)
+        held = {"student": self.student, "student_step": self.student_step, "teacher": self.teacher}
+        dtypes = _request_dtypes(self.study)
+        return _content(
+            facts, {part: _arrays(tensors, layout, dtypes[part]) for part, tensors in held.items() if tensors}
+        )
 
     @classmethod
     def unpack(cls, content: RecordDict, layout: Layout) -> Self:
@@ -120,16 +124,23 @@ class TrainRequest:
         retention = _figures(facts, "teacher_retention")
         if not retention.keys() <= set(GROUPS) or not all(0 <= value <= 1 for value in retention.values()):
             raise WireError("malformed", "'teacher_retention' should hold a share for each parameter group")
-        student = _tensors(content, "student", layout, study.wire.dtype)
-        if not all(bool(tensor.isfinite().all()) for tensor in student.values()):
-            raise WireError("not_finite", "the student holds a value that is not a finite number")
+        held = {
+            part: _tensors(content, part, layout, dtype)
+            for part, dtype in _request_dtypes(study).items()
+            if part in content.array_records
+        }
+        if ("student" in held) == ("student_step" in held):
+            raise WireError("malformed", "the request should hold either a student or its step")
+        if not all(bool(tensor.isfinite().all()) for tensors in held.values() for tensor in tensors.values()):
+            raise WireError("not_finite", "student or teacher holds a value that is not a finite number")
         return cls(
             study=study,
             run=_run(facts),
             round=_take(facts, "round", int),
-            student=student,
-            teacher=_tensors(content, "teacher", layout, TEACHER_DTYPE) if "teacher" in content else None,
+            student=held.get("student"),
+            teacher=held.get("teacher"),
             teacher_retention={group: retention[group] for group in GROUPS if group in retention},
+            student_step=held.get("student_step"),
         )
 
 
@@ -221,6 +232,14 @@ def run_of(content: RecordDict) -> str:
 def num_bytes(content: RecordDict) -> int:
     """Bytes of the arrays of a message: all of its size but some hundred bytes."""
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def _request_dtypes(study: StudyConfig) -> dict[str, str]:
+    """What each part of a request travels as. Only a format that carries over has steps to send."""
+    dtype = study.wire.dtype
+    if FORMATS[dtype].carries_over:
+        return {"student": EXACT, "student_step": dtype, "teacher": EXACT}
+    return {"student": dtype, "teacher": EXACT}
 
 
 def _content(facts: Mapping[str, Any], arrays: Mapping[str, ArrayRecord] | None = None) -> RecordDict:
