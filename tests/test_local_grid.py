@@ -115,7 +115,7 @@ def test_an_exchange_takes_in_few_replies_at_a_time(monkeypatch: pytest.MonkeyPa
     nodes = range(1001, 1001 + AT_ONCE + 2)
     with LocalGrid(app, {f"site-{node}": {} for node in nodes}, run_config={}) as grid:
         exchange = Exchange(grid, deadline_s=20)
-        for node in nodes:
-            exchange.ask(node, grid.create_message(RecordDict({}), "train", node, "1"))
-        assert sorted(node for node, _ in exchange) == list(nodes)
+        exchange.begin(1)
+        assert all(exchange.ask(node, RecordDict({})) for node in nodes)
+        assert sorted(asked_node.node_id for asked_node, _ in exchange) == list(nodes)
     assert max(asked) == AT_ONCE

@@ -33,6 +33,8 @@ from unimiss_core.study import StudyConfig
 PROTOCOL = 3
 
 FIGURE_NAME = r"[a-z0-9_]{1,64}"
+LARGEST_FIGURE = 1e30
+"""Beyond it a figure has diverged; means and charts of such numbers overflow."""
 FIGURES_LIMIT = 16_384
 """Characters of a mapping of figures; the largest of ours has some 1,000."""
 
@@ -133,10 +135,12 @@ class TrainRequest:
             raise WireError("malformed", "the request should hold either a student or its step")
         if not all(bool(tensor.isfinite().all()) for tensors in held.values() for tensor in tensors.values()):
             raise WireError("not_finite", "student or teacher holds a value that is not a finite number")
+        if not 1 <= (round := _take(facts, "round", int)) <= study.schedule.rounds:
+            raise WireError("malformed", f"the study has {study.schedule.rounds} rounds, asked is another")
         return cls(
             study=study,
             run=_run(facts),
-            round=_take(facts, "round", int),
+            round=round,
             student=held.get("student"),
             teacher=held.get("teacher"),
             teacher_retention={group: retention[group] for group in GROUPS if group in retention},
@@ -252,7 +256,7 @@ def _facts(content: RecordDict) -> dict[str, Any]:
     facts = dict(content.config_records["facts"])
     if (theirs := facts.pop("protocol", None)) != PROTOCOL:
         raise WireError(
-            "protocol", f"the peer speaks wire protocol {theirs!r}, this side {PROTOCOL}; upgrade the older"
+            "protocol", f"the peer speaks wire protocol {ascii(theirs)[:20]}, this side {PROTOCOL}; upgrade the older"
         )
     return facts
 
@@ -300,8 +304,8 @@ def _figures(facts: Mapping[str, Any], name: str) -> dict[str, float]:
             raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WireError("malformed", f"'{name}' should be a mapping of names to numbers") from None
-    if not all(math.isfinite(value) for value in checked.values()):
-        raise WireError("not_finite", f"a figure of '{name}' is not a finite number")
+    if not all(abs(value) <= LARGEST_FIGURE for value in checked.values()):
+        raise WireError("not_finite", f"a figure of '{name}' is not a finite number, or beyond {LARGEST_FIGURE:g}")
     return checked
 
 
@@ -318,8 +322,8 @@ def _tensors(content: RecordDict, name: str, layout: Layout, dtype: str) -> dict
         raise WireError("malformed", f"the message has no '{name}'")
     record = content.array_records[name]
     if set(record) != set(layout):
-        odd = ", ".join(sorted(set(record) ^ set(layout))[:5])
-        raise WireError("wrong_names", f"'{name}' should hold the groups {', '.join(sorted(layout))}; odd: {odd[:80]}")
+        odd = ascii(", ".join(sorted(set(record) ^ set(layout))[:5]))[:80]
+        raise WireError("wrong_names", f"'{name}' should hold the groups {', '.join(sorted(layout))}; odd: {odd}")
     tensors: dict[str, Tensor] = {}
     for group, specs in layout.items():
         array = record[group]
