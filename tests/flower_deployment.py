@@ -60,7 +60,7 @@ class Flower:
 
     def submit(self, run_config: Mapping[str, str | bool], *, project: Path = ROOT, sites: int | None = None) -> int:
         """`flwr run`; the id of the run, which goes on by itself. sites: how many Flower's simulation engine plays."""
-        engine = f"num-supernodes={sites} client-resources-num-cpus=1 init-args-num-cpus=2"
+        engine = f"num-supernodes={sites} client-resources-num-cpus=1 init-args-num-cpus=1"
         told = self._told(
             *("run", str(project), "--run-config", " ".join(f"{k}={json.dumps(v)}" for k, v in run_config.items())),
             *([] if sites is None else ["--federation-config", engine]),
@@ -72,11 +72,12 @@ class Flower:
         return str(self._told("ls", "--run-id", str(run))["runs"][0]["status"])
 
     def kill(self, name: str) -> None:
-        """SIGKILL to the processes of this installation that go by `name`; fails where there is none."""
+        """SIGKILL to the processes of this installation that go by `name`, and to what they started; fails where there
+        is none."""
         found = list(self._processes(name))
         assert found, f"no process {name} to kill\n{self.logs()}"
         for number in found:
-            os.kill(number, signal.SIGKILL)
+            _kill_family(number)
 
     def wait_until(self, condition: Callable[[], bool], what: str, *, timeout_s: float, run: int | None = None) -> None:
         """Fails, with the logs, when time is over, and at once where `run` has ended without the condition."""
@@ -194,8 +195,7 @@ class Deployment:
     def kill_site(self, site: str) -> None:
         """As a power cut would: the SuperNode and all that it started, at once and without a word to anybody."""
         node = self._nodes.pop(site)
-        for number in [*_descendants(node.pid), node.pid]:
-            _signal(number, signal.SIGKILL)
+        _kill_family(node.pid)
         node.wait(timeout=20)
 
 
@@ -219,11 +219,19 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def _kill_family(number: int) -> None:
+    for one in [number, *_descendants(number)]:
+        _signal(one, signal.SIGKILL)
+
+
 def _descendants(number: int) -> Iterator[int]:
-    for children in Path(f"/proc/{number}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            yield child
-            yield from _descendants(child)
+    try:
+        children = [path.read_text() for path in Path(f"/proc/{number}/task").glob("*/children")]
+    except OSError:  # it ended meanwhile
+        return
+    for child in map(int, " ".join(children).split()):
+        yield child
+        yield from _descendants(child)
 
 
 def _signal(number: int, deadly: signal.Signals) -> None:
