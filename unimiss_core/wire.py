@@ -129,7 +129,7 @@ class TrainRequest:
         held = {
             part: _tensors(content, part, layout, dtype)
             for part, dtype in _request_dtypes(study).items()
-            if part in content.array_records
+            if part in arrays_in(content)
         }
         if ("student" in held) == ("student_step" in held):
             raise WireError("malformed", "the request should hold either a student or its step")
@@ -235,7 +235,13 @@ def run_of(content: RecordDict) -> str:
 
 def num_bytes(content: RecordDict) -> int:
     """Bytes of the arrays of a message: all of its size but some hundred bytes."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return sum(len(array.data) for record in arrays_in(content).values() for array in record.values())
+
+
+def arrays_in(content: RecordDict) -> dict[str, ArrayRecord]:
+    """The arrays of a message, by part. Not by `content.array_records`: each reading of that is a cycle of objects that
+    holds the whole message until Python's collector comes by, and messages as large as the model pile up."""
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
 
 
 def _request_dtypes(study: StudyConfig) -> dict[str, str]:
@@ -251,9 +257,10 @@ def _content(facts: Mapping[str, Any], arrays: Mapping[str, ArrayRecord] | None 
 
 
 def _facts(content: RecordDict) -> dict[str, Any]:
-    if "facts" not in content.config_records:
+    record = content.get("facts")
+    if not isinstance(record, ConfigRecord):
         raise WireError("malformed", "the message has no facts")
-    facts = dict(content.config_records["facts"])
+    facts = dict(record)
     if (theirs := facts.pop("protocol", None)) != PROTOCOL:
         raise WireError(
             "protocol", f"the peer speaks wire protocol {ascii(theirs)[:20]}, this side {PROTOCOL}; upgrade the older"
@@ -318,9 +325,9 @@ def _arrays(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> ArrayR
 
 
 def _tensors(content: RecordDict, name: str, layout: Layout, dtype: str) -> dict[str, Tensor]:
-    if name not in content.array_records:
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord):
         raise WireError("malformed", f"the message has no '{name}'")
-    record = content.array_records[name]
     if set(record) != set(layout):
         odd = ascii(", ".join(sorted(set(record) ^ set(layout))[:5]))[:80]
         raise WireError("wrong_names", f"'{name}' should hold the groups {', '.join(sorted(layout))}; odd: {odd}")
