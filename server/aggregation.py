@@ -1,22 +1,41 @@
 """Joining updates, one parameter group at a time.
 
-For each group g:   new_g = old_g + sum_i w_ig delta_ig / sum_i w_ig,
+For each group g:   new_g = old_g + optimiser(rule over the sites i that trained g of (delta_ig, w_ig)),
 where w_ig counts what site i trained of g. A group that nobody trained keeps its value exactly. Averaging all sites
 over all tensors would instead shrink the 3D step by the 2D-only sites' share.
+
+This file holds the weights, the port `Aggregate` that every rule fits, and the mean; `server.robust` the rules that
+bound what a hostile site can do, `server.optimisers` what is made of the result.
 """
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from unimiss_core.codec import Layout
+from server.exact_sum import ExactSum
+from unimiss_core.codec import Layout, TensorSpec, split
 from unimiss_core.groups import Group
 from unimiss_core.scan import Rank
+from unimiss_core.study import AggregationConfig
 
 Weighting = Literal["uniform", "sqrt", "scans"]
+
+_AT_ONCE = 65_536
+"""Values whose squares are summed at a time, in a core's cache."""
+
+
+class Aggregate(Protocol):
+    """A rule at work in one round: every admitted update is folded in, then the result is taken, once."""
+
+    def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
+        """Add one site's update, float32 and finite. `weights`: w_ig of the groups that it trained; 0 is as if it had
+        not trained the group."""
+
+    def result(self) -> dict[str, Tensor]:
+        """name -> what the sites' updates amount to, float32, for the tensors of the groups that somebody trained."""
 
 
 def group_weights(scans: Mapping[Rank, int], groups: Collection[Group], weighting: Weighting) -> dict[Group, float]:
@@ -30,41 +49,50 @@ def group_weights(scans: Mapping[Rank, int], groups: Collection[Group], weightin
     return {group: math.sqrt(count) if weighting == "sqrt" else float(count) for group, count in counts.items()}
 
 
-class WeightedMean:
-    """The running weighted mean of updates, per group; memory does not grow with the number of sites.
+def largest_product(config: AggregationConfig) -> float:
+    """Bound on |w_ig * value| over all updates that can be admitted."""
+    (weight,) = group_weights({2: config.max_scans, 3: 0}, ["2d"], config.weighting).values()
+    return config.max_update_norm * weight
 
-    Sums are in float64, so that the order of arrival does not show after rounding to float32, but for rare last bits.
+
+class WeightedMean:
+    """sum_i w_ig delta_ig / sum_i w_ig for each group, folded in as updates come: FedAvg (McMahan et al. 2017,
+    arXiv:1602.05629, algorithm 1) on updates instead of models.
+
+    Memory is 16 bytes for each parameter, however many sites there are, and the result is the same to its last bit in
+    whatever order they come; see `server.exact_sum`. One site alone gives its own update.
+
+    largest: see `largest_product`.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, largest: float) -> None:
         self._layout = layout
-        self._weights: dict[Group, float] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[Group, list[float]] = {}
+        self._sums = ExactSum(largest)
 
     def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
-        """Add one site's update; `weights` names the groups that the site trained."""
         for group, weight in weights.items():
-            if weight <= 0:
-                continue
-            self._weights[group] = self._weights.get(group, 0.0) + weight
-            for spec in self._layout[group]:
-                total = self._sums.setdefault(spec.name, torch.zeros(spec.shape, dtype=torch.float64))
-                total.add_(update[spec.name].double(), alpha=weight)
+            if weight > 0:
+                self.add(group, update, weight)
 
-    @property
-    def weights(self) -> Mapping[Group, float]:
-        """Total weight of each group that somebody trained."""
-        return self._weights
+    def add(self, group: Group, update: Mapping[str, Tensor], weight: float, *, scale: float = 1.0) -> None:
+        """Count `scale` times the update's tensors of one group with this weight, which is above zero."""
+        self._weights.setdefault(group, []).append(weight)
+        self._sums.add(group, [update[spec.name] for spec in self._layout[group]], weight * scale)
 
     def result(self) -> dict[str, Tensor]:
-        """name -> mean update, float32, for the tensors of the groups that somebody trained."""
-        return {
-            spec.name: (self._sums[spec.name] / weight).float()
-            for group, weight in self._weights.items()
-            for spec in self._layout[group]
-        }
+        joined: dict[str, Tensor] = {}
+        for group, weights in self._weights.items():
+            joined |= split(self._sums.take(group, math.fsum(weights)), self._layout[group])
+        return joined
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """L2 norm of all values together, summed in float64; nan or inf where a value is."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    parts = (part.double() for tensor in tensors.values() for part in tensor.reshape(-1).split(_AT_ONCE))
+    return math.sqrt(sum(float(torch.dot(part, part)) for part in parts))
+
+
+def group_norm(update: Mapping[str, Tensor], specs: Iterable[TensorSpec]) -> float:
+    """`norm` of an update's tensors of one group; 0 for those that it does not hold."""
+    return norm({spec.name: update[spec.name] for spec in specs if spec.name in update})

@@ -11,6 +11,10 @@ from flwr.serverapp import Grid
 from unimiss_core.errors import WireError
 from unimiss_core.wire import Introduction, Refusal
 
+AT_ONCE = 4
+"""Replies that are taken in at a time. All that are ready could be as many as there are sites, and each is as large as
+the model."""
+
 POLL_S = 0.2
 """Pause between two looks for replies; between machines each look is a request."""
 
@@ -66,11 +70,17 @@ class Exchange:
         """Replies as they arrive, late ones of earlier rounds among them, until all of this round replied or its
         deadline passed; more may be asked meanwhile."""
         while self._awaits_this_round() and time.monotonic() < self._give_up:
-            arrived = list(self._grid.pull_messages(list(self._waiting)))
-            for reply in arrived:
-                if (asked := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
-                    yield asked, reply
-            if not arrived:
+            waiting, some_arrived = list(self._waiting), False
+            for start in range(0, len(waiting), AT_ONCE):
+                arrived = list(self._grid.pull_messages(waiting[start : start + AT_ONCE]))
+                some_arrived = some_arrived or bool(arrived)
+                while arrived:
+                    asked = self._waiting.pop(arrived[0].metadata.reply_to_message_id, None)
+                    if asked is None:
+                        del arrived[0]
+                    else:
+                        yield asked, arrived.pop(0)  # bound to no name, or it would be held while the next is pulled
+            if not some_arrived:
                 time.sleep(POLL_S)
 
     def _awaits_this_round(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server import optimisers
 from server.attendance import Attendance
 from server.release import Release
 from server.run_folder import RunFolder
@@ -26,6 +27,7 @@ class GlobalState:
     student: float32 masters. release: what sites hold of them. teacher: the EMA of the released students, per group.
     retention: what was left of the teacher in the last round. taught: site -> the last round whose release and teacher
     it holds on its disk. attendance: what is remembered of sites; unlike the rest it also moves when a round fails.
+    optimiser: of the server, see `server.optimisers`.
     """
 
     round: int
@@ -35,12 +37,13 @@ class GlobalState:
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
     taught: dict[str, int] = field(default_factory=dict)
     attendance: Attendance = field(default_factory=Attendance)
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def initial(cls, student: Mapping[str, Tensor], study: StudyConfig, layout: Layout) -> "GlobalState":
         """Before the first round."""
-        release = Release.of(student, before=None, layout=layout, dtype=study.wire.dtype)
-        return cls(0, dict(student), release, dict(release.student))
+        release = Release.first(student, layout=layout, dtype=study.wire.dtype)
+        return cls(0, dict(student), release, release.held())
 
     @classmethod
     def restored(cls, found: Checkpoint, study: StudyConfig, layout: Layout) -> "GlobalState":
@@ -52,18 +55,20 @@ class GlobalState:
             if name.startswith(_RELEASED)
         }
         return cls(
-            found.manifest.round,
-            dict(found.student),
-            Release.of(found.student, before=held or None, layout=layout, dtype=study.wire.dtype),
-            dict(found.teacher),
-            book["retention"],
-            book["taught"],
-            Attendance.of(book["attendance"]),
+            round=found.manifest.round,
+            student=dict(found.student),
+            release=Release(found.student, held or None, layout, study.wire.dtype),
+            teacher=dict(found.teacher),
+            retention=book["retention"],
+            taught=book["taught"],
+            attendance=Attendance.of(book["attendance"]),
+            optimiser={name: t for name, t in found.server_tensors.items() if name.startswith(optimisers.PREFIXES)},
         )
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
         """Write it as its round's checkpoint, in one rename."""
         book = {"retention": self.retention, "taught": self.taught, "attendance": self.attendance.facts()}
+        held = {_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()}
         checkpoint.save(
             folder.checkpoint_of(self.round),
             origin="federation",
@@ -74,5 +79,5 @@ class GlobalState:
             student=self.student,
             teacher=self.teacher,
             server_json=json.dumps(book, sort_keys=True),
-            server_tensors={_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()},
+            server_tensors={**self.optimiser, **held},
         )

@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 10.0
 """How long leaving the grid waits for sites to stop; after that their threads end with the process."""
 
+MOST_WAITING = 1
+"""Replies with arrays that lie ready for the coordinator: each is as large as the model, and sites may be faster than
+it is. Between machines they would wait at the server."""
+
 _COORDINATOR = 1
 _CLIENT_APP_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
@@ -51,7 +55,8 @@ class LocalGrid(Grid):
             for node_id, name in self._names.items()
         }
         self._inboxes: dict[int, queue.SimpleQueue[Message]] = {node_id: queue.SimpleQueue() for node_id in self._names}
-        self._replies: dict[str, Message] = {}
+        self._replies: dict[str, tuple[Message, Message]] = {}
+        """Message -> (it, its reply), until the reply is pulled."""
         self._number = itertools.count(1)
         self._closing = threading.Event()
         self._at_work: dict[int, Message] = {}
@@ -102,7 +107,10 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Sequence[Message]:
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+        with self._place:
+            pulled = [self._replies.pop(message_id)[1] for message_id in message_ids if message_id in self._replies]
+            self._place.notify_all()
+        return pulled
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError("rounds push and pull, so that each reply is folded in as it arrives")
@@ -116,13 +124,11 @@ class LocalGrid(Grid):
             if not self._take_place(node_id, message):
                 continue
             try:
-                reply = self._answer(message)
+                self._deliver(message, self._answer(message))
             except _Stopped:
                 return
             finally:
                 self._leave_place(node_id)
-            if not _is_expired(message):
-                self._replies[message.metadata.message_id] = reply
 
     def _take_place(self, node_id: int, message: Message) -> bool:
         """Wait for one of the `workers` places; False where the message expired or the grid closed meanwhile."""
@@ -136,10 +142,25 @@ class LocalGrid(Grid):
             self._at_work[node_id] = message
             return True
 
+    def _deliver(self, message: Message, reply: Message) -> None:
+        """Lay the reply out to be pulled, where the message has not expired and as soon as few others lie there."""
+        with self._place:
+            while _holds_arrays(reply) and self._num_waiting() >= MOST_WAITING:
+                self._place.wait(timeout=_POLL_S)
+                if self._closing.is_set() or _is_expired(message):
+                    return
+            if not _is_expired(message):
+                self._replies[message.metadata.message_id] = (message, reply)
+
+    def _num_waiting(self) -> int:
+        """Replies with arrays that can still be pulled; what nobody pulled in time is forgotten."""
+        self._replies = {name: pair for name, pair in self._replies.items() if not _is_expired(pair[0])}
+        return sum(_holds_arrays(reply) for _, reply in self._replies.values())
+
     def _leave_place(self, node_id: int) -> None:
         with self._place:
             del self._at_work[node_id]
-            self._place.notify()
+            self._place.notify_all()
 
     def _answer(self, message: Message) -> Message:
         try:
@@ -157,6 +178,10 @@ class LocalGrid(Grid):
 
 def _is_expired(message: Message) -> bool:
     return time.time() > message.metadata.created_at + message.metadata.ttl
+
+
+def _holds_arrays(reply: Message) -> bool:
+    return reply.has_content() and bool(reply.content.array_records)
 
 
 class _Stopped(BaseException):

@@ -39,6 +39,7 @@ class OneRound:
         roster: Roster,
         exchange: Exchange,
         state: GlobalState,
+        total: RoundSum,
     ) -> None:
         self._study = study
         self._run = run
@@ -50,7 +51,7 @@ class OneRound:
         self._state = state
         self._round = state.round + 1
         self._requests = Requests(study, run, layout, state)
-        self._total = RoundSum(study, layout)
+        self._total = total
         self._taught: dict[str, int] = {}
         self._sizes: list[float] = []
         exchange.begin(self._round)
@@ -64,6 +65,7 @@ class OneRound:
         self._ask_all()
         for asked, reply in self._exchange:
             self._hear(asked, reply)
+            del reply  # as large as the model: not to be held while the next is pulled
         for name, line in self.lines.items():
             if line.bytes_down or line.status == "late":
                 self._state.attendance.note(name, self._round, counted=line.status in ("ok", "late"))

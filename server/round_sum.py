@@ -1,13 +1,14 @@
 """From the updates of a round to the next global student and teacher."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from server.aggregation import WeightedMean, group_weights
+from server.aggregation import Aggregate, group_weights
 from server.global_state import GlobalState
-from server.release import Release
+from server.optimisers import build_optimiser
 from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group, group_of, groups_of_ranks
 from unimiss_core.scan import RANKS, Rank
@@ -23,12 +24,15 @@ def layout_for(ranks: frozenset[Rank], layout: Layout) -> Layout:
 
 
 class RoundSum:
-    """The admitted updates of one round, folded in as they arrive."""
+    """The admitted updates of one round, folded in as they arrive.
 
-    def __init__(self, study: StudyConfig, layout: Layout) -> None:
+    aggregate: the study's rule, to which nothing was given yet.
+    """
+
+    def __init__(self, study: StudyConfig, aggregate: Aggregate) -> None:
         self._study = study
-        self._layout = layout
-        self._mean = WeightedMean(layout)
+        self._aggregate = aggregate
+        self._optimiser = build_optimiser(study.aggregation.server_optimiser)
         self._retention = _MeanRetention()
 
     def fold(self, answer: TrainReply, *, share: float = 1.0) -> None:
@@ -42,38 +46,41 @@ class RoundSum:
         groups = [group for group, steps in trained.items() if steps > 0]
         whole = group_weights(answer.scans, groups, study.aggregation.weighting)
         weights = {group: share * weight for group, weight in whole.items()}
-        self._mean.fold(answer.update, weights)
+        self._aggregate.fold(answer.update, weights)
         self._retention.fold(weights, teacher_retention(study, ranks, answer.round))
 
     def applied_to(self, state: GlobalState, round: int) -> tuple[GlobalState, dict[str, Tensor]]:
         """(state after the round, what was added to the student). Groups that nobody trained keep their bits."""
-        step = self._mean.result()
+        step, optimiser = self._optimiser.step(self._aggregate.result(), state.optimiser)
         student = {name: tensor + step[name] if name in step else tensor for name, tensor in state.student.items()}
-        dtype = self._study.wire.dtype
-        release = Release.of(student, before=state.release.student, layout=self._layout, dtype=dtype)
+        release = state.release.after(student)
         left = self._retention.result()
-        teacher = advance_teacher(state.teacher, release.student, {name: left[group_of(name)] for name in student})
-        return replace(state, round=round, student=student, release=release, teacher=teacher, retention=left), step
+        teacher = advance_teacher(state.teacher, release.held(), {name: left[group_of(name)] for name in student})
+        after = replace(
+            state, round=round, student=student, release=release, teacher=teacher, retention=left, optimiser=optimiser
+        )
+        return after, step
 
 
 class _MeanRetention:
     """What is left of the global teacher in a round: per group the weighted mean over the sites' steps.
 
     Site i's teacher ends a round at m_i T + (1 - m_i) S, so the mean of the sites' teachers has m = mean of m_i.
+    The order of the sites does not matter, not even to the last bit.
     """
 
     def __init__(self) -> None:
-        self._weights: dict[Group, float] = {}
-        self._sums: dict[Group, float] = {}
+        self._seen: dict[Group, list[tuple[float, float]]] = {group: [] for group in GROUPS}
+        """(weight, m) of each site."""
 
     def fold(self, weights: Mapping[Group, float], retention: Mapping[Group, float]) -> None:
         for group, weight in weights.items():
-            self._weights[group] = self._weights.get(group, 0.0) + weight
-            self._sums[group] = self._sums.get(group, 0.0) + weight * retention[group]
+            self._seen[group].append((weight, retention[group]))
 
     def result(self) -> dict[Group, float]:
         """1 - the teacher stays - for a group that nobody trained."""
-        return {
-            group: self._sums[group] / self._weights[group] if self._weights.get(group, 0.0) > 0 else 1.0
-            for group in GROUPS
-        }
+        return {group: self._mean(group) for group in GROUPS}
+
+    def _mean(self, group: Group) -> float:
+        total = math.fsum(weight for weight, _ in self._seen[group])
+        return math.fsum(weight * kept for weight, kept in self._seen[group]) / total if total > 0 else 1.0

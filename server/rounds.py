@@ -19,13 +19,15 @@ from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
 from server.roster import Roster
+from server.round_sum import RoundSum
+from server.rules import opened_aggregate
 from server.run_folder import RunFolder
 from server.site_round import SiteRound, round_s
 from unimiss_core import progress
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import RoundError
 from unimiss_core.loss_terms import mean_cross_entropy
-from unimiss_core.network import build_network
+from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -51,9 +53,7 @@ class Federation:
         self._study = study
         self._config = config
         self._folder = RunFolder(config.out)
-        network = build_network(study.model, seed=study.seed)
-        self._layout = layout_of(network)
-        self._initial = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        self._layout = layout_of(empty_network(study.model))
         self._roster = Roster(grid, config)
         grace_s = config.deadline_s if study.aggregation.late_weight > 0 else 0.0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, grace_s=grace_s)
@@ -77,7 +77,8 @@ class Federation:
         for tries_left in reversed(range(self._config.round_tries)):
             self._roster.gather(hello)
             try:
-                return self._run_round(state)
+                with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
+                    return self._run_round(state, RoundSum(self._study, aggregate))
             except RoundError as error:
                 if tries_left == 0:
                     raise
@@ -91,11 +92,12 @@ class Federation:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
             return GlobalState.restored(found, self._study, self._layout)
-        state = GlobalState.initial(self._initial, self._study, self._layout)
+        student = tensors_of(build_network(self._study.model, seed=self._study.seed))
+        state = GlobalState.initial(student, self._study, self._layout)
         state.save(self._folder, self._study)
         return state
 
-    def _run_round(self, state: GlobalState) -> GlobalState:
+    def _run_round(self, state: GlobalState, total: RoundSum) -> GlobalState:
         began = time.monotonic()
         work = OneRound(
             study=self._study,
@@ -105,6 +107,7 @@ class Federation:
             roster=self._roster,
             exchange=self._exchange,
             state=state,
+            total=total,
         )
         after, step = work.run()
         self._close(after, step, work.lines, time.monotonic() - began)

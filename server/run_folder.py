@@ -56,6 +56,11 @@ class RunFolder:
     def _identity(self) -> Path:
         return self.path / "run.json"
 
+    @property
+    def scratch(self) -> Path:
+        """Folder for what a round keeps on disk until it ends."""
+        return self.path / f"updates{durable.PARTIAL}"
+
     def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
 
@@ -83,11 +88,13 @@ class RunFolder:
 
     def begin(self, study: StudyConfig, *, resume: bool) -> checkpoint.Checkpoint | None:
         """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does."""
-        if (latest := self.check(study, resume=resume)) is None:
+        latest = self.check(study, resume=resume)
+        shutil.rmtree(self.scratch, ignore_errors=True)  # a round that was cut off may have left gigabytes
+        if latest is None:
             self._start(study)
             return None
         try:
-            found = checkpoint.load(latest)
+            found = checkpoint.load(latest, to_resume=True)
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or delete {latest} to go on from the round before it") from None
         if not self._identity.exists():  # deleted, or begun before runs had names

@@ -26,7 +26,7 @@ def site(seed: int, groups: tuple[Group, ...], weight: float) -> tuple[dict[str,
 
 
 def joined(sites: list[tuple[dict[str, Tensor], dict[Group, float]]]) -> dict[str, Tensor]:
-    mean = WeightedMean(LAYOUT)
+    mean = WeightedMean(LAYOUT, largest=1e6)
     for update, weights in sites:
         mean.fold(update, weights)
     return mean.result()

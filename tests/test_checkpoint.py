@@ -37,31 +37,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(found.student[name], student[name]) for name in student)
 
 
-def test_what_the_coordinator_keeps_besides_comes_back(tmp_path: Path) -> None:
-    study, tensors = small_study(), random_tensors(whole_layout(), 0)
-    kept = {"released.a": torch.arange(5.0)}
-    for folder, more in (("with", kept), ("without", None)):
-        checkpoint.save(
-            tmp_path / folder,
-            origin="federation",
-            round=1,
-            study_digest=study.digest(),
-            model=study.model,
-            plan=study.plan,
-            student=tensors,
-            teacher=tensors,
-            server_tensors=more,
-        )
-    found = checkpoint.load(tmp_path / "with").server_tensors
-    assert found.keys() == kept.keys()
-    assert torch.equal(found["released.a"], kept["released.a"])
-    assert not checkpoint.load(tmp_path / "without").server_tensors
-    assert not (tmp_path / "without" / "server.safetensors").exists()
-    (tmp_path / "with" / "server.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"server\.safetensors is missing"):
-        checkpoint.load(tmp_path / "with")
-
-
 def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     save(tmp_path / "a")
     save(tmp_path / "b")
@@ -77,6 +52,39 @@ def test_one_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
     (tmp_path / "c" / name).write_bytes(payload)
     with pytest.raises(CheckpointError, match=f"{name} was changed"):
         checkpoint.load(tmp_path / "c")
+
+
+def save_with_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    study = small_study()
+    tensors = random_tensors(whole_layout(), 0)
+    checkpoint.save(
+        folder,
+        origin="federation",
+        round=1,
+        study_digest=study.digest(),
+        model=study.model,
+        plan=study.plan,
+        student=tensors,
+        teacher=tensors,
+        server_tensors=state,
+    )
+
+
+def test_state_of_the_server_is_read_to_resume_and_needed_for_nothing_else(tmp_path: Path) -> None:
+    name, tensor = next(iter(random_tensors(whole_layout(), 0).items()))
+    save_with_state(tmp_path / "c", {f"momentum.{name}": tensor + 1})
+    assert torch.equal(checkpoint.load(tmp_path / "c", to_resume=True).server_tensors[f"momentum.{name}"], tensor + 1)
+    (tmp_path / "c" / "server.safetensors").unlink()
+    assert checkpoint.load(tmp_path / "c").server_tensors == {}
+    with pytest.raises(CheckpointError, match=r"server\.safetensors is missing"):
+        checkpoint.load(tmp_path / "c", to_resume=True)
+
+
+@pytest.mark.parametrize("odd", ["momentum.nothing.of.that.name", "without_prefix"])
+def test_state_of_no_parameter_is_told(tmp_path: Path, odd: str) -> None:
+    save_with_state(tmp_path / "c", {odd: torch.ones(2)})
+    with pytest.raises(CheckpointError, match=f"server holds {odd}, which is the state of no tensor"):
+        checkpoint.load(tmp_path / "c", to_resume=True)
 
 
 def test_missing_file_is_told(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from server.coordinator_config import CoordinatorConfig
 from server.global_state import GlobalState
 from server.local_grid import LocalGrid
 from server.rounds import Federation
-from tests.federation import Answer, StubSite, good_answer, metric_rows, reply_with, small_study, stub_app
+from tests.federation import RUN, Answer, StubSite, good_answer, metric_rows, reply_with, small_study, stub_app
 from unimiss_core import checkpoint
 from unimiss_core.groups import group_of
 from unimiss_core.study import StudyConfig
@@ -88,7 +88,7 @@ def assert_is_model_of(state: GlobalState, out: Path, counted: dict[int, dict[st
 @functools.lru_cache(maxsize=64)
 def _update(name: str, round: int) -> dict[str, Tensor]:
     of = site(name)
-    request = TrainRequest(small_study(), round, {}, None, {})
+    request = TrainRequest(small_study(), run=RUN, round=round, student={}, teacher=None, teacher_retention={})
     return dict(good_answer(request, of).update)
 
 

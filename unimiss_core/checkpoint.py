@@ -5,7 +5,9 @@
         student.safetensors    the global student, float32, named as in the model
         teacher.safetensors    the global teacher (what embedding and fine-tuning use)
         server.json            the coordinator's bookkeeping, which resuming needs
-        server.safetensors     tensors that resuming needs besides, where there are any
+        server.safetensors     tensors that only resuming needs; where there are any
+
+Embedding and fine-tuning never open `server.safetensors`, so that a checkpoint may be handed on without it.
 
 Nothing is ever unpickled. No time and no host stands in a checkpoint, so that equal runs give equal bytes.
 """
@@ -20,7 +22,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from unimiss_core import durable
@@ -30,6 +32,7 @@ from unimiss_core.study import ModelConfig, PlanConfig
 
 FORMAT_VERSION = 1
 _FOLDER_NAME = re.compile(r"round-([0-9]{4,})")
+_SERVER_TENSORS = "server.safetensors"
 
 
 class Manifest(Config):
@@ -57,7 +60,7 @@ class Checkpoint:
     server_json: str
     """The coordinator's bookkeeping as it wrote it; `{}` for imported weights."""
     server_tensors: Mapping[str, Tensor]
-    """What it keeps besides, by names of its own; mostly nothing."""
+    """`prefix.name` -> what is kept of the parameter `name`; empty where there is nothing or it was not asked for."""
 
 
 def folder_name(round: int) -> str:
@@ -77,41 +80,43 @@ def save(
     server_json: str = "{}",
     server_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint as `folder`, in one rename."""
-    files = {
-        "student.safetensors": save_tensors(_plain(student)),
-        "teacher.safetensors": save_tensors(_plain(teacher)),
-        "server.json": server_json.encode(),
-    }
+    """Write a checkpoint as `folder`, in one rename.
+
+    server_tensors: named `prefix.name` after the parameter they belong to, and of its shape.
+    """
+    files = {"student.safetensors": student, "teacher.safetensors": teacher}
     if server_tensors:
-        files["server.safetensors"] = save_tensors(_plain(server_tensors))
-    manifest = Manifest(
-        origin=origin,
-        round=round,
-        study_digest=study_digest,
-        model=model,
-        plan=plan,
-        tensors={name: tuple(tensor.shape) for name, tensor in sorted(student.items())},
-        sha256={name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()},
-    )
+        files[_SERVER_TENSORS] = server_tensors
     with durable.new_folder(folder) as partial:
-        for name, payload in files.items():
-            (partial / name).write_bytes(payload)
+        for name, tensors in files.items():
+            save_tensors(_plain(tensors), partial / name)  # straight to disk: as bytes they take as much memory again
+        (partial / "server.json").write_bytes(server_json.encode())
+        manifest = Manifest(
+            origin=origin,
+            round=round,
+            study_digest=study_digest,
+            model=model,
+            plan=plan,
+            tensors={name: tuple(tensor.shape) for name, tensor in sorted(student.items())},
+            sha256={file.name: _sha256_of(file) for file in sorted(partial.iterdir())},
+        )
         (partial / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint and check every file against the manifest.
+def load(folder: Path, *, to_resume: bool = False) -> Checkpoint:
+    """Read a checkpoint and check every file that is read against the manifest.
 
-    Raises CheckpointError: no checkpoint there, another format version, a file or tensor changed or missing.
+    to_resume: read the server's tensors too. Raises CheckpointError: no checkpoint there, another format version, a
+    file or tensor changed or missing.
     """
     manifest = read_manifest(folder)
-    payloads = {name: _read_checked(folder, name, digest) for name, digest in manifest.sha256.items()}
+    wanted = {name: digest for name, digest in manifest.sha256.items() if to_resume or name != _SERVER_TENSORS}
+    payloads = {name: _read_checked(folder, name, digest) for name, digest in wanted.items()}
     try:
         student = load_tensors(payloads["student.safetensors"])
         teacher = load_tensors(payloads["teacher.safetensors"])
         server_json = payloads["server.json"].decode()
-        more = load_tensors(payloads["server.safetensors"]) if "server.safetensors" in payloads else {}
+        server_tensors = load_tensors(payloads[_SERVER_TENSORS]) if _SERVER_TENSORS in payloads else {}
     except (KeyError, SafetensorError, UnicodeDecodeError):
         raise CheckpointError(f"{folder}: the files do not hold what the manifest says; take another copy") from None
     for part, tensors in {"student": student, "teacher": teacher}.items():
@@ -119,7 +124,10 @@ def load(folder: Path) -> Checkpoint:
         if shapes != manifest.tensors:
             odd = sorted(shapes.items() ^ manifest.tensors.items())[:3]
             raise CheckpointError(f"{folder}: {part} does not hold the tensors that the manifest names: {odd}")
-    return Checkpoint(manifest, student, teacher, server_json, more)
+    for name, tensor in server_tensors.items():
+        if manifest.tensors.get(name.partition(".")[2]) != tuple(tensor.shape):
+            raise CheckpointError(f"{folder}: server holds {name}, which is the state of no tensor of the manifest")
+    return Checkpoint(manifest, student, teacher, server_json, server_tensors)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -158,6 +166,11 @@ def latest(checkpoints: Path) -> Path | None:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_checked(folder: Path, name: str, digest: str) -> bytes:

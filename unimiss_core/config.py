@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from unimiss_core.errors import ConfigError
@@ -60,6 +60,10 @@ def chosen_by_name(default: str) -> Discriminator:
         return name if isinstance(name, str) else default  # of any other type: that class's own message tells
 
     return Discriminator(tag_of)
+
+
+NAME_ALONE = BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)
+"""In a union that is chosen by name, `median` stands for `{name: median}`: that class with its defaults."""
 
 
 def load(kind: type[ConfigT], path: Path) -> ConfigT:

@@ -6,9 +6,9 @@ update must carry to count. Nothing here depends on how much data a site holds.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, Tag, model_validator
+from pydantic import AfterValidator, Field, Tag, model_serializer, model_validator
 
-from unimiss_core.config import Config, Name, chosen_by_name
+from unimiss_core.config import NAME_ALONE, Config, Name, chosen_by_name
 from unimiss_core.scan import SMALLEST, Rank
 
 
@@ -246,12 +246,97 @@ class LocalConfig(Config):
     of the round before; tau is its own's share the first time. None starts from the received one alone."""
 
 
+class MeanConfig(Config):
+    """The weighted mean: no site is mistrusted, and nothing is kept."""
+
+    name: Literal["mean"] = "mean"
+
+
+class MedianConfig(Config):
+    """The median of each coordinate over the sites that trained it."""
+
+    name: Literal["median"] = "median"
+
+
+class TrimmedMeanConfig(Config):
+    """The mean of each coordinate without its largest and smallest values."""
+
+    name: Literal["trimmed_mean"] = "trimmed_mean"
+    share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """Of the sites, left out at either end, rounded up: fewer hostile sites than this share cannot lead the result out
+    of the range of the honest ones."""
+
+
+class NormBoundedMeanConfig(Config):
+    """The weighted mean of updates that were shortened to a bound where they are longer, per parameter group."""
+
+    name: Literal["norm_bounded_mean"] = "norm_bounded_mean"
+    times_median: Weight = 1.0
+    """The bound, in medians of this round's norms of the group. Not used where `max_norm` is given."""
+    max_norm: Weight | None = None
+    """A bound fixed for the whole study: updates need not be kept on disk until all have come, but it must be known
+    beforehand, for every group and every learning rate of the schedule."""
+
+
+RuleConfig = Annotated[
+    Annotated[MeanConfig, Tag("mean")]
+    | Annotated[MedianConfig, Tag("median")]
+    | Annotated[TrimmedMeanConfig, Tag("trimmed_mean")]
+    | Annotated[NormBoundedMeanConfig, Tag("norm_bounded_mean")],
+    chosen_by_name(default="mean"),
+    NAME_ALONE,
+]
+
+
+class NoServerOptimiserConfig(Config):
+    """What the rule gives is added to the student as it is."""
+
+    name: Literal["none"] = "none"
+
+    @model_serializer
+    def _as_written(self) -> str:
+        return self.name  # a mapping would change the digest of every study that was written before there was a choice
+
+
+class FedAvgMConfig(Config):
+    """Momentum over rounds; see `server.optimisers`."""
+
+    name: Literal["fedavgm"] = "fedavgm"
+    lr: Weight = 1.0
+    """Steady updates are taken lr / (1 - momentum) fold."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class FedAdamConfig(Config):
+    """Adam over rounds; see `server.optimisers`."""
+
+    name: Literal["fedadam"] = "fedadam"
+    lr: Weight = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Weight = 1e-3
+    """How adaptive: coordinates whose updates are well below it are taken lr / tau fold, those above about lr far."""
+
+
+ServerOptimiserConfig = Annotated[
+    Annotated[NoServerOptimiserConfig, Tag("none")]
+    | Annotated[FedAvgMConfig, Tag("fedavgm")]
+    | Annotated[FedAdamConfig, Tag("fedadam")],
+    chosen_by_name(default="none"),
+    NAME_ALONE,
+]
+
+
 class AggregationConfig(Config):
     """How the coordinator joins updates; see `server.aggregation`."""
 
+    rule: Annotated[RuleConfig, Field(exclude_if=lambda rule: rule.name == "mean")] = MeanConfig()
+    """How the sites' updates become one, per parameter group. The mean is not written out, so that older studies keep
+    their digests."""
     weighting: Literal["uniform", "sqrt", "scans"] = "uniform"
     """A site counts 1, the root of its scans, or its scans, per parameter group and its rank."""
-    server_optimiser: Literal["none"] = "none"
+    server_optimiser: ServerOptimiserConfig = NoServerOptimiserConfig()
+    """What is made of it before it is added to the student."""
     max_scans: Positive = 1_000_000
     """A site that claims more is refused: under `sqrt` and `scans` a claim is a weight."""
     max_update_norm: Annotated[float, Field(gt=0)] = 1e3
@@ -262,6 +347,15 @@ class AggregationConfig(Config):
     late_weight: Fraction = 0.0
     """An update that comes after its round was closed counts in a later one, with this share of its weight for each
     round of delay (Xie, Koyejo, Gupta 2019, "Asynchronous federated optimization"); 0 drops it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weighting != "uniform" and isinstance(self.rule, MedianConfig | TrimmedMeanConfig):
+            raise ValueError(
+                f"weighting={self.weighting} has no meaning under the rule {self.rule.name}, where each site counts 1: "
+                "a claim of many scans must not buy influence; write weighting: uniform"
+            )
+        return self
 
 
 class WireConfig(Config):
