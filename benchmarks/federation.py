@@ -135,10 +135,11 @@ class Stubs:
         return app
 
     def _reply(self, request: RecordDict, name: str) -> RecordDict:
-        study = study_of(request)
+        study, asked = study_of(request), request.config_records["facts"]
         facts = TrainReply(
             site=name,
-            round=int(request.config_records["facts"]["round"]),  # type: ignore[arg-type]
+            run=str(asked["run"]),
+            round=int(asked["round"]),  # type: ignore[arg-type]
             study_digest=self._digest,
             update={},
             scans=SCANS,  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from client.cache import Library, open_library
 from client.site_config import DataSource, SiteConfig, TableConfig, anchored
 from unimiss_core.config import parse, read_yaml
 from unimiss_core.embedding import encoder_of
+from unimiss_core.errors import UnimissError
 from unimiss_core.learner import Learner
 from unimiss_core.network import tensors_of
 from unimiss_core.probe import Probe, gain
@@ -79,27 +81,47 @@ class Run:
 
 def main() -> None:
     options = _options()
+    try:
+        runs, floors = _measured(options)
+    except UnimissError as error:
+        sys.exit(f"benchmarks.recipe: {error}")
+    print("\n".join([*gain_lines(runs, floors), *verdict_lines(runs)]))
+    if options.json:
+        content = {"steps": options.steps, "floors": floors, "runs": [asdict(run) for run in runs]}
+        options.json.write_text(json.dumps(content, indent=2))
+
+
+def _measured(options: argparse.Namespace) -> tuple[list[Run], dict[str, float]]:
+    """(a run for each seed, each task's floor)."""
     torch.set_num_threads(options.threads)
     study = parse(StudyConfig, _study(options.steps), where="nano")
     with tempfile.TemporaryDirectory() as scratch:
         library = open_library(pooled(options.data, Path(scratch)), study.plan)
         tasks = {name: task(name, options.data, study) for name in TASKS}
         runs = [train_pooled(study.model_copy(update={"seed": seed}), library, tasks) for seed in options.seeds]
-    floors = {name: auc_of(each.floor()) for name, each in tasks.items()}
-    print("\n".join([*gain_lines(runs, floors), *verdict_lines(runs)]))
-    if options.json:
-        content = {"steps": total_steps(study.schedule), "floors": floors, "runs": [asdict(run) for run in runs]}
-        options.json.write_text(json.dumps(content, indent=2))
+    return runs, {name: auc_of(each.floor()) for name, each in tasks.items()}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="optimiser steps, images and volumes in turn; else as nano says")
+    raw = _study(None)
+    most, warm_up = raw["schedule"]["rounds"] * raw["schedule"]["local_steps"], raw["optimiser"]["warmup_steps"]
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=most,
+        help=f"optimiser steps, images and volumes in turn, more than {warm_up}, the warm-up (default: nano's {most})",
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.steps <= warm_up:
+        parser.error(
+            f"--steps {options.steps}: give more than nano's warm-up of {warm_up} steps, or nothing is learned"
+        )
+    return options
 
 
 def _study(steps: int | None) -> dict[str, Any]:

@@ -25,11 +25,14 @@ from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from naive_unimiss import NaiveLearner
 from torch import Tensor
 
+from unimiss_core.device import device_of
+from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import build_network
@@ -80,10 +83,18 @@ class Result:
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    try:
+        device_of(options.device)
+    except ConfigError as error:
+        parser.error(str(error))
     results: list[Result] = []
     for alike in _cases_by_rank(options):
-        results += _measure(alike, options.repeats)
+        try:
+            results += _measure(alike, options.repeats)
+        except _CaseLostError as error:  # its own process has printed why
+            parser.exit(1, f"{parser.prog}: {error}\n")
         print(_table(results[-len(alike) :]), flush=True)
     if options.json:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": _processor()}
@@ -121,27 +132,48 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
         ]
 
 
+class _CaseLostError(Exception):
+    """The process of a case ended before its figures were there."""
+
+
 def _measure(cases: list[Case], repeats: int) -> list[Result]:
-    """Run the cases side by side, one step of one case at a time."""
+    """Run the cases side by side, one step of one case at a time. Raises _CaseLostError; the other processes, being
+    daemons, end with this one."""
     context = multiprocessing.get_context("spawn")
     pipes, workers = [], []
     for case in cases:
+        _say(f"building {case.title}, {case.rank}D")
         here, there = context.Pipe()
         worker = context.Process(target=_work, args=(case, there), daemon=True)
         worker.start()
+        there.close()  # or this process would wait for itself where the other one has ended
         pipes.append(here)
         workers.append(worker)
-        here.recv()  # built: no two cases are built at once
+        _heard(case, here)  # built: no two cases are built at once
     steps: list[list[tuple[float, float, float]]] = [[] for _ in cases]
-    for _, (index, pipe) in product(range(WARM_UP + repeats), enumerate(pipes)):
-        pipe.send("step")
-        steps[index].append(pipe.recv())
+    for number in range(WARM_UP + repeats):
+        _say(f"step {number + 1} of {WARM_UP + repeats}, of {len(cases)} cases each")
+        for case, pipe, taken in zip(cases, pipes, steps, strict=True):
+            pipe.send("step")
+            taken.append(_heard(case, pipe))
     results = []
     for case, pipe, worker, taken in zip(cases, pipes, workers, steps, strict=True):
         pipe.send("stop")
-        results.append(_result(case, taken, peak_mb=pipe.recv()))
+        results.append(_result(case, taken, peak_mb=_heard(case, pipe)))
         worker.join()
     return results
+
+
+def _heard(case: Case, pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        raise _CaseLostError(f"{case.title}, {case.rank}D, ended before it was measured; see above") from None
+
+
+def _say(what: str) -> None:
+    """A sign of life, beside the figures."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def _result(case: Case, taken: list[tuple[float, float, float]], *, peak_mb: float) -> Result:
@@ -223,21 +255,32 @@ def _processor() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="What one optimiser step costs, naive and ours.")
-    parser.add_argument("--model", choices=["nano", "tiny", "small"])
-    parser.add_argument("--rank", type=int, choices=[2, 3])
-    parser.add_argument("--batch", type=int, help="scans in a step")
-    parser.add_argument("--variant", choices=["naive", "fast"])
-    parser.add_argument("--precision", choices=["fp32", "bf16"])
-    parser.add_argument("--micro-batch", type=int, help="scans in one forward pass of ours (default: the batch)")
+    parser = argparse.ArgumentParser(
+        description="What one optimiser step costs, naive and ours. Without options: every case this machine is for.",
+        epilog="In the table: naive and fast are the released step and ours; fp32 and bf16 the precision; 'in 1s' a "
+        "batch met one scan at a time (--micro-batch 1), 'recomputed' --recompute, 'compiled' --compile.",
+    )
+    parser.add_argument("--model", choices=["nano", "tiny", "small"], help="default: small on a GPU, else tiny")
+    parser.add_argument("--rank", type=int, choices=[2, 3], help="2 images, 3 volumes (default: both)")
+    parser.add_argument("--batch", type=_count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
+    parser.add_argument("--variant", choices=["naive", "fast"], help="default: both")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both for ours, fp32 for the naive step")
+    parser.add_argument("--micro-batch", type=_count, help="scans in one forward pass of ours (default: the batch)")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
-    parser.add_argument("--repeats", type=int, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--prototypes", type=int, default=65_536)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=_count, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--prototypes", type=_count, default=65_536, help="default: 65536")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"cpu, cuda or cuda:N (default: {device})")
+    parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="default: %(default)s")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

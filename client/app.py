@@ -10,9 +10,10 @@ from collections.abc import Callable
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import Site, open_site
+from client.execution import look_over
+from client.site import Site, name_of, open_site
+from client.telling import tell
 from client.trainer import run_round
-from unimiss_core import progress
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
     ConfigError,
@@ -51,11 +52,12 @@ def introduce(message: Message, context: Context) -> Message:
     def answer() -> RecordDict:
         hello = Hello.unpack(message.content)
         site = open_site(context, hello.study, hello.run)
+        look_over(site.config)  # before the scans are read, which can take hours
         scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
-        _tell_what_is_left_out(site)
+        _tell_of_scans(site)
         return Introduction(site.config.name, scans, sum(site.library.left_out.values())).pack()
 
-    return _reply(message, answer)
+    return _reply(message, context, answer)
 
 
 @app.train()
@@ -70,24 +72,32 @@ def train(message: Message, context: Context) -> Message:
         request = TrainRequest.unpack(message.content, trained)
         return run_round(site, request).pack(trained, study.wire.dtype)
 
-    return _reply(message, answer)
+    return _reply(message, context, answer)
 
 
-def _tell_what_is_left_out(site: Site) -> None:
+def _tell_of_scans(site: Site) -> None:
+    """What is left out, and where a batch asks for more scans than there are."""
     if site.library.left_out:
         told = ", ".join(f"{count} {reason}" for reason, count in site.library.left_out.items())
-        progress.report(progress.Note(f"{site.config.name}: left out {told}; see unimiss-site check"))
+        tell(site.config.name, f"left out {told}; see unimiss-site check")
+    for rank in sorted(site.library.ranks):
+        held, asked = len(site.library.of_rank(rank)), site.study.batch.of(rank)
+        if held < asked:
+            tell(
+                site.config.name,
+                f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly",
+            )
 
 
-def _reply(message: Message, answer: Callable[[], RecordDict]) -> Message:
+def _reply(message: Message, context: Context, answer: Callable[[], RecordDict]) -> Message:
     try:
         content = answer()
     except WireError as error:
         log.warning("refused reason=%s", error)
         content = Refusal(error.reason).pack()
     except UnimissError as error:
-        log.warning("cannot take part: %s", error)
-        progress.report(progress.Note(str(error)))  # to the site's own screen; the coordinator gets a code
+        name = name_of(context)
+        tell(name, str(error).removeprefix(f"site '{name}': "))  # on the site's own screen; the coordinator gets a code
         content = Refusal(REASONS.get(type(error), "failed")).pack()
     except Exception as error:
         log.error("failed: %s", where(error))

@@ -6,9 +6,12 @@ round gets one error. All of them talk over the loopback interface alone.
 
 import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,6 +33,9 @@ Result = TypeVar("Result")
 
 STALLED = timedelta(minutes=10)
 """A process that keeps the others waiting for longer than this in one sum counts as hung, and the round fails."""
+LEFT_OVER_S = 7 * 86_400.0
+"""A meeting place of a team that nobody has touched for so long is of processes that were killed with their parent."""
+_MEETING = "team-"
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
@@ -50,8 +56,9 @@ def run_team(
     The first one's progress is reported here as it comes. Raises the UnimissError that a process ended in, or
     DeviceError where one died or failed otherwise; no process is left then.
     """
-    state.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=state, prefix="team-") as folder:
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _clear_old_meeting_places(state)
+    with tempfile.TemporaryDirectory(dir=state, prefix=_MEETING) as folder:
         members: list[Interpreter] = []
         try:
             for place in range(len(devices)):
@@ -62,7 +69,7 @@ def run_team(
                 with suppress(OSError):  # it is dead already: its closed channel is found below
                     _send(member.channel, _Place(place, devices, f"{folder}/rendezvous"))
                     member.channel.send_bytes(work)
-            result: Result = _result(members, devices)
+            result: Result = _result(members, devices, state)
             return result
         finally:
             for member in members:
@@ -74,7 +81,7 @@ def _environment(devices: Sequence[torch.device]) -> dict[str, str]:
     return {**_LOOPBACK, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def _result(members: Sequence[Interpreter], devices: Sequence[torch.device]) -> Any:
+def _result(members: Sequence[Interpreter], devices: Sequence[torch.device], state: Path) -> Any:
     """Listen until the first process has a result and the others are done, or one has none to give."""
     waiting = {member.channel: place for place, member in enumerate(members)}
     results: dict[int, Any] = {}
@@ -87,7 +94,7 @@ def _result(members: Sequence[Interpreter], devices: Sequence[torch.device]) -> 
             except (EOFError, OSError):
                 with suppress(subprocess.TimeoutExpired):
                     members[place].process.wait(timeout=5)
-                raise _lost(members, devices, place, "") from None
+                raise _lost(members, devices, state, place, "") from None
             match said:
                 case ("result", result):
                     results[place] = result
@@ -95,23 +102,41 @@ def _result(members: Sequence[Interpreter], devices: Sequence[torch.device]) -> 
                 case ("refused", error):
                     raise error
                 case ("failed", what):
-                    raise _lost(members, devices, place, what)
+                    raise _lost(members, devices, state, place, what)
                 case event:
                     progress.report(event)
     return results[0]
 
 
-def _lost(members: Sequence[Interpreter], devices: Sequence[torch.device], place: int, what: str) -> DeviceError:
+def _lost(
+    members: Sequence[Interpreter], devices: Sequence[torch.device], state: Path, place: int, what: str
+) -> DeviceError:
     """Blames a process that is dead before one that failed because of it."""
     codes = {number: code for number, member in enumerate(members) if (code := member.process.poll()) is not None}
     if codes:
         place, code = next(iter(codes.items()))
-        what = f"it ended with code {code}"
+        what = _ending(code)
+    log = state / f"device-{place}.log"
+    printed = f"see {log.name} in the site's state folder" if log.stat().st_size else "it printed nothing"
     return DeviceError(
-        f"training process {place} on {devices[place]} was lost in mid-round: {what or 'it fell silent'}; see "
-        f"device-{place}.log in the site's state folder. The round is given up; asked for again, it goes on from its "
-        "last checkpoint"
+        f"training process {place} on {devices[place]} was lost in mid-round: {what or 'it fell silent'}; {printed}"
     )
+
+
+def _ending(code: int) -> str:
+    """What the end of a process means, in words."""
+    if code >= 0:
+        return f"it ended with code {code}"
+    if -code == signal.SIGKILL:
+        return "it was killed, as a system does that runs out of memory (SIGKILL)"
+    return f"it was ended by {signal.strsignal(-code) or 'a signal'} (signal {-code})"
+
+
+def _clear_old_meeting_places(state: Path) -> None:
+    for folder in state.glob(f"{_MEETING}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LEFT_OVER_S:
+                shutil.rmtree(folder)
 
 
 def _send(channel: Connection, message: object) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from client.site_config import SiteConfig
+from client.telling import tell
 from unimiss_core import durable
+from unimiss_core.device import devices_of
+from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.scan import Rank
@@ -24,6 +27,24 @@ MEMORY = "micro_batches.json"
 """In the site's state folder: what was found to fit, by circumstances. May be deleted; it is found again."""
 
 
+def devices_for(config: SiteConfig) -> list[torch.device]:
+    """What the site file names. Raises ConfigError: it is not on this machine."""
+    try:
+        return devices_of(config.devices)
+    except ConfigError as error:
+        raise ConfigError(f"site '{config.name}': key 'devices': {error}") from None
+
+
+def look_over(config: SiteConfig) -> None:
+    """Before there is work: tell of devices that the site file asks for what they do badly.
+
+    Raises ConfigError: a device is not on this machine.
+    """
+    devices = devices_for(config)
+    if config.precision == "bf16" and any(map(is_slow_in_bf16, devices)):
+        tell(config.name, "precision: bf16 is slow on this processor, which has no such products; fp32 is faster here")
+
+
 def learner_for(
     config: SiteConfig, study: StudyConfig, ranks: Collection[Rank], *, device: torch.device, team: Team
 ) -> Learner:
@@ -32,8 +53,6 @@ def learner_for(
     Where a micro-batch is `auto`, a GPU is tried out, once: a message starts a new process, so what was found is kept
     in the state folder. A CPU takes the whole batch; there is no asking it what fits.
     """
-    if config.precision == "bf16" and is_slow_in_bf16(device):
-        log.warning("precision: bf16 is slow on this processor, which has no such products; fp32 is faster here")
     asked = {rank: config.micro_batch.of(rank) for rank in sorted(set(ranks))}
     execution = Execution(
         device=device,
@@ -42,7 +61,9 @@ def learner_for(
         compile=config.compile,
         micro_batch={rank: size for rank, size in asked.items() if isinstance(size, int)},
     )
-    learner = Learner(study, ranks=ranks, execution=execution, team=team)
+    if config.compile:
+        tell(config.name, "compile: the first steps take minutes each, while the network is compiled")
+    learner = Learner(study, ranks=ranks, execution=execution, team=team, tell=partial(tell, config.name))
     if device.type == "cuda":
         open_ones = [rank for rank, size in asked.items() if size == "auto"]
         learner.micro_batch |= _found(learner, open_ones, config.state / MEMORY)

@@ -13,6 +13,10 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 
+def _for_us_alone(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 @dataclass(frozen=True)
 class Interpreter:
     """The process, and this side of the channel to it."""
@@ -28,7 +32,7 @@ class Interpreter:
         """
         ours, theirs = Pipe()
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with Path(log or os.devnull).open("wb") as printed:
+        with open(log or os.devnull, "wb", opener=_for_us_alone) as printed:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),

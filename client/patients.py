@@ -52,7 +52,7 @@ def load_secret(state: Path) -> bytes:
     """The site's secret for patient keys, made on first use and readable by its owner alone (0600)."""
     path = state / "patient_secret"
     if not path.exists():
-        state.mkdir(parents=True, exist_ok=True)
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
         partial = state / f".patient_secret.{secrets.token_hex(4)}"
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:

@@ -9,6 +9,7 @@ from flwr.app import Context
 from client.cache import Library, open_library
 from client.site_config import SiteConfig, load_site
 from client.site_state import SiteState
+from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
 
@@ -53,6 +54,14 @@ def site_file(context: Context) -> Path:
 def open_site(context: Context, study: StudyConfig, run: str) -> Site:
     """The site of this node, for a run of `study`. Raises ConfigError."""
     return Site(load_site(site_file(context)), study, run)
+
+
+def name_of(context: Context) -> str:
+    """What this site calls itself, where its file can be read: for words on its own screen."""
+    try:
+        return load(SiteConfig, site_file(context)).name
+    except ConfigError:
+        return "this site"
 
 
 def simulation_folder(context: Context) -> Path:

@@ -88,12 +88,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _sources(data: Path) -> tuple[Sequence["DataSource"], int | None]:
     """What to read, and with how many processes."""
+    from client.execution import look_over
     from client.site_config import DataSource, load_site
 
     if data.is_dir():
         return (DataSource(folder=data.absolute()),), None
     if data.is_file() and data.suffix in (".yaml", ".yml"):
         site = load_site(data)
+        look_over(site)
         return site.data, site.workers
     raise ConfigError(f"{data}: expected a folder of scans or a site file (.yaml), and it is neither")
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from unimiss_core.config import Config, Name, load
+from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality, Rank
 
@@ -52,7 +53,12 @@ def _listed(names: object) -> object:
     return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
 
 
-Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_listed)]
+def _possible(names: tuple[str, ...]) -> tuple[str, ...]:
+    check_names(names)
+    return names
+
+
+Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_listed), AfterValidator(_possible)]
 """Names of devices; one name alone need not be a list."""
 
 
@@ -71,18 +77,15 @@ class MicroBatchConfig(Config):
         return self.images if rank == 2 else self.volumes
 
 
-class SiteConfig(Config):
+class SiteTraining(Config):
+    """What a site file and a simulation say alike: a site's name, and how it trains on its own devices; nothing here
+    changes what is learned (docs/training.md)."""
+
     name: Name
     """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
-    data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    state: Path
-    """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
-    cache: Path | None = None
-    """Folder for preprocessed scans; None means `cache` in the state folder."""
-    cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
     devices: Devices = ("auto",)
     """What trains: auto (every GPU, or the CPU where there is none), or a list of cuda:N, or cpu. Several share each
-    batch, each with a process of its own; `cpu` may stand several times."""
+    batch, each with a process of its own; `cpu` may stand several times, `auto` stands alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster, and needs less memory, on GPUs and on CPUs that have such products; others emulate them."""
     micro_batch: MicroBatchConfig = MicroBatchConfig()
@@ -98,6 +101,15 @@ class SiteConfig(Config):
     every step."""
     workers: Annotated[int, Field(gt=0)] | None = None
     """Processes that read scans; None takes one for each core."""
+
+
+class SiteConfig(SiteTraining):
+    data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    state: Path
+    """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
+    cache: Path | None = None
+    """Folder for preprocessed scans; None means `cache` in the state folder."""
+    cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
 
     @property
     def cache_folder(self) -> Path:
@@ -122,7 +134,7 @@ def anchored(site: SiteConfig, base: Path) -> SiteConfig:
             problems.append(f"'data.{index}.table.path': {table.path} is not a file")
         sources.append(source.model_copy(update={"folder": folder, "table": table}))
     if problems:
-        raise ConfigError(f"site '{site.name}':\n" + "\n".join(f"  - {line}" for line in problems))
+        raise ConfigError(f"site '{site.name}': it is not all there\n" + "\n".join(f"  - {line}" for line in problems))
     return site.model_copy(
         update={"data": tuple(sources), "state": base / site.state, "cache": site.cache and base / site.cache}
     )

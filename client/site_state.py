@@ -56,14 +56,14 @@ class SiteState:
         Raises ConfigError: the disk is full, or the folder cannot be written to. What was remembered before still is.
         """
         self._write(self._path(state.round), state)
-        for old in range(max(0, state.round - 50), state.round - KEPT_ROUNDS + 1):
-            self._path(old).unlink(missing_ok=True)
+        for kept in self._rounds():
+            if kept <= state.round - KEPT_ROUNDS:
+                self._path(kept).unlink(missing_ok=True)
         self._unfinished.unlink(missing_ok=True)
 
     def before(self, round: int) -> Remembered | None:
         """The newest state from before `round`; None for a site that is new to the run."""
-        rounds = [int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")]
-        for earlier in sorted((found for found in rounds if found < round), reverse=True):
+        for earlier in sorted((kept for kept in self._rounds() if kept < round), reverse=True):
             if (state := self._read(self._path(earlier))) is not None and state.round == earlier:
                 return state
         return None
@@ -76,6 +76,9 @@ class SiteState:
         """The state in the middle of `round`, or None where there is none or it is damaged."""
         state = self._read(self._unfinished)
         return state if state is not None and state.round == round else None
+
+    def _rounds(self) -> list[int]:
+        return [int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")]
 
     @property
     def _unfinished(self) -> Path:

@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from client.batches import Batch, Batches
 from client.devices import run_team
-from client.execution import learner_for
+from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
 from client.site import Site
 from client.site_state import Remembered
+from client.telling import tell
 from unimiss_core import progress
-from unimiss_core.device import devices_of
 from unimiss_core.divergence import Start, divergence_aware_start
-from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, WireError
+from unimiss_core.errors import CheckpointError, ConfigError, DeviceError, NonFiniteLossError, WireError
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
@@ -58,20 +58,35 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
     the update is not; DeviceError where a device was lost, NonFiniteLossError where no batch gives a step, ConfigError
     where the state folder cannot be written. Nothing but the unfinished round is remembered then.
     """
-    devices = devices_of(site.config.devices)
+    devices = devices_for(site.config)
     _ = site.library  # what is new is read here, once, before several processes open it
+    began = time.monotonic()
     if len(devices) == 1:
         reply = train(site, request, device=devices[0], team=Alone())
     else:
-        reply = run_team(train, (site, request), devices=devices, state=site.config.state)
+        reply = _train_together(site, request, devices)
     assert reply is not None
-    return reply
+    return replace(reply, seconds=time.monotonic() - began)
+
+
+def _train_together(site: Site, request: TrainRequest, devices: Sequence[torch.device]) -> TrainReply | None:
+    """`train` in a process for each device. Raises as that does; a DeviceError says what a next try begins with."""
+    try:
+        return run_team(train, (site, request), devices=devices, state=site.config.state)
+    except DeviceError as error:
+        saved = site.memory.unfinished(request.round)
+        steps = len(saved.facts.get("figures", {}).get("grad_norms", [])) if saved else 0
+        if steps:
+            again = f"goes on after step {steps}, the last that was saved"
+        else:
+            every = f"checkpoint_minutes: {site.config.checkpoint_minutes:g}"
+            again = f"begins anew, for nothing of it was saved yet ({every})"
+        raise DeviceError(f"{error}. The round is given up; asked for again, it {again}") from None
 
 
 def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply | None:
     """`run_round` as one process of `team` on one device. The first one remembers and replies, for they end alike;
-    the others return None."""
-    began = time.monotonic()
+    the others return None. `seconds` is left to `run_round`, which knows what starting the processes took."""
     study, library = site.study, site.library
     if site.config.threads:
         torch.set_num_threads(site.config.threads)
@@ -86,14 +101,14 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     if figures is None:
         figures = _RoundFigures()
         if memory is not None:
-            _restore(learner, memory)
+            _restore(learner, memory, site.config.name)
         learner.start_round(start.student, teacher)
 
     saved = time.monotonic()
     batches = Batches(site, team, device)
     with batches.drawn_ahead(steps_of_round(study.schedule, request.round)[figures.steps :]) as upcoming:
         for step, batch in upcoming:
-            report, skipped = _take_step(learner, batches, step, batch)
+            report, skipped = _take_step(learner, batches, step, batch, site=site.config.name)
             figures.add(report, skipped)
             loss = mean_cross_entropy(report.terms)
             progress.report(progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, loss))
@@ -120,7 +135,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
         update=update,
         scans={rank: len(library.of_rank(rank)) for rank in RANKS},
         steps=study.schedule.local_steps,
-        seconds=time.monotonic() - began,
+        seconds=0.0,
         losses=figures.losses(),
         diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share},
     )
@@ -138,12 +153,12 @@ def _remember(site: Site, learner: Learner, round: int, start: Start, kept: dict
     site.memory.remember(Remembered(round, tensors, facts))
 
 
-def _restore(learner: Learner, memory: Remembered) -> None:
+def _restore(learner: Learner, memory: Remembered, site: str) -> None:
     try:
         learner.restore(LearnerState(_below(_LEARNER, memory.tensors), dict(memory.facts)))
     except CheckpointError as error:
         # A site that has gained volumes since, say, holds state for other tensors: it begins anew, as a new site does.
-        log.warning("local state of round %d does not fit, starting afresh: %s", memory.round, error)
+        tell(site, f"what it remembers of round {memory.round} does not fit, so moments and centre begin anew: {error}")
 
 
 def _round_student(request: TrainRequest, memory: Remembered | None) -> Mapping[str, Tensor]:
@@ -199,7 +214,7 @@ def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: R
     return divergence_aware_start(student, own, tau=tau, scale=scale)
 
 
-def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> tuple[StepReport, int]:
+def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch, *, site: str) -> tuple[StepReport, int]:
     """(report, batches skipped): `Learner.step`, with another batch where one gave NaN or infinity.
 
     Such a step changes nothing, so the state to go on from is the one before it. Raises NonFiniteLossError.
@@ -212,7 +227,7 @@ def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch) -> t
             attempt += 1
             if attempt == BATCH_TRIES:
                 raise
-            log.warning("batch skipped: %s", str(error))
+            tell(site, f"batch skipped: {error}")
         batch = batches.draw(step, attempt)
 
 
@@ -234,9 +249,10 @@ def _gone_on_with(site: Site, learner: Learner, round: int, received: str) -> "_
         figures = _RoundFigures(**state.facts["figures"])
         learner.restore(LearnerState(dict(state.tensors), state.facts["learner"]))
     except (CheckpointError, KeyError, TypeError) as error:  # the last two: another version of the program wrote it
-        log.warning("unfinished round %d does not fit, beginning it anew: %s", round, error)
+        tell(site.config.name, f"what was saved of round {round} does not fit, so the round begins anew: {error}")
         return None
-    log.info("round=%d goes on after step %d", round, figures.steps)
+    steps = site.study.schedule.local_steps
+    tell(site.config.name, f"round {round} goes on after step {figures.steps} of {steps}")
     return figures
 
 

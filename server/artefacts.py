@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
+from unimiss_core.collapse import signs_in_round
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
@@ -136,6 +137,17 @@ class Artefacts:
     def missed(self, site: str) -> list[int]:
         """Numbers of the rounds that the site did not count in."""
         return [one.round for one, record in zip(self.rounds, self.records(site), strict=True) if record.status != "ok"]
+
+    def collapsed(self) -> dict[str, list[str]]:
+        """Site -> signs of collapse in the last round that it told figures of; only sites that show some."""
+        if self.study is None:
+            return {}
+        last = {name: one for one in self.rounds for name, record in one.sites.items() if record.diagnostics}
+        signs = {
+            name: signs_in_round(self.study, one.round, one.sites[name].diagnostics)
+            for name, one in sorted(last.items())
+        }
+        return {name: found for name, found in signs.items() if found}
 
     def traffic(self, sites: Iterable[str]) -> tuple[int, int]:
         """Bytes to these sites and from them, over all rounds."""

@@ -23,7 +23,8 @@ from rich.text import Text
 
 from server.wording import counted, duration, printable, significant
 from unimiss_core import checkpoint, progress
-from unimiss_core.progress import Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
+from unimiss_core.collapse import WAY_OUT
+from unimiss_core.progress import Collapsed, Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
 
 class Display:
@@ -35,7 +36,7 @@ class Display:
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console()
         self._tally = Tally(clock)
-        self._screen: Screen = Bars(self._console) if self._console.is_terminal else Lines(self._console)
+        self._screen: Screen = Bars(self._console) if self._console.is_terminal else Lines(self._console, clock)
         # One event at a time: sites may train in threads, and a bar's text must go with its tally.
         self._lock = threading.Lock()
         self._open = ExitStack()
@@ -86,6 +87,8 @@ class Tally:
     """Sites whose update counted in this round."""
     losses: list[Mapping[str, float]] = field(default_factory=list)
     """Mean loss by site, of each round."""
+    collapsed: dict[str, int] = field(default_factory=dict)
+    """The last round in which a site showed signs of collapse."""
     _steps: dict[str, float] = field(default_factory=dict)
     _missed: Counter[tuple[str, str]] = field(default_factory=Counter)
     _first_round: int = 0
@@ -103,6 +106,8 @@ class Tally:
                 self.counting += event.status == "ok"
                 if event.status != "ok":
                     self._missed[event.site, _status(event)] += 1
+            case Collapsed():
+                self.collapsed[event.site] = event.round
             case RoundDone():
                 silent = [
                     SiteReplied(event.round, site, "absent", "no reply in time")
@@ -151,6 +156,10 @@ class Tally:
             moved = [f"{printable(site)} {significant(first[site])} to {significant(last[site])}" for site in shared]
             start = "first round" if self._first_round == 1 else f"round {self._first_round}"
             lines.append(f"Mean loss, {start} to last: {', '.join(moved)}.")
+        if fallen := [printable(site) for site, last in sorted(self.collapsed.items()) if last == self.rounds_done]:
+            lines.append(
+                f"Collapsed in round {self.rounds_done}, so that nothing is learned: {', '.join(fallen)}; {WAY_OUT}."
+            )
         return lines
 
     def _start(self, event: RoundStarted) -> None:
@@ -167,11 +176,18 @@ class Screen(Protocol):
     def stop(self) -> None: ...
 
 
-class Lines:
-    """For logs: one line when a site is ready, when a site does not count, and when a round is done."""
+SILENT_S = 180.0
+"""A log that got no line for so long gets one from whatever site is heard of next."""
 
-    def __init__(self, console: Console) -> None:
+
+class Lines:
+    """For logs: one line when a site is ready, when a site does not count, and when a round is done; in between, a sign
+    of life every few minutes."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         self._console = console
+        self._clock = clock
+        self._last_line = clock()
         self._prepared: dict[str, int] = {}
         """Scans of each site that were told to be ready; a site looks at its cache again whenever it opens it."""
 
@@ -190,12 +206,19 @@ class Lines:
                 self._line(_refusal(event))
             case RoundDone():
                 self._line(_round_line(event, tally))
+            case Collapsed():
+                self._line(f"{event.site}: {event.sign}")
             case Note():
                 self._line(event.text)
+            case StepDone() if self._clock() - self._last_line >= SILENT_S:
+                self._line(f"round {tally.round} of {tally.rounds}: {event.site} at {_step(event)}")
+            case Preparing() if self._clock() - self._last_line >= SILENT_S:
+                self._line(f"{event.site}: {_preparation(event)}")
             case _:
                 pass
 
     def _line(self, words: str) -> None:
+        self._last_line = self._clock()
         self._console.print(Text(printable(words)), soft_wrap=True)
 
 
@@ -224,8 +247,7 @@ class Bars:
                 for site in event.sites:
                     self._site(site, 0, None, "waiting")
             case StepDone():
-                words = f"step {event.step} of {event.steps}, loss {significant(event.loss)}"
-                self._site(event.site, event.step, event.steps, words)
+                self._site(event.site, event.step, event.steps, _step(event))
             case SiteReplied(status="ok"):
                 self._site(event.site, 1, 1, "replied")
             case SiteReplied():
@@ -233,6 +255,8 @@ class Bars:
                 self._above(_refusal(event), "red")
             case RoundDone():
                 self._above(_round_line(event, tally), "dim")
+            case Collapsed():
+                self._above(f"{event.site}: {event.sign}", "red")
             case Note():
                 self._above(event.text, "")
         if tally.rounds:
@@ -270,6 +294,10 @@ def _preparation(event: Preparing) -> str:
     if event.total == 0:
         return f"looking through files, {event.done}"
     return f"scans prepared: {event.done} of {event.total}"
+
+
+def _step(event: StepDone) -> str:
+    return f"step {event.step} of {event.steps}, loss {significant(event.loss)}"
 
 
 def _status(event: SiteReplied) -> str:

@@ -60,11 +60,13 @@ class Exchange:
         """Nodes that may still answer an earlier request: another one would only queue behind it."""
         return frozenset(asked.node_id for asked in self._waiting.values())
 
-    def ask(self, node_id: int, content: RecordDict) -> None:
-        """Send this round's request."""
+    def ask(self, node_id: int, content: RecordDict) -> bool:
+        """Send this round's request; False where the node is not there any more, so that no reply is waited for."""
         message = Message(content, node_id, "train", ttl=self._time_to_live_s, group_id=str(self._round))
-        (message_id,) = self._grid.push_messages([message])
+        if (message_id := pushed(self._grid, message)) is None:
+            return False
         self._waiting[message_id] = Asked(node_id, self._round, time.monotonic() + self._time_to_live_s)
+        return True
 
     def __iter__(self) -> Iterator[tuple[Asked, Message]]:
         """Replies as they arrive, late ones of earlier rounds among them, until all of this round replied or its
@@ -85,6 +87,12 @@ class Exchange:
 
     def _awaits_this_round(self) -> bool:
         return any(asked.round == self._round for asked in self._waiting.values())
+
+
+def pushed(grid: Grid, message: Message) -> str | None:
+    """Send a message; its id, or None where Flower does not take it: a node that was stopped or unregistered leaves the
+    SuperLink at once, perhaps while the nodes before it were being asked."""
+    return next(iter(grid.push_messages([message])), None) or None
 
 
 def content_of(reply: Message) -> Any:

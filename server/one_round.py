@@ -15,7 +15,7 @@ from server.round_sum import RoundSum, layout_for
 from server.site_round import SiteRound
 from unimiss_core import progress
 from unimiss_core.codec import Layout
-from unimiss_core.collapse import signs_of_collapse
+from unimiss_core.collapse import signs_in_round
 from unimiss_core.errors import RoundError, WireError
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainReply, num_bytes
@@ -98,9 +98,12 @@ class OneRound:
                 self._ask(node_id, site)
 
     def _ask(self, node_id: int, site: Introduction) -> None:
-        content = self._requests.for_site(site)
-        self.lines[site.site].bytes_down += num_bytes(content)
-        self._exchange.ask(node_id, content)
+        content, line = self._requests.for_site(site), self.lines[site.site]
+        if self._exchange.ask(node_id, content):
+            line.bytes_down += num_bytes(content)
+            return
+        line.reason = "no_reply"  # it left since it introduced itself
+        self._tell(site.site, line)
 
     def _hear(self, asked: Asked, reply: Message) -> None:
         """Fold the reply in where it may count; say in its site's line what became of it."""
@@ -118,6 +121,8 @@ class OneRound:
                 return
             line.status, line.reason = status_of(error.reason), error.reason
             log.warning("round=%d site=%s %s: %s", self._round, site.site, line.status, error)
+            if error.reason == "too_large":  # how much so, only this side knows
+                progress.report(progress.Note(f"{site.site}: {error.detail}"))
             self._roster.ask_again(asked.node_id)
         else:
             self._count(answer, line)
@@ -156,15 +161,13 @@ class OneRound:
         progress.report(progress.SiteReplied(self._round, site, line.status, line.reason))
 
     def _warn_of_trouble(self, answer: TrainReply) -> None:
-        """Of skipped batches; and of collapse, but only after the warm-up: a young network's targets are alike too."""
+        """Of skipped batches and of collapse."""
         if skipped := answer.diagnostics.get("skipped_batches", 0.0):
             log.warning("round=%d site=%s skipped_batches=%g", answer.round, answer.site, skipped)
             progress.report(progress.Note(f"{answer.site}: {skipped:g} batches gave NaN or infinity and were skipped"))
-        if answer.round * self._study.schedule.local_steps <= self._study.optimiser.warmup_steps:
-            return
-        for sign in signs_of_collapse(answer.diagnostics, self._study.model.prototypes):
+        for sign in signs_in_round(self._study, answer.round, answer.diagnostics):
             log.warning("round=%d site=%s collapse: %s", answer.round, answer.site, sign)
-            progress.report(progress.Note(f"{answer.site}: {sign}"))
+            progress.report(progress.Collapsed(self._round, answer.site, sign))
 
     def _require_quorum(self) -> None:
         if (counted := sum(line.status == "ok" for line in self.lines.values())) >= self._config.min_replies:
@@ -172,5 +175,14 @@ class OneRound:
         told = "; ".join(f"{name}: {line.status} {line.reason}".rstrip() for name, line in sorted(self.lines.items()))
         raise RoundError(
             f"round {self._round} could not be completed: {counted} of at least {self._config.min_replies} updates "
-            f"count ({told}). Mend the sites, then resume; rounds up to {self._round - 1} are saved"
+            f"count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to {self._round - 1} are "
+            "saved"
+        )
+
+    def _or_the_study(self) -> str:
+        if not any(line.reason in ("too_large", "not_finite") for line in self.lines.values()):
+            return ""
+        return (
+            " - or, where updates are too large or not finite, begin a run with a lower optimiser.lr or another "
+            "aggregation.max_update_norm or max_size_ratio -"
         )

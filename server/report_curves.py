@@ -7,10 +7,26 @@ from server import charts
 from server.artefacts import Artefacts
 from server.charts import Reference, Series
 from server.markup import Html, joined
-from server.report_pieces import grid, in_words, legend, note, section, site_legend
+from server.report_pieces import caution, grid, in_words, legend, note, section, site_legend
+from unimiss_core.collapse import WAY_OUT
 from unimiss_core.loss_terms import is_reconstruction
 
 _GROUPS = {"shared": "shared", "2d": "2D only", "3d": "3D only", "head": "head"}
+
+_OF_COLLAPSE = {
+    "target_entropy": "Entropy of the targets",
+    "mean_target_entropy": "Entropy of their mean",
+    "feature_std": "Spread of the features",
+    "effective_rank": "Directions of the features",
+}
+"""Figures of `unimiss_core.collapse.RoundWatch`, without the representation that each is of."""
+_OF_ROUNDS = {
+    "skipped_batches": "Batches skipped for NaN or infinity",
+    "grad_norm": "Norm of the gradient, before clipping",
+    "global_distance": "Distance from the received student",
+    "own_share": "Share of the site's own student at its start",
+}
+"""Other figures that a site tells; one that is 0 throughout has no panel."""
 
 
 def losses(run: Artefacts) -> Html:
@@ -50,8 +66,7 @@ def rounds(run: Artefacts) -> Html:
         charts.traffic_panel("Bytes in a round", [one.round for one in run.rounds], traffic),
         _from_zero("Seconds in a round", pace),
     ]
-    if skipped := _skipped(run):
-        panels.append(_from_zero("Batches skipped for NaN or infinity", skipped))
+    panels += [_from_zero(title, group) for key, title in _OF_ROUNDS.items() if (group := _told(run, key))]
     legends = [site_legend(run)]
     if norms := _update_norms(run):
         panels.append(_from_zero("Norm of the global update", norms))
@@ -63,33 +78,36 @@ def rounds(run: Artefacts) -> Html:
 
 
 def collapse(run: Artefacts) -> Html:
-    curves = _curves(run, {name: [_telling(one.diagnostics) for one in run.records(name)] for name in run.sites})
-    if not curves:
+    curves = _curves(run, {name: [one.diagnostics for one in run.records(name)] for name in run.sites})
+    panels = [_diagnostic(run, title, group) for name, group in curves.items() if (title := _title_of(name))]
+    if not panels:
         return joined()
-    panels = [_diagnostic(run, name, group) for name, group in curves.items()]
+    signs = [f"{site}: {sign}." for site, found in run.collapsed().items() for sign in found]
+    seen = [caution(" ".join([*signs, f"{WAY_OUT}."]))] if signs else []
     said = (
         "Self-distillation can fall into giving every image the same answer. Signs of it: an entropy of the teacher's"
         " targets that stays at log K (it tells nothing apart), an entropy of their mean over the batch near zero"
         " (one prototype takes all), or features that stop varying."
     )
-    return section("Collapse", note(said), site_legend(run), grid(panels))
+    return section("Collapse", *seen, note(said), site_legend(run), grid(panels))
 
 
-def _telling(diagnostics: Mapping[str, float]) -> dict[str, float]:
-    """Without the count of skipped batches, which belongs on a panel of its own where there are any."""
-    return {name: value for name, value in diagnostics.items() if name != "skipped_batches"}
+def _title_of(figure: str) -> str:
+    """`target_entropy_image` -> `Entropy of the targets: image`; empty for figures that say nothing of collapse."""
+    found = [(key, title) for key, title in _OF_COLLAPSE.items() if figure.startswith(f"{key}_")]
+    return "".join(f"{title}: {in_words(figure.removeprefix(f'{key}_'))}" for key, title in found)
 
 
-def _skipped(run: Artefacts) -> list[Series]:
-    """A line for each site that skipped a batch in some round."""
-    counts = {name: [one.diagnostics.get("skipped_batches") for one in run.records(name)] for name in run.sites}
-    return [_series(run, name, values, style) for style, (name, values) in enumerate(counts.items()) if any(values)]
+def _told(run: Artefacts, key: str) -> list[Series]:
+    """A line for each site of which this figure was other than 0 in some round."""
+    values = {name: [one.diagnostics.get(key) for one in run.records(name)] for name in run.sites}
+    return [_series(run, name, each, style) for style, (name, each) in enumerate(values.items()) if any(each)]
 
 
-def _diagnostic(run: Artefacts, name: str, group: Sequence[Series]) -> Html:
-    level = _uniform_level(run) if "entropy" in name else None
+def _diagnostic(run: Artefacts, title: str, group: Sequence[Series]) -> Html:
+    level = _uniform_level(run) if title.startswith("Entropy") else None
     bounds = charts.bounds_of(group, include=[level.value] if level else [])
-    return charts.line_panel(in_words(name), group, reference=level, bounds=bounds)
+    return charts.line_panel(title, group, reference=level, bounds=bounds)
 
 
 def _from_zero(title: str, series: Sequence[Series]) -> Html:
@@ -102,9 +120,10 @@ def _uniform_level(run: Artefacts) -> Reference | None:
 
 
 def _update_norms(run: Artefacts) -> list[Series]:
-    """A line for each parameter group, in hollow markers and colours that no small federation's sites have."""
+    """A line for each parameter group that some site trained, in hollow markers and colours that no small federation's
+    sites have."""
     norms = [one.whole.update_norm for one in run.rounds]
-    found = dict.fromkeys(group for one in norms for group in one)
+    found = dict.fromkeys(group for one in norms for group, norm in one.items() if norm)
     order = [group for group in _GROUPS if group in found] + [group for group in found if group not in _GROUPS]
     return [
         _series(run, _GROUPS.get(group, group), [one.get(group) for one in norms], charts.STYLES // 2 + i)

@@ -32,6 +32,7 @@ def verdict(run: Artefacts) -> Html:
         " went to the sites and ",
         whole(byte_count(up)),
         f" came back. {_faithfulness(run)}",
+        *_collapse(run),
     )
 
 
@@ -51,6 +52,13 @@ def _faithfulness(run: Artefacts) -> str:
     said = [f"{name} dropped out {_since(run, missed[name])}" for name in gone]
     said += [f"{name} did not count in {counted(len(missed[name]), 'round')}" for name in missed if name not in gone]
     return f"{listed(said)}; the table says why."
+
+
+def _collapse(run: Artefacts) -> list[str]:
+    if not (sites := list(run.collapsed())):
+        return []
+    said = f": {listed(sites)} last told no scan from another, so nothing is learned there; see Collapse below."
+    return [" ", tag("b", None, "The run has collapsed"), said]
 
 
 def _since(run: Artefacts, missed: Sequence[int]) -> str:

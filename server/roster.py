@@ -9,7 +9,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import POLL_S, introduction_of, status_of
+from server.exchange import POLL_S, introduction_of, pushed, status_of
 from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
@@ -84,9 +84,8 @@ class Roster:
         nodes = {node.node_id: node for node in self._grid.get_nodes()}
         for gone in self.sites.keys() - nodes.keys():
             del self.sites[gone]
-        for message_id, greeted in list(self._greeted.items()):
-            if greeted.node.node_id not in nodes:
-                del self._greeted[message_id]  # it is asked anew when it is back
+        # One that left before it answered is asked anew when it is back.
+        self._greeted = {key: greeted for key, greeted in self._greeted.items() if greeted.node.node_id in nodes}
         waiting = {greeted.node.node_id for greeted in self._greeted.values()}
         for node_id, node in nodes.items():
             if not self.registration.may_ask(node):
@@ -95,7 +94,8 @@ class Roster:
             name = name_of(node)
             if node_id not in self.sites and node_id not in waiting and name not in self.unfit:
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
-                (message_id,) = self._grid.push_messages([message])
+                if (message_id := pushed(self._grid, message)) is None:
+                    continue  # it left since the nodes were listed
                 expires_at = time.monotonic() + self._config.introduction_s
                 wait_until = 0.0 if node_id in self._silent else expires_at
                 self._greeted[message_id] = _Greeted(node, wait_until, expires_at)

@@ -27,7 +27,7 @@ from client.cache import open_library, read_scans
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.site import simulation_folder
-from client.site_config import DataSource, Devices, SiteConfig, TableConfig, load_site
+from client.site_config import DataSource, SiteConfig, SiteTraining, TableConfig, load_site
 from server.app import app as server_app
 from server.local_grid import LocalGrid
 from server.run_folder import RunFolder
@@ -42,16 +42,16 @@ from unimiss_core.views import draw_batch, generator_for, whole
 EXAMPLES = 6
 """Scans of each rank in a site's contact sheet of views."""
 
+GENERATED = "# Written anew at each start of the simulation: change the simulation's file instead.\n"
+"""How a generated site file begins."""
 
-class SimulatedSite(Config):
-    """One hospital: folders that exist, or a phantom hospital that is written first."""
 
-    name: Name
+class SimulatedSite(SiteTraining):
+    """One hospital: folders that exist, or a phantom hospital that is written first; and how it trains."""
+
     data: tuple[DataSource, ...] = ()
     """As in a site file; folders count from the simulation file's folder."""
     phantom: PhantomConfig | None = None
-    devices: Devices = ("auto",)
-    threads: Annotated[int, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -90,7 +90,8 @@ class SimulationConfig(Config):
     study: Path
     """The study file, from the simulation file's folder."""
     overrides: Mapping[str, Any] = {}
-    """Settings of the study that this simulation changes, nested as in the study file."""
+    """Settings of the study that this simulation changes, nested as in the study file; with another `name`, as of an
+    objective, such a part begins from the defaults of that name."""
     sites: Annotated[tuple[SimulatedSite, ...], Field(min_length=1)]
     probe: tuple[SimulatedProbe, ...] = ()
     quorum: Quorum = Quorum()
@@ -171,15 +172,21 @@ def prepare(config: SimulationConfig, base: Path, out: Path, *, resume: bool) ->
 
 def _study(config: SimulationConfig, base: Path) -> StudyConfig:
     path = base / config.study
-    load(StudyConfig, path)  # mistakes of the file itself are told under its own name
-    return parse(StudyConfig, _merged(read_yaml(path), config.overrides), where=f"{path} with the overrides")
+    study = load(StudyConfig, path)  # mistakes of the file itself are told under its own name
+    return parse(StudyConfig, _merged(read_yaml(path), config.overrides, study), where=f"{path} with the overrides")
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any], read: Any) -> dict[str, Any]:
+    """`base`, which was read as `read`, with `changes`. Where a change chooses another class of settings by its `name`
+    (`unimiss_core.config.chosen_by_name`), the old one's settings would be strangers there, and go."""
     merged = dict(base)
     for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        old, part = merged.get(key), getattr(read, key, None)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            chosen = getattr(part, "name", None)
+            merged[key] = _merged(old, value, part) if value.get("name", chosen) == chosen else value
+        else:
+            merged[key] = value
     return merged
 
 
@@ -195,10 +202,9 @@ def _site_file(out: Path, name: str) -> Path:
 def _write_site(site: SimulatedSite, base: Path, out: Path) -> None:
     path = _site_file(out, site.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    config = SiteConfig(
-        name=site.name, data=_sources(site, base, out), state=Path("state"), devices=site.devices, threads=site.threads
-    )
-    durable.write_text(path, dump_yaml(config))
+    own = {key: getattr(site, key) for key in SiteTraining.model_fields}
+    config = SiteConfig(data=_sources(site, base, out), state=Path("state"), **own)
+    durable.write_text(path, GENERATED + dump_yaml(config))
 
 
 def _sources(entry: SimulatedSite | SimulatedProbe, base: Path, out: Path) -> tuple[DataSource, ...]:

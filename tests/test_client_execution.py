@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from client import execution
-from client.execution import MEMORY, _found, is_slow_in_bf16, largest_that_fits, learner_for
+from client.execution import MEMORY, _found, is_slow_in_bf16, largest_that_fits, learner_for, look_over
 from client.site_config import SiteConfig
 from tests.federation import Placed
-from tests.test_execution import Tight
-from tests.test_learner import study
-from unimiss_core import durable
+from tests.test_execution import Backend, Tight
+from tests.test_learner import images, study
+from unimiss_core import durable, progress
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.execution import PLAIN
@@ -62,14 +62,53 @@ def test_a_micro_batch_that_is_none_is_refused(tmp_path: Path, wrong: object) ->
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_processor_that_emulates_bfloat16_is_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, slow: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     monkeypatch.setattr(execution, "is_slow_in_bf16", lambda _: slow)
     assert made(site(tmp_path, precision="bf16"), STUDY, {2}).execution.precision == "bf16"
-    assert ["fp32 is faster here" in record.message for record in caplog.records] == [True] * slow
-    caplog.clear()
-    made(site(tmp_path), STUDY, {2})
-    assert not caplog.records
+    heard: list[progress.Event] = []
+    with progress.listen(heard.append):
+        look_over(site(tmp_path, precision="bf16"))
+        look_over(site(tmp_path))
+    told = "north: precision: bf16 is slow on this processor, which has no such products; fp32 is faster here"
+    assert heard == [progress.Note(told)] * slow
+
+
+def test_a_device_that_is_not_there_is_told_by_site_and_key_with_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    told = "site 'north': key 'devices': device cuda:1, cuda:7 is not on this machine, which has cpu, cuda:0"
+    with pytest.raises(ConfigError, match=f"^{told}$"):
+        look_over(site(tmp_path, devices=["cuda:0", "cuda:1", "cuda:7"]))
+
+
+@pytest.mark.parametrize(
+    ("devices", "told"),
+    [
+        ("gpu", "'gpu' is no device's name; give auto, cpu, cuda, or cuda: and a number"),
+        (["cpu:0", "cpu:1"], "'cpu:0' is no device's name"),
+        (["auto", "cpu"], "auto, cpu: auto stands alone"),
+        (["cuda", "cuda:0"], "cuda, cuda:0: give each GPU once and no CPU beside it"),
+        (["cpu", "cuda:1"], "cpu, cuda:1: give each GPU once and no CPU beside it"),
+    ],
+)
+def test_devices_that_no_machine_has_are_refused_with_the_file(tmp_path: Path, devices: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"'devices': {told}"):
+        site(tmp_path, devices=devices)
+
+
+def test_compilation_is_told_before_it_begins_and_where_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unimiss_core.execution.COMPILER", Backend(fails="compiling"))
+    heard: list[str] = []
+    with progress.listen(lambda event: heard.append(event.text if isinstance(event, progress.Note) else "")):
+        learner = made(site(tmp_path, compile=True), STUDY, {2})
+        assert heard == ["north: compile: the first steps take minutes each, while the network is compiled"]
+        learner.step(images(), step=0)
+    assert len(heard) == 2
+    assert heard[1].startswith("north: compilation failed, going on without it: ")
 
 
 def test_no_gpu_is_called_slow_in_bfloat16() -> None:

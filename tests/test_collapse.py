@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimiss_core.collapse import RoundWatch, effective_rank, signs_of_collapse
+from tests.federation import small_study
+from unimiss_core.collapse import RoundWatch, effective_rank, signs_in_round, signs_of_collapse
 from unimiss_core.objective import observe
 
 K = 32
@@ -54,6 +55,13 @@ def test_the_uniform_answer_is_seen() -> None:
         "image: all targets are alike, at the uniform answer (entropy 3.47 of at most 3.47, of their mean 3.47); "
         "nothing is learned while this lasts"
     ]
+
+
+def test_signs_count_after_the_warm_up_and_a_figure_that_diverged_is_none() -> None:
+    study = small_study(9, optimiser={"warmup_steps": 4})  # two rounds
+    uniform = {"target_entropy_image": math.log(16), "mean_target_entropy_image": math.log(16)}
+    assert [len(signs_in_round(study, number, uniform)) for number in (1, 2, 3)] == [0, 0, 1]
+    assert signs_in_round(study, 3, {**uniform, "target_entropy_image": math.nan}) == []
 
 
 def test_one_prototype_for_all_is_seen() -> None:

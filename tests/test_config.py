@@ -131,6 +131,11 @@ def test_broken_relation_is_told() -> None:
         ("optimiser", {"freeze_prototypes_steps": 501}, "freeze_prototypes_steps=501 must not be above"),
         ("objective", {"volume_teacher_temperature": 0.2}, "volume_teacher_temperature=0.2 must not be above student_"),
         ("objective", {"volume_teacher_temperature": 0}, r"volume_teacher_temperature': .* greater than 0"),
+        (
+            "objective",
+            {"slices_per_volume": 17},
+            r"slices_per_volume=17 must not be above views\.volume_size\[0\]=16",
+        ),
         ("schedule", {"rounds": 1}, r"warmup_steps=100 must be below rounds x local_steps = 1 x 50 = 50"),
     ],
 )
@@ -248,5 +253,13 @@ def test_patient_pattern_needs_its_group() -> None:
 def test_a_list_is_not_called_too_short_because_its_entries_are_wrong() -> None:
     told = problems({"name": "a", "state": "s", "data": [{"foldr": "x"}]}, SiteConfig)
     assert "did you mean 'folder'?" in told
-    assert "at least 1 item" not in told
-    assert "at least 1 item" in problems({"name": "a", "state": "s", "data": []}, SiteConfig)
+    assert "at least 1" not in told
+    told = problems({"name": "a", "state": "s", "data": []}, SiteConfig)
+    assert told == "study.yaml: 1 problem\n  - 'data': expected at least 1 entry, got []"
+
+
+@pytest.mark.parametrize("wrong", [0, -3, "all", 1.5, True])
+def test_a_value_that_may_be_of_several_kinds_is_one_mistake(wrong: object) -> None:
+    raw = {"name": "a", "state": "s", "data": [{"folder": "f"}], "micro_batch": {"images": wrong}}
+    told = f"'micro_batch.images': expected auto, an integer above 0 or null, got {json.dumps(wrong)}"
+    assert problems(raw, SiteConfig) == f"study.yaml: 1 problem\n  - {told}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.devices import _packed, _unpacked, run_team
+from client.devices import LEFT_OVER_S, _clear_old_meeting_places, _packed, _unpacked, run_team
 from client.interpreter import Interpreter
 from tests import team_members
 from tests.federation import Placed, small_study
@@ -99,10 +99,21 @@ def test_the_first_place_speaks_for_all_and_nothing_is_left(tmp_path: Path) -> N
     assert heard == [progress.Note("from place 0")]
     assert children_of(os.getpid()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device-0.log", "device-1.log", "device-2.log"]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_what_killed_teams_have_left_is_cleared_and_what_may_be_at_work_is_not(tmp_path: Path) -> None:
+    for name, age_s in {"team-old": LEFT_OVER_S + 60, "team-young": 60, "runs": LEFT_OVER_S + 60}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rendezvous").touch()
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    _clear_old_meeting_places(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "team-young"]
 
 
 def test_a_killed_process_fails_the_round_by_name_and_the_next_round_works(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"training process 1 on cpu was lost in mid-round: it ended with code -9"):
+    told = r"process 1 on cpu was lost in mid-round: it was killed, .* memory \(SIGKILL\); it printed nothing$"
+    with pytest.raises(DeviceError, match=told):
         run_team(team_members.one_is_killed, (), devices=TWO, state=tmp_path)
     assert children_of(os.getpid()) == []
     assert run_team(team_members.every_place, (), devices=TWO, state=tmp_path)[0] == 2
@@ -213,8 +224,9 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert devices_of(["auto"]) == [CPU]
     assert devices_of(["cpu", "cpu"]) == [CPU, CPU]
-    for name in ("cuda", "cuda:0", "meta", "gpu"):
-        with pytest.raises(ConfigError, match=f"device '{name}': is not there"):
+    absent = "is not on this machine, which has cpu$"
+    for name, told in {"cuda": absent, "cuda:0": absent, "meta": "no device's name", "gpu": "no device's name"}.items():
+        with pytest.raises(ConfigError, match=told):
             devices_of([name])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -13,7 +13,7 @@ from server.display import Display, Tally
 from server.wording import byte_count, duration
 from tests.run_artefacts import round_records, study, write_run
 from unimiss_core import checkpoint, progress
-from unimiss_core.progress import Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
+from unimiss_core.progress import Collapsed, Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
 SITES = ("alpha", "beta", "gamma")
 
@@ -60,6 +60,37 @@ def test_a_log_gets_one_line_for_each_round_and_each_site_that_did_not_count() -
         "gamma did not count in 1 round: absent no reply in time (1).",
         "Mean loss, first round to last: alpha 5.90 to 5.80.",
     ]
+
+
+def test_a_log_gets_a_sign_of_life_every_three_minutes_of_a_long_round() -> None:
+    clock, file = Clock(), io.StringIO()
+    with Display(Console(file=file, width=110), clock=clock):
+        for done in range(4):
+            clock.now += 100
+            progress.report(Preparing("beta", done, 9))
+        progress.report(RoundStarted(1, 2, SITES))
+        for step in range(1, 8):
+            clock.now += 60
+            progress.report(StepDone("alpha", step, 9, 5.5))
+    assert file.getvalue().splitlines()[:-1] == [
+        "beta: scans prepared: 1 of 9",
+        "beta: scans prepared: 3 of 9",
+        "round 1 of 2: alpha at step 3 of 9, loss 5.50",
+        "round 1 of 2: alpha at step 6 of 9, loss 5.50",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_that_ended_collapsed_says_so_at_its_end_with_a_way_out(terminal: bool) -> None:
+    first, second = round_events(1, 2), round_events(2, 2)
+    first.insert(-1, Collapsed(1, "gamma", "image: all targets are alike"))
+    second.insert(-1, Collapsed(2, "beta", "volume: all targets are alike"))
+    text = shown([*first, *second], terminal=terminal)
+    assert "gamma: image: all targets are alike" in text
+    assert text.splitlines()[-1] == (
+        "Collapsed in round 2, so that nothing is learned: beta; docs/objectives.md says under Collapse what to try."
+    )
+    assert "Collapsed in round" not in shown([*first, *round_events(2, 2)], terminal=terminal)
 
 
 def test_a_log_says_once_that_a_sites_scans_are_ready() -> None:

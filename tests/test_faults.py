@@ -28,10 +28,19 @@ BAD_ROUND = 2
 
 
 class Grid(LocalGrid):
-    """An in-process grid whose nodes come and go, and whose replies may arrive twice."""
+    """An in-process grid whose nodes come and go, and whose replies may arrive twice.
+
+    takes: whether a message to the node of a name, of a type, is taken; Flower answers with an empty id where not.
+    """
 
     present: Callable[[str], bool] = staticmethod(lambda _: True)
+    takes: Callable[[str, str], bool] = staticmethod(lambda *_: True)
     twice = False
+
+    def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
+        (message,) = messages
+        name = self._names[message.metadata.dst_node_id]
+        return super().push_messages([message]) if self.takes(name, message.metadata.message_type) else [""]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [node for node in super().get_nodes() if self.present(node.name)]
@@ -47,6 +56,7 @@ def federate(
     study: StudyConfig | None = None,
     *,
     present: Callable[[str], bool] = lambda _: True,
+    takes: Callable[[str, str], bool] = lambda *_: True,
     twice: bool = False,
     **config: object,
 ) -> GlobalState:
@@ -54,7 +64,7 @@ def federate(
     settings = {"study": Path("unused"), "out": out, "wait_s": 0.1, "retry_s": 0.0, **config}
     app = stub_app({site.name: site for site in sites})
     with Grid(app, nodes, run_config={}, workers=len(sites)) as grid:
-        grid.present, grid.twice = present, twice
+        grid.present, grid.takes, grid.twice = present, takes, twice
         return Federation(grid, study or exact_study(), CoordinatorConfig.model_validate(settings)).run()
 
 
@@ -292,6 +302,21 @@ def test_a_site_that_leaves_for_good_is_not_waited_for(tmp_path: Path) -> None:
     for name, value in checkpoint.load(tmp_path / "checkpoints" / "round-0001").student.items():
         if group_of(name) == "3d":
             assert torch.equal(state.student[name], value)
+
+
+@pytest.mark.parametrize("left_before", ["query", "train"])
+def test_sites_that_leave_while_others_are_asked_cost_themselves_alone(tmp_path: Path, left_before: str) -> None:
+    """A SuperNode that is stopped leaves the SuperLink at once; a message to it then gets no id."""
+
+    def takes(name: str, message_type: str) -> bool:
+        return name == "a" or message_type != left_before
+
+    state = federate(tmp_path, [site("ct"), site("a"), site("ct-2")], exact_study(rounds=1), takes=takes)
+    assert_is_model_of(state, tmp_path, {1: {"a": 1.0}})
+    told = {name: (line["status"], line["reason"]) for name, line in metric_rows(tmp_path)[0]["sites"].items()}
+    gone = {} if left_before == "query" else dict.fromkeys(("ct", "ct-2"), ("absent", "no_reply"))
+    assert told == {"a": ("ok", ""), **gone}
+    assert metric_rows(tmp_path)[0]["seconds"] < 30  # nobody waited for them
 
 
 def test_a_site_that_keeps_failing_is_asked_less_and_less(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from server.optimisers import build_optimiser
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
-from tests.federation import random_tensors, small_study, whole_layout
+from tests.federation import RUN, random_tensors, small_study, whole_layout
 from tests.test_rules import RULES
 from unimiss_core import checkpoint
 from unimiss_core.groups import group_of
@@ -66,7 +66,7 @@ def study_with(rule: str, optimiser: str) -> StudyConfig:
 
 
 def start(study: StudyConfig) -> GlobalState:
-    return GlobalState.initial(random_tensors(whole_layout(), 0), study)
+    return GlobalState.initial(random_tensors(whole_layout(), 0), study, whole_layout())
 
 
 def one_round(state: GlobalState, study: StudyConfig, scratch: Path, *sites: dict[Rank, int]) -> GlobalState:
@@ -77,6 +77,7 @@ def one_round(state: GlobalState, study: StudyConfig, scratch: Path, *sites: dic
             total.fold(
                 TrainReply(
                     site=f"site-{index}",
+                    run=RUN,
                     round=state.round + 1,
                     study_digest=study.digest(),
                     update=random_tensors(whole_layout(), 100 * state.round + index + 1),
@@ -140,7 +141,7 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(optimiser: str, tmp_path: Pa
     folder = RunFolder(tmp_path / "run")
     first.save(folder, study)
     saved = folder.checkpoint_of(1)
-    restored = GlobalState.restored(checkpoint.load(saved, to_resume=True))
+    restored = GlobalState.restored(checkpoint.load(saved, to_resume=True), study, whole_layout())
     ours, theirs = (one_round(state, study, tmp_path / "s", *sites) for state in (restored, first))
     for mine, other in ((ours.student, theirs.student), (ours.optimiser, theirs.optimiser)):
         assert mine.keys() == other.keys()

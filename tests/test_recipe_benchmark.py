@@ -1,11 +1,12 @@
 """What `benchmarks/recipe.py` says of its runs: intervals and verdicts, on made-up runs."""
 
 import math
+import sys
 
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks.recipe import Gain, Run, gain_lines, over_seeds, verdict_lines
+from benchmarks.recipe import Gain, Run, _options, gain_lines, over_seeds, verdict_lines
 
 
 def run(seed: int = 0, **changes: float) -> Run:
@@ -59,3 +60,16 @@ def test_every_task_is_told_with_its_floor_and_every_seed_with_its_interval() ->
     assert lines[0].startswith("adrenal: floor 0.690; AUC 0.600 before, 0.660 after; gain +0.060 [")
     assert lines[2] == "    seed 1: 0.600 to 0.660, +0.060 [+0.020, +0.100] over patients"
     assert len(lines) == 6
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(2, True), (100, True), (101, False)])
+def test_steps_that_the_warm_up_would_use_up_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int, refused: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe", "--steps", str(steps)])
+    if not refused:
+        assert _options().steps == steps
+        return
+    with pytest.raises(SystemExit):
+        _options()
+    assert "give more than nano's warm-up of 100 steps" in capsys.readouterr().err

@@ -117,6 +117,58 @@ def test_skipped_batches_have_a_panel_where_there_are_any(tmp_path: Path, skippe
     assert "skipped" not in section(page, "Collapse").text
 
 
+def collapsed_run(out: Path, *, sites: list[str]) -> Node:
+    """Two rounds of 40 steps, of which 20 are warm-up; at the end the targets of `sites` are uniform."""
+    records = round_records(2)
+    for site in records[1]["sites"]:
+        mean = 6.23 if site in sites else 3.0
+        records[1]["sites"][site]["diagnostics"] = {
+            "target_entropy_image": mean - 0.01,
+            "mean_target_entropy_image": mean,
+        }
+        if site not in sites:
+            records[1]["sites"][site]["diagnostics"]["target_entropy_image"] = 1.0
+    write_run(out, records, rounds=2)
+    return report_of(out)
+
+
+def test_a_collapsed_run_is_called_so_at_its_top_and_with_a_way_out(tmp_path: Path) -> None:
+    page = collapsed_run(tmp_path, sites=["beta-ct", "gamma-mixed"])
+    (verdict,) = page.all("p", **{"class": "verdict"})
+    assert "The run has collapsed: beta-ct and gamma-mixed last told no scan from another" in verdict.text
+    (caution,) = section(page, "Collapse").all("p", **{"class": "caution"})
+    assert "gamma-mixed: image: all targets are alike, at the uniform answer" in caution.text
+    assert "docs/objectives.md says under Collapse what to try" in caution.text
+    assert "alpha" not in caution.text
+
+
+def test_a_run_without_collapse_is_not_blamed(tmp_path: Path) -> None:
+    page = collapsed_run(tmp_path, sites=[])
+    assert "collapsed" not in page.text
+    assert not list(section(page, "Collapse").all("p", **{"class": "caution"}))
+
+
+def test_figures_stand_where_they_belong_under_words(whole_run: Path) -> None:
+    page = report_of(whole_run)
+    titles = {
+        name: [next(one.all("figcaption")).text for one in section(page, name).all("figure")]
+        for name in ("Rounds", "Collapse")
+    }
+    assert titles["Collapse"] == ["Entropy of the targets: 2d", "Entropy of the targets: 3d"]
+    assert "Norm of the gradient, before clipping" in titles["Rounds"]
+    assert "grad" not in section(page, "Collapse").text
+
+
+def test_a_group_that_nobody_trained_has_no_line(tmp_path: Path) -> None:
+    records = round_records(2)
+    for record in records:
+        record["global"]["update_norm"]["3d"] = 0.0
+    write_run(tmp_path, records, rounds=2)
+    text = section(report_of(tmp_path), "Rounds").text
+    assert "2D only" in text
+    assert "3D only" not in text
+
+
 def test_every_picture_says_in_words_what_it_shows(whole_run: Path) -> None:
     page = report_of(whole_run)
     assert next(page.all("html")).attributes["lang"] == "en"

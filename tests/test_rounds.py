@@ -1,6 +1,7 @@
 """The coordinator's loop over the in-process grid, with stub sites: rounds, refusals, quorum, resume."""
 
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -230,6 +231,17 @@ def test_a_bad_reply_costs_its_site_alone(tmp_path: Path, answer: Answer, status
         assert (row["sites"]["xray"]["status"], row["sites"]["xray"]["reason"]) == (status, reason)
         assert row["sites"]["ct"]["status"] == "ok"
     assert "P123" not in (tmp_path / "with" / "metrics.jsonl").read_text()
+
+
+def test_an_update_that_is_too_large_is_told_with_its_norm_and_the_study_may_be_at_fault(tmp_path: Path) -> None:
+    heard: list[progress.Event] = []
+    with (
+        progress.listen(heard.append),
+        pytest.raises(RoundError, match=r"Mend the sites - or, .* a lower optimiser\.lr or"),
+    ):
+        federate(tmp_path, [xray(answer=huge)])
+    told = [event.text for event in heard if isinstance(event, progress.Note) and event.text.startswith("xray: ")]
+    assert re.fullmatch(r"xray: the update's norm \S+ is above the study's max_update_norm 1000", told[0])
 
 
 def test_a_refusal_in_free_words_becomes_a_code(tmp_path: Path) -> None:

@@ -36,6 +36,34 @@ def test_the_baseline_is_the_same_loss_and_gradient_in_float32(shape: tuple[int,
         torch.testing.assert_close(teacher.prototypes(0.1 * observed.bottleneck), centre[name], atol=1e-5, rtol=1e-4)
 
 
+def said_of(*options: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parents[1] / "benchmarks" / "step.py"
+    return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--device", "gpu", "'gpu' is no device's name"),
+        ("--device", "cuda:99", "cuda:99 is not on this machine"),
+        ("--batch", "0", "expected a whole number above 0, got 0"),
+        ("--repeats", "0", "expected a whole number above 0, got 0"),
+    ],
+)
+def test_options_that_cannot_be_met_are_told_at_once(option: str, value: str, told: str) -> None:
+    done = said_of(option, value)
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()[-1]
+
+
+def test_a_case_that_fails_ends_the_benchmark() -> None:
+    """One prototype is no study's."""
+    options = "--model nano --rank 2 --variant fast --precision fp32 --prototypes 1 --repeats 1 --device cpu"
+    done = said_of(*options.split())
+    assert done.returncode == 1
+    assert "fast fp32, 2D, ended before it was measured; see above" in done.stderr.splitlines()[-1]
+
+
 def test_the_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "step.py"
     options = "--model nano --rank 2 --batch 2 --precision fp32 --prototypes 32 --repeats 1 --threads 1 --device cpu"

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from client import trainer
 from client.batches import Batch, Batches, sample
 from client.cache import CachedScan
 from client.pictures import write_png
@@ -28,7 +29,7 @@ from client.site_state import Remembered, SiteState
 from client.trainer import BATCH_TRIES, _round_student, _round_teacher, _take_step, run_round
 from tests.federation import RUN, small_study
 from unimiss_core import durable, progress
-from unimiss_core.errors import NonFiniteLossError, WireError
+from unimiss_core.errors import DeviceError, NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.study import BatchConfig, StudyConfig
@@ -187,6 +188,43 @@ def test_two_devices_send_the_update_of_one(tmp_path: Path) -> None:
     assert apart.norm() < 0.1 * whole.norm()
 
 
+def test_state_that_does_not_fit_is_told_by_the_sites_name(tmp_path: Path) -> None:
+    site = site_with_pictures(tmp_path, STUDY)
+    before = tensors_of(build_network(STUDY.model, seed=1, ranks={2}))
+    site.memory.remember(Remembered(1, {f"teacher/{name}": tensor for name, tensor in before.items()}, {}))
+    (words,) = watched(site, request_of(2, student=before))[2]
+    assert words.startswith("small: what it remembers of round 1 does not fit, so moments and centre begin anew")
+
+
+def test_the_seconds_of_a_round_hold_the_start_of_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter([100.0, 117.5])
+    done = TrainReply("small", RUN, 1, STUDY.digest(), {}, {}, 2, 0.0, {}, {})
+    monkeypatch.setattr(trainer, "run_team", lambda *_, **__: done)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    site = site_with_pictures(tmp_path, STUDY, devices=("cpu", "cpu"))
+    assert run_round(site, first_round(STUDY)) == replace(done, seconds=17.5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [(0, r"begins anew, for nothing of it was saved yet \(checkpoint_minutes: 10\)"), (4, "goes on after step 4")],
+)
+def test_a_lost_device_is_told_with_what_the_next_try_begins_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int, told: str
+) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise DeviceError("training process 1 on cpu was lost in mid-round")
+
+    monkeypatch.setattr(trainer, "run_team", lost)
+    site = site_with_pictures(tmp_path, STUDY, devices=("cpu", "cpu"))
+    if saved:
+        site.memory.remember_unfinished(Remembered(1, {}, {"figures": {"grad_norms": [1.0] * saved}}))
+    with pytest.raises(DeviceError, match=told):
+        run_round(site, first_round(STUDY))
+
+
 # -- a round that is gone on with in its middle ------------------------------------------------------------------------
 
 LONG = small_study(1, batch={"images": 2}, schedule={"rounds": 1, "local_steps": 6})
@@ -205,14 +243,17 @@ with progress.listen(watch):
 
 
 def steps_taken(site: Site, request: TrainRequest) -> tuple[TrainReply, list[int]]:
-    steps: list[int] = []
+    reply, steps, _ = watched(site, request)
+    return reply, steps
 
-    def watch(event: progress.Event) -> None:
-        if isinstance(event, progress.StepDone):
-            steps.append(event.step)
 
-    with progress.listen(watch):
-        return run_round(site, request), steps
+def watched(site: Site, request: TrainRequest) -> tuple[TrainReply, list[int], list[str]]:
+    """The reply, the steps that were taken, and what was said meanwhile."""
+    events: list[progress.Event] = []
+    with progress.listen(events.append):
+        reply = run_round(site, request)
+    steps = [event.step for event in events if isinstance(event, progress.StepDone)]
+    return reply, steps, [event.text for event in events if isinstance(event, progress.Note)]
 
 
 def killed(site: Site, request: TrainRequest) -> None:
@@ -229,8 +270,9 @@ def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical
     unbroken = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
     site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
     killed(site, first_round(LONG))
-    reply, steps = steps_taken(site, first_round(LONG))
+    reply, steps, said = watched(site, first_round(LONG))
     assert steps == [5, 6]
+    assert said == ["small: round 1 goes on after step 4 of 6"]
     assert_same_reply(reply, unbroken)
     kept = [path.name for path in (tmp_path / "b" / "state" / "runs").rglob("*.safetensors")]
     assert kept == ["round-0001.safetensors"]
@@ -257,8 +299,10 @@ def test_an_unfinished_round_that_another_version_wrote_begins_anew(tmp_path: Pa
     assert state is not None
     kept = {name: tensor for name, tensor in state.tensors.items() if not ("watch" in change and "watch." in name)}
     site.memory.remember_unfinished(Remembered(1, kept, {**state.facts, **change}))
-    reply, steps = steps_taken(site, first_round(LONG))
+    reply, steps, said = watched(site, first_round(LONG))
     assert steps == [1, 2, 3, 4, 5, 6]
+    (words,) = said
+    assert words.startswith("small: what was saved of round 1 does not fit, so the round begins anew: ")
     assert_same_reply(reply, expected)
 
 
@@ -306,7 +350,9 @@ def test_a_batch_that_gives_nan_is_skipped_and_told(tmp_path: Path, monkeypatch:
     )
     expected = run_round(site, first_round(LONG))
     monkeypatch.setattr(Batches, "draw", poisoned(draw, {(3, 0), (3, 1)}))
-    reply = run_round(site, first_round(LONG))
+    reply, _, said = watched(site, first_round(LONG))
+    assert len(said) == 2
+    assert all(words.startswith("small: batch skipped: step 3: loss nan") for words in said)
     assert (expected.diagnostics["skipped_batches"], reply.diagnostics["skipped_batches"]) == (0, 2)
     assert_same_reply(replace(reply, diagnostics={}), replace(expected, diagnostics={}))
 
@@ -331,7 +377,7 @@ def test_a_skipped_batch_keeps_no_memory() -> None:
     batches = SimpleNamespace(draw=lambda *_: batch)
     gc.disable()
     try:
-        assert _take_step(Learner(), batches, 7, batch) == (7, 2)  # type: ignore[arg-type, comparison-overlap]
+        assert _take_step(Learner(), batches, 7, batch, site="s") == (7, 2)  # type: ignore[arg-type, comparison-overlap]
         assert [error() for error in errors] == [None, None]
     finally:
         gc.enable()

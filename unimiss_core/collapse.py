@@ -16,9 +16,12 @@ from torch import Tensor
 
 from unimiss_core.errors import CheckpointError
 from unimiss_core.objective import Observed, weighted_mean
+from unimiss_core.study import StudyConfig
 
 ALIKE = 0.02
 """Targets that tell less than this share of log K of their scan are alike."""
+
+WAY_OUT = "docs/objectives.md says under Collapse what to try"
 
 
 @dataclass
@@ -68,17 +71,21 @@ class RoundWatch:
         }
 
 
-def signs_of_collapse(figures: Mapping[str, float], prototypes: int) -> list[str]:
-    """One sentence for each representation whose figures say that its targets are alike; [] where all is well.
+def signs_in_round(study: StudyConfig, round: int, figures: Mapping[str, float]) -> list[str]:
+    """`signs_of_collapse` of a round of `study`; [] until its warm-up is over, for a young network shows the same."""
+    if round * study.schedule.local_steps <= study.optimiser.warmup_steps:
+        return []
+    return signs_of_collapse(figures, study.model.prototypes)
 
-    A young network shows the same: ask after the warm-up.
-    """
+
+def signs_of_collapse(figures: Mapping[str, float], prototypes: int) -> list[str]:
+    """One sentence for each representation whose figures say that its targets are alike; [] where all is well."""
     most = math.log(prototypes)
     signs = []
     for key, entropy in figures.items():
         name = key.removeprefix("target_entropy_")
         mean_entropy = figures.get(f"mean_target_entropy_{name}")
-        if name == key or mean_entropy is None or mean_entropy - entropy >= ALIKE * most:
+        if name == key or mean_entropy is None or not mean_entropy - entropy < ALIKE * most:  # not: one may be NaN
             continue
         state = "the uniform answer" if mean_entropy > most / 2 else "few prototypes"
         signs.append(

@@ -11,7 +11,8 @@ import json
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError
@@ -31,6 +32,9 @@ RUN = r"[0-9a-f]{16}"
 
 # PyYAML follows YAML 1.1, where an exponent needs a dot and a sign: 1e-4 is text there.
 _TEXT_THAT_LOOKS_LIKE_A_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
+
+
+_SIMPLE = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 
 class Config(BaseModel):
@@ -85,7 +89,7 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
         # A list whose entries failed is reported as too short as well, which says nothing new.
         inside = {detail["loc"][:depth] for detail in found for depth in range(len(detail["loc"]))}
         told = [detail for detail in found if not (detail["type"] == "too_short" and detail["loc"] in inside)]
-        problems = [_explain(kind, detail) for detail in told]
+        problems = list(dict.fromkeys(_explain(kind, detail) for detail in told))
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  - {line}" for line in problems)) from None
 
@@ -139,6 +143,14 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
         return f"missing key '{path}'"
     if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given):
         return f"'{path}': YAML reads {given} as text; write {float(given):.1e} (a dot and a signed exponent)"
+    if choices := _choices(kind, at[:-1]):
+        return f"'{_place(kind, at[:-1]).path}': expected {choices}, got {_describe(given)}"
+    if problem["type"] in ("too_short", "too_long"):
+        few, limit = ("at least", "min_length") if problem["type"] == "too_short" else ("at most", "max_length")
+        number = problem["ctx"][limit]
+        return f"'{path}': expected {few} {number} {'entry' if number == 1 else 'entries'}, got {_describe(given)}"
+    if problem["type"] == "tuple_type":
+        return f"'{path}': expected a list, got {_describe(given)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"'{path}': {message}" if at else message
@@ -170,6 +182,33 @@ def _place(kind: type[BaseModel], loc: tuple[int | str, ...]) -> _Place:
         fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models, others = [m for field in fields for m in _models_in(field)] or models, []
     return _Place(".".join(path) or "(top level)", models, others)
+
+
+def _choices(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """What may stand at `loc` where that is one of several simple kinds, as in `auto, an integer above 0 or null`;
+    else empty. Pydantic tells a problem for each kind, as if each had been meant."""
+    fields = [model.model_fields.get(str(loc[-1])) for model in _place(kind, loc[:-1]).models] if loc else []
+    kinds = [part for field in fields if field for part in _alternatives(field.annotation)]
+    if len([one for one in kinds if one is not NoneType]) < 2 or any(_models_in(one) for one in kinds):
+        return ""
+    *others, last = [words for one in kinds for words in _in_words(one)]
+    return f"{', '.join(others)} or {last}"
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+
+
+def _in_words(simple: Any) -> list[str]:
+    if simple is NoneType:
+        return ["null"]
+    if get_origin(simple) is Literal:
+        return [str(value) for value in get_args(simple)]
+    if get_origin(simple) is not Annotated:
+        return [_SIMPLE.get(simple, simple.__name__)]
+    bare, *limits = get_args(simple)
+    above = [f" above {rule.gt}" for limit in limits for rule in getattr(limit, "metadata", ()) if hasattr(rule, "gt")]
+    return [f"{word}{''.join(above)}" for word in _in_words(bare)]
 
 
 def _hint(key: str, place: _Place) -> str:

@@ -1,10 +1,27 @@
 """Which devices do the work."""
 
+import re
 from collections.abc import Sequence
 
 import torch
 
 from unimiss_core.errors import ConfigError
+
+_NAME = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError: names that no machine could serve together. Whether this one can is not asked."""
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"'{name}' is no device's name; give auto, cpu, cuda, or cuda: and a number, as in cuda:1")
+    if "auto" in names and len(names) > 1:
+        raise ValueError(f"{', '.join(names)}: auto stands alone, for it takes every GPU, or the CPU")
+    gpus = ["cuda:0" if name == "cuda" else name for name in names if name.startswith("cuda")]
+    if len(set(gpus)) < len(gpus) or 0 < len(gpus) < len(names):
+        raise ValueError(
+            f"{', '.join(names)}: give each GPU once and no CPU beside it; the CPU alone may stand more often"
+        )
 
 
 def device_of(name: str) -> torch.device:
@@ -12,32 +29,25 @@ def device_of(name: str) -> torch.device:
 
     Raises ConfigError: no such device here.
     """
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    index = device.index or 0
-    if device.type == "cuda" and index < torch.cuda.device_count():  # counting claims no memory there
-        return torch.device("cuda", index)
-    if device.type == "cpu":
-        return torch.device("cpu")
-    raise ConfigError(f"device '{name}': is not there; give auto, cpu, cuda or cuda:N")
+    return devices_of([name])[0]
 
 
 def devices_of(names: Sequence[str]) -> list[torch.device]:
-    """Each named device; `auto` alone takes every GPU, or the CPU where there is none.
+    """Each named device; `auto` takes every GPU, or the CPU where there is none.
 
-    The CPU may stand several times, for as many processes. Raises ConfigError: a device that is not there, a GPU that
-    stands twice, GPUs beside the CPU.
+    The CPU may stand several times, for as many processes. Raises ConfigError: names that do not go together, a device
+    that is not there.
     """
-    if tuple(names) == ("auto",) and (count := torch.cuda.device_count()):
-        return [torch.device("cuda", index) for index in range(count)]
-    devices = [device_of(name) for name in names]
-    gpus = [device for device in devices if device.type == "cuda"]
-    if len(set(gpus)) < len(gpus) or 0 < len(gpus) < len(devices):
-        raise ConfigError(
-            f"devices {', '.join(names)}: give each GPU once and no CPU beside it; the CPU alone may stand more often"
-        )
-    return devices
+    try:
+        check_names(names)
+    except ValueError as error:
+        raise ConfigError(f"device {error}") from None
+    count = torch.cuda.device_count()  # counting claims no memory there
+    gpus = [torch.device("cuda", index) for index in range(count)]
+    if tuple(names) == ("auto",):
+        return gpus or [torch.device("cpu")]
+    present = {"cpu": torch.device("cpu"), **({"cuda": gpus[0]} if gpus else {}), **{str(gpu): gpu for gpu in gpus}}
+    if missing := [name for name in names if name not in present]:
+        there = ", ".join(["cpu", *map(str, gpus)])
+        raise ConfigError(f"device {', '.join(missing)} is not on this machine, which has {there}")
+    return [present[name] for name in names]

@@ -6,7 +6,7 @@ keep their optimiser state, and their teacher stands still.
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -62,10 +62,17 @@ class Learner:
     ranks: of the site's scans; they decide which tensors exist (`unimiss_core.groups.ranks_needed`).
     execution: how steps are computed; by default in float32 on the CPU, each batch as a whole.
     team: the processes that take this site's steps together, each with a learner of its own that stays like the others.
+    tell: hears in a sentence what could not be done as `execution` asks; by default the log does.
     """
 
     def __init__(
-        self, study: StudyConfig, *, ranks: Collection[Rank], execution: Execution = PLAIN, team: Team | None = None
+        self,
+        study: StudyConfig,
+        *,
+        ranks: Collection[Rank],
+        execution: Execution = PLAIN,
+        team: Team | None = None,
+        tell: Callable[[str], None] = log.warning,
     ) -> None:
         self.study = study
         self.ranks = tuple(sorted(set(ranks)))
@@ -73,6 +80,7 @@ class Learner:
         self.device = execution.device
         self.micro_batch = dict(execution.micro_batch)
         self.team = team or Alone()
+        self._tell = tell
         held = ranks_needed(self.ranks)
         self.student = build_network(study.model, seed=study.seed, ranks=held).to(self.device)
         self.teacher = build_network(study.model, seed=study.seed, ranks=held).to(self.device).requires_grad_(False)
@@ -132,9 +140,9 @@ class Learner:
         """
         rank = _rank_of_views(views)
         gathered = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
-        self._sum_over_team(gathered)
         if step < self.study.optimiser.freeze_prototypes_steps:
             self.student.get_parameter(_PROTOTYPES).grad = None
+        self._sum_over_team(gathered)
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
         distance = self._pull_back_()
         report, norms = _report(rank, gathered, torch.stack(torch._foreach_norm(grads)), distance)
@@ -219,7 +227,8 @@ class Learner:
             fits = True
         except torch.OutOfMemoryError:
             fits = False
-        self.micro_batch = before
+        finally:
+            self.micro_batch = before
         self._drop_gradients()
         return fits
 
@@ -253,7 +262,7 @@ class Learner:
                     "work or name another one; or take part in a study with a smaller model or smaller views."
                 )
             self.micro_batch[rank] = before // 2
-            log.warning("out of memory: %dD batches are met in parts of %d, not %d scans", rank, before // 2, before)
+            self._tell(f"out of memory: {rank}D batches are met in parts of {before // 2}, not {before} scans")
 
     def _gather_or_stop_compiling(self, views: Tensor, rank: Rank, share: float) -> Loss:
         """`_gather_gradients`; where that fails and is compiled, again without, now and from then on."""
@@ -265,7 +274,7 @@ class Learner:
             if not self._compiled:
                 raise
             told = " ".join(f"{type(error).__name__}: {error}".split("\n")[:2])  # the cause stands in the second
-            log.warning("compilation failed, going on without it: %.300s", told)
+            self._tell(f"compilation failed, going on without it: {told[:300]}")
         for network in (self.student, self.teacher):
             uncompile_(network.backbone)
         self._compiled = False

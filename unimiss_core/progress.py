@@ -49,6 +49,15 @@ class SiteReplied:
 
 
 @dataclass(frozen=True)
+class Collapsed:
+    """What a site's figures of a round say: nothing is learned of one kind of scan."""
+
+    round: int
+    site: str
+    sign: str
+
+
+@dataclass(frozen=True)
 class RoundDone:
     """A round is written. losses: site -> mean over the round's steps and the objective's cross-entropies."""
 
@@ -65,7 +74,7 @@ class Note:
     text: str
 
 
-Event = Preparing | RoundStarted | StepDone | SiteReplied | RoundDone | Note
+Event = Preparing | RoundStarted | StepDone | SiteReplied | Collapsed | RoundDone | Note
 
 _listeners: list[Callable[[Event], None]] = []
 _guards: list[Callable[[], None]] = []

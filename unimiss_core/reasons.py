@@ -14,7 +14,7 @@ REASONS: dict[str, str] = {
     "failed": "the site met an error of the program; its log says where",
     # the coordinator says so
     "no_introduction": "the site did not say in time who it is",
-    "no_reply": "no reply came before the deadline",
+    "no_reply": "no reply: the site is gone, or the deadline passed",
     "busy": "the site is still at work on an earlier round; its update counts when it comes",
     "discounted": "the site's update for an earlier round came late and counted with less weight, as the study says",
     "set_aside": "the site failed in several rounds in a row; it is asked again later",

@@ -389,6 +389,11 @@ class StudyConfig(Config):
                 f"the objective {self.objective.name} {'needs' if needed else 'never trains'} the model's "
                 f"reconstruction; write model.reconstruction: {'true' if needed else 'false'}"
             )
+        depth, slices = self.views.volume_size[0], getattr(self.objective, "slices_per_volume", None)
+        if slices is not None and slices > depth:
+            raise ValueError(
+                f"objective.slices_per_volume={slices} must not be above views.volume_size[0]={depth}, a view's slices"
+            )
         warmup, frozen = self.optimiser.warmup_steps, self.optimiser.freeze_prototypes_steps
         rounds, local = self.schedule.rounds, self.schedule.local_steps
         steps = f"rounds x local_steps = {rounds} x {local} = {rounds * local}"

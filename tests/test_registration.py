@@ -1,0 +1,127 @@
+"""Who may be asked, and how much a site may claim."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from server.coordinator_config import CoordinatorConfig, RegisteredSite, load_coordinator
+from server.local_grid import LocalGrid
+from server.registration import Registration
+from server.rounds import Federation
+from tests.federation import StubSite, good_answer, metric_rows, small_study, stub_app
+from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.scan import Rank
+from unimiss_core.wire import Introduction, TrainReply, TrainRequest
+
+
+def key_pair() -> tuple[str, bytes]:
+    """(the line of a .pub file, the key as Flower gives it with a node)."""
+    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+    line = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    return f"{line} somebody@somewhere", public_key_to_bytes(public)
+
+
+ALPHA_LINE, ALPHA_KEY = key_pair()
+_, STRANGER_KEY = key_pair()
+ALPHA = RegisteredSite(name="alpha", public_key=ALPHA_LINE)
+BETA = RegisteredSite(name="beta")
+
+
+def says(name: str) -> Introduction:
+    return Introduction(name, {2: 5, 3: 0})
+
+
+def test_without_a_list_everybody_may_come() -> None:
+    registration = Registration([])
+    assert registration.may_ask(NodeInfo(name="anybody"))
+    registration.check(says("whoever"), NodeInfo(name="anybody"))
+
+
+@pytest.mark.parametrize(
+    ("node", "asked"),
+    [
+        (NodeInfo(public_key=ALPHA_KEY), True),
+        (NodeInfo(name="alpha", public_key=STRANGER_KEY), False),  # its name is registered with another key
+        (NodeInfo(name="alpha"), False),
+        (NodeInfo(name="beta"), True),
+        (NodeInfo(name="beta", public_key=STRANGER_KEY), True),
+        (NodeInfo(), True),  # it may yet say that it is beta
+        (NodeInfo(name="gamma"), False),
+    ],
+)
+def test_only_nodes_that_can_be_a_registered_site_are_asked(node: NodeInfo, asked: bool) -> None:
+    assert Registration([ALPHA, BETA]).may_ask(node) == asked
+
+
+def test_where_every_site_has_a_key_a_node_without_one_is_not_even_asked() -> None:
+    assert not Registration([ALPHA]).may_ask(NodeInfo())
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("alpha", b""), ("alpha", STRANGER_KEY), ("gamma", ALPHA_KEY), ("gamma", b"")]
+)
+def test_a_name_without_its_key_is_refused(name: str, key: bytes) -> None:
+    with pytest.raises(WireError, match="not_registered"):
+        Registration([ALPHA, BETA]).check(says(name), NodeInfo(public_key=key))
+
+
+def test_a_name_with_its_key_is_believed() -> None:
+    Registration([ALPHA, BETA]).check(says("alpha"), NodeInfo(public_key=ALPHA_KEY))
+    Registration([ALPHA, BETA]).check(says("beta"), NodeInfo())
+
+
+@pytest.mark.parametrize("line", ["ecdsa-sha2-nistp384 AAAA alpha", "not a key", "-----BEGIN PUBLIC KEY-----"])
+def test_a_key_that_cannot_be_read_is_told_with_the_way_out(line: str) -> None:
+    with pytest.raises(ConfigError, match=r"'alpha': public_key is not a public key in OpenSSH's form; give the one"):
+        Registration([RegisteredSite(name="alpha", public_key=line)])
+
+
+@pytest.mark.parametrize(
+    ("claimed", "fine"), [({2: 10, 3: 3}, True), ({2: 11, 3: 3}, False), ({2: 10, 3: 4}, False), ({2: 0, 3: 0}, True)]
+)
+def test_claims_above_what_is_registered_are_refused(claimed: dict[Rank, int], fine: bool) -> None:
+    registration = Registration([RegisteredSite(name="ct", max_images=10, max_volumes=3)])
+    site = StubSite("ct", {3: 6})
+    request = TrainRequest(small_study(), run="0" * 16, round=1, student={}, teacher=None, teacher_retention={})
+    reply = dataclasses.replace(good_answer(request, site), scans=claimed)
+    if fine:
+        registration.check_counts(reply)
+    else:
+        with pytest.raises(WireError, match="counts"):
+            registration.check_counts(reply)
+
+
+def test_a_run_asks_registered_sites_alone_and_holds_them_to_their_numbers(tmp_path: Path) -> None:
+    def grown(request: TrainRequest, of: StubSite) -> TrainReply:
+        scans: dict[Rank, int] = {2: 0, 3: 5 + request.round}
+        return dataclasses.replace(good_answer(request, of), scans=scans)
+
+    sites = {"ct": StubSite("ct", {3: 6}, grown), "other": StubSite("other", {2: 4})}
+    config = CoordinatorConfig(
+        study=Path("unused"),
+        out=tmp_path,
+        sites=(RegisteredSite(name="ct", max_volumes=6),),
+        wait_s=0.1,
+        round_tries=1,
+        min_sites=1,
+    )
+    with LocalGrid(stub_app(sites), {name: {"name": name} for name in sites}, run_config={}) as grid:
+        Federation(grid, small_study(rounds=1), config).run()
+    assert not sites["other"].requests
+    assert metric_rows(tmp_path)[0]["sites"].keys() == {"ct"}
+    assert metric_rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"
+
+
+def test_a_file_with_a_name_twice_or_too_few_sites_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.yaml"
+    path.write_text("study: s\nout: o\nsites: [{name: a}, {name: a}]\n")
+    with pytest.raises(ConfigError, match="sites: the name a stands twice"):
+        load_coordinator(path)
+    path.write_text("study: s\nout: o\nsites: [{name: a}]\nmin_sites: 2\n")
+    with pytest.raises(ConfigError, match="min_sites=2 must not be above the number of sites, 1"):
+        load_coordinator(path)

@@ -1,0 +1,69 @@
+"""From a simulation's file to what its sites and its study become, without a run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from client.site_config import SiteTraining, load_site
+from server.simulate import SimulationConfig, _study, _write_site
+from unimiss_core.config import load, parse
+from unimiss_core.errors import ConfigError
+from unimiss_core.study import UniMiSSConfig, UniMiSSPlusConfig
+
+TRAINING = {
+    "devices": ["cpu", "cpu"],
+    "precision": "bf16",
+    "micro_batch": {"images": 3, "volumes": None},
+    "activation_checkpointing": True,
+    "compile": True,
+    "threads": 3,
+    "checkpoint_minutes": 0.5,
+    "workers": 2,
+}
+
+
+def simulated(tmp_path: Path, *, overrides: object = None, **site: object) -> SimulationConfig:
+    study = {"name": "toy", "objective": {"slices_per_volume": 4, "teacher_temperature": 0.02}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    raw = {"study": "study.yaml", "sites": [{"name": "north", "data": [{"folder": "."}], **site}]}
+    path = tmp_path / "simulation.yaml"
+    path.write_text(yaml.safe_dump({**raw, "overrides": overrides or {}}))
+    return load(SimulationConfig, path)
+
+
+def test_a_simulated_site_trains_as_the_simulation_says(tmp_path: Path) -> None:
+    assert TRAINING.keys() == SiteTraining.model_fields.keys() - {"name"}  # each of them differs from its default
+    (site,) = simulated(tmp_path, **TRAINING).sites
+    _write_site(site, tmp_path, tmp_path / "out")
+    written = load_site(tmp_path / "out" / "sites" / "north" / "site.yaml")
+    default = parse(SiteTraining, {"name": "north"}, where="")
+    for key in TRAINING:
+        assert getattr(written, key) == getattr(site, key)
+        assert getattr(written, key) != getattr(default, key)
+
+
+def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: Path) -> None:
+    (site,) = simulated(tmp_path).sites
+    _write_site(site, tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "sites" / "north" / "site.yaml").read_text()
+    assert "change the simulation's file instead" in text.splitlines()[0]
+
+
+def test_overrides_that_choose_another_objective_begin_from_its_defaults(tmp_path: Path) -> None:
+    plus = {"objective": {"name": "unimiss_plus"}, "model": {"reconstruction": True}}
+    study = _study(simulated(tmp_path, overrides=plus), tmp_path)
+    assert study.objective == UniMiSSPlusConfig()
+    assert study.name == "toy"
+
+
+@pytest.mark.parametrize("change", [{"centre_momentum": 0.8}, {"centre_momentum": 0.8, "name": "unimiss"}])
+def test_overrides_of_the_same_objective_change_it_in_part(tmp_path: Path, change: dict[str, object]) -> None:
+    study = _study(simulated(tmp_path, overrides={"objective": change, "name": "other"}), tmp_path)
+    assert study.objective == UniMiSSConfig(slices_per_volume=4, teacher_temperature=0.02, centre_momentum=0.8)
+    assert study.name == "other"
+
+
+def test_an_objective_that_there_is_not_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one of unimiss, unimiss_plus"):
+        _study(simulated(tmp_path, overrides={"objective": {"name": "unimis"}}), tmp_path)
