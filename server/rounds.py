@@ -90,7 +90,7 @@ class Federation:
             try:
                 self._roster.gather(hello, least=least)
                 with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
-                    return self._run_round(state, RoundSum(self._study, self._layout, aggregate), again=again)
+                    return self._run_round(state, RoundSum(self._study, aggregate), again=again)
             except RoundError as error:
                 if tries_left == 0:
                     raise
