@@ -380,8 +380,10 @@ def test_after_the_first_round_as_many_sites_suffice_as_must_reply(tmp_path: Pat
 
 
 def test_registered_sites_that_never_came_stand_in_the_metrics(tmp_path: Path) -> None:
-    sites = ({"name": "a"}, {"name": "never-came"})
-    federate(tmp_path, [site("a")], sites=tuple(RegisteredSite.model_validate(each) for each in sites))
+    registered = tuple(RegisteredSite(name=name) for name in ("a", "never-came"))
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1, sites=registered)
+    with Grid(stub_app({"a": site("a")}), {"a": {"name": "a"}}, run_config={}) as grid:
+        Federation(grid, exact_study(rounds=1), config).run()
     line = metric_rows(tmp_path)[0]["sites"]["never-came"]
     assert (line["status"], line["reason"]) == ("absent", "not_connected")
 

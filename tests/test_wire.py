@@ -21,7 +21,7 @@ from unimiss_core.reasons import REASONS
 from unimiss_core.wire import PROTOCOL, Hello, Introduction, Refusal, TrainReply, TrainRequest, num_bytes, run_of
 
 ROOT = Path(__file__).parents[1]
-STUDY = small_study(wire={"dtype": "fp32"})
+STUDY = small_study(rounds=9, wire={"dtype": "fp32"})
 RETENTION: dict[Group, float] = {"shared": 0.9, "2d": 0.9, "3d": 1.0, "head": 0.9}
 
 
@@ -71,7 +71,7 @@ def test_request_round_trip(with_teacher: bool) -> None:
 
 @pytest.mark.parametrize("with_step", [True, False])
 def test_request_of_a_format_that_carries_over_holds_exact_tensors_or_a_step(with_step: bool) -> None:
-    layout, study = layout_for(frozenset({2})), small_study(wire={"dtype": "int8"})
+    layout, study = layout_for(frozenset({2})), small_study(rounds=9, wire={"dtype": "int8"})
     student, teacher = random_tensors(layout, 0), random_tensors(layout, 1)
     sent = TrainRequest(study, RUN, 4, None if with_step else student, None if with_step else teacher, RETENTION)
     sent = dataclasses.replace(sent, student_step=student if with_step else None)
@@ -89,7 +89,7 @@ def test_request_of_a_format_that_carries_over_holds_exact_tensors_or_a_step(wit
 
 
 def test_a_request_holds_either_a_student_or_its_step() -> None:
-    layout, study = layout_for(frozenset({2})), small_study(wire={"dtype": "int8"})
+    layout, study = layout_for(frozenset({2})), small_study(rounds=9, wire={"dtype": "int8"})
     student = random_tensors(layout, 0)
     for request in (
         TrainRequest(study, RUN, 4, None, None, RETENTION),
@@ -230,3 +230,11 @@ def test_a_student_that_is_not_finite_is_refused_by_the_site() -> None:
     next(iter(student.values())).view(-1)[0] = float("inf")
     with pytest.raises(WireError, match="not a finite number"):
         TrainRequest.unpack(TrainRequest(STUDY, RUN, 1, student, None, RETENTION).pack(layout), layout)
+
+
+@pytest.mark.parametrize("round", [0, -1, 10, 10**9])
+def test_a_request_for_a_round_that_the_study_does_not_have_is_refused(round: int) -> None:
+    layout = layout_for(frozenset({2}))
+    sent = TrainRequest(STUDY, RUN, round, random_tensors(layout, 0), None, RETENTION)
+    with pytest.raises(WireError, match="malformed"):
+        TrainRequest.unpack(sent.pack(layout), layout)
