@@ -137,11 +137,12 @@ def loss_section(seeds: list[int], rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for kind in KINDS:
-            write_hospital(PhantomConfig(kind=kind, patients=24), folder / kind)
+            write_hospital(PhantomConfig(kind=kind, patients=12), folder / kind)
         for seed, dtype in product(seeds, ("fp32", "bf16", "int8")):
             watched = watch if (seed, dtype) == (seeds[0], "fp32") else None
             loss = _train(folder / f"{seed}-{dtype}", dtype, seed, rounds, watched)
             losses.setdefault(str(seed), {})[dtype] = loss
+            print(f"seed {seed}, {dtype}: {loss:.4f} nats", flush=True)
     figures = {"losses": losses, "rounds": rounds, **watch.figures()}
     print("\n".join(_lines(figures)))
     print(f"{time.process_time() - began:.0f} s of processor time")

@@ -20,11 +20,9 @@ from unimiss_core.collapse import signs_in_round
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
+from unimiss_core.wire import LARGEST_FIGURE
 
 ReadT = TypeVar("ReadT")
-
-LARGEST = 1e30
-"""A figure beyond it has diverged; it is left out like one that was not measured, and no axis is stretched for it."""
 
 
 def _measured(raw: Any) -> Any:
@@ -35,7 +33,10 @@ def _measured(raw: Any) -> Any:
 
 
 def _is_diverged(value: Any) -> bool:
-    return value is None or (isinstance(value, float | int) and not abs(value) <= LARGEST)
+    """Such a figure is left out like one that was not measured, and no axis is stretched for it."""
+    return value is None or (
+        isinstance(value, float | int) and not abs(value) <= LARGEST_FIGURE
+    )  # beyond it no axis could be drawn
 
 
 Figures = Annotated[Mapping[str, float], BeforeValidator(_measured)]

@@ -42,8 +42,8 @@ class GlobalState:
     @classmethod
     def initial(cls, student: Mapping[str, Tensor], study: StudyConfig, layout: Layout) -> "GlobalState":
         """Before the first round."""
-        release = Release.of(student, before=None, layout=layout, dtype=study.wire.dtype)
-        return cls(0, dict(student), release, dict(release.student))
+        release = Release.first(student, layout=layout, dtype=study.wire.dtype)
+        return cls(0, dict(student), release, release.held())
 
     @classmethod
     def restored(cls, found: Checkpoint, study: StudyConfig, layout: Layout) -> "GlobalState":
@@ -57,7 +57,7 @@ class GlobalState:
         return cls(
             round=found.manifest.round,
             student=dict(found.student),
-            release=Release.of(found.student, before=held or None, layout=layout, dtype=study.wire.dtype),
+            release=Release(found.student, held or None, layout, study.wire.dtype),
             teacher=dict(found.teacher),
             retention=book["retention"],
             taught=book["taught"],
@@ -67,8 +67,8 @@ class GlobalState:
 
     def save(self, folder: RunFolder, study: StudyConfig) -> None:
         """Write it as its round's checkpoint, in one rename."""
-        held = {_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()}
         book = {"retention": self.retention, "taught": self.taught, "attendance": self.attendance.facts()}
+        held = {_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()}
         checkpoint.save(
             folder.checkpoint_of(self.round),
             origin="federation",

@@ -21,6 +21,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from unimiss_core import progress
+from unimiss_core.wire import arrays_in
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _is_expired(message: Message) -> bool:
 
 
 def _holds_arrays(reply: Message) -> bool:
-    return reply.has_content() and bool(reply.content.array_records)
+    return reply.has_content() and bool(arrays_in(reply.content))
 
 
 class _Stopped(BaseException):

@@ -40,7 +40,9 @@ class OneRound:
         exchange: Exchange,
         state: GlobalState,
         total: RoundSum,
+        again: bool = False,
     ) -> None:
+        """again: too few updates came of an earlier try, so that nobody is set aside in this one."""
         self._study = study
         self._run = run
         self._digest = study.digest()
@@ -54,8 +56,9 @@ class OneRound:
         self._total = total
         self._taught: dict[str, int] = {}
         self._sizes: list[float] = []
+        self._again = again
         exchange.begin(self._round)
-        self.lines = dict(roster.unfit) | self._lines_of_sites()
+        self.lines = self._lines_of_missing() | roster.unfit | self._lines_of_sites()
 
     def run(self) -> tuple[GlobalState, dict[str, Tensor]]:
         """(state after the round, what was added to the student).
@@ -67,13 +70,21 @@ class OneRound:
             self._hear(asked, reply)
             del reply  # as large as the model: not to be held while the next is pulled
         for name, line in self.lines.items():
-            if line.bytes_down or line.status == "late":
+            if not line.reason and line.status == "absent":  # the deadline passed
+                line.reason = "no_reply"
+                self._tell(name, line)
+            if line.bytes_down or line.status in ("ok", "late"):
                 self._state.attendance.note(name, self._round, counted=line.status in ("ok", "late"))
         self._require_quorum()
         after, step = self._total.applied_to(self._state, self._round)
         after.taught = self._state.taught | self._taught
         after.attendance.note_sizes(self._round, self._sizes)
         return after, step
+
+    def _lines_of_missing(self) -> dict[str, SiteRound]:
+        """Of sites that are registered or took part before; those that are there have lines in their stead."""
+        missing = self._roster.registration.names | self._state.taught.keys()
+        return {name: SiteRound("absent", "not_connected") for name in missing}
 
     def _lines_of_sites(self) -> dict[str, SiteRound]:
         """Not asked: sites still at work on an earlier round, and those that keep failing, if there are others."""
@@ -83,7 +94,7 @@ class OneRound:
         free = [name for name, line in lines.items() if not line.reason]
         attendance, after = self._state.attendance, self._config.set_aside_after
         aside = [name for name in free if attendance.is_set_aside(name, self._round, after)]
-        if len(free) - len(aside) >= self._config.min_replies:
+        if not self._again and len(free) - len(aside) >= self._config.min_replies:
             for name in aside:
                 lines[name].reason = "set_aside"
         return lines
@@ -130,6 +141,8 @@ class OneRound:
 
     def _admitted(self, reply: Message, site: Introduction, round: int, line: SiteRound) -> TrainReply:
         """The reply to the request of `round`, if it may count; `line` then says what it held. Raises WireError."""
+        if round < self._round and self._study.aggregation.late_weight == 0:
+            raise WireError("stale_round", "the reply came after its round was closed")
         content = content_of(reply)
         line.bytes_up += num_bytes(content)
         try:

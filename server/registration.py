@@ -1,6 +1,7 @@
 """Which sites a run may ask: those that its coordinator file names, told apart by their keys.
 
-A node proves to Flower's SuperLink that it holds the private half of its key; its name alone is a claim.
+A node proves to Flower's SuperLink that it holds the private half of its key, where that runs with
+`--enable-supernode-auth`; without, key and name alike are claims.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,11 @@ class Registration:
         """What people call a node before it has introduced itself: by its registered key, else as Flower was told."""
         by_key = (name for name, key in self._keys.items() if key == node.public_key)
         return next(by_key, node.name) or f"node-{node.node_id}"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The sites that are named."""
+        return frozenset(self._sites)
 
     def may_ask(self, node: NodeInfo) -> bool:
         """Whether this node may be asked who it is: it has a registered key, or may still name a site without one."""

@@ -10,7 +10,7 @@ lost of one step is in the next one, and R never strays further than one step's 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,29 +20,38 @@ from unimiss_core.formats import FORMATS
 
 @dataclass(frozen=True)
 class Release:
-    """The student that sites begin a round from.
+    """The student that sites begin a round from. It follows from two sets of tensors, bit for bit, and is worked out
+    where it is needed, so that between rounds the coordinator holds no more than these.
 
-    student: R, float32, by name.
-    step: to be packed for those who hold the release before; None where whole students travel. Not yet rounded, because
-        rounding twice may give other values than rounding once.
-    before: the release before, from which `of` gives this one again, bit for bit; None likewise.
+    student: the masters. before: R of the last release; None where whole students travel.
     """
 
     student: Mapping[str, Tensor]
-    step: Mapping[str, Tensor] | None = None
-    before: Mapping[str, Tensor] | None = None
+    before: Mapping[str, Tensor] | None
+    layout: Layout
+    dtype: str
 
     @classmethod
-    def of(
-        cls, student: Mapping[str, Tensor], *, before: Mapping[str, Tensor] | None, layout: Layout, dtype: str
-    ) -> "Release":
-        """Release the masters `student`; before: the student of the last release, None for the first of a run.
+    def first(cls, student: Mapping[str, Tensor], *, layout: Layout, dtype: str) -> "Release":
+        """Of a run: where the format carries over, R is the student itself."""
+        return cls(student, student if FORMATS[dtype].carries_over else None, layout, dtype)
 
-        Raises WireError `not_finite` where a format that carries over meets a value that is not.
+    def after(self, student: Mapping[str, Tensor]) -> "Release":
+        """The next one, of the masters after another round."""
+        return replace(self, student=student, before=None if self.before is None else self.held())
+
+    def step(self) -> dict[str, Tensor] | None:
+        """To be packed for sites that hold the last release; None where whole students travel.
+
+        Not yet rounded: rounding twice may give other values than rounding once.
         """
-        if not FORMATS[dtype].carries_over:
-            return cls(released(student, layout, dtype))
-        before = student if before is None else before
-        step = {name: tensor - before[name] for name, tensor in student.items()}
-        seen = released(step, layout, dtype)
-        return cls({name: tensor + seen[name] for name, tensor in before.items()}, step, before)
+        if self.before is None:
+            return None
+        return {name: tensor - self.before[name] for name, tensor in self.student.items()}
+
+    def held(self) -> dict[str, Tensor]:
+        """R, float32, by name. Raises WireError `not_finite` where a format that carries over meets a value that is
+        not."""
+        step = self.step()
+        seen = released(self.student if step is None else step, self.layout, self.dtype)
+        return seen if self.before is None else {name: tensor + seen[name] for name, tensor in self.before.items()}

@@ -37,12 +37,12 @@ class Requests:
         state, release = self._state, self._state.release
         holds_last = self.holds_last(site)
         if (key := (site.ranks, holds_last)) not in self._packed:
-            step = release.step if holds_last else None
+            step = release.step() if holds_last else None
             self._packed[key] = TrainRequest(
                 study=self._study,
                 run=self._run,
                 round=state.round + 1,
-                student=release.student if step is None else None,
+                student=release.held() if step is None else None,
                 student_step=step,
                 teacher=None if holds_last or state.round == 0 else state.teacher,
                 teacher_retention=state.retention,

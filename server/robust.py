@@ -1,9 +1,10 @@
 """Rules under which a few hostile or broken sites cannot lead the others astray, one parameter group at a time.
 
-`Median` and `TrimmedMean` compare the sites coordinate by coordinate, so they need all updates side by side; what has
-come is spilled to files (`server.spill`) and read back in stripes of coordinates, so that memory stays flat. In a round
-of n sites that costs 4 n bytes of disk for each parameter, written once and read once, and the time to sort n values
-for each parameter: docs/federation.md has it measured. In both each site counts 1, however many scans it claims,
+`Trimmed` (median, trimmed mean) compares the sites coordinate by coordinate, so it needs all updates side by side;
+what has come is spilled to files (`server.spill`) and read back in stripes of coordinates, so that memory stays flat.
+In a round of n sites that costs 4 n bytes of disk for each parameter, written once and read once, and the time to
+sort n values for each parameter: docs/federation.md has it measured.
+In both each site counts 1, however many scans it claims,
 because a claim costs nothing: weights would sell a hostile site as many votes as it likes.
 
 `NormBoundedMean` lets every site count by its weight, but only as far as the bound: a site moves the result by no more

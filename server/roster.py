@@ -48,26 +48,28 @@ class Roster:
         self._strangers: set[int] = set()
         """Nodes that are not registered and were told of."""
 
-    def gather(self, hello: Hello) -> None:
-        """Ask every node that is not known who it is; begin when all have said so and `min_sites` are there.
+    def gather(self, hello: Hello, *, least: int) -> None:
+        """Ask every node that is not known who it is; begin when all have said so and `least` sites are there.
 
         A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
         one that stayed silent is asked in every round, and no longer waited for. Raises RoundError.
         """
-        give_up = time.monotonic() + self._config.wait_s
+        began = time.monotonic()
+        give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
         self.unfit = {}
         content = hello.pack()
         while True:
             self._greet_new_nodes(content)
             self._hear_introductions()
-            reading = any(time.monotonic() < greeted.wait_until for greeted in self._greeted.values())
-            if not reading and len(self.sites) >= self._config.min_sites:
+            now = time.monotonic()
+            reading = now < all_read and any(now < greeted.wait_until for greeted in self._greeted.values())
+            if not reading and len(self.sites) >= least:
                 break
-            if not reading and time.monotonic() > give_up:
+            if not reading and now > give_up:
                 told = "".join(f"; {name}: {line.reason}" for name, line in sorted(self.unfit.items()))
                 raise RoundError(
-                    f"{len(self.sites)} of at least {self._config.min_sites} sites are there{told}. "
-                    "Mend the sites or lower min_sites, then resume"
+                    f"{len(self.sites)} of at least {least} sites are there{told}. "
+                    "Mend the sites, or lower min_sites and min_replies, then resume"
                 )
             time.sleep(POLL_S)
         for message_id, greeted in list(self._greeted.items()):

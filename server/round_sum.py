@@ -9,7 +9,6 @@ from torch import Tensor
 from server.aggregation import Aggregate, group_weights
 from server.global_state import GlobalState
 from server.optimisers import build_optimiser
-from server.release import Release
 from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group, group_of, groups_of_ranks
 from unimiss_core.scan import RANKS, Rank
@@ -30,9 +29,8 @@ class RoundSum:
     aggregate: the study's rule, to which nothing was given yet.
     """
 
-    def __init__(self, study: StudyConfig, layout: Layout, aggregate: Aggregate) -> None:
+    def __init__(self, study: StudyConfig, aggregate: Aggregate) -> None:
         self._study = study
-        self._layout = layout
         self._aggregate = aggregate
         self._optimiser = build_optimiser(study.aggregation.server_optimiser)
         self._retention = _MeanRetention()
@@ -55,10 +53,9 @@ class RoundSum:
         """(state after the round, what was added to the student). Groups that nobody trained keep their bits."""
         step, optimiser = self._optimiser.step(self._aggregate.result(), state.optimiser)
         student = {name: tensor + step[name] if name in step else tensor for name, tensor in state.student.items()}
-        dtype = self._study.wire.dtype
-        release = Release.of(student, before=state.release.student, layout=self._layout, dtype=dtype)
+        release = state.release.after(student)
         left = self._retention.result()
-        teacher = advance_teacher(state.teacher, release.student, {name: left[group_of(name)] for name in student})
+        teacher = advance_teacher(state.teacher, release.held(), {name: left[group_of(name)] for name in student})
         after = replace(
             state, round=round, student=student, release=release, teacher=teacher, retention=left, optimiser=optimiser
         )

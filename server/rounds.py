@@ -25,7 +25,7 @@ from server.run_folder import RunFolder
 from server.site_round import SiteRound, round_s
 from unimiss_core import progress
 from unimiss_core.codec import layout_of
-from unimiss_core.errors import RoundError
+from unimiss_core.errors import ConfigError, RoundError, where
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.study import StudyConfig
@@ -66,26 +66,36 @@ class Federation:
         RoundError where too few sites came, or too few replied in all tries of a round: what was finished is saved, and
         a resumed run goes on from there.
         """
-        with self._folder.alone():
-            state = self._restore_or_start(resume=resume)
-            hello = Hello(self._study, self._folder.run)
-            for round in range(state.round + 1, self._study.schedule.rounds + 1):
-                state = self._completed(state, round, hello)
+        try:
+            with self._folder.alone():
+                return self._all_rounds(self._restore_or_start(resume=resume))
+        except OSError as error:
+            raise ConfigError(
+                f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; make room, then "
+                "go on with --resume: what was finished is saved"
+            ) from None
+
+    def _all_rounds(self, state: GlobalState) -> GlobalState:
+        hello = Hello(self._study, self._folder.run)
+        for round in range(state.round + 1, self._study.schedule.rounds + 1):
+            state = self._completed(state, round, hello)
         return state
 
     def _completed(self, state: GlobalState, round: int, hello: Hello) -> GlobalState:
         """The state after a round that enough updates came of, in the first or a further try. Raises RoundError."""
         pause_s = self._config.retry_s
+        least = self._config.min_sites if round == 1 else self._config.min_replies
         for tries_left in reversed(range(self._config.round_tries)):
-            self._roster.gather(hello)
+            again = tries_left < self._config.round_tries - 1
             try:
+                self._roster.gather(hello, least=least)
                 with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
-                    return self._run_round(state, RoundSum(self._study, self._layout, aggregate))
+                    return self._run_round(state, RoundSum(self._study, aggregate), again=again)
             except RoundError as error:
                 if tries_left == 0:
                     raise
                 log.warning("%s; trying again in %g s", error, pause_s)
-                progress.report(progress.Note(f"round {round} is tried again in {pause_s:g} s: too few updates count"))
+                progress.report(progress.Note(f"round {round} is tried again in {pause_s:g} s: too few updates"))
             time.sleep(pause_s)
             pause_s *= 2
         raise AssertionError  # round_tries is at least 1
@@ -99,7 +109,7 @@ class Federation:
         state.save(self._folder, self._study)
         return state
 
-    def _run_round(self, state: GlobalState, total: RoundSum) -> GlobalState:
+    def _run_round(self, state: GlobalState, total: RoundSum, *, again: bool) -> GlobalState:
         began = time.monotonic()
         work = OneRound(
             study=self._study,
@@ -110,10 +120,21 @@ class Federation:
             exchange=self._exchange,
             state=state,
             total=total,
+            again=again,
         )
         after, step = work.run()
         self._close(after, step, work.lines, time.monotonic() - began)
         return after
+
+    def _probed(self, state: GlobalState) -> dict[str, Any]:
+        """{"probe": figures}, or nothing where the probe fails: a round that was trained is not lost for that."""
+        assert self._probe is not None
+        try:
+            return {"probe": self._probe(state.teacher)}
+        except Exception as error:
+            log.error("the probe failed: %s", where(error))
+            progress.report(progress.Note("the probe of the last round failed; the log says where. The model is saved"))
+            return {}
 
     def _close(
         self, state: GlobalState, step: Mapping[str, Tensor], lines: Mapping[str, SiteRound], took: float
@@ -130,7 +151,7 @@ class Federation:
             "global": {"update_norm": update_norm},
         }
         if self._probe is not None and state.round == self._study.schedule.rounds:
-            row["global"]["probe"] = self._probe(state.teacher)
+            row["global"] |= self._probed(state)
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
         self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints)

@@ -5,6 +5,7 @@ has its line; lines beyond the last checkpoint belong to a round that was cut of
 """
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -133,6 +134,7 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
             file.flush()
+            os.fsync(file.fileno())
 
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():

@@ -37,31 +37,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(found.student[name], student[name]) for name in student)
 
 
-def test_what_the_coordinator_keeps_besides_comes_back(tmp_path: Path) -> None:
-    study, tensors = small_study(), random_tensors(whole_layout(), 0)
-    kept = {"released.a": torch.arange(5.0)}
-    for folder, more in (("with", kept), ("without", None)):
-        checkpoint.save(
-            tmp_path / folder,
-            origin="federation",
-            round=1,
-            study_digest=study.digest(),
-            model=study.model,
-            plan=study.plan,
-            student=tensors,
-            teacher=tensors,
-            server_tensors=more,
-        )
-    found = checkpoint.load(tmp_path / "with").server_tensors
-    assert found.keys() == kept.keys()
-    assert torch.equal(found["released.a"], kept["released.a"])
-    assert not checkpoint.load(tmp_path / "without").server_tensors
-    assert not (tmp_path / "without" / "server.safetensors").exists()
-    (tmp_path / "with" / "server.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"server\.safetensors is missing"):
-        checkpoint.load(tmp_path / "with")
-
-
 def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     save(tmp_path / "a")
     save(tmp_path / "b")

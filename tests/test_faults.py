@@ -1,7 +1,9 @@
 """What can go wrong in a federation, one case each: the run ends finished, with the model of those who did well."""
 
 import dataclasses
+import errno
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +15,14 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from torch import Tensor
 
-from server.coordinator_config import CoordinatorConfig
+from server.coordinator_config import CoordinatorConfig, RegisteredSite
 from server.global_state import GlobalState
 from server.local_grid import LocalGrid
 from server.rounds import Federation
+from server.run_folder import RunFolder
 from tests.federation import RUN, Answer, StubSite, good_answer, metric_rows, reply_with, small_study, stub_app
 from unimiss_core import checkpoint
+from unimiss_core.errors import ConfigError
 from unimiss_core.groups import group_of
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import TrainReply, TrainRequest
@@ -139,6 +143,10 @@ def no_scans(request: TrainRequest, of: StubSite) -> TrainReply:
     return dataclasses.replace(good_answer(request, of), scans={2: 0, 3: 0})
 
 
+def losses_that_overflow(request: TrainRequest, of: StubSite) -> TrainReply:
+    return dataclasses.replace(good_answer(request, of), losses={"volume": 1e308, "slices_to_volume": 1e308})
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -148,6 +156,7 @@ def no_scans(request: TrainRequest, of: StubSite) -> TrainReply:
         (eleven_times_as_large, "too_large"),
         (of_the_round_before, "stale_round"),
         (no_scans, "counts"),
+        (losses_that_overflow, "not_finite"),
     ],
 )
 def test_a_bad_reply_costs_its_site_one_round(tmp_path: Path, fault: Answer, reason: str) -> None:
@@ -242,6 +251,7 @@ def test_a_site_that_hangs_is_absent_and_asked_again(tmp_path: Path) -> None:
     state = federate(tmp_path, [site("slow", only_in_bad_round(hangs)), site("ct", honest)], deadline_s=3.0)
     assert_is_model_of(state, tmp_path, all_good("slow", "ct", but="slow"))
     assert [row["sites"]["slow"]["status"] for row in metric_rows(tmp_path)] == ["ok", "absent", "ok"]
+    assert metric_rows(tmp_path)[BAD_ROUND - 1]["sites"]["slow"]["reason"] == "no_reply"
 
 
 @pytest.mark.parametrize("late_weight", [0.0, 0.5])
@@ -344,3 +354,57 @@ def test_a_failing_site_is_asked_where_the_quorum_needs_it(tmp_path: Path) -> No
     bad = site("bad", fails_once)
     federate(tmp_path, [bad, site("ct")], min_sites=2, min_replies=2, set_aside_after=1)
     assert [request.round for request in bad.requests] == [1, 1, 2, 3]
+
+
+def test_nobody_is_set_aside_in_a_round_that_is_tried_again(tmp_path: Path) -> None:
+    """The one that kept failing works again; the other one, which always worked, now fails."""
+
+    def mended(request: TrainRequest, of: StubSite) -> TrainReply:
+        return raises(request, of) if request.round < 3 else good_answer(request, of)
+
+    def breaks(request: TrainRequest, of: StubSite) -> TrainReply:
+        return raises(request, of) if request.round >= 3 else good_answer(request, of)
+
+    state = federate(tmp_path, [site("a", breaks), site("b", mended)], set_aside_after=2)
+    assert state.round == ROUNDS
+    assert_is_model_of(state, tmp_path, {1: {"a": 1.0}, 2: {"a": 1.0}, 3: {"b": 1.0}})
+
+
+def test_after_the_first_round_as_many_sites_suffice_as_must_reply(tmp_path: Path) -> None:
+    ct = site("ct")
+    state = federate(
+        tmp_path, [site("a"), ct], present=lambda name: name == "a" or len(ct.requests) < 1, min_sites=2, min_replies=1
+    )
+    assert_is_model_of(state, tmp_path, {1: {"a": 1.0, "ct": 1.0}, 2: {"a": 1.0}, 3: {"a": 1.0}})
+    assert [row["sites"]["ct"]["reason"] for row in metric_rows(tmp_path)] == ["", "not_connected", "not_connected"]
+
+
+def test_registered_sites_that_never_came_stand_in_the_metrics(tmp_path: Path) -> None:
+    sites = ({"name": "a"}, {"name": "never-came"})
+    federate(tmp_path, [site("a")], sites=tuple(RegisteredSite.model_validate(each) for each in sites))
+    line = metric_rows(tmp_path)[0]["sites"]["never-came"]
+    assert (line["status"], line["reason"]) == ("absent", "not_connected")
+
+
+def test_a_probe_that_fails_costs_no_round(tmp_path: Path) -> None:
+    def broken(_: object) -> dict[str, float]:
+        raise MemoryError
+
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1)
+    with Grid(stub_app({"a": site("a")}), {"a": {"name": "a"}}, run_config={}) as grid:
+        state = Federation(grid, exact_study(rounds=1), config, broken).run()
+    assert state.round == 1
+    assert "probe" not in metric_rows(tmp_path)[0]["global"]
+
+
+def test_a_full_disk_is_told_and_what_was_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: RunFolder, row: dict[str, int]) -> None:
+        if row["round"] == BAD_ROUND:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunFolder, "append_metrics", full)
+    with pytest.raises(ConfigError, match="No space left on device; make room, then go on with --resume"):
+        federate(tmp_path, [site("a")])
+    found = checkpoint.latest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.name == "round-0001"

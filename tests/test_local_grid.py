@@ -98,11 +98,11 @@ def test_replies_do_not_pile_up_before_a_coordinator_that_is_slower_than_its_sit
 
 def test_an_exchange_takes_in_few_replies_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that are ready at once could be as many as there are sites."""
-    asked: list[int] = []
+    sizes: list[int] = []
     pull = LocalGrid.pull_messages
 
     def counted(self: LocalGrid, message_ids: Iterable[str]) -> Sequence[Message]:
-        asked.append(len(ids := list(message_ids)))
+        sizes.append(len(ids := list(message_ids)))
         return pull(self, ids)
 
     monkeypatch.setattr(LocalGrid, "pull_messages", counted)
@@ -115,7 +115,7 @@ def test_an_exchange_takes_in_few_replies_at_a_time(monkeypatch: pytest.MonkeyPa
     nodes = range(1001, 1001 + AT_ONCE + 2)
     with LocalGrid(app, {f"site-{node}": {} for node in nodes}, run_config={}) as grid:
         exchange = Exchange(grid, deadline_s=20)
-        for node in nodes:
-            exchange.ask(node, grid.create_message(RecordDict({}), "train", node, "1"))
-        assert sorted(node for node, _ in exchange) == list(nodes)
-    assert max(asked) == AT_ONCE
+        exchange.begin(1)
+        assert all(exchange.ask(node, RecordDict({})) for node in nodes)
+        assert sorted(asked.node_id for asked, _ in exchange) == list(nodes)
+    assert max(sizes) == AT_ONCE

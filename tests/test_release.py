@@ -23,7 +23,7 @@ LAYOUT = {group: specs[:3] for group, specs in whole_layout().items()}
 INT8 = {"dtype": "int8"}
 
 
-def step_of(seed: int, size: float) -> dict[str, Tensor]:
+def changed_by(seed: int, size: float) -> dict[str, Tensor]:
     return {name: size * tensor for name, tensor in random_tensors(LAYOUT, seed).items()}
 
 
@@ -33,36 +33,36 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_weights_are_released_rounded_and_whole(dtype: str, kind: torch.dtype) -> None:
-    student = random_tensors(LAYOUT, 0)
-    release = Release.of(student, before=None, layout=LAYOUT, dtype=dtype)
-    assert release.step is release.before is None
-    assert all(torch.equal(release.student[name], student[name].to(kind).float()) for name in student)
+    student, after = random_tensors(LAYOUT, 0), random_tensors(LAYOUT, 1)
+    for release in (first := Release.first(student, layout=LAYOUT, dtype=dtype), first.after(after)):
+        assert release.step() is release.before is None
+        assert same(release.held(), {name: tensor.to(kind).float() for name, tensor in release.student.items()})
+    assert release.student is after
 
 
 def test_the_first_release_of_steps_is_the_student_itself() -> None:
     student = random_tensors(LAYOUT, 0)
-    release = Release.of(student, before=None, layout=LAYOUT, dtype="int8")
-    assert all(torch.equal(release.student[name], student[name]) for name in student)
+    assert same(Release.first(student, layout=LAYOUT, dtype="int8").held(), student)
 
 
 def test_released_steps_never_stray_further_than_one_rounding() -> None:
     """As far off after 25 rounds as after one; whoever adds up the steps, or knows the last release, has its bits."""
     master = random_tensors(LAYOUT, 0)
-    release = Release.of(master, before=None, layout=LAYOUT, dtype="int8")
+    release = Release.first(master, layout=LAYOUT, dtype="int8")
     site, off = dict(master), []
     for round in range(25):
-        before, step = release.student, step_of(round + 1, 1e-3)
-        master = {name: tensor + step[name] for name, tensor in master.items()}
-        release = Release.of(master, before=before, layout=LAYOUT, dtype="int8")
-        assert release.step is not None
-        received = released(release.step, LAYOUT, "int8")
+        change = changed_by(round + 1, 1e-3)
+        master = {name: tensor + change[name] for name, tensor in master.items()}
+        release = release.after(master)
+        step = release.step()
+        assert step is not None
+        received = released(step, LAYOUT, "int8")
         site = {name: tensor + received[name] for name, tensor in site.items()}
-        assert all(torch.equal(site[name], release.student[name]) for name in site)
-        again = Release.of(master, before=release.before, layout=LAYOUT, dtype="int8")
-        assert all(torch.equal(again.student[name], release.student[name]) for name in site)
-        off.append(distance(release.student, master))
+        assert same(site, release.held())
+        assert same(Release(master, release.before, LAYOUT, "int8").held(), site)
+        off.append(distance(site, master))
     assert max(off) < 1.05 * off[0]
-    assert off[0] < 0.01 * distance(step_of(1, 1e-3), step_of(1, 0))
+    assert off[0] < 0.01 * distance(changed_by(1, 1e-3), changed_by(1, 0))
 
 
 def test_in_int8_a_site_receives_steps_and_ends_with_the_bits_of_the_coordinator(tmp_path: Path) -> None:
@@ -76,10 +76,12 @@ def test_in_int8_a_site_receives_steps_and_ends_with_the_bits_of_the_coordinator
         student = teacher = dict(first.student)
         for request in later:
             student, teacher = advanced(student, teacher, request.student_step, request.teacher_retention)
-        assert state.release.step is not None
-        step = released(state.release.step, site.layout, "int8")
+        last = state.release.step()
+        assert last is not None
+        step = released(last, site.layout, "int8")
         student, teacher = advanced(student, teacher, step, state.retention)
-        assert all(torch.equal(student[name], state.release.student[name]) for name in student)
+        held = state.release.held()
+        assert all(torch.equal(student[name], held[name]) for name in student)
         assert all(torch.equal(teacher[name], state.teacher[name]) for name in teacher)
 
 
@@ -168,7 +170,7 @@ def test_a_resumed_run_of_steps_sends_and_ends_with_the_same_bits(tmp_path: Path
             assert same(getattr(ours, part) or {}, getattr(theirs, part) or {})
     assert same(state.student, expected.student)
     assert same(state.teacher, expected.teacher)
-    assert same(state.release.student, expected.release.student)
+    assert same(state.release.held(), expected.release.held())
 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
@@ -178,4 +180,4 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
 @pytest.mark.parametrize(("dtype", "kept"), [("bf16", False), ("fp32", False), ("int8", True)])
 def test_only_a_format_that_carries_over_keeps_more_in_the_checkpoint(tmp_path: Path, dtype: str, kept: bool) -> None:
     federate(tmp_path, [ct()], small_study(rounds=1, wire={"dtype": dtype}))
-    assert bool(checkpoint.load(tmp_path / "checkpoints" / "round-0001").server_tensors) == kept
+    assert bool(checkpoint.load(tmp_path / "checkpoints" / "round-0001", to_resume=True).server_tensors) == kept

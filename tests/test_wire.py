@@ -1,8 +1,10 @@
 """What crosses the wire comes out as it went in, and anything odd is refused by a fixed code."""
 
 import dataclasses
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,25 @@ def test_reply_round_trip() -> None:
         if field.name != "update":
             assert getattr(got, field.name) == getattr(reply(), field.name)
     assert all(torch.equal(got.update[name], tensor) for name, tensor in reply().update.items())
+
+
+def test_messages_that_were_read_are_freed_at_once() -> None:
+    """Not when Python's collector comes by: each is as large as the model."""
+    request = TrainRequest(
+        small_study(), RUN, 1, released(random_tensors(whole_layout(), 0), whole_layout(), "bf16"), None, {}
+    ).pack(whole_layout())
+    answer = reply().pack(whole_layout(), "bf16")
+    arrays = [weakref.ref(request["student"]), weakref.ref(answer["update"])]
+    gc.disable()
+    try:
+        TrainRequest.unpack(request, whole_layout())
+        assert Refusal.found_in(answer) is None
+        assert num_bytes(answer) > 0
+        TrainReply.unpack(answer, whole_layout(), "bf16")
+        del request, answer
+        assert [array() for array in arrays] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_two_dimensional_site_sends_no_byte_of_a_three_dimensional_tensor() -> None:

@@ -5,7 +5,7 @@
         student.safetensors    the global student, float32, named as in the model
         teacher.safetensors    the global teacher (what embedding and fine-tuning use)
         server.json            the coordinator's bookkeeping, which resuming needs
-        server.safetensors     tensors that resuming needs besides (`server.global_state`), where there are any
+        server.safetensors     tensors that only resuming needs; where there are any
 
 Embedding and fine-tuning never open `server.safetensors`, so that a checkpoint may be handed on without it.
 
@@ -60,7 +60,7 @@ class Checkpoint:
     server_json: str
     """The coordinator's bookkeeping as it wrote it; `{}` for imported weights."""
     server_tensors: Mapping[str, Tensor]
-    """`prefix.name` -> state of the parameter `name`; empty where there is none or it was not asked for."""
+    """`prefix.name` -> what is kept of the parameter `name`; empty where there is nothing or it was not asked for."""
 
 
 def folder_name(round: int) -> str:
@@ -89,9 +89,7 @@ def save(
         files[_SERVER_TENSORS] = server_tensors
     with durable.new_folder(folder) as partial:
         for name, tensors in files.items():
-            save_tensors(
-                _plain(tensors), partial / name
-            )  # straight to disk: as bytes in memory they take as much again
+            save_tensors(_plain(tensors), partial / name)  # straight to disk: as bytes they take as much memory again
         (partial / "server.json").write_bytes(server_json.encode())
         manifest = Manifest(
             origin=origin,

@@ -64,12 +64,7 @@ class Floats:
         return _bytes_of(flat.to(self._dtype))
 
     def decode(self, payload: bytes, size: int) -> Tensor:
-        """NumPy reads bytes where they are and asks for large pages: a fifth of the time that torch takes for a
-        bytearray's copy and its conversion."""
-        if self._dtype == torch.float32:
-            return torch.from_numpy(np.frombuffer(payload, "<f4", size).copy())
-        bits = np.left_shift(np.frombuffer(payload, "<u2", size), 16, dtype=np.uint32)  # bfloat16: float32's upper half
-        return torch.from_numpy(bits.view(np.float32))
+        return _widened(payload, self._dtype, size)
 
 
 class ScaledBlocks:
@@ -91,14 +86,13 @@ class ScaledBlocks:
         return _bytes_of(scales.bfloat16()) + _bytes_of(codes.to(torch.int8).view(-1)[: len(flat)])
 
     def decode(self, payload: bytes, size: int) -> Tensor:
-        scales_size = len(payload) - size
-        scales = torch.frombuffer(bytearray(payload[:scales_size]), dtype=torch.bfloat16).float()
+        scales = _widened(payload, torch.bfloat16, math.ceil(size / BLOCK))
         if not bool(scales.isfinite().all()):
             raise WireError("not_finite", "a block of values has a scale that is not a finite number")
         if not bool((scales >= SMALLEST_SCALE).all()):
             raise WireError("malformed", "a block of values has a scale that is not above zero")
-        codes = torch.frombuffer(bytearray(payload[scales_size:]), dtype=torch.int8).float()
-        return codes.mul_(scales.repeat_interleave(BLOCK)[:size])
+        codes = np.frombuffer(payload, np.int8, count=size, offset=2 * len(scales)).astype(np.float32)
+        return torch.from_numpy(codes).mul_(scales.repeat_interleave(BLOCK)[:size])
 
 
 FORMATS: dict[str, Format] = {"bf16": Floats(torch.bfloat16), "fp32": Floats(torch.float32), "int8": ScaledBlocks()}
@@ -111,6 +105,15 @@ def _scales_of(blocks: Tensor) -> Tensor:
     least = (largest / LARGEST_CODE).clamp_min(SMALLEST_SCALE)
     up = ((least.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)  # bfloat16 is float32's upper half
     return torch.where(largest.isfinite(), up, math.nan)
+
+
+def _widened(payload: bytes, dtype: torch.dtype, size: int) -> Tensor:
+    """The payload's first `size` values in float32. NumPy reads bytes where they are and asks for large pages: a fifth
+    of the time that torch takes for a bytearray's copy and its conversion."""
+    if dtype == torch.float32:
+        return torch.from_numpy(np.frombuffer(payload, "<f4", count=size).copy())
+    halves = np.frombuffer(payload, "<u2", count=size)
+    return torch.from_numpy(np.left_shift(halves, 16, dtype=np.uint32).view(np.float32))  # as in `_scales_of`
 
 
 def _bytes_of(values: Tensor) -> bytes:

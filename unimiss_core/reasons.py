@@ -13,6 +13,7 @@ REASONS: dict[str, str] = {
     "device_lost": "a process that trained on one of the site's devices died; its screen and log say which",
     "failed": "the site met an error of the program; its log says where",
     # the coordinator says so
+    "not_connected": "the site took part before or is registered, and is not there",
     "no_introduction": "the site did not say in time who it is",
     "no_reply": "no reply: the site is gone, or the deadline passed",
     "busy": "the site is still at work on an earlier round; its update counts when it comes",

@@ -33,6 +33,8 @@ from unimiss_core.study import StudyConfig
 PROTOCOL = 3
 
 FIGURE_NAME = r"[a-z0-9_]{1,64}"
+LARGEST_FIGURE = 1e30
+"""Beyond it a figure has diverged; means and charts of such numbers overflow."""
 FIGURES_LIMIT = 16_384
 """Characters of a mapping of figures; the largest of ours has some 1,000."""
 
@@ -127,16 +129,18 @@ class TrainRequest:
         held = {
             part: _tensors(content, part, layout, dtype)
             for part, dtype in _request_dtypes(study).items()
-            if part in content.array_records
+            if part in arrays_in(content)
         }
         if ("student" in held) == ("student_step" in held):
             raise WireError("malformed", "the request should hold either a student or its step")
         if not all(bool(tensor.isfinite().all()) for tensors in held.values() for tensor in tensors.values()):
             raise WireError("not_finite", "student or teacher holds a value that is not a finite number")
+        if not 1 <= (round := _take(facts, "round", int)) <= study.schedule.rounds:
+            raise WireError("malformed", f"the study has {study.schedule.rounds} rounds, asked is another")
         return cls(
             study=study,
             run=_run(facts),
-            round=_take(facts, "round", int),
+            round=round,
             student=held.get("student"),
             teacher=held.get("teacher"),
             teacher_retention={group: retention[group] for group in GROUPS if group in retention},
@@ -231,7 +235,13 @@ def run_of(content: RecordDict) -> str:
 
 def num_bytes(content: RecordDict) -> int:
     """Bytes of the arrays of a message: all of its size but some hundred bytes."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return sum(len(array.data) for record in arrays_in(content).values() for array in record.values())
+
+
+def arrays_in(content: RecordDict) -> dict[str, ArrayRecord]:
+    """The arrays of a message, by part. Not by `content.array_records`: each reading of that is a cycle of objects that
+    holds the whole message until Python's collector comes by, and messages as large as the model pile up."""
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
 
 
 def _request_dtypes(study: StudyConfig) -> dict[str, str]:
@@ -247,12 +257,13 @@ def _content(facts: Mapping[str, Any], arrays: Mapping[str, ArrayRecord] | None 
 
 
 def _facts(content: RecordDict) -> dict[str, Any]:
-    if "facts" not in content.config_records:
+    record = content.get("facts")
+    if not isinstance(record, ConfigRecord):
         raise WireError("malformed", "the message has no facts")
-    facts = dict(content.config_records["facts"])
+    facts = dict(record)
     if (theirs := facts.pop("protocol", None)) != PROTOCOL:
         raise WireError(
-            "protocol", f"the peer speaks wire protocol {theirs!r}, this side {PROTOCOL}; upgrade the older"
+            "protocol", f"the peer speaks wire protocol {ascii(theirs)[:20]}, this side {PROTOCOL}; upgrade the older"
         )
     return facts
 
@@ -300,8 +311,8 @@ def _figures(facts: Mapping[str, Any], name: str) -> dict[str, float]:
             raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WireError("malformed", f"'{name}' should be a mapping of names to numbers") from None
-    if not all(math.isfinite(value) for value in checked.values()):
-        raise WireError("not_finite", f"a figure of '{name}' is not a finite number")
+    if not all(abs(value) <= LARGEST_FIGURE for value in checked.values()):
+        raise WireError("not_finite", f"a figure of '{name}' is not a finite number, or beyond {LARGEST_FIGURE:g}")
     return checked
 
 
@@ -314,12 +325,12 @@ def _arrays(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> ArrayR
 
 
 def _tensors(content: RecordDict, name: str, layout: Layout, dtype: str) -> dict[str, Tensor]:
-    if name not in content.array_records:
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord):
         raise WireError("malformed", f"the message has no '{name}'")
-    record = content.array_records[name]
     if set(record) != set(layout):
-        odd = ", ".join(sorted(set(record) ^ set(layout))[:5])
-        raise WireError("wrong_names", f"'{name}' should hold the groups {', '.join(sorted(layout))}; odd: {odd[:80]}")
+        odd = ascii(", ".join(sorted(set(record) ^ set(layout))[:5]))[:80]
+        raise WireError("wrong_names", f"'{name}' should hold the groups {', '.join(sorted(layout))}; odd: {odd}")
     tensors: dict[str, Tensor] = {}
     for group, specs in layout.items():
         array = record[group]
