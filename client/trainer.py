@@ -24,7 +24,7 @@ from unimiss_core.formats import FORMATS
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
 from unimiss_core.loss_terms import mean_cross_entropy
-from unimiss_core.network import tensors_of
+from unimiss_core.network import below, tensors_of
 from unimiss_core.scan import RANKS
 from unimiss_core.schedule import steps_of_round
 from unimiss_core.teacher import advance_teacher
@@ -121,7 +121,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     update = {name: tensor.cpu() - student[name] for name, tensor in tensors_of(learner.student).items()}
     kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
     if FORMATS[study.wire.dtype].carries_over:
-        lost_before = {} if memory is None else _below(_LOST, memory.tensors)
+        lost_before = {} if memory is None else below(_LOST, memory.tensors)
         update, lost = with_feedback(update, lost_before, study=study, ranks=library.ranks, round=request.round)
         # Copied, because in round 1 the teacher is the student, and no file takes the same memory twice.
         kept |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
@@ -155,7 +155,7 @@ def _remember(site: Site, learner: Learner, round: int, start: Start, kept: dict
 
 def _restore(learner: Learner, memory: Remembered, site: str) -> None:
     try:
-        learner.restore(LearnerState(_below(_LEARNER, memory.tensors), dict(memory.facts)))
+        learner.restore(LearnerState(below(_LEARNER, memory.tensors), dict(memory.facts)))
     except CheckpointError as error:
         # A site that has gained volumes since, say, holds state for other tensors: it begins anew, as a new site does.
         tell(site, f"what it remembers of round {memory.round} does not fit, so moments and centre begin anew: {error}")
@@ -190,7 +190,7 @@ def _held(prefix: str, names: Collection[str], round: int, memory: Remembered | 
     """What this site holds of the round before `round`, for exactly these tensors. Raises WireError `needs_whole`."""
     if memory is None or memory.round != round - 1:
         raise WireError("needs_whole", f"round {round} builds on a student and teacher that this site does not hold")
-    held = _below(prefix, memory.tensors)
+    held = below(prefix, memory.tensors)
     if held.keys() != set(names):
         raise WireError("needs_whole", "this site trained other tensors in the round before")
     return held
@@ -205,7 +205,7 @@ def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: R
     tau = request.study.local.divergence_scale
     if tau is None or memory is None:
         return Start(student, 0.0, None)
-    own = _below(_STUDENT, memory.tensors)
+    own = below(_STUDENT, memory.tensors)
     if own.keys() != student.keys():
         return Start(student, 0.0, None)
     scale = memory.facts[_SCALE]
@@ -264,10 +264,6 @@ def _digest(*begun_with: Mapping[str, Tensor]) -> str:
             digest.update(name.encode())
             digest.update(tensors[name].contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass

@@ -4,13 +4,14 @@ For each group g:   new_g = old_g + optimiser(rule over the sites i that trained
 where w_ig counts what site i trained of g. A group that nobody trained keeps its value exactly. Averaging all sites
 over all tensors would instead shrink the 3D step by the 2D-only sites' share.
 
-This file holds the weights, the port `Aggregate` that every rule fits, and the mean; `server.robust` the rules that
+This file holds the weights, `Aggregate`, which every rule is, and the mean; `server.robust` the rules that
 bound what a hostile site can do, `server.optimisers` what is made of the result.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +28,21 @@ _AT_ONCE = 65_536
 """Values whose squares are summed at a time, in a core's cache."""
 
 
-class Aggregate(Protocol):
+class Aggregate(ABC):
     """A rule at work in one round: every admitted update is folded in, then the result is taken, once."""
 
     def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
         """Add one site's update, float32 and finite. `weights`: w_ig of the groups that it trained; 0 is as if it had
         not trained the group."""
+        for group, weight in weights.items():
+            if weight > 0:
+                self.add(group, update, weight)
 
+    @abstractmethod
+    def add(self, group: Group, update: Mapping[str, Tensor], weight: float) -> None:
+        """Count the update's tensors of one group with this weight, which is above zero."""
+
+    @abstractmethod
     def result(self) -> dict[str, Tensor]:
         """name -> what the sites' updates amount to, float32, for the tensors of the groups that somebody trained."""
 
@@ -55,7 +64,7 @@ def largest_product(config: AggregationConfig) -> float:
     return config.max_update_norm * weight
 
 
-class WeightedMean:
+class WeightedMean(Aggregate):
     """sum_i w_ig delta_ig / sum_i w_ig for each group, folded in as updates come: FedAvg (McMahan et al. 2017,
     arXiv:1602.05629, algorithm 1) on updates instead of models.
 
@@ -70,13 +79,8 @@ class WeightedMean:
         self._weights: dict[Group, list[float]] = {}
         self._sums = ExactSum(largest)
 
-    def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
-        for group, weight in weights.items():
-            if weight > 0:
-                self.add(group, update, weight)
-
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float, *, scale: float = 1.0) -> None:
-        """Count `scale` times the update's tensors of one group with this weight, which is above zero."""
+        """scale: of the tensors, which count that many times."""
         self._weights.setdefault(group, []).append(weight)
         self._sums.add(group, [update[spec.name] for spec in self._layout[group]], weight * scale)
 

@@ -34,9 +34,7 @@ def _measured(raw: Any) -> Any:
 
 def _is_diverged(value: Any) -> bool:
     """Such a figure is left out like one that was not measured, and no axis is stretched for it."""
-    return value is None or (
-        isinstance(value, float | int) and not abs(value) <= LARGEST_FIGURE
-    )  # beyond it no axis could be drawn
+    return value is None or (isinstance(value, float | int) and not abs(value) <= LARGEST_FIGURE)
 
 
 Figures = Annotated[Mapping[str, float], BeforeValidator(_measured)]

@@ -38,7 +38,7 @@ class Exchange:
     """Training requests and their replies, over all rounds of a run.
 
     deadline_s: how long a round waits. grace_s: how much longer a reply is still of use; it then arrives in a later
-    round. Messages carry both as their time-to-live, so that neither the network nor a site waits longer.
+    round. Messages carry both as their time-to-live, after which Flower neither delivers them nor takes a reply.
     """
 
     def __init__(self, grid: Grid, *, deadline_s: float, grace_s: float = 0.0) -> None:

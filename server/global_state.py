@@ -14,6 +14,7 @@ from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Checkpoint
 from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group
+from unimiss_core.network import below
 from unimiss_core.study import StudyConfig
 
 _RELEASED = "released."
@@ -24,14 +25,13 @@ _RELEASED = "released."
 class GlobalState:
     """What the coordinator holds after `round` rounds.
 
-    student: float32 masters. release: what sites hold of them. teacher: the EMA of the released students, per group.
-    retention: what was left of the teacher in the last round. taught: site -> the last round whose release and teacher
-    it holds on its disk. attendance: what is remembered of sites; unlike the rest it also moves when a round fails.
-    optimiser: of the server, see `server.optimisers`.
+    release: float32 masters of the student, and what sites hold of them. teacher: the EMA of the released students,
+    per group. retention: what was left of the teacher in the last round. taught: site -> the last round whose release
+    and teacher it holds on its disk. attendance: what is remembered of sites; unlike the rest it also moves when a
+    round fails. optimiser: of the server, see `server.optimisers`.
     """
 
     round: int
-    student: dict[str, Tensor]
     release: Release
     teacher: dict[str, Tensor]
     retention: dict[Group, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 1.0))
@@ -39,24 +39,24 @@ class GlobalState:
     attendance: Attendance = field(default_factory=Attendance)
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def student(self) -> Mapping[str, Tensor]:
+        """The float32 masters."""
+        return self.release.student
+
     @classmethod
     def initial(cls, student: Mapping[str, Tensor], study: StudyConfig, layout: Layout) -> "GlobalState":
         """Before the first round."""
         release = Release.first(student, layout=layout, dtype=study.wire.dtype)
-        return cls(0, dict(student), release, release.held())
+        return cls(0, release, release.held())
 
     @classmethod
     def restored(cls, found: Checkpoint, study: StudyConfig, layout: Layout) -> "GlobalState":
         """As `save` left it."""
         book = json.loads(found.server_json)
-        held = {
-            name.removeprefix(_RELEASED): tensor
-            for name, tensor in found.server_tensors.items()
-            if name.startswith(_RELEASED)
-        }
+        held = below(_RELEASED, found.server_tensors)
         return cls(
             round=found.manifest.round,
-            student=dict(found.student),
             release=Release(found.student, held or None, layout, study.wire.dtype),
             teacher=dict(found.teacher),
             retention=book["retention"],

@@ -3,9 +3,8 @@
 `Trimmed` (median, trimmed mean) compares the sites coordinate by coordinate, so it needs all updates side by side;
 what has come is spilled to files (`server.spill`) and read back in stripes of coordinates, so that memory stays flat.
 In a round of n sites that costs 4 n bytes of disk for each parameter, written once and read once, and the time to
-sort n values for each parameter: docs/federation.md has it measured.
-In both each site counts 1, however many scans it claims,
-because a claim costs nothing: weights would sell a hostile site as many votes as it likes.
+sort n values for each parameter. In both each site counts 1, however many scans it claims, because a claim costs
+nothing: weights would sell a hostile site as many votes as it likes.
 
 `NormBoundedMean` lets every site count by its weight, but only as far as the bound: a site moves the result by no more
 than its share of the weights times the bound. Under `weighting: scans` that share is the site's own claim.
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.aggregation import WeightedMean, group_norm
+from server.aggregation import Aggregate, WeightedMean, group_norm
 from server.spill import Spill
 from unimiss_core.codec import Layout, split
 from unimiss_core.groups import Group
@@ -28,7 +27,7 @@ _STRIPE = 2**21
 """Values of a stripe, over all sites: 8 MB."""
 
 
-class Trimmed:
+class Trimmed(Aggregate):
     """Each coordinate's mean over the sites, without the `cut(n)` largest and smallest of its n values."""
 
     def __init__(self, layout: Layout, spill: Spill, cut: Callable[[int], int]) -> None:
@@ -36,10 +35,8 @@ class Trimmed:
         self._spill = spill
         self._cut = cut
 
-    def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
-        for group, weight in weights.items():
-            if weight > 0:
-                self._spill.write(group, update)
+    def add(self, group: Group, update: Mapping[str, Tensor], weight: float) -> None:  # noqa: ARG002 - each counts 1
+        self._spill.write(group, update)
 
     def result(self) -> dict[str, Tensor]:
         joined: dict[str, Tensor] = {}
@@ -77,7 +74,7 @@ def trimmed_cut(n: int, share: float) -> int:
     return min(median_cut(n), math.ceil(share * n - 1e-9))
 
 
-class NormBoundedMean:
+class NormBoundedMean(Aggregate):
     """The weighted mean of min(1, B / |delta_ig|) delta_ig with one bound B for the whole study.
 
     Norm thresholding: Sun et al. 2019 (arXiv:1911.07963). Folded in as updates come, nothing is kept.
@@ -88,17 +85,15 @@ class NormBoundedMean:
         self._mean = mean
         self._bound = bound
 
-    def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
-        for group, weight in weights.items():
-            if weight > 0:
-                size = group_norm(update, self._layout[group])
-                self._mean.add(group, update, weight, scale=_shortened(size, self._bound))
+    def add(self, group: Group, update: Mapping[str, Tensor], weight: float) -> None:
+        size = group_norm(update, self._layout[group])
+        self._mean.add(group, update, weight, scale=_shortened(size, self._bound))
 
     def result(self) -> dict[str, Tensor]:
         return self._mean.result()
 
 
-class MedianBoundedMean:
+class MedianBoundedMean(Aggregate):
     """The same, with B = `times` the median of this round's norms of the group: the adaptive clipping of FLAME (Nguyen
     et al. 2022, arXiv:2101.02281), without its clustering and noise.
 
@@ -118,11 +113,9 @@ class MedianBoundedMean:
         self._seen: dict[Group, list[tuple[float, float]]] = {}
         """(norm, weight) in the order of the spill."""
 
-    def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
-        for group, weight in weights.items():
-            if weight > 0:
-                self._spill.write(group, update)
-                self._seen.setdefault(group, []).append((group_norm(update, self._layout[group]), weight))
+    def add(self, group: Group, update: Mapping[str, Tensor], weight: float) -> None:
+        self._spill.write(group, update)
+        self._seen.setdefault(group, []).append((group_norm(update, self._layout[group]), weight))
 
     def result(self) -> dict[str, Tensor]:
         for group, seen in self._seen.items():

@@ -56,9 +56,7 @@ class RoundSum:
         release = state.release.after(student)
         left = self._retention.result()
         teacher = advance_teacher(state.teacher, release.held(), {name: left[group_of(name)] for name in student})
-        after = replace(
-            state, round=round, student=student, release=release, teacher=teacher, retention=left, optimiser=optimiser
-        )
+        after = replace(state, round=round, release=release, teacher=teacher, retention=left, optimiser=optimiser)
         return after, step
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from server.aggregation import norm
+from server.aggregation import group_norm
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import Exchange
 from server.global_state import GlobalState
@@ -140,10 +140,7 @@ class Federation:
         self, state: GlobalState, step: Mapping[str, Tensor], lines: Mapping[str, SiteRound], took: float
     ) -> None:
         """Write the round's metrics, then its checkpoint; from here on it is done."""
-        update_norm = {
-            group: norm({spec.name: step[spec.name] for spec in specs if spec.name in step})
-            for group, specs in self._layout.items()
-        }
+        update_norm = {group: group_norm(step, specs) for group, specs in self._layout.items()}
         row: dict[str, Any] = {
             "round": state.round,
             "seconds": round_s(took),

@@ -17,7 +17,7 @@ from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteLossError
 from unimiss_core.execution import PLAIN, Execution, checkpoint_activations_, compile_, uncompile_
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
-from unimiss_core.network import build_network, check_tensors, load_tensors_, tensors_of
+from unimiss_core.network import below, build_network, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
@@ -198,13 +198,13 @@ class Learner:
                 f"{[identity[key] for key in differing]}, got {[state.facts.get(key) for key in differing]}. "
                 "Move the state folder away to start afresh."
             )
-        centre = _below("centre", state.tensors)
-        moments = {key: _below(prefix, state.tensors) for key, prefix in _OPTIMISER_KEYS.items()}
+        centre = below("centre.", state.tensors)
+        moments = {key: below(f"{prefix}.", state.tensors) for key, prefix in _OPTIMISER_KEYS.items()}
         self._check_state(centre, moments)
         if state.facts["weights"]:
-            watched = {name: tensor.to(self.device) for name, tensor in _below("watch", state.tensors).items()}
+            watched = {name: tensor.to(self.device) for name, tensor in below("watch.", state.tensors).items()}
             watch = RoundWatch.restored(watched, state.facts.get("watched_steps", {}))
-            self.start_round(_below("student", state.tensors), _below("teacher", state.tensors))
+            self.start_round(below("student.", state.tensors), below("teacher.", state.tensors))
             self._watch = watch
         self.centre = {name: centre[name].to(self.device, copy=True) for name in self.centre}
         self._optimiser.state.clear()
@@ -408,8 +408,3 @@ def _report(rank: Rank, loss: Loss, norms: Tensor, distance: Mapping[str, Tensor
     total, *values = torch.cat([scalars, norms]).tolist()
     terms = {name: values.pop(0) for name in loss.terms}
     return StepReport(rank, terms, total, {name: values.pop(0) for name in diagnostics}), values
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

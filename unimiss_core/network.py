@@ -81,6 +81,11 @@ def tensors_of(network: Network) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by what follows it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def load_tensors_(network: Network, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the network's parameters, after every name and shape was seen to agree.
 
