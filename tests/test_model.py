@@ -1,8 +1,10 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
 from tests.published import SIZES, Published, golden, image, needs_reference, network, published_model, volume
-from unimiss_core.model import ARCHITECTURES, PositionTable, token_grids
+from unimiss_core.model import ARCHITECTURES, MiT, PositionTable, token_grids
 from unimiss_core.network import build_network, empty_network
 from unimiss_core.scan import SMALLEST
 from unimiss_core.study import ModelConfig
@@ -10,13 +12,28 @@ from unimiss_core.study import ModelConfig
 NANO = ModelConfig(prototypes=16)
 
 
+def _in_float64(size: Published) -> MiT:
+    return deepcopy(network(size, "").backbone).double()  # a copy, because every caller is given the same network
+
+
 @needs_reference
 @pytest.mark.parametrize("size", SIZES)
 def test_features_are_the_published_ones(size: Published) -> None:
-    backbone, expected = network(size, "").backbone, golden(size)
+    """In float64: the golden vectors' own float32 error fills most of the bound, and ours differs by processor."""
+    backbone, expected = _in_float64(size), golden(size)
     with torch.no_grad():
-        torch.testing.assert_close(backbone(image("x2d")), expected["features2d"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(backbone(volume("x3d")), expected["features3d"], atol=1e-5, rtol=0)
+        for x, features in ((image("x2d"), "features2d"), (volume("x3d"), "features3d")):
+            torch.testing.assert_close(backbone(x.double()).float(), expected[features], atol=1e-5, rtol=0)
+
+
+@needs_reference
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_costs_features_a_hundred_thousandth(size: Published) -> None:
+    single, double = network(size, "").backbone, _in_float64(size)
+    with torch.no_grad():
+        for x in (image("x2d"), volume("x3d")):
+            exact = double(x.double())
+            assert (single(x) - exact).norm() <= 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize(("size", "count"), [("tiny", 20_380_336), ("small", 43_942_944)])
