@@ -51,13 +51,14 @@ class SiteState:
         self._study_digest = study_digest
 
     def remember(self, state: Remembered) -> None:
-        """Write the state after `state.round` whole, and drop what is older than the round before, or unfinished.
+        """Write the state after `state.round` whole, and drop what is older than the round before, or unfinished; and
+        what is newer, which a coordinator that went back to an old checkpoint has undone.
 
         Raises ConfigError: the disk is full, or the folder cannot be written to. What was remembered before still is.
         """
         self._write(self._path(state.round), state)
         for kept in self._rounds():
-            if kept <= state.round - KEPT_ROUNDS:
+            if not state.round - KEPT_ROUNDS < kept <= state.round:
                 self._path(kept).unlink(missing_ok=True)
         self._unfinished.unlink(missing_ok=True)
 

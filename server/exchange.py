@@ -1,7 +1,7 @@
 """Questions to nodes and their replies: sent, waited for within a deadline, and told apart by what went wrong."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,28 +37,31 @@ class Asked:
 class Exchange:
     """Training requests and their replies, over all rounds of a run.
 
-    deadline_s: how long a round waits. grace_s: how much longer a reply is still of use; it then arrives in a later
-    round. Messages carry both as their time-to-live, after which Flower neither delivers them nor takes a reply.
+    deadline_s: how long a try of a round waits. late_count: whether a reply is still of use when its round was closed.
+
+    Messages live twice as long as the deadline, after which Flower neither delivers them nor takes a reply: what comes
+    a little late is then there for the round's next try, or for the next round.
     """
 
-    def __init__(self, grid: Grid, *, deadline_s: float, grace_s: float = 0.0) -> None:
+    def __init__(self, grid: Grid, *, deadline_s: float, late_count: bool) -> None:
         self._grid = grid
         self._deadline_s = deadline_s
-        self._time_to_live_s = deadline_s + grace_s
+        self._time_to_live_s = 2 * deadline_s
+        self._late_count = late_count
         self._round = 0
         self._give_up = 0.0
         self._waiting: dict[str, Asked] = {}
 
     def begin(self, round: int) -> None:
-        """The round's deadline runs from now; requests whose time is over are forgotten."""
+        """A try of the round: its deadline runs from now; requests whose time is over are forgotten."""
         now = time.monotonic()
         self._round, self._give_up = round, now + self._deadline_s
         self._waiting = {key: asked for key, asked in self._waiting.items() if now < asked.expires_at}
 
     @property
-    def busy(self) -> frozenset[int]:
-        """Nodes that may still answer an earlier request: another one would only queue behind it."""
-        return frozenset(asked.node_id for asked in self._waiting.values())
+    def busy(self) -> dict[int, int]:
+        """Node -> the round that it may still answer in time to count; another request would only queue behind it."""
+        return {asked.node_id: asked.round for asked in self._waiting.values() if self._is_of_use(asked)}
 
     def ask(self, node_id: int, content: RecordDict) -> bool:
         """Send this round's request; False where the node is not there any more, so that no reply is waited for."""
@@ -68,25 +71,29 @@ class Exchange:
         self._waiting[message_id] = Asked(node_id, self._round, time.monotonic() + self._time_to_live_s)
         return True
 
-    def __iter__(self) -> Iterator[tuple[Asked, Message]]:
-        """Replies as they arrive, late ones of earlier rounds among them, until all of this round replied or its
-        deadline passed; more may be asked meanwhile."""
-        while self._awaits_this_round() and time.monotonic() < self._give_up:
+    def replies(self, enough: Callable[[], bool]) -> Iterator[tuple[Asked, Message]]:
+        """Replies of use as they arrive, until all of this round replied - and, where those are not `enough`, late ones
+        of earlier rounds too - or the deadline passed; more may be asked meanwhile."""
+        while self._is_waited_for(enough) and time.monotonic() < self._give_up:
             waiting, some_arrived = list(self._waiting), False
             for start in range(0, len(waiting), AT_ONCE):
                 arrived = list(self._grid.pull_messages(waiting[start : start + AT_ONCE]))
                 some_arrived = some_arrived or bool(arrived)
                 while arrived:
                     asked = self._waiting.pop(arrived[0].metadata.reply_to_message_id, None)
-                    if asked is None:
+                    if asked is None or not self._is_of_use(asked):
                         del arrived[0]
                     else:
                         yield asked, arrived.pop(0)  # bound to no name, or it would be held while the next is pulled
             if not some_arrived:
                 time.sleep(POLL_S)
 
-    def _awaits_this_round(self) -> bool:
-        return any(asked.round == self._round for asked in self._waiting.values())
+    def _is_of_use(self, asked: Asked) -> bool:
+        return self._late_count or asked.round == self._round
+
+    def _is_waited_for(self, enough: Callable[[], bool]) -> bool:
+        rounds = self.busy.values()
+        return self._round in rounds or (bool(rounds) and not enough())
 
 
 def pushed(grid: Grid, message: Message) -> str | None:

@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class OneRound:
-    """A try of the round after `state`.
+    """The round after `state`, in as many tries as it takes.
 
-    lines: each site's line in the round's metrics; one that has a reason from the start is not asked.
+    lines: each site's line in the round's metrics. What counted in one try counts in the next; there, only others are
+    asked.
     """
 
     def __init__(
@@ -40,9 +41,7 @@ class OneRound:
         exchange: Exchange,
         state: GlobalState,
         total: RoundSum,
-        again: bool = False,
     ) -> None:
-        """again: too few updates came of an earlier try, so that nobody is set aside in this one."""
         self._study = study
         self._run = run
         self._digest = study.digest()
@@ -56,30 +55,43 @@ class OneRound:
         self._total = total
         self._taught: dict[str, int] = {}
         self._sizes: list[float] = []
-        self._again = again
-        exchange.begin(self._round)
-        self.lines = self._lines_of_missing() | roster.unfit | self._lines_of_sites()
+        self._tries = 0
+        self.lines: dict[str, SiteRound] = {}
 
-    def run(self) -> tuple[GlobalState, dict[str, Tensor]]:
+    def attempt(self) -> tuple[GlobalState, dict[str, Tensor]]:
         """(state after the round, what was added to the student).
 
-        Raises RoundError: too few updates count. Then only `state.attendance` has changed: who failed is remembered.
+        Raises RoundError: too few updates count. Then of the state only `attendance` has changed: who failed is
+        remembered.
         """
+        self._tries += 1
+        self._exchange.begin(self._round)
+        self.lines = self._lines_of_try()
         self._ask_all()
-        for asked, reply in self._exchange:
+        for asked, reply in self._exchange.replies(self._is_quorate):
             self._hear(asked, reply)
             del reply  # as large as the model: not to be held while the next is pulled
         for name, line in self.lines.items():
             if not line.reason and line.status == "absent":  # the deadline passed
                 line.reason = "no_reply"
                 self._tell(name, line)
-            if line.bytes_down or line.status in ("ok", "late"):
-                self._state.attendance.note(name, self._round, counted=line.status in ("ok", "late"))
+            if line.bytes_down or line.counts:
+                self._state.attendance.note(name, self._round, counted=line.counts)
         self._require_quorum()
         after, step = self._total.applied_to(self._state, self._round)
         after.taught = self._state.taught | self._taught
         after.attendance.note_sizes(self._round, self._sizes)
         return after, step
+
+    def _lines_of_try(self) -> dict[str, SiteRound]:
+        """One that has a reason from the start is not asked, nor is one that counted in an earlier try."""
+        lines = self._lines_of_missing() | self._roster.unfit | self._lines_of_sites()
+        for name, before in self.lines.items():
+            if before.counts:
+                lines[name] = before
+            elif name in lines:
+                lines[name].bytes_down, lines[name].bytes_up = before.bytes_down, before.bytes_up
+        return lines
 
     def _lines_of_missing(self) -> dict[str, SiteRound]:
         """Of sites that are registered or took part before; those that are there have lines in their stead."""
@@ -87,14 +99,16 @@ class OneRound:
         return {name: SiteRound("absent", "not_connected") for name in missing}
 
     def _lines_of_sites(self) -> dict[str, SiteRound]:
-        """Not asked: sites still at work on an earlier round, and those that keep failing, if there are others."""
+        """Not asked: sites still at work on an earlier round, and, in the first try, those that keep failing, if there
+        are others."""
         lines = {site.site: SiteRound(left_out=site.left_out) for site in self._roster.sites.values()}
-        for node_id in self._exchange.busy & self._roster.sites.keys():
-            lines[self._roster.sites[node_id].site].reason = "busy"
+        for node_id, round in self._exchange.busy.items():
+            if round < self._round and node_id in self._roster.sites:
+                lines[self._roster.sites[node_id].site].reason = "busy"
         free = [name for name, line in lines.items() if not line.reason]
         attendance, after = self._state.attendance, self._config.set_aside_after
         aside = [name for name in free if attendance.is_set_aside(name, self._round, after)]
-        if not self._again and len(free) - len(aside) >= self._config.min_replies:
+        if self._tries == 1 and len(free) - len(aside) >= self._config.min_replies:
             for name in aside:
                 lines[name].reason = "set_aside"
         return lines
@@ -102,10 +116,12 @@ class OneRound:
     def _ask_all(self) -> None:
         progress.report(progress.RoundStarted(self._round, self._study.schedule.rounds, tuple(self.lines)))
         for name, line in self.lines.items():
-            if line.reason:
+            if line.reason and not line.counts:
                 self._tell(name, line)
+        at_work = self._exchange.busy
         for node_id, site in self._roster.sites.items():
-            if not self.lines[site.site].reason:
+            line = self.lines[site.site]
+            if not line.reason and not line.counts and node_id not in at_work:
                 self._ask(node_id, site)
 
     def _ask(self, node_id: int, site: Introduction) -> None:
@@ -141,14 +157,13 @@ class OneRound:
 
     def _admitted(self, reply: Message, site: Introduction, round: int, line: SiteRound) -> TrainReply:
         """The reply to the request of `round`, if it may count; `line` then says what it held. Raises WireError."""
-        if round < self._round and self._study.aggregation.late_weight == 0:
-            raise WireError("stale_round", "the reply came after its round was closed")
         content = content_of(reply)
         line.bytes_up += num_bytes(content)
         try:
             answer = TrainReply.unpack(content, layout_for(site.ranks, self._layout), self._study.wire.dtype)
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             raise WireError("malformed", "the reply cannot be read") from None
+        self._roster.registration.check_counts(answer)
         size = admit(
             answer,
             asked=site,
@@ -158,7 +173,6 @@ class OneRound:
             study_digest=self._digest,
             usual_size=self._state.attendance.usual_size(self._round),
         )
-        self._roster.registration.check_counts(answer)
         self._sizes.append(size)
         line.describe(answer)
         return answer
@@ -182,14 +196,20 @@ class OneRound:
             log.warning("round=%d site=%s collapse: %s", answer.round, answer.site, sign)
             progress.report(progress.Collapsed(self._round, answer.site, sign))
 
+    def _counted(self) -> int:
+        return sum(line.counts for line in self.lines.values())
+
+    def _is_quorate(self) -> bool:
+        return self._counted() >= self._config.min_replies
+
     def _require_quorum(self) -> None:
-        if (counted := sum(line.status == "ok" for line in self.lines.values())) >= self._config.min_replies:
+        if self._is_quorate():
             return
         told = "; ".join(f"{name}: {line.status} {line.reason}".rstrip() for name, line in sorted(self.lines.items()))
         raise RoundError(
-            f"round {self._round} could not be completed: {counted} of at least {self._config.min_replies} updates "
-            f"count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to {self._round - 1} are "
-            "saved"
+            f"round {self._round} could not be completed: {self._counted()} of at least {self._config.min_replies} "
+            f"updates count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to "
+            f"{self._round - 1} are saved"
         )
 
     def _or_the_study(self) -> str:

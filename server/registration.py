@@ -21,14 +21,22 @@ class Registration:
     """The sites that a coordinator file names; where it names none, every node that connects may take part."""
 
     def __init__(self, sites: Sequence[RegisteredSite]) -> None:
-        """Raises ConfigError: a public key that cannot be read."""
+        """Raises ConfigError: a public key that cannot be read, or that two sites have in common."""
         self._sites = {site.name: site for site in sites}
-        self._keys = {site.name: _pem(site) for site in sites if site.public_key}
+        self._keys: dict[str, bytes] = {}
+        for site in sites:
+            if not site.public_key:
+                continue
+            if owner := self._owner_of(key := _pem(site)):
+                raise ConfigError(
+                    f"sites: '{owner}' and '{site.name}' have the same public_key; each site needs a key of its own, "
+                    "or one could answer for the other"
+                )
+            self._keys[site.name] = key
 
     def name_of(self, node: NodeInfo) -> str:
         """What people call a node before it has introduced itself: by its registered key, else as Flower was told."""
-        by_key = (name for name, key in self._keys.items() if key == node.public_key)
-        return next(by_key, node.name) or f"node-{node.node_id}"
+        return self._owner_of(node.public_key) or node.name or f"node-{node.node_id}"
 
     @property
     def names(self) -> frozenset[str]:
@@ -42,9 +50,11 @@ class Registration:
         return any(node.name in ("", name) for name in self._sites.keys() - self._keys.keys())
 
     def check(self, introduction: Introduction, node: NodeInfo) -> None:
-        """Raises WireError `not_registered`: the site that the node says it is is not named, or has another key."""
+        """Raises WireError `not_registered`: the site that the node says it is is not named, or not with its key."""
         name = introduction.site
-        if self._sites and (name not in self._sites or self._keys.get(name, node.public_key) != node.public_key):
+        owner = self._owner_of(node.public_key)
+        has_its_key = owner == name if owner else name not in self._keys
+        if self._sites and not (name in self._sites and has_its_key):
             raise WireError("not_registered", "the coordinator file does not name this site with this key")
 
     def check_counts(self, reply: TrainReply) -> None:
@@ -54,6 +64,9 @@ class Registration:
         for rank in RANKS:
             if (most := site.most_scans(rank)) is not None and reply.scans[rank] > most:
                 raise WireError("counts", f"the reply claims more than the registered {most} scans of rank {rank}")
+
+    def _owner_of(self, key: bytes) -> str | None:
+        return next((name for name, registered in self._keys.items() if registered == key), None)
 
 
 @cache

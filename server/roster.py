@@ -19,6 +19,11 @@ from unimiss_core.wire import Hello, Introduction
 log = logging.getLogger(__name__)
 
 
+AGAIN_S = 30.0
+"""How long a node that introduced itself before is waited for when it is asked again, for it has read its archive; and
+how long after a node could not take part it is asked again, while others are waited for."""
+
+
 @dataclass(frozen=True)
 class _Greeted:
     """A node that was asked who it is."""
@@ -44,9 +49,13 @@ class Roster:
         """Message -> the node that has not answered it yet."""
         self._silent: set[int] = set()
         """Nodes that once let their time to answer pass."""
+        self._known: set[int] = set()
+        """Nodes that once introduced themselves."""
         self.registration = Registration(config.sites)
         self._strangers: set[int] = set()
         """Nodes that are not registered and were told of."""
+        self._told: dict[str, str] = {}
+        """Name -> why it cannot take part, as it was told last."""
 
     def gather(self, hello: Hello, *, least: int) -> None:
         """Ask every node that is not known who it is; begin when all have said so and `least` sites are there.
@@ -56,9 +65,11 @@ class Roster:
         """
         began = time.monotonic()
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
-        self.unfit = {}
+        self.unfit, again = {}, began + AGAIN_S
         content = hello.pack()
         while True:
+            if time.monotonic() >= again:
+                self.unfit, again = {}, time.monotonic() + AGAIN_S
             self._greet_new_nodes(content)
             self._hear_introductions()
             now = time.monotonic()
@@ -98,9 +109,15 @@ class Roster:
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
                 if (taken := pushed(self._grid, message)) is None:
                     continue  # it left since the nodes were listed
-                expires_at = time.monotonic() + self._config.introduction_s
-                wait_until = 0.0 if node_id in self._silent else expires_at
-                self._greeted[taken] = _Greeted(node, wait_until, expires_at)
+                self._greeted[taken] = self._greeted_now(node)
+
+    def _greeted_now(self, node: NodeInfo) -> _Greeted:
+        now, patience_s = time.monotonic(), self._config.introduction_s
+        if node.node_id in self._silent:
+            waited_s = 0.0
+        else:
+            waited_s = min(patience_s, AGAIN_S) if node.node_id in self._known else patience_s
+        return _Greeted(node, wait_until=now + waited_s, expires_at=now + patience_s)
 
     def _hear_introductions(self) -> None:
         for reply in self._grid.pull_messages(list(self._greeted)):
@@ -115,7 +132,9 @@ class Roster:
                 self._mark_unfit(greeted.node, SiteRound(status_of(error.reason), error.reason))
             else:
                 self.sites[greeted.node.node_id] = introduction
+                self._known.add(greeted.node.node_id)
                 self._silent.discard(greeted.node.node_id)
+                self._told.pop(self.registration.name_of(greeted.node), None)
 
     def _tell_of_stranger(self, node: NodeInfo) -> None:
         if node.node_id not in self._strangers:
@@ -128,4 +147,6 @@ class Roster:
         name = self.registration.name_of(node)
         self.unfit[name] = line
         log.warning("site=%s status=%s reason=%s", name, line.status, line.reason)
-        progress.report(progress.Note(f"{name} cannot take part: {line.reason}"))
+        if self._told.get(name) != line.reason:
+            self._told[name] = line.reason
+            progress.report(progress.Note(f"{name} cannot take part: {line.reason}"))

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from server.aggregation import group_norm
+from server.aggregation import Aggregate, group_norm
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import Exchange
 from server.global_state import GlobalState
@@ -55,8 +55,8 @@ class Federation:
         self._folder = RunFolder(config.out)
         self._layout = layout_of(empty_network(study.model))
         self._roster = Roster(grid, config)
-        grace_s = config.deadline_s if study.aggregation.late_weight > 0 else 0.0
-        self._exchange = Exchange(grid, deadline_s=config.deadline_s, grace_s=grace_s)
+        late_count = study.aggregation.late_weight > 0
+        self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
         self._probe = probe
 
     def run(self, *, resume: bool = False) -> GlobalState:
@@ -77,20 +77,24 @@ class Federation:
 
     def _all_rounds(self, state: GlobalState) -> GlobalState:
         hello = Hello(self._study, self._folder.run)
-        for round in range(state.round + 1, self._study.schedule.rounds + 1):
-            state = self._completed(state, round, hello)
+        while state.round < self._study.schedule.rounds:
+            with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
+                work = self._round_after(state, aggregate)
+                after, step, took = self._completed(work, state.round + 1, hello)
+            self._close(after, step, work.lines, took)
+            state = after
         return state
 
-    def _completed(self, state: GlobalState, round: int, hello: Hello) -> GlobalState:
-        """The state after a round that enough updates came of, in the first or a further try. Raises RoundError."""
+    def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[str, Tensor], float]:
+        """What a round came to in the first or a further try, and the seconds since its first request. RoundError."""
         pause_s = self._config.retry_s
         least = self._config.min_sites if round == 1 else self._config.min_replies
+        began = None
         for tries_left in reversed(range(self._config.round_tries)):
-            again = tries_left < self._config.round_tries - 1
             try:
                 self._roster.gather(hello, least=least)
-                with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
-                    return self._run_round(state, RoundSum(self._study, aggregate), again=again)
+                began = began or time.monotonic()
+                return *work.attempt(), time.monotonic() - began
             except RoundError as error:
                 if tries_left == 0:
                     raise
@@ -109,9 +113,8 @@ class Federation:
         state.save(self._folder, self._study)
         return state
 
-    def _run_round(self, state: GlobalState, total: RoundSum, *, again: bool) -> GlobalState:
-        began = time.monotonic()
-        work = OneRound(
+    def _round_after(self, state: GlobalState, aggregate: Aggregate) -> OneRound:
+        return OneRound(
             study=self._study,
             run=self._folder.run,
             config=self._config,
@@ -119,12 +122,8 @@ class Federation:
             roster=self._roster,
             exchange=self._exchange,
             state=state,
-            total=total,
-            again=again,
+            total=RoundSum(self._study, aggregate),
         )
-        after, step = work.run()
-        self._close(after, step, work.lines, time.monotonic() - began)
-        return after
 
     def _probed(self, state: GlobalState) -> dict[str, Any]:
         """{"probe": figures}, or nothing where the probe fails: a round that was trained is not lost for that."""

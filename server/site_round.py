@@ -20,6 +20,11 @@ class SiteRound:
     bytes_up: int = 0
     seconds: float = 0.0
 
+    @property
+    def counts(self) -> bool:
+        """Whether an update of the site is in the round's sum."""
+        return self.status in ("ok", "late")
+
     def describe(self, answer: TrainReply) -> None:
         """Take over what an update that may count says of itself."""
         self.scans = {f"{rank}d": count for rank, count in answer.scans.items()}

@@ -299,6 +299,55 @@ def test_a_round_in_which_all_sites_fail_is_tried_again(tmp_path: Path) -> None:
     assert [row["round"] for row in metric_rows(tmp_path)] == [1, 2, 3]
 
 
+def test_what_counted_in_one_try_of_a_round_counts_in_the_next(tmp_path: Path) -> None:
+    """An hour of training is not asked for twice because another site failed."""
+
+    def fails_once(request: TrainRequest, of: StubSite) -> TrainReply:
+        if request.round == BAD_ROUND and sum(r.round == BAD_ROUND for r in of.requests) == 1:
+            return raises(request, of)
+        return good_answer(request, of)
+
+    good, bad = site("ct"), site("bad", fails_once)
+    state = federate(tmp_path, [good, bad], min_sites=2, min_replies=2)
+    assert_is_model_of(state, tmp_path, all_good("bad", "ct"))
+    assert [request.round for request in good.requests] == [1, 2, 3]
+    assert [request.round for request in bad.requests] == [1, 2, 2, 3]
+    in_bad_round, in_next = (metric_rows(tmp_path)[round]["sites"] for round in (BAD_ROUND - 1, BAD_ROUND))
+    assert in_bad_round["bad"]["bytes_down"] > in_next["bad"]["bytes_down"]  # both requests
+    assert in_bad_round["ct"]["bytes_down"] == in_next["ct"]["bytes_down"]
+
+
+def test_a_deadline_that_is_a_little_short_costs_a_try_and_no_training(tmp_path: Path) -> None:
+    def slow(request: TrainRequest, of: StubSite) -> TrainReply:
+        time.sleep(4.0 if request.round == BAD_ROUND else 0.0)
+        return good_answer(request, of)
+
+    slow_site = site("slow", slow)
+    state = federate(tmp_path, [slow_site], deadline_s=3.0)
+    assert_is_model_of(state, tmp_path, all_good("slow"))
+    assert [request.round for request in slow_site.requests] == [1, 2, 3]
+
+
+def test_a_round_whose_free_sites_fail_waits_for_the_one_that_is_late(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    def slow(request: TrainRequest, of: StubSite) -> TrainReply:
+        begun.wait(20)
+        time.sleep(1.0)  # until the others' failure is known
+        return good_answer(request, of)
+
+    def fails(request: TrainRequest, of: StubSite) -> TrainReply:
+        if request.round > BAD_ROUND:
+            begun.set()
+            return raises(request, of)
+        return good_answer(request, of)
+
+    sites = [site("slow", only_in_bad_round(slow)), site("a", fails)]
+    federate(tmp_path, sites, exact_study(late_weight=0.5), deadline_s=3.0, round_tries=1)
+    lines = metric_rows(tmp_path)[-1]["sites"]
+    assert (lines["slow"]["status"], lines["a"]["status"]) == ("late", "error")
+
+
 def test_a_site_that_joins_late_counts_from_then_on(tmp_path: Path) -> None:
     a = site("a")
     state = federate(tmp_path, [a, site("ct")], present=lambda name: name == "a" or len(a.requests) >= 1)
@@ -312,6 +361,30 @@ def test_a_site_that_leaves_for_good_is_not_waited_for(tmp_path: Path) -> None:
     for name, value in checkpoint.load(tmp_path / "checkpoints" / "round-0001").student.items():
         if group_of(name) == "3d":
             assert torch.equal(state.student[name], value)
+
+
+def test_a_site_that_could_not_take_part_is_asked_again_while_too_few_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old node, which Flower takes for connected for a minute, had its name."""
+    monkeypatch.setattr("server.roster.AGAIN_S", 0.3)
+    old, new = {"name": "a", "node": "old"}, {"name": "a", "node": "new"}
+    asked_of_new: list[float] = []
+
+    def greets(name: str, message_type: str) -> bool:
+        if name == "new" and message_type == "query":
+            asked_of_new.append(time.monotonic())
+        return True
+
+    app = stub_app({"a": site("a"), "ct": site("ct")})
+    config = CoordinatorConfig(
+        study=Path("unused"), out=tmp_path, wait_s=30, min_sites=2, min_replies=2, introduction_s=5, retry_s=0
+    )
+    with Grid(app, {"old": old, "new": new, "ct": {"name": "ct"}}, run_config={}, workers=3) as grid:
+        grid.takes = greets
+        grid.present = lambda name: name != ("ct" if len(asked_of_new) < 2 else "old")
+        state = Federation(grid, exact_study(rounds=1), config).run()
+    assert_is_model_of(state, tmp_path, {1: {"a": 1.0, "ct": 1.0}})
 
 
 @pytest.mark.parametrize("left_before", ["query", "train"])

@@ -114,8 +114,8 @@ def test_an_exchange_takes_in_few_replies_at_a_time(monkeypatch: pytest.MonkeyPa
 
     nodes = range(1001, 1001 + AT_ONCE + 2)
     with LocalGrid(app, {f"site-{node}": {} for node in nodes}, run_config={}) as grid:
-        exchange = Exchange(grid, deadline_s=20)
+        exchange = Exchange(grid, deadline_s=20, late_count=False)
         exchange.begin(1)
         assert all(exchange.ask(node, RecordDict({})) for node in nodes)
-        assert sorted(asked.node_id for asked, _ in exchange) == list(nodes)
+        assert sorted(asked.node_id for asked, _ in exchange.replies(lambda: True)) == list(nodes)
     assert max(sizes) == AT_ONCE

@@ -76,7 +76,8 @@ def test_where_every_site_has_a_key_a_node_without_one_is_not_even_asked() -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("alpha", b""), ("alpha", STRANGER_KEY), ("gamma", ALPHA_KEY), ("gamma", b"")]
+    ("name", "key"),
+    [("alpha", b""), ("alpha", STRANGER_KEY), ("gamma", ALPHA_KEY), ("gamma", b""), ("beta", ALPHA_KEY)],
 )
 def test_a_name_without_its_key_is_refused(name: str, key: bytes) -> None:
     with pytest.raises(WireError, match="not_registered"):
@@ -92,6 +93,12 @@ def test_a_name_with_its_key_is_believed() -> None:
 def test_a_key_that_cannot_be_read_is_told_with_the_way_out(line: str) -> None:
     with pytest.raises(ConfigError, match=r"'alpha': public_key is not a public key in OpenSSH's form; give the one"):
         Registration([RegisteredSite(name="alpha", public_key=line)])
+
+
+def test_two_sites_with_one_key_are_refused() -> None:
+    twin = RegisteredSite(name="twin", public_key=ALPHA_LINE)
+    with pytest.raises(ConfigError, match="'alpha' and 'twin' have the same public_key"):
+        Registration([ALPHA, BETA, twin])
 
 
 @pytest.mark.parametrize(

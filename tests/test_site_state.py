@@ -167,6 +167,16 @@ def test_a_damaged_state_is_passed_over_for_an_older_one(tmp_path: Path, damaged
     assert (state.round, newer) == (1, None)
 
 
+def test_rounds_that_the_coordinator_has_undone_are_dropped(tmp_path: Path) -> None:
+    """It went back to its checkpoint of round 4, and this site then misses round 6."""
+    for round in (5, 6):
+        state_of(tmp_path).remember(after(round))
+    state_of(tmp_path).remember(after(5, 0.25))
+    found = state_of(tmp_path).before(7)
+    assert found is not None
+    assert (found.round, found.facts) == (5, {"y": 0.25})
+
+
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_told_with_a_way_out_and_without_a_path(tmp_path: Path) -> None:
     memory = state_of(tmp_path)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 
@@ -14,8 +13,10 @@ def advance_teacher(
     Between rounds coordinator and sites call this on the same released values, so that a site can rebuild the
     global teacher instead of receiving it. It is the cheap form of averaging the sites' teachers: EMA is linear, so
     the mean of teachers is the EMA of the mean student path, here with that path replaced by its end.
+
+    In operations that IEEE 754 rounds alike everywhere: `torch.lerp` fuses them on some processors and not on others.
     """
     return {
-        name: before if retention[name] == 1.0 else torch.lerp(student[name], before, retention[name])
+        name: before if (kept := retention[name]) == 1.0 else before * kept + student[name] * (1.0 - kept)
         for name, before in teacher.items()
     }
