@@ -104,28 +104,10 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
             _restore(learner, memory, site.config.name)
         learner.start_round(start.student, teacher)
 
-    saved = time.monotonic()
-    batches = Batches(site, team, device)
-    with batches.drawn_ahead(steps_of_round(study.schedule, request.round)[figures.steps :]) as upcoming:
-        for step, batch in upcoming:
-            report, skipped = _take_step(learner, batches, step, batch, site=site.config.name)
-            figures.add(report, skipped)
-            loss = mean_cross_entropy(report.terms)
-            progress.report(progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, loss))
-            if team.place == 0 and time.monotonic() - saved >= 60 * site.config.checkpoint_minutes:
-                _save_unfinished(site, learner, request.round, received, figures)
-                saved = time.monotonic()
-
+    _take_steps(site, learner, figures, request.round, received, device=device, team=team)
     if team.place > 0:
         return None
-    update = {name: tensor.cpu() - student[name] for name, tensor in tensors_of(learner.student).items()}
-    kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
-    if FORMATS[study.wire.dtype].carries_over:
-        lost_before = {} if memory is None else below(_LOST, memory.tensors)
-        update, lost = with_feedback(update, lost_before, study=study, ranks=library.ranks, round=request.round)
-        # Copied, because in round 1 the teacher is the student, and no file takes the same memory twice.
-        kept |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
-    _remember(site, learner, request.round, start, kept)
+    update = _remembered_update(site, learner, request.round, start, student, teacher, memory)
     own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
@@ -139,6 +121,51 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
         losses=figures.losses(),
         diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share},
     )
+
+
+def _take_steps(
+    site: Site,
+    learner: Learner,
+    figures: "_RoundFigures",
+    round: int,
+    received: str,
+    *,
+    device: torch.device,
+    team: Team,
+) -> None:
+    """Train the steps of the round that `figures` does not hold yet; save the round at work from time to time."""
+    study, saved = site.study, time.monotonic()
+    batches = Batches(site, team, device)
+    with batches.drawn_ahead(steps_of_round(study.schedule, round)[figures.steps :]) as upcoming:
+        for step, batch in upcoming:
+            report, skipped = _take_step(learner, batches, step, batch, site=site.config.name)
+            figures.add(report, skipped)
+            loss = mean_cross_entropy(report.terms)
+            progress.report(progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, loss))
+            if team.place == 0 and time.monotonic() - saved >= 60 * site.config.checkpoint_minutes:
+                _save_unfinished(site, learner, round, received, figures)
+                saved = time.monotonic()
+
+
+def _remembered_update(
+    site: Site,
+    learner: Learner,
+    round: int,
+    start: Start,
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    memory: Remembered | None,
+) -> dict[str, Tensor]:
+    """What training changed of the received `student`, as it may leave; all that the next round needs is remembered."""
+    update = {name: tensor.cpu() - student[name] for name, tensor in tensors_of(learner.student).items()}
+    kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
+    if FORMATS[site.study.wire.dtype].carries_over:
+        lost_before = {} if memory is None else below(_LOST, memory.tensors)
+        update, lost = with_feedback(update, lost_before, study=site.study, ranks=site.library.ranks, round=round)
+        # Copied, because in round 1 the teacher is the student, and no file takes the same memory twice.
+        kept |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
+    _remember(site, learner, round, start, kept)
+    return update
 
 
 def _remember(site: Site, learner: Learner, round: int, start: Start, kept: dict[str, Mapping[str, Tensor]]) -> None:
