@@ -3,6 +3,7 @@
     python benchmarks/step.py                            every case that this machine is meant for, about 8 minutes
     python benchmarks/step.py --model tiny --rank 3 --batch 2 --variant fast --precision bf16 --repeats 9
     python benchmarks/step.py --rank 3 --precision fp32 --recompute          what a switch costs
+    python benchmarks/step.py --rank 3 --objective unimiss_plus              what UniMiSS+ costs beside naive UniMiSS
 
 Ours comes as a whole batch, and again with the switches that options name; without, in the least memory: one scan at a
 time, recomputed. Other options narrow the cases. The cases of one rank run in processes of their own and take turns,
@@ -37,7 +38,7 @@ from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import build_network
 from unimiss_core.scan import Rank
-from unimiss_core.study import ModelConfig, StudyConfig
+from unimiss_core.study import StudyConfig
 
 WARM_UP = 2
 WHOLE = (None, False, False)
@@ -60,10 +61,12 @@ class Case:
     micro_batch: int | None = None
     recompute: bool = False
     compile: bool = False
+    objective: str = "unimiss"
 
     @property
     def title(self) -> str:
-        parts = [f"in {self.micro_batch}s"] * (self.micro_batch is not None)
+        parts = ["of UniMiSS+"] * (self.objective != "unimiss")
+        parts += [f"in {self.micro_batch}s"] * (self.micro_batch is not None)
         return " ".join(
             [self.variant, self.precision, *parts, *self.recompute * ["recomputed"], *self.compile * ["compiled"]]
         )
@@ -125,6 +128,7 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
                 micro_batch=micro_batch,
                 recompute=recompute,
                 compile=compiled,
+                objective=options.objective if variant == "fast" else "unimiss",
             )
             for variant, precision, (micro_batch, recompute, compiled) in product(variants, precisions, switched)
             if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
@@ -202,13 +206,24 @@ def _work(case: Case, pipe: Connection) -> None:
 def _build(case: Case) -> tuple[Callable[[Tensor], float], Tensor]:
     """(a step that returns its loss, the views (B, V, C, *S) it is given)."""
     sizes = SMALL_SIZES if case.model == "nano" else SIZES
-    model = ModelConfig.model_validate(
-        {"size": case.model, "image_size": sizes[2], "volume_size": sizes[3], "prototypes": case.prototypes}
+    study = StudyConfig.model_validate(
+        {
+            "name": "benchmark",
+            "model": {
+                "size": case.model,
+                "image_size": sizes[2],
+                "volume_size": sizes[3],
+                "prototypes": case.prototypes,
+                "reconstruction": case.objective == "unimiss_plus",
+            },
+            "views": {"image_size": sizes[3][1:], "volume_size": sizes[3]},  # of radiographs
+            "objective": {"name": case.objective},
+        }
     )
     generator = torch.Generator().manual_seed(0)
     views = torch.rand(case.batch, 2, 1, *sizes[case.rank], generator=generator).to(case.device)
     if case.variant == "naive":
-        student, teacher = (build_network(model, seed=0).to(case.device) for _ in range(2))
+        student, teacher = (build_network(study.model, seed=0).to(case.device) for _ in range(2))
         return NaiveLearner(student, teacher, bf16=case.precision == "bf16").step, views
     execution = Execution(
         device=torch.device(case.device),
@@ -217,7 +232,7 @@ def _build(case: Case) -> tuple[Callable[[Tensor], float], Tensor]:
         compile=case.compile,
         micro_batch={case.rank: case.micro_batch} if case.micro_batch else {},
     )
-    learner = Learner(StudyConfig(name="benchmark", model=model), ranks=(2, 3), execution=execution)
+    learner = Learner(study, ranks=(2, 3), execution=execution)
     return lambda batch: learner.step(batch, step=0).total, views
 
 
@@ -265,6 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
     parser.add_argument("--variant", choices=["naive", "fast"], help="default: both")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both for ours, fp32 for the naive step")
+    objectives = ["unimiss", "unimiss_plus"]
+    parser.add_argument("--objective", choices=objectives, default="unimiss", help="of ours (default: unimiss)")
     parser.add_argument("--micro-batch", type=_count, help="scans in one forward pass of ours (default: the batch)")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")

@@ -36,9 +36,11 @@ def test_the_baseline_is_the_same_loss_and_gradient_in_float32(shape: tuple[int,
         torch.testing.assert_close(teacher.prototypes(0.1 * observed.bottleneck), centre[name], atol=1e-5, rtol=1e-4)
 
 
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step.py"
+
+
 def said_of(*options: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).parents[1] / "benchmarks" / "step.py"
-    return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, check=False, timeout=200)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +67,21 @@ def test_a_case_that_fails_ends_the_benchmark() -> None:
 
 
 def test_the_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "step.py"
     options = "--model nano --rank 2 --batch 2 --precision fp32 --prototypes 32 --repeats 1 --threads 1 --device cpu"
-    command = [sys.executable, script, *options.split(), "--json", tmp_path / "step.json"]
+    command = [sys.executable, SCRIPT, *options.split(), "--json", tmp_path / "step.json"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
     assert "naive fp32" in said
     assert "fast fp32 in 1s recomputed" in said
     results = json.loads((tmp_path / "step.json").read_text())["results"]
     assert [result["case"]["variant"] for result in results] == ["naive", "fast", "fast"]
     assert [result["first_loss"] for result in results[1:]] == pytest.approx([results[0]["first_loss"]] * 2, rel=1e-4)
+
+
+def test_the_benchmark_measures_the_other_objective(tmp_path: Path) -> None:
+    options = "--model nano --rank 3 --batch 2 --precision fp32 --prototypes 32 --repeats 1 --threads 1 --device cpu"
+    command = [sys.executable, SCRIPT, *options.split(), "--objective", "unimiss_plus"]
+    subprocess.run([*command, "--json", tmp_path / "step.json"], capture_output=True, check=True, timeout=200)
+    naive, whole, in_parts = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert (naive["case"]["objective"], whole["case"]["objective"]) == ("unimiss", "unimiss_plus")
+    assert whole["first_loss"] != pytest.approx(naive["first_loss"], rel=1e-2)
+    assert in_parts["first_loss"] == pytest.approx(whole["first_loss"], rel=1e-4)
