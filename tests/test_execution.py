@@ -178,10 +178,14 @@ def test_a_mistake_of_the_caller_stays_a_mistake_when_compiled(monkeypatch: pyte
 
 
 class Tight:
-    """An objective on a device that holds no more than `scans`, and that other work fills up at call number `full`."""
+    """An objective on a device that holds no more than `scans`, and that other work fills up at call number `full`.
+
+    error: how the device says so.
+    """
 
     def __init__(self, learner: Learner, *, scans: int, full: int | None = None) -> None:
         self._objective, self._scans, self._full, self.sizes = learner.objective, scans, full, list[int]()
+        self.error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory")
 
     def representations(self, rank: Rank) -> tuple[str, ...]:
         return self._objective.representations(rank)
@@ -189,7 +193,7 @@ class Tight:
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Mapping[str, Tensor]) -> Loss:
         self.sizes.append(len(views))
         if len(views) > self._scans or len(self.sizes) == self._full:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return self._objective(student, teacher, views, centre)
 
 
@@ -223,6 +227,21 @@ def test_gradients_of_parts_before_memory_ran_out_do_not_count_twice() -> None:
     assert learner.step(images(scans=5), step=0) == plain.step(images(scans=5), step=0)
     assert_same(everything(learner), everything(plain))
     assert objective.sizes == [4, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_memory_that_a_library_does_not_find_is_memory_that_ran_out(words: str) -> None:
+    learner, objective = tight(scans=2)
+    objective.error = RuntimeError(words)
+    learner.step(images(scans=5), step=0)
+    assert objective.sizes == [5, 2, 2, 1]
 
 
 def test_a_scan_that_does_not_fit_is_told_in_words_and_changes_nothing() -> None:

@@ -3,7 +3,8 @@
 Every setting here gives the same loss and the same gradients up to rounding, and none changes a parameter's name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -78,3 +79,17 @@ def compile_(backbone: MiT) -> None:
 def uncompile_(backbone: MiT) -> None:
     """Undo `compile_`."""
     del backbone.forward
+
+
+@contextmanager
+def out_of_memory_by_its_name() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError too where it is cuBLAS, cuDNN or the CPU's allocator that finds no memory: they say
+    so in a RuntimeError's text alone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("ALLOC_FAILED", "can't allocate memory")):
+            raise
+        raise torch.OutOfMemoryError("out of memory, told by a library") from None

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteLossError
-from unimiss_core.execution import PLAIN, Execution, checkpoint_activations_, compile_, uncompile_
+from unimiss_core.execution import (
+    PLAIN,
+    Execution,
+    checkpoint_activations_,
+    compile_,
+    out_of_memory_by_its_name,
+    uncompile_,
+)
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
 from unimiss_core.network import below, build_network, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
@@ -292,7 +299,7 @@ class Learner:
         self._optimiser.zero_grad(set_to_none=True)
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
-        with self.student.head.prototypes.gradient_at_the_end():
+        with out_of_memory_by_its_name(), self.student.head.prototypes.gradient_at_the_end():
             for part in parts:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
                     loss = self.objective(self.student, self.teacher, part, self.centre)
