@@ -38,11 +38,7 @@ def main(grid: Grid, context: Context) -> None:
 def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:
     """Run the study of a coordinator file over `grid`, with the probe before and after, and write the report."""
     study = load(StudyConfig, config.study)
-    try:
-        Federation(grid, study, config, _probe_of(config, study)).run(resume=resume)
-    finally:
-        if (config.out / "study.yaml").exists():
-            write_report(config.out)
+    Federation(grid, study, config, _probe_of(config, study), write_report).run(resume=resume)
 
 
 def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:

@@ -42,7 +42,7 @@ class CoordinatorConfig(Config):
     introduction_s: Annotated[float, Field(gt=0)] = 3600.0
     """How long a site that is new may take to say what it holds: it reads its archive before it answers."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
-    """How long a try of a round waits for updates."""
+    """How long a try of a round waits for updates; where too few count by then, a quarter of it more."""
     round_tries: Annotated[int, Field(gt=0)] = 3
     """How often a round that too few updates came of is tried before the run ends; it can then be resumed. What counted
     in one try counts in the next."""

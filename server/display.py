@@ -103,8 +103,9 @@ class Tally:
                 self._steps[event.site] = event.step / max(1, event.steps)
             case SiteReplied():
                 self.replied.add(event.site)
-                self.counting += event.status == "ok"
-                if event.status != "ok":
+                counts = event.status in ("ok", "late")
+                self.counting += counts
+                if not counts:
                     self._missed[event.site, _status(event)] += 1
             case Collapsed():
                 self.collapsed[event.site] = event.round

@@ -1,22 +1,28 @@
 """Questions to nodes and their replies: sent, waited for within a deadline, and told apart by what went wrong."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from unimiss_core.errors import WireError
+from unimiss_core.errors import WireError, where
 from unimiss_core.wire import Introduction, Refusal
 
-AT_ONCE = 4
-"""Replies that are taken in at a time. All that are ready could be as many as there are sites, and each is as large as
-the model."""
+log = logging.getLogger(__name__)
 
-POLL_S = 0.2
-"""Pause between two looks for replies; between machines each look is a request."""
+POLL_S = 0.05
+"""Pause after a look for one reply that was not there; between machines each look is a request."""
+
+LONGEST_PAUSE_S = 2.0
+"""Between two looks for the same reply."""
+
+GRACE = 0.25
+"""How much longer than its deadline a round waits where too few updates count, as a share of it."""
 
 _NO_REPLY = {3, 4, 5}
 """Flower's error codes for a message, a reply or a node that is not available (any more)."""
@@ -34,32 +40,40 @@ class Asked:
     expires_at: float
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a node answered. message: None where it cannot be read."""
+
+    message: Message | None
+
+
 class Exchange:
     """Training requests and their replies, over all rounds of a run.
 
-    deadline_s: how long a try of a round waits. late_count: whether a reply is still of use when its round was closed.
+    deadline_s: how long a round waits; where too few updates count by then, GRACE of it longer. late_count: whether a
+    reply is still of use when its round was closed.
 
-    Messages live twice as long as the deadline, after which Flower neither delivers them nor takes a reply: what comes
-    a little late is then there for the round's next try, or for the next round.
+    Messages live until then - until twice the deadline, where late replies count - after which Flower neither delivers
+    them nor takes a reply.
     """
 
     def __init__(self, grid: Grid, *, deadline_s: float, late_count: bool) -> None:
         self._grid = grid
         self._deadline_s = deadline_s
-        self._time_to_live_s = 2 * deadline_s
         self._late_count = late_count
+        self._time_to_live_s = deadline_s * (2.0 if late_count else 1.0 + GRACE)
         self._round = 0
-        self._give_up = 0.0
+        self._deadline = 0.0
         self._waiting: dict[str, Asked] = {}
 
     def begin(self, round: int) -> None:
         """A try of the round: its deadline runs from now; requests whose time is over are forgotten."""
         now = time.monotonic()
-        self._round, self._give_up = round, now + self._deadline_s
+        self._round, self._deadline = round, now + self._deadline_s
         self._waiting = {key: asked for key, asked in self._waiting.items() if now < asked.expires_at}
 
     @property
-    def busy(self) -> dict[int, int]:
+    def at_work(self) -> dict[int, int]:
         """Node -> the round that it may still answer in time to count; another request would only queue behind it."""
         return {asked.node_id: asked.round for asked in self._waiting.values() if self._is_of_use(asked)}
 
@@ -71,29 +85,29 @@ class Exchange:
         self._waiting[message_id] = Asked(node_id, self._round, time.monotonic() + self._time_to_live_s)
         return True
 
-    def replies(self, enough: Callable[[], bool]) -> Iterator[tuple[Asked, Message]]:
-        """Replies of use as they arrive, until all of this round replied - and, where those are not `enough`, late ones
-        of earlier rounds too - or the deadline passed; more may be asked meanwhile."""
-        while self._is_waited_for(enough) and time.monotonic() < self._give_up:
-            waiting, some_arrived = list(self._waiting), False
-            for start in range(0, len(waiting), AT_ONCE):
-                arrived = list(self._grid.pull_messages(waiting[start : start + AT_ONCE]))
-                some_arrived = some_arrived or bool(arrived)
-                while arrived:
-                    asked = self._waiting.pop(arrived[0].metadata.reply_to_message_id, None)
-                    if asked is None or not self._is_of_use(asked):
-                        del arrived[0]
-                    else:
-                        yield asked, arrived.pop(0)  # bound to no name, or it would be held while the next is pulled
+    def replies(self, enough: Callable[[], bool]) -> Iterator[tuple[Asked, Reply]]:
+        """Replies of use as they arrive, until all of this round replied or its deadline passed; where those are not
+        `enough`, until all that may still come have come, late ones of earlier rounds too, or their time is over. More
+        may be asked meanwhile."""
+        while self._is_waited_for(enough):
+            some_arrived = False
+            for message_id in list(self._waiting):
+                if (reply := pulled(self._grid, message_id)) is None:
+                    continue
+                some_arrived = True
+                if self._is_of_use(asked := self._waiting.pop(message_id)):
+                    yield asked, reply
+                del reply  # or it would be held while the next is pulled
             if not some_arrived:
-                time.sleep(POLL_S)
+                time.sleep(min(LONGEST_PAUSE_S, POLL_S * max(1, len(self._waiting))))
 
     def _is_of_use(self, asked: Asked) -> bool:
         return self._late_count or asked.round == self._round
 
     def _is_waited_for(self, enough: Callable[[], bool]) -> bool:
-        rounds = self.busy.values()
-        return self._round in rounds or (bool(rounds) and not enough())
+        now = time.monotonic()
+        rounds = {asked.round for asked in self._waiting.values() if self._is_of_use(asked) and now < asked.expires_at}
+        return (now < self._deadline and self._round in rounds) or (bool(rounds) and not enough())
 
 
 def pushed(grid: Grid, message: Message) -> str | None:
@@ -102,18 +116,38 @@ def pushed(grid: Grid, message: Message) -> str | None:
     return next(iter(grid.push_messages([message])), None) or None
 
 
-def content_of(reply: Message) -> Any:
+def pulled(grid: Grid, message_id: str) -> Reply | None:
+    """The reply to a message, once; None where there is none yet.
+
+    One at a time: all that are ready could be as many as there are sites, each as large as the model. And Flower reads
+    what a node sent before we can check it, gives up at the first reply that it cannot read, and counts all that it was
+    asked for as delivered.
+    """
+    try:
+        found = next(iter(grid.pull_messages([message_id])), None)
+    except (OSError, httpx.HTTPError):
+        raise  # the SuperLink is out of reach
+    except Exception as error:
+        log.warning("a reply cannot be read: %s", where(error))
+        return Reply(None)
+    return None if found is None else Reply(found)
+
+
+def content_of(reply: Reply) -> Any:
     """What a site sent. Raises WireError with its reason where it did not do what was asked."""
-    if reply.has_error():
+    message = reply.message
+    if message is None:
+        raise WireError("malformed", "the reply cannot be read")
+    if message.has_error():
         # Flower's own text may quote an exception of the site; its code alone says what happened.
-        reason = "no_reply" if reply.error.code in _NO_REPLY else "failed"
-        raise WireError(reason, f"Flower error code {reply.error.code}")
-    if (refusal := Refusal.found_in(reply.content)) is not None:
+        reason = "no_reply" if message.error.code in _NO_REPLY else "failed"
+        raise WireError(reason, f"Flower error code {message.error.code}")
+    if (refusal := Refusal.found_in(message.content)) is not None:
         raise WireError(refusal.reason, "the site says so")
-    return reply.content
+    return message.content
 
 
-def introduction_of(reply: Message) -> Introduction:
+def introduction_of(reply: Reply) -> Introduction:
     """Who a node says it is. Raises WireError."""
     introduction = Introduction.unpack(content_of(reply))
     if not introduction.ranks:

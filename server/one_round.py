@@ -2,12 +2,11 @@
 
 import logging
 
-from flwr.app import Message
 from torch import Tensor
 
 from server.admission import admit
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import Asked, Exchange, content_of, status_of
+from server.exchange import Asked, Exchange, Reply, content_of, status_of
 from server.global_state import GlobalState
 from server.requests import Requests
 from server.roster import Roster
@@ -55,18 +54,21 @@ class OneRound:
         self._total = total
         self._taught: dict[str, int] = {}
         self._sizes: list[float] = []
-        self._tries = 0
         self.lines: dict[str, SiteRound] = {}
 
-    def attempt(self) -> tuple[GlobalState, dict[str, Tensor]]:
+    @property
+    def counted(self) -> frozenset[str]:
+        """The sites whose update is in the round's sum."""
+        return frozenset(name for name, line in self.lines.items() if line.counts)
+
+    def attempt(self, *, again: bool = False) -> tuple[GlobalState, dict[str, Tensor]]:
         """(state after the round, what was added to the student).
 
-        Raises RoundError: too few updates count. Then of the state only `attendance` has changed: who failed is
-        remembered.
+        again: an earlier try failed, so that nobody is set aside in this one. Raises RoundError: too few updates count.
+        Then of the state only `attendance` has changed: who failed is remembered, until the run ends.
         """
-        self._tries += 1
         self._exchange.begin(self._round)
-        self.lines = self._lines_of_try()
+        self.lines = self._lines_of_try(again=again)
         self._ask_all()
         for asked, reply in self._exchange.replies(self._is_quorate):
             self._hear(asked, reply)
@@ -83,14 +85,16 @@ class OneRound:
         after.attendance.note_sizes(self._round, self._sizes)
         return after, step
 
-    def _lines_of_try(self) -> dict[str, SiteRound]:
+    def _lines_of_try(self, *, again: bool) -> dict[str, SiteRound]:
         """One that has a reason from the start is not asked, nor is one that counted in an earlier try."""
-        lines = self._lines_of_missing() | self._roster.unfit | self._lines_of_sites()
+        lines = self._lines_of_missing() | self._roster.unfit | self._lines_of_sites(again=again)
         for name, before in self.lines.items():
             if before.counts:
                 lines[name] = before
             elif name in lines:
                 lines[name].bytes_down, lines[name].bytes_up = before.bytes_down, before.bytes_up
+            else:  # it left, but what it was sent was sent
+                lines[name] = before
         return lines
 
     def _lines_of_missing(self) -> dict[str, SiteRound]:
@@ -98,17 +102,17 @@ class OneRound:
         missing = self._roster.registration.names | self._state.taught.keys()
         return {name: SiteRound("absent", "not_connected") for name in missing}
 
-    def _lines_of_sites(self) -> dict[str, SiteRound]:
+    def _lines_of_sites(self, *, again: bool) -> dict[str, SiteRound]:
         """Not asked: sites still at work on an earlier round, and, in the first try, those that keep failing, if there
         are others."""
         lines = {site.site: SiteRound(left_out=site.left_out) for site in self._roster.sites.values()}
-        for node_id, round in self._exchange.busy.items():
+        for node_id, round in self._exchange.at_work.items():
             if round < self._round and node_id in self._roster.sites:
                 lines[self._roster.sites[node_id].site].reason = "busy"
         free = [name for name, line in lines.items() if not line.reason]
         attendance, after = self._state.attendance, self._config.set_aside_after
         aside = [name for name in free if attendance.is_set_aside(name, self._round, after)]
-        if self._tries == 1 and len(free) - len(aside) >= self._config.min_replies:
+        if not again and len(free) - len(aside) >= self._config.min_replies:
             for name in aside:
                 lines[name].reason = "set_aside"
         return lines
@@ -116,9 +120,9 @@ class OneRound:
     def _ask_all(self) -> None:
         progress.report(progress.RoundStarted(self._round, self._study.schedule.rounds, tuple(self.lines)))
         for name, line in self.lines.items():
-            if line.reason and not line.counts:
+            if line.reason or line.counts:
                 self._tell(name, line)
-        at_work = self._exchange.busy
+        at_work = self._exchange.at_work
         for node_id, site in self._roster.sites.items():
             line = self.lines[site.site]
             if not line.reason and not line.counts and node_id not in at_work:
@@ -132,7 +136,7 @@ class OneRound:
         line.reason = "no_reply"  # it left since it introduced itself
         self._tell(site.site, line)
 
-    def _hear(self, asked: Asked, reply: Message) -> None:
+    def _hear(self, asked: Asked, reply: Reply) -> None:
         """Fold the reply in where it may count; say in its site's line what became of it."""
         site = self._roster.sites.get(asked.node_id)
         if site is None:  # it left after it was asked, in an earlier round
@@ -155,7 +159,7 @@ class OneRound:
             self._count(answer, line)
         self._tell(site.site, line)
 
-    def _admitted(self, reply: Message, site: Introduction, round: int, line: SiteRound) -> TrainReply:
+    def _admitted(self, reply: Reply, site: Introduction, round: int, line: SiteRound) -> TrainReply:
         """The reply to the request of `round`, if it may count; `line` then says what it held. Raises WireError."""
         content = content_of(reply)
         line.bytes_up += num_bytes(content)
@@ -196,18 +200,15 @@ class OneRound:
             log.warning("round=%d site=%s collapse: %s", answer.round, answer.site, sign)
             progress.report(progress.Collapsed(self._round, answer.site, sign))
 
-    def _counted(self) -> int:
-        return sum(line.counts for line in self.lines.values())
-
     def _is_quorate(self) -> bool:
-        return self._counted() >= self._config.min_replies
+        return len(self.counted) >= self._config.min_replies
 
     def _require_quorum(self) -> None:
         if self._is_quorate():
             return
         told = "; ".join(f"{name}: {line.status} {line.reason}".rstrip() for name, line in sorted(self.lines.items()))
         raise RoundError(
-            f"round {self._round} could not be completed: {self._counted()} of at least {self._config.min_replies} "
+            f"round {self._round} could not be completed: {len(self.counted)} of at least {self._config.min_replies} "
             f"updates count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to "
             f"{self._round - 1} are saved"
         )

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import POLL_S, introduction_of, pushed, status_of
+from server.exchange import introduction_of, pulled, pushed, status_of
 from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
@@ -18,6 +18,9 @@ from unimiss_core.wire import Hello, Introduction
 
 log = logging.getLogger(__name__)
 
+
+POLL_S = 0.2
+"""Pause between two looks for nodes and their introductions."""
 
 AGAIN_S = 30.0
 """How long a node that introduced itself before is waited for when it is asked again, for it has read its archive; and
@@ -51,14 +54,18 @@ class Roster:
         """Nodes that once let their time to answer pass."""
         self._known: set[int] = set()
         """Nodes that once introduced themselves."""
+        self._refused: set[int] = set()
+        """Nodes that answered this gathering and could not take part: asked again, they are no longer waited for."""
         self.registration = Registration(config.sites)
         self._strangers: set[int] = set()
         """Nodes that are not registered and were told of."""
         self._told: dict[str, str] = {}
         """Name -> why it cannot take part, as it was told last."""
 
-    def gather(self, hello: Hello, *, least: int) -> None:
+    def gather(self, hello: Hello, *, least: int, counted: frozenset[str] = frozenset()) -> None:
         """Ask every node that is not known who it is; begin when all have said so and `least` sites are there.
+
+        counted: sites whose updates count already, wherever they are now.
 
         A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
         one that stayed silent is asked in every round, and no longer waited for. Raises RoundError.
@@ -66,6 +73,7 @@ class Roster:
         began = time.monotonic()
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
         self.unfit, again = {}, began + AGAIN_S
+        self._refused.clear()
         content = hello.pack()
         while True:
             if time.monotonic() >= again:
@@ -74,12 +82,13 @@ class Roster:
             self._hear_introductions()
             now = time.monotonic()
             reading = now < all_read and any(now < greeted.wait_until for greeted in self._greeted.values())
-            if not reading and len(self.sites) >= least:
+            there = counted | {site.site for site in self.sites.values()}
+            if not reading and len(there) >= least:
                 break
             if not reading and now > give_up:
                 told = "".join(f"; {name}: {line.reason}" for name, line in sorted(self.unfit.items()))
                 raise RoundError(
-                    f"{len(self.sites)} of at least {least} sites are there{told}. "
+                    f"{len(there)} of at least {least} sites are there{told}. "
                     "Mend the sites, or lower min_sites and min_replies, then resume"
                 )
             time.sleep(POLL_S)
@@ -88,6 +97,8 @@ class Roster:
             self._silent.add(greeted.node.node_id)
             if time.monotonic() >= greeted.expires_at:
                 del self._greeted[message_id]
+            else:
+                self._greeted[message_id] = replace(greeted, wait_until=0.0)
 
     def ask_again(self, node_id: int) -> None:
         """Forget what a node said it is; it may have changed, by new scans say."""
@@ -113,22 +124,24 @@ class Roster:
 
     def _greeted_now(self, node: NodeInfo) -> _Greeted:
         now, patience_s = time.monotonic(), self._config.introduction_s
-        if node.node_id in self._silent:
+        if node.node_id in self._silent | self._refused:
             waited_s = 0.0
         else:
             waited_s = min(patience_s, AGAIN_S) if node.node_id in self._known else patience_s
         return _Greeted(node, wait_until=now + waited_s, expires_at=now + patience_s)
 
     def _hear_introductions(self) -> None:
-        for reply in self._grid.pull_messages(list(self._greeted)):
-            if (greeted := self._greeted.pop(reply.metadata.reply_to_message_id, None)) is None:
-                continue  # it came twice
+        for message_id, greeted in list(self._greeted.items()):
+            if (reply := pulled(self._grid, message_id)) is None:
+                continue
+            del self._greeted[message_id]
             try:
                 introduction = introduction_of(reply)
                 self.registration.check(introduction, greeted.node)
                 if introduction.site in {site.site for site in self.sites.values()}:
                     raise WireError("name_taken", "another connected site goes by the same name")
             except WireError as error:
+                self._refused.add(greeted.node.node_id)
                 self._mark_unfit(greeted.node, SiteRound(status_of(error.reason), error.reason))
             else:
                 self.sites[greeted.node.node_id] = introduction

@@ -7,7 +7,9 @@ memory; so the loop is ours, over Flower's `Grid`.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -40,7 +42,8 @@ Probe = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 class Federation:
     """One study, run over a grid of sites, into one folder.
 
-    probe: measures the last round's teacher; its figures stand in that round's metrics.
+    probe: measures the last round's teacher; its figures stand in that round's metrics. report: writes the report of a
+    run's folder, while no other coordinator is at work in it.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Federation:
         study: StudyConfig,
         config: CoordinatorConfig,
         probe: Probe | None = None,
+        report: Callable[[Path], object] = lambda _: None,
     ) -> None:
         self._study = study
         self._config = config
@@ -58,6 +62,7 @@ class Federation:
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
         self._probe = probe
+        self._report = report
 
     def run(self, *, resume: bool = False) -> GlobalState:
         """All rounds that are not done yet; the state after the last.
@@ -66,43 +71,65 @@ class Federation:
         RoundError where too few sites came, or too few replied in all tries of a round: what was finished is saved, and
         a resumed run goes on from there.
         """
-        try:
-            with self._folder.alone():
-                return self._all_rounds(self._restore_or_start(resume=resume))
-        except OSError as error:
-            raise ConfigError(
-                f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; make room, then "
-                "go on with --resume: what was finished is saved"
-            ) from None
-
-    def _all_rounds(self, state: GlobalState) -> GlobalState:
-        hello = Hello(self._study, self._folder.run)
-        while state.round < self._study.schedule.rounds:
-            with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
-                work = self._round_after(state, aggregate)
-                after, step, took = self._completed(work, state.round + 1, hello)
-            self._close(after, step, work.lines, took)
-            state = after
+        with self._as_config_error(), self._folder.alone(), self._reported():
+            state = self._restore_or_start(resume=resume)
+            hello = Hello(self._study, self._folder.run)
+            while state.round < self._study.schedule.rounds:
+                state = self._next_round(state, hello)
         return state
+
+    def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
+        """The state after another round, which is saved."""
+        with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
+            work = self._round_after(state, aggregate)
+            after, step, took = self._completed(work, state.round + 1, hello)
+        self._close(after, step, work.lines, took)
+        return after
 
     def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[str, Tensor], float]:
         """What a round came to in the first or a further try, and the seconds since its first request. RoundError."""
         pause_s = self._config.retry_s
         least = self._config.min_sites if round == 1 else self._config.min_replies
         began = None
-        for tries_left in reversed(range(self._config.round_tries)):
+        for tried in range(self._config.round_tries):
             try:
-                self._roster.gather(hello, least=least)
+                self._roster.gather(hello, least=least, counted=work.counted)
                 began = began or time.monotonic()
-                return *work.attempt(), time.monotonic() - began
+                return *work.attempt(again=tried > 0), time.monotonic() - began
             except RoundError as error:
-                if tries_left == 0:
+                if tried == self._config.round_tries - 1:
                     raise
                 log.warning("%s; trying again in %g s", error, pause_s)
                 progress.report(progress.Note(f"round {round} is tried again in {pause_s:g} s: too few updates"))
             time.sleep(pause_s)
             pause_s *= 2
         raise AssertionError  # round_tries is at least 1
+
+    @contextmanager
+    def _as_config_error(self) -> Iterator[None]:
+        """The folder's OSErrors, with the way out; not those of the network."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, ConnectionError | TimeoutError):
+                raise
+            raise ConfigError(
+                f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; make room, then "
+                "go on with --resume: what was finished is saved"
+            ) from None
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Write the report at the end, however that comes; a report that fails hides no other failure."""
+        try:
+            yield
+        finally:
+            try:
+                if (self._folder.path / "study.yaml").exists():  # else it is no run's
+                    self._report(self._folder.path)
+            except OSError as error:
+                log.error("the report could not be written: %s", where(error))
+                progress.report(progress.Note("the report could not be written; what was finished is saved"))
 
     def _restore_or_start(self, *, resume: bool) -> GlobalState:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:

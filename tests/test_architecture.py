@@ -26,6 +26,7 @@ ONLY_IN = {
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
     "cryptography": {"server/registration.py"},
+    "httpx": {"server/exchange.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
         "unimiss_core/wire.py",

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import json
 import os
 import threading
 import time
@@ -16,12 +17,13 @@ from flwr.proto.node_pb2 import NodeInfo
 from torch import Tensor
 
 from server.coordinator_config import CoordinatorConfig, RegisteredSite
+from server.display import Tally
 from server.global_state import GlobalState
 from server.local_grid import LocalGrid
 from server.rounds import Federation
 from server.run_folder import RunFolder
 from tests.federation import RUN, Answer, StubSite, good_answer, metric_rows, reply_with, small_study, stub_app
-from unimiss_core import checkpoint
+from unimiss_core import checkpoint, progress
 from unimiss_core.errors import ConfigError
 from unimiss_core.groups import group_of
 from unimiss_core.study import StudyConfig
@@ -35,11 +37,14 @@ class Grid(LocalGrid):
     """An in-process grid whose nodes come and go, and whose replies may arrive twice.
 
     takes: whether a message to the node of a name, of a type, is taken; Flower answers with an empty id where not.
+    unreadable: whether the answer of the node of a name to a message of a type cannot be read: Flower then raises, and
+    counts all that was asked for as delivered.
     """
 
     present: Callable[[str], bool] = staticmethod(lambda _: True)
     takes: Callable[[str, str], bool] = staticmethod(lambda *_: True)
     twice = False
+    unreadable: Callable[[str, str, int], bool] = staticmethod(lambda *_: False)
 
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
         (message,) = messages
@@ -51,6 +56,10 @@ class Grid(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Sequence[Message]:
         replies = super().pull_messages(message_ids)
+        for reply in replies:
+            about = reply.metadata
+            if self.unreadable(self._names[about.src_node_id], about.message_type, int(about.group_id or 0)):
+                json.loads("{not json")
         return [*replies, *replies] if self.twice else replies
 
 
@@ -62,13 +71,14 @@ def federate(
     present: Callable[[str], bool] = lambda _: True,
     takes: Callable[[str, str], bool] = lambda *_: True,
     twice: bool = False,
+    unreadable: Callable[[str, str, int], bool] = lambda *_: False,
     **config: object,
 ) -> GlobalState:
     nodes = {site.name: {"name": site.name} for site in sites}
     settings = {"study": Path("unused"), "out": out, "wait_s": 0.1, "retry_s": 0.0, **config}
     app = stub_app({site.name: site for site in sites})
     with Grid(app, nodes, run_config={}, workers=len(sites)) as grid:
-        grid.present, grid.takes, grid.twice = present, takes, twice
+        grid.present, grid.takes, grid.twice, grid.unreadable = present, takes, twice, unreadable
         return Federation(grid, study or exact_study(), CoordinatorConfig.model_validate(settings)).run()
 
 
@@ -184,6 +194,11 @@ def transposed_claim(content: RecordDict) -> RecordDict:
     return content
 
 
+def arrays_beside_it(content: RecordDict) -> RecordDict:
+    content["more"] = content.array_records["update"]
+    return content
+
+
 def another_group(content: RecordDict) -> RecordDict:
     record = content.array_records["update"]
     record["3d"] = record["2d"]
@@ -208,6 +223,7 @@ def without_update(content: RecordDict) -> RecordDict:
         (another_group, "wrong_names"),
         (nothing, "wrong_names"),
         (without_update, "malformed"),
+        (arrays_beside_it, "malformed"),
     ],
 )
 def test_a_malformed_reply_costs_its_site_one_round(
@@ -218,6 +234,21 @@ def test_a_malformed_reply_costs_its_site_one_round(
     state = federate(tmp_path, [bad, site("ct")])
     assert_is_model_of(state, tmp_path, all_good("bad", "ct", but="bad"))
     assert [row["sites"]["bad"]["reason"] for row in metric_rows(tmp_path)] == ["", reason, ""]
+
+
+@pytest.mark.parametrize("asked", ["query", "train"])
+def test_a_reply_that_flower_cannot_read_costs_its_site_alone(tmp_path: Path, asked: str) -> None:
+    def unreadable(name: str, message_type: str, round: int) -> bool:
+        return name == "bad" and message_type == asked and (asked == "query" or round == BAD_ROUND)
+
+    state = federate(tmp_path, [site("bad"), site("ct"), site("ct-2")], unreadable=unreadable)
+    bad = [(row["sites"].get("bad") or {}).get("reason") for row in metric_rows(tmp_path)]
+    if asked == "train":
+        assert_is_model_of(state, tmp_path, all_good("bad", "ct", "ct-2", but="bad"))
+        assert bad == ["", "malformed", ""]
+    else:
+        assert_is_model_of(state, tmp_path, {round: {"ct": 1.0, "ct-2": 1.0} for round in range(1, ROUNDS + 1)})
+        assert bad == ["malformed"] * ROUNDS
 
 
 def test_an_update_nine_times_as_large_as_usual_still_counts(tmp_path: Path) -> None:
@@ -307,23 +338,41 @@ def test_what_counted_in_one_try_of_a_round_counts_in_the_next(tmp_path: Path) -
             return raises(request, of)
         return good_answer(request, of)
 
-    good, bad = site("ct"), site("bad", fails_once)
-    state = federate(tmp_path, [good, bad], min_sites=2, min_replies=2)
+    good, bad, tally = site("ct"), site("bad", fails_once), Tally(time.monotonic)
+    with progress.listen(tally.count):
+        state = federate(tmp_path, [good, bad], min_sites=2, min_replies=2)
     assert_is_model_of(state, tmp_path, all_good("bad", "ct"))
     assert [request.round for request in good.requests] == [1, 2, 3]
     assert [request.round for request in bad.requests] == [1, 2, 2, 3]
     in_bad_round, in_next = (metric_rows(tmp_path)[round]["sites"] for round in (BAD_ROUND - 1, BAD_ROUND))
     assert in_bad_round["bad"]["bytes_down"] > in_next["bad"]["bytes_down"]  # both requests
     assert in_bad_round["ct"]["bytes_down"] == in_next["ct"]["bytes_down"]
+    assert "ct did not count" not in "".join(tally.summary())
 
 
-def test_a_deadline_that_is_a_little_short_costs_a_try_and_no_training(tmp_path: Path) -> None:
+def test_a_site_that_counted_and_left_is_not_missed_in_the_next_try(tmp_path: Path) -> None:
+    def fails_once(request: TrainRequest, of: StubSite) -> TrainReply:
+        return raises(request, of) if len(of.requests) == 1 else good_answer(request, of)
+
+    bad, ct = site("bad", fails_once), site("ct")
+    state = federate(
+        tmp_path,
+        [bad, ct],
+        exact_study(rounds=1),
+        present=lambda name: name == "bad" or len(bad.requests) == 0,
+        min_sites=2,
+        min_replies=2,
+    )
+    assert_is_model_of(state, tmp_path, {1: {"bad": 1.0, "ct": 1.0}})
+
+
+def test_a_deadline_that_is_a_little_short_costs_no_training(tmp_path: Path) -> None:
     def slow(request: TrainRequest, of: StubSite) -> TrainReply:
-        time.sleep(4.0 if request.round == BAD_ROUND else 0.0)
+        time.sleep(3.4 if request.round == BAD_ROUND else 0.0)
         return good_answer(request, of)
 
     slow_site = site("slow", slow)
-    state = federate(tmp_path, [slow_site], deadline_s=3.0)
+    state = federate(tmp_path, [slow_site], deadline_s=3.0, round_tries=1)
     assert_is_model_of(state, tmp_path, all_good("slow"))
     assert [request.round for request in slow_site.requests] == [1, 2, 3]
 

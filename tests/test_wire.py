@@ -36,7 +36,7 @@ def reply(layout=None) -> TrainReply:  # type: ignore[no-untyped-def]
         steps=2,
         seconds=1.5,
         losses={"image": 6.0},
-        diagnostics={"entropy": 1.0},
+        diagnostics={"grad_norm": 1.0},
     )
 
 
@@ -165,6 +165,9 @@ def test_odd_replies_are_refused_by_code() -> None:
     assert refused(with_facts(good, round="3")) == "malformed"
     assert refused(with_facts(good, steps=True)) == "malformed"
     assert refused(with_facts(good, scans_2d=-1)) == "counts"
+    for name in ("patient_smith_john_19500101", "image_to_p123", "grad_norm"):
+        assert refused(with_facts(good, losses=json.dumps({name: 1.0}))) == "malformed"
+    assert refused(with_facts(good, diagnostics=json.dumps({"image": 1.0}))) == "malformed"
     assert refused(with_facts(good, losses="[1]")) == "malformed"
     assert refused(with_facts(good, losses=json.dumps({"image": float("nan")}))) == "not_finite"
     assert refused(good, layout_for(frozenset({2}))) == "wrong_names"

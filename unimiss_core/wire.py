@@ -13,7 +13,7 @@ the content. A sender's claim is checked here for type and form; whether it may 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -24,6 +24,7 @@ from unimiss_core import codec
 from unimiss_core.codec import Layout
 from unimiss_core.config import NAME, RUN, parse
 from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.figures import is_diagnostic, is_loss
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.reasons import REASONS
@@ -32,7 +33,6 @@ from unimiss_core.study import StudyConfig
 
 PROTOCOL = 3
 
-FIGURE_NAME = r"[a-z0-9_]{1,64}"
 LARGEST_FIGURE = 1e30
 """Beyond it a figure has diverged; means and charts of such numbers overflow."""
 FIGURES_LIMIT = 16_384
@@ -123,8 +123,8 @@ class TrainRequest:
         """layout: of the network that `study_of(content)` names."""
         facts = _facts(content)
         study = _study(facts)
-        retention = _figures(facts, "teacher_retention")
-        if not retention.keys() <= set(GROUPS) or not all(0 <= value <= 1 for value in retention.values()):
+        retention = _figures(facts, "teacher_retention", GROUPS.__contains__)
+        if not all(0 <= value <= 1 for value in retention.values()):
             raise WireError("malformed", "'teacher_retention' should hold a share for each parameter group")
         held = {
             part: _tensors(content, part, layout, dtype)
@@ -191,6 +191,8 @@ class TrainReply:
         facts = _facts(content)
         if not (math.isfinite(seconds := _take(facts, "seconds", float)) and seconds >= 0):
             raise WireError("malformed", "'seconds' should be a finite number of at least 0")
+        if more := arrays_in(content).keys() - {"update"}:
+            raise WireError("malformed", f"the reply holds arrays beside its update, in {len(more)} parts")
         return cls(
             site=_take(facts, "site", str),
             run=_run(facts),
@@ -200,8 +202,8 @@ class TrainReply:
             scans=_counts(facts),
             steps=_take(facts, "steps", int),
             seconds=seconds,
-            losses=_figures(facts, "losses"),
-            diagnostics=_figures(facts, "diagnostics"),
+            losses=_figures(facts, "losses", is_loss),
+            diagnostics=_figures(facts, "diagnostics", is_diagnostic),
         )
 
 
@@ -299,18 +301,18 @@ def _counts(facts: Mapping[str, Any]) -> dict[Rank, int]:
     return counts
 
 
-def _figures(facts: Mapping[str, Any], name: str) -> dict[str, float]:
-    """A mapping of names to finite numbers. Raises WireError for anything else, however a hostile peer wrote it."""
+def _figures(facts: Mapping[str, Any], name: str, is_known: Callable[[str], bool]) -> dict[str, float]:
+    """A mapping of known names to finite numbers. Raises WireError for all else, however a hostile peer wrote it."""
     text = _take(facts, name, str)
     try:
         if len(text) > FIGURES_LIMIT:
             raise ValueError
         figures = json.loads(text)
-        checked = {key: float(value) for key, value in figures.items() if re.fullmatch(FIGURE_NAME, key)}
+        checked = {key: float(value) for key, value in figures.items() if is_known(key)}
         if len(checked) < len(figures):
             raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise WireError("malformed", f"'{name}' should be a mapping of names to numbers") from None
+        raise WireError("malformed", f"'{name}' should be a mapping of known names to numbers") from None
     if not all(abs(value) <= LARGEST_FIGURE for value in checked.values()):
         raise WireError("not_finite", f"a figure of '{name}' is not a finite number, or beyond {LARGEST_FIGURE:g}")
     return checked

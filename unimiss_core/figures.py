@@ -1,0 +1,26 @@
+"""What figures of a site's training may be called. Nothing else is taken from a reply: a name that its sender were free
+to choose could be a patient's, and would stand in metrics and report.
+"""
+
+from collections.abc import Callable
+
+from unimiss_core.loss_terms import cross_entropy_name, reconstruction_name
+
+REPRESENTATIONS = ("image", "volume", "slices", "radiograph")
+"""The ways in which any objective looks at a scan."""
+
+OF_TARGETS = ("target_entropy", "mean_target_entropy", "feature_std", "effective_rank")
+"""By representation; see `unimiss_core.collapse`."""
+
+OF_STEPS = ("grad_norm", "skipped_batches", "global_distance", "own_share")
+
+_LOSSES = frozenset(
+    [cross_entropy_name(student, teacher) for student in REPRESENTATIONS for teacher in REPRESENTATIONS]
+    + [reconstruction_name(representation) for representation in REPRESENTATIONS]
+)
+_DIAGNOSTICS = frozenset(
+    [*OF_STEPS, *(f"{figure}_{representation}" for figure in OF_TARGETS for representation in REPRESENTATIONS)]
+)
+
+is_loss: Callable[[str], bool] = _LOSSES.__contains__
+is_diagnostic: Callable[[str], bool] = _DIAGNOSTICS.__contains__
