@@ -15,11 +15,11 @@ from unimiss_core.wire import Introduction, Refusal
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05
-"""Pause after a look for one reply that was not there; between machines each look is a request."""
+POLL_S = 0.02
+"""Pause for each reply that was looked for in vain; between machines each look is a request."""
 
-LONGEST_PAUSE_S = 2.0
-"""Between two looks for the same reply."""
+PAUSE_S = (0.2, 2.0)
+"""Shortest and longest time between two looks for the same reply."""
 
 GRACE = 0.25
 """How much longer than its deadline a round waits where too few updates count, as a share of it."""
@@ -99,7 +99,8 @@ class Exchange:
                     yield asked, reply
                 del reply  # or it would be held while the next is pulled
             if not some_arrived:
-                time.sleep(min(LONGEST_PAUSE_S, POLL_S * max(1, len(self._waiting))))
+                shortest, longest = PAUSE_S
+                time.sleep(max(shortest, min(longest, POLL_S * len(self._waiting))))
 
     def _is_of_use(self, asked: Asked) -> bool:
         return self._late_count or asked.round == self._round
