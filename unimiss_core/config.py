@@ -53,14 +53,18 @@ class Config(BaseModel):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
-def chosen_by_name(default: str) -> Discriminator:
-    """Which class of a union a mapping is of: the one tagged with its key `name`, or with `default` where it has none.
+_TAG_KEYS = ("name", "mode")
+"""Keys that say which class of a union a mapping is of."""
 
-    Each class has a field `name` whose default is its tag, so that messages can tell what is allowed where.
+
+def chosen_by_name(default: str, key: str = "name") -> Discriminator:
+    """Which class of a union a mapping is of: the one tagged with its `key`, or with `default` where it has none.
+
+    Each class has a field of that key whose default is its tag, so that messages can tell what is allowed where.
     """
 
     def tag_of(given: Any) -> str:
-        name = given.get("name", default) if isinstance(given, Mapping) else getattr(given, "name", default)
+        name = given.get(key, default) if isinstance(given, Mapping) else getattr(given, key, default)
         return name if isinstance(name, str) else default  # of any other type: that class's own message tells
 
     return Discriminator(tag_of)
@@ -138,7 +142,8 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
         names = [str(_tag(model)) for model in models]
         near = difflib.get_close_matches(str(problem["ctx"]["tag"]), names, n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
-        return f"'{path}.name': expected one of {', '.join(names)}, got {_describe(problem['ctx']['tag'])}{hint}"
+        got, key = _describe(problem["ctx"]["tag"]), _tag_key(models[0])
+        return f"'{path}.{key}': expected one of {', '.join(names)}, got {got}{hint}"
     if problem["type"] == "missing":
         return f"missing key '{path}'"
     if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given):
@@ -217,13 +222,18 @@ def _hint(key: str, place: _Place) -> str:
     if near := difflib.get_close_matches(key, known, n=1):
         return f"did you mean '{near[0]}'?"
     if elsewhere := [str(_tag(model)) for model in place.others if key in model.model_fields]:
-        return f"a setting of name: {' or '.join(elsewhere)}"
+        return f"a setting of {_tag_key(place.others[0])}: {' or '.join(elsewhere)}"
     return f"known keys here: {', '.join(known)}"
 
 
 def _tag(model: type[BaseModel]) -> Any:
-    """The `name` by which a union's class is chosen."""
-    return model.model_fields["name"].default if "name" in model.model_fields else None
+    """By which a union's class is chosen."""
+    key = _tag_key(model)
+    return model.model_fields[key].default if key in model.model_fields else None
+
+
+def _tag_key(model: type[BaseModel]) -> str:
+    return next((key for key in _TAG_KEYS if key in model.model_fields), _TAG_KEYS[0])
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

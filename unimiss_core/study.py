@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, Tag, model_serializer, model_validator
 
 from unimiss_core.config import NAME_ALONE, Config, Name, chosen_by_name
+from unimiss_core.privacy_config import NoPrivacyConfig, PrivacyConfig
 from unimiss_core.scan import SMALLEST, Rank
 
 
@@ -381,6 +382,8 @@ class StudyConfig(Config):
     """Not written out where all of it is off, so that older studies keep their digests."""
     aggregation: AggregationConfig = AggregationConfig()
     wire: WireConfig = WireConfig()
+    privacy: Annotated[PrivacyConfig, Field(exclude_if=lambda privacy: privacy.mode == "none")] = NoPrivacyConfig()
+    """Not written out where nothing is promised, so that older studies keep their digests."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
