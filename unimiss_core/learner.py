@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
 
-_PROTOTYPES = "head.prototypes.weight"
+PROTOTYPES = "head.prototypes.weight"
 _OPTIMISER_KEYS = {"step": "adam_step", "exp_avg": "adam_moment1", "exp_avg_sq": "adam_moment2"}
 
 
@@ -148,7 +148,7 @@ class Learner:
         rank = _rank_of_views(views)
         gathered = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
         if step < self.study.optimiser.freeze_prototypes_steps:
-            self.student.get_parameter(_PROTOTYPES).grad = None
+            self.student.get_parameter(PROTOTYPES).grad = None
         self._sum_over_team(gathered)
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
         distance = self._pull_back_()
@@ -158,17 +158,21 @@ class Learner:
             raise NonFiniteLossError(
                 f"step {step}: loss {report.total}, gradient norm {report.diagnostics['grad_norm']}; step not taken"
             )
-        _clip_each_(grads, norms, self.study.optimiser.clip_norm)
-        self._set_rates(step)
-        self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
-        self._move_teacher(rank, teacher_momentum(self.study, step))
+        self._move(rank, step, grads, norms)
         for name, observed in gathered.observed.items():
             self.centre[name] = move_centre(
                 self.centre[name], observed.bottleneck, self.study.objective.centre_momentum
             )
         self._watch.add(gathered.observed)
         return report
+
+    def _move(self, rank: Rank, step: int, grads: list[Tensor], norms: list[float]) -> None:
+        """Student and teacher, by the gradients that the parameters hold; `norms` are theirs."""
+        _clip_each_(grads, norms, self.study.optimiser.clip_norm)
+        self._set_rates(step)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self._move_teacher(rank, teacher_momentum(self.study, step))
 
     def state(self, *, weights: bool = False) -> LearnerState:
         """Optimiser moments and step counts, and the centre; with `weights` also student, teacher and the round's

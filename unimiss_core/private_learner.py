@@ -1,0 +1,121 @@
+"""Local DP-SGD whose unit is the patient: a learner whose weights tell little of any one patient.
+
+One step, over a Poisson draw of patients (Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with the patient for the
+example):
+
+1. a patient's scans, views and slices are one gradient, of the mean loss over that patient's scans;
+2. it is shortened to the clip norm C over all parameters together that the step trains;
+3. the sum over patients, plus N(0, (s C)^2) on every value, divided by a constant, is the step's gradient;
+4. likewise the patients' mean bottlenecks, of norm 1 at most, move the centre for the *next* step.
+
+Whatever follows - clipping per tensor, AdamW, the teacher, the round's update - is made of these two alone, the round's
+start and the study. Which parameters a step trains follows from its rank, never from who was drawn; the divisor is the
+study's batch, never the number drawn; an empty draw is a step of noise. Every patient is worked out alone, so that any
+operation may stand in the network that does not couple scans, and memory is that of one patient.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimiss_core.groups import group_of, groups_of_ranks
+from unimiss_core.learner import PROTOTYPES, Learner, StepReport
+from unimiss_core.noise import GaussianNoise, Noise
+from unimiss_core.objective import Loss, move_centre
+from unimiss_core.privacy_config import PatientPrivacyConfig
+from unimiss_core.scan import Rank
+from unimiss_core.study import StudyConfig
+
+
+class PrivateLearner(Learner):
+    """A learner of a study in the privacy mode `patient`. Nothing of a `StepReport` or `round_diagnostics` may leave
+    the site: they are not noised.
+
+    noise: by default Gaussian noise seeded by the operating system.
+    """
+
+    def __init__(self, study: StudyConfig, *, noise: Noise | None = None, **settings: Any) -> None:
+        """settings: as of `Learner`. Raises ValueError: the study is not in this mode."""
+        super().__init__(study, **settings)
+        if not isinstance(study.privacy, PatientPrivacyConfig):
+            raise ValueError(f"the study's privacy mode is {study.privacy.mode}, not patient")
+        self._privacy = study.privacy
+        self._noise = noise or GaussianNoise(self.device)
+
+    def private_step(self, patients: Sequence[Tensor], *, rank: Rank, step: int) -> StepReport:
+        """Train on one draw of patients as global step `step`; `patients` may be empty.
+
+        patients: of each the views (N, V, C, *S) of N of its scans, all of `rank`. With several processes each is given
+        its own part of the draw. Raises MemoryTooSmallError: one scan does not fit; nothing has changed then.
+        """
+        names = self.trained_names(rank, step)
+        parameters = [self.student.get_parameter(name) for name in names]
+        sums = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
+        centres = {name: torch.zeros_like(self.centre[name]) for name in self.objective.representations(rank)}
+        losses = [self._add_patient(views, rank, sums, centres) for views in patients]
+        privacy, expected = self._privacy, self.study.batch.of(rank)
+        if self.team.place == 0:  # once, however many processes share a step
+            self._noise.add_(list(sums.values()), privacy.noise_multiplier * privacy.clip_norm)
+            self._noise.add_(list(centres.values()), privacy.centre_noise)
+        self.team.sum_([*sums.values(), *centres.values()])
+        for parameter, name in zip(parameters, names, strict=True):
+            parameter.grad = sums[name].div_(expected)
+        distance = self._pull_back_()
+        grads = list(sums.values())
+        norms = [norm.item() for norm in torch._foreach_norm(grads)]
+        self._move(rank, step, grads, norms)
+        for name, total in centres.items():
+            self.centre[name] = move_centre(self.centre[name], total / expected, self._momentum)
+        return _report(rank, [loss for loss in losses if loss is not None], norms, distance)
+
+    def trained_names(self, rank: Rank, step: int) -> list[str]:
+        """The parameters that a step of this rank trains: by the study alone, whatever was drawn."""
+        groups = groups_of_ranks({rank})
+        frozen = {PROTOTYPES} if step < self.study.optimiser.freeze_prototypes_steps else set()
+        return [name for name, _ in self.student.named_parameters() if group_of(name) in groups and name not in frozen]
+
+    @property
+    def _momentum(self) -> float:
+        return self.study.objective.centre_momentum
+
+    def _add_patient(
+        self, views: Tensor, rank: Rank, sums: Mapping[str, Tensor], centres: Mapping[str, Tensor]
+    ) -> Loss | None:
+        """Add one patient's clipped gradient and mean bottlenecks. One whose numbers are not finite adds nothing, is
+        charged all the same, and gives None."""
+        loss = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, 1.0)
+        gradients = {name: self.student.get_parameter(name).grad for name in sums}
+        found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        self._optimiser.zero_grad(set_to_none=True)
+        means = {name: loss.observed[name].bottleneck for name in centres}
+        length, lengths = _length(found.values()), {name: _length([mean]) for name, mean in means.items()}
+        if not all(map(math.isfinite, (length, *lengths.values()))):
+            return None
+        added = [sums[name] for name in found]
+        torch._foreach_add_(added, list(found.values()), alpha=_scale(length, self._privacy.clip_norm))
+        for name, mean in means.items():
+            centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))  # rounding may take a mean of units above 1
+        self._watch.add(loss.observed)
+        return loss
+
+
+def _scale(length: float, limit: float) -> float:
+    """What shortens a vector of `length` to `limit` where it is longer."""
+    return 1.0 if length <= limit else limit / length
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    """L2 norm over all tensors together, in float64: a clip norm that rounding oversteps is no bound."""
+    return math.sqrt(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().item())
+
+
+def _report(rank: Rank, losses: Sequence[Loss], norms: Sequence[float], distance: Mapping[str, Tensor]) -> StepReport:
+    """For this site's own screen: means over the patients that this process worked out."""
+    names = losses[0].terms if losses else {}
+    terms = {name: sum(loss.terms[name].item() for loss in losses) / len(losses) for name in names}
+    total = sum(loss.total.item() for loss in losses) / len(losses) if losses else 0.0
+    diagnostics = {"grad_norm": math.hypot(*norms), **{name: value.item() for name, value in distance.items()}}
+    return StepReport(rank, terms, total, diagnostics)
