@@ -30,6 +30,7 @@ from unimiss_core.codec import layout_of
 from unimiss_core.errors import ConfigError, RoundError, where
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
+from unimiss_core.privacy import refuse_private_rounds
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -54,6 +55,8 @@ class Federation:
         probe: Probe | None = None,
         report: Callable[[Path], object] = lambda _: None,
     ) -> None:
+        """Raises ConfigError: the study asks for what no federation is offered, or a registered key cannot be read."""
+        refuse_private_rounds(study)
         self._study = study
         self._config = config
         self._folder = RunFolder(config.out)

@@ -11,6 +11,7 @@ one of multiplier
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+from unimiss_core.errors import ConfigError
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import rank_of_step, steps_of_round
@@ -24,6 +25,19 @@ class Mechanism(NamedTuple):
     """Standard deviation over sensitivity."""
     sampling_rate: float
     steps: int
+
+
+def refuse_private_rounds(study: StudyConfig) -> None:
+    """Raises ConfigError where a study promises privacy: no round may go out that no ledger has charged.
+
+    The learner is there (`unimiss_core.private_learner`) and so are the mechanisms; the site's ledger, which makes a
+    budget outlive a restart, is not. Until it is, both ends refuse, the site before it reads a scan.
+    """
+    if study.privacy.mode != "none":
+        raise ConfigError(
+            f"study '{study.name}': privacy.mode: {study.privacy.mode} is not offered to a federation by this version, "
+            "which keeps no ledger of what patients have cost; write mode: none, or wait for a version that does"
+        )
 
 
 def joint_multiplier(gradient: float, centre: float, representations: int) -> float:
