@@ -2,6 +2,7 @@
 
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
 unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
+unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 
 The work is in `client.research`, which is imported once the command line is known to be right: torch takes seconds.
 """
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.command == "plan-privacy":
+        _plan(options)
+        return
     from client import research
 
     try:
@@ -49,6 +53,26 @@ def _run(options: argparse.Namespace) -> None:
             )
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from client import plan_privacy
+
+    numbers = {"--patients": options.patients, "--batch": options.batch, "--steps": options.steps}
+    given = [name for name, value in numbers.items() if value is not None]
+    if options.study is not None and not given:
+        plan_privacy.of_study(options.study)
+    elif options.study is None and len(given) == len(numbers):
+        plan_privacy.of_numbers(
+            patients=options.patients,
+            batch=options.batch,
+            steps=options.steps,
+            epsilons=options.epsilon or (8.0, 3.0, 1.0),
+            delta=options.delta,
+            parameters=options.parameters,
+        )
+    else:
+        raise ConfigError("give either --study, or --patients, --batch and --steps")
 
 
 def _show_note(event: progress.Event) -> None:
@@ -84,7 +108,29 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
     embed.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     embed.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
+
+    plan = commands.add_parser(
+        "plan-privacy",
+        help="say what a study's privacy costs, or what noise an epsilon needs",
+        epilog="Noise / clip norm is s sqrt(d) / B: how long the noise on a step's gradient is, beside the longest "
+        "gradient that there can be. docs/privacy.md says what an epsilon is worth.",
+    )
+    plan.add_argument("--study", type=Path, metavar="STUDY.yaml", help="a study with a section `privacy`")
+    plan.add_argument("--patients", type=_positive, metavar="N", help="patients of one site")
+    plan.add_argument("--batch", type=_positive, metavar="B", help="patients that a step is expected to hold")
+    plan.add_argument("--steps", type=_positive, metavar="T", help="rounds x local steps")
+    plan.add_argument("--epsilon", type=_above_zero, nargs="+", metavar="E", help="default: 8 3 1")
+    plan.add_argument("--delta", type=_above_zero, default=1e-5, metavar="D", help="default: 1e-5")
+    plan.add_argument(
+        "--parameters", type=_positive, default=2_390_992, metavar="P", help="values trained (default: all of nano)"
+    )
     return parser
+
+
+def _above_zero(text: str) -> float:
+    if not (0 < (number := float(text)) < float("inf")):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def _positive(text: str) -> int:

@@ -27,6 +27,7 @@ ONLY_IN = {
     "PIL": {"client/pictures.py"},
     "cryptography": {"server/registration.py"},
     "httpx": {"server/exchange.py"},
+    "opacus": {"client/accounting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
         "unimiss_core/wire.py",

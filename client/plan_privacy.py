@@ -1,0 +1,76 @@
+"""`unimiss plan-privacy`: what a study's privacy costs or needs, before anybody trains."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from client.accounting import ALL_RANKS, epsilon, epsilon_by_renyi, smallest_noise, study_history
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError
+from unimiss_core.privacy import Mechanism
+from unimiss_core.privacy_config import NoPrivacyConfig, SitePrivacyConfig
+from unimiss_core.study import StudyConfig
+
+DROWNED = 1.0
+"""Noise over clip norm from which on a single patient's gradient, were all alike, is smaller than the noise."""
+
+
+def of_study(path: Path) -> None:
+    """Print what each kind of site's patients pay in the study. Raises ConfigError: it promises nothing, or too little
+    to be told."""
+    study = load(StudyConfig, path)
+    privacy = study.privacy
+    if isinstance(privacy, NoPrivacyConfig):
+        raise ConfigError(f"{path}: the study promises no privacy; give it a section `privacy` (docs/privacy.md)")
+    by_site = isinstance(privacy, SitePrivacyConfig)
+    table = Table(title=f"{study.name}: epsilon of a {'site' if by_site else 'patient'} at delta {privacy.delta:g}")
+    for heading in ("site with", "releases", "epsilon", "Renyi bound", f"limit {privacy.max_epsilon:g}"):
+        table.add_column(heading, justify="left" if heading == "site with" else "right")
+    words = dict(zip(ALL_RANKS, ("images", "volumes", "both"), strict=True))
+    for ranks in ALL_RANKS[-1:] if by_site else ALL_RANKS:
+        history = study_history(study, ranks)
+        reached = epsilon(history, privacy.delta)
+        table.add_row(
+            "anything" if by_site else words[ranks],
+            str(sum(each.steps for each in history)),
+            f"{reached:.3g}",
+            f"{epsilon_by_renyi(history, privacy.delta):.3g}",
+            "kept" if reached <= privacy.max_epsilon else "exceeded",
+        )
+    _print(table)
+
+
+def of_numbers(
+    *, patients: int, batch: int, steps: int, epsilons: Sequence[float], delta: float, parameters: int
+) -> None:
+    """Print the noise that each epsilon needs, and what it does to the gradient. Raises ConfigError.
+
+    patients: of one site. batch: patients that a step is expected to hold. parameters: values that are trained.
+    """
+    if batch > patients:
+        raise ConfigError(f"--batch {batch} must not be above --patients {patients}")
+    if delta * patients > 0.1:
+        raise ConfigError(f"--delta {delta:g} must be at most {0.1 / patients:.2g}, a tenth of one over the patients")
+    rate = batch / patients
+    table = Table(title=f"{patients:,} patients, {batch:,} in a step, {steps:,} steps, delta {delta:g}")
+    for heading in ("epsilon", "noise multiplier", "noise / clip norm", "what to expect"):
+        table.add_column(heading, justify="left" if heading == "what to expect" else "right")
+    for target in epsilons:
+        noise = smallest_noise(lambda s: epsilon([Mechanism(s, rate, steps)], delta), target)
+        drowned = noise * math.sqrt(parameters) / batch
+        table.add_row(f"{target:g}", f"{noise:.3g}", f"{drowned:.3g}", _expected(drowned))
+    _print(table)
+
+
+def _expected(drowned: float) -> str:
+    """In words: the gradient of a step is at most one clip norm long, and of unlike patients far shorter."""
+    if drowned > 10 * DROWNED:
+        return "noise drowns it: fewer parameters, larger steps, a public start"
+    return "noise exceeds the gradient: expect little" if drowned > DROWNED else "may learn"
+
+
+def _print(table: Table) -> None:
+    Console(width=None if Console().is_terminal else 120).print(table)

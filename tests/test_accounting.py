@@ -1,0 +1,126 @@
+"""Epsilon against an accountant that shares no code with ours, and settings that no accountant can tell."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+
+from client.accounting import LARGEST, check_study, epsilon, epsilon_by_renyi, smallest_noise, study_history
+from tests.federation import small_study
+from unimiss_core.errors import ConfigError
+from unimiss_core.privacy import Mechanism, joint_multiplier
+from unimiss_core.study import StudyConfig
+
+DELTA = 1e-5
+
+
+def by_loss_distribution(history: Sequence[Mechanism]) -> float:
+    """Google's PLD accountant (Doroshenko et al. 2022)."""
+    accountant = PLDAccountant()
+    for noise, rate, steps in history:
+        release = GaussianDpEvent(noise)
+        accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(rate, release) if rate < 1 else release, steps))
+    return float(accountant.get_epsilon(DELTA))
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "expected"),
+    [
+        (0.064, 1.0, 1000, 14.684),
+        (0.032, 2.0, 5000, 5.514),
+        (0.0128, 0.6, 1000, 9.246),
+        (0.0102, 0.8, 20000, 15.610),
+        (1.0, 4.0, 100, 13.207),
+        (0.2, 1.0, 100, 14.528),
+    ],
+)
+def test_it_is_the_independent_accountants_within_a_hundredth(
+    rate: float, noise: float, steps: int, expected: float
+) -> None:
+    history = [Mechanism(noise, rate, steps)]
+    assert epsilon(history, DELTA) == pytest.approx(expected, rel=0.01)
+    assert epsilon(history, DELTA) == pytest.approx(by_loss_distribution(history), rel=0.01)
+    assert epsilon(history, DELTA) <= epsilon_by_renyi(history, DELTA) <= 1.2 * epsilon(history, DELTA)
+
+
+def test_phases_of_different_noise_and_rate_compose() -> None:
+    history = [Mechanism(1.0, 0.05, 400), Mechanism(2.0, 0.2, 100), Mechanism(0.8, 0.01, 50)]
+    assert epsilon(history, DELTA) == pytest.approx(by_loss_distribution(history), rel=0.01)
+    assert epsilon(history, DELTA) == pytest.approx(epsilon(history[::-1], DELTA), rel=1e-3)
+
+
+def test_a_joint_release_is_worth_what_both_are_one_after_the_other() -> None:
+    """Of Gaussians over everybody, which is exact: mu^2 adds up."""
+    together = [Mechanism(joint_multiplier(2.0, 3.0, 1), 1.0, 10)]
+    apart = [Mechanism(2.0, 1.0, 10), Mechanism(3.0, 1.0, 10)]
+    assert epsilon(together, DELTA) == pytest.approx(epsilon(apart, DELTA), rel=0.005)
+
+
+def test_of_no_releases_it_is_nothing() -> None:
+    assert epsilon([], DELTA) == epsilon_by_renyi([], DELTA) == 0.0
+    assert epsilon([Mechanism(1.0, 0.1, 0)], DELTA) == 0.0
+    assert epsilon([Mechanism(1.0, 0.1, 0), Mechanism(1.0, 0.1, 9)], DELTA) == epsilon([Mechanism(1.0, 0.1, 9)], DELTA)
+
+
+@pytest.mark.parametrize(
+    "more", [Mechanism(0.9, 0.05, 100), Mechanism(1.0, 0.06, 100), Mechanism(1.0, 0.05, 120)], ids=["noise", "q", "T"]
+)
+def test_less_noise_more_chance_and_more_steps_cost_more(more: Mechanism) -> None:
+    assert epsilon([more], DELTA) > epsilon([Mechanism(1.0, 0.05, 100)], DELTA)
+
+
+@pytest.mark.parametrize(
+    "hopeless", [Mechanism(0.1, 0.01, 20_000), Mechanism(0.02, 0.5, 10), Mechanism(1.0, 1.0, 10**6)]
+)
+def test_what_would_take_gigabytes_to_tell_is_refused_at_once(hopeless: Mechanism) -> None:
+    with pytest.raises(ConfigError, match=f"above {LARGEST:g}: that promises nothing. Raise noise_multiplier"):
+        epsilon([hopeless], DELTA)
+
+
+@pytest.mark.parametrize(("target", "published"), [(1.0, 15.6), (3.0, 5.8), (8.0, 2.6)])
+def test_the_least_noise_meets_its_target_and_little_less_does_not(target: float, published: float) -> None:
+    """500 patients, 64 in a step, 1,000 steps: the design's section 2.3."""
+
+    def reached(noise: float) -> float:
+        return epsilon([Mechanism(noise, 64 / 500, 1000)], DELTA)
+
+    noise = smallest_noise(reached, target)
+    assert reached(noise) <= target < reached(noise / 1.02)
+    assert noise == pytest.approx(published, rel=0.02)
+
+
+def test_a_target_that_no_noise_meets_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"no noise multiplier up to 10000 reaches epsilon 0\.5"):
+        smallest_noise(lambda _: 1.0, 0.5)
+
+
+def study(mode: str, **privacy: object) -> StudyConfig:
+    return small_study(
+        100, privacy={"mode": mode, "noise_multiplier": 4.0, **privacy}, schedule={"rounds": 100, "local_steps": 2}
+    )
+
+
+def test_a_site_pays_for_every_round() -> None:
+    """The design's section 2.4: z = 4, 100 rounds."""
+    by_site = study("site", max_epsilon=20.0, clip_norm=1.0, sites=5)
+    history = study_history(by_site, frozenset({2, 3}))
+    assert history == [Mechanism(4.0, 1.0, 100)]
+    assert epsilon(history, DELTA) == pytest.approx(13.2, abs=0.05)
+    check_study(by_site)
+    with pytest.raises(ConfigError, match=r"comes to epsilon 13\.2 at delta 1e-05, above privacy\.max_epsilon=13"):
+        check_study(study("site", max_epsilon=13.0, clip_norm=1.0, sites=5))
+
+
+def test_the_worst_kind_of_site_decides() -> None:
+    rates = {"images": 0.01, "volumes": 0.1}
+    of = study("patient", max_epsilon=100.0, sampling_rate=rates)
+    costs = [epsilon(study_history(of, frozenset(ranks)), DELTA) for ranks in ({2}, {3}, {2, 3})]
+    worst = max(costs)
+    assert worst == costs[1]
+    check_study(study("patient", max_epsilon=worst * 1.001, sampling_rate=rates))
+    with pytest.raises(ConfigError, match="plan-privacy"):
+        check_study(study("patient", max_epsilon=worst * 0.999, sampling_rate=rates))
+    check_study(small_study())
+    assert math.isfinite(worst)

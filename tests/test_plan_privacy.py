@@ -1,0 +1,52 @@
+"""`unimiss plan-privacy`, as it is typed."""
+
+from pathlib import Path
+
+import pytest
+
+from client.research_command import main
+
+
+def test_the_noise_that_epsilons_need(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = "--patients 500 --batch 64 --steps 1000 --epsilon 8 3 --parameters 200000"
+    assert main(["plan-privacy", *numbers.split()]) == 0
+    said = capsys.readouterr().out
+    rows = [[part.strip() for part in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert [float(row[0]) for row in rows] == [8.0, 3.0]
+    assert [float(row[1]) for row in rows] == pytest.approx([2.6, 5.8], rel=0.02)
+    assert [float(row[2]) for row in rows] == pytest.approx([float(r[1]) * 200_000**0.5 / 64 for r in rows], rel=0.01)
+    assert "drowns" in rows[1][3]
+
+
+def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "name: toy\nschedule: {rounds: 10, local_steps: 20}\noptimiser: {warmup_steps: 5}\n"
+        "privacy: {mode: patient, max_epsilon: 1.0, noise_multiplier: 1.0}\n"
+    )
+    assert main(["plan-privacy", "--study", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")] == [
+        "images",
+        "volumes",
+        "both",
+    ]
+    assert "exceeded" in said
+    path.write_text("name: toy\n")
+    assert main(["plan-privacy", "--study", str(path)]) == 2
+    assert "promises no privacy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("", "give either --study, or --patients, --batch and --steps"),
+        ("--patients 500 --batch 64", "give either --study"),
+        ("--study x.yaml --patients 5", "give either --study"),
+        ("--patients 5 --batch 64 --steps 10", "--batch 64 must not be above --patients 5"),
+        ("--patients 50000 --batch 64 --steps 10", "--delta 1e-05 must be at most 2e-06"),
+    ],
+)
+def test_what_makes_no_sense_is_told(options: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan-privacy", *options.split()]) == 2
+    assert told in capsys.readouterr().err
