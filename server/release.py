@@ -49,6 +49,11 @@ class Release:
             return None
         return {name: tensor - self.before[name] for name, tensor in self.student.items()}
 
+    def whole(self) -> Mapping[str, Tensor]:
+        """To be packed for sites that hold nothing: what packs to R. Where whole students travel, packing the masters
+        rounds them to it."""
+        return self.student if self.before is None else self.held()
+
     def held(self) -> dict[str, Tensor]:
         """R, float32, by name. Raises WireError `not_finite` where a format that carries over meets a value that is
         not."""

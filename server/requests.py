@@ -42,7 +42,7 @@ class Requests:
                 study=self._study,
                 run=self._run,
                 round=state.round + 1,
-                student=release.held() if step is None else None,
+                student=release.whole() if step is None else None,
                 student_step=step,
                 teacher=None if holds_last or state.round == 0 else state.teacher,
                 teacher_retention=state.retention,

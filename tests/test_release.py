@@ -45,6 +45,13 @@ def test_the_first_release_of_steps_is_the_student_itself() -> None:
     assert same(Release.first(student, layout=LAYOUT, dtype="int8").held(), student)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8"])
+def test_what_a_new_site_is_packed_is_what_the_others_hold(dtype: str) -> None:
+    release = Release.first(random_tensors(LAYOUT, 0), layout=LAYOUT, dtype=dtype).after(random_tensors(LAYOUT, 1))
+    travels = "fp32" if dtype == "int8" else dtype
+    assert same(released(release.whole(), LAYOUT, travels), release.held())
+
+
 def test_released_steps_never_stray_further_than_one_rounding() -> None:
     """As far off after 25 rounds as after one; whoever adds up the steps, or knows the last release, has its bits."""
     master = random_tensors(LAYOUT, 0)
