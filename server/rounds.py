@@ -103,7 +103,8 @@ class Federation:
                 if tried == self._config.round_tries - 1:
                     raise
                 log.warning("%s; trying again in %g s", error, pause_s)
-                progress.report(progress.Note(f"round {round} is tried again in {pause_s:g} s: too few updates"))
+                told = f"round {round} is tried again in {pause_s:g} s: too few sites or updates"
+                progress.report(progress.Note(told))
             time.sleep(pause_s)
             pause_s *= 2
         raise AssertionError  # round_tries is at least 1
