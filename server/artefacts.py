@@ -135,7 +135,8 @@ class Artefacts:
 
     def missed(self, site: str) -> list[int]:
         """Numbers of the rounds that the site did not count in."""
-        return [one.round for one, record in zip(self.rounds, self.records(site), strict=True) if record.status != "ok"]
+        records = zip(self.rounds, self.records(site), strict=True)
+        return [one.round for one, record in records if record.status not in ("ok", "late")]
 
     def collapsed(self) -> dict[str, list[str]]:
         """Site -> signs of collapse in the last round that it told figures of; only sites that show some."""

@@ -91,6 +91,9 @@ class Tally:
     """The last round in which a site showed signs of collapse."""
     _steps: dict[str, float] = field(default_factory=dict)
     _missed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(site, why) -> finished rounds in which it did not count."""
+    _causes: dict[str, str] = field(default_factory=dict)
+    """Site -> why it does not count in the running round, by its last word; empty where it does."""
     _first_round: int = 0
     _began: float = 0.0
 
@@ -105,8 +108,7 @@ class Tally:
                 self.replied.add(event.site)
                 counts = event.status in ("ok", "late")
                 self.counting += counts
-                if not counts:
-                    self._missed[event.site, _status(event)] += 1
+                self._causes[event.site] = "" if counts else _status(event)
             case Collapsed():
                 self.collapsed[event.site] = event.round
             case RoundDone():
@@ -117,6 +119,7 @@ class Tally:
                 ]
                 for reply in silent:
                     self.count(reply)
+                self._missed, self._causes = self._missed_so_far(), {}
                 self.rounds_done = event.round
                 self.losses.append(event.losses)
                 return silent
@@ -148,9 +151,10 @@ class Tally:
             lines = [f"Finished {self.rounds_done} of {counted(self.rounds, 'round')} in {took}{began}."]
         else:
             lines = [f"Stopped after {self.rounds_done} of {counted(self.rounds, 'round')}, {took} into this start."]
-        for site in sorted({site for site, _ in self._missed}):
-            causes = [f"{status} ({number})" for (name, status), number in self._missed.items() if name == site]
-            total = sum(number for (name, _), number in self._missed.items() if name == site)
+        missed = self._missed_so_far()
+        for site in sorted({site for site, _ in missed}):
+            causes = [f"{status} ({number})" for (name, status), number in missed.items() if name == site]
+            total = sum(number for (name, _), number in missed.items() if name == site)
             lines.append(f"{printable(site)} did not count in {counted(total, 'round')}: {', '.join(causes)}.")
         if len(self.losses) > 1 and (shared := sorted(self.losses[0].keys() & self.losses[-1].keys())):
             first, last = self.losses[0], self.losses[-1]
@@ -162,6 +166,10 @@ class Tally:
                 f"Collapsed in round {self.rounds_done}, so that nothing is learned: {', '.join(fallen)}; {WAY_OUT}."
             )
         return lines
+
+    def _missed_so_far(self) -> Counter[tuple[str, str]]:
+        """With the running round, of which a site may be told several times: in each try, and when it comes late."""
+        return self._missed + Counter((site, cause) for site, cause in self._causes.items() if cause)
 
     def _start(self, event: RoundStarted) -> None:
         if self.rounds == 0:

@@ -49,7 +49,7 @@ def _faithfulness(run: Artefacts) -> str:
     if not missed:
         return "Every site counted in every round."
     gone = [name for name in missed if run.rounds[-1].round in missed[name]]
-    said = [f"{name} dropped out {_since(run, missed[name])}" for name in gone]
+    said = [f"{name} did not count {_since(run, missed[name])}" for name in gone]
     said += [f"{name} did not count in {counted(len(missed[name]), 'round')}" for name in missed if name not in gone]
     return f"{listed(said)}; the table says why."
 
@@ -63,7 +63,7 @@ def _collapse(run: Artefacts) -> list[str]:
 
 def _since(run: Artefacts, missed: Sequence[int]) -> str:
     last = max((one.round for one in run.rounds if one.round not in missed), default=None)
-    return f"after round {last}" if last is not None else "before its first round counted"
+    return f"after round {last}" if last is not None else "in any round"
 
 
 def _site_row(run: Artefacts, name: str) -> list[str]:

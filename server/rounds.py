@@ -4,6 +4,7 @@ Flower's `Strategy.start` always begins at round 1, ends the run when one reply 
 memory; so the loop is ours, over Flower's `Grid`.
 """
 
+import errno
 import logging
 import math
 import time
@@ -117,8 +118,9 @@ class Federation:
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
+            mend = "make room" if error.errno == errno.ENOSPC else "mend that"
             raise ConfigError(
-                f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; make room, then "
+                f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; {mend}, then "
                 "go on with --resume: what was finished is saved"
             ) from None
 
@@ -139,6 +141,8 @@ class Federation:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
             return GlobalState.restored(found, self._study, self._layout)
+        if resume:
+            progress.report(progress.Note("there was no finished round to resume: a new run begins"))
         student = tensors_of(build_network(self._study.model, seed=self._study.seed))
         state = GlobalState.initial(student, self._study, self._layout)
         state.save(self._folder, self._study)

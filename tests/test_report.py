@@ -209,10 +209,10 @@ def test_the_table_says_why_a_round_did_not_count(whole_run: Path) -> None:
     assert "412 images" in rows[3].text
 
 
-def test_the_verdict_names_the_site_that_dropped_out(whole_run: Path) -> None:
+def test_the_verdict_names_the_site_that_no_longer_counts(whole_run: Path) -> None:
     verdict = next(report_of(whole_run).all("p", **{"class": "verdict"})).text
     assert verdict.startswith("Finished 5 of 5 rounds with 3 sites in ")
-    assert "alpha-xray dropped out after round 4 and beta-ct did not count in 2 rounds" in verdict
+    assert "alpha-xray did not count after round 4 and beta-ct did not count in 2 rounds" in verdict
 
 
 def test_the_verdict_tells_a_stopped_run_from_a_finished_one(tmp_path: Path) -> None:
