@@ -8,11 +8,13 @@ Across sites: nobody is at two of them, it is assumed. Then each patient pays fo
 study's epsilon is the largest of any site (parallel composition). Where a patient is at two sites, the two add up.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 
 from unimiss_core.errors import ConfigError
 from unimiss_core.privacy import Mechanism, mechanisms
@@ -23,6 +25,16 @@ from unimiss_core.study import StudyConfig
 LARGEST = 100.0
 """Epsilon above which the answer is that there is no privacy: PRV would need gigabytes to tell 100 from 1,000."""
 
+SMALLEST_DELTA = 1e-9
+"""Below it the rounding errors of PRV's Fourier transforms, 1e-16 at each of millions of points, are no longer small
+beside delta."""
+
+FINE, COARSE = 0.002, 0.01
+"""Shares of epsilon that PRV's answer may be too high by: what is asked for, and what is put up with."""
+
+MOST_POINTS = 2**22
+"""Of the grid that PRV works on: 165 bytes each at most, measured, so 0.7 GB, and 1.5 us, so 6 s."""
+
 _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 96, 128, 192, 256, 512, 1024]
 """Of the Renyi divergences among which the best is taken; small epsilons need large ones."""
 
@@ -31,13 +43,16 @@ ALL_RANKS: tuple[frozenset[Rank], ...] = (frozenset({2}), frozenset({3}), frozen
 
 
 def epsilon(history: Sequence[Mechanism], delta: float) -> float:
-    """Of all these releases together, by PRV; 0 where there are none.
+    """Of all these releases together, by PRV, an upper bound; 0 where there are none.
 
-    Raises ConfigError: it is above LARGEST by the Renyi bound, so that it is not worth working out.
+    Raises ConfigError, before anything large is allocated: epsilon is above LARGEST by the Renyi bound, so that it is
+    not worth working out; or delta is below SMALLEST_DELTA; or the grid of a usable answer would exceed MOST_POINTS.
     """
     taken = [each for each in history if each.steps > 0]
     if not taken:
         return 0.0
+    if delta < SMALLEST_DELTA:
+        raise ConfigError(f"delta={delta:g} is below {SMALLEST_DELTA:g}, where epsilon cannot be told; raise delta")
     if not (bound := epsilon_by_renyi(taken, delta)) <= LARGEST:
         raise ConfigError(
             f"epsilon of these releases is {bound:.3g} at most, above {LARGEST:g}: that promises nothing. Raise "
@@ -46,7 +61,36 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     accountant = PRVAccountant()
     accountant.history = [tuple(each) for each in taken]
     with _unwarned():
-        return float(accountant.get_epsilon(delta))
+        error = _error_that_fits(taken, delta, bound)
+        try:
+            found = float(accountant.get_epsilon(delta, eps_error=error))
+        except (ArithmeticError, RuntimeError, ValueError):  # the grid misses what is there to be told
+            found = math.inf
+    return min(found, bound)  # both hold
+
+
+def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float) -> float:
+    """What PRV's epsilon may be too high by. Its grid has 2 L / h points, L covering all losses that matter and
+    h = error / sqrt(steps log(12 / delta_error) / 2) (arXiv:2106.02848, theorem 5.5); finer is larger.
+
+    Raises ConfigError: not even COARSE fits.
+    """
+    beyond, steps = delta / 1000, sum(each.steps for each in taken)  # Opacus' own delta_error
+    reach: float = compute_safe_domain_size(
+        prvs=[PoissonSubsampledGaussianPRV(each.sampling_rate, each.noise_multiplier) for each in taken],
+        max_self_compositions=[each.steps for each in taken],
+        eps_error=COARSE,
+        delta_error=beyond,
+    )
+    points = 2 * reach * math.sqrt(steps * math.log(12 / beyond) / 2)  # for an error of 1
+    error = max(FINE * bound, points / MOST_POINTS)
+    if not error <= COARSE * max(1.0, bound):
+        raise ConfigError(
+            f"epsilon of {steps:,} steps with noise as small as {min(each.noise_multiplier for each in taken):.3g} "
+            f"would take a grid of {points / (COARSE * max(1.0, bound)):.2g} points to tell, above {MOST_POINTS:.2g}. "
+            "Raise noise_multiplier and centre_noise, or lower rounds or local_steps"
+        )
+    return error
 
 
 def epsilon_by_renyi(history: Sequence[Mechanism], delta: float) -> float:
@@ -66,22 +110,84 @@ def study_history(study: StudyConfig, ranks: frozenset[Rank]) -> list[Mechanism]
     Raises ValueError: the study promises nothing.
     """
     if isinstance(study.privacy, SitePrivacyConfig):
-        return [Mechanism(study.privacy.noise_multiplier, 1.0, study.schedule.rounds)]
+        return site_history(study.privacy, study.schedule.rounds)
     return mechanisms(study, ranks, range(1, study.schedule.rounds + 1))
+
+
+def site_history(privacy: SitePrivacyConfig, rounds: int) -> list[Mechanism]:
+    """Every site takes part in every round: nothing is drawn, nothing amplified, and the number of sites is no help."""
+    return [Mechanism(privacy.noise_multiplier, 1.0, rounds)]
+
+
+def site_epsilon(privacy: SitePrivacyConfig, rounds: int) -> float:
+    """What a whole site pays for `rounds` releases of the coordinator. Raises ConfigError, as `epsilon` does."""
+    return epsilon(site_history(privacy, rounds), privacy.delta)
+
+
+def study_epsilon(study: StudyConfig) -> float:
+    """What the study costs a patient at the worst kind of site, or a site; of the study it is the maximum over sites,
+    if nobody is at two. Raises ConfigError, as `epsilon` does; ValueError: the study promises nothing."""
+    return max(epsilon(history, _promise(study).delta) for history in _kinds(study))
 
 
 def check_study(study: StudyConfig) -> None:
     """Raises ConfigError: the study's noise does not keep its own `max_epsilon`, at a site that holds both ranks or
-    either."""
-    privacy = study.privacy
-    if not isinstance(privacy, PatientPrivacyConfig | SitePrivacyConfig):
+    either. Says which noise would."""
+    if study.privacy.mode == "none":
         return
-    worst = max(epsilon(study_history(study, ranks), privacy.delta) for ranks in ALL_RANKS)
-    if worst > privacy.max_epsilon:
+    promise = _promise(study)
+    try:
+        worst = study_epsilon(study)
+    except ConfigError as error:
+        raise ConfigError(f"study '{study.name}': {error}{_way_out(study)}") from None
+    if worst > promise.max_epsilon:
         raise ConfigError(
-            f"study '{study.name}': its noise comes to epsilon {worst:.3g} at delta {privacy.delta:g}, above "
-            f"privacy.max_epsilon={privacy.max_epsilon:g}. `unimiss plan-privacy` says what noise would do"
+            f"study '{study.name}': its noise comes to epsilon {worst:.3g} at delta {promise.delta:g}, above "
+            f"privacy.max_epsilon={promise.max_epsilon:g}{_way_out(study)}"
         )
+
+
+def noise_for(study: StudyConfig, target: float) -> float:
+    """The least `privacy.noise_multiplier` with which the study costs at most `target` at every kind of site, all else
+    as it stands. Raises ConfigError: none does, as when the centre's noise alone costs more."""
+    promise = _promise(study)
+    free = 0.0 if isinstance(promise, SitePrivacyConfig) else _with_noise_multiplier(study, math.inf)
+    if free > target:
+        raise ConfigError(
+            f"no noise_multiplier reaches epsilon {target:g}: the centres alone come to {free:.3g}; raise centre_noise"
+        )
+    return smallest_noise(lambda noise: _with_noise_multiplier(study, noise), target)
+
+
+def _with_noise_multiplier(study: StudyConfig, noise: float) -> float:
+    privacy = study.privacy.model_copy(update={"noise_multiplier": noise})
+    return study_epsilon(study.model_copy(update={"privacy": privacy}))
+
+
+def _promise(study: StudyConfig) -> PatientPrivacyConfig | SitePrivacyConfig:
+    if not isinstance(study.privacy, PatientPrivacyConfig | SitePrivacyConfig):
+        raise ValueError("the study promises no privacy")
+    return study.privacy
+
+
+def _kinds(study: StudyConfig) -> list[list[Mechanism]]:
+    """The history of each kind of site that there may be."""
+    return [study_history(study, ranks) for ranks in (ALL_RANKS if study.privacy.mode == "patient" else ALL_RANKS[:1])]
+
+
+def _way_out(study: StudyConfig) -> str:
+    """The end of a sentence: what would keep the study's promise."""
+    limit = _promise(study).max_epsilon
+    try:
+        return f". privacy.noise_multiplier: {_rounded_up(noise_for(study, limit)):g} would do"
+    except ConfigError as error:
+        return f"; {error}"
+
+
+def _rounded_up(noise: float) -> float:
+    """To three figures: more noise, never less."""
+    step = 10.0 ** (math.floor(math.log10(noise)) - 2)
+    return math.ceil(noise / step) * step
 
 
 def smallest_noise(reached: Callable[[float], float], target: float, *, tolerance: float = 0.01) -> float:

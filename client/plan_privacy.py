@@ -18,14 +18,16 @@ DROWNED = 1.0
 """Noise over clip norm from which on a single patient's gradient, were all alike, is smaller than the noise."""
 
 
-def of_study(path: Path) -> None:
+def of_study(path: Path, patients: int | None = None) -> None:
     """Print what each kind of site's patients pay in the study. Raises ConfigError: it promises nothing, or too little
-    to be told."""
+    to be told; or its delta is too large for `patients`, those of the largest site."""
     study = load(StudyConfig, path)
     privacy = study.privacy
     if isinstance(privacy, NoPrivacyConfig):
         raise ConfigError(f"{path}: the study promises no privacy; give it a section `privacy` (docs/privacy.md)")
     by_site = isinstance(privacy, SitePrivacyConfig)
+    if patients is not None and not by_site:
+        _check_delta(privacy.delta, patients, "privacy.delta")
     table = Table(title=f"{study.name}: epsilon of a {'site' if by_site else 'patient'} at delta {privacy.delta:g}")
     for heading in ("site with", "releases", "epsilon", "Renyi bound", f"limit {privacy.max_epsilon:g}"):
         table.add_column(heading, justify="left" if heading == "site with" else "right")
@@ -52,8 +54,7 @@ def of_numbers(
     """
     if batch > patients:
         raise ConfigError(f"--batch {batch} must not be above --patients {patients}")
-    if delta * patients > 0.1:
-        raise ConfigError(f"--delta {delta:g} must be at most {0.1 / patients:.2g}, a tenth of one over the patients")
+    _check_delta(delta, patients, "--delta")
     rate = batch / patients
     table = Table(title=f"{patients:,} patients, {batch:,} in a step, {steps:,} steps, delta {delta:g}")
     for heading in ("epsilon", "noise multiplier", "noise / clip norm", "what to expect"):
@@ -63,6 +64,14 @@ def of_numbers(
         drowned = noise * math.sqrt(parameters) / batch
         table.add_row(f"{target:g}", f"{noise:.3g}", f"{drowned:.3g}", _expected(drowned))
     _print(table)
+
+
+def _check_delta(delta: float, patients: int, name: str) -> None:
+    """A delta near one over the patients allows to give one of them away whole."""
+    if delta * patients > 0.1:
+        raise ConfigError(
+            f"{name} {delta:g} must be at most {0.1 / patients:.2g}, a tenth of one over {patients:,} patients"
+        )
 
 
 def _expected(drowned: float) -> str:

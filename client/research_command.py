@@ -60,8 +60,8 @@ def _plan(options: argparse.Namespace) -> None:
 
     numbers = {"--patients": options.patients, "--batch": options.batch, "--steps": options.steps}
     given = [name for name, value in numbers.items() if value is not None]
-    if options.study is not None and not given:
-        plan_privacy.of_study(options.study)
+    if options.study is not None and set(given) <= {"--patients"}:
+        plan_privacy.of_study(options.study, options.patients)
     elif options.study is None and len(given) == len(numbers):
         plan_privacy.of_numbers(
             patients=options.patients,
@@ -72,7 +72,7 @@ def _plan(options: argparse.Namespace) -> None:
             parameters=options.parameters,
         )
     else:
-        raise ConfigError("give either --study, or --patients, --batch and --steps")
+        raise ConfigError("give either --study (and --patients), or --patients, --batch and --steps")
 
 
 def _show_note(event: progress.Event) -> None:

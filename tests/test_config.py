@@ -263,3 +263,69 @@ def test_a_value_that_may_be_of_several_kinds_is_one_mistake(wrong: object) -> N
     raw = {"name": "a", "state": "s", "data": [{"folder": "f"}], "micro_batch": {"images": wrong}}
     told = f"'micro_batch.images': expected auto, an integer above 0 or null, got {json.dumps(wrong)}"
     assert problems(raw, SiteConfig) == f"study.yaml: 1 problem\n  - {told}"
+
+
+PATIENT = {"mode": "patient", "max_epsilon": 8.0, "noise_multiplier": 1.0, "centre_noise": 5.0}
+SITE = {"mode": "site", "max_epsilon": 8.0, "noise_multiplier": 4.0, "clip_norm": 1.0, "sites": 5}
+LARGE = {"images": 128, "volumes": 128}
+
+
+def test_a_centre_that_drowns_in_noise_is_refused_and_each_way_out_leads_out() -> None:
+    """Batch 32, noise 5: momentum 0.99 trained as without noise and 0.9 not at all, where a logit's noise is 0.011 and
+    0.036; the rule puts the line at 0.25 of the teacher temperature 0.04."""
+    raw = {"name": "x", "privacy": PATIENT, "batch": {"images": 32, "volumes": 128}}
+    told = problems(raw)
+    assert "the centre of images drowns in noise" in told
+    assert "= 5 / 32 * 0.229 = 0.0358 with m = objective.centre_momentum = 0.9; expected at most 0.25 of" in told
+    assert "volumes drowns" not in told
+    ways = re.search(
+        r"Raise batch\.images to (\d+), or m to ([0-9.]+), or lower centre_noise to ([0-9.]+), which", told
+    )
+    assert ways is not None
+    batch, momentum, noise = int(ways[1]), float(ways[2]), float(ways[3])
+    assert 0.99 < momentum < 0.993
+    parse(StudyConfig, {**raw, "batch": {"images": batch, "volumes": 128}}, where="x")
+    assert "drowns" in problems({**raw, "batch": {"images": batch - 1, "volumes": 128}})
+    parse(StudyConfig, {**raw, "objective": {"centre_momentum": momentum}}, where="x")
+    parse(StudyConfig, {**raw, "privacy": {**PATIENT, "centre_noise": noise}}, where="x")
+
+
+def test_both_ranks_need_a_centre_that_stands_whatever_sites_hold() -> None:
+    told = problems({"name": "x", "privacy": PATIENT, "batch": {"images": 128, "volumes": 2}})
+    assert "the centre of volumes drowns" in told
+    assert "images drowns" not in told
+    softer = {"student_temperature": 4.0, "volume_teacher_temperature": 3.0}
+    parse(
+        StudyConfig,
+        {"name": "x", "privacy": PATIENT, "batch": {"images": 128, "volumes": 2}, "objective": softer},
+        where="x",
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "told"),
+    [
+        ("aggregation", {"weighting": "sqrt"}, "weighs sites by counts of scans, which are not released in mode site"),
+        ("aggregation", {"rule": "median"}, "aggregation.rule=median is moved by one site further"),
+        ("aggregation", {"max_size_ratio": 10.0}, "write max_size_ratio: null"),
+        ("aggregation", {"late_weight": 0.5}, "write late_weight: 0.0"),
+        ("aggregation", {"max_update_norm": 0.5}, "refuses updates that privacy.clip_norm=1 lets through"),
+        ("wire", {"dtype": "int8"}, "write dtype: bf16 or fp32"),
+    ],
+)
+def test_what_lets_a_site_count_more_than_its_clip_is_refused(
+    section: str, changes: dict[str, object], told: str
+) -> None:
+    raw: dict[str, dict[str, object]] = {"aggregation": {"max_size_ratio": None}, "wire": {}}
+    parse(StudyConfig, {"name": "x", "privacy": SITE, **raw}, where="x")
+    raw[section] = {**raw[section], **changes}
+    assert told in problems({"name": "x", "privacy": SITE, **raw})
+    parse(StudyConfig, {"name": "x", **raw}, where="x")
+
+
+def test_what_is_made_of_noised_updates_is_free_at_patient_level_but_counts_are_not() -> None:
+    raw = {"name": "x", "privacy": PATIENT, "batch": LARGE, "wire": {"dtype": "int8"}}
+    free = {"rule": "median", "late_weight": 0.5, "server_optimiser": {"name": "fedadam"}}
+    parse(StudyConfig, {**raw, "aggregation": free}, where="x")
+    told = problems({**raw, "aggregation": {"weighting": "scans"}})
+    assert "aggregation.weighting=scans weighs sites by counts of scans, which are not released in mode patient" in told

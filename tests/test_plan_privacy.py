@@ -22,6 +22,7 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
     path = tmp_path / "study.yaml"
     path.write_text(
         "name: toy\nschedule: {rounds: 10, local_steps: 20}\noptimiser: {warmup_steps: 5}\n"
+        "batch: {images: 256, volumes: 256}\n"
         "privacy: {mode: patient, max_epsilon: 1.0, noise_multiplier: 1.0}\n"
     )
     assert main(["plan-privacy", "--study", str(path)]) == 0
@@ -32,6 +33,10 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
         "both",
     ]
     assert "exceeded" in said
+    assert main(["plan-privacy", "--study", str(path), "--patients", "10000"]) == 0
+    capsys.readouterr()
+    assert main(["plan-privacy", "--study", str(path), "--patients", "20000"]) == 2
+    assert "privacy.delta 1e-05 must be at most 5e-06" in capsys.readouterr().err
     path.write_text("name: toy\n")
     assert main(["plan-privacy", "--study", str(path)]) == 2
     assert "promises no privacy" in capsys.readouterr().err
@@ -40,9 +45,9 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ("", "give either --study, or --patients, --batch and --steps"),
+        ("", "give either --study (and --patients), or --patients, --batch and --steps"),
         ("--patients 500 --batch 64", "give either --study"),
-        ("--study x.yaml --patients 5", "give either --study"),
+        ("--study x.yaml --batch 5", "give either --study"),
         ("--patients 5 --batch 64 --steps 10", "--batch 64 must not be above --patients 5"),
         ("--patients 50000 --batch 64 --steps 10", "--delta 1e-05 must be at most 2e-06"),
     ],

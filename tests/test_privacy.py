@@ -19,6 +19,8 @@ from unimiss_core.wire import Hello, Refusal
 
 PATIENT = {"mode": "patient", "max_epsilon": 8.0, "noise_multiplier": 1.0, "centre_noise": 5.0}
 SITE = {"mode": "site", "max_epsilon": 8.0, "noise_multiplier": 4.0, "clip_norm": 1.0, "sites": 5}
+FIT = {"batch": {"images": 128, "volumes": 128}, "aggregation": {"max_size_ratio": None}}
+"""What else either asks of a study."""
 
 
 @pytest.mark.parametrize(("noises", "expected"), [((1.0, 5.0, 20.0), 0.979), ((1.0, 10.0, 20.0), 0.994)])
@@ -39,6 +41,7 @@ def test_a_sites_mechanisms_are_those_of_the_ranks_it_trains() -> None:
         6,
         privacy={**PATIENT, "sampling_rate": {"images": 0.1, "volumes": 0.2}},
         schedule={"rounds": 6, "local_steps": 3, "alternate": [1, 2]},
+        **FIT,
     )
     image, volume = joint_multiplier(1.0, 5.0, 1), joint_multiplier(1.0, 5.0, 2)
     assert mechanisms(study, {2}, [1, 2]) == [Mechanism(image, 0.1, 6)]
@@ -50,9 +53,10 @@ def test_a_sites_mechanisms_are_those_of_the_ranks_it_trains() -> None:
 
 
 def test_a_study_without_privacy_keeps_its_digest() -> None:
-    plain = small_study()
+    plain = small_study(**FIT)
     assert "privacy" not in plain.canonical()
-    assert small_study(privacy={"mode": "none"}).digest() == plain.digest() != small_study(privacy=PATIENT).digest()
+    private = small_study(privacy=PATIENT, **FIT)
+    assert small_study(privacy={"mode": "none"}, **FIT).digest() == plain.digest() != private.digest()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_mistakes_are_told_by_their_key(privacy: dict[str, object], told: str) -
 
 @pytest.mark.parametrize("privacy", [PATIENT, SITE])
 def test_a_federation_of_a_private_study_is_refused_at_both_ends(tmp_path: Path, privacy: dict[str, object]) -> None:
-    study = small_study(privacy=privacy)
+    study = small_study(privacy=privacy, **FIT)
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out")
     with (
         LocalGrid(stub_app({}), {}, run_config={}) as grid,

@@ -3,14 +3,43 @@
 Two guarantees that are never mixed up. Patient-level: whoever sees everything that a site ever sent can hardly tell
 whether any one patient's scans were used (`unimiss_core.private_step`). Site-level: the same for a whole site's
 archive, from the coordinator's releases on; the coordinator itself sees what a site sent.
+
+What else a study sets, in the two modes; `contradictions` refuses what is marked so:
+
+| setting | patient | site |
+|---|---|---|
+| model, plan, views, seed | each scan alone, or public; noise never draws from the seed | within a site |
+| objective | couples scans by the centre alone; **its noise must be small enough** (`_centre`) | within a site |
+| optimiser, schedule | public, or applied to what is noised already | within a site |
+| batch | the divisor of sums; sampling is not used, `sampling_rate` is | within a site |
+| local | made of what was released before | within a site |
+| aggregation.rule | any: made of released updates | **mean**: noise is for a sum of clipped updates |
+| aggregation.weighting | **uniform**: counts of scans are not released | **uniform**: likewise |
+| aggregation.max_scans | not used | not used |
+| aggregation.max_update_norm | any | **at least clip_norm**, or what was clipped is refused |
+| aggregation.max_size_ratio | any | **null**: whether one site counts would hang on the others |
+| aggregation.late_weight | any | **0**: a site could be in one sum twice |
+| aggregation.server_optimiser | made of what was released | made of what was released |
+| wire.dtype | any: rounds what is noised already | **not int8**: what it carries over is added after the clip |
+
+Rounding to bf16 lengthens, too: in mode `site` it is what has been decoded that is to be clipped.
 """
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, Tag
 
 from unimiss_core.config import Config, chosen_by_name
-from unimiss_core.scan import Rank
+from unimiss_core.scan import RANKS, Rank
+
+if TYPE_CHECKING:
+    from unimiss_core.study import StudyConfig
+
+CENTRE_SHAKE = 0.25
+"""Standard deviation of a centre's logits by noise, in teacher temperatures, up to which networks learn as without: at
+0.27 losses fell as before, at 0.9 they stayed at log K (batch 32, centre_noise 5)."""
 
 Delta = Annotated[float, Field(gt=0, lt=1e-3)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -74,3 +103,85 @@ PrivacyConfig = Annotated[
     | Annotated[SitePrivacyConfig, Tag("site")],
     chosen_by_name(default="none", key="mode"),
 ]
+
+
+def contradictions(study: "StudyConfig") -> list[str]:
+    """What in the study breaks the promise of its privacy mode, or makes it worthless; each with the way out."""
+    privacy = study.privacy
+    if privacy.mode == "patient":
+        return [*_weighting(study), *(told for rank in RANKS for told in _centre(study, privacy, rank))]
+    if privacy.mode == "site":
+        return [*_weighting(study), *_sums_of_clipped_updates(study, privacy)]
+    return []
+
+
+def _centre(study: "StudyConfig", privacy: PatientPrivacyConfig, rank: Rank) -> Iterator[str]:
+    """An EMA of momentum m of centres with noise s_f / B each has noise s_f / B sqrt((1 - m) / (1 + m)), and so has
+    each logit, prototypes being unit vectors.
+
+    Of both ranks, always: a study cannot know that no site will bring volumes.
+    """
+    m, noise = study.objective.centre_momentum, privacy.centre_noise
+    batch, name = study.batch.of(rank), "images" if rank == 2 else "volumes"
+    temperature = study.objective.teacher_temperature_of(rank)
+    kept, most = ((1 - m) / (1 + m)) ** 0.5, CENTRE_SHAKE * temperature
+    if (shake := noise / batch * kept) <= most:
+        return
+    share = (most * batch / noise) ** 2
+    yield (
+        f"the centre of {name} drowns in noise: privacy.centre_noise / batch.{name} * sqrt((1 - m) / (1 + m)) = "
+        f"{noise:g} / {batch} * {kept:.3g} = {shake:.3g} with m = objective.centre_momentum = {m:g}; expected at most "
+        f"{CENTRE_SHAKE:g} of the teacher temperature {temperature:g}, which is {most:.3g}. Raise batch.{name} to "
+        f"{math.ceil(noise * kept / most)}, or m to {_rounded_up((1 - share) / (1 + share))}, or lower centre_noise to "
+        f"{_rounded_down(most * batch / kept):g}, which costs epsilon"
+    )
+
+
+def _rounded_up(momentum: float) -> str:
+    """With as many digits as tell 1 - momentum to one figure, never below it."""
+    digits = math.ceil(-math.log10(1 - momentum)) + 1
+    return f"{math.ceil(momentum * 10**digits) / 10**digits:.{digits}f}"
+
+
+def _rounded_down(noise: float) -> float:
+    """To two figures."""
+    step = 10.0 ** (math.floor(math.log10(noise)) - 1)
+    return math.floor(noise / step) * step
+
+
+def _weighting(study: "StudyConfig") -> Iterator[str]:
+    if (weighting := study.aggregation.weighting) != "uniform":
+        yield (
+            f"aggregation.weighting={weighting} weighs sites by counts of scans, which are not released in mode "
+            f"{study.privacy.mode}; write weighting: uniform"
+        )
+
+
+def _sums_of_clipped_updates(study: "StudyConfig", privacy: SitePrivacyConfig) -> Iterator[str]:
+    """What makes a site count otherwise than once, clipped, in the sum that noise is added to."""
+    joined = study.aggregation
+    if joined.rule.name != "mean":
+        yield (
+            f"aggregation.rule={joined.rule.name} is moved by one site further than the noise on a sum of clipped "
+            "updates covers; write rule: mean"
+        )
+    if joined.max_size_ratio is not None:
+        yield (
+            f"aggregation.max_size_ratio={joined.max_size_ratio:g} lets other sites decide whether one counts, which "
+            "no noise covers; write max_size_ratio: null"
+        )
+    if joined.late_weight > 0:
+        yield (
+            f"aggregation.late_weight={joined.late_weight:g} lets a site stand twice in one round's sum, which is "
+            "further than its clip_norm; write late_weight: 0.0"
+        )
+    if joined.max_update_norm < privacy.clip_norm:
+        yield (
+            f"aggregation.max_update_norm={joined.max_update_norm:g} refuses updates that privacy.clip_norm="
+            f"{privacy.clip_norm:g} lets through; raise the first or lower the second"
+        )
+    if study.wire.dtype == "int8":
+        yield (
+            "wire.dtype=int8 adds what earlier updates lost by rounding to one that is clipped already; write dtype: "
+            "bf16 or fp32"
+        )

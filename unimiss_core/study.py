@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, Tag, model_serializer, model_validator
 
 from unimiss_core.config import NAME_ALONE, Config, Name, chosen_by_name
-from unimiss_core.privacy_config import NoPrivacyConfig, PrivacyConfig
+from unimiss_core.privacy_config import NoPrivacyConfig, PrivacyConfig, contradictions
 from unimiss_core.scan import SMALLEST, Rank
 
 
@@ -407,4 +407,6 @@ class StudyConfig(Config):
             )
         if frozen > rounds * local:
             raise ValueError(f"optimiser.freeze_prototypes_steps={frozen} must not be above {steps}")
+        if found := contradictions(self):
+            raise ValueError("; ".join(found))
         return self
