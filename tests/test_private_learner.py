@@ -275,7 +275,7 @@ def test_of_several_processes_one_adds_the_noise() -> None:
     for place, noise in enumerate(noises):
         running = PrivateLearner(study(), ranks={2}, noise=noise, team=Placed(place, 2))
         running.private_step([patient(2, 1, place)], rank=2, step=1)
-    assert [noise.deviations for noise in noises] == [[2.0 * CLIP, 3.0], []]
+    assert [noise.deviations for noise in noises] == [[2.0 * CLIP, CENTRE_NOISE], []]
 
 
 def test_a_plain_study_is_refused() -> None:
