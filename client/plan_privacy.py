@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from client.accounting import ALL_RANKS, epsilon, epsilon_by_renyi, smallest_noise, study_history
+from client.accounting import ALL_RANKS, epsilon, epsilon_by_renyi, noise_for, smallest_noise, study_history
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.privacy import Mechanism
@@ -31,10 +31,12 @@ def of_study(path: Path, patients: int | None = None) -> None:
     table = Table(title=f"{study.name}: epsilon of a {'site' if by_site else 'patient'} at delta {privacy.delta:g}")
     for heading in ("site with", "releases", "epsilon", "Renyi bound", f"limit {privacy.max_epsilon:g}"):
         table.add_column(heading, justify="left" if heading == "site with" else "right")
+    kept = True
     words = dict(zip(ALL_RANKS, ("images", "volumes", "both"), strict=True))
     for ranks in ALL_RANKS[-1:] if by_site else ALL_RANKS:
         history = study_history(study, ranks)
         reached = epsilon(history, privacy.delta)
+        kept = kept and reached <= privacy.max_epsilon
         table.add_row(
             "anything" if by_site else words[ranks],
             str(sum(each.steps for each in history)),
@@ -43,6 +45,10 @@ def of_study(path: Path, patients: int | None = None) -> None:
             "kept" if reached <= privacy.max_epsilon else "exceeded",
         )
     _print(table)
+    if not kept:
+        print(
+            f"noise_multiplier {noise_for(study, privacy.max_epsilon):.4g} would keep epsilon {privacy.max_epsilon:g}"
+        )
 
 
 def of_numbers(
