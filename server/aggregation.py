@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from server.exact_sum import ExactSum
-from unimiss_core.codec import Layout, TensorSpec, split
+from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.groups import Group
 from unimiss_core.scan import Rank
 from unimiss_core.study import AggregationConfig
@@ -68,8 +68,9 @@ class WeightedMean(Aggregate):
     """sum_i w_ig delta_ig / sum_i w_ig for each group, folded in as updates come: FedAvg (McMahan et al. 2017,
     arXiv:1602.05629, algorithm 1) on updates instead of models.
 
-    Memory is 16 bytes for each parameter, however many sites there are, and the result is the same to its last bit in
-    whatever order they come; see `server.exact_sum`. One site alone gives its own update.
+    Memory is 8 bytes for each parameter, and again for each size of update there is, however many sites there are; the
+    result is the same to its last bit in whatever order they come (`server.exact_sum`). One site alone gives its own
+    update.
 
     largest: see `largest_product`.
     """
@@ -82,12 +83,13 @@ class WeightedMean(Aggregate):
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float, *, scale: float = 1.0) -> None:
         """scale: of the tensors, which count that many times."""
         self._weights.setdefault(group, []).append(weight)
-        self._sums.add(group, [update[spec.name] for spec in self._layout[group]], weight * scale)
+        self._sums.add({spec.name: update[spec.name] for spec in self._layout[group]}, weight * scale)
 
     def result(self) -> dict[str, Tensor]:
         joined: dict[str, Tensor] = {}
         for group, weights in self._weights.items():
-            joined |= split(self._sums.take(group, math.fsum(weights)), self._layout[group])
+            total = math.fsum(weights)
+            joined |= {spec.name: self._sums.take(spec.name, total).view(spec.shape) for spec in self._layout[group]}
         return joined
 
 

@@ -16,10 +16,11 @@ from unimiss_core.wire import Introduction, Refusal
 log = logging.getLogger(__name__)
 
 POLL_S = 0.02
-"""Pause for each reply that was looked for in vain; between machines each look is a request."""
+"""First pause after looking for replies in vain. It doubles until one arrives: rounds take minutes, and between
+machines each look for each reply is a request."""
 
-PAUSE_S = (0.2, 2.0)
-"""Shortest and longest time between two looks for the same reply."""
+LONGEST_PAUSE_S = 2.0
+"""And never longer than a quarter of the grace, in which a reply may come that decides about the round."""
 
 GRACE = 0.25
 """How much longer than its deadline a round waits where too few updates count, as a share of it."""
@@ -89,6 +90,7 @@ class Exchange:
         """Replies of use as they arrive, until all of this round replied or its deadline passed; where those are not
         `enough`, until all that may still come have come, late ones of earlier rounds too, or their time is over. More
         may be asked meanwhile."""
+        pause_s, longest_s = POLL_S, min(LONGEST_PAUSE_S, GRACE * self._deadline_s / 4)
         while self._is_waited_for(enough):
             some_arrived = False
             for message_id in list(self._waiting):
@@ -98,9 +100,9 @@ class Exchange:
                 if self._is_of_use(asked := self._waiting.pop(message_id)):
                     yield asked, reply
                 del reply  # or it would be held while the next is pulled
+            pause_s = POLL_S if some_arrived else min(2 * pause_s, longest_s)
             if not some_arrived:
-                shortest, longest = PAUSE_S
-                time.sleep(max(shortest, min(longest, POLL_S * len(self._waiting))))
+                time.sleep(pause_s)
 
     def _is_of_use(self, asked: Asked) -> bool:
         return self._late_count or asked.round == self._round

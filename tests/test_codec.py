@@ -1,10 +1,11 @@
 """Packing keeps values, order and size; what does not fit is refused."""
 
+import numpy as np
 import pytest
 import torch
 
 from tests.federation import layout_for, random_tensors, whole_layout
-from unimiss_core.codec import TensorSpec, carried_over, num_bytes, pack, released, unpack
+from unimiss_core.codec import TensorSpec, carried_over, num_bytes, pack, released, unpack, view
 from unimiss_core.errors import WireError
 from unimiss_core.formats import BLOCK, FORMATS
 from unimiss_core.groups import GROUPS
@@ -38,6 +39,17 @@ def test_round_trip_is_what_a_receiver_is_said_to_see(dtype: str, error: float) 
     assert seen.keys() == tensors.keys()
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_view_holds_what_unpacking_gives_and_copies_nothing_that_it_need_not(dtype: str) -> None:
+    specs = whole_layout()["shared"]
+    payload = pack(random_tensors({"shared": specs}, 3), specs, dtype)
+    seen, expected = view(payload, specs, dtype), unpack(payload, specs, dtype)
+    assert {name: t.shape for name, t in seen.items()} == {name: t.shape for name, t in expected.items()}
+    assert all(torch.equal(seen[name].float(), tensor) for name, tensor in expected.items())
+    if dtype != "int8":
+        assert seen[specs[0].name].data_ptr() == np.frombuffer(payload, np.uint8).ctypes.data
+
+
 def test_bytes_are_what_the_formats_say() -> None:
     values = {group: sum(spec.size for spec in specs) for group, specs in whole_layout().items()}
     assert num_bytes(whole_layout(), "fp32") == 4 * sum(values.values())
@@ -66,13 +78,14 @@ def test_two_dimensional_site_has_no_three_dimensional_tensor() -> None:
     assert set(layout_for(frozenset({3}))) == set(GROUPS)
 
 
+@pytest.mark.parametrize("read", [unpack, view])
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"\0", lambda _: b""])
-def test_wrong_number_of_bytes_is_refused(change, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_number_of_bytes_is_refused(change, dtype, read) -> None:  # type: ignore[no-untyped-def]
     specs = whole_layout()["2d"]
     payload = pack(random_tensors({"2d": specs}, 2), specs, dtype)
     with pytest.raises(WireError) as caught:
-        unpack(change(payload), specs, dtype)
+        read(change(payload), specs, dtype)
     assert caught.value.reason == "wrong_size"
 
 

@@ -13,8 +13,10 @@ Nothing is ever unpickled. No time and no host stands in a checkpoint, so that e
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,9 +90,9 @@ def save(
     if server_tensors:
         files[_SERVER_TENSORS] = server_tensors
     with durable.new_folder(folder) as partial:
-        for name, tensors in files.items():
-            save_tensors(_plain(tensors), partial / name)  # straight to disk: as bytes they take as much memory again
         (partial / "server.json").write_bytes(server_json.encode())
+        with ThreadPoolExecutor(len(files)) as together:  # writing, hashing and the disk leave Python to others
+            digests = dict(together.map(_written, [partial / name for name in files], files.values()))
         manifest = Manifest(
             origin=origin,
             round=round,
@@ -98,7 +100,7 @@ def save(
             model=model,
             plan=plan,
             tensors={name: tuple(tensor.shape) for name, tensor in sorted(student.items())},
-            sha256={file.name: _sha256_of(file) for file in sorted(partial.iterdir())},
+            sha256={**digests, "server.json": hashlib.sha256(server_json.encode()).hexdigest()},
         )
         (partial / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -168,9 +170,12 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def _sha256_of(path: Path) -> str:
+def _written(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """(the file's name, sha256 of its bytes), when it is on the disk."""
+    save_tensors(_plain(tensors), path)  # straight to disk: as bytes they take as much memory again
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return path.name, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_checked(folder: Path, name: str, digest: str) -> bytes:

@@ -48,16 +48,18 @@ def num_bytes(layout: Layout, dtype: str) -> int:
 
 def pack(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec], dtype: str) -> bytes:
     """The values of `specs` end to end, as `dtype`."""
-    return FORMATS[dtype].encode(torch.cat([tensors[spec.name].detach().reshape(-1) for spec in specs]))
+    return FORMATS[dtype].encode(_end_to_end(tensors, specs))
 
 
 def unpack(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> dict[str, Tensor]:
     """The inverse of `pack`, in float32. Raises WireError: `wrong_size` where the bytes do not fit the specs, or what
     the format says of values that no `pack` writes."""
-    expected = FORMATS[dtype].num_bytes(size := _size(specs))
-    if len(payload) != expected:
-        raise WireError("wrong_size", f"a parameter group came with {len(payload)} bytes, expected {expected}")
-    return split(FORMATS[dtype].decode(payload, size), specs)
+    return split(FORMATS[dtype].decode(payload, _checked_size(payload, specs, dtype)), specs)
+
+
+def view(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> dict[str, Tensor]:
+    """As `unpack`, without a copy where the format needs none: of any float type, and to be read only."""
+    return split(FORMATS[dtype].view(payload, _checked_size(payload, specs, dtype)), specs)
 
 
 def split(flat: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
@@ -68,11 +70,10 @@ def split(flat: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
 
 def released(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> dict[str, Tensor]:
     """The tensors of `layout` as a receiver sees them, in float32. Raises WireError as `unpack` does."""
-    return {
-        name: tensor
-        for specs in layout.values()
-        for name, tensor in unpack(pack(tensors, specs, dtype), specs, dtype).items()
-    }
+    seen: dict[str, Tensor] = {}
+    for specs in layout.values():
+        seen |= split(FORMATS[dtype].rounded_(_end_to_end(tensors, specs).float()), specs)
+    return seen
 
 
 def carried_over(
@@ -89,6 +90,19 @@ def carried_over(
     sent = {name: update[name] + lost[name] if name in lost else update[name] for name in names}
     seen = released(sent, layout, dtype)
     return sent, {name: tensor - seen[name] for name, tensor in sent.items()}
+
+
+def _end_to_end(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> Tensor:
+    """The values of `specs`, flat, in memory of their own."""
+    return torch.cat([tensors[spec.name].detach().reshape(-1) for spec in specs])
+
+
+def _checked_size(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> int:
+    """Values of `specs`. Raises WireError `wrong_size` where the payload is of another length."""
+    expected = FORMATS[dtype].num_bytes(size := _size(specs))
+    if len(payload) != expected:
+        raise WireError("wrong_size", f"a parameter group came with {len(payload)} bytes, expected {expected}")
+    return size
 
 
 def _size(specs: Sequence[TensorSpec]) -> int:

@@ -8,6 +8,7 @@ Every operation is one IEEE operation per value, so that all machines get the sa
 """
 
 import math
+import warnings
 from typing import Protocol
 
 import numpy as np
@@ -44,8 +45,17 @@ class Format(Protocol):
         """flat (N,) -> little-endian bytes. A value that is not finite is still seen not to be by the receiver."""
         ...
 
+    def rounded_(self, flat: Tensor) -> Tensor:
+        """flat (N,), float32, as its receiver decodes it: the same tensor. Raises WireError."""
+        ...
+
     def decode(self, payload: bytes, size: int) -> Tensor:
         """The inverse, (N,) in float32; payload has `num_bytes(size)` bytes. Raises WireError."""
+        ...
+
+    def view(self, payload: bytes, size: int) -> Tensor:
+        """The same values in the narrowest float type that holds them, in the payload's own memory where they lie there
+        as such: to be read, never written to. Raises WireError."""
         ...
 
 
@@ -63,8 +73,15 @@ class Floats:
     def encode(self, flat: Tensor) -> bytes:
         return _bytes_of(flat.to(self._dtype))
 
+    def rounded_(self, flat: Tensor) -> Tensor:
+        return flat if flat.dtype == self._dtype else flat.copy_(flat.to(self._dtype))
+
     def decode(self, payload: bytes, size: int) -> Tensor:
         return _widened(payload, self._dtype, size)
+
+    def view(self, payload: bytes, size: int) -> Tensor:
+        with warnings.catch_warnings(action="ignore"):  # torch warns that nobody should write to it
+            return torch.frombuffer(payload, dtype=self._dtype, count=size)
 
 
 class ScaledBlocks:
@@ -85,6 +102,9 @@ class ScaledBlocks:
         codes = (blocks / scales[:, None]).round_().nan_to_num_()  # a block with a NaN scale is all NaN here
         return _bytes_of(scales.bfloat16()) + _bytes_of(codes.to(torch.int8).view(-1)[: len(flat)])
 
+    def rounded_(self, flat: Tensor) -> Tensor:
+        return flat.copy_(self.decode(self.encode(flat), len(flat)))
+
     def decode(self, payload: bytes, size: int) -> Tensor:
         scales = _widened(payload, torch.bfloat16, math.ceil(size / BLOCK))
         if not bool(scales.isfinite().all()):
@@ -93,6 +113,9 @@ class ScaledBlocks:
             raise WireError("malformed", "a block of values has a scale that is not above zero")
         codes = np.frombuffer(payload, np.int8, count=size, offset=2 * len(scales)).astype(np.float32)
         return torch.from_numpy(codes).mul_(scales.repeat_interleave(BLOCK)[:size])
+
+    def view(self, payload: bytes, size: int) -> Tensor:
+        return self.decode(payload, size)
 
 
 FORMATS: dict[str, Format] = {"bf16": Floats(torch.bfloat16), "fp32": Floats(torch.float32), "int8": ScaledBlocks()}

@@ -13,7 +13,7 @@ the content. A sender's claim is checked here for type and form; whether it may 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from unimiss_core import codec
-from unimiss_core.codec import Layout
+from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.config import NAME, RUN, parse
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.figures import is_diagnostic, is_loss
@@ -39,6 +39,9 @@ FIGURES_LIMIT = 16_384
 """Characters of a mapping of figures; the largest of ours has some 1,000."""
 
 ScalarT = TypeVar("ScalarT", str, int, float)
+
+Reading = Callable[[bytes, Sequence[TensorSpec], str], dict[str, Tensor]]
+"""`codec.unpack` or `codec.view`."""
 
 EXACT = "fp32"
 """What travels so that those who rebuild it and those who receive it hold the same bits."""
@@ -152,7 +155,8 @@ class TrainRequest:
 class TrainReply:
     """Site to coordinator: what training changed.
 
-    update: trained minus received, for the groups that the site trained.
+    update: trained minus received, for the groups that the site trained; unpacked, of the float type that it travelled
+    in and in the message's own memory, to be read and not written to.
     steps: optimiser steps of each rank in this round; losses: mean of each loss term over the round;
     diagnostics: means over the round of collapse indicators, of the gradient's norm and, under FedProx, of the distance
     to the received student; under FedEMA the site's own share of its start; how many batches were skipped for NaN or
@@ -198,7 +202,7 @@ class TrainReply:
             run=_run(facts),
             round=_take(facts, "round", int),
             study_digest=_take(facts, "study_digest", str),
-            update=_tensors(content, "update", layout, dtype),
+            update=_tensors(content, "update", layout, dtype, codec.view),
             scans=_counts(facts),
             steps=_take(facts, "steps", int),
             seconds=seconds,
@@ -326,7 +330,9 @@ def _arrays(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> ArrayR
     return record
 
 
-def _tensors(content: RecordDict, name: str, layout: Layout, dtype: str) -> dict[str, Tensor]:
+def _tensors(
+    content: RecordDict, name: str, layout: Layout, dtype: str, read: Reading = codec.unpack
+) -> dict[str, Tensor]:
     record = content.get(name)
     if not isinstance(record, ArrayRecord):
         raise WireError("malformed", f"the message has no '{name}'")
@@ -338,5 +344,5 @@ def _tensors(content: RecordDict, name: str, layout: Layout, dtype: str) -> dict
         array = record[group]
         if array.dtype != dtype or array.stype != "unimiss":
             raise WireError("wrong_dtype", f"'{name}.{group}' should be {dtype}")
-        tensors |= codec.unpack(array.data, specs, dtype)
+        tensors |= read(array.data, specs, dtype)
     return tensors
