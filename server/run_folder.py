@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from unimiss_core.study import StudyConfig
 
 if sys.platform != "win32":
     import fcntl
+
+
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
+"""Folders that the code which calls this holds already."""
 
 
 class RunFolder:
@@ -74,9 +79,13 @@ class RunFolder:
     def alone(self) -> Iterator[None]:
         """Hold the folder against other coordinators; the system lets go of it when this process ends, however it ends.
 
-        A run that was submitted twice would otherwise be written by two. Raises ConfigError: another is at work in it.
-        Windows has no such lock; there nothing is held.
+        A run that was submitted twice would otherwise be written by two. Within a block that holds the folder, as a
+        simulation that prepares a run does, it may be held again. Raises ConfigError: another is at work in it. Windows
+        has no such lock; there nothing is held.
         """
+        if self.path in (held := _held.get()):
+            yield
+            return
         self._require_no_file_in_its_way()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "run.lock").open("ab") as file:
@@ -87,7 +96,11 @@ class RunFolder:
                     raise ConfigError(
                         f"{self.path}: another coordinator is at work in it; wait for it or end it, then --resume"
                     ) from None
-            yield
+            token = _held.set(held | {self.path})
+            try:
+                yield
+            finally:
+                _held.reset(token)
 
     def check(self, study: StudyConfig, *, resume: bool) -> Path | None:
         """The checkpoint folder to go on from, or None for a fresh run; nothing is written.

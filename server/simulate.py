@@ -14,7 +14,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -111,18 +111,27 @@ class SimulationConfig(Config):
         return self
 
 
+class Simulation(NamedTuple):
+    """A simulation's file, read and checked together with its study."""
+
+    config: SimulationConfig
+    study: StudyConfig
+    base: Path
+    """Folder that relative paths of the file count from."""
+
+
 def simulate(config_path: Path, out: Path, *, resume: bool = False) -> None:
     """Run the simulation of a file into `out`, in this process. Raises UnimissError."""
     # Not at the top: under Flower's engine this file is imported while another thread imports the ClientApp, and would
     # leave it half-imported in that thread's hands.
     from client.app import app as client_app
 
-    config = load(SimulationConfig, config_path)
-    coordinator = prepare(config, config_path.resolve().parent, out.resolve(), resume=resume)
-    run_config: UserConfig = {"coordinator": str(coordinator), "resume": resume}
-    nodes = {site.name: site_node_config(out.resolve(), site.name) for site in config.sites}
-    with LocalGrid(client_app, nodes, run_config=run_config, workers=config.workers) as grid:
-        server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), run_config))
+    simulation, out = read_simulation(config_path), out.resolve()
+    nodes = {site.name: site_node_config(out, site.name) for site in simulation.config.sites}
+    with RunFolder(out).alone():
+        run_config: UserConfig = {"coordinator": str(prepare(simulation, out, resume=resume)), "resume": resume}
+        with LocalGrid(client_app, nodes, run_config=run_config, workers=simulation.config.workers) as grid:
+            server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), run_config))
 
 
 def site_node_config(out: Path, name: str) -> UserConfig:
@@ -137,36 +146,44 @@ def prepare_for_engine(simulation: str, context: Context, num_nodes: int) -> Pat
     path = Path(simulation).expanduser()
     if not path.is_absolute():
         path = Path(__file__).resolve().parent.parent / "configs" / "simulation" / path
-    config = load(SimulationConfig, path)
-    if num_nodes != len(config.sites):
+    read = read_simulation(path)
+    if num_nodes != (num_sites := len(read.config.sites)):
         raise ConfigError(
-            f"the simulation has {len(config.sites)} sites, Flower's engine {num_nodes} nodes; "
-            f"give --federation-config 'num-supernodes={len(config.sites)}'"
+            f"the simulation has {num_sites} sites, Flower's engine {num_nodes} nodes; "
+            f"give --federation-config 'num-supernodes={num_sites}'"
         )
     resume = bool(context.run_config.get("resume", False))
-    return prepare(config, path.parent, simulation_folder(context).resolve(), resume=resume)
+    return prepare(read, simulation_folder(context).resolve(), resume=resume)
 
 
-def prepare(config: SimulationConfig, base: Path, out: Path, *, resume: bool) -> Path:
+def read_simulation(path: Path) -> Simulation:
+    """Read a simulation's file and its study with the overrides. Raises ConfigError."""
+    config, base = load(SimulationConfig, path), path.resolve().parent
+    return Simulation(config, _study(config, base), base)
+
+
+def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
     """Write hospitals, site files, probe sets and the coordinator file below `out`; what is there already is kept.
 
-    base: folder that relative paths of the simulation count from. Raises ConfigError, before anything is written where
-    `out` holds another run.
+    Raises ConfigError, before anything is written where `out` holds another run or another coordinator is at work in
+    it.
     """
-    study = _study(config, base)
-    RunFolder(out).check(study, resume=resume)
-    for site in config.sites:
-        _write_site(site, base, out)
-        _write_example_views(site, study, out)
-    durable.write_text(out / "study-requested.yaml", dump_yaml(study))
-    coordinator = {
-        "study": "study-requested.yaml",
-        "out": ".",
-        **config.quorum.model_dump(mode="json"),
-        "wait_s": 1.0,  # on one machine every site has answered by then, or never will
-        "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
-    }
-    durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
+    config, study, base = simulation
+    folder = RunFolder(out)
+    with folder.alone():
+        folder.check(study, resume=resume)
+        for site in config.sites:
+            _write_site(site, base, out)
+            _write_example_views(site, study, out)
+        durable.write_text(out / "study-requested.yaml", dump_yaml(study))
+        coordinator = {
+            "study": "study-requested.yaml",
+            "out": ".",
+            **config.quorum.model_dump(mode="json"),
+            "wait_s": 1.0,  # on one machine every site has answered by then, or never will
+            "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
+        }
+        durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
     return out / "coordinator.yaml"
 
 

@@ -1,12 +1,13 @@
 """From a simulation's file to what its sites and its study become, without a run."""
 
+import fcntl
 from pathlib import Path
 
 import pytest
 import yaml
 
 from client.site_config import SiteTraining, load_site
-from server.simulate import SimulationConfig, _study, _write_site
+from server.simulate import SimulationConfig, _study, _write_site, simulate
 from unimiss_core.config import load, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import UniMiSSConfig, UniMiSSPlusConfig
@@ -67,3 +68,15 @@ def test_overrides_of_the_same_objective_change_it_in_part(tmp_path: Path, chang
 def test_an_objective_that_there_is_not_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected one of unimiss, unimiss_plus"):
         _study(simulated(tmp_path, overrides={"objective": {"name": "unimis"}}), tmp_path)
+
+
+def test_a_second_run_in_the_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """The first has begun a moment ago, and still prepares its sites."""
+    simulated(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / "run.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another coordinator is at work in it"):
+            simulate(tmp_path / "simulation.yaml", out)
+    assert [path.name for path in out.iterdir()] == ["run.lock"]
