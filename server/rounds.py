@@ -28,7 +28,7 @@ from server.run_folder import RunFolder
 from server.site_round import SiteRound, round_s
 from unimiss_core import progress
 from unimiss_core.codec import layout_of
-from unimiss_core.errors import ConfigError, RoundError, where
+from unimiss_core.errors import RoundError, RunFolderError, where
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.privacy import refuse_private_rounds
@@ -119,9 +119,9 @@ class Federation:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
             mend = "make room" if error.errno == errno.ENOSPC else "mend that"
-            raise ConfigError(
+            raise RunFolderError(
                 f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; {mend}, then "
-                "go on with --resume: what was finished is saved"
+                "resume: what was finished is saved"
             ) from None
 
     @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 from unimiss_core import checkpoint, durable
 from unimiss_core.config import RUN, dump_yaml, load
-from unimiss_core.errors import CheckpointError, ConfigError
+from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError
 from unimiss_core.study import StudyConfig
 
 if sys.platform != "win32":
@@ -80,8 +80,8 @@ class RunFolder:
         """Hold the folder against other coordinators; the system lets go of it when this process ends, however it ends.
 
         A run that was submitted twice would otherwise be written by two. Within a block that holds the folder, as a
-        simulation that prepares a run does, it may be held again. Raises ConfigError: another is at work in it. Windows
-        has no such lock; there nothing is held.
+        simulation that prepares a run does, it may be held again. Raises RunFolderError: another is at work in it.
+        Windows has no such lock; there nothing is held.
         """
         if self.path in (held := _held.get()):
             yield
@@ -93,8 +93,8 @@ class RunFolder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise ConfigError(
-                        f"{self.path}: another coordinator is at work in it; wait for it or end it, then --resume"
+                    raise RunFolderError(
+                        f"{self.path}: another coordinator is at work in it; wait for it or end it, then resume"
                     ) from None
             token = _held.set(held | {self.path})
             try:
@@ -112,14 +112,12 @@ class RunFolder:
         if latest is None:
             return None
         if not resume:
-            raise ConfigError(
-                f"{self.path}: holds a run already; continue it with --resume, or give a new folder with --out"
-            )
+            raise RunFolderError(f"{self.path}: holds a run already; resume it, or give a new folder")
         if (held := load(StudyConfig, self.path / "study.yaml")).digest() != study.digest():
             changed = ", ".join(sorted(_differences(held.model_dump(), study.model_dump())))
             raise ConfigError(
                 f"{self.path}: holds a run of another study (different: {changed}); "
-                "resume with the study it was started with, or give a new folder with --out"
+                "resume with the study it was started with, or give a new folder"
             )
         return latest
 
@@ -141,7 +139,7 @@ class RunFolder:
 
     def _require_no_file_in_its_way(self) -> None:
         if (above := next(p for p in (self.path, *self.path.parents) if p.exists())) and not above.is_dir():
-            raise ConfigError(f"{self.path}: {above} is a file; give a folder with --out")
+            raise ConfigError(f"{self.path}: {above} is a file; give another folder")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

@@ -153,7 +153,12 @@ def prepare_for_engine(simulation: str, context: Context, num_nodes: int) -> Pat
             f"give --federation-config 'num-supernodes={num_sites}'"
         )
     resume = bool(context.run_config.get("resume", False))
-    return prepare(read, simulation_folder(context).resolve(), resume=resume)
+    return prepare(read, engine_folder(context), resume=resume)
+
+
+def engine_folder(context: Context) -> Path:
+    """The folder of a run under Flower's simulation engine."""
+    return simulation_folder(context).resolve()
 
 
 def read_simulation(path: Path) -> Simulation:

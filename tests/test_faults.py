@@ -527,7 +527,7 @@ def test_a_full_disk_is_told_and_what_was_finished_is_kept(tmp_path: Path, monke
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(RunFolder, "append_metrics", full)
-    with pytest.raises(ConfigError, match="No space left on device; make room, then go on with --resume"):
+    with pytest.raises(ConfigError, match="No space left on device; make room, then resume"):
         federate(tmp_path, [site("a")])
     found = checkpoint.latest(tmp_path / "checkpoints")
     assert found is not None

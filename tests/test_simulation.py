@@ -176,7 +176,9 @@ def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(
     assert same_weights(out / "checkpoints" / "round-0002", finished / "checkpoints" / "round-0002")
     assert [row["round"] for row in rows(out)] == [1, 2]
     assert run(tmp_path / "simulation.yaml", out) == 2
-    assert "continue it with --resume" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "holds a run already; resume it" in told
+    assert told.rstrip().endswith("--resume")
 
 
 def test_in_int8_a_resumed_run_ends_bit_identical_and_a_site_with_a_new_disk_goes_on(
@@ -298,7 +300,7 @@ def test_a_file_in_the_way_of_the_output_is_told(
     config = simulation(tmp_path, hospitals)
     for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
         assert run(config, out) == 2
-        assert "is a file; give a folder with --out" in capsys.readouterr().err
+        assert "is a file; give another folder" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
 
 
