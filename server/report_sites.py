@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from server import charts
 from server.artefacts import Artefacts
 from server.markup import Html, joined, tag
-from server.report_pieces import card_table, caution, labelled, lines, note, number, section, whole
+from server.report_pieces import because, card_table, caution, labelled, lines, note, number, section, whole
 from server.wording import byte_count, counted, duration, listed
 
 _SCANS = {"2d": "image", "3d": "volume"}
@@ -101,8 +101,8 @@ def _attendance(run: Artefacts, name: str) -> Html:
     reasons: dict[tuple[str, str], list[int]] = defaultdict(list)
     for one, record in zip(run.rounds, records, strict=True):
         if record.status != "ok":
-            reasons[record.status, record.reason or "no reason given"].append(one.round)
-    why = [f"{status}: {reason}, {_spans(numbers)}" for (status, reason), numbers in reasons.items()]
+            reasons[record.status, record.reason].append(one.round)
+    why = [joined(f"{status}, {_spans(numbers)}: ", because(reason)) for (status, reason), numbers in reasons.items()]
     strip = charts.attendance([record.status for record in records])
     return tag("div", None, said, strip, tag("div", {"class": "fine"}, *lines(why)))
 
