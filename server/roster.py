@@ -62,6 +62,16 @@ class Roster:
         self._told: dict[str, str] = {}
         """Name -> why it cannot take part, as it was told last."""
 
+    @property
+    def lines(self) -> dict[str, SiteRound]:
+        """How each site stands before it is asked to train: it is there, it cannot take part, or it never came."""
+        never_came = {name: SiteRound("absent", "not_connected") for name in self.registration.names}
+        there = {
+            site.site: SiteRound("there", scans={f"{rank}d": count for rank, count in site.scans.items()})
+            for site in self.sites.values()
+        }
+        return never_came | self.unfit | there
+
     def gather(self, hello: Hello, *, least: int, counted: frozenset[str] = frozenset()) -> None:
         """Ask every node that is not known who it is; begin when all have said so and `least` sites are there.
 

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ class Federation:
         """The state after another round, which is saved."""
         with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
             work = self._round_after(state, aggregate)
-            after, step, took = self._completed(work, state.round + 1, hello)
+            with self._stop_noted(work, state.round + 1):
+                after, step, took = self._completed(work, state.round + 1, hello)
         self._close(after, step, work.lines, took)
         return after
 
@@ -123,6 +124,18 @@ class Federation:
                 f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; {mend}, then "
                 "resume: what was finished is saved"
             ) from None
+
+    @contextmanager
+    def _stop_noted(self, work: OneRound, round: int) -> Iterator[None]:
+        """Where the round ends the run: keep why, and how each site stood, for the report."""
+        try:
+            yield
+        except (RoundError, KeyboardInterrupt) as error:
+            sites = {name: vars(line) for name, line in (self._roster.lines | work.lines).items()}
+            told = str(error) or "it was interrupted"
+            with suppress(OSError):  # the disk may be full; what ended the run must be told all the same
+                self._folder.note_stop({"round": round, "error": told, "sites": sites})
+            raise
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

@@ -68,6 +68,10 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def _stopped(self) -> Path:
+        return self.path / "stopped.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder for what a round keeps on disk until it ends."""
         return self.path / f"updates{durable.PARTIAL}"
@@ -125,6 +129,7 @@ class RunFolder:
         """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does."""
         latest = self.check(study, resume=resume)
         shutil.rmtree(self.scratch, ignore_errors=True)  # a round that was cut off may have left gigabytes
+        self._stopped.unlink(missing_ok=True)
         if latest is None:
             self._start(study)
             return None
@@ -146,6 +151,10 @@ class RunFolder:
             file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def note_stop(self, facts: Mapping[str, Any]) -> None:
+        """Keep why the run ended before its last round, until it is gone on with."""
+        durable.write_text(self._stopped, json.dumps(facts, sort_keys=True) + "\n")
 
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
