@@ -53,6 +53,8 @@ class OneRound:
         self._requests = Requests(study, run, layout, state)
         self._total = total
         self._taught: dict[str, int] = {}
+        self._at_work_on: dict[str, int] = {}
+        """Busy sites, and the earlier round of each."""
         self._sizes: list[float] = []
         self.lines: dict[str, SiteRound] = {}
 
@@ -108,7 +110,8 @@ class OneRound:
         lines = {site.site: SiteRound(left_out=site.left_out) for site in self._roster.sites.values()}
         for node_id, round in self._exchange.at_work.items():
             if round < self._round and node_id in self._roster.sites:
-                lines[self._roster.sites[node_id].site].reason = "busy"
+                name = self._roster.sites[node_id].site
+                lines[name].reason, self._at_work_on[name] = "busy", round
         free = [name for name, line in lines.items() if not line.reason]
         attendance, after = self._state.attendance, self._config.set_aside_after
         aside = [name for name in free if attendance.is_set_aside(name, self._round, after)]
@@ -189,7 +192,8 @@ class OneRound:
         self._warn_of_trouble(answer)
 
     def _tell(self, site: str, line: SiteRound) -> None:
-        progress.report(progress.SiteReplied(self._round, site, line.status, line.reason))
+        at_work_on = self._at_work_on[site] if line.reason == "busy" else None
+        progress.report(progress.SiteReplied(self._round, site, line.status, line.reason, at_work_on))
 
     def _warn_of_trouble(self, answer: TrainReply) -> None:
         """Of skipped batches and of collapse."""

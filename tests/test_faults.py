@@ -303,7 +303,9 @@ def test_a_late_reply_counts_with_the_share_that_the_study_gives_it(tmp_path: Pa
         return good_answer(request, of)
 
     sites = [site("slow", only_in_bad_round(slow)), site("a", prompt)]
-    state = federate(tmp_path, sites, exact_study(late_weight=late_weight), deadline_s=4.0)
+    events: list[progress.Event] = []
+    with progress.listen(events.append):
+        state = federate(tmp_path, sites, exact_study(late_weight=late_weight), deadline_s=4.0)
     counted = all_good("slow", "a", but="slow")
     slow_in_last = metric_rows(tmp_path)[-1]["sites"]["slow"]["status"]
     if late_weight == 0.0:
@@ -316,6 +318,11 @@ def test_a_late_reply_counts_with_the_share_that_the_study_gives_it(tmp_path: Pa
         expected = start[name].double() + (update.double() + 0.5 * theirs[name].double()) / 1.5
         torch.testing.assert_close(state.student[name].double(), expected, rtol=1e-5, atol=1e-6)
     assert slow_in_last == "late"
+    told = [event for event in events if isinstance(event, progress.SiteReplied) and event.site == "slow"]
+    assert [(event.reason, event.at_work_on) for event in told if event.round == 3] == [
+        ("busy", 2),
+        ("discounted", None),
+    ]
     assert [request.round for request in sites[0].requests] == [1, 2]  # in round 3 it was still at work
 
 

@@ -1,6 +1,5 @@
 """The report of a run, read back with the standard library's parser."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -223,36 +222,6 @@ def test_the_verdict_tells_a_stopped_run_from_a_finished_one(tmp_path: Path) -> 
     verdict = next(report_of(tmp_path).all("p", **{"class": "verdict"})).text
     assert verdict.startswith("Stopped after 2 of 9 rounds")
     assert verdict.endswith("Every site counted in every round.")
-
-
-def test_a_run_without_a_round_tells_its_last_roster_and_why_it_ended(tmp_path: Path) -> None:
-    write_run(tmp_path, [], rounds=9)
-    there = {"status": "there", "reason": "", "scans": {"2d": 412, "3d": 0}}
-    sites = {"beta-ct": {"status": "refused", "reason": "no_usable_scans"}, "alpha-xray": there}
-    stop = {"round": 1, "error": f"1 of at least 2 sites are there; {HOSTILE}", "sites": sites}
-    (tmp_path / "stopped.json").write_text(json.dumps(stop))
-    page = report_of(tmp_path)
-    verdict = next(page.all("p", **{"class": "verdict"})).text
-    said = f"The run ended in round 1: 1 of at least 2 sites are there; {HOSTILE}."
-    assert verdict == f"No round was finished of the 9 rounds that the study asks for. {said}"
-    rows = [[cell.text for cell in row.children if isinstance(cell, Node)] for row in section(page, "Sites").all("tr")]
-    assert rows == [
-        ["Site", "Trains on", "Scans", "When the run ended"],
-        ["alpha-xray", "2D", "412 images", "there"],
-        [
-            "beta-ct",
-            "unknown",
-            "unknown",
-            "refusedthe site's folders hold nothing that can be trained on no_usable_scans",
-        ],
-    ]
-
-
-def test_a_stopped_run_tells_why_it_ended(tmp_path: Path) -> None:
-    write_run(tmp_path, round_records(2), rounds=9)
-    (tmp_path / "stopped.json").write_text(json.dumps({"round": 3, "error": "it was interrupted"}))
-    verdict = next(report_of(tmp_path).all("p", **{"class": "verdict"})).text
-    assert verdict.endswith("Every site counted in every round. The run ended in round 3: it was interrupted.")
 
 
 def test_hostile_words_stay_words(tmp_path: Path) -> None:

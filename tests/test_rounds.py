@@ -1,7 +1,6 @@
 """The coordinator's loop over the in-process grid, with stub sites: rounds, refusals, quorum, resume."""
 
 import dataclasses
-import json
 import re
 import threading
 import time
@@ -350,24 +349,6 @@ def test_too_few_replies_end_the_run_with_what_was_finished_saved(tmp_path: Path
 def test_too_few_sites_are_told(tmp_path: Path) -> None:
     with pytest.raises(RoundError, match="1 of at least 2 sites are there"):
         federate(tmp_path, [ct()], min_replies=2)
-
-
-def test_why_a_run_ended_is_kept_until_it_is_gone_on_with(tmp_path: Path) -> None:
-    stopped = tmp_path / "stopped.json"
-    with pytest.raises(RoundError):
-        federate(tmp_path, [ct()], min_replies=2)
-    there = json.loads(stopped.read_text())
-    assert there["round"] == 1
-    assert there["error"].startswith("1 of at least 2 sites are there")
-    assert {name: (site["status"], site["scans"]) for name, site in there["sites"].items()} == {
-        "ct": ("there", {"2d": 0, "3d": 6})
-    }
-    with pytest.raises(RoundError):
-        federate(tmp_path, [ct(), xray(answer=broken)], min_replies=2, resume=True)
-    failed = json.loads(stopped.read_text())
-    assert {name: site["status"] for name, site in failed["sites"].items()} == {"ct": "ok", "xray": "error"}
-    federate(tmp_path, [ct(), xray()], min_replies=2, resume=True)
-    assert not stopped.exists()
 
 
 ROBUST = {"rule": "median", "server_optimiser": {"name": "fedadam"}}
