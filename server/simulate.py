@@ -162,9 +162,13 @@ def engine_folder(context: Context) -> Path:
 
 
 def read_simulation(path: Path) -> Simulation:
-    """Read a simulation's file and its study with the overrides. Raises ConfigError."""
-    config, base = load(SimulationConfig, path), path.resolve().parent
-    return Simulation(config, _study(config, base), base)
+    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either."""
+    raw, base = read_yaml(path), path.resolve().parent
+    try:
+        config = parse(SimulationConfig, raw, where=str(path))
+    except ConfigError as error:
+        raise ConfigError("\n".join([str(error), *_mistakes_of_study(raw, base)])) from None
+    return Simulation(config, _study(config.study, config.overrides, base), base)
 
 
 def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
@@ -192,10 +196,22 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
     return out / "coordinator.yaml"
 
 
-def _study(config: SimulationConfig, base: Path) -> StudyConfig:
-    path = base / config.study
+def _mistakes_of_study(raw: Any, base: Path) -> list[str]:
+    """What is wrong with the study that a simulation names whose own file is wrong, as far as that can be read."""
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("study"), str):
+        return []
+    overrides = raw.get("overrides")
+    try:
+        _study(Path(raw["study"]), overrides if isinstance(overrides, Mapping) else {}, base)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _study(file: Path, overrides: Mapping[str, Any], base: Path) -> StudyConfig:
+    path = base / file
     study = load(StudyConfig, path)  # mistakes of the file itself are told under its own name
-    return parse(StudyConfig, _merged(read_yaml(path), config.overrides, study), where=f"{path} with the overrides")
+    return parse(StudyConfig, _merged(read_yaml(path), overrides, study), where=f"{path} with the overrides")
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any], read: Any) -> dict[str, Any]:
