@@ -12,6 +12,7 @@ from server.requests import Requests
 from server.roster import Roster
 from server.round_sum import RoundSum, layout_for
 from server.site_round import SiteRound
+from server.slow_sites import SlowSites
 from unimiss_core import progress
 from unimiss_core.codec import Layout
 from unimiss_core.collapse import signs_in_round
@@ -38,6 +39,7 @@ class OneRound:
         layout: Layout,
         roster: Roster,
         exchange: Exchange,
+        slow: SlowSites,
         state: GlobalState,
         total: RoundSum,
     ) -> None:
@@ -48,6 +50,7 @@ class OneRound:
         self._layout = layout
         self._roster = roster
         self._exchange = exchange
+        self._slow = slow
         self._state = state
         self._round = state.round + 1
         self._requests = Requests(study, run, layout, state)
@@ -76,9 +79,10 @@ class OneRound:
             self._hear(asked, reply)
             del reply  # as large as the model: not to be held while the next is pulled
         for name, line in self.lines.items():
-            if not line.reason and line.status == "absent":  # the deadline passed
+            if deadline_passed := not line.reason and line.status == "absent":
                 line.reason = "no_reply"
                 self._tell(name, line)
+            self._slow.note(name, self._round, late=deadline_passed or line.reason in ("busy", "discounted"))
             if line.bytes_down or line.counts:
                 self._state.attendance.note(name, self._round, counted=line.counts)
         self._require_quorum()
@@ -186,6 +190,7 @@ class OneRound:
 
     def _count(self, answer: TrainReply, line: SiteRound) -> None:
         delay = self._round - answer.round
+        self._slow.note_seconds(answer.site, answer.seconds)
         self._total.fold(answer, share=self._study.aggregation.late_weight**delay)
         self._taught[answer.site] = answer.round
         line.status, line.reason = ("late", "discounted") if delay else ("ok", "")

@@ -26,6 +26,7 @@ from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
 from server.site_round import SiteRound, round_s
+from server.slow_sites import SlowSites
 from unimiss_core import progress
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import RoundError, RunFolderError, where
@@ -65,6 +66,7 @@ class Federation:
         self._roster = Roster(grid, config)
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
+        self._slow = SlowSites(config.deadline_s)
         self._probe = probe
         self._report = report
 
@@ -169,6 +171,7 @@ class Federation:
             layout=self._layout,
             roster=self._roster,
             exchange=self._exchange,
+            slow=self._slow,
             state=state,
             total=RoundSum(self._study, aggregate),
         )
