@@ -14,6 +14,7 @@ from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
 from unimiss_core.errors import RoundError, WireError
+from unimiss_core.reasons import LASTING
 from unimiss_core.wire import Hello, Introduction
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,14 @@ POLL_S = 0.2
 AGAIN_S = 30.0
 """How long a node that introduced itself before is waited for when it is asked again, for it has read its archive; and
 how long after a node could not take part it is asked again, while others are waited for."""
+
+
+class TooFewSites(RoundError):  # noqa: N818 - what there is, as people say it
+    """lasting: whether all who cannot take part would have to be mended by a person."""
+
+    def __init__(self, message: str, *, lasting: bool) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Roster:
         counted: sites whose updates count already, wherever they are now.
 
         A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
-        one that stayed silent is asked in every round, and no longer waited for. Raises RoundError.
+        one that stayed silent is asked in every round, and no longer waited for. Raises TooFewSites.
         """
         began = time.monotonic()
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
@@ -97,9 +106,10 @@ class Roster:
                 break
             if not reading and now > give_up:
                 told = "".join(f"; {name}: {line.reason}" for name, line in sorted(self.unfit.items()))
-                raise RoundError(
+                raise TooFewSites(
                     f"{len(there)} of at least {least} sites are there{told}. "
-                    "Mend the sites, or lower min_sites and min_replies, then resume"
+                    "Mend the sites, or lower min_sites and min_replies, then resume",
+                    lasting=bool(self.unfit) and all(line.reason in LASTING for line in self.unfit.values()),
                 )
             time.sleep(POLL_S)
         for message_id, greeted in list(self._greeted.items()):

@@ -21,7 +21,7 @@ from server.coordinator_config import CoordinatorConfig
 from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
-from server.roster import Roster
+from server.roster import Roster, TooFewSites
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
@@ -104,10 +104,12 @@ class Federation:
                 began = began or time.monotonic()
                 return *work.attempt(again=tried > 0), time.monotonic() - began
             except RoundError as error:
-                if tried == self._config.round_tries - 1:
+                in_vain = isinstance(error, TooFewSites) and error.lasting and pause_s == 0  # no time to mend a site in
+                if in_vain or tried == self._config.round_tries - 1:
                     raise
                 log.warning("%s; trying again in %g s", error, pause_s)
-                told = f"round {round} is tried again in {pause_s:g} s: too few sites or updates"
+                when = f"in {pause_s:g} s" if pause_s else "at once"
+                told = f"round {round} is tried again {when}: too few sites or updates"
                 progress.report(progress.Note(told))
             time.sleep(pause_s)
             pause_s *= 2

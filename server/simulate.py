@@ -189,7 +189,8 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
             "study": "study-requested.yaml",
             "out": ".",
             **config.quorum.model_dump(mode="json"),
-            "wait_s": 1.0,  # on one machine every site has answered by then, or never will
+            "wait_s": 1.0,  # on one machine every site has answered by then, or never will,
+            "retry_s": 0.0,  # and nobody mends it while it is waited for
             "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
         }
         durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))

@@ -272,7 +272,9 @@ def test_a_round_that_cannot_be_completed_ends_with_its_own_exit_code(
     tmp_path: Path, hospitals: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sites = [{"name": "gone", "data": [{"folder": str(tmp_path / "nowhere")}]}]
+    began = time.monotonic()
     assert run(simulation(tmp_path, hospitals, sites=sites), tmp_path / "out") == 5
+    assert time.monotonic() - began < 20  # nobody waits for a folder to appear
     assert "0 of at least 1 sites are there; gone: site_setup" in capsys.readouterr().err
     assert (tmp_path / "out" / "report.html").exists()
 

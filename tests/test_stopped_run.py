@@ -4,11 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, Message
 
+from server.coordinator_config import CoordinatorConfig
+from server.local_grid import LocalGrid
+from server.rounds import Federation
+from tests.federation import small_study, stub_app
 from tests.run_artefacts import round_records, write_run
 from tests.test_report import HOSTILE, Node, report_of, section
 from tests.test_rounds import broken, ct, federate, xray
 from unimiss_core.errors import RoundError
+from unimiss_core.wire import Refusal
 
 
 def test_why_a_run_ended_is_kept_until_it_is_gone_on_with(tmp_path: Path) -> None:
@@ -27,6 +33,26 @@ def test_why_a_run_ended_is_kept_until_it_is_gone_on_with(tmp_path: Path) -> Non
     assert {name: site["status"] for name, site in failed["sites"].items()} == {"ct": "ok", "xray": "error"}
     federate(tmp_path, [ct(), xray()], min_replies=2, resume=True)
     assert not stopped.exists()
+
+
+@pytest.mark.parametrize(("reason", "asked"), [("site_setup", 1), ("failed", 3)])
+def test_a_site_that_time_does_not_mend_is_not_asked_again_where_there_is_none(
+    tmp_path: Path, reason: str, asked: int
+) -> None:
+    app, hellos = stub_app({}), []
+
+    def refuse(message: Message, _: Context) -> Message:
+        hellos.append(message)
+        return Message(Refusal(reason).pack(), reply_to=message)
+
+    app._registered_funcs["query.default"] = refuse
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1, retry_s=0.0)
+    with (
+        LocalGrid(app, {"a": {"name": "a"}}, run_config={}) as grid,
+        pytest.raises(RoundError, match=f"0 of at least 1 sites are there; a: {reason}"),
+    ):
+        Federation(grid, small_study(), config).run()
+    assert len(hellos) == asked
 
 
 def test_a_run_without_a_round_tells_its_last_roster_and_why_it_ended(tmp_path: Path) -> None:
