@@ -56,6 +56,8 @@ class OneRound:
         self._requests = Requests(study, run, layout, state)
         self._total = total
         self._taught: dict[str, int] = {}
+        self._asked: dict[str, int] = {}
+        """Sites that were asked in this round, and the node that was last."""
         self._at_work_on: dict[str, int] = {}
         """Busy sites, and the earlier round of each."""
         self._sizes: list[float] = []
@@ -137,7 +139,8 @@ class OneRound:
 
     def _ask(self, node_id: int, site: Introduction) -> None:
         content, line = self._requests.for_site(site), self.lines[site.site]
-        if self._exchange.ask(node_id, content):
+        if self._exchange.ask(node_id, site, content):
+            self._asked[site.site] = node_id
             line.bytes_down += num_bytes(content)
             return
         line.reason = "no_reply"  # it left since it introduced itself
@@ -145,10 +148,10 @@ class OneRound:
 
     def _hear(self, asked: Asked, reply: Reply) -> None:
         """Fold the reply in where it may count; say in its site's line what became of it."""
-        site = self._roster.sites.get(asked.node_id)
-        if site is None:  # it left after it was asked, in an earlier round
-            return
-        line = self.lines[site.site]
+        site, left = asked.site, asked.node_id not in self._roster.sites
+        line = self.lines.setdefault(site.site, SiteRound("absent", "not_connected"))
+        if line.counts or self._asked.get(site.site, asked.node_id) != asked.node_id:
+            return  # it came back as another node and was asked anew: one update of a site counts in a round
         try:
             answer = self._admitted(reply, site, asked.round, line)
         except WireError as error:
@@ -157,6 +160,8 @@ class OneRound:
                 self._requests.note_loss(site)
                 self._ask(asked.node_id, site)
                 return
+            if left and asked.round < self._round:
+                return  # its line says already that it is not there
             line.status, line.reason = status_of(error.reason), error.reason
             log.warning("round=%d site=%s %s: %s", self._round, site.site, line.status, error)
             if error.reason == "too_large":  # how much so, only this side knows

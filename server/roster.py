@@ -122,7 +122,7 @@ class Roster:
 
     def ask_again(self, node_id: int) -> None:
         """Forget what a node said it is; it may have changed, by new scans say."""
-        del self.sites[node_id]
+        self.sites.pop(node_id, None)  # it may have left
 
     def _greet_new_nodes(self, hello: RecordDict) -> None:
         nodes = {node.node_id: node for node in self._grid.get_nodes()}
