@@ -38,6 +38,10 @@ class Registration:
         """What people call a node before it has introduced itself: by its registered key, else as Flower was told."""
         return self._owner_of(node.public_key) or node.name or f"node-{node.node_id}"
 
+    def has_name(self, node: NodeInfo) -> bool:
+        """Whether `name_of` the node stays when it starts again; one without a name or a key is another node then."""
+        return bool(node.name) or self._owner_of(node.public_key) is not None
+
     @property
     def names(self) -> frozenset[str]:
         """The sites that are named."""

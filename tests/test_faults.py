@@ -423,7 +423,7 @@ def test_a_site_that_could_not_take_part_is_asked_again_while_too_few_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its old node, which Flower takes for connected for a minute, had its name."""
-    monkeypatch.setattr("server.roster.AGAIN_S", 0.3)
+    monkeypatch.setattr("server.patience.AGAIN_S", 0.3)
     old, new = {"name": "a", "node": "old"}, {"name": "a", "node": "new"}
     asked_of_new: list[float] = []
 
