@@ -273,6 +273,14 @@ def test_a_key_at_the_wrong_level_is_answered_with_its_place(raw: dict[str, obje
     assert hint in problems({"name": "x", **raw})
 
 
+@pytest.mark.parametrize("name", ["Our Study", "über", "-a", "a" * 65, "1e4 "])
+def test_what_a_name_may_be_is_told_in_words(name: str) -> None:
+    words = "lower-case letters, digits, '-' and '_', first a letter or digit, 64 at most"
+    told = f"'name': expected {words}, got {json.dumps(name)[:57]}"
+    assert told in problems({"name": name})
+    assert "pattern" not in problems({"name": name})
+
+
 @pytest.mark.parametrize("wrong", [0, -3, "all", 1.5, True])
 def test_a_value_that_may_be_of_several_kinds_is_one_mistake(wrong: object) -> None:
     raw = {"name": "a", "state": "s", "data": [{"folder": "f"}], "micro_batch": {"images": wrong}}

@@ -25,6 +25,8 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 """What sites, studies and probes may be called: it goes into paths, logs and reports as it is."""
 
+NAME_IN_WORDS = "lower-case letters, digits, '-' and '_', first a letter or digit, 64 at most"
+
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 RUN = r"[0-9a-f]{16}"
@@ -146,6 +148,8 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
         return f"'{path}.{key}': expected one of {', '.join(names)}, got {got}{hint}"
     if problem["type"] == "missing":
         return f"missing key '{path}'"
+    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == f"^{NAME}$":
+        return f"'{path}': expected {NAME_IN_WORDS}, got {_describe(given)}"
     if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given):
         return f"'{path}': YAML reads {given} as text; write {float(given):.1e} (a dot and a signed exponent)"
     if choices := _choices(kind, at[:-1]):
