@@ -72,12 +72,13 @@ def federate(
     takes: Callable[[str, str], bool] = lambda *_: True,
     twice: bool = False,
     unreadable: Callable[[str, str, int], bool] = lambda *_: False,
+    workers: int | None = None,
     **config: object,
 ) -> GlobalState:
     nodes = {site.name: {"name": site.name} for site in sites}
     settings = {"study": Path("unused"), "out": out, "wait_s": 0.1, "retry_s": 0.0, **config}
     app = stub_app({site.name: site for site in sites})
-    with Grid(app, nodes, run_config={}, workers=len(sites)) as grid:
+    with Grid(app, nodes, run_config={}, workers=workers or len(sites)) as grid:
         grid.present, grid.takes, grid.twice, grid.unreadable = present, takes, twice, unreadable
         return Federation(grid, study or exact_study(), CoordinatorConfig.model_validate(settings)).run()
 
