@@ -8,10 +8,7 @@ remembered one by one, and the others are counted.
 import time
 from collections import Counter
 from collections.abc import Iterable
-
-from flwr.proto.node_pb2 import NodeInfo
-
-from server.registration import Registration
+from typing import NamedTuple
 
 AGAIN_S = 30.0
 """How long a node that introduced itself before is waited for when it is asked again, for it has read its archive; and
@@ -20,16 +17,23 @@ how long after a node could not take part it is asked again, while others are wa
 MOST_UNHEARD = 3
 """How often a node may leave before it answered, or let its time pass, and still be waited for as if it were new."""
 
-_NAMELESS = ""
-"""Under which all nodes without a name are counted."""
+
+class Called(NamedTuple):
+    """What people call a node. lasts: whether it is still called that when it starts again."""
+
+    name: str
+    lasts: bool
+
+    @property
+    def counted_as(self) -> str:
+        """All nodes whose name does not last are counted as one."""
+        return self.name if self.lasts else ""
 
 
 class Patience:
     """What nodes did when they were asked who they are, and how long each is waited for therefore."""
 
-    def __init__(self, registration: Registration, introduction_s: float) -> None:
-        self._name_of = registration.name_of
-        self._has_name = registration.has_name
+    def __init__(self, introduction_s: float) -> None:
         self._introduction_s = introduction_s
         self._began = time.monotonic()
         self._silent: set[str] = set()
@@ -40,54 +44,44 @@ class Patience:
         """Answered in this gathering, and could not take part."""
         self._unheard: Counter[str] = Counter()
         self._passing: set[str] = set()
-        """What nodes without a name are called as long as they are there."""
+        """Names that do not last, of nodes that are there."""
 
     def begin(self) -> None:
         """The sites of another round are gathered."""
         self._began = time.monotonic()
         self._refused.clear()
 
-    def until(self, node: NodeInfo) -> float:
+    def until(self, node: Called) -> float:
         """Until when, by the monotonic clock, a node that is asked now is waited for."""
-        name, now = self._remembered(node), time.monotonic()
-        often = self._unheard[self._counted(node)] >= MOST_UNHEARD
-        if name in self._silent | self._refused or (often and self._has_name(node)):
+        now, often = time.monotonic(), self._unheard[node.counted_as] >= MOST_UNHEARD
+        if not node.lasts:
+            self._passing.add(node.name)
+        if node.name in self._silent | self._refused or (often and node.lasts):
             return now
         if often:  # it may be any of those that came and went: all together cost a round no more than this
             return min(self._began + AGAIN_S, now + self._introduction_s)
-        return now + (min(self._introduction_s, AGAIN_S) if name in self._known else self._introduction_s)
+        return now + (min(self._introduction_s, AGAIN_S) if node.name in self._known else self._introduction_s)
 
-    def note_introduced(self, node: NodeInfo) -> None:
-        name = self._remembered(node)
-        self._known.add(name)
-        self._silent.discard(name)
-        self._unheard.pop(name, None)
+    def note_introduced(self, node: Called) -> None:
+        self._known.add(node.name)
+        self._silent.discard(node.name)
+        self._unheard.pop(node.name, None)
 
-    def note_refused(self, node: NodeInfo) -> None:
-        self._refused.add(self._remembered(node))
+    def note_refused(self, node: Called) -> None:
+        self._refused.add(node.name)
 
-    def note_silent(self, node: NodeInfo) -> None:
+    def note_silent(self, node: Called) -> None:
         """It let its time to answer pass."""
-        name = self._remembered(node)
-        self._unheard[self._counted(node)] += name not in self._silent
-        self._silent.add(name)
+        self.note_left(node)
+        self._silent.add(node.name)
 
-    def note_left(self, node: NodeInfo) -> None:
+    def note_left(self, node: Called) -> None:
         """It left before it answered."""
-        self._unheard[self._counted(node)] += self._name_of(node) not in self._silent
+        self._unheard[node.counted_as] += node.name not in self._silent
 
-    def forget_all_but(self, nodes: Iterable[NodeInfo]) -> set[str]:
-        """Forget the nameless nodes that are not among those that are there; what they were called."""
-        gone = self._passing - {self._name_of(node) for node in nodes}
+    def forget_all_but(self, nodes: Iterable[Called]) -> set[str]:
+        """Forget nodes whose name does not last that are not among those that are there; what they were called."""
+        gone = self._passing - {node.name for node in nodes}
         for names in (self._passing, self._silent, self._known, self._refused):
             names -= gone
         return gone
-
-    def _remembered(self, node: NodeInfo) -> str:
-        name = self._name_of(node)
-        if not self._has_name(node):
-            self._passing.add(name)
-        return name
-
-    def _counted(self, node: NodeInfo) -> str:
-        return self._name_of(node) if self._has_name(node) else _NAMELESS

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from server import patience
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import introduction_of, pulled, pushed, status_of
-from server.patience import Patience
+from server.patience import Called, Patience
 from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
@@ -40,6 +40,7 @@ class _Greeted:
     """A node that was asked who it is."""
 
     node: NodeInfo
+    called: Called
     wait_until: float
     expires_at: float
 
@@ -59,7 +60,7 @@ class Roster:
         self._greeted: dict[str, _Greeted] = {}
         """Message -> the node that has not answered it yet."""
         self.registration = Registration(config.sites)
-        self._patience = Patience(self.registration, config.introduction_s)
+        self._patience = Patience(config.introduction_s)
         self._strangers: set[str] = set()
         """Nodes that are not registered and were told of, by name; of those without one, only the first is."""
         self._told: dict[str, str] = {}
@@ -108,7 +109,7 @@ class Roster:
             time.sleep(POLL_S)
         for message_id, greeted in list(self._greeted.items()):
             self._mark_unfit(greeted.node, SiteRound("absent", "no_introduction"))
-            self._patience.note_silent(greeted.node)
+            self._patience.note_silent(greeted.called)
             if time.monotonic() >= greeted.expires_at:
                 del self._greeted[message_id]
             else:
@@ -128,21 +129,21 @@ class Roster:
             if not self.registration.may_ask(node):
                 self._tell_of_stranger(node)
                 continue
-            name = self.registration.name_of(node)
-            if node_id not in self.sites and node_id not in waiting and name not in self.unfit:
+            called = self.registration.called(node)
+            if node_id not in self.sites and node_id not in waiting and called.name not in self.unfit:
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
                 if (taken := pushed(self._grid, message)) is None:
                     continue  # it left since the nodes were listed
                 expires_at = time.monotonic() + self._config.introduction_s
-                self._greeted[taken] = _Greeted(node, self._patience.until(node), expires_at)
+                self._greeted[taken] = _Greeted(node, called, self._patience.until(called), expires_at)
 
     def _forget_those_that_left(self, nodes: Mapping[int, NodeInfo]) -> None:
         """One that left before it answered is asked anew when it is back."""
         for message_id, greeted in list(self._greeted.items()):
             if greeted.node.node_id not in nodes:
                 del self._greeted[message_id]
-                self._patience.note_left(greeted.node)
-        for name in self._patience.forget_all_but(nodes.values()):
+                self._patience.note_left(greeted.called)
+        for name in self._patience.forget_all_but(map(self.registration.called, nodes.values())):
             self._told.pop(name, None)
 
     def _hear_introductions(self) -> None:
@@ -156,19 +157,19 @@ class Roster:
                 if introduction.site in {site.site for site in self.sites.values()}:
                     raise WireError("name_taken", "another connected site goes by the same name")
             except WireError as error:
-                self._patience.note_refused(greeted.node)
+                self._patience.note_refused(greeted.called)
                 self._mark_unfit(greeted.node, SiteRound(status_of(error.reason), error.reason))
             else:
                 self.sites[greeted.node.node_id] = introduction
-                self._patience.note_introduced(greeted.node)
+                self._patience.note_introduced(greeted.called)
                 self._told.pop(self.registration.name_of(greeted.node), None)
 
     def _tell_of_stranger(self, node: NodeInfo) -> None:
-        name = self.registration.name_of(node)
-        if (stranger := name if self.registration.has_name(node) else "") not in self._strangers:
-            self._strangers.add(stranger)
-            log.warning("node=%s status=refused reason=not_registered", name)
-            progress.report(progress.Note(f"{name} is not asked: the coordinator file does not name it"))
+        called = self.registration.called(node)
+        if called.counted_as not in self._strangers:
+            self._strangers.add(called.counted_as)
+            log.warning("node=%s status=refused reason=not_registered", called.name)
+            progress.report(progress.Note(f"{called.name} is not asked: the coordinator file does not name it"))
 
     def _mark_unfit(self, node: NodeInfo, line: SiteRound) -> None:
         name = self.registration.name_of(node)

@@ -11,7 +11,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from server.coordinator_config import CoordinatorConfig, RegisteredSite
 from server.local_grid import LocalGrid
-from server.patience import AGAIN_S, MOST_UNHEARD, Patience
+from server.patience import AGAIN_S, MOST_UNHEARD, Called, Patience
 from server.registration import Registration
 from server.roster import Roster
 from tests.federation import RUN, small_study, stub_app
@@ -22,53 +22,53 @@ INTRODUCTION_S = 3600.0
 
 
 def patience() -> Patience:
-    return Patience(Registration([]), INTRODUCTION_S)
+    return Patience(INTRODUCTION_S)
 
 
-def waits_s(held: Patience, node: NodeInfo) -> float:
-    return pytest.approx(held.until(node) - time.monotonic(), abs=1.0)  # type: ignore[no-any-return]
+def waits_s(held: Patience, node: Called) -> float:
+    return round(held.until(node) - time.monotonic())
 
 
 def test_a_named_node_that_starts_again_is_known_by_its_name() -> None:
     held = patience()
-    assert waits_s(held, NodeInfo(node_id=1, name="a")) == INTRODUCTION_S
-    held.note_introduced(NodeInfo(node_id=1, name="a"))
-    assert waits_s(held, NodeInfo(node_id=2, name="a")) == AGAIN_S
-    held.note_silent(NodeInfo(node_id=2, name="a"))
-    assert waits_s(held, NodeInfo(node_id=3, name="a")) == 0.0
+    assert waits_s(held, Called("a", lasts=True)) == INTRODUCTION_S
+    held.note_introduced(Called("a", lasts=True))
+    assert waits_s(held, Called("a", lasts=True)) == AGAIN_S
+    held.note_silent(Called("a", lasts=True))
+    assert waits_s(held, Called("a", lasts=True)) == 0.0
 
 
 def test_a_node_that_keeps_leaving_before_it_answers_is_at_last_not_waited_for() -> None:
     held = patience()
-    for number in range(MOST_UNHEARD):
-        assert waits_s(held, NodeInfo(node_id=number, name="a")) == INTRODUCTION_S
-        held.note_left(NodeInfo(node_id=number, name="a"))
-    assert waits_s(held, NodeInfo(node_id=9, name="a")) == 0.0
-    held.note_introduced(NodeInfo(node_id=9, name="a"))
-    assert waits_s(held, NodeInfo(node_id=10, name="a")) == AGAIN_S
+    for _ in range(MOST_UNHEARD):
+        assert waits_s(held, Called("a", lasts=True)) == INTRODUCTION_S
+        held.note_left(Called("a", lasts=True))
+    assert waits_s(held, Called("a", lasts=True)) == 0.0
+    held.note_introduced(Called("a", lasts=True))
+    assert waits_s(held, Called("a", lasts=True)) == AGAIN_S
 
 
 def test_nameless_nodes_that_came_and_went_cost_a_round_half_a_minute_together(monkeypatch: pytest.MonkeyPatch) -> None:
     held = patience()
     for number in range(MOST_UNHEARD):
-        held.note_left(NodeInfo(node_id=number))
+        held.note_left(Called(f"node-{number}", lasts=False))
     began = time.monotonic()
     held.begin()
     later = began + AGAIN_S - 5
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert held.until(NodeInfo(node_id=100)) == pytest.approx(began + AGAIN_S, abs=1.0)
-    assert held.until(NodeInfo(node_id=101, name="new")) == later + INTRODUCTION_S
+    assert held.until(Called("node-100", lasts=False)) == pytest.approx(began + AGAIN_S, abs=1.0)
+    assert held.until(Called("new", lasts=True)) == later + INTRODUCTION_S
 
 
 def test_of_nameless_nodes_only_those_that_are_there_are_remembered() -> None:
     held = patience()
     for number in range(50):
-        node = NodeInfo(node_id=number)
+        node = Called(f"node-{number}", lasts=False)
         held.until(node)
         held.note_refused(node)
         held.note_silent(node)
         held.note_introduced(node)
-        gone = held.forget_all_but([node, NodeInfo(node_id=1000, name="a")])
+        gone = held.forget_all_but([node, Called("a", lasts=True)])
         assert gone == ({f"node-{number - 1}"} if number else set())
     assert held._known == held._refused == held._passing == {"node-49"}
 
