@@ -34,9 +34,8 @@ from server.coordinator_config import load_coordinator
 from server.local_grid import LocalGrid
 from server.rounds import Federation
 from server.run_folder import RunFolder
-from server.simulate import SimulationConfig, prepare, site_node_config
+from server.simulate import prepare, read_simulation, site_node_config
 from unimiss_core.codec import Layout, carried_over, layout_of, num_bytes, released
-from unimiss_core.config import load
 from unimiss_core.formats import BLOCK, FORMATS
 from unimiss_core.groups import groups_of_ranks
 from unimiss_core.loss_terms import mean_cross_entropy
@@ -165,10 +164,9 @@ def _train(out: Path, dtype: str, seed: int, rounds: int, watch: "Watch | None")
         "sites": [{"name": kind, "data": [{"folder": str(out.parent / kind / "scans")}]} for kind in KINDS],
     }
     (out / "simulation.yaml").write_text(yaml.safe_dump(simulation))
-    config = load(SimulationConfig, out / "simulation.yaml")
-    coordinator = load_coordinator(prepare(config, out, out, resume=False))
-    study = load(StudyConfig, coordinator.study)
-    nodes = {site.name: site_node_config(out, site.name) for site in config.sites}
+    read = read_simulation(out / "simulation.yaml")
+    coordinator, study = load_coordinator(prepare(read, out, resume=False)), read.study
+    nodes = {site.name: site_node_config(out, site.name) for site in read.config.sites}
     with LocalGrid(watch.app(study) if watch else client_app, nodes, run_config={}) as grid:
         state = Federation(grid, study, coordinator).run()
     if watch:

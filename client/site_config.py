@@ -134,7 +134,9 @@ def anchored(site: SiteConfig, base: Path) -> SiteConfig:
             problems.append(f"'data.{index}.table.path': {table.path} is not a file")
         sources.append(source.model_copy(update={"folder": folder, "table": table}))
     if problems:
-        raise ConfigError(f"site '{site.name}': it is not all there\n" + "\n".join(f"  - {line}" for line in problems))
+        raise ConfigError(
+            f"site '{site.name}': its file names what is not there\n" + "\n".join(f"  - {line}" for line in problems)
+        )
     return site.model_copy(
         update={"data": tuple(sources), "state": base / site.state, "cache": site.cache and base / site.cache}
     )

@@ -7,7 +7,8 @@ Run configuration (`flwr run . --run-config 'key="value"'`):
     resume        go on with an unfinished run
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.coordinator_config import CoordinatorConfig, load_coordinator
 from server.display import Display
+from server.failure import told_by_flower
 from server.report import write_report
 from server.rounds import Federation, Probe
 from server.run_folder import RunFolder
@@ -30,9 +32,30 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     resume = bool(context.run_config.get("resume", False))
-    # Under `flwr run` nobody watches yet: then plain lines go to the run's log, which `flwr log` shows.
-    with nullcontext() if progress.is_watched() else Display():
+    with _shown(context):
         run(grid, load_coordinator(coordinator_file(grid, context)), resume=resume)
+
+
+@contextmanager
+def _shown(context: Context) -> Iterator[None]:
+    """Under `flwr run` nobody watches yet: then plain lines go to the run's log, which `flwr log` shows. Else whoever
+    watches tells of errors too."""
+    if progress.is_watched():
+        yield
+        return
+    with told_by_flower(_to_resume(context)), Display():
+        yield
+
+
+def _to_resume(context: Context) -> dict[str, str]:
+    """What the run configuration must say for this run to be found again."""
+    if named := str(context.run_config.get("coordinator", "")):
+        return {"coordinator": named}
+    if simulation := str(context.run_config.get("simulation", "")):
+        from server.simulate import engine_folder
+
+        return {"simulation": simulation, "out": str(engine_folder(context))}
+    return {}
 
 
 def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:

@@ -86,6 +86,16 @@ class RoundRecord(_Record):
     whole: GlobalRecord = Field(GlobalRecord(), alias="global")
 
 
+class StopRecord(_Record):
+    """Why a run ended before its last round."""
+
+    round: Annotated[int, Field(ge=1, le=10**6)]
+    """The round at work."""
+    error: str
+    sites: Mapping[str, SiteRecord] = {}
+    """How each site stood; `there` is one that was not asked to train yet."""
+
+
 class ProbeRecord(_Record):
     """A linear probe of one task on held-out patients."""
 
@@ -123,6 +133,7 @@ class Artefacts:
     before: Mapping[str, ProbeRecord]
     after: Mapping[str, ProbeRecord]
     gaps: tuple[str, ...]
+    stop: StopRecord | None = None
 
     @property
     def sites(self) -> list[str]:
@@ -166,6 +177,7 @@ def read_artefacts(out: Path) -> Artefacts:
         projections=_read_if_present(report / "probe-projection.npz", _projections, gaps),
         before=_read_if_present(report / "probe-before.json", _probe, gaps),
         after=_read_if_present(report / "probe-after.json", _probe, gaps),
+        stop=_read(out / "stopped.json", _stop, gaps) if (out / "stopped.json").exists() else None,
         gaps=tuple(gaps),
     )
 
@@ -197,6 +209,10 @@ def _rounds(path: Path, gaps: list[str]) -> tuple[RoundRecord, ...]:
         else:
             by_number[record.round] = record
     return tuple(by_number[number] for number in sorted(by_number))
+
+
+def _stop(path: Path) -> StopRecord:
+    return StopRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _probe(path: Path) -> Mapping[str, ProbeRecord]:

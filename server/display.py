@@ -259,6 +259,12 @@ class Bars:
                 self._site(event.site, event.step, event.steps, _step(event))
             case SiteReplied(status="ok"):
                 self._site(event.site, 1, 1, "replied")
+            case SiteReplied(at_work_on=int(earlier)):
+                self._site(event.site, 0, None, f"still at work on round {earlier}")
+                self._above(_refusal(event), "")
+            case SiteReplied(status="late"):
+                self._site(event.site, 1, 1, "counted late")
+                self._above(_refusal(event), "")
             case SiteReplied():
                 self._site(event.site, 0, 1, f"did not count: {_status(event)}", style="red")
                 self._above(_refusal(event), "red")
@@ -314,7 +320,10 @@ def _status(event: SiteReplied) -> str:
 
 
 def _refusal(event: SiteReplied) -> str:
-    said = "counted late" if event.status == "late" else f"did not count: {_status(event)}"
+    if event.at_work_on is not None:
+        said = f"is still at work on round {event.at_work_on}; that update may count late"
+    else:
+        said = "counted late" if event.status == "late" else f"did not count: {_status(event)}"
     return f"round {event.round}: {event.site} {said}"
 
 

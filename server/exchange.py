@@ -34,9 +34,10 @@ _STATUS = {"failed": "error", "no_reply": "absent"}
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that a node has not answered yet."""
+    """A request that a node has not answered yet. site: who the node said it was, when it was asked."""
 
     node_id: int
+    site: Introduction
     round: int
     expires_at: float
 
@@ -78,12 +79,12 @@ class Exchange:
         """Node -> the round that it may still answer in time to count; another request would only queue behind it."""
         return {asked.node_id: asked.round for asked in self._waiting.values() if self._is_of_use(asked)}
 
-    def ask(self, node_id: int, content: RecordDict) -> bool:
-        """Send this round's request; False where the node is not there any more, so that no reply is waited for."""
+    def ask(self, node_id: int, site: Introduction, content: RecordDict) -> bool:
+        """Send `site` this round's request; False where its node is not there any more: no reply is waited for then."""
         message = Message(content, node_id, "train", ttl=self._time_to_live_s, group_id=str(self._round))
         if (message_id := pushed(self._grid, message)) is None:
             return False
-        self._waiting[message_id] = Asked(node_id, self._round, time.monotonic() + self._time_to_live_s)
+        self._waiting[message_id] = Asked(node_id, site, self._round, time.monotonic() + self._time_to_live_s)
         return True
 
     def replies(self, enough: Callable[[], bool]) -> Iterator[tuple[Asked, Reply]]:

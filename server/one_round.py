@@ -12,6 +12,7 @@ from server.requests import Requests
 from server.roster import Roster
 from server.round_sum import RoundSum, layout_for
 from server.site_round import SiteRound
+from server.slow_sites import SlowSites
 from unimiss_core import progress
 from unimiss_core.codec import Layout
 from unimiss_core.collapse import signs_in_round
@@ -38,6 +39,7 @@ class OneRound:
         layout: Layout,
         roster: Roster,
         exchange: Exchange,
+        slow: SlowSites,
         state: GlobalState,
         total: RoundSum,
     ) -> None:
@@ -48,11 +50,16 @@ class OneRound:
         self._layout = layout
         self._roster = roster
         self._exchange = exchange
+        self._slow = slow
         self._state = state
         self._round = state.round + 1
         self._requests = Requests(study, run, layout, state)
         self._total = total
         self._taught: dict[str, int] = {}
+        self._asked: dict[str, int] = {}
+        """Sites that were asked in this round, and the node that was last."""
+        self._at_work_on: dict[str, int] = {}
+        """Busy sites, and the earlier round of each."""
         self._sizes: list[float] = []
         self.lines: dict[str, SiteRound] = {}
 
@@ -74,9 +81,10 @@ class OneRound:
             self._hear(asked, reply)
             del reply  # as large as the model: not to be held while the next is pulled
         for name, line in self.lines.items():
-            if not line.reason and line.status == "absent":  # the deadline passed
+            if deadline_passed := not line.reason and line.status == "absent":
                 line.reason = "no_reply"
                 self._tell(name, line)
+            self._slow.note(name, self._round, late=deadline_passed or line.reason in ("busy", "discounted"))
             if line.bytes_down or line.counts:
                 self._state.attendance.note(name, self._round, counted=line.counts)
         self._require_quorum()
@@ -108,7 +116,8 @@ class OneRound:
         lines = {site.site: SiteRound(left_out=site.left_out) for site in self._roster.sites.values()}
         for node_id, round in self._exchange.at_work.items():
             if round < self._round and node_id in self._roster.sites:
-                lines[self._roster.sites[node_id].site].reason = "busy"
+                name = self._roster.sites[node_id].site
+                lines[name].reason, self._at_work_on[name] = "busy", round
         free = [name for name, line in lines.items() if not line.reason]
         attendance, after = self._state.attendance, self._config.set_aside_after
         aside = [name for name in free if attendance.is_set_aside(name, self._round, after)]
@@ -130,7 +139,8 @@ class OneRound:
 
     def _ask(self, node_id: int, site: Introduction) -> None:
         content, line = self._requests.for_site(site), self.lines[site.site]
-        if self._exchange.ask(node_id, content):
+        if self._exchange.ask(node_id, site, content):
+            self._asked[site.site] = node_id
             line.bytes_down += num_bytes(content)
             return
         line.reason = "no_reply"  # it left since it introduced itself
@@ -138,10 +148,10 @@ class OneRound:
 
     def _hear(self, asked: Asked, reply: Reply) -> None:
         """Fold the reply in where it may count; say in its site's line what became of it."""
-        site = self._roster.sites.get(asked.node_id)
-        if site is None:  # it left after it was asked, in an earlier round
-            return
-        line = self.lines[site.site]
+        site, left = asked.site, asked.node_id not in self._roster.sites
+        line = self.lines.setdefault(site.site, SiteRound("absent", "not_connected"))
+        if line.counts or self._asked.get(site.site, asked.node_id) != asked.node_id:
+            return  # it came back as another node and was asked anew: one update of a site counts in a round
         try:
             answer = self._admitted(reply, site, asked.round, line)
         except WireError as error:
@@ -150,6 +160,8 @@ class OneRound:
                 self._requests.note_loss(site)
                 self._ask(asked.node_id, site)
                 return
+            if left and asked.round < self._round:
+                return  # its line says already that it is not there
             line.status, line.reason = status_of(error.reason), error.reason
             log.warning("round=%d site=%s %s: %s", self._round, site.site, line.status, error)
             if error.reason == "too_large":  # how much so, only this side knows
@@ -183,13 +195,15 @@ class OneRound:
 
     def _count(self, answer: TrainReply, line: SiteRound) -> None:
         delay = self._round - answer.round
+        self._slow.note_seconds(answer.site, answer.seconds)
         self._total.fold(answer, share=self._study.aggregation.late_weight**delay)
         self._taught[answer.site] = answer.round
         line.status, line.reason = ("late", "discounted") if delay else ("ok", "")
         self._warn_of_trouble(answer)
 
     def _tell(self, site: str, line: SiteRound) -> None:
-        progress.report(progress.SiteReplied(self._round, site, line.status, line.reason))
+        at_work_on = self._at_work_on[site] if line.reason == "busy" else None
+        progress.report(progress.SiteReplied(self._round, site, line.status, line.reason, at_work_on))
 
     def _warn_of_trouble(self, answer: TrainReply) -> None:
         """Of skipped batches and of collapse."""

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from flwr.proto.node_pb2 import NodeInfo
 
 from server.coordinator_config import RegisteredSite
+from server.patience import Called
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.scan import RANKS
 from unimiss_core.wire import Introduction, TrainReply
@@ -36,7 +37,12 @@ class Registration:
 
     def name_of(self, node: NodeInfo) -> str:
         """What people call a node before it has introduced itself: by its registered key, else as Flower was told."""
-        return self._owner_of(node.public_key) or node.name or f"node-{node.node_id}"
+        return self.called(node).name
+
+    def called(self, node: NodeInfo) -> Called:
+        """`name_of` the node, and whether that lasts: without name or key it is another node when it starts again."""
+        lasting = self._owner_of(node.public_key) or node.name
+        return Called(lasting or f"node-{node.node_id}", lasts=bool(lasting))
 
     @property
     def names(self) -> frozenset[str]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from server import charts
 from server.artefacts import Artefacts
-from server.markup import Html, tag
+from server.markup import Html, joined, tag
+from unimiss_core.reasons import REASONS
 
 
 def section(title: str, *parts: str) -> Html:
@@ -71,6 +72,14 @@ def lines(words: Sequence[str]) -> list[Html]:
 def number(value: float, words: str) -> Html:
     """What a person reads, with the exact number beside it for a program."""
     return tag("data", {"value": repr(value)}, words)
+
+
+def because(reason: str) -> Html:
+    """A reason in words, with its code; a code of which no words are known stands alone."""
+    if not reason:
+        return joined("no reason given")
+    code = tag("code", None, reason)
+    return joined(REASONS[reason], " ", code) if reason in REASONS else code
 
 
 def in_words(name: str) -> str:

@@ -4,13 +4,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from server import charts
-from server.artefacts import Artefacts
+from server.artefacts import Artefacts, SiteRecord
 from server.markup import Html, joined, tag
-from server.report_pieces import card_table, caution, labelled, lines, note, number, section, whole
+from server.report_pieces import because, card_table, caution, labelled, lines, note, number, section, whole
 from server.wording import byte_count, counted, duration, listed
 
 _SCANS = {"2d": "image", "3d": "volume"}
 _COLUMNS = ("Site", "Trains on", "Scans", "Rounds", "Steps", "To the site", "From the site", "Time")
+_COLUMNS_AT_STOP = (*_COLUMNS[:3], "When the run ended")
 _NUMBERS = _COLUMNS[4:]
 
 
@@ -19,7 +20,8 @@ def verdict(run: Artefacts) -> Html:
     planned = run.study.schedule.rounds if run.study else None
     if not run.rounds:
         asked = f" of the {planned} rounds that the study asks for" if planned else ""
-        return joined(tag("b", None, "No round was finished"), f"{asked}, so there is nothing to show yet.")
+        rest = f".{_end(run)}" if run.stop else ", so there is nothing to show yet."
+        return joined(tag("b", None, "No round was finished"), asked, rest)
     done = f"{len(run.rounds)} of {planned} rounds" if planned else counted(len(run.rounds), "round")
     start = "Finished" if planned is None or len(run.rounds) >= planned else "Stopped after"
     down, up = run.traffic(run.sites)
@@ -32,12 +34,16 @@ def verdict(run: Artefacts) -> Html:
         " went to the sites and ",
         whole(byte_count(up)),
         f" came back. {_faithfulness(run)}",
+        _end(run),
         *_collapse(run),
     )
 
 
 def site_table(run: Artefacts) -> Html:
     gaps = [caution(f"This report is not complete. {' '.join(run.gaps)}")] if run.gaps else []
+    if not run.sites and run.stop and run.stop.sites:
+        rows = [_row_at_stop(name, record) for name, record in sorted(run.stop.sites.items())]
+        return section("Sites", card_table(_COLUMNS_AT_STOP, rows), *gaps)
     if not run.sites:
         return section("Sites", note("No round has been recorded, so nothing is known about the sites."), *gaps)
     rows = [_site_row(run, name) for name in run.sites]
@@ -54,6 +60,10 @@ def _faithfulness(run: Artefacts) -> str:
     return f"{listed(said)}; the table says why."
 
 
+def _end(run: Artefacts) -> str:
+    return f" The run ended in round {run.stop.round}: {run.stop.error.rstrip('.')}." if run.stop else ""
+
+
 def _collapse(run: Artefacts) -> list[str]:
     if not (sites := list(run.collapsed())):
         return []
@@ -68,21 +78,31 @@ def _since(run: Artefacts, missed: Sequence[int]) -> str:
 
 def _site_row(run: Artefacts, name: str) -> list[str]:
     records = run.records(name)
-    most = {rank: max(one.scans.get(rank, 0) for one in records) for rank in _SCANS}
-    held = {rank: count for rank, count in most.items() if count}
     down, up = run.traffic([name])
     steps, seconds = sum(one.steps for one in records), sum(one.seconds for one in records)
-    scans = [counted(count, _SCANS[rank]) for rank, count in held.items()]
     return [
         name,
-        whole(" + ".join(rank.upper() for rank in held) or "unknown"),
-        tag("div", None, *lines(scans or ["unknown"])),
+        *_holdings(records),
         _attendance(run, name),
         number(steps, f"{steps:,}"),
         number(down, byte_count(down)),
         number(up, byte_count(up)),
         number(seconds, duration(seconds)),
     ]
+
+
+def _row_at_stop(name: str, record: SiteRecord) -> list[str]:
+    why = [tag("div", {"class": "fine"}, because(record.reason))] if record.reason else []
+    return [name, *_holdings([record]), tag("div", None, record.status, *why)]
+
+
+def _holdings(records: Sequence[SiteRecord]) -> list[Html]:
+    """The cells of what a site trains on: ranks, and the most scans of each that a record names."""
+    most = {rank: max(one.scans.get(rank, 0) for one in records) for rank in _SCANS}
+    held = {rank: count for rank, count in most.items() if count}
+    scans = [counted(count, _SCANS[rank]) for rank, count in held.items()]
+    ranks = " + ".join(rank.upper() for rank in held)
+    return [whole(ranks or "unknown"), tag("div", None, *lines(scans or ["unknown"]))]
 
 
 def _total_row(run: Artefacts) -> Html:
@@ -101,8 +121,8 @@ def _attendance(run: Artefacts, name: str) -> Html:
     reasons: dict[tuple[str, str], list[int]] = defaultdict(list)
     for one, record in zip(run.rounds, records, strict=True):
         if record.status != "ok":
-            reasons[record.status, record.reason or "no reason given"].append(one.round)
-    why = [f"{status}: {reason}, {_spans(numbers)}" for (status, reason), numbers in reasons.items()]
+            reasons[record.status, record.reason].append(one.round)
+    why = [joined(f"{status}, {_spans(numbers)}: ", because(reason)) for (status, reason), numbers in reasons.items()]
     strip = charts.attendance([record.status for record in records])
     return tag("div", None, said, strip, tag("div", {"class": "fine"}, *lines(why)))
 

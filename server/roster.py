@@ -2,18 +2,22 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
+from server import patience
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import introduction_of, pulled, pushed, status_of
+from server.patience import Called, Patience
 from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
 from unimiss_core.errors import RoundError, WireError
+from unimiss_core.reasons import LASTING
 from unimiss_core.wire import Hello, Introduction
 
 log = logging.getLogger(__name__)
@@ -22,9 +26,13 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 """Pause between two looks for nodes and their introductions."""
 
-AGAIN_S = 30.0
-"""How long a node that introduced itself before is waited for when it is asked again, for it has read its archive; and
-how long after a node could not take part it is asked again, while others are waited for."""
+
+class TooFewSites(RoundError):  # noqa: N818 - what there is, as people say it
+    """lasting: whether all who cannot take part would have to be mended by a person."""
+
+    def __init__(self, message: str, *, lasting: bool) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class _Greeted:
     """A node that was asked who it is."""
 
     node: NodeInfo
+    called: Called
     wait_until: float
     expires_at: float
 
@@ -50,17 +59,22 @@ class Roster:
         self.unfit: dict[str, SiteRound] = {}
         self._greeted: dict[str, _Greeted] = {}
         """Message -> the node that has not answered it yet."""
-        self._silent: set[int] = set()
-        """Nodes that once let their time to answer pass."""
-        self._known: set[int] = set()
-        """Nodes that once introduced themselves."""
-        self._refused: set[int] = set()
-        """Nodes that answered this gathering and could not take part: asked again, they are no longer waited for."""
         self.registration = Registration(config.sites)
-        self._strangers: set[int] = set()
-        """Nodes that are not registered and were told of."""
+        self._patience = Patience(config.introduction_s)
+        self._strangers: set[str] = set()
+        """Nodes that are not registered and were told of, by name; of those without one, only the first is."""
         self._told: dict[str, str] = {}
         """Name -> why it cannot take part, as it was told last."""
+
+    @property
+    def lines(self) -> dict[str, SiteRound]:
+        """How each site stands before it is asked to train: it is there, it cannot take part, or it never came."""
+        never_came = {name: SiteRound("absent", "not_connected") for name in self.registration.names}
+        there = {
+            site.site: SiteRound("there", scans={f"{rank}d": count for rank, count in site.scans.items()})
+            for site in self.sites.values()
+        }
+        return never_came | self.unfit | there
 
     def gather(self, hello: Hello, *, least: int, counted: frozenset[str] = frozenset()) -> None:
         """Ask every node that is not known who it is; begin when all have said so and `least` sites are there.
@@ -68,16 +82,16 @@ class Roster:
         counted: sites whose updates count already, wherever they are now.
 
         A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
-        one that stayed silent is asked in every round, and no longer waited for. Raises RoundError.
+        one that stayed silent is asked in every round, and no longer waited for. Raises TooFewSites.
         """
         began = time.monotonic()
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
-        self.unfit, again = {}, began + AGAIN_S
-        self._refused.clear()
+        self.unfit, again = {}, began + patience.AGAIN_S
+        self._patience.begin()
         content = hello.pack()
         while True:
             if time.monotonic() >= again:
-                self.unfit, again = {}, time.monotonic() + AGAIN_S
+                self.unfit, again = {}, time.monotonic() + patience.AGAIN_S
             self._greet_new_nodes(content)
             self._hear_introductions()
             now = time.monotonic()
@@ -87,14 +101,15 @@ class Roster:
                 break
             if not reading and now > give_up:
                 told = "".join(f"; {name}: {line.reason}" for name, line in sorted(self.unfit.items()))
-                raise RoundError(
+                raise TooFewSites(
                     f"{len(there)} of at least {least} sites are there{told}. "
-                    "Mend the sites, or lower min_sites and min_replies, then resume"
+                    "Mend the sites, or lower min_sites and min_replies, then resume",
+                    lasting=bool(self.unfit) and all(line.reason in LASTING for line in self.unfit.values()),
                 )
             time.sleep(POLL_S)
         for message_id, greeted in list(self._greeted.items()):
             self._mark_unfit(greeted.node, SiteRound("absent", "no_introduction"))
-            self._silent.add(greeted.node.node_id)
+            self._patience.note_silent(greeted.called)
             if time.monotonic() >= greeted.expires_at:
                 del self._greeted[message_id]
             else:
@@ -102,33 +117,34 @@ class Roster:
 
     def ask_again(self, node_id: int) -> None:
         """Forget what a node said it is; it may have changed, by new scans say."""
-        del self.sites[node_id]
+        self.sites.pop(node_id, None)  # it may have left
 
     def _greet_new_nodes(self, hello: RecordDict) -> None:
         nodes = {node.node_id: node for node in self._grid.get_nodes()}
         for gone in self.sites.keys() - nodes.keys():
             del self.sites[gone]
-        # One that left before it answered is asked anew when it is back.
-        self._greeted = {key: greeted for key, greeted in self._greeted.items() if greeted.node.node_id in nodes}
+        self._forget_those_that_left(nodes)
         waiting = {greeted.node.node_id for greeted in self._greeted.values()}
         for node_id, node in nodes.items():
             if not self.registration.may_ask(node):
                 self._tell_of_stranger(node)
                 continue
-            name = self.registration.name_of(node)
-            if node_id not in self.sites and node_id not in waiting and name not in self.unfit:
+            called = self.registration.called(node)
+            if node_id not in self.sites and node_id not in waiting and called.name not in self.unfit:
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
                 if (taken := pushed(self._grid, message)) is None:
                     continue  # it left since the nodes were listed
-                self._greeted[taken] = self._greeted_now(node)
+                expires_at = time.monotonic() + self._config.introduction_s
+                self._greeted[taken] = _Greeted(node, called, self._patience.until(called), expires_at)
 
-    def _greeted_now(self, node: NodeInfo) -> _Greeted:
-        now, patience_s = time.monotonic(), self._config.introduction_s
-        if node.node_id in self._silent | self._refused:
-            waited_s = 0.0
-        else:
-            waited_s = min(patience_s, AGAIN_S) if node.node_id in self._known else patience_s
-        return _Greeted(node, wait_until=now + waited_s, expires_at=now + patience_s)
+    def _forget_those_that_left(self, nodes: Mapping[int, NodeInfo]) -> None:
+        """One that left before it answered is asked anew when it is back."""
+        for message_id, greeted in list(self._greeted.items()):
+            if greeted.node.node_id not in nodes:
+                del self._greeted[message_id]
+                self._patience.note_left(greeted.called)
+        for name in self._patience.forget_all_but(map(self.registration.called, nodes.values())):
+            self._told.pop(name, None)
 
     def _hear_introductions(self) -> None:
         for message_id, greeted in list(self._greeted.items()):
@@ -141,20 +157,19 @@ class Roster:
                 if introduction.site in {site.site for site in self.sites.values()}:
                     raise WireError("name_taken", "another connected site goes by the same name")
             except WireError as error:
-                self._refused.add(greeted.node.node_id)
+                self._patience.note_refused(greeted.called)
                 self._mark_unfit(greeted.node, SiteRound(status_of(error.reason), error.reason))
             else:
                 self.sites[greeted.node.node_id] = introduction
-                self._known.add(greeted.node.node_id)
-                self._silent.discard(greeted.node.node_id)
+                self._patience.note_introduced(greeted.called)
                 self._told.pop(self.registration.name_of(greeted.node), None)
 
     def _tell_of_stranger(self, node: NodeInfo) -> None:
-        if node.node_id not in self._strangers:
-            self._strangers.add(node.node_id)
-            name = self.registration.name_of(node)
-            log.warning("node=%s status=refused reason=not_registered", name)
-            progress.report(progress.Note(f"{name} is not asked: the coordinator file does not name it"))
+        called = self.registration.called(node)
+        if called.counted_as not in self._strangers:
+            self._strangers.add(called.counted_as)
+            log.warning("node=%s status=refused reason=not_registered", called.name)
+            progress.report(progress.Note(f"{called.name} is not asked: the coordinator file does not name it"))
 
     def _mark_unfit(self, node: NodeInfo, line: SiteRound) -> None:
         name = self.registration.name_of(node)

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from server.coordinator_config import CoordinatorConfig
 from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
-from server.roster import Roster
+from server.roster import Roster, TooFewSites
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
 from server.site_round import SiteRound, round_s
+from server.slow_sites import SlowSites
 from unimiss_core import progress
 from unimiss_core.codec import layout_of
-from unimiss_core.errors import ConfigError, RoundError, where
+from unimiss_core.errors import RoundError, RunFolderError, where
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.privacy import refuse_private_rounds
@@ -65,6 +66,7 @@ class Federation:
         self._roster = Roster(grid, config)
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
+        self._slow = SlowSites(config.deadline_s)
         self._probe = probe
         self._report = report
 
@@ -86,7 +88,8 @@ class Federation:
         """The state after another round, which is saved."""
         with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
             work = self._round_after(state, aggregate)
-            after, step, took = self._completed(work, state.round + 1, hello)
+            with self._stop_noted(work, state.round + 1):
+                after, step, took = self._completed(work, state.round + 1, hello)
         self._close(after, step, work.lines, took)
         return after
 
@@ -101,10 +104,12 @@ class Federation:
                 began = began or time.monotonic()
                 return *work.attempt(again=tried > 0), time.monotonic() - began
             except RoundError as error:
-                if tried == self._config.round_tries - 1:
+                in_vain = isinstance(error, TooFewSites) and error.lasting and pause_s == 0  # no time to mend a site in
+                if in_vain or tried == self._config.round_tries - 1:
                     raise
                 log.warning("%s; trying again in %g s", error, pause_s)
-                told = f"round {round} is tried again in {pause_s:g} s: too few sites or updates"
+                when = f"in {pause_s:g} s" if pause_s else "at once"
+                told = f"round {round} is tried again {when}: too few sites or updates"
                 progress.report(progress.Note(told))
             time.sleep(pause_s)
             pause_s *= 2
@@ -119,10 +124,22 @@ class Federation:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
             mend = "make room" if error.errno == errno.ENOSPC else "mend that"
-            raise ConfigError(
+            raise RunFolderError(
                 f"{self._folder.path}: cannot be written to: {error.strerror or type(error).__name__}; {mend}, then "
-                "go on with --resume: what was finished is saved"
+                "resume: what was finished is saved"
             ) from None
+
+    @contextmanager
+    def _stop_noted(self, work: OneRound, round: int) -> Iterator[None]:
+        """Where the round ends the run: keep why, and how each site stood, for the report."""
+        try:
+            yield
+        except (RoundError, KeyboardInterrupt) as error:
+            sites = {name: vars(line) for name, line in (self._roster.lines | work.lines).items()}
+            told = str(error) or "it was interrupted"
+            with suppress(OSError):  # the disk may be full; what ended the run must be told all the same
+                self._folder.note_stop({"round": round, "error": told, "sites": sites})
+            raise
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -156,6 +173,7 @@ class Federation:
             layout=self._layout,
             roster=self._roster,
             exchange=self._exchange,
+            slow=self._slow,
             state=state,
             total=RoundSum(self._study, aggregate),
         )

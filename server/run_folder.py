@@ -12,16 +12,21 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from unimiss_core import checkpoint, durable
 from unimiss_core.config import RUN, dump_yaml, load
-from unimiss_core.errors import CheckpointError, ConfigError
+from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError
 from unimiss_core.study import StudyConfig
 
 if sys.platform != "win32":
     import fcntl
+
+
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
+"""Folders that the code which calls this holds already."""
 
 
 class RunFolder:
@@ -63,6 +68,10 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def _stopped(self) -> Path:
+        return self.path / "stopped.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder for what a round keeps on disk until it ends."""
         return self.path / f"updates{durable.PARTIAL}"
@@ -74,9 +83,13 @@ class RunFolder:
     def alone(self) -> Iterator[None]:
         """Hold the folder against other coordinators; the system lets go of it when this process ends, however it ends.
 
-        A run that was submitted twice would otherwise be written by two. Raises ConfigError: another is at work in it.
+        A run that was submitted twice would otherwise be written by two. Within a block that holds the folder, as a
+        simulation that prepares a run does, it may be held again. Raises RunFolderError: another is at work in it.
         Windows has no such lock; there nothing is held.
         """
+        if self.path in (held := _held.get()):
+            yield
+            return
         self._require_no_file_in_its_way()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "run.lock").open("ab") as file:
@@ -84,10 +97,14 @@ class RunFolder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise ConfigError(
-                        f"{self.path}: another coordinator is at work in it; wait for it or end it, then --resume"
+                    raise RunFolderError(
+                        f"{self.path}: another coordinator is at work in it; wait for it or end it, then resume"
                     ) from None
-            yield
+            token = _held.set(held | {self.path})
+            try:
+                yield
+            finally:
+                _held.reset(token)
 
     def check(self, study: StudyConfig, *, resume: bool) -> Path | None:
         """The checkpoint folder to go on from, or None for a fresh run; nothing is written.
@@ -99,14 +116,12 @@ class RunFolder:
         if latest is None:
             return None
         if not resume:
-            raise ConfigError(
-                f"{self.path}: holds a run already; continue it with --resume, or give a new folder with --out"
-            )
+            raise RunFolderError(f"{self.path}: holds a run already; resume it, or give a new folder")
         if (held := load(StudyConfig, self.path / "study.yaml")).digest() != study.digest():
             changed = ", ".join(sorted(_differences(held.model_dump(), study.model_dump())))
             raise ConfigError(
                 f"{self.path}: holds a run of another study (different: {changed}); "
-                "resume with the study it was started with, or give a new folder with --out"
+                "resume with the study it was started with, or give a new folder"
             )
         return latest
 
@@ -114,6 +129,7 @@ class RunFolder:
         """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does."""
         latest = self.check(study, resume=resume)
         shutil.rmtree(self.scratch, ignore_errors=True)  # a round that was cut off may have left gigabytes
+        self._stopped.unlink(missing_ok=True)
         if latest is None:
             self._start(study)
             return None
@@ -128,13 +144,17 @@ class RunFolder:
 
     def _require_no_file_in_its_way(self) -> None:
         if (above := next(p for p in (self.path, *self.path.parents) if p.exists())) and not above.is_dir():
-            raise ConfigError(f"{self.path}: {above} is a file; give a folder with --out")
+            raise ConfigError(f"{self.path}: {above} is a file; give another folder")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def note_stop(self, facts: Mapping[str, Any]) -> None:
+        """Keep why the run ended before its last round, until it is gone on with."""
+        durable.write_text(self._stopped, json.dumps(facts, sort_keys=True) + "\n")
 
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():

@@ -14,7 +14,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -111,18 +111,27 @@ class SimulationConfig(Config):
         return self
 
 
+class Simulation(NamedTuple):
+    """A simulation's file, read and checked together with its study."""
+
+    config: SimulationConfig
+    study: StudyConfig
+    base: Path
+    """Folder that relative paths of the file count from."""
+
+
 def simulate(config_path: Path, out: Path, *, resume: bool = False) -> None:
     """Run the simulation of a file into `out`, in this process. Raises UnimissError."""
     # Not at the top: under Flower's engine this file is imported while another thread imports the ClientApp, and would
     # leave it half-imported in that thread's hands.
     from client.app import app as client_app
 
-    config = load(SimulationConfig, config_path)
-    coordinator = prepare(config, config_path.resolve().parent, out.resolve(), resume=resume)
-    run_config: UserConfig = {"coordinator": str(coordinator), "resume": resume}
-    nodes = {site.name: site_node_config(out.resolve(), site.name) for site in config.sites}
-    with LocalGrid(client_app, nodes, run_config=run_config, workers=config.workers) as grid:
-        server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), run_config))
+    simulation, out = read_simulation(config_path), out.resolve()
+    nodes = {site.name: site_node_config(out, site.name) for site in simulation.config.sites}
+    with RunFolder(out).alone():
+        run_config: UserConfig = {"coordinator": str(prepare(simulation, out, resume=resume)), "resume": resume}
+        with LocalGrid(client_app, nodes, run_config=run_config, workers=simulation.config.workers) as grid:
+            server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), run_config))
 
 
 def site_node_config(out: Path, name: str) -> UserConfig:
@@ -137,43 +146,73 @@ def prepare_for_engine(simulation: str, context: Context, num_nodes: int) -> Pat
     path = Path(simulation).expanduser()
     if not path.is_absolute():
         path = Path(__file__).resolve().parent.parent / "configs" / "simulation" / path
-    config = load(SimulationConfig, path)
-    if num_nodes != len(config.sites):
+    read = read_simulation(path)
+    if num_nodes != (num_sites := len(read.config.sites)):
         raise ConfigError(
-            f"the simulation has {len(config.sites)} sites, Flower's engine {num_nodes} nodes; "
-            f"give --federation-config 'num-supernodes={len(config.sites)}'"
+            f"the simulation has {num_sites} sites, Flower's engine {num_nodes} nodes; "
+            f"give --federation-config 'num-supernodes={num_sites}'"
         )
     resume = bool(context.run_config.get("resume", False))
-    return prepare(config, path.parent, simulation_folder(context).resolve(), resume=resume)
+    return prepare(read, engine_folder(context), resume=resume)
 
 
-def prepare(config: SimulationConfig, base: Path, out: Path, *, resume: bool) -> Path:
+def engine_folder(context: Context) -> Path:
+    """The folder of a run under Flower's simulation engine."""
+    return simulation_folder(context).resolve()
+
+
+def read_simulation(path: Path) -> Simulation:
+    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either."""
+    raw, base = read_yaml(path), path.resolve().parent
+    try:
+        config = parse(SimulationConfig, raw, where=str(path))
+    except ConfigError as error:
+        raise ConfigError("\n".join([str(error), *_mistakes_of_study(raw, base)])) from None
+    return Simulation(config, _study(config.study, config.overrides, base), base)
+
+
+def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
     """Write hospitals, site files, probe sets and the coordinator file below `out`; what is there already is kept.
 
-    base: folder that relative paths of the simulation count from. Raises ConfigError, before anything is written where
-    `out` holds another run.
+    Raises ConfigError, before anything is written where `out` holds another run or another coordinator is at work in
+    it.
     """
-    study = _study(config, base)
-    RunFolder(out).check(study, resume=resume)
-    for site in config.sites:
-        _write_site(site, base, out)
-        _write_example_views(site, study, out)
-    durable.write_text(out / "study-requested.yaml", dump_yaml(study))
-    coordinator = {
-        "study": "study-requested.yaml",
-        "out": ".",
-        **config.quorum.model_dump(mode="json"),
-        "wait_s": 1.0,  # on one machine every site has answered by then, or never will
-        "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
-    }
-    durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
+    config, study, base = simulation
+    folder = RunFolder(out)
+    with folder.alone():
+        folder.check(study, resume=resume)
+        for site in config.sites:
+            _write_site(site, base, out)
+            _write_example_views(site, study, out)
+        durable.write_text(out / "study-requested.yaml", dump_yaml(study))
+        coordinator = {
+            "study": "study-requested.yaml",
+            "out": ".",
+            **config.quorum.model_dump(mode="json"),
+            "wait_s": 1.0,  # on one machine every site has answered by then, or never will,
+            "retry_s": 0.0,  # and nobody mends it while it is waited for
+            "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
+        }
+        durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
     return out / "coordinator.yaml"
 
 
-def _study(config: SimulationConfig, base: Path) -> StudyConfig:
-    path = base / config.study
+def _mistakes_of_study(raw: Any, base: Path) -> list[str]:
+    """What is wrong with the study that a simulation names whose own file is wrong, as far as that can be read."""
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("study"), str):
+        return []
+    overrides = raw.get("overrides")
+    try:
+        _study(Path(raw["study"]), overrides if isinstance(overrides, Mapping) else {}, base)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _study(file: Path, overrides: Mapping[str, Any], base: Path) -> StudyConfig:
+    path = base / file
     study = load(StudyConfig, path)  # mistakes of the file itself are told under its own name
-    return parse(StudyConfig, _merged(read_yaml(path), config.overrides, study), where=f"{path} with the overrides")
+    return parse(StudyConfig, _merged(read_yaml(path), overrides, study), where=f"{path} with the overrides")
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any], read: Any) -> dict[str, Any]:

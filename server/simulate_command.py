@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except UnimissError as error:
-        print(f"unimiss-simulate: {error}", file=sys.stderr)
+        way_on = f"\nGo on with: {_resume_line(options)}" if error.resumes else ""
+        print(f"unimiss-simulate: {error}{way_on}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         # A full disk, a folder that may not be written: what was finished is whole, and resuming goes on from it.

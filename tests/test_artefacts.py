@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from server.artefacts import GlobalRecord, ProbeRecord, RoundRecord, SiteRecord, read_artefacts
+from server.artefacts import GlobalRecord, ProbeRecord, RoundRecord, SiteRecord, StopRecord, read_artefacts
 from server.site_round import SiteRound
 from tests.run_artefacts import SITES, round_records, write_probe, write_run, write_views
 from unimiss_core import errors
@@ -17,7 +17,7 @@ DOCUMENT = (Path(__file__).parents[1] / "docs" / "artefacts.md").read_text(encod
 TABLES = [set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) for table in DOCUMENT.split("\n\n")]
 
 
-@pytest.mark.parametrize("record", [RoundRecord, SiteRecord, GlobalRecord, ProbeRecord, Manifest])
+@pytest.mark.parametrize("record", [RoundRecord, SiteRecord, GlobalRecord, ProbeRecord, StopRecord, Manifest])
 def test_each_field_is_documented_and_each_documented_field_exists(record: type[BaseModel]) -> None:
     assert {field.alias or name for name, field in record.model_fields.items()} in TABLES
 

@@ -67,7 +67,10 @@ def test_mistakes_of_a_site_file_are_a_line_each(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_gone_is_told_under_the_sites_name(tmp_path: Path) -> None:
     _, said = introduced(tmp_path, small_study(), data=[{"folder": "gone"}])
-    assert said == ["north: it is not all there", f"north: - 'data.0.folder': {tmp_path / 'gone'} is not a folder"]
+    assert said == [
+        "north: its file names what is not there",
+        f"north: - 'data.0.folder': {tmp_path / 'gone'} is not a folder",
+    ]
 
 
 def test_the_state_folder_is_for_the_site_alone(tmp_path: Path) -> None:

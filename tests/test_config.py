@@ -258,6 +258,29 @@ def test_a_list_is_not_called_too_short_because_its_entries_are_wrong() -> None:
     assert told == "study.yaml: 1 problem\n  - 'data': expected at least 1 entry, got []"
 
 
+@pytest.mark.parametrize(
+    ("raw", "hint"),
+    [
+        ({"late_weight": 0.5}, "unknown key 'late_weight' (did you mean 'aggregation.late_weight'?)"),
+        ({"local_steps": 5}, "unknown key 'local_steps' (did you mean 'schedule.local_steps'?)"),
+        ({"wire": {"late_weight": 0.5}}, "unknown key 'wire.late_weight' (did you mean 'aggregation.late_weight'?)"),
+        ({"schedule": {"seed": 3}}, "unknown key 'schedule.seed' (did you mean 'seed' at the top level?)"),
+        ({"share": 0.2}, "unknown key 'share' (did you mean 'aggregation.rule.share'?)"),
+        ({"image_size": [64, 64]}, "(did you mean 'model.image_size' or 'views.image_size'?)"),
+    ],
+)
+def test_a_key_at_the_wrong_level_is_answered_with_its_place(raw: dict[str, object], hint: str) -> None:
+    assert hint in problems({"name": "x", **raw})
+
+
+@pytest.mark.parametrize("name", ["Our Study", "über", "-a", "a" * 65, "1e4 "])
+def test_what_a_name_may_be_is_told_in_words(name: str) -> None:
+    words = "lower-case letters, digits, '-' and '_', first a letter or digit, 64 at most"
+    told = f"'name': expected {words}, got {json.dumps(name)[:57]}"
+    assert told in problems({"name": name})
+    assert "pattern" not in problems({"name": name})
+
+
 @pytest.mark.parametrize("wrong", [0, -3, "all", 1.5, True])
 def test_a_value_that_may_be_of_several_kinds_is_one_mistake(wrong: object) -> None:
     raw = {"name": "a", "state": "s", "data": [{"folder": "f"}], "micro_batch": {"images": wrong}}

@@ -81,6 +81,21 @@ def test_a_log_gets_a_sign_of_life_every_three_minutes_of_a_long_round() -> None
 
 
 @pytest.mark.parametrize("terminal", [True, False])
+def test_a_site_that_is_still_at_work_is_not_said_to_have_missed_a_round_that_it_then_counts_in(terminal: bool) -> None:
+    events: list[Event] = [
+        RoundStarted(3, 3, ("alpha", "beta")),
+        SiteReplied(3, "beta", "absent", "busy", at_work_on=2),
+        SiteReplied(3, "alpha", "ok", ""),
+        SiteReplied(3, "beta", "late", "discounted"),
+        RoundDone(3, 3, 12.0, {"alpha": 5.0}),
+    ]
+    text = shown(events, terminal=terminal)
+    assert text.count("round 3: beta is still at work on round 2; that update may count late") == 1
+    assert text.count("round 3: beta counted late") == 1
+    assert "did not count" not in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_that_ended_collapsed_says_so_at_its_end_with_a_way_out(terminal: bool) -> None:
     first, second = round_events(1, 2), round_events(2, 2)
     first.insert(-1, Collapsed(1, "gamma", "image: all targets are alike"))

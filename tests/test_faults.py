@@ -72,12 +72,13 @@ def federate(
     takes: Callable[[str, str], bool] = lambda *_: True,
     twice: bool = False,
     unreadable: Callable[[str, str, int], bool] = lambda *_: False,
+    workers: int | None = None,
     **config: object,
 ) -> GlobalState:
     nodes = {site.name: {"name": site.name} for site in sites}
     settings = {"study": Path("unused"), "out": out, "wait_s": 0.1, "retry_s": 0.0, **config}
     app = stub_app({site.name: site for site in sites})
-    with Grid(app, nodes, run_config={}, workers=len(sites)) as grid:
+    with Grid(app, nodes, run_config={}, workers=workers or len(sites)) as grid:
         grid.present, grid.takes, grid.twice, grid.unreadable = present, takes, twice, unreadable
         return Federation(grid, study or exact_study(), CoordinatorConfig.model_validate(settings)).run()
 
@@ -303,7 +304,9 @@ def test_a_late_reply_counts_with_the_share_that_the_study_gives_it(tmp_path: Pa
         return good_answer(request, of)
 
     sites = [site("slow", only_in_bad_round(slow)), site("a", prompt)]
-    state = federate(tmp_path, sites, exact_study(late_weight=late_weight), deadline_s=4.0)
+    events: list[progress.Event] = []
+    with progress.listen(events.append):
+        state = federate(tmp_path, sites, exact_study(late_weight=late_weight), deadline_s=4.0)
     counted = all_good("slow", "a", but="slow")
     slow_in_last = metric_rows(tmp_path)[-1]["sites"]["slow"]["status"]
     if late_weight == 0.0:
@@ -316,6 +319,11 @@ def test_a_late_reply_counts_with_the_share_that_the_study_gives_it(tmp_path: Pa
         expected = start[name].double() + (update.double() + 0.5 * theirs[name].double()) / 1.5
         torch.testing.assert_close(state.student[name].double(), expected, rtol=1e-5, atol=1e-6)
     assert slow_in_last == "late"
+    told = [event for event in events if isinstance(event, progress.SiteReplied) and event.site == "slow"]
+    assert [(event.reason, event.at_work_on) for event in told if event.round == 3] == [
+        ("busy", 2),
+        ("discounted", None),
+    ]
     assert [request.round for request in sites[0].requests] == [1, 2]  # in round 3 it was still at work
 
 
@@ -416,7 +424,7 @@ def test_a_site_that_could_not_take_part_is_asked_again_while_too_few_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its old node, which Flower takes for connected for a minute, had its name."""
-    monkeypatch.setattr("server.roster.AGAIN_S", 0.3)
+    monkeypatch.setattr("server.patience.AGAIN_S", 0.3)
     old, new = {"name": "a", "node": "old"}, {"name": "a", "node": "new"}
     asked_of_new: list[float] = []
 
@@ -527,7 +535,7 @@ def test_a_full_disk_is_told_and_what_was_finished_is_kept(tmp_path: Path, monke
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(RunFolder, "append_metrics", full)
-    with pytest.raises(ConfigError, match="No space left on device; make room, then go on with --resume"):
+    with pytest.raises(ConfigError, match="No space left on device; make room, then resume"):
         federate(tmp_path, [site("a")])
     found = checkpoint.latest(tmp_path / "checkpoints")
     assert found is not None

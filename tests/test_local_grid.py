@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from server.exchange import Exchange
 from server.local_grid import MOST_WAITING, LocalGrid
 from tests.federation import stub_app
+from unimiss_core.wire import Introduction
 
 
 def arrays() -> RecordDict:
@@ -116,6 +117,6 @@ def test_an_exchange_takes_in_one_reply_at_a_time(monkeypatch: pytest.MonkeyPatc
     with LocalGrid(app, {f"site-{node}": {} for node in nodes}, run_config={}) as grid:
         exchange = Exchange(grid, deadline_s=20, late_count=False)
         exchange.begin(1)
-        assert all(exchange.ask(node, RecordDict({})) for node in nodes)
+        assert all(exchange.ask(node, Introduction(str(node), {}), RecordDict({})) for node in nodes)
         assert sorted(asked.node_id for asked, _ in exchange.replies(lambda: True)) == list(nodes)
     assert max(sizes) == 1

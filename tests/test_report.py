@@ -202,9 +202,11 @@ def test_the_table_holds_the_sums_of_the_metrics(tmp_path: Path) -> None:
 def test_the_table_says_why_a_round_did_not_count(whole_run: Path) -> None:
     rows = list(next(section(report_of(whole_run), "Sites").all("table")).all("tr"))
     assert "4 ok, 1 absent" in rows[1].text
-    assert "absent: no reason given, round\N{NO-BREAK SPACE}5" in rows[1].text
+    assert "absent, round\N{NO-BREAK SPACE}5: no reason given" in rows[1].text
     assert "3 ok, 2 refused" in rows[2].text
-    assert "refused: too_large, rounds\N{NO-BREAK SPACE}2\N{EN DASH}3" in rows[2].text
+    in_words = "the update is larger than the study allows too_large"
+    assert f"refused, rounds\N{NO-BREAK SPACE}2\N{EN DASH}3: {in_words}" in rows[2].text
+    assert [code.text for code in rows[2].all("code")] == ["too_large"]
     assert "2D + 3D" in rows[3].text
     assert "412 images" in rows[3].text
 

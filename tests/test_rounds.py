@@ -422,7 +422,7 @@ def test_updates_that_a_crash_left_on_disk_are_gone_when_the_run_goes_on(tmp_pat
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     federate(tmp_path, [ct()])
-    with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
+    with pytest.raises(ConfigError, match="holds a run already; resume it"):
         federate(tmp_path, [ct()])
 
 

@@ -1,6 +1,7 @@
 """A run's folder: what the run is called, which holds as long as the folder does."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,31 @@ def test_a_run_that_is_started_twice_is_refused_the_second_time(tmp_path: Path) 
     federate(tmp_path, [StubSite("a", {2: 3}, start_again)], small_study())
     assert len(begun) == small_study().schedule.rounds
     federate(tmp_path, [site([])], small_study(), resume=True)
+
+
+def test_who_holds_a_folder_may_hold_it_again_and_lets_go_at_the_end_alone(tmp_path: Path) -> None:
+    """A simulation prepares a run, then begins it; between the two no other may begin."""
+    folder = RunFolder(tmp_path)
+    refused: list[str] = []
+
+    def begin_elsewhere() -> None:
+        try:
+            with RunFolder(tmp_path).alone():
+                pass
+        except ConfigError as error:
+            refused.append(str(error))
+
+    def in_another_thread() -> bool:
+        thread = threading.Thread(target=begin_elsewhere)
+        thread.start()
+        thread.join()
+        return bool(refused) and bool(refused.pop())
+
+    with folder.alone():
+        with RunFolder(tmp_path).alone():
+            assert in_another_thread()
+        assert in_another_thread()
+    assert not in_another_thread()
 
 
 def test_a_resumed_run_keeps_its_name_and_tells_it_in_every_request(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """From a simulation's file to what its sites and its study become, without a run."""
 
+import fcntl
 from pathlib import Path
 
 import pytest
 import yaml
 
 from client.site_config import SiteTraining, load_site
-from server.simulate import SimulationConfig, _study, _write_site
-from unimiss_core.config import load, parse
+from server.simulate import Simulation, _write_site, read_simulation, simulate
+from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import UniMiSSConfig, UniMiSSPlusConfig
 
@@ -23,18 +24,18 @@ TRAINING = {
 }
 
 
-def simulated(tmp_path: Path, *, overrides: object = None, **site: object) -> SimulationConfig:
+def simulated(tmp_path: Path, *, overrides: object = None, **site: object) -> Simulation:
     study = {"name": "toy", "objective": {"slices_per_volume": 4, "teacher_temperature": 0.02}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     raw = {"study": "study.yaml", "sites": [{"name": "north", "data": [{"folder": "."}], **site}]}
     path = tmp_path / "simulation.yaml"
     path.write_text(yaml.safe_dump({**raw, "overrides": overrides or {}}))
-    return load(SimulationConfig, path)
+    return read_simulation(path)
 
 
 def test_a_simulated_site_trains_as_the_simulation_says(tmp_path: Path) -> None:
     assert TRAINING.keys() == SiteTraining.model_fields.keys() - {"name"}  # each of them differs from its default
-    (site,) = simulated(tmp_path, **TRAINING).sites
+    (site,) = simulated(tmp_path, **TRAINING).config.sites
     _write_site(site, tmp_path, tmp_path / "out")
     written = load_site(tmp_path / "out" / "sites" / "north" / "site.yaml")
     default = parse(SiteTraining, {"name": "north"}, where="")
@@ -44,7 +45,7 @@ def test_a_simulated_site_trains_as_the_simulation_says(tmp_path: Path) -> None:
 
 
 def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: Path) -> None:
-    (site,) = simulated(tmp_path).sites
+    (site,) = simulated(tmp_path).config.sites
     _write_site(site, tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "sites" / "north" / "site.yaml").read_text()
     assert "change the simulation's file instead" in text.splitlines()[0]
@@ -52,18 +53,39 @@ def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: P
 
 def test_overrides_that_choose_another_objective_begin_from_its_defaults(tmp_path: Path) -> None:
     plus = {"objective": {"name": "unimiss_plus"}, "model": {"reconstruction": True}}
-    study = _study(simulated(tmp_path, overrides=plus), tmp_path)
+    study = simulated(tmp_path, overrides=plus).study
     assert study.objective == UniMiSSPlusConfig()
     assert study.name == "toy"
 
 
 @pytest.mark.parametrize("change", [{"centre_momentum": 0.8}, {"centre_momentum": 0.8, "name": "unimiss"}])
 def test_overrides_of_the_same_objective_change_it_in_part(tmp_path: Path, change: dict[str, object]) -> None:
-    study = _study(simulated(tmp_path, overrides={"objective": change, "name": "other"}), tmp_path)
+    study = simulated(tmp_path, overrides={"objective": change, "name": "other"}).study
     assert study.objective == UniMiSSConfig(slices_per_volume=4, teacher_temperature=0.02, centre_momentum=0.8)
     assert study.name == "other"
 
 
 def test_an_objective_that_there_is_not_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected one of unimiss, unimiss_plus"):
-        _study(simulated(tmp_path, overrides={"objective": {"name": "unimis"}}), tmp_path)
+        simulated(tmp_path, overrides={"objective": {"name": "unimis"}})
+
+
+@pytest.mark.parametrize("site", [{"workrs": 2}, {}])
+def test_mistakes_of_the_simulation_and_of_its_study_are_told_at_once(tmp_path: Path, site: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as failure:
+        simulated(tmp_path, overrides={"late_weight": 0.5}, **site)
+    of_file, of_study = "'sites.0.workrs' (did you mean 'workers'?)", "(did you mean 'aggregation.late_weight'?)"
+    assert of_study in str(failure.value)
+    assert (of_file in str(failure.value)) == bool(site)
+
+
+def test_a_second_run_in_the_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """The first has begun a moment ago, and still prepares its sites."""
+    simulated(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / "run.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another coordinator is at work in it"):
+            simulate(tmp_path / "simulation.yaml", out)
+    assert [path.name for path in out.iterdir()] == ["run.lock"]

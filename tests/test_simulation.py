@@ -176,7 +176,9 @@ def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(
     assert same_weights(out / "checkpoints" / "round-0002", finished / "checkpoints" / "round-0002")
     assert [row["round"] for row in rows(out)] == [1, 2]
     assert run(tmp_path / "simulation.yaml", out) == 2
-    assert "continue it with --resume" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "holds a run already; resume it" in told
+    assert told.rstrip().endswith("--resume")
 
 
 def test_in_int8_a_resumed_run_ends_bit_identical_and_a_site_with_a_new_disk_goes_on(
@@ -270,7 +272,9 @@ def test_a_round_that_cannot_be_completed_ends_with_its_own_exit_code(
     tmp_path: Path, hospitals: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sites = [{"name": "gone", "data": [{"folder": str(tmp_path / "nowhere")}]}]
+    began = time.monotonic()
     assert run(simulation(tmp_path, hospitals, sites=sites), tmp_path / "out") == 5
+    assert time.monotonic() - began < 20  # nobody waits for a folder to appear
     assert "0 of at least 1 sites are there; gone: site_setup" in capsys.readouterr().err
     assert (tmp_path / "out" / "report.html").exists()
 
@@ -298,7 +302,7 @@ def test_a_file_in_the_way_of_the_output_is_told(
     config = simulation(tmp_path, hospitals)
     for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
         assert run(config, out) == 2
-        assert "is a file; give a folder with --out" in capsys.readouterr().err
+        assert "is a file; give another folder" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
 
 

@@ -18,12 +18,11 @@ import pytest
 import torch
 import yaml
 
-from server.simulate import SimulationConfig, prepare
+from server.simulate import prepare, read_simulation
 from server.simulate_command import main
 from tests.federation import metric_rows
 from tests.flower_deployment import ROOT, Deployment, Flower
 from unimiss_core import checkpoint
-from unimiss_core.config import load
 from unimiss_core.groups import group_of
 
 pytestmark = pytest.mark.timeout(1200)  # a message between machines starts a process that imports torch
@@ -117,7 +116,7 @@ def _simulated(simulation: Path, folder: Path) -> Iterator[Journey]:
 @contextmanager
 def _deployed(simulation: Path, folder: Path) -> Iterator[Journey]:
     out = folder / "out"
-    prepare(load(SimulationConfig, simulation), simulation.parent, out, resume=False)
+    prepare(read_simulation(simulation), out, resume=False)
     coordinator = yaml.safe_load((out / "coordinator.yaml").read_text()) | {"wait_s": 60.0, "deadline_s": ROUND_S}
     (out / "coordinator.yaml").write_text(yaml.safe_dump(coordinator))
     config = {"coordinator": str(out / "coordinator.yaml")}

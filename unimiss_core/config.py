@@ -25,6 +25,8 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 """What sites, studies and probes may be called: it goes into paths, logs and reports as it is."""
 
+NAME_IN_WORDS = "lower-case letters, digits, '-' and '_', first a letter or digit, 64 at most"
+
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 RUN = r"[0-9a-f]{16}"
@@ -137,7 +139,7 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
     path, models, _ = _place(kind, at)
     given = problem["input"]
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{path}' ({_hint(str(at[-1]), _place(kind, at[:-1]))})"
+        return f"unknown key '{path}' ({_hint(str(at[-1]), _place(kind, at[:-1]), kind)})"
     if problem["type"] == "union_tag_invalid":
         names = [str(_tag(model)) for model in models]
         near = difflib.get_close_matches(str(problem["ctx"]["tag"]), names, n=1)
@@ -146,6 +148,8 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
         return f"'{path}.{key}': expected one of {', '.join(names)}, got {got}{hint}"
     if problem["type"] == "missing":
         return f"missing key '{path}'"
+    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == f"^{NAME}$":
+        return f"'{path}': expected {NAME_IN_WORDS}, got {_describe(given)}"
     if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given):
         return f"'{path}': YAML reads {given} as text; write {float(given):.1e} (a dot and a signed exponent)"
     if choices := _choices(kind, at[:-1]):
@@ -216,14 +220,33 @@ def _in_words(simple: Any) -> list[str]:
     return [f"{word}{''.join(above)}" for word in _in_words(bare)]
 
 
-def _hint(key: str, place: _Place) -> str:
-    """What may have been meant by a key that is unknown at a place."""
+MOST_PLACES = 3
+"""Places of a key that are named to who wrote it elsewhere; one that stands in more says nothing of what was meant."""
+
+
+def _hint(key: str, place: _Place, kind: type[BaseModel]) -> str:
+    """What may have been meant by a key that is unknown at a place in `kind`."""
     known = sorted({key for model in place.models for key in model.model_fields})
+    if of_others := [str(_tag(model)) for model in place.others if key in model.model_fields]:
+        return f"a setting of {_tag_key(place.others[0])}: {' or '.join(of_others)}"
+    if 0 < len(elsewhere := _places_of(key, kind)) <= MOST_PLACES:
+        return f"did you mean {' or '.join(elsewhere)}?"
     if near := difflib.get_close_matches(key, known, n=1):
         return f"did you mean '{near[0]}'?"
-    if elsewhere := [str(_tag(model)) for model in place.others if key in model.model_fields]:
-        return f"a setting of {_tag_key(place.others[0])}: {' or '.join(elsewhere)}"
     return f"known keys here: {', '.join(known)}"
+
+
+def _places_of(key: str, kind: type[BaseModel], at: str = "") -> list[str]:
+    """Where in `kind` a key of this name stands, quoted; not within lists, whose entries have no names."""
+    here = [f"'{at}{key}'" if at else f"'{key}' at the top level"] if key in kind.model_fields else []
+    below = [
+        found
+        for name, field in kind.model_fields.items()
+        if get_origin(field.annotation) is not tuple
+        for model in _models_in(field.annotation)
+        for found in _places_of(key, model, f"{at}{name}.")
+    ]
+    return list(dict.fromkeys(here + below))
 
 
 def _tag(model: type[BaseModel]) -> Any:

@@ -2,6 +2,7 @@
 
 UnimissError            1  anything below that has no code of its own
 ├── ConfigError         2  a configuration file or command line is wrong
+│   └── RunFolderError  2  a run's folder holds a run already, is in use, or cannot be written to
 ├── NoUsableScanError   3  a data folder holds nothing that can be trained on
 ├── CheckpointError     4  a checkpoint is missing, damaged or of another version
 ├── RoundError          5  a round could not be completed (too few sites replied)
@@ -23,10 +24,18 @@ class UnimissError(Exception):
     """A mistake or a state of the world that a person can act on; shown as one message, no stack trace."""
 
     exit_code = 1
+    resumes = False
+    """Whether a run that is resumed may go on, once what the message says is done."""
 
 
 class ConfigError(UnimissError):
     exit_code = 2
+
+
+class RunFolderError(ConfigError):
+    """The folder is another run's, or is in use or full; what was finished in it is saved."""
+
+    resumes = True
 
 
 class NoUsableScanError(UnimissError):
@@ -39,6 +48,7 @@ class CheckpointError(UnimissError):
 
 class RoundError(UnimissError):
     exit_code = 5
+    resumes = True
 
 
 class NonFiniteLossError(UnimissError):

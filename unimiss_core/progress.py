@@ -46,6 +46,8 @@ class SiteReplied:
     site: str
     status: str
     reason: str
+    at_work_on: int | None = None
+    """The earlier round that a site is still at work on, whose update may count late."""
 
 
 @dataclass(frozen=True)

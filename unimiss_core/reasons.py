@@ -34,3 +34,6 @@ REASONS: dict[str, str] = {
     "steps": "the reply claims another number of steps than the study asks",
     "too_large": "the update is larger than the study allows",
 }
+
+LASTING = frozenset({"site_setup", "no_usable_scans", "study", "protocol", "not_registered"})
+"""What no time mends: a person has to."""
