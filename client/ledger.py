@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from client.chained_log import WAY_OUT, ChainedLog, Head
-from client.ledger_entries import Charges, Entry, Replied, Reserved, entry_of, releases_of, total
+from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
 from client.locks import locked
 from client.site_config import PatientLimits
 from client.site_state import KEPT_ROUNDS, make_run_folder, run_folder
@@ -57,6 +57,10 @@ class Asked:
     round: int
     request: str
     """sha256, in hex, of all that the round begins with: student, teacher and study. Equal digests, equal requests."""
+
+    @property
+    def as_charged(self) -> Request:
+        return Request(self.run, self.round, self.study.digest(), self.request)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Ledger:
         """The reply to this very request, as it was recorded; None where none was, or it is no longer kept (the last
         two rounds of a run are), so that another is a new release."""
         with self._log.writing() as log:  # not only read: the entry must be on the disk before the reply goes
-            digest = Charges.of(log.chain).answered(asked.run, asked.round, asked.request)
+            digest = Charges.of(log.chain).newest_reply(asked.as_charged)
         try:
             reply = self._reply_file(asked.run, asked.round).read_bytes()
         except OSError:
@@ -285,8 +289,8 @@ def _open_for(charges: Charges, asked: Asked, releases: Sequence[Mechanism]) -> 
     newest = charges.newest(asked.run)
     if newest is None or newest.seq in charges.replies:
         return None
-    same = (newest.study, newest.round, newest.request) == (asked.study.digest(), asked.round, asked.request)
-    return newest if same and newest.releases() == list(releases) else None
+    same = newest.for_request == asked.as_charged and newest.releases() == list(releases)
+    return newest if same else None
 
 
 def _reserved(asked: Asked, releases: Sequence[Mechanism], *, seq: int, previous: str) -> Reserved:

@@ -5,7 +5,7 @@ Neither a patient's identifier nor a path nor a count of patients stands in it: 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter
 
@@ -17,6 +17,17 @@ from unimiss_core.privacy_config import Delta, Multiplier, Rate
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """sha256, in hex."""
 Count = Annotated[int, Field(gt=0)]
+
+
+class Request(NamedTuple):
+    """What is charged for: equal ones are the same, of which one reply may be sent again and again."""
+
+    run: str
+    round: int
+    study: str
+    """Its digest."""
+    contents: str
+    """sha256, in hex, of all that the round begins with."""
 
 
 class Reserved(Link):
@@ -34,6 +45,10 @@ class Reserved(Link):
     delta: Delta
     mechanisms: Annotated[tuple[tuple[Multiplier, Rate, Count], ...], Field(min_length=1)]
     """(noise multiplier, sampling rate, steps) of each."""
+
+    @property
+    def for_request(self) -> Request:
+        return Request(self.run, self.round, self.study, self.request)
 
     def releases(self) -> list[Mechanism]:
         return [Mechanism(*each) for each in self.mechanisms]
@@ -64,7 +79,7 @@ def total(releases: Iterable[Mechanism]) -> list[Mechanism]:
     for each in releases:
         kind = each.noise_multiplier, each.sampling_rate
         steps[kind] = steps.get(kind, 0) + each.steps
-    return [Mechanism(*kind, taken) for kind, taken in steps.items()]
+    return [Mechanism(*kind, taken) for kind, taken in steps.items() if taken]
 
 
 @dataclass(frozen=True)
@@ -88,11 +103,10 @@ class Charges:
         """The last reservation of a run: the only one that may still be used."""
         return next((entry for entry in reversed(self.reserved) if entry.run == run), None)
 
-    def answered(self, run: str, round: int, request: str) -> str | None:
-        """The digest of the newest reply to this request."""
-        asked = (run, round, request)
-        same = (entry for entry in reversed(self.reserved) if (entry.run, entry.round, entry.request) == asked)
-        return next((self.replies[entry.seq] for entry in same if entry.seq in self.replies), None)
+    def newest_reply(self, request: Request) -> str | None:
+        """The digest of the last reply to it."""
+        paid = (entry.seq for entry in reversed(self.reserved) if entry.for_request == request)
+        return next((self.replies[seq] for seq in paid if seq in self.replies), None)
 
 
 def releases_of(entries: Iterable[Reserved]) -> list[Mechanism]:
