@@ -466,6 +466,7 @@ def test_a_crash_at_every_write_hides_no_charge_and_releases_nothing_twice(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # a child here starts no thread and ends by _exit
 def test_processes_killed_at_any_instant_hide_no_charge(tmp_path: Path) -> None:
     """A child goes through rounds and says which are charged and which left; SIGKILL at a random instant. The next one
     begins with the last that was charged."""
@@ -518,6 +519,7 @@ def test_a_run_is_held_against_others_until_its_process_ends(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # a child here starts no thread and ends by _exit
 def test_processes_that_charge_at_once_lose_nothing_and_do_not_overspend(tmp_path: Path) -> None:
     """Four, each of a run of its own, twenty rounds each: the site's limit allows fifty."""
     limit, children = 50 * ROUND_COST, []
