@@ -116,7 +116,7 @@ class ChainedLog(Generic[LinkT]):
     def writing(self) -> Iterator[Writing[LinkT]]:
         """Hold the log; every line of it counts for good then, and more may be added. Raises as `read`."""
         with self._told():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(self._path.parent)
             with self._path.open("a+b", buffering=0) as file, locked(file, shared=False):
                 file.seek(0)
                 chain, size, counted = self._verified(content := file.read())

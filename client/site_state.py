@@ -123,7 +123,7 @@ def run_folder(state: Path, run: str) -> Path:
 def make_run_folder(folder: Path) -> None:
     """Make it where it is not there, and forget the runs that ended long ago. Raises OSError."""
     if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
         forget_old_runs(folder.parent, now=time.time())
 
 

@@ -33,6 +33,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def make_folder(path: Path) -> None:
+    """Make `path`, and those above it that are missing, each known to the disk; what is there is left as it is."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
 def append(file: BinaryIO, payload: bytes) -> None:
     """Add `payload` to the end of `file`, opened unbuffered to read and write; it is on the disk when this returns.
 
