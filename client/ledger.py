@@ -16,7 +16,8 @@ the state folder: `ledger.jsonl`, one entry a line (`client.ledger_entries`), ea
 asked for again, and goes on under the reservation it has, because nothing of the first attempt was released: its reply
 left neither the process nor, by `record_reply`, its folder; the steps it had saved are among those of the second, and
 those it had not saved are lost with its memory and drawn anew, with fresh noise. So what is released in the end is one
-set of steps, the one that was charged.
+set of steps, the one that was charged. Presupposed is what the accountant presupposes: that patients are drawn for each
+step anew, from a generator that nobody outside can know, so that two charges are never for one draw.
 
 That holds for the newest reservation of a run alone, and only until its reply is recorded. A later round may have begun
 from what an earlier attempt left in the site's memory, moments and centre: going back to that earlier round would be a
@@ -27,7 +28,7 @@ where the limits do not allow it.
 import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -314,7 +315,8 @@ def _forget_replies(folder: Path, *, newest: int) -> None:
     """Delete all but the replies of the last rounds; newer ones are of rounds that a coordinator has undone."""
     for path in folder.glob("reply-*.bin"):
         if not newest - KEPT_ROUNDS < int(path.stem.removeprefix("reply-")) <= newest:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it only takes room, and the round's reply is recorded already
+                path.unlink()
 
 
 def _unwritable(error: OSError) -> ConfigError:
