@@ -1,6 +1,7 @@
 """The `unimiss-site` command: what a hospital's operator types.
 
-Exit codes: 0 done, 2 wrong arguments or configuration, 3 nothing usable, 130 interrupted; see `unimiss_core.errors`.
+Exit codes: 0 done, 2 wrong arguments or configuration, 3 nothing usable, 6 the ledger is damaged, 130 interrupted; see
+`unimiss_core.errors`.
 """
 
 import argparse
@@ -35,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unimiss-site", description="Run a site of a federated study.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_check(commands.add_parser("check", help="read a folder, say what would be used; sends nothing"))
+    _add_ledger(
+        commands.add_parser("ledger", help="say what patients have cost, and what is left; verifies the ledger")
+    )
     return parser
 
 
@@ -84,6 +88,21 @@ def _check(options: argparse.Namespace) -> None:
             "the table says why, and --show-paths names the files" if report.files_seen else "there is no file to read"
         )
         raise NoUsableScanError(f"no usable scan; {said}")
+
+
+def _add_ledger(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="say how many rounds of it the limits allow")
+    parser.set_defaults(act=_ledger)
+
+
+def _ledger(options: argparse.Namespace) -> None:
+    """Raises as `client.ledger_report.show`."""
+    from rich.console import Console
+
+    from client import ledger_report
+
+    ledger_report.show(options.site, options.study, Console(width=None if sys.stdout.isatty() else 120))
 
 
 def _sources(data: Path) -> tuple[Sequence["DataSource"], int | None]:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from unimiss_core.config import Config, Name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
+from unimiss_core.privacy_config import Delta, Multiplier
 from unimiss_core.scan import Modality, Rank
 
 
@@ -103,6 +104,22 @@ class SiteTraining(Config):
     """Processes that read scans; None takes one for each core."""
 
 
+class PatientLimits(Config):
+    """What this site's patients may cost in private rounds, whatever a study says; `client.ledger` holds to it.
+
+    It limits studies in the mode `patient` and does not ask for one; a study without privacy is charged nothing.
+    """
+
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """What a patient may cost at most, in all rounds of all studies that this site ever takes part in; None leaves it
+    to each study's own limit."""
+    delta: Delta = 1e-5
+    """Below one over ten times the site's patients; of this site's own epsilon."""
+    least_noise_multiplier: Multiplier | None = None
+    """Noise of gradient and centre together (`unimiss_core.privacy`), relative to one patient's share, below which a
+    round is refused."""
+
+
 class SiteConfig(SiteTraining):
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     state: Path
@@ -110,6 +127,7 @@ class SiteConfig(SiteTraining):
     cache: Path | None = None
     """Folder for preprocessed scans; None means `cache` in the state folder."""
     cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
+    privacy: PatientLimits = PatientLimits()
 
     @property
     def cache_folder(self) -> Path:

@@ -47,7 +47,7 @@ class SiteState:
     """
 
     def __init__(self, folder: Path, *, run: str, study_digest: str) -> None:
-        self._folder = folder / "runs" / run
+        self._folder = run_folder(folder, run)
         self._study_digest = study_digest
 
     def remember(self, state: Remembered) -> None:
@@ -93,9 +93,7 @@ class SiteState:
         metadata = {"study": self._study_digest, "round": str(state.round), "facts": json.dumps(state.facts)}
         content = save(tensors, metadata=metadata)
         try:
-            if not self._folder.exists():
-                self._folder.mkdir(parents=True, exist_ok=True)
-                forget_old_runs(self._folder.parent, now=time.time())
+            make_run_folder(self._folder)
             durable.write_bytes(path, content)
         except OSError as error:
             raise ConfigError(
@@ -115,6 +113,18 @@ class SiteState:
                 return Remembered(int(metadata["round"]), tensors, json.loads(metadata["facts"]))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
+
+
+def run_folder(state: Path, run: str) -> Path:
+    """Where a site keeps what is of one run, below its state folder."""
+    return state / "runs" / run
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make it where it is not there, and forget the runs that ended long ago. Raises OSError."""
+    if not folder.exists():
+        durable.make_folder(folder)
+        forget_old_runs(folder.parent, now=time.time())
 
 
 def forget_old_runs(runs: Path, *, now: float) -> None:

@@ -3,8 +3,9 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL = ".partial"
 """Ending of a file or folder that is still being written; whatever bears it may be deleted."""
@@ -30,6 +31,32 @@ def write_bytes(path: Path, payload: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
+
+
+def make_folder(path: Path) -> None:
+    """Make `path`, and those above it that are missing, each known to the disk; what is there is left as it is."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def append(file: BinaryIO, payload: bytes) -> None:
+    """Add `payload` to the end of `file`, opened unbuffered to read and write; it is on the disk when this returns.
+
+    Raises OSError: the file ends where it ended before, if it can still be cut there. After a crash it may hold a part
+    of `payload`, or at its place anything of that length.
+    """
+    end = file.seek(0, os.SEEK_END)
+    left = memoryview(payload)
+    try:
+        while left:
+            left = left[os.write(file.fileno(), left) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 @contextmanager

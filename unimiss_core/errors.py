@@ -6,6 +6,8 @@ UnimissError            1  anything below that has no code of its own
 ├── NoUsableScanError   3  a data folder holds nothing that can be trained on
 ├── CheckpointError     4  a checkpoint is missing, damaged or of another version
 ├── RoundError          5  a round could not be completed (too few sites replied)
+├── LedgerError         6  the record of what patients have cost is damaged, or was put back to an older one
+├── PrivacyBudgetError  1  a round would cost patients more than the study or the site allows; nothing was read for it
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
 ├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
 ├── MemoryTooSmallError 1  a device cannot hold a training step on a single scan
@@ -49,6 +51,16 @@ class CheckpointError(UnimissError):
 class RoundError(UnimissError):
     exit_code = 5
     resumes = True
+
+
+class LedgerError(UnimissError):
+    """A site's ledger cannot be relied upon; no private round begins before a person has looked at it."""
+
+    exit_code = 6
+
+
+class PrivacyBudgetError(UnimissError):
+    """A round would cost patients more than they may cost; it was neither charged nor begun."""
 
 
 class NonFiniteLossError(UnimissError):

@@ -9,6 +9,8 @@ REASONS: dict[str, str] = {
     "no_usable_scans": "the site's folders hold nothing that can be trained on",
     "study": "the site does not understand the study: another version of the program",
     "needs_whole": "the site lost what it remembered; it is sent the whole student and teacher next time",
+    "budget": "the round would cost the site's patients more than the study or the site allows; its screen says which",
+    "ledger": "the site's record of what its patients have cost is damaged, or was put back to an older one",
     "not_finite": "a loss, gradient or update is not a finite number",
     "device_lost": "a process that trained on one of the site's devices died; its screen and log say which",
     "failed": "the site met an error of the program; its log says where",

@@ -1,0 +1,326 @@
+"""What a site's patients have cost: charged before a scan is read, kept for ever, refused where it would be too much.
+
+One ledger for a site, over all runs and studies, for a patient pays for everything the site ever released. It lies in
+the state folder: `ledger.jsonl`, one entry a line (`client.ledger_entries`), each bearing the digest of the line before
+(`client.chained_log`). A private round goes through it so:
+
+    with ledger.alone(run):
+        if (sent := ledger.reply_of(asked)) is not None:
+            return sent                                   # asked for again: the same bytes, charged once
+        reservation = ledger.reserve(asked, mechanisms)   # raises PrivacyBudgetError; from here on it is charged
+        ...                                               # scans are read, steps are taken
+        ledger.record_reply(reservation, reply)           # from here on it may leave
+        return reply
+
+**One charge, one release.** `reserve` names what is asked: run, round and the request's digest. A round that crashed is
+asked for again, and goes on under the reservation it has, because nothing of the first attempt was released: its reply
+left neither the process nor, by `record_reply`, its folder; the steps it had saved are among those of the second, and
+those it had not saved are lost with its memory and drawn anew, with fresh noise. So what is released in the end is one
+set of steps, the one that was charged. Presupposed is what the accountant presupposes: that patients are drawn for each
+step anew, from a generator that nobody outside can know, so that two charges are never for one draw.
+
+That holds for the newest reservation of a run alone, and only until its reply is recorded. A later round may have begun
+from what an earlier attempt left in the site's memory, moments and centre: going back to that earlier round would be a
+second release, and so would a request of the same round with another student. Each is charged as a new one, or refused
+where the limits do not allow it.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from client.chained_log import WAY_OUT, ChainedLog, Head
+from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
+from client.locks import locked
+from client.site_config import PatientLimits
+from client.site_state import KEPT_ROUNDS, make_run_folder, run_folder
+from unimiss_core import durable
+from unimiss_core.errors import ConfigError, LedgerError, PrivacyBudgetError, WireError
+from unimiss_core.privacy import Mechanism, mechanisms
+from unimiss_core.privacy_config import PatientPrivacyConfig
+from unimiss_core.scan import Rank
+from unimiss_core.study import StudyConfig
+
+Epsilon = Callable[[Sequence[Mechanism], float], float]
+"""(releases, delta) -> epsilon of them together; raises ConfigError where it is too large to be told."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a coordinator asks for: a round of a study in the privacy mode `patient`."""
+
+    study: StudyConfig
+    run: str
+    round: int
+    request: str
+    """sha256, in hex, of all that the round begins with: student, teacher and study. Equal digests, equal requests."""
+
+    @property
+    def as_charged(self) -> Request:
+        return Request(self.run, self.round, self.study.digest(), self.request)
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A round that is paid for and not yet replied to; `seq` is its entry's number."""
+
+    seq: int
+    run: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """One limit, and what was spent of it."""
+
+    spent: float
+    """Epsilon of everything charged; infinity where it is too large to be told."""
+    limit: float | None
+    """None: there is none."""
+    delta: float
+    rounds: int
+    """Charged, released or not."""
+
+    @property
+    def left(self) -> float:
+        """What the limit is above what was spent. Not what rounds to come may cost alone: epsilon of all together is
+        less than the sum. `Ledger.rounds_left` tells how many there may be."""
+        return float("inf") if self.limit is None else max(0.0, self.limit - self.spent)
+
+
+class Ledger:
+    """The ledger of one site. Every call reads the file anew and checks the whole chain.
+
+    Each raises LedgerError where it is damaged, naming the line, and ConfigError where the disk is full or the folder
+    cannot be written to: what was charged before still is then, and nothing may be sent.
+    """
+
+    def __init__(self, folder: Path, limits: PatientLimits, epsilon: Epsilon) -> None:
+        """folder: the site's state folder. epsilon: `client.accounting.epsilon`. Nothing is read or written yet."""
+        self._folder, self._limits, self._epsilon = folder, limits, epsilon
+        self._log: ChainedLog[Entry] = ChainedLog(folder / "ledger.jsonl", entry_of)
+        self._held: str | None = None
+
+    @contextmanager
+    def alone(self, run: str) -> Iterator[None]:
+        """Hold `run` against other processes of this site, from before `reply_of` until the reply is recorded.
+
+        Two attempts at one round, both alive, would leave the memory of one and the reply of the other: two releases
+        for one charge. The system lets go when this process ends, however it ends. Raises WireError `busy`: another is
+        at work on the run. Windows has no such lock; there nothing is held.
+        """
+        folder = run_folder(self._folder, run)
+        with ExitStack() as holding:
+            try:
+                make_run_folder(folder)
+                file = holding.enter_context((folder / "round.lock").open("ab"))
+                holding.enter_context(locked(file, wait=False))
+            except BlockingIOError:
+                raise WireError("busy", "another process of this site is at work on a round of this run") from None
+            except OSError as error:
+                raise _unwritable(error) from None
+            self._held = run
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def reply_of(self, asked: Asked) -> bytes | None:
+        """The reply to this very request, as it was recorded; None where none was, or it is no longer kept (the last
+        two rounds of a run are), so that another is a new release."""
+        with self._log.writing() as log:  # not only read: the entry must be on the disk before the reply goes
+            digest = Charges.of(log.chain).newest_reply(asked.as_charged)
+        try:
+            reply = self._reply_file(asked.run, asked.round).read_bytes()
+        except OSError:
+            return None
+        return reply if hashlib.sha256(reply).hexdigest() == digest else None
+
+    def reserve(self, asked: Asked, releases: Sequence[Mechanism]) -> Reservation:
+        """Charge a round before any scan is read; when this returns, the charge is on the disk.
+
+        releases: all that its reply is made of (`unimiss_core.privacy.mechanisms`). Nothing is charged anew where the
+        newest reservation of the run is for the same request and releases and has no reply: the round goes on under it.
+
+        Raises PrivacyBudgetError, and charges nothing: the study's charges with this one would exceed its
+        `privacy.max_epsilon`, or all charges of the site its own limit, as they are today; or there is less noise than
+        the site asks for. Raises ValueError: there are no releases, the study is not in mode `patient`, or `alone` is
+        not held.
+        """
+        self._require_alone(asked.run)
+        if not (charged := total(releases)):
+            raise ValueError("a private round without releases")
+        with self._log.writing() as log:
+            charges = Charges.of(log.chain)
+            entry = _open_for(charges, asked, charged)
+            added = [] if entry else charged
+            if (refused := self._refused(charges, asked.study, charged, added)) is not None:
+                raise PrivacyBudgetError(f"round {asked.round} of study '{asked.study.name}' is refused: {refused}")
+            seq = entry.seq if entry else log.append(partial(_reserved, asked, charged)).seq
+        return Reservation(seq, asked.run, asked.round)
+
+    def record_reply(self, reservation: Reservation, reply: bytes) -> None:
+        """Keep `reply` and note that it leaves; when this returns, both are on the disk, and it may be sent.
+
+        Raises ValueError: the reservation has its reply already, or is not the run's newest; or `alone` is not held.
+        """
+        self._require_alone(reservation.run)
+        path = self._reply_file(reservation.run, reservation.round)
+        with self._log.writing() as log:
+            charges = Charges.of(log.chain)
+            newest = charges.newest(reservation.run)
+            if newest is None or newest.seq != reservation.seq or newest.seq in charges.replies:
+                raise ValueError("a reply to a reservation that is used or given up")
+            # Kept first: a reply that is noted and lost would have to be paid for again.
+            try:
+                make_run_folder(path.parent)
+                durable.write_bytes(path, reply)
+            except OSError as error:
+                raise _unwritable(error) from None
+            digest = hashlib.sha256(reply).hexdigest()
+            log.append(partial(Replied, reservation=reservation.seq, reply=digest))
+        _forget_replies(path.parent, newest=reservation.round)
+
+    @property
+    def head(self) -> Head:
+        """Number and digest of the last entry: what a coordinator keeps, to notice a ledger that was put back."""
+        with self._log.writing() as log:  # not only read: what is told must be on the disk
+            return log.chain.head
+
+    def check_known(self, known: Head) -> None:
+        """Raises LedgerError: `known`, which a coordinator saw as this ledger's head, is not in it. So it is an older
+        copy, or another ledger, and forgets releases that were made."""
+        with self._log.writing() as log:
+            chain = log.chain
+        if not chain.holds(known):
+            raise LedgerError(
+                f"the coordinator has seen entry {known.seq} of this site's ledger, which is not in it (it holds "
+                f"{chain.head.seq}): the state folder was put back to an older one, or begun anew; {WAY_OUT}"
+            )
+
+    def site_account(self) -> Account:
+        """Over everything that the site ever released, against the site's own limit."""
+        return self._account(self._charges().reserved, self._limits.max_epsilon, self._limits.delta)
+
+    def study_accounts(self) -> dict[tuple[str, str], Account]:
+        """(name, digest) of each study that was charged for -> its charges, against its own limit, in order."""
+        charges = self._charges()
+        newest = {entry.study: entry for entry in charges.reserved}
+        return {
+            (entry.study_name, digest): self._account(charges.of_study(digest), entry.max_epsilon, entry.delta)
+            for digest, entry in newest.items()
+        }
+
+    def rounds_left(self, study: StudyConfig, ranks: Collection[Rank]) -> int:
+        """How many more rounds of `study` a site with scans of `ranks` may be charged, from the one after the last
+        that was, until the study ends or a limit is reached. Raises ValueError as `reserve`."""
+        charges = self._charges()
+        charged = charges.of_study(study.digest())
+        to_come = range(charged[-1].round + 1 if charged else 1, study.schedule.rounds + 1)
+
+        def too_many(rounds: int) -> bool:
+            added = mechanisms(study, ranks, to_come[:rounds])
+            return self._refused(charges, study, added, added) is not None
+
+        return bisect_left(range(1, len(to_come) + 1), True, key=too_many)
+
+    def _charges(self) -> Charges:
+        return Charges.of(self._log.read())
+
+    def _account(self, entries: Sequence[Reserved], limit: float | None, delta: float) -> Account:
+        try:
+            spent = self._epsilon(releases_of(entries), delta)
+        except ConfigError:
+            spent = float("inf")
+        return Account(spent, limit, delta, len(entries))
+
+    def _refused(
+        self, charges: Charges, study: StudyConfig, releases: Sequence[Mechanism], added: Sequence[Mechanism]
+    ) -> str | None:
+        """Why a round of `releases`, of which `added` are not charged yet, may not be; None where it may."""
+        promise, limits = study.privacy, self._limits
+        if not isinstance(promise, PatientPrivacyConfig):
+            raise ValueError(f"the study's privacy mode is {promise.mode}, not patient")
+        noise, least = min(each.noise_multiplier for each in releases), limits.least_noise_multiplier
+        if least is not None and noise < least:
+            return (
+                f"its noise multiplier, of gradient and centre together, is {noise:.4g}, and this site asks for at "
+                f"least {least:g} (privacy.least_noise_multiplier of the site file)"
+            )
+        of_study = releases_of(charges.of_study(study.digest()))
+        if over := self._exceeded([*of_study, *added], promise.max_epsilon, promise.delta):
+            return (
+                f"{over} that the study promises (privacy.max_epsilon of the study), rounds that were charged and came "
+                "to nothing among it; the study ends here for this site"
+            )
+        of_site = releases_of(charges.reserved)
+        if limits.max_epsilon and (over := self._exceeded([*of_site, *added], limits.max_epsilon, limits.delta)):
+            return (
+                f"{over} that this site allows over all studies (privacy.max_epsilon of the site file); only whoever "
+                "answers for the patients' protection should raise it"
+            )
+        return None
+
+    def _exceeded(self, releases: Sequence[Mechanism], limit: float, delta: float) -> str | None:
+        """In words, where all these exceed `limit`."""
+        try:
+            reached = self._epsilon(total(releases), delta)
+        except ConfigError as error:
+            return f"what patients cost cannot be told ({error}), so it is above epsilon {limit:g}"
+        return (
+            f"patients would cost epsilon {reached:.4g} at delta {delta:g}, above {limit:g}"
+            if reached > limit
+            else None
+        )
+
+    def _reply_file(self, run: str, round: int) -> Path:
+        return run_folder(self._folder, run) / f"reply-{round:04d}.bin"
+
+    def _require_alone(self, run: str) -> None:
+        if self._held != run:
+            raise ValueError("the ledger is written to within alone(run) only")
+
+
+def _open_for(charges: Charges, asked: Asked, releases: Sequence[Mechanism]) -> Reserved | None:
+    """The reservation that this request may go on under: see the module."""
+    newest = charges.newest(asked.run)
+    if newest is None or newest.seq in charges.replies:
+        return None
+    same = newest.for_request == asked.as_charged and newest.releases() == list(releases)
+    return newest if same else None
+
+
+def _reserved(asked: Asked, releases: Sequence[Mechanism], *, seq: int, previous: str) -> Reserved:
+    promise = asked.study.privacy
+    assert isinstance(promise, PatientPrivacyConfig), "checked before it is charged"
+    return Reserved(
+        seq=seq,
+        previous=previous,
+        run=asked.run,
+        round=asked.round,
+        request=asked.request,
+        study=asked.study.digest(),
+        study_name=asked.study.name,
+        max_epsilon=promise.max_epsilon,
+        delta=promise.delta,
+        mechanisms=tuple((each.noise_multiplier, each.sampling_rate, each.steps) for each in releases),
+    )
+
+
+def _forget_replies(folder: Path, *, newest: int) -> None:
+    """Delete all but the replies of the last rounds; newer ones are of rounds that a coordinator has undone."""
+    for path in folder.glob("reply-*.bin"):
+        if not newest - KEPT_ROUNDS < int(path.stem.removeprefix("reply-")) <= newest:
+            with suppress(OSError):  # it only takes room, and the round's reply is recorded already
+                path.unlink()
+
+
+def _unwritable(error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the state folder cannot be written to: {error.strerror or 'unknown error'}; make room, or point 'state' to "
+        "another disk"
+    )

@@ -1,0 +1,57 @@
+"""`unimiss-site ledger`: what this site's patients have cost, and how far that is from each limit."""
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from client import accounting
+from client.ledger import Account, Ledger
+from client.site_config import load_site
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError
+from unimiss_core.study import StudyConfig
+
+HOLDING = dict(zip(accounting.ALL_RANKS, ("images", "volumes", "both"), strict=True))
+
+
+def show(site_file: Path, study_file: Path | None, console: Console) -> None:
+    """Print the accounts, and how many rounds of a study they allow. The whole chain is verified; nothing is written.
+
+    Raises LedgerError: the ledger is damaged; ConfigError: a file is wrong, or the study charges no patient.
+    """
+    site = load_site(site_file)
+    study = load(StudyConfig, study_file) if study_file else None
+    if study is not None and study.privacy.mode != "patient":
+        raise ConfigError(f"{study_file}: the study charges no patient (privacy.mode: {study.privacy.mode})")
+    ledger = Ledger(site.state, site.privacy, accounting.epsilon)
+    console.print(_accounts(site.name, ledger))
+    if study is not None:
+        console.print(_rounds_left(ledger, study))
+
+
+def _accounts(site: str, ledger: Ledger) -> Table:
+    table = Table(title=f"{site}: what a patient has cost; the chain is whole", title_justify="left")
+    for heading in ("study", "digest", "rounds charged", "delta", "epsilon spent", "limit", "left"):
+        table.add_column(heading, justify="left" if heading in ("study", "digest") else "right")
+    for (name, digest), account in ledger.study_accounts().items():
+        table.add_row(name, digest[:12], *_figures(account))
+    table.add_section()
+    table.add_row("all of this site", "", *_figures(ledger.site_account()))
+    return table
+
+
+def _figures(account: Account) -> tuple[str, ...]:
+    spent = f"{account.spent:.3g}" if math.isfinite(account.spent) else "too much to tell"
+    limit, left = ("none", "-") if account.limit is None else (f"{account.limit:g}", f"{account.left:.3g}")
+    return str(account.rounds), f"{account.delta:g}", spent, limit, left
+
+
+def _rounds_left(ledger: Ledger, study: StudyConfig) -> Table:
+    table = Table(title=f"{study.name}: rounds that this site may still take part in", title_justify="left")
+    table.add_column("site with")
+    table.add_column(f"rounds, of {study.schedule.rounds} in all", justify="right")
+    for ranks, words in HOLDING.items():
+        table.add_row(words, str(ledger.rounds_left(study, ranks)))
+    return table
