@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.execution import look_over
+from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site
 from client.telling import tell
 from client.trainer import run_round
@@ -18,9 +19,11 @@ from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
     ConfigError,
     DeviceError,
+    LedgerError,
     MemoryTooSmallError,
     NonFiniteLossError,
     NoUsableScanError,
+    PrivacyBudgetError,
     ScanError,
     UnimissError,
     WireError,
@@ -29,7 +32,7 @@ from unimiss_core.errors import (
 from unimiss_core.groups import groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS
-from unimiss_core.wire import Hello, Introduction, Refusal, TrainRequest, run_of, study_of
+from unimiss_core.wire import Hello, Introduction, Refusal, TrainRequest, as_kept, run_of, study_of, with_ledger
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -41,6 +44,8 @@ REASONS: dict[type[Exception], str] = {
     DeviceError: "device_lost",
     ScanError: "no_usable_scans",
     MemoryTooSmallError: "site_setup",
+    PrivacyBudgetError: "budget",
+    LedgerError: "ledger",
 }
 """Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`."""
 
@@ -53,6 +58,8 @@ def introduce(message: Message, context: Context) -> Message:
         hello = Hello.unpack(message.content)
         site = open_site(context, hello.study, hello.run)
         look_over(site.config)  # before the scans are read, which can take hours
+        if hello.study.privacy.mode == "patient":
+            return _private_introduction(site).pack()
         scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
         _tell_of_scans(site)
         return Introduction(site.config.name, scans, sum(site.library.left_out.values())).pack()
@@ -67,12 +74,27 @@ def train(message: Message, context: Context) -> Message:
     def answer() -> RecordDict:
         study = study_of(message.content)
         site = open_site(context, study, run_of(message.content))
+        is_private = study.privacy.mode == "patient"
+        ranks = (site.memory.told() if is_private else frozenset()) or site.library.ranks
         layout = layout_of(empty_network(study.model))
-        trained = {group: layout[group] for group in groups_of_ranks(site.library.ranks)}
+        trained = {group: layout[group] for group in groups_of_ranks(ranks)}
         request = TrainRequest.unpack(message.content, trained)
+        if is_private:
+            payload, head = private_round(site, request, ranks, trained)
+            return with_ledger(as_kept(payload), head)
         return run_round(site, request).pack(trained, study.wire.dtype)
 
     return _reply(message, context, answer)
+
+
+def _private_introduction(site: Site) -> Introduction:
+    """After it was seen that the study can keep its promise."""
+    from client.accounting import check_study  # here, for it takes seconds, and only private studies need it
+
+    check_study(site.study)
+    introduction = private_introduction(site)
+    _tell_of_scans(site)
+    return introduction
 
 
 def _tell_of_scans(site: Site) -> None:
@@ -82,7 +104,7 @@ def _tell_of_scans(site: Site) -> None:
         tell(site.config.name, f"left out {told}; see unimiss-site check")
     for rank in sorted(site.library.ranks):
         held, asked = len(site.library.of_rank(rank)), site.study.batch.of(rank)
-        if held < asked:
+        if held < asked and site.study.privacy.mode == "none":
             tell(
                 site.config.name,
                 f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly",

@@ -5,22 +5,25 @@ devices, sees the views that it would have seen.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import zip_longest
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from client.cache import CachedScan
 from client.site import Site
+from unimiss_core.learner import Learner, StepReport
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import rank_of_step
 from unimiss_core.study import BatchConfig
 from unimiss_core.team import Team, part_of
 from unimiss_core.views import draw_batch, generator_for
+
+T = TypeVar("T")
+DrawnT = TypeVar("DrawnT")
 
 
 class Batch(NamedTuple):
@@ -28,6 +31,10 @@ class Batch(NamedTuple):
 
     views: Tensor
     share: float
+
+    def train(self, learner: Learner, step: int) -> StepReport:
+        """Raises as `Learner.step` does."""
+        return learner.step(self.views, step=step, share=self.share)
 
 
 class Batches:
@@ -48,18 +55,24 @@ class Batches:
         part = part_of(self._team, len(scans))
         return Batch(draw_batch(scans, study.views, generator, self._device, part=part.scans), part.share)
 
-    @contextmanager
-    def drawn_ahead(self, steps: Sequence[int]) -> Iterator[Iterator[tuple[int, Batch]]]:
+    def drawn_ahead(self, steps: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Batch]]]:
         """(step, batch) of each step in turn; the next batch is drawn while the current one is trained on."""
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            yield self._in_turn(steps, ahead)
+        return drawn_ahead(self.draw, steps)
 
-    def _in_turn(self, steps: Sequence[int], ahead: ThreadPoolExecutor) -> Iterator[tuple[int, Batch]]:
-        upcoming: Future[Batch] | None = None
-        for step, following in zip_longest(steps, steps[1:]):
-            batch = self.draw(step) if upcoming is None else upcoming.result()
-            upcoming = None if following is None else ahead.submit(self.draw, following)
-            yield step, batch
+
+@contextmanager
+def drawn_ahead(draw: Callable[[T], DrawnT], items: Sequence[T]) -> Iterator[Iterator[tuple[T, DrawnT]]]:
+    """(item, what is drawn for it) in turn; the next is drawn in another thread while the current one is used."""
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        yield _in_turn(draw, items, ahead)
+
+
+def _in_turn(draw: Callable[[T], DrawnT], items: Sequence[T], ahead: ThreadPoolExecutor) -> Iterator[tuple[T, DrawnT]]:
+    upcoming: Future[DrawnT] | None = None
+    for index, item in enumerate(items):
+        drawn = draw(item) if upcoming is None else upcoming.result()
+        upcoming = ahead.submit(draw, items[index + 1]) if index + 1 < len(items) else None
+        yield item, drawn
 
 
 def sample(scans: Sequence[CachedScan], batch: BatchConfig, rank: Rank, generator: torch.Generator) -> list[CachedScan]:

@@ -20,25 +20,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from client.locks import locked
 from unimiss_core import durable
+from unimiss_core.chain import BEGINNING, Head
 from unimiss_core.config import Config
 from unimiss_core.errors import ConfigError, LedgerError
 
 WAY_OUT = "docs/privacy.md, 'The ledger', says what to do"
-
-
-class Head(NamedTuple):
-    """The last line of a log: its number, from 1, and the sha256 of its bytes without the line's end, in hex."""
-
-    seq: int
-    sha256: str
-
-
-BEGINNING = Head(0, "0" * 64)
-"""Of a log without lines."""
 
 
 class Link(Config):

@@ -17,9 +17,10 @@ from unimiss_core.device import devices_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
+from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
-from unimiss_core.team import Team, largest_part
+from unimiss_core.team import Team
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def learner_for(
     )
     if config.compile:
         tell(config.name, "compile: the first steps take minutes each, while the network is compiled")
-    learner = Learner(study, ranks=ranks, execution=execution, team=team, tell=partial(tell, config.name))
+    kind = PrivateLearner if study.privacy.mode == "patient" else Learner
+    learner = kind(study, ranks=ranks, execution=execution, team=team, tell=partial(tell, config.name))
     if device.type == "cuda":
         open_ones = [rank for rank, size in asked.items() if size == "auto"]
         learner.micro_batch |= _found(learner, open_ones, config.state / MEMORY)
@@ -112,9 +114,9 @@ def _found(learner: Learner, ranks: Collection[Rank], memory: Path) -> Iterator[
     for rank in ranks:
         key = _circumstances(learner, rank)
         if key not in remembered:
-            batch = largest_part(learner.team, learner.study.batch.of(rank))
-            remembered[key] = largest_that_fits(partial(learner.fits, rank), batch)
-            log.info("rank=%d micro_batch=%d batch=%d found to fit", rank, remembered[key], batch)
+            most = learner.most_scans(rank)
+            remembered[key] = largest_that_fits(partial(learner.fits, rank), most)
+            log.info("rank=%d micro_batch=%d batch=%d found to fit", rank, remembered[key], most)
             if remembered[key] and learner.team.place == 0:
                 _write(memory, remembered)
         yield rank, max(1, remembered[key])  # where not even 1 fits, the step says so in words
@@ -135,7 +137,7 @@ def _circumstances(learner: Learner, rank: Rank) -> str:
         "model": study.model.model_dump(mode="json"),
         "views": [study.views.views, *study.views.size_of(rank)],
         "objective": study.objective.model_dump(mode="json"),
-        "batch": largest_part(learner.team, study.batch.of(rank)),
+        "batch": learner.most_scans(rank),
     }
     return json.dumps(facts, sort_keys=True)
 

@@ -33,12 +33,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from client.chained_log import WAY_OUT, ChainedLog, Head
+from client.chained_log import WAY_OUT, ChainedLog
 from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
 from client.locks import locked
 from client.site_config import PatientLimits
 from client.site_state import KEPT_ROUNDS, make_run_folder, run_folder
 from unimiss_core import durable
+from unimiss_core.chain import Head
 from unimiss_core.errors import ConfigError, LedgerError, PrivacyBudgetError, WireError
 from unimiss_core.privacy import Mechanism, mechanisms
 from unimiss_core.privacy_config import PatientPrivacyConfig

@@ -7,11 +7,12 @@ from pathlib import Path
 from flwr.app import Context
 
 from client.cache import Library, open_library
+from client.ledger import Ledger
 from client.site_config import SiteConfig, load_site
 from client.site_state import SiteState
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
-from unimiss_core.privacy import refuse_private_rounds
+from unimiss_core.privacy import refuse_site_level
 from unimiss_core.study import StudyConfig
 
 
@@ -27,6 +28,13 @@ class Site:
     def library(self) -> Library:
         """The preprocessed scans; reading what is new can take long. Raises NoUsableScanError."""
         return open_library(self.config, self.study.plan)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What this site's patients have cost, in all studies."""
+        from client.accounting import epsilon  # here, for it takes seconds, and only private studies need it
+
+        return Ledger(self.config.state, self.config.privacy, epsilon)
 
     @cached_property
     def memory(self) -> SiteState:
@@ -54,7 +62,7 @@ def site_file(context: Context) -> Path:
 
 def open_site(context: Context, study: StudyConfig, run: str) -> Site:
     """The site of this node, for a run of `study`. Raises ConfigError."""
-    refuse_private_rounds(study)
+    refuse_site_level(study)
     return Site(load_site(site_file(context)), study, run)
 
 

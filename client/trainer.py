@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from client.batches import Batch, Batches
 from client.devices import run_team
 from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
+from client.patient_draws import PatientDraw, PatientDraws
 from client.site import Site
 from client.site_state import Remembered
 from client.telling import tell
@@ -69,6 +71,27 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
     return replace(reply, seconds=time.monotonic() - began)
 
 
+class Beginning(NamedTuple):
+    """What a round begins with: what this site remembers from before it, and the student and teacher that the request
+    brings or that follow from it."""
+
+    memory: Remembered | None
+    student: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor]
+
+    @property
+    def digest(self) -> str:
+        """Of student and teacher; equal however they came."""
+        return _digest(self.student, self.teacher)
+
+
+def beginning(site: Site, request: TrainRequest) -> Beginning:
+    """Raises WireError `needs_whole`."""
+    memory = site.memory.before(request.round)
+    student = _round_student(request, memory)
+    return Beginning(memory, student, _round_teacher(request, student, memory))
+
+
 def _train_together(site: Site, request: TrainRequest, devices: Sequence[torch.device]) -> TrainReply | None:
     """`train` in a process for each device. Raises as that does; a DeviceError says what a next try begins with."""
     try:
@@ -91,11 +114,9 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     if site.config.threads:
         torch.set_num_threads(site.config.threads)
     learner = learner_for(site.config, study, library.ranks, device=device, team=team)
-    memory = site.memory.before(request.round)
-    student = _round_student(request, memory)
-    teacher = _round_teacher(request, student, memory)
+    memory, student, teacher = begun = beginning(site, request)
     start = _round_start(request, student, memory)
-    received = _digest(student, teacher, *([start.student] if start.own_share else []))
+    received = _digest(student, teacher, start.student) if start.own_share else begun.digest
     learner.stay_near(student)
     figures = _gone_on_with(site, learner, request.round, received)
     if figures is None:
@@ -135,7 +156,8 @@ def _take_steps(
 ) -> None:
     """Train the steps of the round that `figures` does not hold yet; save the round at work from time to time."""
     study, saved = site.study, time.monotonic()
-    batches = Batches(site, team, device)
+    kind = PatientDraws if study.privacy.mode == "patient" else Batches
+    batches = kind(site, team, device)
     with batches.drawn_ahead(steps_of_round(study.schedule, round)[figures.steps :]) as upcoming:
         for step, batch in upcoming:
             report, skipped = _take_step(learner, batches, step, batch, site=site.config.name)
@@ -241,15 +263,18 @@ def _round_start(request: TrainRequest, student: Mapping[str, Tensor], memory: R
     return divergence_aware_start(student, own, tau=tau, scale=scale)
 
 
-def _take_step(learner: Learner, batches: Batches, step: int, batch: Batch, *, site: str) -> tuple[StepReport, int]:
-    """(report, batches skipped): `Learner.step`, with another batch where one gave NaN or infinity.
+def _take_step(
+    learner: Learner, batches: Batches | PatientDraws, step: int, batch: Batch | PatientDraw, *, site: str
+) -> tuple[StepReport, int]:
+    """(report, batches skipped): a step, with another batch where one gave NaN or infinity. A private step never does:
+    a second draw would be a second release.
 
     Such a step changes nothing, so the state to go on from is the one before it. Raises NonFiniteLossError.
     """
     attempt = 0
     while True:
         try:
-            return learner.step(batch.views, step=step, share=batch.share), attempt
+            return batch.train(learner, step), attempt
         except NonFiniteLossError as error:  # not to be kept, by a log neither: it holds the gradients of its step
             attempt += 1
             if attempt == BATCH_TRIES:

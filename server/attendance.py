@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from unimiss_core.chain import BEGINNING, Head
+
 SIZE_ROUNDS = 3
 """Rounds whose updates say how large an update is."""
 LEAST_SIZES = 3
@@ -26,10 +28,17 @@ class Failures:
 
 @dataclass
 class Attendance:
-    """failures: by site, of those whose last try failed. sizes: of the updates that counted, by round."""
+    """failures: by site, of those whose last try failed. sizes: of the updates that counted, by round. ledgers: by
+    site, the furthest that its ledger of what patients have cost is known to stand."""
 
     failures: dict[str, Failures] = field(default_factory=dict)
     sizes: dict[int, list[float]] = field(default_factory=dict)
+    ledgers: dict[str, Head] = field(default_factory=dict)
+
+    def note_ledger(self, site: str, head: Head | None) -> None:
+        """A site told where its ledger stands. One that was put back stands before what is known, which stays."""
+        if head is not None and head.seq >= self.ledgers.get(site, BEGINNING).seq:
+            self.ledgers[site] = head
 
     def note(self, site: str, round: int, *, counted: bool) -> None:
         """A site that was asked in `round` counted, or did not."""
@@ -65,6 +74,7 @@ class Attendance:
         return {
             "failures": {site: [failed.in_a_row, failed.last_round] for site, failed in self.failures.items()},
             "sizes": {str(round): sorted(sizes) for round, sizes in self.sizes.items()},
+            "ledgers": {site: str(head) for site, head in self.ledgers.items()},
         }
 
     @classmethod
@@ -73,4 +83,5 @@ class Attendance:
         return cls(
             {site: Failures(*numbers) for site, numbers in facts["failures"].items()},
             {int(round): list(sizes) for round, sizes in facts["sizes"].items()},
+            {site: Head.of(text) for site, text in facts.get("ledgers", {}).items()},
         )

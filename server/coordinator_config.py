@@ -56,6 +56,10 @@ class CoordinatorConfig(Config):
     probe: tuple[Path, ...] = ()
     """Labelled, already preprocessed public sets (.npz, see `server.probing`), measured before and after the run."""
 
+    forget_ledgers: tuple[Name, ...] = ()
+    """Sites whose ledger of private rounds was begun anew, as those answer for who protect their patients' data
+    (docs/privacy.md, 'The ledger'): what was known of it is forgotten whenever this coordinator starts."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_replies > self.min_sites:

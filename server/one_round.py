@@ -138,6 +138,7 @@ class OneRound:
                 self._ask(node_id, site)
 
     def _ask(self, node_id: int, site: Introduction) -> None:
+        self._state.attendance.note_ledger(site.site, site.ledger)
         content, line = self._requests.for_site(site), self.lines[site.site]
         if self._exchange.ask(node_id, site, content):
             self._asked[site.site] = node_id
@@ -190,6 +191,7 @@ class OneRound:
             usual_size=self._state.attendance.usual_size(self._round),
         )
         self._sizes.append(size)
+        self._state.attendance.note_ledger(site.site, answer.ledger)
         line.describe(answer)
         return answer
 

@@ -7,7 +7,7 @@ from server.round_sum import layout_for
 from unimiss_core.codec import Layout
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
-from unimiss_core.wire import Introduction, TrainRequest
+from unimiss_core.wire import Introduction, TrainRequest, with_ledger
 
 
 class Requests:
@@ -32,8 +32,13 @@ class Requests:
         self._forgetful.add(site.site)
 
     def for_site(self, site: Introduction) -> RecordDict:
-        """The content of its request: whole tensors where the site cannot rebuild them. Before round 1 the teacher is
-        the student."""
+        """The content of its request: whole tensors where the site cannot rebuild them, and where its ledger was last
+        seen. Before round 1 the teacher is the student."""
+        content, head = self._shared(site), self._state.attendance.ledgers.get(site.site)
+        return content if head is None else with_ledger(content, head)
+
+    def _shared(self, site: Introduction) -> RecordDict:
+        """By all sites that need the same."""
         state, release = self._state, self._state.release
         holds_last = self.holds_last(site)
         if (key := (site.ranks, holds_last)) not in self._packed:

@@ -32,7 +32,7 @@ from unimiss_core.codec import layout_of
 from unimiss_core.errors import RoundError, RunFolderError, where
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
-from unimiss_core.privacy import refuse_private_rounds
+from unimiss_core.privacy import refuse_site_level
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -58,7 +58,7 @@ class Federation:
         report: Callable[[Path], object] = lambda _: None,
     ) -> None:
         """Raises ConfigError: the study asks for what no federation is offered, or a registered key cannot be read."""
-        refuse_private_rounds(study)
+        refuse_site_level(study)
         self._study = study
         self._config = config
         self._folder = RunFolder(config.out)
@@ -157,7 +157,10 @@ class Federation:
     def _restore_or_start(self, *, resume: bool) -> GlobalState:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
-            return GlobalState.restored(found, self._study, self._layout)
+            state = GlobalState.restored(found, self._study, self._layout)
+            for site in self._config.forget_ledgers:
+                state.attendance.ledgers.pop(site, None)
+            return state
         if resume:
             progress.report(progress.Note("there was no finished round to resume: a new run begins"))
         student = tensors_of(build_network(self._study.model, seed=self._study.seed))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from client.chained_log import BEGINNING, ChainedLog, Head, Link
+from client.chained_log import ChainedLog, Link
 from unimiss_core import durable
+from unimiss_core.chain import BEGINNING, Head
 from unimiss_core.errors import ConfigError, LedgerError
 
 

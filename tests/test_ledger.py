@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from client import accounting
-from client.chained_log import BEGINNING, Head
 from client.ledger import Asked, Ledger
 from client.site_config import PatientLimits
 from client.site_state import SiteState
 from tests.federation import RUN, small_study
 from tests.test_site_state import after
+from unimiss_core.chain import BEGINNING, Head
 from unimiss_core.errors import ConfigError, LedgerError, PrivacyBudgetError
 from unimiss_core.privacy import Mechanism, mechanisms
 from unimiss_core.study import StudyConfig

@@ -74,13 +74,12 @@ def test_mistakes_are_told_by_their_key(privacy: dict[str, object], told: str) -
         parse(StudyConfig, {"name": "x", "privacy": privacy}, where="test")
 
 
-@pytest.mark.parametrize("privacy", [PATIENT, SITE])
-def test_a_federation_of_a_private_study_is_refused_at_both_ends(tmp_path: Path, privacy: dict[str, object]) -> None:
-    study = small_study(privacy=privacy, **FIT)
+def test_a_federation_of_a_site_level_study_is_refused_at_both_ends(tmp_path: Path) -> None:
+    study = small_study(privacy=SITE, **FIT)
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out")
     with (
         LocalGrid(stub_app({}), {}, run_config={}) as grid,
-        pytest.raises(ConfigError, match="is not offered to a federation by this version"),
+        pytest.raises(ConfigError, match="is not offered by this version"),
     ):
         Federation(grid, study, config)
     assert not (tmp_path / "out").exists()

@@ -225,6 +225,10 @@ class Learner:
                     key: tensors[name].to(self.device, copy=True) for key, tensors in moments.items()
                 }
 
+    def most_scans(self, rank: Rank) -> int:
+        """Scans of one rank that this process works out together, at most: its part of a batch."""
+        return largest_part(self.team, self.study.batch.of(rank))
+
     def fits(self, rank: Rank, micro_batch: int) -> bool:
         """Whether the device's memory holds a step over its part of the study's batch, `micro_batch` scans at a time,
         by trial.
@@ -249,7 +253,7 @@ class Learner:
         Two parts are enough, and needed: the second finds the first's gradients in memory.
         """
         views = self.study.views
-        shape = (largest_part(self.team, self.study.batch.of(rank)), views.views, 1, *views.size_of(rank))
+        shape = (self.most_scans(rank), views.views, 1, *views.size_of(rank))
         batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         without = [p for p in self.student.parameters() if p not in self._optimiser.state]
         moments = [torch.empty_like(p) for p in without for _ in range(2)]

@@ -27,16 +27,12 @@ class Mechanism(NamedTuple):
     steps: int
 
 
-def refuse_private_rounds(study: StudyConfig) -> None:
-    """Raises ConfigError where a study promises privacy: no round may go out that no ledger has charged.
-
-    The learner is there (`unimiss_core.private_learner`) and so are the mechanisms; the site's ledger, which makes a
-    budget outlive a restart, is not. Until it is, both ends refuse, the site before it reads a scan.
-    """
-    if study.privacy.mode != "none":
+def refuse_site_level(study: StudyConfig) -> None:
+    """Raises ConfigError where a study promises site-level privacy: the coordinator's noise is not built."""
+    if study.privacy.mode == "site":
         raise ConfigError(
-            f"study '{study.name}': privacy.mode: {study.privacy.mode} is not offered to a federation by this version, "
-            "which keeps no ledger of what patients have cost; write mode: none, or wait for a version that does"
+            f"study '{study.name}': privacy.mode: site is not offered by this version, whose coordinator adds no "
+            "noise; write mode: patient or none, or wait for a version that does"
         )
 
 

@@ -45,8 +45,8 @@ class PrivateLearner(Learner):
         self._privacy = study.privacy
         self._noise = noise or GaussianNoise(self.device)
 
-    def private_step(self, patients: Sequence[Tensor], *, rank: Rank, step: int) -> StepReport:
-        """Train on one draw of patients as global step `step`; `patients` may be empty.
+    def private_step(self, patients: Iterable[Tensor], *, rank: Rank, step: int) -> StepReport:
+        """Train on one draw of patients as global step `step`; `patients` may be empty, and is gone through once.
 
         patients: of each the views (N, V, C, *S) of N of its scans, all of `rank`. With several processes each is given
         its own part of the draw. Raises MemoryTooSmallError: one scan does not fit; nothing has changed then.
@@ -76,6 +76,10 @@ class PrivateLearner(Learner):
         groups = groups_of_ranks({rank})
         frozen = {PROTOTYPES} if step < self.study.optimiser.freeze_prototypes_steps else set()
         return [name for name, _ in self.student.named_parameters() if group_of(name) in groups and name not in frozen]
+
+    def most_scans(self, rank: Rank) -> int:  # noqa: ARG002 - the same for both
+        """Scans that are worked out together, at most: those of one patient."""
+        return self._privacy.scans_per_patient
 
     @property
     def _momentum(self) -> float:

@@ -18,7 +18,7 @@ REASONS: dict[str, str] = {
     "not_connected": "the site took part before or is registered, and is not there",
     "no_introduction": "the site did not say in time who it is",
     "no_reply": "no reply: the site is gone, or the deadline passed",
-    "busy": "the site is still at work on an earlier round; its update counts when it comes",
+    "busy": "the site is still at work on a round; its update counts when it comes",
     "discounted": "the site's update for an earlier round came late and counted with less weight, as the study says",
     "set_aside": "the site failed in several rounds in a row; it is asked again later",
     "not_registered": "the coordinator file does not name the site, or names it with another key",
@@ -37,5 +37,5 @@ REASONS: dict[str, str] = {
     "too_large": "the update is larger than the study allows",
 }
 
-LASTING = frozenset({"site_setup", "no_usable_scans", "study", "protocol", "not_registered"})
+LASTING = frozenset({"site_setup", "no_usable_scans", "study", "protocol", "not_registered", "budget", "ledger"})
 """What no time mends: a person has to."""

@@ -15,12 +15,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors.torch import load, save
 from torch import Tensor
 
 from unimiss_core import codec
+from unimiss_core.chain import Head
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.config import NAME, RUN, parse
 from unimiss_core.errors import ConfigError, WireError
@@ -31,7 +34,7 @@ from unimiss_core.reasons import REASONS
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 LARGEST_FIGURE = 1e30
 """Beyond it a figure has diverged; means and charts of such numbers overflow."""
@@ -66,25 +69,31 @@ class Hello:
 @dataclass(frozen=True)
 class Introduction:
     """Site to coordinator: its name, the ranks it trains, how many scans of each it trains on, and how many files and
-    series of its folders it left out (its own log says why)."""
+    series of its folders it left out (its own log says why).
+
+    Of a private study a site says 1 for any number of scans, and 0 for what it left out, and where its ledger stands.
+    """
 
     site: str
     scans: Mapping[Rank, int]
     left_out: int = 0
+    ledger: Head | None = None
 
     @property
     def ranks(self) -> frozenset[Rank]:
         return frozenset(rank for rank, count in self.scans.items() if count > 0)
 
     def pack(self) -> RecordDict:
-        return _content({"site": self.site, "left_out": self.left_out, **_count_facts(self.scans)})
+        told = {"site": self.site, "left_out": self.left_out, **_count_facts(self.scans), **_ledger_fact(self.ledger)}
+        return _content(told)
 
     @classmethod
     def unpack(cls, content: RecordDict) -> Self:
         facts = _facts(content)
         if not re.fullmatch(NAME, site := _take(facts, "site", str)):
             raise WireError("malformed", "the site's name is not of the agreed form")
-        return cls(site=site, scans=_counts(facts), left_out=max(0, _take(facts, "left_out", int)))
+        left_out = max(0, _take(facts, "left_out", int))
+        return cls(site=site, scans=_counts(facts), left_out=left_out, ledger=_ledger(facts))
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class TrainRequest:
     teacher_retention: per group, what was left of the global teacher after the round before:
         teacher <- m teacher + (1 - m) student, m = 1 for a group that nobody trained.
     student_step: what the released student changed by since the round before, for a format that carries over.
+    ledger: where the site's ledger stood when the coordinator last heard of it; None where it has not.
     """
 
     study: StudyConfig
@@ -107,6 +117,7 @@ class TrainRequest:
     teacher: Mapping[str, Tensor] | None
     teacher_retention: Mapping[Group, float]
     student_step: Mapping[str, Tensor] | None = None
+    ledger: Head | None = None
 
     def pack(self, layout: Layout) -> RecordDict:
         facts = {
@@ -114,6 +125,7 @@ class TrainRequest:
             "run": self.run,
             "round": self.round,
             "teacher_retention": json.dumps(dict(self.teacher_retention), sort_keys=True),
+            **_ledger_fact(self.ledger),
         }
         held = {"student": self.student, "student_step": self.student_step, "teacher": self.teacher}
         dtypes = _request_dtypes(self.study)
@@ -148,6 +160,7 @@ class TrainRequest:
             teacher=held.get("teacher"),
             teacher_retention={group: retention[group] for group in GROUPS if group in retention},
             student_step=held.get("student_step"),
+            ledger=_ledger(facts),
         )
 
 
@@ -161,6 +174,9 @@ class TrainReply:
     diagnostics: means over the round of collapse indicators, of the gradient's norm and, under FedProx, of the distance
     to the received student; under FedEMA the site's own share of its start; how many batches were skipped for NaN or
     infinity. Nothing else leaves the site.
+
+    Of a private study even less does: see `client.private_round.undisclosed`. Where its ledger stands then is told
+    beside the reply (`with_ledger`), so that a reply that is sent again is the same.
     """
 
     site: str
@@ -173,6 +189,7 @@ class TrainReply:
     seconds: float
     losses: Mapping[str, float]
     diagnostics: Mapping[str, float]
+    ledger: Head | None = None
 
     def pack(self, layout: Layout, dtype: str) -> RecordDict:
         facts = {
@@ -208,6 +225,7 @@ class TrainReply:
             seconds=seconds,
             losses=_figures(facts, "losses", is_loss),
             diagnostics=_figures(facts, "diagnostics", is_diagnostic),
+            ledger=_ledger(facts),
         )
 
 
@@ -237,6 +255,32 @@ def study_of(content: RecordDict) -> StudyConfig:
 def run_of(content: RecordDict) -> str:
     """The run that a request is of: whose memory a site opens."""
     return _run(_facts(content))
+
+
+def with_ledger(reply: RecordDict, head: Head) -> RecordDict:
+    """The reply, saying where the site's ledger stands."""
+    facts = dict(cast(ConfigRecord, reply["facts"]))
+    return RecordDict({**reply, "facts": ConfigRecord({**facts, **_ledger_fact(head)})})
+
+
+def to_keep(reply: RecordDict) -> bytes:
+    """A packed `TrainReply` as a safetensors file, for a site that may have to send it again bit for bit."""
+    arrays = {(part, group): array for part, record in arrays_in(reply).items() for group, array in record.items()}
+    described = [[part, group, array.dtype, list(array.shape), array.stype] for (part, group), array in arrays.items()]
+    payloads = {str(n): torch.frombuffer(bytearray(a.data), dtype=torch.uint8) for n, a in enumerate(arrays.values())}
+    facts = dict(cast(ConfigRecord, reply["facts"]))
+    return save(payloads, metadata={"facts": json.dumps(facts), "arrays": json.dumps(described)})
+
+
+def as_kept(payload: bytes) -> RecordDict:
+    """The inverse of `to_keep`, for a payload that was seen to be whole."""
+    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"]
+    payloads = load(payload)
+    parts: dict[str, ArrayRecord] = {}
+    for number, (part, group, dtype, shape, stype) in enumerate(json.loads(header["arrays"])):
+        data = payloads[str(number)].numpy().tobytes()
+        parts.setdefault(part, ArrayRecord())[group] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+    return _content(json.loads(header["facts"]), parts)
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -292,6 +336,19 @@ def _run(facts: Mapping[str, Any]) -> str:
     if not re.fullmatch(RUN, run := _take(facts, "run", str)):
         raise WireError("malformed", "the run's id is not of the agreed form")
     return run
+
+
+def _ledger_fact(head: Head | None) -> dict[str, str]:
+    return {} if head is None else {"ledger": str(head)}
+
+
+def _ledger(facts: Mapping[str, Any]) -> Head | None:
+    if "ledger" not in facts:
+        return None
+    try:
+        return Head.of(_take(facts, "ledger", str))
+    except ValueError:
+        raise WireError("malformed", "'ledger' does not say where a ledger stands") from None
 
 
 def _count_facts(scans: Mapping[Rank, int]) -> dict[str, int]:

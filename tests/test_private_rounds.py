@@ -1,0 +1,253 @@
+"""Private rounds of the real site over the in-process grid: what leaves, what is charged, what is refused, and when."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from client import accounting, ledger, private_round
+from client import site as sites
+from client.app import app
+from client.pictures import write_png
+from server.coordinator_config import CoordinatorConfig
+from server.local_grid import LocalGrid
+from server.rounds import Federation
+from tests.federation import RUN, layout_for, metric_rows, random_tensors, small_study
+from unimiss_core import progress
+from unimiss_core.chain import BEGINNING, Head
+from unimiss_core.errors import RoundError
+from unimiss_core.privacy import mechanisms
+from unimiss_core.study import StudyConfig
+from unimiss_core.wire import (
+    Hello,
+    Introduction,
+    Refusal,
+    TrainReply,
+    TrainRequest,
+    arrays_in,
+    with_ledger,
+)
+
+IMAGES = layout_for(frozenset({2}))
+SCANS = 5
+
+
+def private_study(rounds: int = 2, *, max_epsilon: float = 50.0, **changes: object) -> StudyConfig:
+    privacy = {
+        "mode": "patient",
+        "max_epsilon": max_epsilon,
+        "delta": 1e-4,
+        "noise_multiplier": 1.0,
+        "centre_noise": 5.0,
+        "sampling_rate": {"images": 0.5, "volumes": 0.5},
+    }
+    fits = {"batch": {"images": 40, "volumes": 40}, "objective": {"centre_momentum": 0.99}}
+    return small_study(rounds, **{"privacy": privacy, **fits, **changes})
+
+
+class Hospital:
+    """A site with pictures of a few patients, asked over the grid as a coordinator asks."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.folder = folder
+        (folder / "scans").mkdir(parents=True)
+        for number in range(SCANS):
+            pixels = np.random.default_rng(number).integers(0, 255, (41, 35)).astype(np.uint8)
+            write_png(folder / "scans" / f"{number}.png", pixels)
+        raw: dict[str, Any] = {"name": "north", "data": [{"folder": "scans"}], "state": "state", "devices": "cpu"}
+        (folder / "site.yaml").write_text(yaml.safe_dump({**raw, **settings}))
+
+    @property
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        return {"node": {"site": str(self.folder / "site.yaml")}}
+
+    @contextmanager
+    def asked(self) -> Iterator[Callable[[RecordDict, str], RecordDict]]:
+        with LocalGrid(app, self.nodes, run_config={}) as grid:
+            (node,) = grid.get_nodes()
+
+            def ask(content: RecordDict, kind: str) -> RecordDict:
+                sent = list(grid.push_messages([Message(content, node.node_id, kind)]))
+                while not (replies := list(grid.pull_messages(sent))):
+                    pass
+                return replies[0].content
+
+            yield ask
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        path = self.folder / "state" / "ledger.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def request(study: StudyConfig, round: int = 1, *, seed: int = 0, head: Head | None = None) -> RecordDict:
+    """Whole student and teacher, so that the site rebuilds nothing."""
+    tensors = {name: 0.02 * tensor for name, tensor in random_tensors(IMAGES, seed).items()}
+    content = TrainRequest(study, RUN, round, tensors, None if round == 1 else tensors, {}).pack(IMAGES)
+    return content if head is None else with_ledger(content, head)
+
+
+def facts_of(content: RecordDict) -> dict[str, Any]:
+    record = content["facts"]
+    assert isinstance(record, ConfigRecord)
+    return dict(record)
+
+
+def bytes_of(content: RecordDict) -> dict[str, bytes]:
+    return {f"{part}/{group}": a.data for part, r in arrays_in(content).items() for group, a in r.items()}
+
+
+def test_what_leaves_a_private_site_is_the_update_and_what_everybody_knows(tmp_path: Path) -> None:
+    """The whole message, key by key: a key that is added here needs a line in docs/privacy.md's table."""
+    study = private_study()
+    with Hospital(tmp_path).asked() as ask:
+        told = facts_of(ask(Hello(study, RUN).pack(), "query"))
+        reply = ask(request(study), "train")
+    assert told.keys() == {"protocol", "site", "left_out", "scans_2d", "scans_3d", "ledger"}
+    assert (told["scans_2d"], told["scans_3d"], told["left_out"]) == (1, 0, 0)
+    facts = facts_of(reply)
+    everybody_knows = {
+        "protocol": told["protocol"],
+        "status": "ok",
+        "site": "north",
+        "run": RUN,
+        "round": 1,
+        "study_digest": study.digest(),
+        "steps": study.schedule.local_steps,
+        "scans_2d": 1,
+        "scans_3d": 0,
+        "seconds": 0.0,
+        "losses": "{}",
+        "diagnostics": "{}",
+    }
+    head = facts.pop("ledger")
+    assert facts == everybody_knows
+    assert Head.of(head).seq == 2  # reserved and replied: a count of private rounds, not of patients
+    assert arrays_in(reply).keys() == {"update"}
+
+
+def test_two_attempts_at_a_round_share_neither_draw_nor_noise(tmp_path: Path) -> None:
+    """The study's seed is public; what came of it twice could be subtracted."""
+    study, updates = private_study(), []
+    for name in ("a", "b"):
+        with Hospital(tmp_path / name).asked() as ask:
+            ask(Hello(study, RUN).pack(), "query")
+            reply = ask(request(study), "train")
+            updates.append(TrainReply.unpack(reply, IMAGES, study.wire.dtype).update)
+    first, second = updates
+    large = [name for name in first if first[name].numel() > 500]
+    assert all((first[name] != second[name]).float().mean() > 0.5 for name in large)
+
+
+def test_a_round_asked_for_again_gets_the_same_bytes_and_is_charged_once(tmp_path: Path) -> None:
+    study, hospital = private_study(), Hospital(tmp_path)
+    with hospital.asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        first, second = ask(request(study), "train"), ask(request(study), "train")
+        assert bytes_of(first) == bytes_of(second) != {}
+        assert facts_of(first) == facts_of(second)
+        assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"]
+        other = ask(request(study, seed=1), "train")  # of the same round, from another student: a new release
+        assert bytes_of(other) != bytes_of(first)
+    assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"] * 2
+
+
+def test_what_would_overspend_is_refused_before_a_scan_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = private_study()
+    cost = accounting.epsilon(mechanisms(study, {2}, [1]), 1e-4)
+    hospital = Hospital(tmp_path, privacy={"max_epsilon": 1.2 * cost, "delta": 1e-4})
+    heard: list[progress.Event] = []
+    with progress.listen(heard.append), hospital.asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        assert facts_of(ask(request(study), "train"))["status"] == "ok"
+        monkeypatch.setattr(sites, "open_library", lambda *_: pytest.fail("read"))
+        monkeypatch.setattr(private_round, "run_round", lambda *_: pytest.fail("trained"))
+        assert Refusal.found_in(ask(request(study, 2), "train")) == Refusal("budget")
+    assert len(hospital.entries) == 2
+    (told,) = [event.text for event in heard if isinstance(event, progress.Note)]
+    assert f"above {1.2 * cost:g} that this site allows over all studies" in told
+
+
+def test_a_study_that_cannot_keep_its_promise_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    with Hospital(tmp_path).asked() as ask:
+        answer = ask(Hello(private_study(200, max_epsilon=0.5), RUN).pack(), "query")
+    assert Refusal.found_in(answer) == Refusal("site_setup")
+
+
+def test_a_ledger_that_was_put_back_is_noticed(tmp_path: Path) -> None:
+    study, hospital = private_study(), Hospital(tmp_path)
+    state = tmp_path / "state"
+    with hospital.asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        old = {name: (state / name).read_bytes() for name in ("ledger.jsonl", "ledger.head") if (state / name).exists()}
+        head = Head.of(facts_of(ask(request(study), "train"))["ledger"])
+        for name in ("ledger.jsonl", "ledger.head"):
+            (state / name).unlink()
+            if name in old:
+                (state / name).write_bytes(old[name])
+        told = Introduction.unpack(ask(Hello(study, RUN).pack(), "query"))
+        assert told.ledger == BEGINNING
+        assert Refusal.found_in(ask(request(study, 2, head=head), "train")) == Refusal("ledger")
+
+
+@pytest.mark.parametrize("planted", ["sent first", "loss in clear"])
+def test_planted_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    """Of a site that sends before its ledger knows, and one that tells a loss."""
+    study, hospital = private_study(), Hospital(tmp_path)
+    if planted == "sent first":
+        monkeypatch.setattr(ledger.Ledger, "record_reply", lambda *_: None)
+    else:
+        monkeypatch.setattr(private_round, "undisclosed", lambda reply: reply)
+    with hospital.asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        facts = facts_of(ask(request(study), "train"))
+    if planted == "sent first":
+        assert [entry["kind"] for entry in hospital.entries] != ["reserved", "replied"]
+    else:
+        assert facts["losses"] != "{}"
+
+
+def test_a_private_federation_runs_and_its_coordinator_learns_no_count_and_no_loss(tmp_path: Path) -> None:
+    study, hospital = private_study(), Hospital(tmp_path / "north")
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out", retry_s=0)
+    with LocalGrid(app, hospital.nodes, run_config={}) as grid:
+        state = Federation(grid, study, config).run()
+    assert state.round == 2
+    assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"] * 2
+    for row in metric_rows(tmp_path / "out"):
+        line = row["sites"]["north"]
+        assert line["status"] == "ok"
+        assert (line["scans"], line["losses"], line["diagnostics"]) == ({"2d": 1, "3d": 0}, {}, {})
+    assert state.attendance.ledgers["north"].seq == 4
+
+
+def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_path: Path) -> None:
+    study, hospital = private_study(3), Hospital(tmp_path / "north")
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out", retry_s=0, round_tries=1, wait_s=1)
+    state = tmp_path / "north" / "state"
+
+    def run(config: CoordinatorConfig, *, resume: bool) -> int:
+        with LocalGrid(app, hospital.nodes, run_config={}) as grid:
+            return Federation(grid, study, config).run(resume=resume).round
+
+    class Killed(BaseException):
+        pass
+
+    def kill_after_the_first(event: progress.Event) -> None:
+        if isinstance(event, progress.RoundDone) and event.round == 1:
+            raise Killed
+
+    with progress.listen(kill_after_the_first), pytest.raises(Killed):
+        run(config, resume=False)
+    kept = {name: (state / name).read_bytes() for name in ("ledger.jsonl", "ledger.head")}
+    for name in kept:
+        (state / name).unlink()
+    with pytest.raises(RoundError, match="ledger"):
+        run(config, resume=True)
+    assert run(config.model_copy(update={"forget_ledgers": ("north",)}), resume=True) == 3
