@@ -136,6 +136,12 @@ class Artefacts:
     stop: StopRecord | None = None
 
     @property
+    def counts_are_told(self) -> bool:
+        """Whether sites tell how many scans they have, and how long they worked; of a patient-level study they do not,
+        and 1 stands for any number."""
+        return self.study is None or self.study.privacy.mode != "patient"
+
+    @property
     def sites(self) -> list[str]:
         """Every site that any round names, sorted."""
         return sorted({name for one in self.rounds for name in one.sites})

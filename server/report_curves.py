@@ -33,6 +33,10 @@ def losses(run: Artefacts) -> Html:
     curves = _curves(run, {name: [one.losses for one in run.records(name)] for name in run.sites})
     if not curves:
         said = "No loss was recorded: either no round was finished, or the sites keep it to themselves."
+        if not run.counts_are_told:
+            said = (
+                "The sites of a private study tell no losses; whether the model learns, a probe on public scans shows."
+            )
         return section("Loss", note(said))
     level = _uniform_level(run)
     compared = {term: group for term, group in curves.items() if not is_reconstruction(term)}
@@ -58,14 +62,13 @@ def rounds(run: Artefacts) -> Html:
     if not run.rounds:
         return joined()
     traffic = {name: [(one.bytes_down, one.bytes_up) for one in run.records(name)] for name in run.sites}
-    pace = [
-        _series(run, name, [one.seconds if one.status == "ok" else None for one in run.records(name)], style)
-        for style, name in enumerate(run.sites)
-    ]
-    panels = [
-        charts.traffic_panel("Bytes in a round", [one.round for one in run.rounds], traffic),
-        _from_zero("Seconds in a round", pace),
-    ]
+    panels = [charts.traffic_panel("Bytes in a round", [one.round for one in run.rounds], traffic)]
+    if run.counts_are_told:
+        pace = [
+            _series(run, name, [one.seconds if one.status == "ok" else None for one in run.records(name)], style)
+            for style, name in enumerate(run.sites)
+        ]
+        panels.append(_from_zero("Seconds in a round", pace))
     panels += [_from_zero(title, group) for key, title in _OF_ROUNDS.items() if (group := _told(run, key))]
     legends = [site_legend(run)]
     if norms := _update_norms(run):

@@ -13,6 +13,7 @@ _SCANS = {"2d": "image", "3d": "volume"}
 _COLUMNS = ("Site", "Trains on", "Scans", "Rounds", "Steps", "To the site", "From the site", "Time")
 _COLUMNS_AT_STOP = (*_COLUMNS[:3], "When the run ended")
 _NUMBERS = _COLUMNS[4:]
+_NOT_TOLD = "not told"
 
 
 def verdict(run: Artefacts) -> Html:
@@ -42,7 +43,7 @@ def verdict(run: Artefacts) -> Html:
 def site_table(run: Artefacts) -> Html:
     gaps = [caution(f"This report is not complete. {' '.join(run.gaps)}")] if run.gaps else []
     if not run.sites and run.stop and run.stop.sites:
-        rows = [_row_at_stop(name, record) for name, record in sorted(run.stop.sites.items())]
+        rows = [_row_at_stop(run, name, record) for name, record in sorted(run.stop.sites.items())]
         return section("Sites", card_table(_COLUMNS_AT_STOP, rows), *gaps)
     if not run.sites:
         return section("Sites", note("No round has been recorded, so nothing is known about the sites."), *gaps)
@@ -82,25 +83,25 @@ def _site_row(run: Artefacts, name: str) -> list[str]:
     steps, seconds = sum(one.steps for one in records), sum(one.seconds for one in records)
     return [
         name,
-        *_holdings(records),
+        *_holdings(run, records),
         _attendance(run, name),
         number(steps, f"{steps:,}"),
         number(down, byte_count(down)),
         number(up, byte_count(up)),
-        number(seconds, duration(seconds)),
+        number(seconds, duration(seconds) if run.counts_are_told else _NOT_TOLD),
     ]
 
 
-def _row_at_stop(name: str, record: SiteRecord) -> list[str]:
+def _row_at_stop(run: Artefacts, name: str, record: SiteRecord) -> list[str]:
     why = [tag("div", {"class": "fine"}, because(record.reason))] if record.reason else []
-    return [name, *_holdings([record]), tag("div", None, record.status, *why)]
+    return [name, *_holdings(run, [record]), tag("div", None, record.status, *why)]
 
 
-def _holdings(records: Sequence[SiteRecord]) -> list[Html]:
+def _holdings(run: Artefacts, records: Sequence[SiteRecord]) -> list[Html]:
     """The cells of what a site trains on: ranks, and the most scans of each that a record names."""
     most = {rank: max(one.scans.get(rank, 0) for one in records) for rank in _SCANS}
     held = {rank: count for rank, count in most.items() if count}
-    scans = [counted(count, _SCANS[rank]) for rank, count in held.items()]
+    scans = [counted(count, _SCANS[rank]) for rank, count in held.items()] if run.counts_are_told else [_NOT_TOLD]
     ranks = " + ".join(rank.upper() for rank in held)
     return [whole(ranks or "unknown"), tag("div", None, *lines(scans or ["unknown"]))]
 

@@ -52,14 +52,14 @@ def without(record: Mapping[str, Any], status: str, reason: str) -> dict[str, An
     return {**record, **silent, "status": status, "reason": reason}
 
 
-def study(rounds: int) -> StudyConfig:
-    raw = {"schedule": {"rounds": rounds, "local_steps": 40}, "optimiser": {"warmup_steps": 20}}
+def study(rounds: int, **settings: object) -> StudyConfig:
+    raw = {**settings, "schedule": {"rounds": rounds, "local_steps": 40}, "optimiser": {"warmup_steps": 20}}
     return parse(StudyConfig, {"name": "three-hospitals", **raw}, where="")
 
 
-def write_run(out: Path, records: list[dict[str, Any]], *, rounds: int) -> None:
-    """study.yaml and metrics.jsonl in `out`."""
-    config = study(rounds)
+def write_run(out: Path, records: list[dict[str, Any]], *, rounds: int, **settings: object) -> None:
+    """study.yaml and metrics.jsonl in `out`; settings: of the study."""
+    config = study(rounds, **settings)
     (out / "report").mkdir(parents=True, exist_ok=True)
     (out / "study.yaml").write_text(f"# sha256 of this study: {config.digest()}\n{dump_yaml(config)}", encoding="utf-8")
     (out / "metrics.jsonl").write_text("".join(json.dumps(one, sort_keys=True) + "\n" for one in records))
