@@ -1,7 +1,9 @@
 """Private rounds of the real site over the in-process grid: what leaves, what is charged, what is refused, and when."""
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tests.federation import RUN, layout_for, metric_rows, random_tensors, small
 from unimiss_core import progress
 from unimiss_core.chain import BEGINNING, Head
 from unimiss_core.errors import RoundError
-from unimiss_core.privacy import mechanisms
+from unimiss_core.privacy import Mechanism, mechanisms
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import (
     Hello,
@@ -51,6 +53,19 @@ def private_study(rounds: int = 2, *, max_epsilon: float = 50.0, **changes: obje
     return small_study(rounds, **{"privacy": privacy, **fits, **changes})
 
 
+_epsilon = functools.cache(accounting.epsilon)
+
+
+def remembered_epsilon(history: Sequence[Mechanism], delta: float) -> float:
+    """The accountant takes a second for each history, and the tests ask for the same ones."""
+    return _epsilon(tuple(history), delta)
+
+
+@pytest.fixture(autouse=True)
+def quick_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "epsilon", remembered_epsilon)
+
+
 class Hospital:
     """A site with pictures of a few patients, asked over the grid as a coordinator asks."""
 
@@ -75,7 +90,7 @@ class Hospital:
             def ask(content: RecordDict, kind: str) -> RecordDict:
                 sent = list(grid.push_messages([Message(content, node.node_id, kind)]))
                 while not (replies := list(grid.pull_messages(sent))):
-                    pass
+                    time.sleep(0.01)
                 return replies[0].content
 
             yield ask
@@ -251,3 +266,40 @@ def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_p
     with pytest.raises(RoundError, match="ledger"):
         run(config, resume=True)
     assert run(config.model_copy(update={"forget_ledgers": ("north",)}), resume=True) == 3
+
+
+def test_where_nobody_is_drawn_noise_is_sent(tmp_path: Path) -> None:
+    """Whether anybody took part must not show."""
+    privacy = private_study().privacy.model_dump() | {"sampling_rate": {"images": 1e-9, "volumes": 1e-9}}
+    study = private_study(privacy=privacy)
+    with Hospital(tmp_path).asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        reply = TrainReply.unpack(ask(request(study), "train"), IMAGES, study.wire.dtype)
+    assert all(bool(tensor.float().abs().sum() > 0) for tensor in reply.update.values())
+
+
+def test_a_round_that_crashed_goes_on_under_its_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, hospital = private_study(), Hospital(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("the process died")
+
+    with hospital.asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        with monkeypatch.context() as patched:
+            patched.setattr(private_round, "run_round", killed)
+            assert Refusal.found_in(ask(request(study), "train")) == Refusal("failed")
+        with monkeypatch.context() as patched:  # trained, but the reply was not noted: it may not leave
+            patched.setattr(ledger.Ledger, "record_reply", killed)
+            assert Refusal.found_in(ask(request(study), "train")) == Refusal("failed")
+        assert facts_of(ask(request(study), "train"))["status"] == "ok"
+    assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"]
+
+
+def test_several_devices_take_a_private_round_together(tmp_path: Path) -> None:
+    study, hospital = private_study(), Hospital(tmp_path, devices=["cpu", "cpu"], threads=1)
+    with hospital.asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        reply = ask(request(study), "train")
+    assert facts_of(reply)["status"] == "ok"
+    assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"]
