@@ -15,7 +15,7 @@ SIAM J. Sci. Comput. 31, 2008).
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +36,22 @@ _AT_ONCE = 65_536
 """Values that a core works on at a time: a float64 buffer of them stays in its cache."""
 
 
+Summand = tuple[Tensor, float]
+"""A flat tensor and its weight."""
+
+
 @dataclass
 class _Bin:
-    """sum of k over `count` summands, as the bits of c + k g: `count` times the bits of c too much."""
+    """sum of k over the summands, as the bits of c + k g: `count` times the bits of c too much.
+
+    waiting: a summand that is not in the sum yet. Two are added in one pass, for what takes time is going through the
+    sums, which no cache holds.
+    """
 
     codes: Tensor
+    grid: float
     count: int = 0
+    waiting: Summand | None = None
 
 
 class ExactSum:
@@ -55,37 +65,69 @@ class ExactSum:
         self._top = math.ceil(math.log2(largest))
         self._sums: dict[str, dict[int, _Bin]] = {}
         self._step = _AT_ONCE * torch.get_num_threads()
-        self._x = torch.empty(self._step, dtype=torch.float64)
+        self._buffers = torch.empty(2, self._step, dtype=torch.float64)
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """sum[name] += weight * tensor, each finite and of any float type; the product is rounded to float64.
 
-        Raises OverflowError: one more than MOST_SUMMANDS.
+        A tensor may be held until the next summand of its name comes, and must not change until then. Raises
+        OverflowError: one more than MOST_SUMMANDS.
         """
         for name, tensor in tensors.items():
             flat = tensor.reshape(-1)
-            index = self._bin_of(flat, weight)
-            bins = self._sums.setdefault(name, {})
-            if (found := bins.get(index)) is None:
-                found = bins[index] = _Bin(_zeros(len(flat)))
+            found = self._bin_for(name, flat, weight)
             if found.count == MOST_SUMMANDS:
                 raise OverflowError(f"more than {MOST_SUMMANDS} summands")
             found.count += 1
-            cutter = _cutter(self._grid(index))
-            for part, codes in zip(flat.split(self._step), found.codes.split(self._step), strict=True):
-                x = self._x[: len(part)].copy_(part)
-                if weight != 1.0:
-                    x.mul_(weight)
-                codes.add_(x.add_(cutter).view(torch.int64))
+            if found.waiting is None:
+                found.waiting = flat, weight
+            else:
+                self._add(found, [found.waiting, (flat, weight)])
+                found.waiting = None
 
     def take(self, name: str, divisor: float) -> Tensor:
         """sum[name] / divisor, float32, flat; the sum itself is gone, and so is its memory."""
-        bins = self._sums.pop(name)
-        parts = [self._value_(bins.pop(index), self._grid(index)) for index in sorted(bins)]
-        total = parts[0]
-        for part in parts[1:]:
-            total.add_(part)
-        return total.div_(divisor).float()
+        bins = [found for _, found in sorted(self._sums.pop(name).items())]
+        for found in bins:
+            if found.waiting is not None:
+                self._add(found, [found.waiting])
+        result = torch.empty(len(bins[0].codes))
+        for start, part in self._parts(result):
+            total, value = (buffer[: len(part)] for buffer in self._buffers)
+            total.zero_()
+            for found in bins:
+                surplus = found.count * _bits(_cutter(found.grid))
+                codes = found.codes[start : start + len(part)]
+                codes.sub_((surplus + 2**63) % 2**64 - 2**63)  # as int64 wraps, so did the sum
+                total.add_(value.copy_(codes), alpha=found.grid)
+            part.copy_(total.div_(divisor))
+        return result
+
+    def _add(self, found: _Bin, summands: Sequence[Summand]) -> None:
+        """To the bin's codes, in one pass."""
+        cutter = _cutter(found.grid)
+        for start, codes in self._parts(found.codes):
+            coded = []
+            for buffer, (flat, weight) in zip(self._buffers, summands, strict=False):
+                x = buffer[: len(codes)].copy_(flat[start : start + len(codes)])
+                if weight != 1.0:
+                    x.mul_(weight)
+                coded.append(x.add_(cutter).view(torch.int64))
+            for other in coded[1:]:
+                coded[0].add_(other)
+            codes.add_(coded[0])
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(start, stretch) of a long tensor."""
+        for start in range(0, len(flat), self._step):
+            yield start, flat[start : start + self._step]
+
+    def _bin_for(self, name: str, flat: Tensor, weight: float) -> _Bin:
+        bins, index = self._sums.setdefault(name, {}), self._bin_of(flat, weight)
+        if index not in bins:
+            grid = 2.0 ** (self._top - _BIN_BITS * index - _CODE_BITS)
+            bins[index] = _Bin(_zeros(len(flat)), grid)
+        return bins[index]
 
     def _bin_of(self, flat: Tensor, weight: float) -> int:
         """0 for the largest values; each further one for values 2^6 times smaller, the last for all below."""
@@ -94,15 +136,6 @@ class ExactSum:
         if bound == 0:
             return _BINS - 1
         return min((self._top - math.ceil(math.log2(bound))) // _BIN_BITS, _BINS - 1)
-
-    def _grid(self, index: int) -> float:
-        return float(2.0 ** (self._top - _BIN_BITS * index - _CODE_BITS))
-
-    def _value_(self, found: _Bin, grid: float) -> Tensor:
-        """The bin's sum, float64; its codes are used up."""
-        surplus = found.count * _bits(_cutter(grid))
-        codes = found.codes.sub_((surplus + 2**63) % 2**64 - 2**63)  # as int64 wraps, so did the sum
-        return codes.double().mul_(grid)
 
 
 def _zeros(size: int) -> Tensor:
