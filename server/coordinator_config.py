@@ -31,6 +31,9 @@ class CoordinatorConfig(Config):
     """The study file; relative paths count from the coordinator file's folder."""
     out: Path
     """Folder for checkpoints, metrics and the report."""
+    start: Path | None = None
+    """A checkpoint folder of the study's model, from another run or imported: a new run begins from its teacher instead
+    of random weights. Where a study promises privacy, it must have been trained on nothing but public scans."""
     sites: tuple[RegisteredSite, ...] = ()
     """Only these are asked; empty means every node that connects."""
     min_sites: Annotated[int, Field(gt=0)] = 1
@@ -80,6 +83,7 @@ def load_coordinator(path: Path) -> CoordinatorConfig:
         update={
             "study": base / config.study,
             "out": base / config.out,
+            "start": config.start and base / config.start,
             "probe": tuple(base / probe for probe in config.probe),
         }
     )

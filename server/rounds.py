@@ -27,9 +27,9 @@ from server.rules import opened_aggregate
 from server.run_folder import RunFolder
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
-from unimiss_core import progress
+from unimiss_core import checkpoint, progress
 from unimiss_core.codec import layout_of
-from unimiss_core.errors import RoundError, RunFolderError, where
+from unimiss_core.errors import ConfigError, RoundError, RunFolderError, where
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.privacy import refuse_site_level
@@ -163,10 +163,23 @@ class Federation:
             return state
         if resume:
             progress.report(progress.Note("there was no finished round to resume: a new run begins"))
-        student = tensors_of(build_network(self._study.model, seed=self._study.seed))
-        state = GlobalState.initial(student, self._study, self._layout)
+        state = GlobalState.initial(self._first_student(), self._study, self._layout)
         state.save(self._folder, self._study)
         return state
+
+    def _first_student(self) -> Mapping[str, Tensor]:
+        """Random, or the teacher of the checkpoint to start from. Raises CheckpointError, and ConfigError where it is
+        of another model."""
+        model, start = self._study.model, self._config.start
+        if start is None:
+            return tensors_of(build_network(model, seed=self._study.seed))
+        found = checkpoint.load(start)
+        if found.manifest.model != model:
+            raise ConfigError(
+                f"start: {start} holds another model ({found.manifest.model.canonical()}) than the study asks for "
+                f"({model.canonical()}); give a checkpoint of that model, or change the study"
+            )
+        return found.teacher
 
     def _round_after(self, state: GlobalState, aggregate: Aggregate) -> OneRound:
         return OneRound(

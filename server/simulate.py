@@ -92,6 +92,8 @@ class SimulationConfig(Config):
     overrides: Mapping[str, Any] = {}
     """Settings of the study that this simulation changes, nested as in the study file; with another `name`, as of an
     objective, such a part begins from the defaults of that name."""
+    start: Path | None = None
+    """A checkpoint folder to begin from, as in a coordinator file."""
     sites: Annotated[tuple[SimulatedSite, ...], Field(min_length=1)]
     probe: tuple[SimulatedProbe, ...] = ()
     quorum: Quorum = Quorum()
@@ -187,6 +189,7 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
         durable.write_text(out / "study-requested.yaml", dump_yaml(study))
         coordinator = {
             "study": "study-requested.yaml",
+            **({} if config.start is None else {"start": str((base / config.start).resolve())}),
             "out": ".",
             **config.quorum.model_dump(mode="json"),
             "wait_s": 1.0,  # on one machine every site has answered by then, or never will,

@@ -189,6 +189,24 @@ def test_prototypes_that_stand_still_take_no_part_in_the_clip() -> None:
     assert math.sqrt(sum(g.square().sum().item() for g in gradients)) == pytest.approx(CLIP, rel=1e-4)
 
 
+@pytest.mark.parametrize("trained", ["norms_and_biases", "last_stages"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_what_a_study_does_not_train_stands_still_and_takes_no_part_in_clip_and_noise(rank: Rank, trained: str) -> None:
+    few = study()
+    few = few.model_copy(update={"privacy": few.privacy.model_copy(update={"trained": trained})})
+    running = learner(GaussianNoise(torch.device("cpu")), few)
+    names = running.trained_names(rank, 0)
+    gradients, _ = sums_of(running, [patient(rank, 1, 0)], rank, 0)
+    assert math.sqrt(sum(g.square().sum().item() for g in gradients)) == pytest.approx(CLIP, rel=1e-4)
+    before = {name: parameter.detach().clone() for name, parameter in running.student.named_parameters()}
+    running.private_step([patient(rank, 1, 0)], rank=rank, step=5)
+    moved = {name for name, parameter in running.student.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == set(names)
+    size = sum(before[name].numel() for name in names)
+    assert (size < 0.01 * 2.4e6) if trained == "norms_and_biases" else any(before[name].ndim > 1 for name in names)
+    assert all(name.startswith("backbone.") for name in names)
+
+
 def test_the_order_of_a_patients_scans_does_not_matter() -> None:
     running, scans = learner(Recorded()), patient(2, 5, 0)
     one, _ = sums_of(running, [scans], 2, 0)

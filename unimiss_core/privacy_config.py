@@ -80,6 +80,11 @@ class PatientPrivacyConfig(Config):
     """Standard deviation of the noise on the sum of gradients, in clip norms (s)."""
     centre_noise: Multiplier = 10.0
     """Standard deviation of the noise on the sum of the patients' mean bottlenecks, each of norm 1 at most."""
+    trained: Literal["all", "norms_and_biases", "last_stages"] = "all"
+    """What is trained; the rest stays as the run began. The noise on a step is as long as the square root of their
+    number says, a patient's gradient is not: from a start that was trained on public scans, few are the way.
+    norms_and_biases: every bias and norm of the backbone. last_stages: those, and all of the encoder's last stage and
+    the decoder's first."""
 
 
 class SitePrivacyConfig(Config):

@@ -29,6 +29,9 @@ from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
+_LAST_STAGES = ("backbone.encoder.stages.3.", "backbone.decoder.stages.0.")
+"""Where an image is told in the fewest positions and the most channels."""
+
 
 class PrivateLearner(Learner):
     """A learner of a study in the privacy mode `patient`. Nothing of a `StepReport` or `round_diagnostics` may leave
@@ -75,7 +78,11 @@ class PrivateLearner(Learner):
         """The parameters that a step of this rank trains: by the study alone, whatever was drawn."""
         groups = groups_of_ranks({rank})
         frozen = {PROTOTYPES} if step < self.study.optimiser.freeze_prototypes_steps else set()
-        return [name for name, _ in self.student.named_parameters() if group_of(name) in groups and name not in frozen]
+        return [
+            name
+            for name, parameter in self.student.named_parameters()
+            if group_of(name) in groups and name not in frozen and _is_trained(name, parameter, self._privacy.trained)
+        ]
 
     def most_scans(self, rank: Rank) -> int:  # noqa: ARG002 - the same for both
         """Scans that are worked out together, at most: those of one patient."""
@@ -104,6 +111,14 @@ class PrivateLearner(Learner):
             centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))  # rounding may take a mean of units above 1
         self._watch.add(loss.observed)
         return loss
+
+
+def _is_trained(name: str, parameter: Tensor, trained: str) -> bool:
+    """trained: as the study says it (`PatientPrivacyConfig.trained`)."""
+    if trained == "all":
+        return True
+    is_last = trained == "last_stages" and name.startswith(_LAST_STAGES)
+    return is_last or (name.startswith("backbone.") and parameter.ndim == 1)
 
 
 def _scale(length: float, limit: float) -> float:
