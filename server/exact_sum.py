@@ -80,12 +80,16 @@ class ExactSum:
 
     def take(self, name: str, divisor: float) -> Tensor:
         """sum[name] / divisor, float32, flat; the sum itself is gone, and so is its memory."""
+        return self.take_whole(name).div_(divisor).float()
+
+    def take_whole(self, name: str) -> Tensor:
+        """sum[name], float64, flat; gone likewise."""
         bins = self._sums.pop(name)
         parts = [self._value_(bins.pop(index), self._grid(index)) for index in sorted(bins)]
         total = parts[0]
         for part in parts[1:]:
             total.add_(part)
-        return total.div_(divisor).float()
+        return total
 
     def _bin_of(self, flat: Tensor, weight: float) -> int:
         """0 for the largest values; each further one for values 2^6 times smaller, the last for all below."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.aggregation import Aggregate, WeightedMean, group_norm
+from server.aggregation import GroupwiseAggregate, WeightedMean, group_norm
 from server.spill import Spill
 from unimiss_core.codec import Layout, split
 from unimiss_core.groups import Group
@@ -27,7 +27,7 @@ _STRIPE = 2**21
 """Values of a stripe, over all sites: 8 MB."""
 
 
-class Trimmed(Aggregate):
+class Trimmed(GroupwiseAggregate):
     """Each coordinate's mean over the sites, without the `cut(n)` largest and smallest of its n values."""
 
     def __init__(self, layout: Layout, spill: Spill, cut: Callable[[int], int]) -> None:
@@ -74,7 +74,7 @@ def trimmed_cut(n: int, share: float) -> int:
     return min(median_cut(n), math.ceil(share * n - 1e-9))
 
 
-class NormBoundedMean(Aggregate):
+class NormBoundedMean(GroupwiseAggregate):
     """The weighted mean of min(1, B / |delta_ig|) delta_ig with one bound B for the whole study.
 
     Norm thresholding: Sun et al. 2019 (arXiv:1911.07963). Folded in as updates come, nothing is kept.
@@ -93,7 +93,7 @@ class NormBoundedMean(Aggregate):
         return self._mean.result()
 
 
-class MedianBoundedMean(Aggregate):
+class MedianBoundedMean(GroupwiseAggregate):
     """The same, with B = `times` the median of this round's norms of the group: the adaptive clipping of FLAME (Nguyen
     et al. 2022, arXiv:2101.02281), without its clustering and noise.
 

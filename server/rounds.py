@@ -86,7 +86,7 @@ class Federation:
 
     def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
         """The state after another round, which is saved."""
-        with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
+        with opened_aggregate(self._study, self._layout, self._folder.scratch) as aggregate:
             work = self._round_after(state, aggregate)
             with self._stop_noted(work, state.round + 1):
                 after, step, took = self._completed(work, state.round + 1, hello)
