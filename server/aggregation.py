@@ -107,6 +107,11 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(torch.dot(part, part)) for part in parts))
 
 
+def shortened(size: float, bound: float) -> float:
+    """What an update of this norm is multiplied by, to be no longer than the bound."""
+    return 1.0 if size <= bound else bound / size
+
+
 def group_norm(update: Mapping[str, Tensor], specs: Iterable[TensorSpec]) -> float:
     """`norm` of an update's tensors of one group; 0 for those that it does not hold."""
     return norm({spec.name: update[spec.name] for spec in specs if spec.name in update})

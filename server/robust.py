@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.aggregation import GroupwiseAggregate, WeightedMean, group_norm
+from server.aggregation import GroupwiseAggregate, WeightedMean, group_norm, shortened
 from server.spill import Spill
 from unimiss_core.codec import Layout, split
 from unimiss_core.groups import Group
@@ -87,7 +87,7 @@ class NormBoundedMean(GroupwiseAggregate):
 
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float) -> None:
         size = group_norm(update, self._layout[group])
-        self._mean.add(group, update, weight, scale=_shortened(size, self._bound))
+        self._mean.add(group, update, weight, scale=shortened(size, self._bound))
 
     def result(self) -> dict[str, Tensor]:
         return self._mean.result()
@@ -121,10 +121,5 @@ class MedianBoundedMean(GroupwiseAggregate):
         for group, seen in self._seen.items():
             bound = self._times * median_low([size for size, _ in seen])
             for index, (size, weight) in enumerate(seen):
-                self._mean.add(group, self._spill.read(group, index), weight, scale=_shortened(size, bound))
+                self._mean.add(group, self._spill.read(group, index), weight, scale=shortened(size, bound))
         return self._mean.result()
-
-
-def _shortened(size: float, bound: float) -> float:
-    """What an update of this norm is multiplied by."""
-    return 1.0 if size <= bound else bound / size

@@ -6,10 +6,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from server.aggregation import Aggregate, WeightedMean, largest_product
 from server.robust import MedianBoundedMean, NormBoundedMean, Trimmed, median_cut, trimmed_cut
+from server.site_level import SiteLevelMean
 from server.spill import Spill
 from unimiss_core.codec import Layout
+from unimiss_core.noise import GaussianNoise
+from unimiss_core.privacy_config import SitePrivacyConfig
 from unimiss_core.study import MeanConfig, MedianConfig, StudyConfig, TrimmedMeanConfig
 
 
@@ -25,6 +30,8 @@ def opened_aggregate(study: StudyConfig, layout: Layout, scratch: Path) -> Itera
 
 
 def build_aggregate(study: StudyConfig, layout: Layout, spill: Spill) -> Aggregate:
+    if isinstance(study.privacy, SitePrivacyConfig):
+        return SiteLevelMean(layout, study.privacy, GaussianNoise(torch.device("cpu")))
     rule = study.aggregation.rule
     if isinstance(rule, MedianConfig):
         return Trimmed(layout, spill, median_cut)
