@@ -45,8 +45,8 @@ WORTH_FROM = 1000
 """Sites below which the noise drowns what they learned (docs/privacy.md, 'Site level')."""
 
 _ROUNDING = 2.0**-30
-"""More than rounding can add to what a site moves the sum by, as a share of the clip norm: `ExactSum` moves each value by
-at most 2^-46 of its tensor's largest, which is 2^-31 over 2^30 values."""
+"""More than rounding can add to what a site moves the sum by, as a share of the clip norm: `ExactSum` moves each value
+by at most 2^-46 of its tensor's largest, which is 2^-31 over 2^30 values."""
 
 
 class SiteLevelMean(Aggregate):
