@@ -32,6 +32,7 @@ from unimiss_core.errors import (
 from unimiss_core.groups import groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS
+from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello, Introduction, Refusal, TrainRequest, as_kept, run_of, study_of, with_ledger
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def introduce(message: Message, context: Context) -> Message:
         hello = Hello.unpack(message.content)
         site = open_site(context, hello.study, hello.run)
         look_over(site.config)  # before the scans are read, which can take hours
+        if hello.study.privacy.mode != "none":
+            _check_promise(hello.study)
         if hello.study.privacy.mode == "patient":
             return _private_introduction(site).pack()
         scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
@@ -87,11 +90,15 @@ def train(message: Message, context: Context) -> Message:
     return _reply(message, context, answer)
 
 
-def _private_introduction(site: Site) -> Introduction:
-    """After it was seen that the study can keep its promise."""
+def _check_promise(study: StudyConfig) -> None:
+    """Raises ConfigError where the study's noise does not keep its promise. All that a site does in the mode `site`,
+    for there it trusts the coordinator with its update, counts and losses."""
     from client.accounting import check_study  # here, for it takes seconds, and only private studies need it
 
-    check_study(site.study)
+    check_study(study)
+
+
+def _private_introduction(site: Site) -> Introduction:
     introduction = private_introduction(site)
     _tell_of_scans(site)
     return introduction
@@ -104,7 +111,7 @@ def _tell_of_scans(site: Site) -> None:
         tell(site.config.name, f"left out {told}; see unimiss-site check")
     for rank in sorted(site.library.ranks):
         held, asked = len(site.library.of_rank(rank)), site.study.batch.of(rank)
-        if held < asked and site.study.privacy.mode == "none":
+        if held < asked and site.study.privacy.mode != "patient":
             tell(
                 site.config.name,
                 f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly",

@@ -12,7 +12,6 @@ from client.site_config import SiteConfig, load_site
 from client.site_state import SiteState
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
-from unimiss_core.privacy import refuse_site_level
 from unimiss_core.study import StudyConfig
 
 
@@ -62,7 +61,6 @@ def site_file(context: Context) -> Path:
 
 def open_site(context: Context, study: StudyConfig, run: str) -> Site:
     """The site of this node, for a run of `study`. Raises ConfigError."""
-    refuse_site_level(study)
     return Site(load_site(site_file(context)), study, run)
 
 

@@ -5,7 +5,8 @@ where w_ig counts what site i trained of g. A group that nobody trained keeps it
 over all tensors would instead shrink the 3D step by the 2D-only sites' share.
 
 This file holds the weights, `Aggregate`, which every rule is, and the mean; `server.robust` the rules that
-bound what a hostile site can do, `server.optimisers` what is made of the result.
+bound what a hostile site can do, `server.site_level` the mean that hides any one site, `server.optimisers` what is made
+of the result.
 """
 
 import math
@@ -31,9 +32,20 @@ _AT_ONCE = 65_536
 class Aggregate(ABC):
     """A rule at work in one round: every admitted update is folded in, then the result is taken, once."""
 
+    @abstractmethod
     def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
-        """Add one site's update, float32 and finite. `weights`: w_ig of the groups that it trained; 0 is as if it had
-        not trained the group."""
+        """Add one site's update, of any float type and finite. `weights`: w_ig of the groups that it trained; 0 is as
+        if it had not trained the group."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Tensor]:
+        """name -> what the sites' updates amount to, float32; a tensor that is not named stays as it is."""
+
+
+class GroupwiseAggregate(Aggregate):
+    """A rule that joins each group by itself; a group that nobody trained is not in its result."""
+
+    def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
         for group, weight in weights.items():
             if weight > 0:
                 self.add(group, update, weight)
@@ -41,10 +53,6 @@ class Aggregate(ABC):
     @abstractmethod
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float) -> None:
         """Count the update's tensors of one group with this weight, which is above zero."""
-
-    @abstractmethod
-    def result(self) -> dict[str, Tensor]:
-        """name -> what the sites' updates amount to, float32, for the tensors of the groups that somebody trained."""
 
 
 def group_weights(scans: Mapping[Rank, int], groups: Collection[Group], weighting: Weighting) -> dict[Group, float]:
@@ -64,7 +72,7 @@ def largest_product(config: AggregationConfig) -> float:
     return config.max_update_norm * weight
 
 
-class WeightedMean(Aggregate):
+class WeightedMean(GroupwiseAggregate):
     """sum_i w_ig delta_ig / sum_i w_ig for each group, folded in as updates come: FedAvg (McMahan et al. 2017,
     arXiv:1602.05629, algorithm 1) on updates instead of models.
 
@@ -97,6 +105,11 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     """L2 norm of all values together, summed in float64; nan or inf where a value is."""
     parts = (part.double() for tensor in tensors.values() for part in tensor.reshape(-1).split(_AT_ONCE))
     return math.sqrt(sum(float(torch.dot(part, part)) for part in parts))
+
+
+def shortened(size: float, bound: float) -> float:
+    """What an update of this norm is multiplied by, to be no longer than the bound."""
+    return 1.0 if size <= bound else bound / size
 
 
 def group_norm(update: Mapping[str, Tensor], specs: Iterable[TensorSpec]) -> float:

@@ -87,11 +87,18 @@ class ExactSum:
 
     def take(self, name: str, divisor: float) -> Tensor:
         """sum[name] / divisor, float32, flat; the sum itself is gone, and so is its memory."""
+        return self._taken(name, divisor, torch.float32)
+
+    def take_whole(self, name: str) -> Tensor:
+        """sum[name], float64, flat; gone likewise."""
+        return self._taken(name, 1.0, torch.float64)
+
+    def _taken(self, name: str, divisor: float, dtype: torch.dtype) -> Tensor:
         bins = [found for _, found in sorted(self._sums.pop(name).items())]
         for found in bins:
             if found.waiting is not None:
                 self._add(found, [found.waiting])
-        result = torch.empty(len(bins[0].codes))
+        result = torch.empty(len(bins[0].codes), dtype=dtype)
         for start, part in self._parts(result):
             total, value = (buffer[: len(part)] for buffer in self._buffers)
             total.zero_()

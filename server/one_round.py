@@ -90,7 +90,8 @@ class OneRound:
         self._require_quorum()
         after, step = self._total.applied_to(self._state, self._round)
         after.taught = self._state.taught | self._taught
-        after.attendance.note_sizes(self._round, self._sizes)
+        if self._study.aggregation.max_size_ratio is not None:  # else nobody asks, and no checkpoint tells
+            after.attendance.note_sizes(self._round, self._sizes)
         return after, step
 
     def _lines_of_try(self, *, again: bool) -> dict[str, SiteRound]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.aggregation import Aggregate, WeightedMean, group_norm
+from server.aggregation import GroupwiseAggregate, WeightedMean, group_norm, shortened
 from server.spill import Spill
 from unimiss_core.codec import Layout, split
 from unimiss_core.groups import Group
@@ -27,7 +27,7 @@ _STRIPE = 2**21
 """Values of a stripe, over all sites: 8 MB."""
 
 
-class Trimmed(Aggregate):
+class Trimmed(GroupwiseAggregate):
     """Each coordinate's mean over the sites, without the `cut(n)` largest and smallest of its n values."""
 
     def __init__(self, layout: Layout, spill: Spill, cut: Callable[[int], int]) -> None:
@@ -74,7 +74,7 @@ def trimmed_cut(n: int, share: float) -> int:
     return min(median_cut(n), math.ceil(share * n - 1e-9))
 
 
-class NormBoundedMean(Aggregate):
+class NormBoundedMean(GroupwiseAggregate):
     """The weighted mean of min(1, B / |delta_ig|) delta_ig with one bound B for the whole study.
 
     Norm thresholding: Sun et al. 2019 (arXiv:1911.07963). Folded in as updates come, nothing is kept.
@@ -87,13 +87,13 @@ class NormBoundedMean(Aggregate):
 
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float) -> None:
         size = group_norm(update, self._layout[group])
-        self._mean.add(group, update, weight, scale=_shortened(size, self._bound))
+        self._mean.add(group, update, weight, scale=shortened(size, self._bound))
 
     def result(self) -> dict[str, Tensor]:
         return self._mean.result()
 
 
-class MedianBoundedMean(Aggregate):
+class MedianBoundedMean(GroupwiseAggregate):
     """The same, with B = `times` the median of this round's norms of the group: the adaptive clipping of FLAME (Nguyen
     et al. 2022, arXiv:2101.02281), without its clustering and noise.
 
@@ -121,10 +121,5 @@ class MedianBoundedMean(Aggregate):
         for group, seen in self._seen.items():
             bound = self._times * median_low([size for size, _ in seen])
             for index, (size, weight) in enumerate(seen):
-                self._mean.add(group, self._spill.read(group, index), weight, scale=_shortened(size, bound))
+                self._mean.add(group, self._spill.read(group, index), weight, scale=shortened(size, bound))
         return self._mean.result()
-
-
-def _shortened(size: float, bound: float) -> float:
-    """What an update of this norm is multiplied by."""
-    return 1.0 if size <= bound else bound / size

@@ -9,6 +9,7 @@ from torch import Tensor
 from server.aggregation import Aggregate, group_weights
 from server.global_state import GlobalState
 from server.optimisers import build_optimiser
+from server.site_level import public_retention
 from unimiss_core.codec import Layout
 from unimiss_core.groups import GROUPS, Group, group_of, groups_of_ranks
 from unimiss_core.scan import RANKS, Rank
@@ -50,14 +51,21 @@ class RoundSum:
         self._retention.fold(weights, teacher_retention(study, ranks, answer.round))
 
     def applied_to(self, state: GlobalState, round: int) -> tuple[GlobalState, dict[str, Tensor]]:
-        """(state after the round, what was added to the student). Groups that nobody trained keep their bits."""
+        """(state after the round, what was added to the student). Groups that nobody trained keep their bits, but under
+        site-level privacy, whose noise is on all of them."""
         step, optimiser = self._optimiser.step(self._aggregate.result(), state.optimiser)
         student = {name: tensor + step[name] if name in step else tensor for name, tensor in state.student.items()}
         release = state.release.after(student)
-        left = self._retention.result()
+        left = self._left_of_teacher(round)
         teacher = advance_teacher(state.teacher, release.held(), {name: left[group_of(name)] for name in student})
         after = replace(state, round=round, release=release, teacher=teacher, retention=left, optimiser=optimiser)
         return after, step
+
+    def _left_of_teacher(self, round: int) -> dict[Group, float]:
+        """Sites are told it, so where any one of them is to be hidden it hangs on none."""
+        if self._study.privacy.mode == "site":
+            return public_retention(self._study, round)
+        return self._retention.result()
 
 
 class _MeanRetention:

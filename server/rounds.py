@@ -25,6 +25,7 @@ from server.roster import Roster, TooFewSites
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
+from server.site_level import check_site_level, site_epsilon, what_it_is_worth
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
 from unimiss_core import checkpoint, progress
@@ -32,7 +33,7 @@ from unimiss_core.codec import layout_of
 from unimiss_core.errors import ConfigError, RoundError, RunFolderError, where
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
-from unimiss_core.privacy import refuse_site_level
+from unimiss_core.privacy_config import SitePrivacyConfig
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -57,8 +58,9 @@ class Federation:
         probe: Probe | None = None,
         report: Callable[[Path], object] = lambda _: None,
     ) -> None:
-        """Raises ConfigError: the study asks for what no federation is offered, or a registered key cannot be read."""
-        refuse_site_level(study)
+        """Raises ConfigError: the study promises a privacy that this coordinator would not keep, or a registered key
+        cannot be read."""
+        check_site_level(study, config)
         self._study = study
         self._config = config
         self._folder = RunFolder(config.out)
@@ -79,6 +81,8 @@ class Federation:
         """
         with self._as_config_error(), self._folder.alone(), self._reported():
             state = self._restore_or_start(resume=resume)
+            if (told := what_it_is_worth(self._study, self._layout)) is not None:
+                progress.report(progress.Note(told))
             hello = Hello(self._study, self._folder.run)
             while state.round < self._study.schedule.rounds:
                 state = self._next_round(state, hello)
@@ -86,7 +90,7 @@ class Federation:
 
     def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
         """The state after another round, which is saved."""
-        with opened_aggregate(self._study.aggregation, self._layout, self._folder.scratch) as aggregate:
+        with opened_aggregate(self._study, self._layout, self._folder.scratch) as aggregate:
             work = self._round_after(state, aggregate)
             with self._stop_noted(work, state.round + 1):
                 after, step, took = self._completed(work, state.round + 1, hello)
@@ -215,6 +219,8 @@ class Federation:
             "sites": {name: vars(line) for name, line in sorted(lines.items())},
             "global": {"update_norm": update_norm},
         }
+        if isinstance(self._study.privacy, SitePrivacyConfig):
+            row["global"]["site_epsilon"] = site_epsilon(self._study.privacy, state.round)
         if self._probe is not None and state.round == self._study.schedule.rounds:
             row["global"] |= self._probed(state)
         self._folder.append_metrics(row)

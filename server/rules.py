@@ -6,31 +6,38 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from server.aggregation import Aggregate, WeightedMean, largest_product
 from server.robust import MedianBoundedMean, NormBoundedMean, Trimmed, median_cut, trimmed_cut
+from server.site_level import SiteLevelMean
 from server.spill import Spill
 from unimiss_core.codec import Layout
-from unimiss_core.study import AggregationConfig, MeanConfig, MedianConfig, TrimmedMeanConfig
+from unimiss_core.noise import GaussianNoise
+from unimiss_core.privacy_config import SitePrivacyConfig
+from unimiss_core.study import MeanConfig, MedianConfig, StudyConfig, TrimmedMeanConfig
 
 
 @contextmanager
-def opened_aggregate(config: AggregationConfig, layout: Layout, scratch: Path) -> Iterator[Aggregate]:
+def opened_aggregate(study: StudyConfig, layout: Layout, scratch: Path) -> Iterator[Aggregate]:
     """The study's rule. scratch: a folder for what it must keep until the round ends; it is gone afterwards."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        yield build_aggregate(config, layout, Spill(scratch, layout))
+        yield build_aggregate(study, layout, Spill(scratch, layout))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def build_aggregate(config: AggregationConfig, layout: Layout, spill: Spill) -> Aggregate:
-    rule = config.rule
+def build_aggregate(study: StudyConfig, layout: Layout, spill: Spill) -> Aggregate:
+    if isinstance(study.privacy, SitePrivacyConfig):
+        return SiteLevelMean(layout, study.privacy, GaussianNoise(torch.device("cpu")))
+    rule = study.aggregation.rule
     if isinstance(rule, MedianConfig):
         return Trimmed(layout, spill, median_cut)
     if isinstance(rule, TrimmedMeanConfig):
         return Trimmed(layout, spill, partial(trimmed_cut, share=rule.share))
-    mean = WeightedMean(layout, largest=largest_product(config))
+    mean = WeightedMean(layout, largest=largest_product(study.aggregation))
     if isinstance(rule, MeanConfig):
         return mean
     if rule.max_norm is not None:

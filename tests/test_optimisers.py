@@ -71,7 +71,7 @@ def start(study: StudyConfig) -> GlobalState:
 
 def one_round(state: GlobalState, study: StudyConfig, scratch: Path, *sites: dict[Rank, int]) -> GlobalState:
     """With one update for each of `sites`, which are told by their scans."""
-    with opened_aggregate(study.aggregation, whole_layout(), scratch) as aggregate:
+    with opened_aggregate(study, whole_layout(), scratch) as aggregate:
         total = RoundSum(study, aggregate)
         for index, scans in enumerate(sites):
             total.fold(

@@ -1,21 +1,20 @@
-"""What a study's noise amounts to, and that no round of a private study goes out before there is a ledger."""
+"""What a study's noise amounts to, and what a site does about a study that promises site-level privacy."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message, RecordDict
 
-from client.app import app
-from server.coordinator_config import CoordinatorConfig
-from server.local_grid import LocalGrid
-from server.rounds import Federation
-from tests.federation import RUN, small_study, stub_app
+from client import site as sites
+from tests.federation import RUN, small_study
+from tests.test_private_rounds import IMAGES, SCANS, Hospital, request
+from unimiss_core import progress
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.privacy import Mechanism, joint_multiplier, mechanisms
 from unimiss_core.study import StudyConfig
-from unimiss_core.wire import Hello, Refusal
+from unimiss_core.wire import Hello, Introduction, Refusal, TrainReply
 
 PATIENT = {"mode": "patient", "max_epsilon": 8.0, "noise_multiplier": 1.0, "centre_noise": 5.0}
 SITE = {"mode": "site", "max_epsilon": 8.0, "noise_multiplier": 4.0, "clip_norm": 1.0, "sites": 5}
@@ -74,19 +73,29 @@ def test_mistakes_are_told_by_their_key(privacy: dict[str, object], told: str) -
         parse(StudyConfig, {"name": "x", "privacy": privacy}, where="test")
 
 
-def test_a_federation_of_a_site_level_study_is_refused_at_both_ends(tmp_path: Path) -> None:
-    study = small_study(privacy=SITE, **FIT)
-    config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out")
-    with (
-        LocalGrid(stub_app({}), {}, run_config={}) as grid,
-        pytest.raises(ConfigError, match="is not offered by this version"),
-    ):
-        Federation(grid, study, config)
-    assert not (tmp_path / "out").exists()
-    file = tmp_path / "site.yaml"
-    file.write_text(f"name: a\nstate: {tmp_path / 'state'}\ndata: [{{folder: {tmp_path / 'none'}}}]\n")
-    context = Context(1, 5, {"site": str(file)}, RecordDict(), {})
-    for kind in ("query", "train"):
-        reply = app(Message(Hello(study, RUN).pack(), 5, kind, ttl=100.0), context)
-        assert Refusal.found_in(reply.content) == Refusal("site_setup")
-    assert not (tmp_path / "state").exists()
+def site_level(rounds: int = 1) -> StudyConfig:
+    return small_study(rounds, privacy=SITE, aggregation={"max_size_ratio": None}, batch={"images": 4})
+
+
+def test_a_site_refuses_a_site_level_study_whose_noise_does_not_keep_its_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At z = 4, 100 rounds cost 13, and 8 is promised; before a scan is read."""
+    monkeypatch.setattr(sites, "open_library", lambda *_: pytest.fail("read"))
+    heard: list[progress.Event] = []
+    with progress.listen(heard.append), Hospital(tmp_path).asked() as ask:
+        answer = ask(Hello(site_level(100), RUN).pack(), "query")
+    assert Refusal.found_in(answer) == Refusal("site_setup")
+    (told,) = [event.text for event in heard if isinstance(event, progress.Note)]
+    assert re.search(r"comes to epsilon 13\.2 .*above privacy\.max_epsilon=8", told)
+
+
+def test_in_a_site_level_study_a_site_trains_and_tells_as_without_privacy(tmp_path: Path) -> None:
+    """There the coordinator is trusted with counts and losses, and no patient is charged."""
+    hospital = Hospital(tmp_path)
+    with hospital.asked() as ask:
+        told = Introduction.unpack(ask(Hello(site_level(), RUN).pack(), "query"))
+        reply = TrainReply.unpack(ask(request(site_level()), "train"), IMAGES, "bf16")
+    assert told.scans == reply.scans == {2: SCANS, 3: 0}
+    assert reply.losses.keys() == {"image"}
+    assert hospital.entries == []

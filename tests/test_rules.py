@@ -62,9 +62,9 @@ def sites(draw: st.DrawFn, *, least: int = 1, most: int = 6, weights: tuple[floa
 
 
 def joined(rule: object, given_sites: Sequence[Site], layout: Layout = LAYOUT) -> dict[str, Tensor]:
-    config = parse(StudyConfig, {"name": "a", "aggregation": {"rule": RULES.get(str(rule), rule)}}, where="test")
+    study = parse(StudyConfig, {"name": "a", "aggregation": {"rule": RULES.get(str(rule), rule)}}, where="test")
     with tempfile.TemporaryDirectory() as folder:
-        with opened_aggregate(config.aggregation, layout, Path(folder) / "scratch") as aggregate:
+        with opened_aggregate(study, layout, Path(folder) / "scratch") as aggregate:
             for update, weights in given_sites:
                 aggregate.fold(update, weights)
             result = aggregate.result()
@@ -133,13 +133,13 @@ def test_a_group_that_nobody_trained_is_not_in_the_result(rule: str) -> None:
 
 @every_rule
 def test_what_a_round_kept_is_gone_when_the_round_fails(rule: str, tmp_path: Path) -> None:
-    config = parse(StudyConfig, {"name": "a", "aggregation": {"rule": RULES[rule]}}, where="test").aggregation
+    study = parse(StudyConfig, {"name": "a", "aggregation": {"rule": RULES[rule]}}, where="test")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     (scratch / "left-by-a-crash").touch()
 
     def fail() -> None:
-        with opened_aggregate(config, LAYOUT, scratch) as aggregate:
+        with opened_aggregate(study, LAYOUT, scratch) as aggregate:
             assert not list(scratch.iterdir())
             aggregate.fold({spec.name: torch.ones(spec.shape) for spec in LAYOUT["head"]}, {"head": 1.0})
             raise KeyboardInterrupt
@@ -330,8 +330,8 @@ def test_mean_by_scans_is_the_centralised_gradient_step(archives: list[tuple[Ran
         weights = group_weights({2: 0, 3: 0, rank: count}, groups, "scans")
         some.append((sgd_update(model, lambda site_scans=site_scans: pooled([site_scans])), weights))
     layout = layout_of(model)
-    config = AggregationConfig(weighting="scans")
-    with tempfile.TemporaryDirectory() as folder, opened_aggregate(config, layout, Path(folder) / "s") as aggregate:
+    study = StudyConfig(name="a", aggregation=AggregationConfig(weighting="scans"))
+    with tempfile.TemporaryDirectory() as folder, opened_aggregate(study, layout, Path(folder) / "s") as aggregate:
         for update, weights in some:
             aggregate.fold(update, weights)
         result = aggregate.result()

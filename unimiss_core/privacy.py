@@ -11,7 +11,6 @@ one of multiplier
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from unimiss_core.errors import ConfigError
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import rank_of_step, steps_of_round
@@ -25,15 +24,6 @@ class Mechanism(NamedTuple):
     """Standard deviation over sensitivity."""
     sampling_rate: float
     steps: int
-
-
-def refuse_site_level(study: StudyConfig) -> None:
-    """Raises ConfigError where a study promises site-level privacy: the coordinator's noise is not built."""
-    if study.privacy.mode == "site":
-        raise ConfigError(
-            f"study '{study.name}': privacy.mode: site is not offered by this version, whose coordinator adds no "
-            "noise; write mode: patient or none, or wait for a version that does"
-        )
 
 
 def joint_multiplier(gradient: float, centre: float, representations: int) -> float:

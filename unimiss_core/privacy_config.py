@@ -1,8 +1,8 @@
 """What a study promises of privacy. docs/privacy.md says what each number is worth.
 
 Two guarantees that are never mixed up. Patient-level: whoever sees everything that a site ever sent can hardly tell
-whether any one patient's scans were used (`unimiss_core.private_step`). Site-level: the same for a whole site's
-archive, from the coordinator's releases on; the coordinator itself sees what a site sent.
+whether any one patient's scans were used (`unimiss_core.private_learner`). Site-level: the same for a whole site's
+archive, from the coordinator's releases on (`server.site_level`); the coordinator itself sees what a site sent.
 
 What else a study sets, in the two modes; `contradictions` refuses what is marked so:
 
@@ -22,7 +22,7 @@ What else a study sets, in the two modes; `contradictions` refuses what is marke
 | aggregation.server_optimiser | made of what was released | made of what was released |
 | wire.dtype | any: rounds what is noised already | **not int8**: what it carries over is added after the clip |
 
-Rounding to bf16 lengthens, too: in mode `site` it is what has been decoded that is to be clipped.
+Rounding to bf16 lengthens, too: in mode `site` it is what has been decoded that is clipped.
 """
 
 import math
@@ -99,7 +99,8 @@ class SitePrivacyConfig(Config):
     noise_multiplier: Multiplier
     """Standard deviation of the noise on the sum of the updates, in clip norms (z)."""
     sites: Annotated[int, Field(gt=0)]
-    """Sites that each round asks and divides by, a public number; a round with fewer replies is refused."""
+    """What each round's sum is divided by, a public number; a round with fewer updates is refused, and of more all
+    count."""
 
 
 PrivacyConfig = Annotated[
