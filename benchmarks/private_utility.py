@@ -44,6 +44,7 @@ from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone
 
 CPU = torch.device("cpu")
+CENTRE_NOISE = 12.0
 UNCLIPPED = 1e6
 DELTA = 1e-3 / 4
 TASK = "nih-pneumonia"
@@ -173,7 +174,7 @@ def _privacy(arm: Arm, rate: float, noise: float) -> dict[str, Any]:
         "delta": DELTA,
         "clip_norm": arm.clip_norm,
         "noise_multiplier": noise,
-        "centre_noise": 5.0 * max(1.0, noise),
+        "centre_noise": CENTRE_NOISE,
         "trained": arm.trained,
         "sampling_rate": {"images": rate, "volumes": rate},
     }
@@ -236,7 +237,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of an arm (default: 200)")
     parser.add_argument("--batch", type=int, default=128, help="patients that a step expects (default: 128)")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--centre-momentum", type=float, default=0.995)
+    parser.add_argument("--centre-momentum", type=float, default=0.998)
     parser.add_argument("--phantoms", type=int, default=300, help="synthetic patients of the start (default: 300)")
     parser.add_argument("--start-steps", type=int, default=400, help="(default: 400)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

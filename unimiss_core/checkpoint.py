@@ -13,7 +13,6 @@ Nothing is ever unpickled. No time and no host stands in a checkpoint, so that e
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -91,8 +90,12 @@ def save(
         files[_SERVER_TENSORS] = server_tensors
     with durable.new_folder(folder) as partial:
         (partial / "server.json").write_bytes(server_json.encode())
-        with ThreadPoolExecutor(len(files)) as together:  # writing, hashing and the disk leave Python to others
-            digests = dict(together.map(_written, [partial / name for name in files], files.values()))
+        paths = [partial / name for name in files]
+        with ThreadPoolExecutor(2 * len(files)) as together:  # writing, hashing and the disk leave Python to others
+            list(together.map(_write, paths, files.values()))
+            synced = together.map(durable.sync, paths)
+            digests = dict(zip(files, together.map(_sha256_of, paths), strict=True))
+            list(synced)
         manifest = Manifest(
             origin=origin,
             round=round,
@@ -170,12 +173,13 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def _written(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """(the file's name, sha256 of its bytes), when it is on the disk."""
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_tensors(_plain(tensors), path)  # straight to disk: as bytes they take as much memory again
+
+
+def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return path.name, hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_checked(folder: Path, name: str, digest: str) -> bytes:

@@ -67,7 +67,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     yield partial
     for file in partial.iterdir():
-        _sync(file)
+        sync(file)
     _sync_folder(partial)
     if path.exists():
         shutil.rmtree(path)
@@ -75,7 +75,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,4 +86,4 @@ def _sync(path: Path) -> None:
 
 def _sync_folder(path: Path) -> None:
     if os.name == "posix":  # Windows cannot open a folder
-        _sync(path)
+        sync(path)
