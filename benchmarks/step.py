@@ -14,23 +14,14 @@ small with 24, unless options say otherwise.
 
 import argparse
 import json
-import multiprocessing
-import platform
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from itertools import product
-from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from naive_unimiss import NaiveLearner
-from torch import Tensor
+from side_by_side import WARM_UP, CaseLostError, Figures, count, machine, measure
 
 from unimiss_core.device import device_of
 from unimiss_core.errors import ConfigError
@@ -40,7 +31,6 @@ from unimiss_core.network import build_network
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
-WARM_UP = 2
 WHOLE = (None, False, False)
 """No micro-batches, nothing recomputed, nothing compiled."""
 SIZES: dict[Rank, tuple[int, ...]] = {2: (224, 224), 3: (16, 96, 96)}
@@ -65,6 +55,10 @@ class Case:
 
     @property
     def title(self) -> str:
+        return f"{self.row}, {self.rank}D"
+
+    @property
+    def row(self) -> str:
         parts = ["of UniMiSS+"] * (self.objective != "unimiss")
         parts += [f"in {self.micro_batch}s"] * (self.micro_batch is not None)
         return " ".join(
@@ -73,16 +67,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
-    """Times in seconds: medians, with the quartiles of wall time; memory above that of the bare libraries."""
-
+class Result(Figures):
     case: Case
-    wall_s: float
-    wall_quartiles_s: tuple[float, float]
-    cpu_s: float
-    peak_mb: float
-    first_loss: float
-    repeats: int
 
 
 def main() -> None:
@@ -95,13 +81,13 @@ def main() -> None:
     results: list[Result] = []
     for alike in _cases_by_rank(options):
         try:
-            results += _measure(alike, options.repeats)
-        except _CaseLostError as error:  # its own process has printed why
+            figures = measure(alike, _build, options.repeats)
+        except CaseLostError as error:  # its own process has printed why
             parser.exit(1, f"{parser.prog}: {error}\n")
+        results += [Result(**vars(found), case=case) for case, found in zip(alike, figures, strict=True)]
         print(_table(results[-len(alike) :]), flush=True)
     if options.json:
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": _processor()}
-        content = {"machine": machine, "results": [asdict(result) for result in results]}
+        content = {"machine": machine(), "results": [asdict(result) for result in results]}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -136,75 +122,8 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
         ]
 
 
-class _CaseLostError(Exception):
-    """The process of a case ended before its figures were there."""
-
-
-def _measure(cases: list[Case], repeats: int) -> list[Result]:
-    """Run the cases side by side, one step of one case at a time. Raises _CaseLostError; the other processes, being
-    daemons, end with this one."""
-    context = multiprocessing.get_context("spawn")
-    pipes, workers = [], []
-    for case in cases:
-        _say(f"building {case.title}, {case.rank}D")
-        here, there = context.Pipe()
-        worker = context.Process(target=_work, args=(case, there), daemon=True)
-        worker.start()
-        there.close()  # or this process would wait for itself where the other one has ended
-        pipes.append(here)
-        workers.append(worker)
-        _heard(case, here)  # built: no two cases are built at once
-    steps: list[list[tuple[float, float, float]]] = [[] for _ in cases]
-    for number in range(WARM_UP + repeats):
-        _say(f"step {number + 1} of {WARM_UP + repeats}, of {len(cases)} cases each")
-        for case, pipe, taken in zip(cases, pipes, steps, strict=True):
-            pipe.send("step")
-            taken.append(_heard(case, pipe))
-    results = []
-    for case, pipe, worker, taken in zip(cases, pipes, workers, steps, strict=True):
-        pipe.send("stop")
-        results.append(_result(case, taken, peak_mb=_heard(case, pipe)))
-        worker.join()
-    return results
-
-
-def _heard(case: Case, pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except (EOFError, ConnectionResetError):
-        raise _CaseLostError(f"{case.title}, {case.rank}D, ended before it was measured; see above") from None
-
-
-def _say(what: str) -> None:
-    """A sign of life, beside the figures."""
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
-
-
-def _result(case: Case, taken: list[tuple[float, float, float]], *, peak_mb: float) -> Result:
-    walls, cpus = [wall for wall, _, _ in taken[WARM_UP:]], [cpu for _, cpu, _ in taken[WARM_UP:]]
-    low, high = (torch.tensor(walls).quantile(q).item() for q in (0.25, 0.75))
-    return Result(case, median(walls), (low, high), median(cpus), peak_mb, taken[0][2], len(walls))
-
-
-def _work(case: Case, pipe: Connection) -> None:
-    """A process's life: build, then a step for each 'step', then its peak memory."""
-    torch.set_num_threads(case.threads)
-    torch.ones(8, device=case.device).sum().item()
-    import_module("torch._dynamo")  # libraries that an optimiser and an empty network bring at first use: 80 MB
-    before = _peak_mb(case.device)
-    step, views = _build(case)
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = step(views)
-        if case.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - wall, time.process_time() - cpu, loss))
-    pipe.send(_peak_mb(case.device) - before)
-
-
-def _build(case: Case) -> tuple[Callable[[Tensor], float], Tensor]:
-    """(a step that returns its loss, the views (B, V, C, *S) it is given)."""
+def _build(case: Case) -> Callable[[], float]:
+    """A step that returns its loss; always on the same views (B, V, C, *S)."""
     sizes = SMALL_SIZES if case.model == "nano" else SIZES
     study = StudyConfig.model_validate(
         {
@@ -224,7 +143,8 @@ def _build(case: Case) -> tuple[Callable[[Tensor], float], Tensor]:
     views = torch.rand(case.batch, 2, 1, *sizes[case.rank], generator=generator).to(case.device)
     if case.variant == "naive":
         student, teacher = (build_network(study.model, seed=0).to(case.device) for _ in range(2))
-        return NaiveLearner(student, teacher, bf16=case.precision == "bf16").step, views
+        naive = NaiveLearner(student, teacher, bf16=case.precision == "bf16")
+        return lambda: naive.step(views)
     execution = Execution(
         device=torch.device(case.device),
         precision="bf16" if case.precision == "bf16" else "fp32",
@@ -233,21 +153,14 @@ def _build(case: Case) -> tuple[Callable[[Tensor], float], Tensor]:
         micro_batch={case.rank: case.micro_batch} if case.micro_batch else {},
     )
     learner = Learner(study, ranks=(2, 3), execution=execution)
-    return lambda batch: learner.step(batch, step=0).total, views
-
-
-def _peak_mb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return lambda: learner.step(views, step=0).total
 
 
 def _table(results: list[Result]) -> str:
     case = results[0].case
     base = next((result for result in results if result.case.variant == "naive"), results[0])
     on_cpu = not case.device.startswith("cuda")  # there processor time, which other work on the machine disturbs less
-    wide = max(len(result.case.title) for result in results)
+    wide = max(len(result.case.row) for result in results)
     lines = [
         f"{case.model}, {case.rank}D, batch {case.batch}, {case.prototypes} prototypes, {case.device}, "
         f"{case.threads} threads, median of {results[0].repeats}",
@@ -257,16 +170,10 @@ def _table(results: list[Result]) -> str:
         low, high = result.wall_quartiles_s
         speed = base.cpu_s / result.cpu_s if on_cpu else base.wall_s / result.wall_s
         lines.append(
-            f"{result.case.title:{wide}} {result.wall_s:6.3f} ({low:.2f}-{high:.2f}) {result.cpu_s:8.3f} {speed:6.2f}x "
+            f"{result.case.row:{wide}} {result.wall_s:6.3f} ({low:.2f}-{high:.2f}) {result.cpu_s:8.3f} {speed:6.2f}x "
             f"{result.peak_mb:9.0f} {result.peak_mb / base.peak_mb:6.2f}x {result.first_loss:11.5f}"
         )
     return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -277,27 +184,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", choices=["nano", "tiny", "small"], help="default: small on a GPU, else tiny")
     parser.add_argument("--rank", type=int, choices=[2, 3], help="2 images, 3 volumes (default: both)")
-    parser.add_argument("--batch", type=_count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
+    parser.add_argument("--batch", type=count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
     parser.add_argument("--variant", choices=["naive", "fast"], help="default: both")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both for ours, fp32 for the naive step")
     objectives = ["unimiss", "unimiss_plus"]
     parser.add_argument("--objective", choices=objectives, default="unimiss", help="of ours (default: unimiss)")
-    parser.add_argument("--micro-batch", type=_count, help="scans in one forward pass of ours (default: the batch)")
+    parser.add_argument("--micro-batch", type=count, help="scans in one forward pass of ours (default: the batch)")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
-    parser.add_argument("--repeats", type=_count, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
+    parser.add_argument("--repeats", type=count, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--prototypes", type=_count, default=65_536, help="default: 65536")
+    parser.add_argument("--prototypes", type=count, default=65_536, help="default: 65536")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda or cuda:N (default: {device})")
-    parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="default: %(default)s")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

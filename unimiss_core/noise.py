@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PIECE = 2**16
+"""Values drawn at a time: as many again as a whole table holds would add to a step's peak of memory."""
+
 
 class Noise(Protocol):
     """A source of noise: one method, so that another stream, one that is correlated over steps say, can stand in."""
@@ -33,13 +36,14 @@ class GaussianNoise:
     @torch.no_grad()
     def add_(self, sums: Sequence[Tensor], deviation: float) -> None:
         for total in sums:
-            total.add_(self._drawn_like(total), alpha=deviation)
+            for piece in total.view(-1).split(_PIECE):
+                piece.add_(self._drawn_like(piece), alpha=deviation)
 
-    def _drawn_like(self, total: Tensor) -> Tensor:
+    def _drawn_like(self, piece: Tensor) -> Tensor:
         if self._on_gpu is not None:
-            return torch.randn(total.shape, generator=self._on_gpu, device=total.device, dtype=total.dtype)
-        dtype = np.float64 if total.dtype == torch.float64 else np.float32
-        return torch.from_numpy(self._generator.standard_normal(tuple(total.shape), dtype=dtype))
+            return torch.randn(piece.shape, generator=self._on_gpu, device=piece.device, dtype=piece.dtype)
+        dtype = np.float64 if piece.dtype == torch.float64 else np.float32
+        return torch.from_numpy(self._generator.standard_normal(len(piece), dtype=dtype))
 
 
 def secret_generator(key: int | None = None) -> np.random.Generator:

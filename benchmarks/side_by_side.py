@@ -1,0 +1,150 @@
+"""Cases measured side by side: each in a process of its own, taking turns step by step.
+
+So whatever else the machine does falls on all alike, and each case has a peak of memory of its own.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+WARM_UP = 2
+
+
+class Case(Protocol):
+    """What is measured; it is sent to its process."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+
+
+Build = Callable[[Any], Callable[[], float]]
+"""From a case to its step, which returns its loss; a function of a module, for it is sent by its name."""
+
+
+class Taken(NamedTuple):
+    """One step."""
+
+    wall_s: float
+    cpu_s: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Times in seconds: medians, with the quartiles of wall time; memory above that of the bare libraries."""
+
+    wall_s: float
+    wall_quartiles_s: tuple[float, float]
+    cpu_s: float
+    peak_mb: float
+    first_loss: float
+    repeats: int
+
+
+class CaseLostError(Exception):
+    """The process of a case ended before its figures were there."""
+
+
+def measure(cases: Sequence[Case], build: Build, repeats: int) -> list[Figures]:
+    """Run the cases side by side, one step of one case at a time, `repeats` of each after WARM_UP.
+
+    Raises CaseLostError; the other processes, being daemons, end with this one.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, workers = [], []
+    for case in cases:
+        _say(f"building {case.title}")
+        here, there = context.Pipe()
+        worker = context.Process(target=_work, args=(case, build, there), daemon=True)
+        worker.start()
+        there.close()  # or this process would wait for itself where the other one has ended
+        pipes.append(here)
+        workers.append(worker)
+        _heard(case, here)  # built: no two cases are built at once
+    steps: list[list[Taken]] = [[] for _ in cases]
+    for number in range(WARM_UP + repeats):
+        _say(f"step {number + 1} of {WARM_UP + repeats}, of {len(cases)} cases each")
+        for case, pipe, taken in zip(cases, pipes, steps, strict=True):
+            pipe.send("step")
+            taken.append(_heard(case, pipe))
+    figures = []
+    for case, pipe, worker, taken in zip(cases, pipes, workers, steps, strict=True):
+        pipe.send("stop")
+        figures.append(_figures(taken, peak_mb=_heard(case, pipe)))
+        worker.join()
+    return figures
+
+
+def processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken with."""
+    return {"torch": torch.__version__, "python": platform.python_version(), "processor": processor()}
+
+
+def count(text: str) -> int:
+    """For argparse: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return int(text)
+
+
+def _heard(case: Case, pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        raise CaseLostError(f"{case.title}, ended before it was measured; see above") from None
+
+
+def _say(what: str) -> None:
+    """A sign of life, beside the figures."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def _figures(taken: Sequence[Taken], *, peak_mb: float) -> Figures:
+    walls, cpus = [step.wall_s for step in taken[WARM_UP:]], [step.cpu_s for step in taken[WARM_UP:]]
+    low, high = (torch.tensor(walls).quantile(q).item() for q in (0.25, 0.75))
+    return Figures(median(walls), (low, high), median(cpus), peak_mb, taken[0].loss, len(walls))
+
+
+def _work(case: Case, build: Build, pipe: Connection) -> None:
+    """A process's life: build, then a step for each 'step', then its peak memory."""
+    torch.set_num_threads(case.threads)
+    torch.ones(8, device=case.device).sum().item()
+    import_module("torch._dynamo")  # libraries that an optimiser and an empty network bring at first use: 80 MB
+    before = _peak_mb(case.device)
+    step = build(case)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step()
+        if case.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        pipe.send(Taken(time.perf_counter() - wall, time.process_time() - cpu, loss))
+    pipe.send(_peak_mb(case.device) - before)
+
+
+def _peak_mb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
