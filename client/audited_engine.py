@@ -145,7 +145,8 @@ class Watched:
         self.learner.restore(state)
 
     def _kept(self) -> dict[str, Tensor]:
-        return {name: tensor.double() for name, tensor in self.learner.state().tensors.items()}
+        tensors = self.learner.state().tensors
+        return {name: t.double() for name, t in tensors.items() if name.startswith((_MOMENT, "centre."))}
 
 
 class Silence:

@@ -25,7 +25,7 @@ from client.canaries import BROKEN, canary_scans, canary_site, canary_views
 from client.findings import Finding, at_most, deviation, dispersion, equals, likeness, normality, repetition, share
 from client.patient_draws import PatientDraw
 from unimiss_core.groups import group_of
-from unimiss_core.privacy import joint_multiplier, mechanisms
+from unimiss_core.privacy import mechanisms
 from unimiss_core.scan import SMALLEST
 from unimiss_core.team import Alone
 
@@ -165,13 +165,12 @@ def _sizes(engine: Engine, found: Sequence[Release]) -> Iterator[Finding]:
     ]
     yield from centres
     (claimed,) = mechanisms(engine.study, {engine.rank}, [1])
-    least = min(gradients, key=lambda each: each.measured)
-    worst = min(centres, key=lambda each: each.measured)
+    together = [min(gradients, key=lambda each: each.measured), *centres]
     measured, low, high = (
-        joint_multiplier(*pair, len(centres))
-        for pair in ((least.measured, worst.measured), (least.low, worst.low), (least.high, worst.high))
+        sum(noise**-2 for noise in noises) ** -0.5 if min(noises) > 0 else 0.0
+        for noises in zip(*((each.measured, each.low, each.high) for each in together), strict=True)
     )
-    yield Finding("multiplier of both that the ledger charges", claimed.noise_multiplier, measured, low, high)
+    yield Finding("multiplier of all together, which the ledger charges", claimed.noise_multiplier, measured, low, high)
 
 
 def _canaries(engine: Engine) -> list[Tensor]:
