@@ -82,8 +82,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Release:
-    """Sums over patients, noise and all, float64: of gradients by tensor, in clip norms, and of bottlenecks by
-    representation."""
+    """Sums over patients, noise and all: of gradients by tensor, in clip norms; of bottlenecks by representation."""
 
     gradients: Mapping[str, Tensor]
     centres: Mapping[str, Tensor]
@@ -106,7 +105,8 @@ class Release:
 
     def lengths(self) -> tuple[float, list[float]]:
         """L2 norms: of all gradients together, and of each centre."""
-        return self.gradient().norm().item(), [centre.norm().item() for centre in self.centres.values()]
+        gradient, *centres = (x.double().norm().item() for x in (self.gradient(), *self.centres.values()))
+        return gradient, centres
 
 
 class Watched:
@@ -124,15 +124,15 @@ class Watched:
         before = self._kept()
         self.learner.private_step(iter(patients), rank=self._rank, step=self._step)
         after = self._kept()
+        in_clip_norms = self._expected / self._clip_norm
         gradients = {
-            name.removeprefix(_MOMENT): _fed(before.get(name), after[name], _KEPT) * self._expected / self._clip_norm
+            name.removeprefix(_MOMENT): in_clip_norms * _fed(before.get(name), after[name], _KEPT)
             for name in after
             if name.startswith(_MOMENT)
         }
-        representations = self.learner.objective.representations(self._rank)
         centres = {
-            name: _fed(before[f"centre.{name}"], after[f"centre.{name}"], self._momentum) * self._expected
-            for name in representations
+            name: self._expected * _fed(before[f"centre.{name}"], after[f"centre.{name}"], self._momentum)
+            for name in self.learner.objective.representations(self._rank)
         }
         return Release(gradients, centres)
 
@@ -146,7 +146,7 @@ class Watched:
 
     def _kept(self) -> dict[str, Tensor]:
         tensors = self.learner.state().tensors
-        return {name: t.double() for name, t in tensors.items() if name.startswith((_MOMENT, "centre."))}
+        return {name: t.clone() for name, t in tensors.items() if name.startswith((_MOMENT, "centre."))}
 
 
 class Silence:
@@ -187,7 +187,8 @@ def _tell_scans_apart(learner: PrivateLearner) -> None:
 
 def _fed(before: Tensor | None, after: Tensor, kept: float) -> Tensor:
     """What a running mean, which keeps this share of itself, was fed."""
-    return (after if before is None else after - kept * before) / (1 - kept)
+    moved = after.double() if before is None else after.double() - kept * before.double()
+    return (moved / (1 - kept)).float()
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
