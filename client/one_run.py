@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client.audited_engine import Engine, Watched
 from client.cache import Library
-from client.canaries import CanaryObjective, CanarySite, canary_scans, canary_site, largest_of_groups
+from client.canaries import BROKEN, CanaryObjective, CanarySite, canary_scans, canary_site, largest_of_groups
 from client.findings import Finding, at_most
 from unimiss_core.errors import ConfigError
 from unimiss_core.noise import secret_generator
@@ -113,7 +113,8 @@ def _scores(engine: Engine, joined: Tensor, steps: int) -> Tensor:
     tensors = largest_of_groups(
         learner.trained_names(engine.rank, engine.step), dict(learner.student.named_parameters())
     )
-    if (room := min(learner.student.get_parameter(name).numel() for name in tensors)) < len(joined):
+    room = min(BROKEN, *(learner.student.get_parameter(name).numel() for name in tensors))
+    if room < len(joined):
         raise ConfigError(f"{len(joined)} canaries are more than the model has room for; give {room} at most")
     learner.objective = CanaryObjective(learner.objective, tensors, engine.privacy.clip_norm)
     watched = Watched(learner, engine.rank, engine.step)
