@@ -224,8 +224,9 @@ def planted(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
     return made
 
 
-def seen(check: Check, engine: Engine) -> list[str]:
-    return [finding.what for finding in check(engine) if not finding.agrees]
+def seen(check: Check, engine: Engine) -> Iterator[str]:
+    """What contradicts the claim, as it is found."""
+    return (finding.what for finding in check(engine) if not finding.agrees)
 
 
 def private_study() -> StudyConfig:
@@ -236,13 +237,13 @@ def private_study() -> StudyConfig:
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_the_engine_as_it_is_agrees_with_its_study(rank: Rank) -> None:
-    assert seen(partial(check_engine, releases=2), Engine(private_study(), rank)) == []
+    assert not list(seen(partial(check_engine, releases=2), Engine(private_study(), rank)))
 
 
 @pytest.mark.parametrize(("fault", "old", "new", "check"), IN_LEARNER, ids=[fault[0] for fault in IN_LEARNER])
 def test_a_fault_of_the_step_is_seen(fault: str, old: str, new: str, check: Check) -> None:
     faulty = planted(private_learner, old, new)
-    assert seen(check, Engine(private_study(), 2, faulty.PrivateLearner)), fault
+    assert any(seen(check, Engine(private_study(), 2, faulty.PrivateLearner))), fault
 
 
 @pytest.mark.parametrize(("fault", "old", "new", "check"), IN_NOISE, ids=[fault[0] for fault in IN_NOISE])
@@ -250,13 +251,13 @@ def test_a_fault_of_the_noise_is_seen(
     fault: str, old: str, new: str, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(private_learner, "GaussianNoise", planted(noise, old, new).GaussianNoise)
-    assert seen(check, Engine(private_study(), 2)), fault
+    assert any(seen(check, Engine(private_study(), 2))), fault
 
 
 @pytest.mark.parametrize(("fault", "old", "new"), IN_DRAWS, ids=[fault[0] for fault in IN_DRAWS])
 def test_a_fault_of_the_draws_is_seen(fault: str, old: str, new: str) -> None:
     faulty = planted(patient_draws, old, new)
-    assert seen(patients_are_drawn_by_chance, Engine(private_study(), 2, make_draws=faulty.PatientDraws)), fault
+    assert any(seen(patients_are_drawn_by_chance, Engine(private_study(), 2, make_draws=faulty.PatientDraws))), fault
 
 
 def test_group_3d_without_noise_is_seen() -> None:
