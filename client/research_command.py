@@ -3,6 +3,7 @@
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
 unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
+unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
 
 The work is in `client.research`, which is imported once the command line is known to be right: torch takes seconds.
 """
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.command == "plan-privacy":
         _plan(options)
+        return
+    if options.command == "audit-privacy":
+        _audit(options)
         return
     from client import research
 
@@ -75,6 +79,18 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigError("give either --study (and --patients), or --patients, --batch and --steps")
 
 
+def _audit(options: argparse.Namespace) -> None:
+    of_run = (options.run, options.members, options.others)
+    if (options.study is None) == (options.run is None) or (None in of_run) != (of_run == (None, None, None)):
+        raise ConfigError("give either --study, or --run, --members and --others")
+    from client import audit_command
+
+    if options.study is not None:
+        audit_command.of_study(options.study, canaries=options.canaries, steps=options.steps)
+    else:
+        audit_command.of_run(*of_run, device=options.device)
+
+
 def _show_note(event: progress.Event) -> None:
     if isinstance(event, progress.Note):
         print(event.text, file=sys.stderr)
@@ -85,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="unimiss",
         description="What a researcher does with a pretrained encoder.",
         epilog="Exit codes: 0 done, 2 wrong input or an output that cannot be written, 3 no usable scan, "
-        "4 bad checkpoint, 130 interrupted.",
+        "4 bad checkpoint, 7 an audit contradicts a study's privacy, 130 interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -124,6 +140,20 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--parameters", type=_positive, default=2_390_992, metavar="P", help="values trained (default: all of nano)"
     )
+    audit = commands.add_parser(
+        "audit-privacy",
+        help="measure what the private engine releases, or attack a finished run",
+        epilog="With --study: trains on canaries and needs no scan. With --run: both site files are read as a site "
+        "reads them; members and others should be two parts of one folder (patient_range). docs/privacy.md says what "
+        "the figures are worth.",
+    )
+    audit.add_argument("--study", type=Path, metavar="STUDY.yaml", help="a study with privacy.mode: patient")
+    audit.add_argument("--canaries", type=_positive, default=500, metavar="N", help="of the bound (default: 500)")
+    audit.add_argument("--steps", type=_positive, metavar="T", help="of the bound (default: 4 / sampling_rate)")
+    audit.add_argument("--run", type=Path, metavar="OUT", help="folder of a finished run")
+    audit.add_argument("--members", type=Path, metavar="SITE.yaml", help="whose patients the run trained on")
+    audit.add_argument("--others", type=Path, metavar="SITE.yaml", help="whose patients it never saw")
+    audit.add_argument("--device", default="auto", help="of --run: auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 
 

@@ -7,6 +7,7 @@ UnimissError            1  anything below that has no code of its own
 ├── CheckpointError     4  a checkpoint is missing, damaged or of another version
 ├── RoundError          5  a round could not be completed (too few sites replied)
 ├── LedgerError         6  the record of what patients have cost is damaged, or was put back to an older one
+├── PrivacyClaimError   7  an audit measured what contradicts a study's promise of privacy
 ├── PrivacyBudgetError  1  a round would cost patients more than the study or the site allows; nothing was read for it
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
 ├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
@@ -57,6 +58,12 @@ class LedgerError(UnimissError):
     """A site's ledger cannot be relied upon; no private round begins before a person has looked at it."""
 
     exit_code = 6
+
+
+class PrivacyClaimError(UnimissError):
+    """What the private engine releases is not what a study claims; nothing private should be trained with it."""
+
+    exit_code = 7
 
 
 class PrivacyBudgetError(UnimissError):

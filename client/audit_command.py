@@ -1,0 +1,95 @@
+"""`unimiss audit-privacy`: the private engine measured against a study's claim, and a finished run attacked."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from client.audited_engine import Engine
+from client.cache import open_library
+from client.findings import Finding
+from client.membership import membership
+from client.one_run import OneRun, one_run
+from client.privacy_audit import check_engine
+from client.site_config import load_site
+from unimiss_core import checkpoint
+from unimiss_core.config import load
+from unimiss_core.device import device_of
+from unimiss_core.errors import CheckpointError, ConfigError, PrivacyClaimError
+from unimiss_core.scan import RANKS
+from unimiss_core.study import StudyConfig
+
+
+def of_study(path: Path, *, canaries: int, steps: int | None) -> None:
+    """Print what the engine releases against what the study claims, for images and for volumes.
+
+    steps: of the bound on epsilon; None takes as many as draw each canary four times.
+    Raises PrivacyClaimError: a measure contradicts the claim; ConfigError: the study is not in mode `patient`, or its
+    model has no room for so many canaries.
+    """
+    study = load(StudyConfig, path)
+    if study.privacy.mode != "patient":
+        raise ConfigError(
+            f"{path}: its privacy mode is {study.privacy.mode}; only mode: patient has an engine to audit"
+        )
+    contradicted = 0
+    for rank in RANKS:
+        engine = Engine(study, rank)
+        findings = check_engine(engine)
+        run = one_run(engine, canaries=canaries, steps=steps or math.ceil(4 / engine.privacy.sampling_rate.of(rank)))
+        findings.append(run.finding())
+        _print(_table(f"{study.name}: a step on {'images' if rank == 2 else 'volumes'}", findings))
+        print(_in_words(run))
+        contradicted += sum(not finding.agrees for finding in findings)
+    if contradicted:
+        raise PrivacyClaimError(f"{path}: measures that contradict what the study claims: {contradicted}")
+    print("no measure contradicts the claim")
+
+
+def of_run(run: Path, members: Path, others: Path, *, device: str = "auto") -> None:
+    """Print how well the run's newest checkpoint tells the patients of two site files apart.
+
+    members: whose scans the run trained on. Raises ConfigError, CheckpointError, NoUsableScanError.
+    """
+    study = load(StudyConfig, run / "study.yaml")
+    newest = checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{run}: holds no checkpoint")
+    held = checkpoint.load(newest)
+    scans = [open_library(load_site(path), study.plan).scans for path in (members, others)]
+    found = membership(study, held.student, held.teacher, scans[0], scans[1], device_of(device))
+    print(
+        f"{newest.name}: a member's loss is below another patient's with chance {found.auc:.3f} "
+        f"(95%: {found.low:.3f} to {found.high:.3f}; {found.members} members, {found.others} others)"
+    )
+    told = "members cannot be told by it" if found.low <= 0.5 <= found.high else "members and others differ"
+    print(f"0.5 is a guess: {told}. This is one attack; another may find more, and it bounds no epsilon")
+
+
+def _table(title: str, findings: Sequence[Finding]) -> Table:
+    table = Table(title=title)
+    for heading in ("measure", "claimed", "measured", "interval", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("measure", "verdict") else "right")
+    for each in findings:
+        table.add_row(
+            each.what,
+            f"{'at most ' if each.bound else ''}{each.claimed:.5g}",
+            f"{each.measured:.4g}",
+            "" if each.bound else f"{each.low:.4g} to {each.high:.4g}",
+            "agrees" if each.agrees else "CONTRADICTS",
+        )
+    return table
+
+
+def _in_words(run: OneRun) -> str:
+    return (
+        f"{run.correct} of {run.guesses} guesses about {run.canaries} canaries were right: epsilon of {run.steps} "
+        f"steps is at least {run.lower_bound:.2f} at 95%, and claimed to be at most {run.claimed:.3g}.\nA bound from "
+        "below can show that a claim is false, never that it is true."
+    )
+
+
+def _print(table: Table) -> None:
+    Console(width=None if Console().is_terminal else 120).print(table)

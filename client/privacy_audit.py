@@ -1,0 +1,235 @@
+"""An audit of the private engine: what it really releases, measured against what its study claims.
+
+Statistical: the noise of every tensor and of the centre - its size, its shape, that no two draws of it are alike - and
+how often patients are drawn.
+
+Exact: each patient alone moves a release by one clip norm at most, and a release of several patients is the sum of
+those of each, so that leaving one out moves it no further, whatever the others do; and where noise is replaced by
+known values, a learner ends in the same state bit for bit whoever was drawn: nothing that is not noised is kept.
+
+Together they bear on an engine's promise, not on a list of faults. They are of this engine on the CPU; what a round
+sends besides is held by the tests of its message.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.audited_engine import Engine, OneOf, Overwriting, Release, Silence
+from client.cache import Library
+from client.canaries import BROKEN, canary_scans, canary_site, canary_views
+from client.findings import Finding, at_most, deviation, dispersion, equals, likeness, normality, repetition, share
+from client.patient_draws import PatientDraw
+from unimiss_core.groups import group_of
+from unimiss_core.privacy import mechanisms
+from unimiss_core.scan import SMALLEST
+from unimiss_core.team import Alone
+
+ROUNDING = 2e-5
+"""Share of the clip norm by which sums in float32 may differ; in bfloat16 and float16 they err by 100 times as much."""
+
+RELEASES = 4
+"""Steps of each of two learners that noise is measured over."""
+
+DRAWS, PATIENTS = 200, 100
+"""Draws in each of two attempts that sampling is measured over, of a site with so many patients."""
+
+
+def check_engine(engine: Engine, *, releases: int = RELEASES) -> list[Finding]:
+    """Every measure of the engine; what does not agree contradicts its study. Raises ValueError: not in this mode."""
+    checks: Sequence[Callable[[Engine], Iterator[Finding]]] = (
+        lambda of: noise_is_as_claimed(of, releases),
+        one_process_adds_the_noise,
+        a_patient_moves_a_release_by_its_bound,
+        patients_do_not_touch_each_other,
+        nothing_is_kept_that_is_not_noised,
+        patients_are_drawn_by_chance,
+    )
+    return [finding for check in checks for finding in check(engine)]
+
+
+def noise_is_as_claimed(engine: Engine, releases: int = RELEASES) -> Iterator[Finding]:
+    """Of empty draws and of draws of canaries, of two learners: size by group, in the tensor that is furthest off and
+    in the centre, and what the ledger makes of them; shape; and that nothing is drawn twice."""
+    draw = [canary_views(number, 1, engine.rank) for number in range(3)]
+    signal = engine.watched(noise=Silence()).release(draw)
+    found = []
+    for _ in range(2):
+        with _seeds_that_are_public():
+            watched = engine.watched()
+            for _ in range(releases // 2):
+                found += [watched.release([]), watched.release(draw) - signal]
+    yield from _sizes(engine, found)
+    yield normality("noise: distance from a normal distribution", found[0].gradient())
+    yield repetition("noise: share of values that come again", found[0].gradient())
+    yield likeness("noise: correlation of steps and attempts", torch.stack([each.gradient() for each in found]))
+    yield likeness("centre's noise: correlation of steps and attempts", torch.stack([each.centre() for each in found]))
+    large = [values.flatten()[:1000] for values in found[0].gradients.values() if values.numel() >= 1000]
+    yield likeness("noise: correlation of tensors", torch.stack(large))
+
+
+def one_process_adds_the_noise(engine: Engine) -> Iterator[Finding]:
+    """Of a team of two, whose sums add up: the first adds all of it, and the second none."""
+    first, second = (engine.watched(team=OneOf(place, 2)).release([]) for place in range(2))
+    yield deviation("noise of a team's first process", engine.privacy.noise_multiplier, [first.gradient()])
+    length, centres = second.lengths()
+    yield at_most("noise of a team's second process", 0.0, length, *centres)
+
+
+def a_patient_moves_a_release_by_its_bound(engine: Engine) -> Iterator[Finding]:
+    """Canaries of one scan and of as many as there may be, far above the clip norm, and one whose loss is NaN."""
+    silent = engine.watched(noise=Silence())
+    for scans in sorted({1, engine.privacy.scans_per_patient}):
+        length, centres = silent.release([canary_views(scans, scans, engine.rank)]).lengths()
+        yield equals(f"gradient of a canary with scans: {scans}, in clip norms", 1.0, length, ROUNDING)
+        yield at_most(f"bottleneck of a canary with scans: {scans}", 1 + ROUNDING, *centres)
+    length, centres = silent.release([canary_views(BROKEN, 1, engine.rank)]).lengths()
+    yield at_most("what a patient of NaN releases", ROUNDING, length, *centres)
+
+
+def patients_do_not_touch_each_other(engine: Engine) -> Iterator[Finding]:
+    """A draw's release, less that of each patient alone, is nothing; all begin in one state, whose centre is full."""
+    for name, running, patients in (
+        ("canaries", engine.watched(noise=Silence()), _canaries(engine)),
+        ("unlike patients", engine.watched_on_scans(noise=Silence()), _unlike(engine)),
+    ):
+        running.release(patients)
+        begun, found = running.state(), []
+        for draw in (patients, *([patient] for patient in patients), []):
+            running.restore(begun)
+            found.append(running.release(draw))
+        rest, *alone, nobody = found
+        for each in alone:
+            rest = rest - each
+        lengths, centres = zip(*(each.lengths() for each in alone), strict=True)
+        yield at_most(f"gradient of any of {name}, in clip norms", 1 + ROUNDING, *lengths)
+        yield at_most(f"bottleneck of any of {name}", 1 + ROUNDING, *(length for one in centres for length in one))
+        yield at_most(f"release of nobody, after {name}", ROUNDING, *_all(nobody))
+        yield at_most(f"what {name} make of each other's releases", len(patients) * ROUNDING, *_all(rest))
+
+
+def nothing_is_kept_that_is_not_noised(engine: Engine) -> Iterator[Finding]:
+    """Where noise takes the place of the sums, three steps on patients and three on nobody end alike, bit for bit."""
+    patients, ends = _canaries(engine), []
+    for there in (1, 0):
+        watched = engine.watched(noise=Overwriting())
+        for number in (len(patients), 0, 1):
+            watched.release(patients[: there * number])
+        tensors = watched.state().tensors
+        ends.append({name: tensor for name, tensor in tensors.items() if not name.startswith("watch.")})
+    drawn, nobody = ends
+    differing = set(drawn.keys() ^ nobody.keys())
+    differing |= {name for name in drawn.keys() & nobody.keys() if not torch.equal(drawn[name], nobody[name])}
+    yield at_most("tensors that tell who was drawn, beside the release", 0.0, len(differing))
+
+
+def patients_are_drawn_by_chance(engine: Engine) -> Iterator[Finding]:
+    """Of patients with one scan and with more than a step takes: how often they are drawn, each once and as one, and
+    that neither the next step nor the next attempt repeats it."""
+    most, q = engine.privacy.scans_per_patient, engine.privacy.sampling_rate.of(engine.rank)
+    draws = _draws(engine, PATIENTS)
+    yield at_most("scans of a patient in one step", most, *(len(p.scans) for draw in draws for p in draw.patients))
+    yield at_most("patients who stand in a draw twice, or two in one", 0, sum(map(_misplaced, draws)))
+    taken = torch.stack([_taken(draw, PATIENTS) for draw in draws])
+    yield share("chance of a patient with one scan", q, taken[:, 0::2])
+    yield share("chance of a patient with many scans", q, taken[:, 1::2])
+    yield dispersion("variance of the number drawn, in a binomial's", taken.sum(1), PATIENTS * q * (1 - q) or 1.0)
+    both = taken[:-1] * taken[1:]
+    yield share("chance of a patient to be in two steps running", q * q, both)
+    yield share("chance of a patient to be in a step of both attempts", q * q, taken[:DRAWS] * taken[DRAWS:])
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+
+
+def _sizes(engine: Engine, found: Sequence[Release]) -> Iterator[Finding]:
+    s, s_f = engine.privacy.noise_multiplier, engine.privacy.centre_noise
+    groups = [release.groups() for release in found]
+    gradients = [deviation(f"noise of group {name}", s, [each[name] for each in groups]) for name in groups[0]]
+    yield from gradients
+    names = found[0].gradients.keys()
+    tensors = [
+        deviation(
+            f"noise of one tensor, of group {group_of(name)}", s, [r.gradients[name] for r in found], among=len(names)
+        )
+        for name in names
+    ]
+    yield max(tensors, key=lambda each: each.off)
+    centres = [
+        deviation(f"noise of the centre of {name}", s_f, [each.centres[name] for each in found])
+        for name in found[0].centres
+    ]
+    yield from centres
+    (claimed,) = mechanisms(engine.study, {engine.rank}, [1])
+    together = [min(gradients, key=lambda each: each.measured), *centres]
+    measured, low, high = (
+        sum(noise**-2 for noise in noises) ** -0.5 if min(noises) > 0 else 0.0
+        for noises in zip(*((each.measured, each.low, each.high) for each in together), strict=True)
+    )
+    yield Finding("multiplier of all together, which the ledger charges", claimed.noise_multiplier, measured, low, high)
+
+
+def _canaries(engine: Engine) -> list[Tensor]:
+    """With one scan to as many as there may be."""
+    counts = sorted({1, 2, engine.privacy.scans_per_patient})
+    return [canary_views(number, count, engine.rank) for number, count in enumerate(counts)]
+
+
+def _unlike(engine: Engine) -> list[Tensor]:
+    """Three patients of noise, one of them far from the others."""
+    generator, size = torch.Generator().manual_seed(0), SMALLEST[engine.rank]
+    shapes = ((1, 1.0), (2, 1.0), (1, 50.0))
+    return [scale * torch.randn((scans, 2, 1, *size), generator=generator) for scans, scale in shapes]
+
+
+def _all(release: Release) -> list[float]:
+    length, centres = release.lengths()
+    return [length, *centres]
+
+
+def _draws(engine: Engine, patients: int) -> list[PatientDraw]:
+    """Of two attempts, one after the other. Every second patient has more scans than a step takes, the others one."""
+    more = 2 * engine.privacy.scans_per_patient + 1
+    scans = [
+        scan for number in range(patients) for scan in canary_scans(number, more if number % 2 else 1, engine.rank)
+    ]
+    site = canary_site(engine.study, Library(tuple(scans), {}))
+    found = []
+    for _ in range(2):
+        with _seeds_that_are_public():
+            draws = engine.make_draws(site, Alone(), torch.device("cpu"))
+            found += [draws.draw(engine.step) for _ in range(DRAWS)]
+    return found
+
+
+def _misplaced(draw: PatientDraw) -> int:
+    """Patients who stand in a draw again, entries of two patients, and scans that stand in an entry twice."""
+    entries = [(scan.key, scan.patient) for patient in draw.patients for scan in patient.scans]
+    names = [{scan.patient for scan in patient.scans} for patient in draw.patients]
+    again = sum(map(len, names)) - len(set().union(*names))
+    return again + sum(len(each) != 1 for each in names) + len(entries) - len(set(entries))
+
+
+def _taken(draw: PatientDraw, patients: int) -> Tensor:
+    """(patients,): 1 for each who takes part."""
+    numbers = sorted({int(scan.patient) for patient in draw.patients for scan in patient.scans})
+    return torch.zeros(patients).index_fill_(0, torch.tensor(numbers, dtype=torch.long), 1.0)
+
+
+@contextmanager
+def _seeds_that_are_public() -> Iterator[None]:
+    """Begin with the same global random state each time: noise and draws must not hang on it."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(numpys)
