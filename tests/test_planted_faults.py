@@ -41,7 +41,7 @@ FED = "parameter.grad = sums[name].div_(expected)"
 CLIPPED = "torch._foreach_add_(added, list(found.values()), alpha=_scale(length, self._privacy.clip_norm))"
 CENTRE_ADDED = "centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))"
 DRAWN = "self._generator.random(len(self._patients[rank])) < self._privacy.sampling_rate.of(rank)"
-NORMAL = "self._generator.standard_normal(tuple(total.shape), dtype=dtype)"
+NORMAL = "self._generator.standard_normal(len(piece), dtype=dtype)"
 
 IN_LEARNER: list[tuple[str, str, str, Check]] = [
     ("noise halved", DEVIATION, f"0.5 * {DEVIATION}", noise_in_few_steps),
@@ -168,7 +168,7 @@ IN_NOISE: list[tuple[str, str, str, Check]] = [
     (
         "numpy's global generator",
         f"torch.from_numpy({NORMAL})",
-        "torch.from_numpy(np.random.standard_normal(tuple(total.shape)).astype(dtype))",
+        "torch.from_numpy(np.random.standard_normal(len(piece)).astype(dtype))",
         noise_in_few_steps,
     ),
     (
@@ -178,21 +178,21 @@ IN_NOISE: list[tuple[str, str, str, Check]] = [
         noise_in_few_steps,
     ),
     (
-        "begun again each tensor",
-        "total.add_(",
-        "self._generator = secret_generator(int(secret_generator().integers(2)))\n            total.add_(",
+        "begun again each piece",
+        "piece.add_(",
+        "self._generator = secret_generator(int(secret_generator().integers(2)))\n                piece.add_(",
         noise_in_few_steps,
     ),
     (
         "noise in bfloat16",
-        "self._drawn_like(total), ",
-        "self._drawn_like(total).bfloat16().to(total.dtype), ",
+        "self._drawn_like(piece), ",
+        "self._drawn_like(piece).bfloat16().to(piece.dtype), ",
         noise_in_few_steps,
     ),
     (
         "noise that is not normal",
         NORMAL,
-        "(12**0.5 * (self._generator.random(tuple(total.shape), dtype=dtype) - 0.5)).astype(dtype)",
+        "(12**0.5 * (self._generator.random(len(piece), dtype=dtype) - 0.5)).astype(dtype)",
         noise_in_few_steps,
     ),
 ]
