@@ -20,6 +20,8 @@ what the server optimiser makes of a step - follows from such steps and the stud
 - **What is promised.** Of two federations that differ in what one site's updates hold, nothing being one of them. Who
   takes part and who fails is not hidden, nor is whether a round came about. One archive put in another's place moves
   the sum by up to 2 C, and costs what half the noise would.
+- **To whom.** To those who see releases: what sites are sent, and checkpoints. The coordinator itself sees updates,
+  counts and losses, which also stand in its metrics and report and on its screen.
 """
 
 import math
@@ -126,7 +128,7 @@ def what_it_is_worth(study: StudyConfig, layout: Layout) -> str | None:
     values = sum(spec.size for specs in layout.values() for spec in specs)
     drowned = privacy.noise_multiplier * math.sqrt(values) / privacy.sites
     return (
-        f"site-level privacy of {privacy.sites:,} sites: each round's noise is {drowned:,.3g} times as long as the "
+        f"site-level privacy of {privacy.sites:,} sites: each round's noise is {drowned:,.1f} times as long as the "
         f"longest mean update there can be (noise_multiplier x sqrt(values) / sites = {privacy.noise_multiplier:g} x "
         f"sqrt({values:,}) / {privacy.sites:,}). Below {WORTH_FROM:,} sites expect little or nothing of such a model; "
         "docs/privacy.md says what each number of sites is worth"

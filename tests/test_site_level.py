@@ -392,7 +392,7 @@ def test_fewer_than_a_thousand_sites_are_warned_of_once_with_what_it_is_worth(tm
         federate(tmp_path, site_study(2, sites=2), [xray("a"), xray("b")])
     values = sum(spec.size for specs in whole_layout().values() for spec in specs)
     (told,) = [event.text for event in heard if isinstance(event, progress.Note)]
-    assert f"{2.0 * math.sqrt(values) / 2:,.3g} times as long as the longest mean update" in told
+    assert f"{2.0 * math.sqrt(values) / 2:,.1f} times as long as the longest mean update" in told
     assert f"= 2 x sqrt({values:,}) / 2" in told
     spent = [row["global"]["site_epsilon"] for row in metric_rows(tmp_path)]
     assert spent == pytest.approx([epsilon([Mechanism(Z, 1.0, rounds)], 1e-5) for rounds in (1, 2)], rel=0.005)
