@@ -21,11 +21,14 @@ from unimiss_core.errors import CheckpointError, ConfigError, PrivacyClaimError
 from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig
 
+MOST_STEPS = 1000
+"""That a bound takes by itself."""
+
 
 def of_study(path: Path, *, canaries: int, steps: int | None) -> None:
     """Print what the engine releases against what the study claims, for images and for volumes.
 
-    steps: of the bound on epsilon; None takes as many as draw each canary four times.
+    steps: of the bound on epsilon; None takes as many as draw each canary four times, MOST_STEPS at most.
     Raises PrivacyClaimError: a measure contradicts the claim; ConfigError: the study is not in mode `patient`, or its
     model has no room for so many canaries.
     """
@@ -38,7 +41,7 @@ def of_study(path: Path, *, canaries: int, steps: int | None) -> None:
     for rank in RANKS:
         engine = Engine(study, rank)
         findings = check_engine(engine)
-        run = one_run(engine, canaries=canaries, steps=steps or math.ceil(4 / engine.privacy.sampling_rate.of(rank)))
+        run = one_run(engine, canaries=canaries, steps=steps or _steps(engine))
         findings.append(run.finding())
         _print(_table(f"{study.name}: a step on {'images' if rank == 2 else 'volumes'}", findings))
         print(_in_words(run))
@@ -66,6 +69,11 @@ def of_run(run: Path, members: Path, others: Path, *, device: str = "auto") -> N
     )
     told = "members cannot be told by it" if found.low <= 0.5 <= found.high else "members and others differ"
     print(f"0.5 is a guess: {told}. This is one attack; another may find more, and it bounds no epsilon")
+
+
+def _steps(engine: Engine) -> int:
+    """As many as draw each canary four times, within patience."""
+    return min(MOST_STEPS, math.ceil(4 / engine.privacy.sampling_rate.of(engine.rank)))
 
 
 def _table(title: str, findings: Sequence[Finding]) -> Table:

@@ -78,17 +78,35 @@ def chi_square_over_n(n: int, z: float) -> float:
 
 
 def share(what: str, claimed: float, taken: Tensor) -> Finding:
-    """Of ones among independent zeros and ones, against a chance; the interval is Wilson's (1927)."""
-    n, p, z = taken.numel(), taken.double().mean().item(), _normal(RARE)
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Finding(what, claimed, p, middle - half, middle + half)
+    """Of ones among independent zeros and ones, against a chance. The interval is Chernoff's, which holds for however
+    few: all chances p for which n KL(measured | p) is at most log(2 / RARE)."""
+    n, measured = taken.numel(), taken.double().mean().item()
+    most = math.log(2 / RARE) / n
+    low, high = (_furthest(measured, end, most) for end in (0.0, 1.0))
+    return Finding(what, claimed, measured, low, high)
 
 
-def dispersion(what: str, counts: Tensor, variance: float) -> Finding:
-    """Variance of counts over that of a binomial distribution: 1 where those who are counted come independently. The
-    interval is a chi-square's, widened by a half, for counts are only nearly normal."""
-    n, z = len(counts), 1.5 * _normal(RARE)
+def _furthest(p: float, end: float, most: float) -> float:
+    """The chance furthest from p, towards `end`, whose divergence from p is at most `most`."""
+    near, far = p, end
+    for _ in range(60):
+        middle = (near + far) / 2
+        near, far = (middle, far) if _divergence(p, middle) <= most else (near, middle)
+    return far
+
+
+def _divergence(p: float, q: float) -> float:
+    """KL(p | q) of two chances, q above 0 and below 1."""
+    return sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a > 0)
+
+
+def dispersion(what: str, counts: Tensor, tosses: int, chance: float) -> Finding:
+    """Variance of counts over that of a binomial distribution of so many tosses: 1 where those who are counted come
+    independently. The interval is a chi-square's, wider by what binomial counts have in excess of a normal kurtosis,
+    and by a quarter more."""
+    variance = tosses * chance * (1 - chance)
+    excess = max(0.0, 1 / variance - 6 / tosses)
+    n, z = len(counts), 1.25 * math.sqrt(1 + excess / 2) * _normal(RARE)
     measured = counts.double().var().item() / variance
     low, high = (measured / chi_square_over_n(n - 1, side) for side in (z, -z))
     return Finding(what, 1.0, measured, low, high)

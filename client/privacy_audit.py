@@ -38,6 +38,9 @@ RELEASES = 4
 DRAWS, PATIENTS = 200, 100
 """Draws in each of two attempts that sampling is measured over, of a site with so many patients."""
 
+LEAST_VARIANCE = 0.1
+"""Of the number drawn, below which too few are drawn to measure it by."""
+
 
 def check_engine(engine: Engine, *, releases: int = RELEASES) -> list[Finding]:
     """Every measure of the engine; what does not agree contradicts its study. Raises ValueError: not in this mode."""
@@ -132,14 +135,14 @@ def patients_are_drawn_by_chance(engine: Engine) -> Iterator[Finding]:
     that neither the next step nor the next attempt repeats it."""
     most, q = engine.privacy.scans_per_patient, engine.privacy.sampling_rate.of(engine.rank)
     draws = _draws(engine, PATIENTS)
-    yield at_most("scans of a patient in one step", most, *(len(p.scans) for draw in draws for p in draw.patients))
+    yield at_most("scans of a patient in one step", most, 0, *(len(p.scans) for draw in draws for p in draw.patients))
     yield at_most("patients who stand in a draw twice, or two in one", 0, sum(map(_misplaced, draws)))
     taken = torch.stack([_taken(draw, PATIENTS) for draw in draws])
     yield share("chance of a patient with one scan", q, taken[:, 0::2])
     yield share("chance of a patient with many scans", q, taken[:, 1::2])
-    yield dispersion("variance of the number drawn, in a binomial's", taken.sum(1), PATIENTS * q * (1 - q) or 1.0)
-    both = taken[:-1] * taken[1:]
-    yield share("chance of a patient to be in two steps running", q * q, both)
+    if PATIENTS * q * (1 - q) > LEAST_VARIANCE:
+        yield dispersion("variance of the number drawn, in a binomial's", taken.sum(1), PATIENTS, q)
+    yield share("chance of a patient to be in two steps running", q * q, taken[0::2] * taken[1::2])
     yield share("chance of a patient to be in a step of both attempts", q * q, taken[:DRAWS] * taken[DRAWS:])
 
 
@@ -174,8 +177,9 @@ def _sizes(engine: Engine, found: Sequence[Release]) -> Iterator[Finding]:
 
 
 def _canaries(engine: Engine) -> list[Tensor]:
-    """With one scan to as many as there may be."""
-    counts = sorted({1, 2, engine.privacy.scans_per_patient})
+    """Three, with one scan to as many as there may be."""
+    most = engine.privacy.scans_per_patient
+    counts = (1, min(2, most), most)
     return [canary_views(number, count, engine.rank) for number, count in enumerate(counts)]
 
 

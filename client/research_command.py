@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("--study", type=Path, metavar="STUDY.yaml", help="a study with privacy.mode: patient")
     audit.add_argument("--canaries", type=_positive, default=500, metavar="N", help="of the bound (default: 500)")
-    audit.add_argument("--steps", type=_positive, metavar="T", help="of the bound (default: 4 / sampling_rate)")
+    audit.add_argument(
+        "--steps", type=_positive, metavar="T", help="of the bound (default: 4 / sampling_rate, at most 1000)"
+    )
     audit.add_argument("--run", type=Path, metavar="OUT", help="folder of a finished run")
     audit.add_argument("--members", type=Path, metavar="SITE.yaml", help="whose patients the run trained on")
     audit.add_argument("--others", type=Path, metavar="SITE.yaml", help="whose patients it never saw")
