@@ -44,7 +44,7 @@ def main() -> None:
     rounds: Counter[int] = Counter()
     half_written = runs = 0
     same = True
-    while sum(rounds.values()) < kills:
+    while sum(rounds.values()) < kills or (len(rounds) < 3 and sum(rounds.values()) < 3 * kills):
         out = folder / f"run-{runs}"
         while not _run(out, kill_after_s=chance.uniform(0.0, took)):
             found = checkpoint.latest(out / "checkpoints")
