@@ -122,7 +122,7 @@ def _length(tensors: Iterable[Tensor]) -> float:
     """
     pieces = [piece for tensor in tensors for piece in tensor.flatten().split(_PIECE)]
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-    return torch.linalg.vector_norm(torch.stack(norms)).item()
+    return float(torch.linalg.vector_norm(torch.stack(norms)).item())
 
 
 def _report(rank: Rank, losses: Sequence[Loss], norms: Sequence[float], distance: Mapping[str, Tensor]) -> StepReport:
