@@ -96,9 +96,12 @@ class PrivateLearner(Learner):
         return self.study.objective.centre_momentum
 
     def _patients_at_once(self) -> int:
-        asked = self.execution.patients_at_once
-        if asked > 1 and (self.execution.activation_checkpointing or self.execution.compile):
-            self._tell("patients_at_once is not used: it goes with neither activation_checkpointing nor compile")
+        asked, execution = self.execution.patients_at_once, self.execution
+        if asked > 1 and (execution.precision == "bf16" or execution.activation_checkpointing or execution.compile):
+            self._tell(
+                "patients_at_once is not used: it goes with none of precision: bf16, activation_checkpointing and "
+                "compile (docs/performance.md)"
+            )
             return 1
         return asked
 
