@@ -1,9 +1,9 @@
 """The gradients of several patients at once: `torch.func`'s vmap over grad, one row for each patient.
 
 The same as one backward pass after another up to rounding, for as many times the memory. It pays where one patient
-alone leaves a device idle. Nothing in the network may couple scans. It may not recompute activations nor be compiled,
-for torch.func knows neither saved-tensor hooks nor what a compiler made; nor run in bf16, for the backward pass of
-torch's norms does not take bf16 activations beside float32 weights under vmap (torch 2.13).
+alone leaves a device idle. Nothing in the network may couple scans. It may not recompute activations, for torch.func
+knows no saved-tensor hooks; nor run in bf16, for the backward pass of torch's norms does not take bf16 activations
+beside float32 weights under vmap (torch 2.13); nor be compiled, which has not been tried.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
