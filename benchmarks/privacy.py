@@ -5,9 +5,10 @@
     python benchmarks/privacy.py --precision bf16 --json privacy.json
 
 Plain is `Learner.step` over a batch with one scan of each patient, met as a whole; private is
-`PrivateLearner.private_step` over the views of the same patients, each worked out alone. The two run in processes of
-their own and take turns, step by step. Input sizes and 65,536 prototypes are the published ones, as in `step.py`; views
-are random numbers that wait in memory, so reading scans and drawing views is no part of this.
+`PrivateLearner.private_step` over the views of the same patients, each worked out alone, or `--at-once` several. The
+two run in processes of their own and take turns, step by step. Input sizes and 65,536 prototypes are the published
+ones, as in `step.py`; views are random numbers that wait in memory, so reading scans and drawing views is no part of
+this.
 """
 
 import argparse
@@ -49,6 +50,7 @@ class Case:
     prototypes: int
     device: str
     threads: int
+    at_once: int
 
     @property
     def title(self) -> str:
@@ -92,6 +94,7 @@ def _pairs(options: argparse.Namespace) -> Iterator[tuple[Case, Case]]:
             "prototypes": options.prototypes,
             "device": options.device,
             "threads": options.threads,
+            "at_once": options.at_once,
         }
         yield Case(private=False, **settings), Case(private=True, **settings)
 
@@ -99,7 +102,11 @@ def _pairs(options: argparse.Namespace) -> Iterator[tuple[Case, Case]]:
 def _build(case: Case) -> Callable[[], float]:
     """A step that returns its mean loss; always on the same views (B, V, C, *S) of as many patients."""
     study, sizes = _study(case), _sizes(case)
-    execution = Execution(device=torch.device(case.device), precision="bf16" if case.precision == "bf16" else "fp32")
+    execution = Execution(
+        device=torch.device(case.device),
+        precision="bf16" if case.precision == "bf16" else "fp32",
+        patients_at_once=case.at_once,
+    )
     generator = torch.Generator().manual_seed(0)
     views = torch.rand(case.patients, case.views, 1, *sizes[case.rank], generator=generator).to(execution.device)
     if not case.private:
@@ -160,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, choices=[2, 3], help="2 images, 3 volumes (default: both)")
     parser.add_argument("--patients", type=count, default=8, help="in a step, with one scan each (default: 8)")
     parser.add_argument("--views", type=count, default=2, help="of each scan (default: 2)")
+    parser.add_argument("--at-once", type=count, default=1, help="patients worked out together (default: 1)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
     parser.add_argument("--repeats", type=count, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")

@@ -60,6 +60,7 @@ def learner_for(
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
+        patients_at_once=config.patients_at_once,
         micro_batch={rank: size for rank, size in asked.items() if isinstance(size, int)},
     )
     if config.compile:

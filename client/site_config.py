@@ -90,6 +90,10 @@ class SiteTraining(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster, and needs less memory, on GPUs and on CPUs that have such products; others emulate them."""
     micro_batch: MicroBatchConfig = MicroBatchConfig()
+    patients_at_once: Annotated[int, Field(gt=0)] = 1
+    """In private rounds, patients whose gradients are worked out together: for GPUs that one patient alone leaves idle.
+    Each takes the memory of a gradient and of its activations. Not in bf16, nor with
+    activation_checkpointing or compile."""
     activation_checkpointing: bool = False
     """Recompute a part of the forward pass instead of keeping it: for cards on which even one scan does not fit."""
     compile: bool = False

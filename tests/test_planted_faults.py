@@ -38,7 +38,7 @@ DEVIATION = "privacy.noise_multiplier * privacy.clip_norm"
 NOISED = f"self._noise.add_(list(sums.values()), {DEVIATION})"
 CENTRE_NOISED = "self._noise.add_(list(centres.values()), privacy.centre_noise)"
 FED = "parameter.grad = sums[name].div_(expected)"
-CLIPPED = "torch._foreach_add_(added, list(found.values()), alpha=_scale(length, self._privacy.clip_norm))"
+CLIPPED = "torch._foreach_add_(added, list(gradients.values()), alpha=_scale(length, self._privacy.clip_norm))"
 CENTRE_ADDED = "centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))"
 DRAWN = "self._generator.random(len(self._patients[rank])) < self._privacy.sampling_rate.of(rank)"
 NORMAL = "self._generator.standard_normal(len(piece), dtype=dtype)"
@@ -70,14 +70,14 @@ IN_LEARNER: list[tuple[str, str, str, Check]] = [
     ("noise for each process", "if self.team.place == 0:", "if True:", one_process_adds_the_noise),
     (
         "clip per image",
-        "for views in patients]",
-        "for scans in patients for views in scans.split(1)]",
+        "grouped(patients, self._at_once)",
+        "grouped((scan for views in patients for scan in views.split(1)), self._at_once)",
         a_patient_moves_a_release_by_its_bound,
     ),
     (
         "clip per tensor",
         CLIPPED,
-        "[a.add_(g, alpha=_scale(_length([g]), self._privacy.clip_norm)) for a, g in zip(added, found.values())]",
+        "[a.add_(g, alpha=_scale(_length([g]), self._privacy.clip_norm)) for a, g in zip(added, gradients.values())]",
         a_patient_moves_a_release_by_its_bound,
     ),
     (
@@ -102,7 +102,7 @@ IN_LEARNER: list[tuple[str, str, str, Check]] = [
     (
         "bottlenecks summed over scans",
         CENTRE_ADDED,
-        "centres[name].add_(mean, alpha=len(views))",
+        "centres[name].add_(mean, alpha=2)",
         a_patient_moves_a_release_by_its_bound,
     ),
     ("divisor of those drawn", FED, FED.replace("expected", "max(1, len(losses))"), patients_do_not_touch_each_other),

@@ -16,6 +16,7 @@ TRAINING = {
     "devices": ["cpu", "cpu"],
     "precision": "bf16",
     "micro_batch": {"images": 3, "volumes": None},
+    "patients_at_once": 4,
     "activation_checkpointing": True,
     "compile": True,
     "threads": 3,

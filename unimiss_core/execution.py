@@ -30,6 +30,7 @@ class Execution:
     activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass.
     compile: compile both backbones; where that fails, the step is computed without.
     micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
+    patients_at_once: in private steps, most patients whose gradients are worked out together.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -37,6 +38,7 @@ class Execution:
     activation_checkpointing: bool = False
     compile: bool = False
     micro_batch: Mapping[Rank, int] = field(default_factory=dict)
+    patients_at_once: int = 1
 
 
 PLAIN = Execution()

@@ -93,7 +93,8 @@ class _UnitRowProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (h, weight, logits), (grad,) = ctx.saved_tensors, grads
         lengths = torch.linalg.vector_norm(weight, dim=1)
-        return (grad / lengths) @ weight, _weight_gradient(h, weight, lengths, logits, grad)
+        product, along = _weight_gradient(h, lengths, logits, grad)
+        return (grad / lengths) @ weight, torch.addcmul(product, weight, along, value=-1)  # in place, vmap would loop
 
 
 class _Gathering:
@@ -114,13 +115,14 @@ class _Gathering:
     def gradient(self) -> Tensor:
         """The weight's (K, E), of all products that a backward pass went through."""
         h, logits, grad = (torch.cat(rows) for rows in zip(*self._parts, strict=True))
-        return _weight_gradient(h, self._weight, self._lengths, logits, grad)
+        product, along = _weight_gradient(h, self._lengths, logits, grad)
+        return product.addcmul_(self._weight, along, value=-1)
 
 
-def _weight_gradient(h: Tensor, weight: Tensor, lengths: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
-    """dW = s^T h - c W of `_UnitRowProduct`, with as many rows R of h, z and dz as there are."""
+def _weight_gradient(h: Tensor, lengths: Tensor, logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """s^T h (K, E) and c (K, 1) of `_UnitRowProduct`'s dW, with as many rows R of h, z and dz as there are."""
     along = (grad * logits).sum(0) / lengths.square()
-    return ((grad / lengths).mT @ h).addcmul_(weight, along[:, None], value=-1)
+    return (grad / lengths).mT @ h, along[:, None]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -309,12 +309,16 @@ class Learner:
         losses = []
         with out_of_memory_by_its_name(), self.student.head.prototypes.gradient_at_the_end():
             for part in parts:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
-                    loss = self.objective(self.student, self.teacher, part, self.centre)
+                loss = self._loss_of(part)
                 weight = share * len(part) / len(views)
                 torch.autograd.backward(loss.total * weight)
                 losses.append((weight, loss))
         return _weighted_sum(losses)
+
+    def _loss_of(self, views: Tensor) -> Loss:
+        """views (B, V, C, *S) -> their loss, with graph."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
+            return self.objective(self.student, self.teacher, views, self.centre)
 
     def _sum_over_team(self, loss: Loss) -> None:
         """Gradients and `loss` of this process's share become those of the whole batch."""

@@ -11,20 +11,23 @@ example):
 Whatever follows - clipping per tensor, AdamW, the teacher, the round's update - is made of these two alone, the round's
 start and the study. Which parameters a step trains follows from its rank, never from who was drawn; the divisor is the
 study's batch, never the number drawn; an empty draw is a step of noise. Every patient is worked out alone, so that any
-operation may stand in the network that does not couple scans, and memory is that of one patient.
+operation may stand in the network that does not couple scans, and memory is that of one patient; or, where a site asks
+for it, several are worked out side by side (`unimiss_core.patient_gradients`).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unimiss_core.execution import out_of_memory_by_its_name
 from unimiss_core.groups import group_of, groups_of_ranks
 from unimiss_core.learner import PROTOTYPES, Learner, StepReport
 from unimiss_core.noise import GaussianNoise, Noise
 from unimiss_core.objective import Loss, move_centre
+from unimiss_core.patient_gradients import Found, gradients_of_each, grouped
 from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
@@ -50,6 +53,7 @@ class PrivateLearner(Learner):
             raise ValueError(f"the study's privacy mode is {study.privacy.mode}, not patient")
         self._privacy = study.privacy
         self._noise = noise or GaussianNoise(self.device)
+        self._at_once = self._patients_at_once()
 
     def private_step(self, patients: Iterable[Tensor], *, rank: Rank, step: int) -> StepReport:
         """Train on one draw of patients as global step `step`; `patients` may be empty, and is gone through once.
@@ -61,7 +65,10 @@ class PrivateLearner(Learner):
         parameters = [self.student.get_parameter(name) for name in names]
         sums = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
         centres = {name: torch.zeros_like(self.centre[name]) for name in self.objective.representations(rank)}
-        losses = [self._add_patient(views, rank, sums, centres) for views in patients]
+        losses: list[Loss | None] = []
+        for group in grouped(patients, self._at_once):
+            on_device = [views.to(self.device, non_blocking=True) for views in group]
+            losses += self._add_group(on_device, rank, sums, centres)
         privacy, expected = self._privacy, self.study.batch.of(rank)
         if self.team.place == 0:  # once, however many processes share a step
             self._noise.add_(list(sums.values()), privacy.noise_multiplier * privacy.clip_norm)
@@ -95,21 +102,56 @@ class PrivateLearner(Learner):
     def _momentum(self) -> float:
         return self.study.objective.centre_momentum
 
+    def _patients_at_once(self) -> int:
+        asked, execution = self.execution.patients_at_once, self.execution
+        if asked > 1 and (execution.precision == "bf16" or execution.activation_checkpointing or execution.compile):
+            self._tell(
+                "patients_at_once is not used: it goes with none of precision: bf16, activation_checkpointing and "
+                "compile (docs/performance.md)"
+            )
+            return 1
+        return asked
+
+    def _add_group(
+        self, group: Sequence[Tensor], rank: Rank, sums: Mapping[str, Tensor], centres: Mapping[str, Tensor]
+    ) -> list[Loss | None]:
+        """Add patients with as many scans each, worked out together, or in halves where memory runs out."""
+        if len(group) == 1:
+            return [self._add_patient(*self._alone(group[0], rank, sums), sums, centres)]
+        if found := self._together(group, sums) if len(group) <= self._at_once else []:
+            return [self._add_patient(*one, sums, centres) for one in found]
+        half = len(group) // 2
+        return [loss for part in (group[:half], group[half:]) for loss in self._add_group(part, rank, sums, centres)]
+
+    def _alone(self, views: Tensor, rank: Rank, names: Collection[str]) -> Found:
+        loss = self._gather_in_parts_that_fit(views, rank, 1.0)
+        gradients = {name: self.student.get_parameter(name).grad for name in names}
+        self._optimiser.zero_grad(set_to_none=True)
+        return loss, {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+    def _together(self, group: Sequence[Tensor], names: Collection[str]) -> list[Found]:
+        """Of each; nothing where memory runs out. Later groups of this learner are smaller then."""
+        try:
+            with out_of_memory_by_its_name():
+                return gradients_of_each(self.student, self._loss_of, torch.stack(list(group)), names)
+        except torch.OutOfMemoryError:
+            pass  # and leave this clause, for until then the error holds on to the activations
+        self._drop_gradients()
+        self._at_once = len(group) // 2
+        self._tell(f"out of memory: {self._at_once}, not {len(group)} patients are worked out together")
+        return []
+
     def _add_patient(
-        self, views: Tensor, rank: Rank, sums: Mapping[str, Tensor], centres: Mapping[str, Tensor]
+        self, loss: Loss, gradients: Mapping[str, Tensor], sums: Mapping[str, Tensor], centres: Mapping[str, Tensor]
     ) -> Loss | None:
         """Add one patient's clipped gradient and mean bottlenecks. One whose numbers are not finite adds nothing, is
         charged all the same, and gives None."""
-        loss = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, 1.0)
-        gradients = {name: self.student.get_parameter(name).grad for name in sums}
-        found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-        self._optimiser.zero_grad(set_to_none=True)
         means = {name: loss.observed[name].bottleneck for name in centres}
-        length, lengths = _length(found.values()), {name: _length([mean]) for name, mean in means.items()}
+        length, lengths = _length(gradients.values()), {name: _length([mean]) for name, mean in means.items()}
         if not all(map(math.isfinite, (length, *lengths.values()))):
             return None
-        added = [sums[name] for name in found]
-        torch._foreach_add_(added, list(found.values()), alpha=_scale(length, self._privacy.clip_norm))
+        added = [sums[name] for name in gradients]
+        torch._foreach_add_(added, list(gradients.values()), alpha=_scale(length, self._privacy.clip_norm))
         for name, mean in means.items():
             centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))  # rounding may take a mean of units above 1
         self._watch.add(loss.observed)
