@@ -35,8 +35,14 @@ class Attendance:
     sizes: dict[int, list[float]] = field(default_factory=dict)
     ledgers: dict[str, Head] = field(default_factory=dict)
 
+    def meet_ledger(self, site: str, head: Head | None) -> None:
+        """A site that introduces itself told where its ledger stands. What is known already stays: the site has not
+        yet been asked whether that is still in its ledger, and one that was put back may have grown past it since."""
+        if head is not None:
+            self.ledgers.setdefault(site, head)
+
     def note_ledger(self, site: str, head: Head | None) -> None:
-        """A site told where its ledger stands. One that was put back stands before what is known, which stays."""
+        """A reply told where the site's ledger stands, after the site found in it what was known before."""
         if head is not None and head.seq >= self.ledgers.get(site, BEGINNING).seq:
             self.ledgers[site] = head
 

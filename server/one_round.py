@@ -139,7 +139,7 @@ class OneRound:
                 self._ask(node_id, site)
 
     def _ask(self, node_id: int, site: Introduction) -> None:
-        self._state.attendance.note_ledger(site.site, site.ledger)
+        self._state.attendance.meet_ledger(site.site, site.ledger)
         content, line = self._requests.for_site(site), self.lines[site.site]
         if self._exchange.ask(node_id, site, content):
             self._asked[site.site] = node_id
@@ -198,7 +198,8 @@ class OneRound:
 
     def _count(self, answer: TrainReply, line: SiteRound) -> None:
         delay = self._round - answer.round
-        self._slow.note_seconds(answer.site, answer.seconds)
+        if answer.seconds > 0:  # a private round does not tell
+            self._slow.note_seconds(answer.site, answer.seconds)
         self._total.fold(answer, share=self._study.aggregation.late_weight**delay)
         self._taught[answer.site] = answer.round
         line.status, line.reason = ("late", "discounted") if delay else ("ok", "")

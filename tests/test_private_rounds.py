@@ -242,7 +242,9 @@ def test_a_private_federation_runs_and_its_coordinator_learns_no_count_and_no_lo
     assert state.attendance.ledgers["north"].seq == 4
 
 
-def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_path: Path, grown: bool) -> None:
+    """grown: the ledger that was put back has grown past the head that is known, by another run's rounds."""
     study, hospital = private_study(3), Hospital(tmp_path / "north")
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out", retry_s=0, round_tries=1, wait_s=1)
     state = tmp_path / "north" / "state"
@@ -263,6 +265,12 @@ def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_p
     kept = {name: (state / name).read_bytes() for name in ("ledger.jsonl", "ledger.head")}
     for name in kept:
         (state / name).unlink()
+    if grown:
+        with hospital.asked() as ask:
+            ask(Hello(study, RUN).pack(), "query")
+            for round in (1, 2):
+                assert facts_of(ask(request(study, round), "train"))["status"] == "ok"
+        assert len(hospital.entries) > len(kept["ledger.jsonl"].splitlines())
     with pytest.raises(RoundError, match="ledger"):
         run(config, resume=True)
     assert run(config.model_copy(update={"forget_ledgers": ("north",)}), resume=True) == 3
