@@ -10,7 +10,7 @@ update until all have come and then averages them, as most servers do; it is lef
 memory that is free.
 
 Each case has a process of its own. Memory is the process's peak above what it held before the coordinator was built.
-Times are medians over the rounds after the first, with the stubs' own processor time taken off.
+Times are medians over the rounds after the first, without the time in which values are delivered.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import os
 import platform
 import resource
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
@@ -108,17 +108,15 @@ class Result:
 
 
 class Stubs:
-    """All sites at once: each answers with its own copy of one update, as a network would deliver it."""
+    """All sites at once: each answers with the same prepared update."""
 
     def __init__(self, study: StudyConfig) -> None:
         layout = layout_of(empty_network(study.model))
         self._digest = study.digest()
         self._update = {group: _values(size, seed) for seed, (group, size) in enumerate(_sizes(layout).items())}
-        self._lock = threading.Lock()
-        self.cpu_s = 0.0
-        """Processor time spent here."""
 
     def app(self) -> ClientApp:
+        """Its replies hold the update's groups, still without values."""
         app = ClientApp()
 
         @app.query()
@@ -128,13 +126,14 @@ class Stubs:
 
         @app.train()
         def train(message: Message, context: Context) -> Message:
-            began = time.thread_time()
-            reply = Message(self._reply(message.content, str(context.node_config["name"])), reply_to=message)
-            with self._lock:
-                self.cpu_s += time.thread_time() - began
-            return reply
+            return Message(self._reply(message.content, str(context.node_config["name"])), reply_to=message)
 
         return app
+
+    def fill(self, reply: Message) -> None:
+        """Lay a copy of the values into a reply."""
+        for group, array in cast(ArrayRecord, reply.content["update"]).items():
+            array.data = bytes(memoryview(self._update[cast(Group, group)]))
 
     def _reply(self, request: RecordDict, name: str) -> RecordDict:
         study, asked = study_of(request), request["facts"]
@@ -152,9 +151,28 @@ class Stubs:
         ).pack({}, study.wire.dtype)
         arrays = ArrayRecord()
         for group, payload in self._update.items():
-            copied = bytes(memoryview(payload))
-            arrays[group] = Array(dtype=study.wire.dtype, shape=(len(copied) // 2,), stype="unimiss", data=copied)
+            arrays[group] = Array(dtype=study.wire.dtype, shape=(len(payload) // 2,), stype="unimiss", data=b"")
         return RecordDict({"facts": facts["facts"], "update": arrays})
+
+
+class Delivery(LocalGrid):
+    """Delivers each reply's values when it is pulled, as a network would: one at a time, in memory of their own."""
+
+    def __init__(self, stubs: Stubs, names: Sequence[str]) -> None:
+        super().__init__(stubs.app(), {name: {"name": name} for name in names}, run_config={})
+        self._stubs = stubs
+        self.wall_s = self.cpu_s = 0.0
+        """Spent on delivering, which is not the coordinator's."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Sequence[Message]:
+        pulled = super().pull_messages(message_ids)
+        wall_s, cpu_s = time.perf_counter(), time.thread_time()
+        for message in pulled:
+            if "update" in message.content:
+                self._stubs.fill(message)
+        self.wall_s += time.perf_counter() - wall_s
+        self.cpu_s += time.thread_time() - cpu_s
+        return pulled
 
 
 def _sizes(layout: Layout) -> dict[Group, int]:
@@ -200,8 +218,8 @@ def _keep_all(*_: object) -> Iterator[KeepAll]:
 class Clock:
     """Wall and processor time of each round, and the most that lay spilled whenever a site had replied."""
 
-    def __init__(self, stubs: Stubs, spilled: Path) -> None:
-        self._stubs = stubs
+    def __init__(self, delivery: Delivery, spilled: Path) -> None:
+        self._delivery = delivery
         self._spilled = spilled
         self._began = (0.0, 0.0)
         self.rounds: list[tuple[float, float]] = []
@@ -218,7 +236,7 @@ class Clock:
             self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in self._spilled.iterdir()))
 
     def _now(self) -> tuple[float, float]:
-        return time.perf_counter(), time.process_time() - self._stubs.cpu_s
+        return time.perf_counter() - self._delivery.wall_s, time.process_time() - self._delivery.cpu_s
 
 
 def measure(case: Case) -> Result:
@@ -236,11 +254,7 @@ def measure(case: Case) -> Result:
     config = CoordinatorConfig(
         study=Path("unused"), out=Path(case.out), min_sites=case.sites, min_replies=case.sites, keep_checkpoints=1
     )
-    clock = Clock(stubs, Path(case.out) / "updates.partial")
-    with (
-        LocalGrid(stubs.app(), {name: {"name": name} for name in names}, run_config={}) as grid,
-        progress.listen(clock),
-    ):
+    with Delivery(stubs, names) as grid, progress.listen(clock := Clock(grid, Path(case.out) / "updates.partial")):
         Federation(grid, study, config).run()
     measured = clock.rounds[1:]
     return Result(

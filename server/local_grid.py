@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -65,7 +66,7 @@ class LocalGrid(Grid):
         self._threads = [threading.Thread(target=self._serve, args=[node], daemon=True) for node in self._names]
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = self._run.run_id, _COORDINATOR, 1
 
-    def __enter__(self) -> "LocalGrid":
+    def __enter__(self) -> Self:
         self._guarding = progress.guarded_by(self._stop_when_closing)
         self._guarding.__enter__()
         for thread in self._threads:
