@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from server.exact_sum import ExactSum
+from server.exact_sum import ExactSum, SpareMemory
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.groups import Group
 from unimiss_core.scan import Rank
@@ -80,13 +80,13 @@ class WeightedMean(GroupwiseAggregate):
     result is the same to its last bit in whatever order they come (`server.exact_sum`). One site alone gives its own
     update.
 
-    largest: see `largest_product`.
+    largest: see `largest_product`. spare: of earlier rounds.
     """
 
-    def __init__(self, layout: Layout, *, largest: float) -> None:
+    def __init__(self, layout: Layout, *, largest: float, spare: SpareMemory | None = None) -> None:
         self._layout = layout
         self._weights: dict[Group, list[float]] = {}
-        self._sums = ExactSum(largest)
+        self._sums = ExactSum(largest, spare)
 
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float, *, scale: float = 1.0) -> None:
         """scale: of the tensors, which count that many times."""

@@ -18,7 +18,6 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,17 +39,35 @@ Summand = tuple[Tensor, float]
 """A flat tensor and its weight."""
 
 
+class SpareMemory:
+    """Memory of running sums that were taken, for the next round's. For the system to provide fresh pages takes as long
+    as adding up eight updates, and a round's peak holds them anyway."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, size: int) -> Tensor:
+        """(size,) int64, of any content."""
+        kept = self._kept.pop(name, None)
+        return torch.empty(size, dtype=torch.int64) if kept is None else kept
+
+    def keep(self, name: str, codes: Tensor) -> None:
+        """One for each tensor: what a round of unusual updates needed more is given back to the system."""
+        self._kept[name] = codes
+
+
 @dataclass
 class _Bin:
     """sum of k over the summands, as the bits of c + k g: `count` times the bits of c too much.
 
-    waiting: a summand that is not in the sum yet. Two are added in one pass, for what takes time is going through the
-    sums, which no cache holds.
+    codes: of any content until something was `added`. waiting: a summand that is not in the sum yet. Two are added in
+    one pass, for what takes time is going through the sums, which no cache holds.
     """
 
     codes: Tensor
     grid: float
     count: int = 0
+    added: bool = False
     waiting: Summand | None = None
 
 
@@ -58,14 +75,16 @@ class ExactSum:
     """Running sums of named tensors, each times a weight; 8 bytes for each value and bin.
 
     largest: bound on |weight * value|. What is dropped of a value is at most 2^-46 of the largest one in its tensor, or
-    2^-93 of `largest`: a float32 keeps its last bit down to 2^-22 of the first, a bfloat16 down to 2^-38.
+    2^-93 of `largest`: a float32 keeps its last bit down to 2^-22 of the first, a bfloat16 down to 2^-38. spare: of
+    earlier sums over tensors of the same names and sizes.
     """
 
-    def __init__(self, largest: float) -> None:
+    def __init__(self, largest: float, spare: SpareMemory | None = None) -> None:
         self._top = math.ceil(math.log2(largest))
         self._sums: dict[str, dict[int, _Bin]] = {}
+        self._spare = spare or SpareMemory()
         self._step = _AT_ONCE * torch.get_num_threads()
-        self._buffers = torch.empty(2, self._step, dtype=torch.float64)
+        self._buffers = torch.empty(3, self._step, dtype=torch.float64)
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """sum[name] += weight * tensor, each finite and of any float type; the product is rounded to float64.
@@ -100,14 +119,16 @@ class ExactSum:
                 self._add(found, [found.waiting])
         result = torch.empty(len(bins[0].codes), dtype=dtype)
         for start, part in self._parts(result):
-            total, value = (buffer[: len(part)] for buffer in self._buffers)
+            total, value, code = (buffer[: len(part)] for buffer in self._buffers)
             total.zero_()
             for found in bins:
                 surplus = found.count * _bits(_cutter(found.grid))
+                wrapped = (surplus + 2**63) % 2**64 - 2**63  # as int64 wraps, so did the sum
                 codes = found.codes[start : start + len(part)]
-                codes.sub_((surplus + 2**63) % 2**64 - 2**63)  # as int64 wraps, so did the sum
-                total.add_(value.copy_(codes), alpha=found.grid)
+                total.add_(value.copy_(torch.sub(codes, wrapped, out=code.view(torch.int64))), alpha=found.grid)
             part.copy_(total.div_(divisor))
+        for found in bins:
+            self._spare.keep(name, found.codes)
         return result
 
     def _add(self, found: _Bin, summands: Sequence[Summand]) -> None:
@@ -122,7 +143,11 @@ class ExactSum:
                 coded.append(x.add_(cutter).view(torch.int64))
             for other in coded[1:]:
                 coded[0].add_(other)
-            codes.add_(coded[0])
+            if found.added:
+                codes.add_(coded[0])
+            else:
+                codes.copy_(coded[0])
+        found.added = True
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(start, stretch) of a long tensor."""
@@ -133,7 +158,7 @@ class ExactSum:
         bins, index = self._sums.setdefault(name, {}), self._bin_of(flat, weight)
         if index not in bins:
             grid = 2.0 ** (self._top - _BIN_BITS * index - _CODE_BITS)
-            bins[index] = _Bin(_zeros(len(flat)), grid)
+            bins[index] = _Bin(self._spare.get(name, len(flat)), grid)
         return bins[index]
 
     def _bin_of(self, flat: Tensor, weight: float) -> int:
@@ -143,11 +168,6 @@ class ExactSum:
         if bound == 0:
             return _BINS - 1
         return min((self._top - math.ceil(math.log2(bound))) // _BIN_BITS, _BINS - 1)
-
-
-def _zeros(size: int) -> Tensor:
-    """From NumPy, which asks the system for large pages: a fifth of the time of torch's."""
-    return torch.from_numpy(np.zeros(size, np.int64))
 
 
 def _cutter(grid: float) -> float:

@@ -2,8 +2,6 @@
 
 import logging
 
-from torch import Tensor
-
 from server.admission import admit
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import Asked, Exchange, Reply, content_of, status_of
@@ -17,6 +15,7 @@ from unimiss_core import progress
 from unimiss_core.codec import Layout
 from unimiss_core.collapse import signs_in_round
 from unimiss_core.errors import RoundError, WireError
+from unimiss_core.groups import Group
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainReply, num_bytes
 
@@ -68,8 +67,8 @@ class OneRound:
         """The sites whose update is in the round's sum."""
         return frozenset(name for name, line in self.lines.items() if line.counts)
 
-    def attempt(self, *, again: bool = False) -> tuple[GlobalState, dict[str, Tensor]]:
-        """(state after the round, what was added to the student).
+    def attempt(self, *, again: bool = False) -> tuple[GlobalState, dict[Group, float]]:
+        """(state after the round, norm of what was added to each group of the student).
 
         again: an earlier try failed, so that nobody is set aside in this one. Raises RoundError: too few updates count.
         Then of the state only `attendance` has changed: who failed is remembered, until the run ends.
@@ -88,11 +87,11 @@ class OneRound:
             if line.bytes_down or line.counts:
                 self._state.attendance.note(name, self._round, counted=line.counts)
         self._require_quorum()
-        after, step = self._total.applied_to(self._state, self._round)
+        after, update_norm = self._total.applied_to(self._state, self._round)
         after.taught = self._state.taught | self._taught
         if self._study.aggregation.max_size_ratio is not None:  # else nobody asks, and no checkpoint tells
             after.attendance.note_sizes(self._round, self._sizes)
-        return after, step
+        return after, update_norm
 
     def _lines_of_try(self, *, again: bool) -> dict[str, SiteRound]:
         """One that has a reason from the start is not asked, nor is one that counted in an earlier try."""

@@ -11,11 +11,13 @@ lost of one step is in the next one, and R never strays further than one step's 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
-from unimiss_core.codec import Layout, released
+from unimiss_core.codec import Layout, Payloads, pack, unpack
 from unimiss_core.formats import FORMATS
+from unimiss_core.groups import Group
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,31 @@ class Release:
         """The next one, of the masters after another round."""
         return replace(self, student=student, before=None if self.before is None else self.held())
 
-    def step(self) -> dict[str, Tensor] | None:
-        """To be packed for sites that hold the last release; None where whole students travel.
+    @property
+    def is_step(self) -> bool:
+        """Whether sites that hold the last release are sent what changed, and not whole students."""
+        return self.before is not None
 
-        Not yet rounded: rounding twice may give other values than rounding once.
+    @cached_property
+    def payloads(self) -> Payloads:
+        """What tells sites of it, by group: the whole student, or the step from the last release. Packed once for all:
+        R itself is read from it too."""
+        return {group: pack(self._told(group), specs, self.dtype) for group, specs in self.layout.items()}
+
+    def held(self, *groups: Group) -> dict[str, Tensor]:
+        """R, float32, by name; of some groups, or of all.
+
+        Raises WireError `not_finite` where a format that carries over meets a value that is not.
         """
+        held: dict[str, Tensor] = {}
+        for group in groups or self.layout:
+            told = unpack(self.payloads[group], self.layout[group], self.dtype)
+            held |= told if self.before is None else {name: self.before[name] + step for name, step in told.items()}
+        return held
+
+    def _told(self, group: Group) -> dict[str, Tensor]:
+        """Not yet rounded: rounding twice may give other values than rounding once."""
+        names = [spec.name for spec in self.layout[group]]
         if self.before is None:
-            return None
-        return {name: tensor - self.before[name] for name, tensor in self.student.items()}
-
-    def whole(self) -> Mapping[str, Tensor]:
-        """To be packed for sites that hold nothing: what packs to R. Where whole students travel, packing the masters
-        rounds them to it."""
-        return self.student if self.before is None else self.held()
-
-    def held(self) -> dict[str, Tensor]:
-        """R, float32, by name. Raises WireError `not_finite` where a format that carries over meets a value that is
-        not."""
-        step = self.step()
-        seen = released(self.student if step is None else step, self.layout, self.dtype)
-        return seen if self.before is None else {name: tensor + seen[name] for name, tensor in self.before.items()}
+            return {name: self.student[name] for name in names}
+        return {name: self.student[name] - self.before[name] for name in names}

@@ -42,14 +42,17 @@ class Requests:
         state, release = self._state, self._state.release
         holds_last = self.holds_last(site)
         if (key := (site.ranks, holds_last)) not in self._packed:
-            step = release.step() if holds_last else None
+            by_step = release.is_step and holds_last
+            anew = release.is_step and not by_step  # whole students travel in another format then
             self._packed[key] = TrainRequest(
                 study=self._study,
                 run=self._run,
                 round=state.round + 1,
-                student=release.whole() if step is None else None,
-                student_step=step,
+                student=release.held() if anew else None,
                 teacher=None if holds_last or state.round == 0 else state.teacher,
                 teacher_retention=state.retention,
-            ).pack(layout_for(site.ranks, self._layout))
+            ).pack(
+                layout_for(site.ranks, self._layout),
+                {} if anew else {"student_step" if by_step else "student": release.payloads},
+            )
         return self._packed[key]

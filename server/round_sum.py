@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from server.aggregation import Aggregate, group_weights
+from server.aggregation import Aggregate, group_norm, group_weights
 from server.global_state import GlobalState
 from server.optimisers import build_optimiser
 from server.site_level import public_retention
 from unimiss_core.codec import Layout
-from unimiss_core.groups import GROUPS, Group, group_of, groups_of_ranks
+from unimiss_core.groups import GROUPS, Group, groups_of_ranks
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import teacher_retention, trained_steps
 from unimiss_core.study import StudyConfig
@@ -50,16 +50,21 @@ class RoundSum:
         self._aggregate.fold(answer.update, weights)
         self._retention.fold(weights, teacher_retention(study, ranks, answer.round))
 
-    def applied_to(self, state: GlobalState, round: int) -> tuple[GlobalState, dict[str, Tensor]]:
-        """(state after the round, what was added to the student). Groups that nobody trained keep their bits, but under
-        site-level privacy, whose noise is on all of them."""
+    def applied_to(self, state: GlobalState, round: int) -> tuple[GlobalState, dict[Group, float]]:
+        """(state after the round, norm of what was added to each group of the student). Groups that nobody trained keep
+        their bits, but under site-level privacy, whose noise is on all of them."""
         step, optimiser = self._optimiser.step(self._aggregate.result(), state.optimiser)
-        student = {name: tensor + step[name] if name in step else tensor for name, tensor in state.student.items()}
-        release = state.release.after(student)
-        left = self._left_of_teacher(round)
-        teacher = advance_teacher(state.teacher, release.held(), {name: left[group_of(name)] for name in student})
+        layout = state.release.layout
+        update_norm = {group: group_norm(step, specs) for group, specs in layout.items()}
+        # In the memory of what is added, which nobody else holds: fresh pages take longer than the addition.
+        student = {name: step[name].add_(tensor) if name in step else tensor for name, tensor in state.student.items()}
+        release, left = state.release.after(student), self._left_of_teacher(round)
+        teacher: dict[str, Tensor] = {}
+        for group, specs in layout.items():
+            before = {spec.name: state.teacher[spec.name] for spec in specs}
+            teacher |= advance_teacher(before, release.held(group), dict.fromkeys(before, left[group]))
         after = replace(state, round=round, release=release, teacher=teacher, retention=left, optimiser=optimiser)
-        return after, step
+        return after, update_norm
 
     def _left_of_teacher(self, round: int) -> dict[Group, float]:
         """Sites are told it, so where any one of them is to be hidden it hangs on none."""

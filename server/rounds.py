@@ -16,8 +16,9 @@ from typing import Any
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from server.aggregation import Aggregate, group_norm
+from server.aggregation import Aggregate
 from server.coordinator_config import CoordinatorConfig
+from server.exact_sum import SpareMemory
 from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
@@ -31,6 +32,7 @@ from server.slow_sites import SlowSites
 from unimiss_core import checkpoint, progress
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import ConfigError, RoundError, RunFolderError, where
+from unimiss_core.groups import Group
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.privacy_config import SitePrivacyConfig
@@ -69,6 +71,7 @@ class Federation:
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
         self._slow = SlowSites(config.deadline_s)
+        self._spare = SpareMemory()
         self._probe = probe
         self._report = report
 
@@ -90,14 +93,14 @@ class Federation:
 
     def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
         """The state after another round, which is saved."""
-        with opened_aggregate(self._study, self._layout, self._folder.scratch) as aggregate:
+        with opened_aggregate(self._study, self._layout, self._folder.scratch, self._spare) as aggregate:
             work = self._round_after(state, aggregate)
             with self._stop_noted(work, state.round + 1):
-                after, step, took = self._completed(work, state.round + 1, hello)
-        self._close(after, step, work.lines, took)
+                after, update_norm, took = self._completed(work, state.round + 1, hello)
+        self._close(after, update_norm, work.lines, took)
         return after
 
-    def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[str, Tensor], float]:
+    def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[Group, float], float]:
         """What a round came to in the first or a further try, and the seconds since its first request. RoundError."""
         pause_s = self._config.retry_s
         least = self._config.min_sites if round == 1 else self._config.min_replies
@@ -209,10 +212,9 @@ class Federation:
             return {}
 
     def _close(
-        self, state: GlobalState, step: Mapping[str, Tensor], lines: Mapping[str, SiteRound], took: float
+        self, state: GlobalState, update_norm: Mapping[Group, float], lines: Mapping[str, SiteRound], took: float
     ) -> None:
         """Write the round's metrics, then its checkpoint; from here on it is done."""
-        update_norm = {group: group_norm(step, specs) for group, specs in self._layout.items()}
         row: dict[str, Any] = {
             "round": state.round,
             "seconds": round_s(took),

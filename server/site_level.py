@@ -32,7 +32,7 @@ from torch import Tensor
 
 from server.aggregation import Aggregate, norm, shortened
 from server.coordinator_config import CoordinatorConfig
-from server.exact_sum import ExactSum
+from server.exact_sum import ExactSum, SpareMemory
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.errors import ConfigError
 from unimiss_core.gaussian_privacy import LARGEST, gaussian_epsilon, gaussian_noise_for
@@ -57,11 +57,13 @@ class SiteLevelMean(Aggregate):
     Memory is that of the sum, 8 bytes for each parameter and size of update, and once the noise of the largest tensor.
     """
 
-    def __init__(self, layout: Layout, privacy: SitePrivacyConfig, noise: Noise) -> None:
+    def __init__(
+        self, layout: Layout, privacy: SitePrivacyConfig, noise: Noise, spare: SpareMemory | None = None
+    ) -> None:
         self._layout = layout
         self._privacy = privacy
         self._noise = noise
-        self._sums = ExactSum(privacy.clip_norm)
+        self._sums = ExactSum(privacy.clip_norm, spare)
         self._came: set[str] = set()
 
     def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:

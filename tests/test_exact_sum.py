@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server import exact_sum
-from server.exact_sum import MOST_SUMMANDS, ExactSum
+from server.exact_sum import MOST_SUMMANDS, ExactSum, SpareMemory
 
 LARGEST = 1e3
 CANCELLING = st.builds(math.ldexp, st.sampled_from([-1.0, 1.0, 3.0]), st.sampled_from([0, -1, -24, -53, -54, -80]))
@@ -95,3 +95,25 @@ def test_a_tensor_longer_than_a_stretch_is_summed_in_full(monkeypatch) -> None: 
     columns = [torch.randn(7, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     expected = sum(0.3 * column.double() for column in columns).flatten() / 2  # type: ignore[union-attr]
     torch.testing.assert_close(summed(columns, 0.3).take("a", 2.0).double(), expected, rtol=1e-7, atol=0)
+
+
+def test_memory_of_an_earlier_sum_changes_no_bit_of_the_next() -> None:
+    spare = SpareMemory()
+    columns = [torch.randn(9, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    for many in (5, 1, 2, 4):
+        total = ExactSum(LARGEST, spare)
+        for column in columns[:many]:
+            total.add({"a": column}, 1.0)
+        kept = total.take("a", 1.0)
+        assert torch.equal(kept, summed(columns[:many]).take("a", 1.0))
+
+
+def test_sums_begin_in_the_memory_of_the_last() -> None:
+    spare = SpareMemory()
+    spare.keep("a", held := torch.full((2,), 7))
+    total = ExactSum(LARGEST, spare)
+    total.add({"a": torch.ones(2)}, 1.0)
+    total.add({"a": torch.ones(2)}, 1.0)
+    assert held.ne(7).all()
+    assert torch.equal(total.take("a", 1.0), torch.full((2,), 2.0))
+    assert spare.get("a", 2) is held

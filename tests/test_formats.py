@@ -44,7 +44,7 @@ def drawn(seed: int, size: int) -> Tensor:
 
 
 def seen(values: Tensor, name: str = "int8") -> Tensor:
-    payload = FORMATS[name].encode(values)
+    payload = FORMATS[name].encode([values])
     assert len(payload) == FORMATS[name].num_bytes(len(values))
     return FORMATS[name].decode(payload, len(values))
 
@@ -53,7 +53,7 @@ def seen(values: Tensor, name: str = "int8") -> Tensor:
 def test_int8_is_what_the_oracle_says(size: int) -> None:
     values = drawn(size, size)
     scales, codes = oracle(values.numpy())
-    payload = INT8.encode(values)
+    payload = INT8.encode([values])
     blocks = len(scales)
     assert len(payload) == INT8.num_bytes(size) == 2 * blocks + size
     halves = np.frombuffer(payload[: 2 * blocks], np.uint16).astype(np.uint32)
@@ -123,7 +123,7 @@ def test_a_value_beyond_a_bf16_scale_is_not_silently_made_small() -> None:
 )
 def test_a_scale_that_no_sender_writes_is_refused(bits: int, reason: str) -> None:
     """NaN, infinities; zero, minus zero, minus one, a denormal."""
-    payload = bytearray(INT8.encode(drawn(1, 3 * BLOCK)))
+    payload = bytearray(INT8.encode([drawn(1, 3 * BLOCK)]))
     payload[2:4] = bits.to_bytes(2, "little")
     with pytest.raises(WireError) as caught:
         INT8.decode(bytes(payload), 3 * BLOCK)
@@ -148,7 +148,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:
         payloads = set()
         for count in (1, 2):
             torch.set_num_threads(count)
-            payloads.add(INT8.encode(values))
+            payloads.add(INT8.encode([values]))
     finally:
         torch.set_num_threads(threads)
     assert len(payloads) == 1

@@ -13,7 +13,7 @@ from server.release import Release
 from tests.federation import StubSite, good_answer, metric_rows, random_tensors, small_study, whole_layout
 from tests.test_rounds import ct, federate, xray
 from unimiss_core import checkpoint
-from unimiss_core.codec import num_bytes, released
+from unimiss_core.codec import num_bytes, released, unpack
 from unimiss_core.errors import WireError
 from unimiss_core.groups import group_of
 from unimiss_core.teacher import advance_teacher
@@ -35,7 +35,8 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def test_weights_are_released_rounded_and_whole(dtype: str, kind: torch.dtype) -> None:
     student, after = random_tensors(LAYOUT, 0), random_tensors(LAYOUT, 1)
     for release in (first := Release.first(student, layout=LAYOUT, dtype=dtype), first.after(after)):
-        assert release.step() is release.before is None
+        assert not release.is_step
+        assert release.before is None
         assert same(release.held(), {name: tensor.to(kind).float() for name, tensor in release.student.items()})
     assert release.student is after
 
@@ -46,10 +47,14 @@ def test_the_first_release_of_steps_is_the_student_itself() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8"])
-def test_what_a_new_site_is_packed_is_what_the_others_hold(dtype: str) -> None:
-    release = Release.first(random_tensors(LAYOUT, 0), layout=LAYOUT, dtype=dtype).after(random_tensors(LAYOUT, 1))
-    travels = "fp32" if dtype == "int8" else dtype
-    assert same(released(release.whole(), LAYOUT, travels), release.held())
+def test_what_sites_are_told_gives_what_they_are_taken_to_hold(dtype: str) -> None:
+    first = random_tensors(LAYOUT, 0)
+    release = Release.first(first, layout=LAYOUT, dtype=dtype).after(random_tensors(LAYOUT, 1))
+    seen = {group: unpack(release.payloads[group], specs, dtype) for group, specs in LAYOUT.items()}
+    told = {name: tensor for tensors in seen.values() for name, tensor in tensors.items()}
+    if release.is_step:
+        told = {name: first[name] + step for name, step in told.items()}
+    assert same(told, release.held())
 
 
 def test_released_steps_never_stray_further_than_one_rounding() -> None:
@@ -61,8 +66,8 @@ def test_released_steps_never_stray_further_than_one_rounding() -> None:
         change = changed_by(round + 1, 1e-3)
         master = {name: tensor + change[name] for name, tensor in master.items()}
         release = release.after(master)
-        step = release.step()
-        assert step is not None
+        assert release.before is not None
+        step = {name: master[name] - before for name, before in release.before.items()}
         received = released(step, LAYOUT, "int8")
         site = {name: tensor + received[name] for name, tensor in site.items()}
         assert same(site, release.held())
@@ -83,9 +88,11 @@ def test_in_int8_a_site_receives_steps_and_ends_with_the_bits_of_the_coordinator
         student = teacher = dict(first.student)
         for request in later:
             student, teacher = advanced(student, teacher, request.student_step, request.teacher_retention)
-        last = state.release.step()
-        assert last is not None
-        step = released(last, site.layout, "int8")
+        step = {
+            n: t
+            for g, specs in site.layout.items()
+            for n, t in unpack(state.release.payloads[g], specs, "int8").items()
+        }
         student, teacher = advanced(student, teacher, step, state.retention)
         held = state.release.held()
         assert all(torch.equal(student[name], held[name]) for name in student)

@@ -33,6 +33,10 @@ Layout = Mapping[Group, tuple[TensorSpec, ...]]
 """What travels for each parameter group, in the order it travels."""
 
 
+Payloads = Mapping[Group, bytes]
+"""Tensors as they travel."""
+
+
 def layout_of(network: nn.Module) -> dict[Group, tuple[TensorSpec, ...]]:
     """The layout of a network's parameters: sorted by name within each group."""
     specs: dict[Group, list[TensorSpec]] = {group: [] for group in GROUPS}
@@ -48,7 +52,7 @@ def num_bytes(layout: Layout, dtype: str) -> int:
 
 def pack(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec], dtype: str) -> bytes:
     """The values of `specs` end to end, as `dtype`."""
-    return FORMATS[dtype].encode(_end_to_end(tensors, specs))
+    return FORMATS[dtype].encode([tensors[spec.name].detach().reshape(-1) for spec in specs])
 
 
 def unpack(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> dict[str, Tensor]:
@@ -72,7 +76,8 @@ def released(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> dict[
     """The tensors of `layout` as a receiver sees them, in float32. Raises WireError as `unpack` does."""
     seen: dict[str, Tensor] = {}
     for specs in layout.values():
-        seen |= split(FORMATS[dtype].rounded_(_end_to_end(tensors, specs).float()), specs)
+        flat = torch.cat([tensors[spec.name].detach().reshape(-1) for spec in specs]).float()
+        seen |= split(FORMATS[dtype].rounded_(flat), specs)
     return seen
 
 
@@ -90,11 +95,6 @@ def carried_over(
     sent = {name: update[name] + lost[name] if name in lost else update[name] for name in names}
     seen = released(sent, layout, dtype)
     return sent, {name: tensor - seen[name] for name, tensor in sent.items()}
-
-
-def _end_to_end(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> Tensor:
-    """The values of `specs`, flat, in memory of their own."""
-    return torch.cat([tensors[spec.name].detach().reshape(-1) for spec in specs])
 
 
 def _checked_size(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> int:

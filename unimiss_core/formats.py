@@ -9,6 +9,7 @@ Every operation is one IEEE operation per value, so that all machines get the sa
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -41,8 +42,9 @@ class Format(Protocol):
         """Bytes of `size` values, exactly."""
         ...
 
-    def encode(self, flat: Tensor) -> bytes:
-        """flat (N,) -> little-endian bytes. A value that is not finite is still seen not to be by the receiver."""
+    def encode(self, parts: Sequence[Tensor]) -> bytes:
+        """Flat tensors, end to end -> little-endian bytes. A value that is not finite is still seen not to be by the
+        receiver."""
         ...
 
     def rounded_(self, flat: Tensor) -> Tensor:
@@ -70,8 +72,11 @@ class Floats:
     def num_bytes(self, size: int) -> int:
         return size * self._dtype.itemsize
 
-    def encode(self, flat: Tensor) -> bytes:
-        return _bytes_of(flat.to(self._dtype))
+    def encode(self, parts: Sequence[Tensor]) -> bytes:
+        flat = torch.empty(sum(map(len, parts)), dtype=self._dtype)
+        for place, part in zip(flat.split([len(part) for part in parts]), parts, strict=True):
+            place.copy_(part)
+        return _bytes_of(flat)
 
     def rounded_(self, flat: Tensor) -> Tensor:
         return flat if flat.dtype == self._dtype else flat.copy_(flat.to(self._dtype))
@@ -96,14 +101,15 @@ class ScaledBlocks:
     def num_bytes(self, size: int) -> int:
         return 2 * math.ceil(size / BLOCK) + size
 
-    def encode(self, flat: Tensor) -> bytes:
-        blocks = F.pad(flat.float(), (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    def encode(self, parts: Sequence[Tensor]) -> bytes:
+        flat = torch.cat(list(parts)).float()
+        blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
         scales = _scales_of(blocks)
         codes = (blocks / scales[:, None]).round_().nan_to_num_()  # a block with a NaN scale is all NaN here
         return _bytes_of(scales.bfloat16()) + _bytes_of(codes.to(torch.int8).view(-1)[: len(flat)])
 
     def rounded_(self, flat: Tensor) -> Tensor:
-        return flat.copy_(self.decode(self.encode(flat), len(flat)))
+        return flat.copy_(self.decode(self.encode([flat]), len(flat)))
 
     def decode(self, payload: bytes, size: int) -> Tensor:
         scales = _widened(payload, torch.bfloat16, math.ceil(size / BLOCK))

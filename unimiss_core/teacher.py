@@ -14,9 +14,10 @@ def advance_teacher(
     global teacher instead of receiving it. It is the cheap form of averaging the sites' teachers: EMA is linear, so
     the mean of teachers is the EMA of the mean student path, here with that path replaced by its end.
 
-    In operations that IEEE 754 rounds alike everywhere: `torch.lerp` fuses them on some processors and not on others.
+    In operations that IEEE 754 rounds alike everywhere: `torch.lerp`, and `alpha` of `add_`, fuse them on some
+    processors and not on others.
     """
     return {
-        name: before if (kept := retention[name]) == 1.0 else before * kept + student[name] * (1.0 - kept)
+        name: before if (kept := retention[name]) == 1.0 else (before * kept).add_(student[name] * (1.0 - kept))
         for name, before in teacher.items()
     }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from unimiss_core import codec
 from unimiss_core.chain import Head
-from unimiss_core.codec import Layout, TensorSpec
+from unimiss_core.codec import Layout, Payloads, TensorSpec
 from unimiss_core.config import NAME, RUN, parse
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.figures import is_diagnostic, is_loss
@@ -119,7 +119,8 @@ class TrainRequest:
     student_step: Mapping[str, Tensor] | None = None
     ledger: Head | None = None
 
-    def pack(self, layout: Layout) -> RecordDict:
+    def pack(self, layout: Layout, payloads: Mapping[str, Payloads] | None = None) -> RecordDict:
+        """payloads: by part, what is packed already; the request itself need not hold it then."""
         facts = {
             "study": self.study.canonical(),
             "run": self.run,
@@ -129,9 +130,9 @@ class TrainRequest:
         }
         held = {"student": self.student, "student_step": self.student_step, "teacher": self.teacher}
         dtypes = _request_dtypes(self.study)
-        return _content(
-            facts, {part: _arrays(tensors, layout, dtypes[part]) for part, tensors in held.items() if tensors}
-        )
+        packed = {part: _packed(tensors, layout, dtypes[part]) for part, tensors in held.items() if tensors}
+        parts = {**packed, **(payloads or {})}
+        return _content(facts, {part: _arrays(found, layout, dtypes[part]) for part, found in parts.items()})
 
     @classmethod
     def unpack(cls, content: RecordDict, layout: Layout) -> Self:
@@ -204,7 +205,7 @@ class TrainReply:
             "diagnostics": json.dumps(dict(self.diagnostics), sort_keys=True),
             **_count_facts(self.scans),
         }
-        return _content(facts, {"update": _arrays(self.update, layout, dtype)})
+        return _content(facts, {"update": _arrays(_packed(self.update, layout, dtype), layout, dtype)})
 
     @classmethod
     def unpack(cls, content: RecordDict, layout: Layout, dtype: str) -> Self:
@@ -379,11 +380,15 @@ def _figures(facts: Mapping[str, Any], name: str, is_known: Callable[[str], bool
     return checked
 
 
-def _arrays(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> ArrayRecord:
+def _packed(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> Payloads:
+    return {group: codec.pack(tensors, specs, dtype) for group, specs in layout.items()}
+
+
+def _arrays(payloads: Payloads, layout: Layout, dtype: str) -> ArrayRecord:
     record = ArrayRecord()
     for group, specs in layout.items():
-        payload = codec.pack(tensors, specs, dtype)
-        record[group] = Array(dtype=dtype, shape=(sum(s.size for s in specs),), stype="unimiss", data=payload)
+        shape = (sum(spec.size for spec in specs),)
+        record[group] = Array(dtype=dtype, shape=shape, stype="unimiss", data=payloads[group])
     return record
 
 
