@@ -12,19 +12,16 @@ this.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import WARM_UP, CaseLostError, Figures, count, machine, measure
+from side_by_side import WARM_UP, Result, count, run
 from step import SIZES, SMALL_SIZES
 
 from unimiss_core.config import parse
-from unimiss_core.device import device_of
-from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.private_learner import PrivateLearner
@@ -57,29 +54,8 @@ class Case:
         return f"{'private' if self.private else 'plain'}, {self.rank}D"
 
 
-@dataclass(frozen=True)
-class Result(Figures):
-    case: Case
-
-
 def main() -> None:
-    parser = _parser()
-    options = parser.parse_args()
-    try:
-        device_of(options.device)
-    except ConfigError as error:
-        parser.error(str(error))
-    results: list[Result] = []
-    for pair in _pairs(options):
-        try:
-            figures = measure(pair, _build, options.repeats)
-        except CaseLostError as error:  # its own process has printed why
-            parser.exit(1, f"{parser.prog}: {error}\n")
-        results += [Result(**vars(found), case=case) for case, found in zip(pair, figures, strict=True)]
-        print(_table(*results[-2:]), flush=True)
-    if options.json:
-        content = {"machine": machine(), "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    run(_parser(), _pairs, _build, _table)
 
 
 def _pairs(options: argparse.Namespace) -> Iterator[tuple[Case, Case]]:
@@ -136,7 +112,8 @@ def _study(case: Case) -> StudyConfig:
     return parse(StudyConfig, raw | ({"privacy": PRIVACY} if case.private else {}), where="benchmark")
 
 
-def _table(plain: Result, private: Result) -> str:
+def _table(pair: Sequence[Result[Case]]) -> str:
+    plain, private = pair
     case = plain.case
     lines = [
         f"{case.model}, {case.rank}D, {case.patients} patients of {case.views} views, {case.prototypes} prototypes, "

@@ -4,19 +4,23 @@ So whatever else the machine does falls on all alike, and each case has a peak o
 """
 
 import argparse
+import json
 import multiprocessing
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+
+from unimiss_core.device import device_of
+from unimiss_core.errors import ConfigError
 
 WARM_UP = 2
 
@@ -56,6 +60,14 @@ class Figures:
     repeats: int
 
 
+CaseT = TypeVar("CaseT", bound=Case)
+
+
+@dataclass(frozen=True)
+class Result(Figures, Generic[CaseT]):
+    case: CaseT
+
+
 class CaseLostError(Exception):
     """The process of a case ended before its figures were there."""
 
@@ -88,6 +100,35 @@ def measure(cases: Sequence[Case], build: Build, repeats: int) -> list[Figures]:
         figures.append(_figures(taken, peak_mb=_heard(case, pipe)))
         worker.join()
     return figures
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    cases: Callable[[argparse.Namespace], Iterable[Sequence[CaseT]]],
+    build: Build,
+    table: Callable[[Sequence[Result[CaseT]]], str],
+) -> None:
+    """A benchmark's life: measure each of the sets of `cases` that were asked for, print its table, write the file.
+
+    parser: with `--device`, `--repeats` and `--json`.
+    """
+    options = parser.parse_args()
+    try:
+        device_of(options.device)
+    except ConfigError as error:
+        parser.error(str(error))
+    results: list[Result[CaseT]] = []
+    for alike in cases(options):
+        try:
+            figures = measure(alike, build, options.repeats)
+        except CaseLostError as error:  # its own process has printed why
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        measured = [Result(**vars(found), case=case) for case, found in zip(alike, figures, strict=True)]
+        print(table(measured), flush=True)
+        results += measured
+    if options.json:
+        content = {"machine": machine(), "results": [asdict(result) for result in results]}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def processor() -> str:

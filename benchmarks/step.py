@@ -13,18 +13,15 @@ small with 24, unless options say otherwise.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
 from naive_unimiss import NaiveLearner
-from side_by_side import WARM_UP, CaseLostError, Figures, count, machine, measure
+from side_by_side import WARM_UP, Result, count, run
 
-from unimiss_core.device import device_of
-from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import build_network
@@ -66,29 +63,8 @@ class Case:
         )
 
 
-@dataclass(frozen=True)
-class Result(Figures):
-    case: Case
-
-
 def main() -> None:
-    parser = _parser()
-    options = parser.parse_args()
-    try:
-        device_of(options.device)
-    except ConfigError as error:
-        parser.error(str(error))
-    results: list[Result] = []
-    for alike in _cases_by_rank(options):
-        try:
-            figures = measure(alike, _build, options.repeats)
-        except CaseLostError as error:  # its own process has printed why
-            parser.exit(1, f"{parser.prog}: {error}\n")
-        results += [Result(**vars(found), case=case) for case, found in zip(alike, figures, strict=True)]
-        print(_table(results[-len(alike) :]), flush=True)
-    if options.json:
-        content = {"machine": machine(), "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    run(_parser(), _cases_by_rank, _build, _table)
 
 
 def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
@@ -156,7 +132,7 @@ def _build(case: Case) -> Callable[[], float]:
     return lambda: learner.step(views, step=0).total
 
 
-def _table(results: list[Result]) -> str:
+def _table(results: Sequence[Result[Case]]) -> str:
     case = results[0].case
     base = next((result for result in results if result.case.variant == "naive"), results[0])
     on_cpu = not case.device.startswith("cuda")  # there processor time, which other work on the machine disturbs less

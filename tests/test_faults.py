@@ -265,10 +265,8 @@ def test_a_reply_that_arrives_twice_counts_once(tmp_path: Path) -> None:
     assert_is_model_of(state, tmp_path, all_good("a", "ct"))
 
 
-# -- sites that are not there ------------------------------------------------------------------------------------------
-
-
-def test_a_site_that_hangs_is_absent_and_asked_again(tmp_path: Path) -> None:
+def hanging_until_the_next_round() -> tuple[Answer, Answer]:
+    """(a site's answer that hangs, another's that ends it once the bad round is over)."""
     over = threading.Event()
 
     def hangs(request: TrainRequest, of: StubSite) -> TrainReply:
@@ -280,6 +278,14 @@ def test_a_site_that_hangs_is_absent_and_asked_again(tmp_path: Path) -> None:
             over.set()
         return good_answer(request, of)
 
+    return hangs, honest
+
+
+# -- sites that are not there ------------------------------------------------------------------------------------------
+
+
+def test_a_site_that_hangs_is_absent_and_asked_again(tmp_path: Path) -> None:
+    hangs, honest = hanging_until_the_next_round()
     state = federate(tmp_path, [site("slow", only_in_bad_round(hangs)), site("ct", honest)], deadline_s=3.0)
     assert_is_model_of(state, tmp_path, all_good("slow", "ct", but="slow"))
     assert [row["sites"]["slow"]["status"] for row in metric_rows(tmp_path)] == ["ok", "absent", "ok"]

@@ -16,6 +16,7 @@ from tests.test_faults import (
     assert_is_model_of,
     exact_study,
     federate,
+    hanging_until_the_next_round,
     only_in_bad_round,
     raises,
     site,
@@ -43,17 +44,7 @@ def test_sites_that_queue_for_a_worker_all_count(tmp_path: Path, workers: int) -
 
 
 def test_a_site_that_hangs_keeps_one_worker_from_the_others_and_not_both(tmp_path: Path) -> None:
-    over = threading.Event()
-
-    def hangs(request: TrainRequest, of: StubSite) -> TrainReply:
-        over.wait(20)
-        return good_answer(request, of)
-
-    def honest(request: TrainRequest, of: StubSite) -> TrainReply:
-        if request.round > BAD_ROUND:
-            over.set()
-        return good_answer(request, of)
-
+    hangs, honest = hanging_until_the_next_round()
     sites = [site("slow", only_in_bad_round(hangs)), site("a", honest), site("b"), site("ct")]
     state = federate(tmp_path, sites, workers=2, deadline_s=3.0)
     assert_is_model_of(state, tmp_path, all_good("slow", "a", "b", "ct", but="slow"))
