@@ -14,9 +14,10 @@ what the server optimiser makes of a step - follows from such steps and the stud
   about another, and move the sum by 2 C. n is a divisor that everybody knows, not a count of replies. Fewer than n are
   refused by the quorum; not for privacy's sake, for noise and divisor do not hang on them, but because the step would
   be shorter than the study says.
-- **What a round releases.** One sum with one draw of noise. A try of a round that fails asked sites with what the round
-  before had released, and took no sum. A coordinator that dies after it took one, and before the checkpoint is written,
-  has shown it to nobody; when it resumes, the round draws anew. Noise is never kept, nor drawn from the study's seed.
+- **What a round releases.** One sum with one draw of noise, counted before it is made (`server.released_rounds`). A try
+  of a round that fails asked sites with what the round before had released, and took no sum. A round that is done
+  again, after a crash or from an older checkpoint, draws anew and is another release. Noise is never kept, nor drawn
+  from the study's seed.
 - **What is promised.** Of two federations that differ in what one site's updates hold, nothing being one of them. Who
   takes part and who fails is not hidden, nor is whether a round came about. One archive put in another's place moves
   the sum by up to 2 C, and costs what half the noise would.
@@ -35,7 +36,7 @@ from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import ExactSum, SpareMemory
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.errors import ConfigError
-from unimiss_core.gaussian_privacy import LARGEST, gaussian_epsilon, gaussian_noise_for
+from unimiss_core.gaussian_privacy import LARGEST, gaussian_epsilon, gaussian_noise_for, in_words
 from unimiss_core.groups import Group
 from unimiss_core.noise import Noise
 from unimiss_core.privacy_config import SitePrivacyConfig
@@ -104,9 +105,8 @@ def check_site_level(study: StudyConfig, config: CoordinatorConfig) -> None:
     if (spent := site_epsilon(privacy, rounds := study.schedule.rounds)) > privacy.max_epsilon:
         least = gaussian_noise_for(min(privacy.max_epsilon, LARGEST), rounds, privacy.delta)
         enough = math.ceil(101 * least) / 100  # a hundredth more, for the sites' own accountant tells a little more
-        told = f"epsilon {spent:.3g}" if spent < math.inf else f"an epsilon above {LARGEST:g}, which promises nothing,"
         raise ConfigError(
-            f"study '{study.name}': its noise comes to {told} at delta {privacy.delta:g} after {rounds} rounds, above "
+            f"study '{study.name}': its noise comes to {in_words(spent)} at delta {privacy.delta:g} after {rounds} rounds, above "
             f"privacy.max_epsilon={privacy.max_epsilon:g}. privacy.noise_multiplier: {enough:g} would do"
         )
     if config.min_replies < privacy.sites:
