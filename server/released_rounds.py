@@ -90,8 +90,8 @@ class ReleasedRounds:
         reached, limit = self.epsilon(more=self._study.schedule.rounds - finished), self._promise.max_epsilon
         ends = ", so that the run will end before its last round" if reached > limit else ""
         return (
-            f"round {finished + 1} is then released a second time, and sites pay for both: {in_words(reached)} at delta "
-            f"{self._promise.delta:g} after the last round, where privacy.max_epsilon is {limit:g}{ends}"
+            f"round {finished + 1} is then released a second time, and sites pay for both: {in_words(reached)} at "
+            f"delta {self._promise.delta:g} after the last round, where privacy.max_epsilon is {limit:g}{ends}"
         )
 
     def _said_of_repeats(self) -> str:

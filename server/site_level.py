@@ -106,8 +106,8 @@ def check_site_level(study: StudyConfig, config: CoordinatorConfig) -> None:
         least = gaussian_noise_for(min(privacy.max_epsilon, LARGEST), rounds, privacy.delta)
         enough = math.ceil(101 * least) / 100  # a hundredth more, for the sites' own accountant tells a little more
         raise ConfigError(
-            f"study '{study.name}': its noise comes to {in_words(spent)} at delta {privacy.delta:g} after {rounds} rounds, above "
-            f"privacy.max_epsilon={privacy.max_epsilon:g}. privacy.noise_multiplier: {enough:g} would do"
+            f"study '{study.name}': its noise comes to {in_words(spent)} at delta {privacy.delta:g} after {rounds} "
+            f"rounds, above privacy.max_epsilon={privacy.max_epsilon:g}. privacy.noise_multiplier: {enough:g} would do"
         )
     if config.min_replies < privacy.sites:
         raise ConfigError(
