@@ -66,9 +66,9 @@ class SpareMemory:
 class _Bin:
     """sum of k over the summands, as the bits of c + k g: `count` times the bits of c too much.
 
-    codes: of any content until something was `added`. high: what was moved away, in multiples of 2^_LOW_BITS; None while
-    `codes` alone holds the sum. waiting: a summand that is not in the sum yet. Two are added in one pass, for what takes
-    time is going through the sums, which no cache holds.
+    codes: of any content until something was `added`. high: what was moved away, in multiples of 2^_LOW_BITS; None
+    while `codes` alone holds the sum. waiting: a summand that is not in the sum yet. Two are added in one pass, for
+    what takes time is going through the sums, which no cache holds.
     """
 
     codes: Tensor

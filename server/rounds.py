@@ -27,7 +27,7 @@ from server.roster import Roster, TooFewSites
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
-from server.site_level import check_site_level, what_it_is_worth
+from server.site_level import check_site_level, what_it_is_worth, who_is_believed
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
 from unimiss_core import checkpoint, progress
@@ -86,12 +86,16 @@ class Federation:
         """
         with self._as_config_error(), self._folder.alone(), self._reported():
             state = self._restore_or_start(resume=resume)
-            if (told := what_it_is_worth(self._study, self._layout)) is not None:
-                progress.report(progress.Note(told))
+            self._tell_of_site_level()
             hello = Hello(self._study, self._folder.run)
             while state.round < self._study.schedule.rounds:
                 state = self._next_round(state, hello)
         return state
+
+    def _tell_of_site_level(self) -> None:
+        for told in (what_it_is_worth(self._study, self._layout), who_is_believed(self._study, self._config)):
+            if told is not None:
+                progress.report(progress.Note(told))
 
     def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
         """The state after another round, which is saved."""
