@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 
 from unimiss_core.errors import ConfigError
 from unimiss_core.privacy import Mechanism, mechanisms
@@ -45,6 +44,11 @@ FEW_POINTS = 2**18
 _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 96, 128, 192, 256, 512, 1024]
 """Of the Renyi divergences among which the best is taken; small epsilons need large ones."""
 
+_WHOLE_ORDERS = [order for order in _ORDERS if order == int(order)]
+"""Looser where epsilon is large, and faster, the more so for chances near 1/2."""
+
+_REACH_ORDERS = [order for order in RDPAccountant.DEFAULT_ALPHAS if order == int(order)]
+
 ALL_RANKS: tuple[frozenset[Rank], ...] = (frozenset({2}), frozenset({3}), frozenset({2, 3}))
 """What a site may hold."""
 
@@ -56,14 +60,16 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     not worth working out; or delta is below SMALLEST_DELTA; or the grid of a usable answer would exceed MOST_POINTS.
     """
     taken = [each for each in history if each.steps > 0]
-    bound = _bound_worth_telling(taken, delta)
-    return _by_prv(taken, delta, bound, _error_that_fits(taken, delta, bound, MOST_POINTS)) if taken else 0.0
+    if not taken:
+        return 0.0
+    bound = _bound_worth_telling(taken, delta, _ORDERS)
+    return _by_prv(taken, delta, bound, _error_that_fits(taken, delta, bound, MOST_POINTS))
 
 
 def _quickly(history: Sequence[Mechanism], delta: float, enough: float) -> float:
     """As `epsilon`, or the Renyi bound: where that is `enough` already, and where PRV would take seconds."""
     taken = [each for each in history if each.steps > 0]
-    if (bound := _bound_worth_telling(taken, delta)) <= enough:
+    if (bound := _bound_worth_telling(taken, delta, _WHOLE_ORDERS)) <= enough:
         return bound
     try:
         return _by_prv(taken, delta, bound, _error_that_fits(taken, delta, bound, FEW_POINTS))
@@ -71,11 +77,11 @@ def _quickly(history: Sequence[Mechanism], delta: float, enough: float) -> float
         return bound
 
 
-def _bound_worth_telling(taken: Sequence[Mechanism], delta: float) -> float:
+def _bound_worth_telling(taken: Sequence[Mechanism], delta: float, orders: Sequence[float]) -> float:
     """Epsilon by Renyi. Raises ConfigError: it is above LARGEST, or delta below SMALLEST_DELTA."""
     if delta < SMALLEST_DELTA:
         raise ConfigError(f"delta={delta:g} is below {SMALLEST_DELTA:g}, where epsilon cannot be told; raise delta")
-    if not (bound := epsilon_by_renyi(taken, delta)) <= LARGEST:
+    if not (bound := epsilon_by_renyi(taken, delta, orders=orders)) <= LARGEST:
         raise ConfigError(
             f"epsilon of these releases is {bound:.3g} at most, above {LARGEST:g}: that promises nothing. Raise "
             "noise_multiplier and centre_noise, or lower sampling_rate, rounds or local_steps"
@@ -96,19 +102,18 @@ def _by_prv(taken: Sequence[Mechanism], delta: float, bound: float, error: float
 
 
 def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float, most: int) -> float:
-    """What PRV's epsilon may be too high by. Its grid has 2 L / h points, L covering all losses that matter and
+    """What PRV's epsilon may be too high by. Its grid has 2 L / h points, L covering all losses that matter (Opacus'
+    compute_safe_domain_size, here of whole orders alone, which makes it no smaller) and
     h = error / sqrt(steps log(12 / delta_error) / 2) (arXiv:2106.02848, theorem 5.5); finer is larger.
 
     most: points that the grid may have. Raises ConfigError: not even COARSE fits.
     """
     beyond, steps = delta / 1000, sum(each.steps for each in taken)  # Opacus' own delta_error
-    with _unwarned():
-        reach: float = compute_safe_domain_size(
-            prvs=[PoissonSubsampledGaussianPRV(each.sampling_rate, each.noise_multiplier) for each in taken],
-            max_self_compositions=[each.steps for each in taken],
-            eps_error=COARSE,
-            delta_error=beyond,
-        )
+    alone = [[each._replace(steps=1)] for each in taken]
+    reach = 3 + max(
+        epsilon_by_renyi(taken, beyond / 4, orders=_REACH_ORDERS),
+        *(epsilon_by_renyi(each, beyond / (8 * steps), orders=_REACH_ORDERS) for each in alone),
+    )
     points = 2 * reach * math.sqrt(steps * math.log(12 / beyond) / 2)  # for an error of 1
     error = max(FINE * bound, FINEST, points / most)
     if not error <= COARSE * max(1.0, bound):
@@ -120,7 +125,7 @@ def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float, mos
     return error
 
 
-def epsilon_by_renyi(history: Sequence[Mechanism], delta: float) -> float:
+def epsilon_by_renyi(history: Sequence[Mechanism], delta: float, *, orders: Sequence[float] = tuple(_ORDERS)) -> float:
     """The bound beside it; 0 where there are no releases."""
     taken = [each for each in history if each.steps > 0]
     if not taken:
@@ -128,7 +133,7 @@ def epsilon_by_renyi(history: Sequence[Mechanism], delta: float) -> float:
     accountant = RDPAccountant()
     accountant.history = [tuple(each) for each in taken]
     with _unwarned():
-        return float(accountant.get_epsilon(delta, alphas=_ORDERS))
+        return float(accountant.get_epsilon(delta, alphas=list(orders)))
 
 
 def study_history(study: StudyConfig, ranks: frozenset[Rank]) -> list[Mechanism]:
@@ -180,8 +185,13 @@ def noise_for(study: StudyConfig, target: float) -> float:
     delta = _promise(study).delta
 
     def worst(noise: float, told: Callable[[Sequence[Mechanism], float], float]) -> float:
+        """Of the kinds of site; of the first that is above the target, where one is."""
         privacy = study.privacy.model_copy(update={"noise_multiplier": noise})
-        return max(told(history, delta) for history in _kinds(study.model_copy(update={"privacy": privacy})))
+        kinds = _kinds(study.model_copy(update={"privacy": privacy}))
+        costs: list[float] = []
+        while kinds and max(costs, default=0.0) <= target:
+            costs.append(told(kinds.pop(), delta))
+        return max(costs)
 
     def quickly(history: Sequence[Mechanism], delta: float) -> float:
         return _quickly(history, delta, target)
@@ -193,7 +203,7 @@ def noise_for(study: StudyConfig, target: float) -> float:
         )
     enough = 1.0
     with suppress(ConfigError):  # epsilons so small that only PRV can tell them
-        enough = smallest_noise(partial(worst, told=epsilon_by_renyi), target)
+        enough = smallest_noise(partial(worst, told=partial(epsilon_by_renyi, orders=_WHOLE_ORDERS)), target)
     found = smallest_noise(partial(worst, told=quickly), target, known=enough)
     if _or_infinity(partial(worst, told=epsilon), found) > target:  # the grid may be too large even of this
         raise ConfigError(f"no noise_multiplier is known to reach epsilon {target:g}; ask for fewer steps")

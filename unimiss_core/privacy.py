@@ -40,8 +40,8 @@ def mechanisms(study: StudyConfig, ranks: Collection[Rank], rounds: Iterable[int
     privacy = study.privacy
     if privacy.mode != "patient":
         raise ValueError(f"the study's privacy mode is {privacy.mode}")
-    rounds, present = list(rounds), set(ranks)
-    taken = {rank: sum(steps_of_rank(rank, present, study.schedule, round) for round in rounds) for rank in present}
+    present, stretches = set(ranks), _stretches(rounds)
+    taken = {rank: sum(steps_of_rank(rank, present, study.schedule, part) for part in stretches) for rank in present}
     objective = build_objective(study)
     return [
         Mechanism(
@@ -52,3 +52,10 @@ def mechanisms(study: StudyConfig, ranks: Collection[Rank], rounds: Iterable[int
         for rank in sorted(present)
         if taken[rank] > 0
     ]
+
+
+def _stretches(rounds: Iterable[int]) -> list[range]:
+    """The same rounds; a range as it is, for a study may have a million of them."""
+    if isinstance(rounds, range) and rounds.step == 1:
+        return [rounds]
+    return [range(round, round + 1) for round in rounds]

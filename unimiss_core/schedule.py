@@ -53,18 +53,19 @@ def rank_of_step(ranks: Collection[Rank], step: int, alternate: tuple[int, int])
     return 2 if step % sum(alternate) < alternate[0] else 3
 
 
-def steps_of_rank(rank: Rank, ranks: Collection[Rank], schedule: ScheduleConfig, round_number: int) -> int:
-    """How many steps of the round `rank_of_step` gives to `rank`, counted without going through them."""
+def steps_of_rank(rank: Rank, ranks: Collection[Rank], schedule: ScheduleConfig, rounds: range) -> int:
+    """How many steps of these rounds, which follow each other, `rank_of_step` gives to `rank`; counted without going
+    through them."""
+    steps = len(rounds) * schedule.local_steps
     if len(set(ranks)) == 1:
-        return schedule.local_steps if rank in ranks else 0
-    first, period = schedule.alternate[0], sum(schedule.alternate)
+        return steps if rank in ranks else 0
+    start, first, period = (rounds.start - 1) * schedule.local_steps, schedule.alternate[0], sum(schedule.alternate)
 
     def images_before(step: int) -> int:
         return step // period * first + min(step % period, first)
 
-    steps = steps_of_round(schedule, round_number)
-    images = images_before(steps.stop) - images_before(steps.start)
-    return images if rank == 2 else len(steps) - images
+    images = images_before(start + steps) - images_before(start)
+    return images if rank == 2 else steps - images
 
 
 def trained_steps(ranks: Collection[Rank], schedule: ScheduleConfig, round_number: int) -> dict[Group, int]:
