@@ -38,6 +38,9 @@ FINEST = 0.001
 MOST_POINTS = 2**22
 """Of the grid that PRV works on: 165 bytes each at most, measured, so 0.7 GB, and 1.5 us, so 6 s."""
 
+WEAK = 0.1
+"""Patients, on average, that delta may allow to be given away whole."""
+
 FEW_POINTS = 2**18
 """Likewise, where many answers are asked for in a search."""
 
@@ -136,6 +139,20 @@ def epsilon_by_renyi(history: Sequence[Mechanism], delta: float, *, orders: Sequ
         return float(accountant.get_epsilon(delta, alphas=list(orders)))
 
 
+def delta_is_weak(delta: float, patients: int) -> str | None:
+    """In words, where delta lets a patient be given away: above a tenth of one over the patients. None elsewhere.
+
+    A mechanism that publishes everything of one patient in a thousand, drawn at random, has epsilon 0 at delta 1e-3.
+    """
+    if delta * patients <= WEAK:
+        return None
+    return (
+        f"delta {delta:g} is weak for {patients:,} patients: the promise would also be kept by giving away everything "
+        f"of {delta * patients:.2g} of them, on average; expected at most {WEAK / patients:.2g}, a tenth of one over "
+        "the patients"
+    )
+
+
 def study_history(study: StudyConfig, ranks: frozenset[Rank]) -> list[Mechanism]:
     """Everything that a site with scans of `ranks` releases in the whole study; in mode `site`, what is released of it.
 
@@ -196,11 +213,8 @@ def noise_for(study: StudyConfig, target: float) -> float:
     def quickly(history: Sequence[Mechanism], delta: float) -> float:
         return _quickly(history, delta, target)
 
-    if study.privacy.mode == "patient" and (free := _or_infinity(partial(worst, told=quickly), math.inf)) > target:
-        told = f"{free:.3g}" if free < math.inf else f"more than {LARGEST:g}"
-        raise ConfigError(
-            f"no noise_multiplier reaches epsilon {target:g}: the centres alone come to {told}; raise centre_noise"
-        )
+    if study.privacy.mode == "patient" and _or_infinity(partial(worst, told=quickly), math.inf) > target:
+        _require_centres_below(target, _or_infinity(partial(worst, told=epsilon), math.inf))
     enough = 1.0
     with suppress(ConfigError):  # epsilons so small that only PRV can tell them
         enough = smallest_noise(partial(worst, told=partial(epsilon_by_renyi, orders=_WHOLE_ORDERS)), target)
@@ -208,6 +222,15 @@ def noise_for(study: StudyConfig, target: float) -> float:
     if _or_infinity(partial(worst, told=epsilon), found) > target:  # the grid may be too large even of this
         raise ConfigError(f"no noise_multiplier is known to reach epsilon {target:g}; ask for fewer steps")
     return found
+
+
+def _require_centres_below(target: float, free: float) -> None:
+    """free: epsilon of the centres alone. Raises ConfigError: it is above the target, whatever the gradients' noise."""
+    if free > target:
+        told = f"{free:.3g}" if free < math.inf else "more than can be told"
+        raise ConfigError(
+            f"no noise_multiplier reaches epsilon {target:g}: the centres alone come to {told}; raise centre_noise"
+        )
 
 
 def _promise(study: StudyConfig) -> PatientPrivacyConfig | SitePrivacyConfig:
