@@ -3,6 +3,7 @@
 import math
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from server import exact_sum
 from server.exact_sum import MOST_SUMMANDS, ExactSum, SpareMemory
+from tests.federation import StubSite, metric_rows
+from tests.test_rounds import federate
 
 LARGEST = 1e3
 CANCELLING = st.builds(math.ldexp, st.sampled_from([-1.0, 1.0, 3.0]), st.sampled_from([0, -1, -24, -53, -54, -80]))
@@ -133,3 +136,17 @@ def test_sums_begin_in_the_memory_of_the_last() -> None:
     assert held.ne(7).all()
     assert torch.equal(total.take("a", 1.0), torch.full((2,), 2.0))
     assert spare.get("a", 2) is held
+
+
+def test_a_round_of_more_sites_than_an_int64_holds_comes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it held two: four sites and more ended the coordinator in mid-round."""
+    sites = [StubSite(name, {2: 10}) for name in "abcde"]
+    plain = federate(tmp_path / "plain", sites)
+    monkeypatch.setattr(exact_sum, "MOST_SUMMANDS", 2)
+    crowded = federate(tmp_path / "crowded", sites)
+    assert {
+        name: line["status"] for name, line in metric_rows(tmp_path / "crowded")[0]["sites"].items()
+    } == dict.fromkeys("abcde", "ok")
+    assert all(torch.equal(crowded.student[name], plain.student[name]) for name in plain.student)
