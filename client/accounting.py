@@ -11,10 +11,10 @@ study's epsilon is the largest of any site (parallel composition). Where a patie
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 
 from unimiss_core.errors import ConfigError
 from unimiss_core.privacy import Mechanism, mechanisms
@@ -32,11 +32,25 @@ beside delta."""
 FINE, COARSE = 0.002, 0.01
 """Shares of epsilon that PRV's answer may be too high by: what is asked for, and what is put up with."""
 
+FINEST = 0.001
+"""What it may be too high by however small epsilon is: less would take the largest grids to tell next to nothing."""
+
 MOST_POINTS = 2**22
 """Of the grid that PRV works on: 165 bytes each at most, measured, so 0.7 GB, and 1.5 us, so 6 s."""
 
+WEAK = 0.1
+"""Patients, on average, that delta may allow to be given away whole."""
+
+FEW_POINTS = 2**18
+"""Likewise, where many answers are asked for in a search."""
+
 _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 96, 128, 192, 256, 512, 1024]
 """Of the Renyi divergences among which the best is taken; small epsilons need large ones."""
+
+_WHOLE_ORDERS = [order for order in _ORDERS if order == int(order)]
+"""Looser where epsilon is large, and faster, the more so for chances near 1/2."""
+
+_REACH_ORDERS = [order for order in RDPAccountant.DEFAULT_ALPHAS if order == int(order)]
 
 ALL_RANKS: tuple[frozenset[Rank], ...] = (frozenset({2}), frozenset({3}), frozenset({2, 3}))
 """What a site may hold."""
@@ -51,49 +65,70 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     taken = [each for each in history if each.steps > 0]
     if not taken:
         return 0.0
+    bound = _bound_worth_telling(taken, delta, _ORDERS)
+    return _by_prv(taken, delta, bound, _error_that_fits(taken, delta, bound, MOST_POINTS))
+
+
+def _quickly(history: Sequence[Mechanism], delta: float, enough: float) -> float:
+    """As `epsilon`, or the Renyi bound: where that is `enough` already, and where PRV would take seconds."""
+    taken = [each for each in history if each.steps > 0]
+    if (bound := _bound_worth_telling(taken, delta, _WHOLE_ORDERS)) <= enough:
+        return bound
+    try:
+        return _by_prv(taken, delta, bound, _error_that_fits(taken, delta, bound, FEW_POINTS))
+    except ConfigError:
+        return bound
+
+
+def _bound_worth_telling(taken: Sequence[Mechanism], delta: float, orders: Sequence[float]) -> float:
+    """Epsilon by Renyi. Raises ConfigError: it is above LARGEST, or delta below SMALLEST_DELTA."""
     if delta < SMALLEST_DELTA:
         raise ConfigError(f"delta={delta:g} is below {SMALLEST_DELTA:g}, where epsilon cannot be told; raise delta")
-    if not (bound := epsilon_by_renyi(taken, delta)) <= LARGEST:
+    if not (bound := epsilon_by_renyi(taken, delta, orders=orders)) <= LARGEST:
         raise ConfigError(
             f"epsilon of these releases is {bound:.3g} at most, above {LARGEST:g}: that promises nothing. Raise "
             "noise_multiplier and centre_noise, or lower sampling_rate, rounds or local_steps"
         )
+    return bound
+
+
+def _by_prv(taken: Sequence[Mechanism], delta: float, bound: float, error: float) -> float:
+    """By PRV, `error` too high at most, or by Renyi (`bound`): both hold."""
     accountant = PRVAccountant()
     accountant.history = [tuple(each) for each in taken]
     with _unwarned():
-        error = _error_that_fits(taken, delta, bound)
         try:
             found = float(accountant.get_epsilon(delta, eps_error=error))
         except (ArithmeticError, RuntimeError, ValueError):  # the grid misses what is there to be told
             found = math.inf
-    return min(found, bound)  # both hold
+    return max(0.0, min(found, bound))  # of next to nothing, rounding leaves less than nothing
 
 
-def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float) -> float:
-    """What PRV's epsilon may be too high by. Its grid has 2 L / h points, L covering all losses that matter and
+def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float, most: int) -> float:
+    """What PRV's epsilon may be too high by. Its grid has 2 L / h points, L covering all losses that matter (Opacus'
+    compute_safe_domain_size, here of whole orders alone, which makes it no smaller) and
     h = error / sqrt(steps log(12 / delta_error) / 2) (arXiv:2106.02848, theorem 5.5); finer is larger.
 
-    Raises ConfigError: not even COARSE fits.
+    most: points that the grid may have. Raises ConfigError: not even COARSE fits.
     """
     beyond, steps = delta / 1000, sum(each.steps for each in taken)  # Opacus' own delta_error
-    reach: float = compute_safe_domain_size(
-        prvs=[PoissonSubsampledGaussianPRV(each.sampling_rate, each.noise_multiplier) for each in taken],
-        max_self_compositions=[each.steps for each in taken],
-        eps_error=COARSE,
-        delta_error=beyond,
+    alone = [[each._replace(steps=1)] for each in taken]
+    reach = 3 + max(
+        epsilon_by_renyi(taken, beyond / 4, orders=_REACH_ORDERS),
+        *(epsilon_by_renyi(each, beyond / (8 * steps), orders=_REACH_ORDERS) for each in alone),
     )
     points = 2 * reach * math.sqrt(steps * math.log(12 / beyond) / 2)  # for an error of 1
-    error = max(FINE * bound, points / MOST_POINTS)
+    error = max(FINE * bound, FINEST, points / most)
     if not error <= COARSE * max(1.0, bound):
         raise ConfigError(
             f"epsilon of {steps:,} steps with noise as small as {min(each.noise_multiplier for each in taken):.3g} "
-            f"would take a grid of {points / (COARSE * max(1.0, bound)):.2g} points to tell, above {MOST_POINTS:.2g}. "
+            f"would take a grid of {points / (COARSE * max(1.0, bound)):.2g} points to tell, above {most:.2g}. "
             "Raise noise_multiplier and centre_noise, or lower rounds or local_steps"
         )
     return error
 
 
-def epsilon_by_renyi(history: Sequence[Mechanism], delta: float) -> float:
+def epsilon_by_renyi(history: Sequence[Mechanism], delta: float, *, orders: Sequence[float] = tuple(_ORDERS)) -> float:
     """The bound beside it; 0 where there are no releases."""
     taken = [each for each in history if each.steps > 0]
     if not taken:
@@ -101,7 +136,21 @@ def epsilon_by_renyi(history: Sequence[Mechanism], delta: float) -> float:
     accountant = RDPAccountant()
     accountant.history = [tuple(each) for each in taken]
     with _unwarned():
-        return float(accountant.get_epsilon(delta, alphas=_ORDERS))
+        return float(accountant.get_epsilon(delta, alphas=list(orders)))
+
+
+def delta_is_weak(delta: float, patients: int) -> str | None:
+    """In words, where delta lets a patient be given away: above a tenth of one over the patients. None elsewhere.
+
+    A mechanism that publishes everything of one patient in a thousand, drawn at random, has epsilon 0 at delta 1e-3.
+    """
+    if delta * patients <= WEAK:
+        return None
+    return (
+        f"delta {delta:g} is weak for {patients:,} patients: the promise would also be kept by giving away everything "
+        f"of {delta * patients:.2g} of them, on average; expected at most {WEAK / patients:.2g}, a tenth of one over "
+        "the patients"
+    )
 
 
 def study_history(study: StudyConfig, ranks: frozenset[Rank]) -> list[Mechanism]:
@@ -150,18 +199,38 @@ def check_study(study: StudyConfig) -> None:
 def noise_for(study: StudyConfig, target: float) -> float:
     """The least `privacy.noise_multiplier` with which the study costs at most `target` at every kind of site, all else
     as it stands. Raises ConfigError: none does, as when the centre's noise alone costs more."""
-    promise = _promise(study)
-    free = 0.0 if isinstance(promise, SitePrivacyConfig) else _with_noise_multiplier(study, math.inf)
+    delta = _promise(study).delta
+
+    def worst(noise: float, told: Callable[[Sequence[Mechanism], float], float]) -> float:
+        """Of the kinds of site; of the first that is above the target, where one is."""
+        privacy = study.privacy.model_copy(update={"noise_multiplier": noise})
+        kinds = _kinds(study.model_copy(update={"privacy": privacy}))
+        costs: list[float] = []
+        while kinds and max(costs, default=0.0) <= target:
+            costs.append(told(kinds.pop(), delta))
+        return max(costs)
+
+    def quickly(history: Sequence[Mechanism], delta: float) -> float:
+        return _quickly(history, delta, target)
+
+    if study.privacy.mode == "patient" and _or_infinity(partial(worst, told=quickly), math.inf) > target:
+        _require_centres_below(target, _or_infinity(partial(worst, told=epsilon), math.inf))
+    enough = 1.0
+    with suppress(ConfigError):  # epsilons so small that only PRV can tell them
+        enough = smallest_noise(partial(worst, told=partial(epsilon_by_renyi, orders=_WHOLE_ORDERS)), target)
+    found = smallest_noise(partial(worst, told=quickly), target, known=enough)
+    if _or_infinity(partial(worst, told=epsilon), found) > target:  # the grid may be too large even of this
+        raise ConfigError(f"no noise_multiplier is known to reach epsilon {target:g}; ask for fewer steps")
+    return found
+
+
+def _require_centres_below(target: float, free: float) -> None:
+    """free: epsilon of the centres alone. Raises ConfigError: it is above the target, whatever the gradients' noise."""
     if free > target:
+        told = f"{free:.3g}" if free < math.inf else "more than can be told"
         raise ConfigError(
-            f"no noise_multiplier reaches epsilon {target:g}: the centres alone come to {free:.3g}; raise centre_noise"
+            f"no noise_multiplier reaches epsilon {target:g}: the centres alone come to {told}; raise centre_noise"
         )
-    return smallest_noise(lambda noise: _with_noise_multiplier(study, noise), target)
-
-
-def _with_noise_multiplier(study: StudyConfig, noise: float) -> float:
-    privacy = study.privacy.model_copy(update={"noise_multiplier": noise})
-    return study_epsilon(study.model_copy(update={"privacy": privacy}))
 
 
 def _promise(study: StudyConfig) -> PatientPrivacyConfig | SitePrivacyConfig:
@@ -190,20 +259,22 @@ def _rounded_up(noise: float) -> float:
     return math.ceil(noise / step) * step
 
 
-def smallest_noise(reached: Callable[[float], float], target: float, *, tolerance: float = 0.01) -> float:
+def smallest_noise(
+    reached: Callable[[float], float], target: float, *, tolerance: float = 0.01, known: float = 1.0
+) -> float:
     """The least multiplier with which `reached(multiplier)`, falling, is at most `target`; above it by `tolerance` of
-    itself at most. Raises ConfigError: no multiplier up to 10,000 does."""
-    high = 1.0
-    while not _meets(reached, high, target):
+    itself at most. known: where to begin, best a multiplier that does. Raises ConfigError: none up to 10,000 does."""
+    high = known
+    while _or_infinity(reached, high) > target:
         high *= 2
         if high > 10_000:
             raise ConfigError(f"no noise multiplier up to 10000 reaches epsilon {target:g}; ask for fewer steps")
     low = high / 2
-    while low > 1e-3 and _meets(reached, low, target):
+    while low > 1e-3 and _or_infinity(reached, low) <= target:
         low, high = low / 2, low
     while high / low > 1 + tolerance:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if _meets(reached, middle, target) else (middle, high)
+        low, high = (low, middle) if _or_infinity(reached, middle) <= target else (middle, high)
     return high
 
 
@@ -217,8 +288,9 @@ def _unwarned() -> Iterator[None]:
         yield
 
 
-def _meets(reached: Callable[[float], float], multiplier: float, target: float) -> bool:
+def _or_infinity(reached: Callable[[float], float], multiplier: float) -> float:
+    """The epsilon reached; infinity where it is beyond all that can be told."""
     try:
-        return reached(multiplier) <= target
-    except ConfigError:  # beyond all that can be told
-        return False
+        return reached(multiplier)
+    except ConfigError:
+        return math.inf

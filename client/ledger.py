@@ -216,12 +216,16 @@ class Ledger:
             for digest, entry in newest.items()
         }
 
-    def rounds_left(self, study: StudyConfig, ranks: Collection[Rank]) -> int:
-        """How many more rounds of `study` a site with scans of `ranks` may be charged, from the one after the last
-        that was, until the study ends or a limit is reached. Raises ValueError as `reserve`."""
+    def newest_charge(self, study: StudyConfig) -> Request | None:
+        """What was charged last for `study`: the run at work on it, if any is, and how far it has come."""
+        charged = self._charges().of_study(study.digest())
+        return charged[-1].for_request if charged else None
+
+    def rounds_left(self, study: StudyConfig, ranks: Collection[Rank], *, after: int = 0) -> int:
+        """How many more rounds of `study` a site with scans of `ranks` may be charged, until the study ends or a limit
+        is reached, in a run that goes on after round `after`; 0: that begins anew. Raises ValueError as `reserve`."""
         charges = self._charges()
-        charged = charges.of_study(study.digest())
-        to_come = range(charged[-1].round + 1 if charged else 1, study.schedule.rounds + 1)
+        to_come = range(after + 1, study.schedule.rounds + 1)
 
         def too_many(rounds: int) -> bool:
             added = mechanisms(study, ranks, to_come[:rounds])

@@ -12,11 +12,14 @@ from pydantic import Field, TypeAdapter
 from client.chained_log import Chain, Link
 from unimiss_core.config import RUN, Name
 from unimiss_core.privacy import Mechanism
-from unimiss_core.privacy_config import Delta, Multiplier, Rate
+from unimiss_core.privacy_config import Delta
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """sha256, in hex."""
 Count = Annotated[int, Field(gt=0)]
+Noise = Annotated[float, Field(gt=0)]
+Chance = Annotated[float, Field(gt=0, le=1)]
+"""Whatever a study may ask for today: what was charged stays readable."""
 
 
 class Request(NamedTuple):
@@ -43,7 +46,7 @@ class Reserved(Link):
     max_epsilon: Annotated[float, Field(gt=0)]
     """The study's promise, which its digest holds it to; written out so that the ledger can be read by itself."""
     delta: Delta
-    mechanisms: Annotated[tuple[tuple[Multiplier, Rate, Count], ...], Field(min_length=1)]
+    mechanisms: Annotated[tuple[tuple[Noise, Chance, Count], ...], Field(min_length=1)]
     """(noise multiplier, sampling rate, steps) of each."""
 
     @property

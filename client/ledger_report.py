@@ -49,9 +49,15 @@ def _figures(account: Account) -> tuple[str, ...]:
 
 
 def _rounds_left(ledger: Ledger, study: StudyConfig) -> Table:
-    table = Table(title=f"{study.name}: rounds that this site may still take part in", title_justify="left")
+    """Of a run that begins anew, whose rounds are all still to come, and of the run that was charged last."""
+    newest = ledger.newest_charge(study)
+    title = f"{study.name}, {study.schedule.rounds} rounds: for how many more this site may be charged"
+    table = Table(title=title, title_justify="left")
     table.add_column("site with")
-    table.add_column(f"rounds, of {study.schedule.rounds} in all", justify="right")
+    table.add_column("a new run, from round 1", justify="right")
+    if newest is not None:
+        table.add_column(f"run {newest.run}, charged to round {newest.round}", justify="right")
     for ranks, words in HOLDING.items():
-        table.add_row(words, str(ledger.rounds_left(study, ranks)))
+        begun = [] if newest is None else [ledger.rounds_left(study, ranks, after=newest.round)]
+        table.add_row(words, *map(str, [ledger.rounds_left(study, ranks), *begun]))
     return table

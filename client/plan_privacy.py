@@ -7,7 +7,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from client.accounting import ALL_RANKS, epsilon, epsilon_by_renyi, noise_for, smallest_noise, study_history
+from client.accounting import (
+    ALL_RANKS,
+    WEAK,
+    delta_is_weak,
+    epsilon,
+    epsilon_by_renyi,
+    noise_for,
+    smallest_noise,
+    study_history,
+)
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.privacy import Mechanism
@@ -45,6 +54,8 @@ def of_study(path: Path, patients: int | None = None) -> None:
             "kept" if reached <= privacy.max_epsilon else "exceeded",
         )
     _print(table)
+    if not by_site and patients is None:
+        print(f"delta {privacy.delta:g} is for sites of {WEAK / privacy.delta:,.0f} patients at most; see --patients")
     if not kept:
         print(
             f"noise_multiplier {noise_for(study, privacy.max_epsilon):.4g} would keep epsilon {privacy.max_epsilon:g}"
@@ -73,11 +84,9 @@ def of_numbers(
 
 
 def _check_delta(delta: float, patients: int, name: str) -> None:
-    """A delta near one over the patients allows to give one of them away whole."""
-    if delta * patients > 0.1:
-        raise ConfigError(
-            f"{name} {delta:g} must be at most {0.1 / patients:.2g}, a tenth of one over {patients:,} patients"
-        )
+    """Raises ConfigError, with the setting's name."""
+    if (told := delta_is_weak(delta, patients)) is not None:
+        raise ConfigError(f"{name}: {told}")
 
 
 def _expected(drowned: float) -> str:

@@ -74,7 +74,7 @@ class GlobalRecord(_Record):
     update_norm: Figures = {}
     """L2 norm of the change of the global student, per parameter group."""
     site_epsilon: Annotated[float, Field(ge=0)] | None = None
-    """Only under site-level privacy: what a site has paid that took part in every round so far."""
+    """Only under site-level privacy: what a site has paid that took part in every release so far."""
     probe: Mapping[str, Any] = {}
     """Figures by task, in the last round; the report takes them from their own files."""
 

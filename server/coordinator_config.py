@@ -1,7 +1,7 @@
 """The coordinator file: which study, where results go, how long to wait for whom."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,10 @@ class CoordinatorConfig(Config):
     of random weights. Where a study promises privacy, it must have been trained on nothing but public scans."""
     sites: tuple[RegisteredSite, ...] = ()
     """Only these are asked; empty means every node that connects."""
+    identity: Literal["proved", "believed", "simulated"] = "proved"
+    """How a study of site-level privacy knows that no site takes part under two names, and counts twice. proved: each
+    site is registered with its public_key. believed: by its word; the study's promise then holds of a name, not of a
+    site. simulated: all sites are the operator's own, as a simulation writes it."""
     min_sites: Annotated[int, Field(gt=0)] = 1
     """Sites that must have joined before the first round begins."""
     min_replies: Annotated[int, Field(gt=0)] = 1
@@ -58,7 +62,6 @@ class CoordinatorConfig(Config):
     """Newest rounds whose checkpoints stay; the initial weights, round 0, always do."""
     probe: tuple[Path, ...] = ()
     """Labelled, already preprocessed public sets (.npz, see `server.probing`), measured before and after the run."""
-
     forget_ledgers: tuple[Name, ...] = ()
     """Sites whose ledger of private rounds was begun anew, as those answer for who protect their patients' data
     (docs/privacy.md, 'The ledger'): what was known of it is forgotten whenever this coordinator starts."""

@@ -8,9 +8,12 @@ numbers, and whole numbers add up exactly:
 
 g follows from the largest value of the summand's own tensor, in steps of 2^6, and each g that occurs has a running sum
 of its own; so a tensor of small values is not rounded to what a tensor of large ones can bear, and nothing depends on
-what other summands are. Demmel and Nguyen, Parallel reproducible summation (IEEE Trans. Computers 64, 2015), have the
-bins; that x + c, with c = 1.5 * 2^52 g, holds k in its last bits is the cut of Rump, Ogita and Oishi (ExtractVector,
-SIAM J. Sci. Comput. 31, 2008).
+what other summands are. Before so many have come that an int64 could overflow, the upper half of each sum is moved to
+an int64 of its own, so there may be as many as will.
+
+Demmel and Nguyen, Parallel reproducible summation (IEEE Trans. Computers 64, 2015), have the bins; that x + c, with
+c = 1.5 * 2^52 g, holds k in its last bits is the cut of Rump, Ogita and Oishi (ExtractVector, SIAM J. Sci. Comput. 31,
+2008).
 """
 
 import math
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 MOST_SUMMANDS = 2**12 - 1
-"""Of one tensor: more of them could leave an int64."""
+"""Of one tensor, in one int64: more of them could leave it."""
 
 _CODE_BITS = 51
 """Of a summand, without its sign: as many as a float64 can round to, and MOST_SUMMANDS of them fill an int64."""
@@ -30,6 +33,9 @@ _CODE_BITS = 51
 _BIN_BITS = 6
 _BINS = 8
 """Running sums of a tensor, at most; one or two, where sites are of one kind."""
+
+_LOW_BITS = 32
+"""Of a sum, which stay where the upper ones are moved away; far fewer than one summand may have."""
 
 _AT_ONCE = 65_536
 """Values that a core works on at a time: a float64 buffer of them stays in its cache."""
@@ -60,19 +66,22 @@ class SpareMemory:
 class _Bin:
     """sum of k over the summands, as the bits of c + k g: `count` times the bits of c too much.
 
-    codes: of any content until something was `added`. waiting: a summand that is not in the sum yet. Two are added in
-    one pass, for what takes time is going through the sums, which no cache holds.
+    codes: of any content until something was `added`. high: what was moved away, in multiples of 2^_LOW_BITS; None
+    while `codes` alone holds the sum. waiting: a summand that is not in the sum yet. Two are added in one pass, for
+    what takes time is going through the sums, which no cache holds.
     """
 
     codes: Tensor
     grid: float
     count: int = 0
     added: bool = False
+    high: Tensor | None = None
     waiting: Summand | None = None
 
 
 class ExactSum:
-    """Running sums of named tensors, each times a weight; 8 bytes for each value and bin.
+    """Running sums of named tensors, each times a weight; 8 bytes for each value and bin, 16 where there are more than
+    MOST_SUMMANDS.
 
     largest: bound on |weight * value|. What is dropped of a value is at most 2^-46 of the largest one in its tensor, or
     2^-93 of `largest`: a float32 keeps its last bit down to 2^-22 of the first, a bfloat16 down to 2^-38. spare: of
@@ -89,14 +98,13 @@ class ExactSum:
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """sum[name] += weight * tensor, each finite and of any float type; the product is rounded to float64.
 
-        A tensor may be held until the next summand of its name comes, and must not change until then. Raises
-        OverflowError: one more than MOST_SUMMANDS.
+        A tensor may be held until the next summand of its name comes, and must not change until then.
         """
         for name, tensor in tensors.items():
             flat = tensor.reshape(-1)
             found = self._bin_for(name, flat, weight)
             if found.count == MOST_SUMMANDS:
-                raise OverflowError(f"more than {MOST_SUMMANDS} summands")
+                self._move_high(found)
             found.count += 1
             if found.waiting is None:
                 found.waiting = flat, weight
@@ -115,21 +123,38 @@ class ExactSum:
     def _taken(self, name: str, divisor: float, dtype: torch.dtype) -> Tensor:
         bins = [found for _, found in sorted(self._sums.pop(name).items())]
         for found in bins:
-            if found.waiting is not None:
-                self._add(found, [found.waiting])
+            self._add_waiting(found)
+            if found.high is not None:  # else its low half would tell when it was moved, and so its last bits
+                self._move_high(found)
         result = torch.empty(len(bins[0].codes), dtype=dtype)
         for start, part in self._parts(result):
             total, value, code = (buffer[: len(part)] for buffer in self._buffers)
             total.zero_()
             for found in bins:
-                surplus = found.count * _bits(_cutter(found.grid))
-                wrapped = (surplus + 2**63) % 2**64 - 2**63  # as int64 wraps, so did the sum
-                codes = found.codes[start : start + len(part)]
-                total.add_(value.copy_(torch.sub(codes, wrapped, out=code.view(torch.int64))), alpha=found.grid)
+                stretch = slice(start, start + len(part))
+                codes = torch.sub(found.codes[stretch], _surplus(found), out=code.view(torch.int64))
+                total.add_(value.copy_(codes), alpha=found.grid)
+                if found.high is not None:
+                    total.add_(value.copy_(found.high[stretch]), alpha=found.grid * 2.0**_LOW_BITS)
             part.copy_(total.div_(divisor))
         for found in bins:
             self._spare.keep(name, found.codes)
         return result
+
+    def _add_waiting(self, found: _Bin) -> None:
+        if found.waiting is not None:
+            self._add(found, [found.waiting])
+            found.waiting = None
+
+    def _move_high(self, found: _Bin) -> None:
+        """Leave the lowest bits of each sum in the bin's codes, so that MOST_SUMMANDS more fit in."""
+        self._add_waiting(found)
+        if found.high is None:
+            found.high = torch.zeros_like(found.codes)
+        for start, codes in self._parts(found.codes):
+            found.high[start : start + len(codes)] += codes.sub_(_surplus(found)) >> _LOW_BITS
+            codes.bitwise_and_(2**_LOW_BITS - 1)
+        found.count = 0
 
     def _add(self, found: _Bin, summands: Sequence[Summand]) -> None:
         """To the bin's codes, in one pass."""
@@ -168,6 +193,12 @@ class ExactSum:
         if bound == 0:
             return _BINS - 1
         return min((self._top - math.ceil(math.log2(bound))) // _BIN_BITS, _BINS - 1)
+
+
+def _surplus(found: _Bin) -> int:
+    """What the bits of c come to in each of the bin's codes."""
+    bits = found.count * _bits(_cutter(found.grid))
+    return (bits + 2**63) % 2**64 - 2**63  # as int64 wraps, so did the sum
 
 
 def _cutter(grid: float) -> float:

@@ -22,20 +22,20 @@ from server.exact_sum import SpareMemory
 from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
+from server.released_rounds import record_of
 from server.roster import Roster, TooFewSites
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
-from server.site_level import check_site_level, site_epsilon, what_it_is_worth
+from server.site_level import check_site_level, what_it_is_worth, who_is_believed
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
 from unimiss_core import checkpoint, progress
 from unimiss_core.codec import layout_of
-from unimiss_core.errors import ConfigError, RoundError, RunFolderError, where
+from unimiss_core.errors import ConfigError, PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
-from unimiss_core.privacy_config import SitePrivacyConfig
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -66,6 +66,7 @@ class Federation:
         self._study = study
         self._config = config
         self._folder = RunFolder(config.out)
+        self._record = record_of(config.out, study)
         self._layout = layout_of(empty_network(study.model))
         self._roster = Roster(grid, config)
         late_count = study.aggregation.late_weight > 0
@@ -80,22 +81,29 @@ class Federation:
 
         Raises ConfigError (the folder is not this run's, or another coordinator is at work in it), CheckpointError, and
         RoundError where too few sites came, or too few replied in all tries of a round: what was finished is saved, and
-        a resumed run goes on from there.
+        a resumed run goes on from there. PrivacyBudgetError: under site-level privacy, rounds were released so often
+        that another would cost sites more than the study promises.
         """
         with self._as_config_error(), self._folder.alone(), self._reported():
             state = self._restore_or_start(resume=resume)
-            if (told := what_it_is_worth(self._study, self._layout)) is not None:
-                progress.report(progress.Note(told))
+            self._tell_of_site_level()
             hello = Hello(self._study, self._folder.run)
             while state.round < self._study.schedule.rounds:
                 state = self._next_round(state, hello)
         return state
+
+    def _tell_of_site_level(self) -> None:
+        for told in (what_it_is_worth(self._study, self._layout), who_is_believed(self._study, self._config)):
+            if told is not None:
+                progress.report(progress.Note(told))
 
     def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
         """The state after another round, which is saved."""
         with opened_aggregate(self._study, self._layout, self._folder.scratch, self._spare) as aggregate:
             work = self._round_after(state, aggregate)
             with self._stop_noted(work, state.round + 1):
+                if self._record is not None:
+                    self._record.require_budget(state.round + 1)
                 after, update_norm, took = self._completed(work, state.round + 1, hello)
         self._close(after, update_norm, work.lines, took)
         return after
@@ -141,7 +149,7 @@ class Federation:
         """Where the round ends the run: keep why, and how each site stood, for the report."""
         try:
             yield
-        except (RoundError, KeyboardInterrupt) as error:
+        except (RoundError, PrivacyBudgetError, KeyboardInterrupt) as error:
             sites = {name: vars(line) for name, line in (self._roster.lines | work.lines).items()}
             told = str(error) or "it was interrupted"
             with suppress(OSError):  # the disk may be full; what ended the run must be told all the same
@@ -214,15 +222,18 @@ class Federation:
     def _close(
         self, state: GlobalState, update_norm: Mapping[Group, float], lines: Mapping[str, SiteRound], took: float
     ) -> None:
-        """Write the round's metrics, then its checkpoint; from here on it is done."""
+        """Write the round's metrics, then its checkpoint; from here on it is done. Under site-level privacy it is
+        counted as released before anything of it is written."""
+        if self._record is not None:
+            self._record.note(state.round)
         row: dict[str, Any] = {
             "round": state.round,
             "seconds": round_s(took),
             "sites": {name: vars(line) for name, line in sorted(lines.items())},
             "global": {"update_norm": update_norm},
         }
-        if isinstance(self._study.privacy, SitePrivacyConfig):
-            row["global"]["site_epsilon"] = site_epsilon(self._study.privacy, state.round)
+        if self._record is not None:
+            row["global"]["site_epsilon"] = self._record.epsilon()
         if self._probe is not None and state.round == self._study.schedule.rounds:
             row["global"] |= self._probed(state)
         self._folder.append_metrics(row)

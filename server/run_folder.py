@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from server.released_rounds import record_of
 from unimiss_core import checkpoint, durable
 from unimiss_core.config import RUN, dump_yaml, load
 from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError
@@ -126,17 +127,25 @@ class RunFolder:
         return latest
 
     def begin(self, study: StudyConfig, *, resume: bool) -> checkpoint.Checkpoint | None:
-        """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does."""
-        latest = self.check(study, resume=resume)
+        """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does, and as
+        `ReleasedRounds.begin` where the study promises site-level privacy."""
+        latest, record = self.check(study, resume=resume), record_of(self.path, study)
         shutil.rmtree(self.scratch, ignore_errors=True)  # a round that was cut off may have left gigabytes
         self._stopped.unlink(missing_ok=True)
         if latest is None:
+            if record is not None:
+                record.begin(0)
             self._start(study)
             return None
         try:
             found = checkpoint.load(latest, to_resume=True)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}, or delete {latest} to go on from the round before it") from None
+            told = f"{error}, or delete {latest} to go on from the round before it"
+            if record is not None and (lost := checkpoint.round_of(latest)) > 0:
+                told += f"; {record.cost_of_going_back(lost - 1)}"
+            raise CheckpointError(told) from None
+        if record is not None:
+            record.begin(found.manifest.round)
         if not self._identity.exists():  # deleted, or begun before runs had names
             self._draw_run()
         self._forget_rounds_after(found.manifest.round)

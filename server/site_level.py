@@ -14,9 +14,10 @@ what the server optimiser makes of a step - follows from such steps and the stud
   about another, and move the sum by 2 C. n is a divisor that everybody knows, not a count of replies. Fewer than n are
   refused by the quorum; not for privacy's sake, for noise and divisor do not hang on them, but because the step would
   be shorter than the study says.
-- **What a round releases.** One sum with one draw of noise. A try of a round that fails asked sites with what the round
-  before had released, and took no sum. A coordinator that dies after it took one, and before the checkpoint is written,
-  has shown it to nobody; when it resumes, the round draws anew. Noise is never kept, nor drawn from the study's seed.
+- **What a round releases.** One sum with one draw of noise, counted before it is made (`server.released_rounds`). A try
+  of a round that fails asked sites with what the round before had released, and took no sum. A round that is done
+  again, after a crash or from an older checkpoint, draws anew and is another release. Noise is never kept, nor drawn
+  from the study's seed.
 - **What is promised.** Of two federations that differ in what one site's updates hold, nothing being one of them. Who
   takes part and who fails is not hidden, nor is whether a round came about. One archive put in another's place moves
   the sum by up to 2 C, and costs what half the noise would.
@@ -33,9 +34,10 @@ from torch import Tensor
 from server.aggregation import Aggregate, norm, shortened
 from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import ExactSum, SpareMemory
+from server.wording import listed
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.errors import ConfigError
-from unimiss_core.gaussian_privacy import LARGEST, gaussian_epsilon, gaussian_noise_for
+from unimiss_core.gaussian_privacy import LARGEST, gaussian_epsilon, gaussian_noise_for, in_words
 from unimiss_core.groups import Group
 from unimiss_core.noise import Noise
 from unimiss_core.privacy_config import SitePrivacyConfig
@@ -96,18 +98,17 @@ def public_retention(study: StudyConfig, round: int) -> dict[Group, float]:
 
 
 def check_site_level(study: StudyConfig, config: CoordinatorConfig) -> None:
-    """Raises ConfigError where a study promises site-level privacy that its noise does not keep, or that rounds would
-    come about with fewer sites than it is divided by."""
+    """Raises ConfigError where a study promises site-level privacy that its noise does not keep, where rounds would
+    come about with fewer sites than they are divided by, or where one site could be two."""
     privacy = study.privacy
     if not isinstance(privacy, SitePrivacyConfig):
         return
     if (spent := site_epsilon(privacy, rounds := study.schedule.rounds)) > privacy.max_epsilon:
         least = gaussian_noise_for(min(privacy.max_epsilon, LARGEST), rounds, privacy.delta)
         enough = math.ceil(101 * least) / 100  # a hundredth more, for the sites' own accountant tells a little more
-        told = f"epsilon {spent:.3g}" if spent < math.inf else f"an epsilon above {LARGEST:g}, which promises nothing,"
         raise ConfigError(
-            f"study '{study.name}': its noise comes to {told} at delta {privacy.delta:g} after {rounds} rounds, above "
-            f"privacy.max_epsilon={privacy.max_epsilon:g}. privacy.noise_multiplier: {enough:g} would do"
+            f"study '{study.name}': its noise comes to {in_words(spent)} at delta {privacy.delta:g} after {rounds} "
+            f"rounds, above privacy.max_epsilon={privacy.max_epsilon:g}. privacy.noise_multiplier: {enough:g} would do"
         )
     if config.min_replies < privacy.sites:
         raise ConfigError(
@@ -115,6 +116,37 @@ def check_site_level(study: StudyConfig, config: CoordinatorConfig) -> None:
             f"must count, but the coordinator file says min_replies={config.min_replies}; write min_sites: "
             f"{max(config.min_sites, privacy.sites)} and min_replies: {privacy.sites}, or begin a study of fewer sites"
         )
+    _check_identity(study, config)
+
+
+def _check_identity(study: StudyConfig, config: CoordinatorConfig) -> None:
+    """A site that connects under two names moves the sum by two clip norms, which costs what half the noise would."""
+    if config.identity != "proved":
+        return
+    if not (nameless := [site.name for site in config.sites if not site.public_key]) and config.sites:
+        return
+    lacks = f"gives no public_key for {listed(nameless)}" if nameless else "names no sites"
+    raise ConfigError(
+        f"study '{study.name}' promises site-level privacy, so that no site may count twice under two names, but the "
+        f"coordinator file {lacks}. List every site under sites: with its public_key, and let the SuperLink "
+        "authenticate nodes (docs/federation.md, 'Which sites are asked'); or write identity: believed where you know "
+        "every site yourself"
+    )
+
+
+def who_is_believed(study: StudyConfig, config: CoordinatorConfig) -> str | None:
+    """A note for whoever starts a site-level study whose sites are not told apart by keys."""
+    privacy, rounds = study.privacy, study.schedule.rounds
+    if not isinstance(privacy, SitePrivacyConfig) or config.identity == "proved":
+        return None
+    if config.identity == "simulated":
+        return "identity: simulated: all sites are taken to be the operator's own; nothing shows that no site is two"
+    twice = gaussian_epsilon(privacy.noise_multiplier / 2, rounds, privacy.delta)
+    return (
+        "identity: believed: nothing shows that no site takes part under two names. One that does pays "
+        f"{in_words(twice)} at delta {privacy.delta:g} by the last round, instead of "
+        f"{in_words(site_epsilon(privacy, rounds))}"
+    )
 
 
 def site_epsilon(privacy: SitePrivacyConfig, rounds: int) -> float:

@@ -12,6 +12,7 @@ from client.accounting import (
     ALL_RANKS,
     LARGEST,
     check_study,
+    delta_is_weak,
     epsilon,
     epsilon_by_renyi,
     noise_for,
@@ -68,6 +69,22 @@ def test_a_joint_release_is_worth_what_both_are_one_after_the_other() -> None:
     together = [Mechanism(joint_multiplier(2.0, 3.0, 1), 1.0, 10)]
     apart = [Mechanism(2.0, 1.0, 10), Mechanism(3.0, 1.0, 10)]
     assert epsilon(together, DELTA) == pytest.approx(epsilon(apart, DELTA), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("delta", "patients", "given_away"),
+    [(1e-5, 10_000, None), (1e-5, 10_001, "0.1"), (1e-5, 200_000, "2"), (9e-4, 500, "0.45"), (1e-9, 10**6, None)],
+)
+def test_a_delta_near_one_over_the_patients_is_weak(delta: float, patients: int, given_away: str | None) -> None:
+    told = delta_is_weak(delta, patients)
+    if given_away is None:
+        assert told is None
+        return
+    assert told is not None
+    assert f"delta {delta:g} is weak for {patients:,} patients" in told
+    assert f"giving away everything of {given_away} of them, on average" in told
+    enough = float(re.search(r"expected at most ([0-9.e-]+),", told)[1])  # type: ignore[index]
+    assert delta_is_weak(enough * 0.95, patients) is None
 
 
 def test_of_no_releases_it_is_nothing() -> None:

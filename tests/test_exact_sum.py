@@ -3,6 +3,7 @@
 import math
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from server import exact_sum
 from server.exact_sum import MOST_SUMMANDS, ExactSum, SpareMemory
+from tests.federation import StubSite, metric_rows
+from tests.test_rounds import federate
 
 LARGEST = 1e3
 CANCELLING = st.builds(math.ldexp, st.sampled_from([-1.0, 1.0, 3.0]), st.sampled_from([0, -1, -24, -53, -54, -80]))
@@ -65,12 +68,18 @@ def test_sites_of_very_different_size_are_each_summed_to_their_own_precision() -
     assert torch.equal(total.take("a", 1.0), small)
 
 
-def test_one_summand_more_than_is_promised_is_refused(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(exact_sum, "MOST_SUMMANDS", 3)
-    total = summed([torch.ones(2)] * 3)
-    with pytest.raises(OverflowError):
-        total.add({"a": torch.ones(2)}, 1.0)
-    assert torch.equal(total.take("a", 1.0), torch.full((2,), 3.0))
+@pytest.mark.parametrize("most", [1, 2, 7, 12, 23, 100])
+def test_more_than_one_int64_holds_are_summed_as_exactly(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """As if it held no more than `most` of 23 tensors, whose values are multiples k of the grid: rounded once, at the
+    end, and to the nearest, whenever upper halves were moved away."""
+    monkeypatch.setattr(exact_sum, "MOST_SUMMANDS", most)
+    chance, grid = random.Random(most), 2.0 ** (10 - 51)  # LARGEST is just below 2^10
+    codes = [
+        [chance.randrange(2**50, 2**51 - 2**46) * chance.choice([1, 1, 1, -1]) for _ in range(500)] for _ in range(23)
+    ]
+    found = summed([torch.tensor(row, dtype=torch.float64) * grid for row in codes]).take_whole("a")
+    exact = [Fraction(sum(column)) * Fraction(grid) for column in zip(*codes, strict=True)]
+    assert found.tolist() == [float(each) for each in exact]
 
 
 def test_as_many_of_the_largest_as_are_promised_leave_nothing_out() -> None:
@@ -79,6 +88,16 @@ def test_as_many_of_the_largest_as_are_promised_leave_nothing_out() -> None:
     for _ in range(MOST_SUMMANDS):
         total.add({"a": values}, 1.0)
     assert torch.equal(total.take("a", MOST_SUMMANDS), values)
+
+
+@pytest.mark.parametrize("many", [MOST_SUMMANDS + 1, 3 * MOST_SUMMANDS + 2])
+def test_more_of_the_largest_than_an_int64_holds_leave_nothing_out(many: int) -> None:
+    """Nor the last one, which may not have a partner to be added with."""
+    values = torch.tensor([LARGEST, -LARGEST, 1e-3])
+    total = ExactSum(LARGEST)
+    for _ in range(many):
+        total.add({"a": values}, 1.0)
+    assert torch.equal(total.take("a", many), values)
 
 
 def test_plain_float64_sums_do_depend_on_the_order() -> None:
@@ -117,3 +136,17 @@ def test_sums_begin_in_the_memory_of_the_last() -> None:
     assert held.ne(7).all()
     assert torch.equal(total.take("a", 1.0), torch.full((2,), 2.0))
     assert spare.get("a", 2) is held
+
+
+def test_a_round_of_more_sites_than_an_int64_holds_comes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it held two: four sites and more ended the coordinator in mid-round."""
+    sites = [StubSite(name, {2: 10}) for name in "abcde"]
+    plain = federate(tmp_path / "plain", sites)
+    monkeypatch.setattr(exact_sum, "MOST_SUMMANDS", 2)
+    crowded = federate(tmp_path / "crowded", sites)
+    assert {
+        name: line["status"] for name, line in metric_rows(tmp_path / "crowded")[0]["sites"].items()
+    } == dict.fromkeys("abcde", "ok")
+    assert all(torch.equal(crowded.student[name], plain.student[name]) for name in plain.student)

@@ -280,15 +280,19 @@ def test_rounds_left_are_those_that_can_be_charged(tmp_path: Path, ranks: frozen
         charge(ledger_in(tmp_path), asked(round, study=study), mechanisms(study, ranks, [round]))  # type: ignore[arg-type]
 
     go_on(1)
-    left = ledger_in(tmp_path).rounds_left(study, ranks)  # type: ignore[arg-type]
+    assert ledger_in(tmp_path).newest_charge(study) == asked(1, study=study).as_charged
+    anew = ledger_in(tmp_path).rounds_left(study, ranks)  # type: ignore[arg-type]
+    left = ledger_in(tmp_path).rounds_left(study, ranks, after=1)  # type: ignore[arg-type]
     assert 1 <= left < 8
+    assert anew == left  # the limit ends both, and a round costs the same in each
     for round in range(2, 2 + left):
         go_on(round)
     with pytest.raises(PrivacyBudgetError):
         go_on(2 + left)
-    assert ledger_in(tmp_path).rounds_left(study, ranks) == 0  # type: ignore[arg-type]
+    assert ledger_in(tmp_path).rounds_left(study, ranks, after=1 + left) == 0  # type: ignore[arg-type]
     assert ledger_in(tmp_path, 0.01).rounds_left(private("new"), ranks) == 0  # type: ignore[arg-type]
     assert ledger_in(tmp_path).rounds_left(private("new"), ranks) == 9  # type: ignore[arg-type]
+    assert ledger_in(tmp_path).newest_charge(private("new")) is None
 
 
 def test_a_study_whose_noise_keeps_its_limit_can_be_gone_through(tmp_path: Path) -> None:

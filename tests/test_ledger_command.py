@@ -1,5 +1,6 @@
 """`unimiss-site ledger`, and the limits of a site file, as they are typed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,19 @@ from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
 IMAGES: frozenset[Rank] = frozenset({2})
+VOLUMES: frozenset[Rank] = frozenset({3})
 
 
 @pytest.fixture
 def study() -> StudyConfig:
-    return private("ward", max_epsilon=0.3, rounds=9)
+    return private("ward", max_epsilon=0.45, rounds=9)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     (tmp_path / "DOE^JANE").mkdir()
     path = tmp_path / "site.yaml"
-    path.write_text("name: north\ndata: [{folder: DOE^JANE}]\nstate: state\nprivacy: {max_epsilon: 0.29}\n")
+    path.write_text("name: north\ndata: [{folder: DOE^JANE}]\nstate: state\nprivacy: {max_epsilon: 0.44}\n")
     return path
 
 
@@ -55,22 +57,58 @@ def test_what_was_spent_and_is_left(site: Path, study: StudyConfig, capsys: pyte
     of_study, of_site, images, volumes, both = rows(said)
     assert of_study[:2] == ["ward", study.digest()[:12]]
     assert (of_study[2:], of_site[2:]) == (
-        ["2", "1e-05", f"{spent:.3g}", "0.3", f"{0.3 - spent:.3g}"],
-        ["2", "1e-05", f"{spent:.3g}", "0.29", f"{0.29 - spent:.3g}"],
+        ["2", "1e-05", f"{spent:.3g}", "0.45", f"{0.45 - spent:.3g}"],
+        ["2", "1e-05", f"{spent:.3g}", "0.44", f"{0.44 - spent:.3g}"],
     )
     assert [images[0], volumes[0], both[0]] == ["images", "volumes", "both"]
-    for left, ranks in ((images[1], IMAGES), (volumes[1], {3}), (both[1], {2, 3})):
-        charged = mechanisms(study, IMAGES, range(1, 3))
-        may = [
-            accounting.epsilon([*charged, *mechanisms(study, ranks, range(3, 3 + n))], 1e-5) <= 0.29  # type: ignore[arg-type]
-            for n in range(1, 8)
-        ]
-        assert int(left) == sum(may)
+    assert "a new run, from" in said
+    assert re.search(rf"run\s+{RUN},\s+charged to\s+round 2", " ".join(part for part in re.split(r"[┃│\n]", said)))
+    everything: list[tuple[list[str], frozenset[Rank]]] = [
+        (images, IMAGES),
+        (volumes, VOLUMES),
+        (both, IMAGES | VOLUMES),
+    ]
+    assert 0 < int(images[1]) < 7
+    for (_, anew, going_on), ranks in everything:
+        assert int(anew) == affordable(study, ranks, range(1, 10))
+        assert int(going_on) == affordable(study, ranks, range(3, 10))
+
+
+def affordable(study: StudyConfig, ranks: frozenset[Rank], rounds: range) -> int:
+    """How many of these rounds the site's limit bears after two that were charged."""
+    charged = mechanisms(study, IMAGES, range(1, 3))
+    costs = [
+        accounting.epsilon([*charged, *mechanisms(study, ranks, rounds[:n])], 1e-5) for n in range(1, len(rounds) + 1)
+    ]
+    return sum(cost <= 0.44 for cost in costs)
+
+
+def test_a_run_at_its_end_has_no_rounds_left_and_a_new_one_has_all_that_the_limit_bears(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted on from the last round of any run, both would be none."""
+    short = private("ward", max_epsilon=0.45, rounds=2)
+    charge(site, short, range(1, 3))
+    (site.parent / "study.yaml").write_text(dump_yaml(short))
+    assert main(["ledger", str(site), "--study", str(site.parent / "study.yaml")]) == 0
+    *_, images, volumes, both = rows(capsys.readouterr().out)
+    assert affordable(short, IMAGES, range(1, 3)) == 2
+    assert images == ["images", "2", "0"]
+    assert {volumes[2], both[2]} == {"0"}
+
+
+def test_before_a_study_was_charged_there_is_only_a_new_run(
+    site: Path, study: StudyConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site.parent / "study.yaml").write_text(dump_yaml(study))
+    assert main(["ledger", str(site), "--study", str(site.parent / "study.yaml")]) == 0
+    *_, images, _, _ = rows(capsys.readouterr().out)
+    assert len(images) == 2
 
 
 def test_a_site_that_was_never_charged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ledger", str(site)]) == 0
-    assert rows(capsys.readouterr().out) == [["all of this site", "", "0", "1e-05", "0", "0.29", "0.29"]]
+    assert rows(capsys.readouterr().out) == [["all of this site", "", "0", "1e-05", "0", "0.44", "0.44"]]
     assert not (site.parent / "state").exists()
 
 
@@ -91,7 +129,7 @@ def test_a_study_without_patients_to_charge_is_told(site: Path, capsys: pytest.C
 
 
 def test_the_limits_of_a_site_file(site: Path) -> None:
-    assert load_site(site).privacy == PatientLimits(max_epsilon=0.29, delta=1e-5, least_noise_multiplier=None)
-    site.write_text(site.read_text().replace("max_epsilon: 0.29", "max_epsilon: 0, least_noise: 1.0"))
+    assert load_site(site).privacy == PatientLimits(max_epsilon=0.44, delta=1e-5, least_noise_multiplier=None)
+    site.write_text(site.read_text().replace("max_epsilon: 0.44", "max_epsilon: 0, least_noise: 1.0"))
     with pytest.raises(ConfigError, match=r"(?s)'privacy.max_epsilon'.*'privacy.least_noise' \(did you mean 'least_n"):
         load_site(site)

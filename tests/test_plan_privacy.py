@@ -34,13 +34,17 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
         "both",
     ]
     assert "exceeded" in said
+    assert "delta 1e-05 is for sites of 10,000 patients at most" in said
     enough = re.search(r"noise_multiplier ([0-9.]+) would keep epsilon 1$", said, re.MULTILINE)
     assert enough is not None
     path.write_text(path.read_text().replace("noise_multiplier: 1.0", f"noise_multiplier: {float(enough[1]) * 1.001}"))
     assert main(["plan-privacy", "--study", str(path), "--patients", "10000"]) == 0
-    assert "exceeded" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "exceeded" not in said
+    assert "is for sites of" not in said
     assert main(["plan-privacy", "--study", str(path), "--patients", "20000"]) == 2
-    assert "privacy.delta 1e-05 must be at most 5e-06" in capsys.readouterr().err
+    assert "privacy.delta: delta 1e-05 is weak for 20,000 patients" in (told := capsys.readouterr().err)
+    assert "expected at most 5e-06, a tenth of one over the patients" in told
     path.write_text("name: toy\n")
     assert main(["plan-privacy", "--study", str(path)]) == 2
     assert "promises no privacy" in capsys.readouterr().err
@@ -53,7 +57,7 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
         ("--patients 500 --batch 64", "give either --study"),
         ("--study x.yaml --batch 5", "give either --study"),
         ("--patients 5 --batch 64 --steps 10", "--batch 64 must not be above --patients 5"),
-        ("--patients 50000 --batch 64 --steps 10", "--delta 1e-05 must be at most 2e-06"),
+        ("--patients 50000 --batch 64 --steps 10", "--delta: delta 1e-05 is weak for 50,000 patients"),
     ],
 )
 def test_what_makes_no_sense_is_told(options: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -278,7 +278,7 @@ def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_p
 
 def test_where_nobody_is_drawn_noise_is_sent(tmp_path: Path) -> None:
     """Whether anybody took part must not show."""
-    privacy = private_study().privacy.model_dump() | {"sampling_rate": {"images": 1e-9, "volumes": 1e-9}}
+    privacy = private_study().privacy.model_dump() | {"sampling_rate": {"images": 1e-6, "volumes": 1e-6}}
     study = private_study(privacy=privacy)
     with Hospital(tmp_path).asked() as ask:
         ask(Hello(study, RUN).pack(), "query")

@@ -1,6 +1,7 @@
 """Who may be asked, and how much a site may claim."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,19 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from client.accounting import epsilon
 from server.coordinator_config import CoordinatorConfig, RegisteredSite, load_coordinator
 from server.local_grid import LocalGrid
 from server.registration import Registration
 from server.rounds import Federation
+from server.simulate import prepare, read_simulation
+from server.site_level import check_site_level, who_is_believed
 from tests.federation import StubSite, good_answer, metric_rows, small_study, stub_app
+from tests.test_site_level import site_study
+from unimiss_core import progress
+from unimiss_core.config import dump_yaml
 from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.privacy import Mechanism
 from unimiss_core.scan import Rank
 from unimiss_core.wire import Introduction, TrainReply, TrainRequest
 
@@ -145,3 +153,61 @@ def test_a_file_with_a_name_twice_or_too_few_sites_is_refused(tmp_path: Path) ->
     path.write_text("study: s\nout: o\nsites: [{name: a}]\nmin_sites: 2\n")
     with pytest.raises(ConfigError, match="min_sites=2 must not be above the number of sites, 1"):
         load_coordinator(path)
+
+
+# ------------------------------------------------------------------------------- studies of site-level privacy
+
+
+def coordinator(out: Path, **changes: object) -> CoordinatorConfig:
+    """Of two sites at least."""
+    return CoordinatorConfig.model_validate({"study": out, "out": out, "min_sites": 2, "min_replies": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("sites", "lacks"),
+    [
+        ((), "names no sites"),
+        ((ALPHA, BETA), "gives no public_key for beta"),
+        ((BETA, RegisteredSite(name="gamma", public_key="")), "gives no public_key for beta and gamma"),
+    ],
+)
+def test_a_site_level_study_asks_for_every_sites_key(
+    tmp_path: Path, sites: tuple[RegisteredSite, ...], lacks: str
+) -> None:
+    """Else one hospital could connect under two names and move each sum by two clip norms."""
+    told = f"but the coordinator file {lacks}. List every site .* with its public_key, .* or write identity: believed"
+    with pytest.raises(ConfigError, match=told):
+        check_site_level(site_study(), coordinator(tmp_path, sites=sites))
+    for waived in ("believed", "simulated"):
+        check_site_level(site_study(), coordinator(tmp_path, sites=sites, identity=waived))
+    check_site_level(small_study(), coordinator(tmp_path, sites=sites))
+
+
+def test_with_every_sites_key_nothing_is_asked_nor_told(tmp_path: Path) -> None:
+    proved = coordinator(tmp_path, sites=(ALPHA, RegisteredSite(name="beta", public_key=key_pair()[0])))
+    check_site_level(site_study(), proved)
+    assert who_is_believed(site_study(), proved) is None
+    assert who_is_believed(small_study(), coordinator(tmp_path, identity="believed")) is None
+
+
+def test_sites_that_are_believed_are_told_of_on_the_screen_with_what_a_second_name_costs(tmp_path: Path) -> None:
+    study, config = site_study(), coordinator(tmp_path, identity="believed", wait_s=0.1)
+    heard: list[progress.Event] = []
+    sites = {name: StubSite(name, {2: 10}) for name in ("a", "b")}
+    with progress.listen(heard.append), LocalGrid(stub_app(sites), {n: {"name": n} for n in sites}, run_config={}) as g:
+        Federation(g, study, config).run()
+    told = r"One that does pays epsilon ([0-9.]+) at delta 1e-05 by the last round, instead of epsilon ([0-9.]+)$"
+    (found,) = [match for event in heard if isinstance(event, progress.Note) and (match := re.search(told, event.text))]
+    twice, once = (epsilon([Mechanism(noise, 1.0, 1)], 1e-5) for noise in (1.0, 2.0))
+    assert [float(found[1]), float(found[2])] == pytest.approx([twice, once], rel=0.005)
+
+
+def test_a_simulation_says_that_its_sites_are_its_own(tmp_path: Path) -> None:
+    """Of site-level privacy it then asks for no keys."""
+    (tmp_path / "study.yaml").write_text(dump_yaml(site_study()))
+    (tmp_path / "simulation.yaml").write_text(
+        "study: study.yaml\nquorum: {min_sites: 2, min_replies: 2}\n"
+        "sites: [{name: a, phantom: {kind: cr, patients: 1}}, {name: b, phantom: {kind: cr, patients: 1}}]\n"
+    )
+    made = prepare(read_simulation(tmp_path / "simulation.yaml"), tmp_path / "out", resume=False)
+    check_site_level(site_study(), load_coordinator(made))

@@ -1,12 +1,15 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unimiss_core.groups import GROUPS
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import (
     learning_rate,
     rank_of_step,
+    steps_of_rank,
     steps_of_round,
     teacher_momentum,
     teacher_retention,
@@ -64,6 +67,21 @@ def test_a_site_takes_the_ranks_it_has_in_the_stated_ratio(ranks: set[Rank], exp
 def test_a_site_without_scans_has_no_rank() -> None:
     with pytest.raises(ValueError, match="without scans"):
         rank_of_step((), 0, (1, 1))
+
+
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 12), st.integers(1, 8), st.integers(0, 6))
+def test_steps_are_counted_as_if_one_went_through_them(
+    alternate: tuple[int, int], local_steps: int, start: int, rounds: int
+) -> None:
+    schedule = ScheduleConfig(rounds=20, local_steps=local_steps, alternate=alternate)
+    some = range(start, start + rounds)
+    steps = [step for round in some for step in steps_of_round(schedule, round)]
+    both: set[Rank] = {2, 3}
+    for ranks in (both, {2}, {3}):
+        taken = [rank_of_step(ranks, step, alternate) for step in steps]
+        for rank in both:
+            assert steps_of_rank(rank, ranks, schedule, some) == taken.count(rank)
+    assert steps_of_rank(2, both, schedule, range(5, 3)) == 0
 
 
 def test_steps_are_counted_per_group() -> None:

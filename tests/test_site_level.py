@@ -235,7 +235,9 @@ def site_study(rounds: int = 1, *, sites: int = 2, **changes: object) -> StudyCo
 
 def config_for(out: Path, least: int, **changes: object) -> CoordinatorConfig:
     settings = {"study": Path("unused"), "out": out, "min_sites": least, "min_replies": least, "wait_s": 0.1}
-    return CoordinatorConfig.model_validate({**settings, "retry_s": 0.0, "round_tries": 2, **changes})
+    return CoordinatorConfig.model_validate(
+        {**settings, "retry_s": 0.0, "round_tries": 2, "identity": "simulated", **changes}
+    )
 
 
 def federate(out: Path, study: StudyConfig, sites: Sequence[StubSite], *, resume: bool = False) -> GlobalState:
@@ -391,7 +393,8 @@ def test_fewer_than_a_thousand_sites_are_warned_of_once_with_what_it_is_worth(tm
     with progress.listen(heard.append):
         federate(tmp_path, site_study(2, sites=2), [xray("a"), xray("b")])
     values = sum(spec.size for specs in whole_layout().values() for spec in specs)
-    (told,) = [event.text for event in heard if isinstance(event, progress.Note)]
+    (told, whose) = [event.text for event in heard if isinstance(event, progress.Note)]
+    assert whose.startswith("identity: simulated: all sites are taken to be the operator's own")
     assert f"{2.0 * math.sqrt(values) / 2:,.1f} times as long as the longest mean update" in told
     assert f"= 2 x sqrt({values:,}) / 2" in told
     spent = [row["global"]["site_epsilon"] for row in metric_rows(tmp_path)]

@@ -68,6 +68,11 @@ def folder_name(round: int) -> str:
     return f"round-{round:04d}"
 
 
+def round_of(folder: Path) -> int:
+    """The number in the name that `folder_name` gave."""
+    return int(folder.name.removeprefix("round-"))
+
+
 def save(
     folder: Path,
     *,

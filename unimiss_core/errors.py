@@ -8,7 +8,7 @@ UnimissError            1  anything below that has no code of its own
 ├── RoundError          5  a round could not be completed (too few sites replied)
 ├── LedgerError         6  the record of what patients have cost is damaged, or was put back to an older one
 ├── PrivacyClaimError   7  an audit measured what contradicts a study's promise of privacy
-├── PrivacyBudgetError  1  a round would cost patients more than the study or the site allows; nothing was read for it
+├── PrivacyBudgetError  1  a round would cost patients, or sites, more than is allowed; nothing was read for it
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
 ├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
 ├── MemoryTooSmallError 1  a device cannot hold a training step on a single scan
@@ -67,7 +67,7 @@ class PrivacyClaimError(UnimissError):
 
 
 class PrivacyBudgetError(UnimissError):
-    """A round would cost patients more than they may cost; it was neither charged nor begun."""
+    """A round would cost patients, or whole sites, more than they may cost; it was neither charged nor begun."""
 
 
 class NonFiniteLossError(UnimissError):

@@ -26,6 +26,11 @@ def gaussian_epsilon(noise_multiplier: float, releases: int, delta: float) -> fl
     return _least(lambda epsilon: gaussian_delta(epsilon, mu) <= delta, LARGEST)
 
 
+def in_words(epsilon: float) -> str:
+    """What `gaussian_epsilon` told."""
+    return f"epsilon {epsilon:.3g}" if epsilon <= LARGEST else f"an epsilon above {LARGEST:g}, which promises nothing,"
+
+
 def gaussian_noise_for(epsilon: float, releases: int, delta: float) -> float:
     """The least noise multiplier with which `releases` cost at most this epsilon, which is LARGEST at most."""
     spread = _least(lambda spread: gaussian_delta(epsilon, 1 / spread) <= delta, 1 / delta)  # delta(0) < 0.4 mu

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
-from unimiss_core.schedule import rank_of_step, steps_of_round
+from unimiss_core.schedule import steps_of_rank
 from unimiss_core.study import StudyConfig
 
 
@@ -40,15 +40,22 @@ def mechanisms(study: StudyConfig, ranks: Collection[Rank], rounds: Iterable[int
     privacy = study.privacy
     if privacy.mode != "patient":
         raise ValueError(f"the study's privacy mode is {privacy.mode}")
-    steps = [step for round in rounds for step in steps_of_round(study.schedule, round)]
-    taken = [rank_of_step(ranks, step, study.schedule.alternate) for step in steps]
+    present, stretches = set(ranks), _stretches(rounds)
+    taken = {rank: sum(steps_of_rank(rank, present, study.schedule, part) for part in stretches) for rank in present}
     objective = build_objective(study)
     return [
         Mechanism(
             joint_multiplier(privacy.noise_multiplier, privacy.centre_noise, len(objective.representations(rank))),
             privacy.sampling_rate.of(rank),
-            taken.count(rank),
+            taken[rank],
         )
-        for rank in sorted(set(ranks))
-        if rank in taken
+        for rank in sorted(present)
+        if taken[rank] > 0
     ]
+
+
+def _stretches(rounds: Iterable[int]) -> list[range]:
+    """The same rounds; a range as it is, for a study may have a million of them."""
+    if isinstance(rounds, range) and rounds.step == 1:
+        return [rounds]
+    return [range(round, round + 1) for round in rounds]

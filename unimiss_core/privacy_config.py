@@ -42,8 +42,11 @@ CENTRE_SHAKE = 0.25
 0.27 losses fell as before, at 0.9 they stayed at log K (batch 32, centre_noise 5)."""
 
 Delta = Annotated[float, Field(gt=0, lt=1e-3)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Multiplier = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=1e-6, le=1)]
+"""Chance of a draw; below it no site has so many patients."""
+Multiplier = Annotated[float, Field(ge=1e-2, le=1e3)]
+"""Of noise that a study or a site file asks for. Below it epsilon is above 5,000 in one step; above it there is nothing
+left to hide, and sums that tell epsilon can take minutes (docs/privacy.md, 'Accounting')."""
 
 
 class NoPrivacyConfig(Config):

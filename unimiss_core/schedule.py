@@ -53,6 +53,21 @@ def rank_of_step(ranks: Collection[Rank], step: int, alternate: tuple[int, int])
     return 2 if step % sum(alternate) < alternate[0] else 3
 
 
+def steps_of_rank(rank: Rank, ranks: Collection[Rank], schedule: ScheduleConfig, rounds: range) -> int:
+    """How many steps of these rounds, which follow each other, `rank_of_step` gives to `rank`; counted without going
+    through them."""
+    steps = len(rounds) * schedule.local_steps
+    if len(set(ranks)) == 1:
+        return steps if rank in ranks else 0
+    start, first, period = (rounds.start - 1) * schedule.local_steps, schedule.alternate[0], sum(schedule.alternate)
+
+    def images_before(step: int) -> int:
+        return step // period * first + min(step % period, first)
+
+    images = images_before(start + steps) - images_before(start)
+    return images if rank == 2 else steps - images
+
+
 def trained_steps(ranks: Collection[Rank], schedule: ScheduleConfig, round_number: int) -> dict[Group, int]:
     """How many steps of the round train each group, at a site with scans of `ranks`; 0 for an untouched group."""
     trained = _groups_by_step(ranks, schedule, round_number)

@@ -21,6 +21,7 @@ def _large_enough(size: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Positive = Annotated[int, Field(gt=0)]
+Length = Annotated[int, Field(gt=0, le=10**6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Weight = Annotated[float, Field(gt=0)]
@@ -218,8 +219,8 @@ class OptimiserConfig(Config):
 class ScheduleConfig(Config):
     """How long: every schedule counts steps of the whole study, rounds x local_steps."""
 
-    rounds: Positive = 10
-    local_steps: Positive = 50
+    rounds: Length = 10
+    local_steps: Length = 50
     """Optimiser steps of each site in each round."""
     alternate: tuple[Positive, Positive] = (1, 1)
     """A site with both ranks does this many 2D steps, then this many 3D steps, and so on."""

@@ -1,0 +1,137 @@
+"""At the ends of what a study may set, accountants answer, or refuse in words, without hanging or filling memory."""
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
+
+from client import accounting
+from client.accounting import FEW_POINTS, MOST_POINTS, check_study, epsilon
+from client.ledger import Ledger
+from client.site_config import PatientLimits
+from server.site_level import site_epsilon
+from tests.federation import small_study
+from tests.test_ledger import asked, charge
+from unimiss_core.errors import ConfigError
+from unimiss_core.gaussian_privacy import gaussian_noise_for
+from unimiss_core.privacy import Mechanism
+from unimiss_core.privacy_config import SitePrivacyConfig
+from unimiss_core.study import StudyConfig
+
+PATIENT: dict[str, Any] = {"mode": "patient", "max_epsilon": 8.0, "noise_multiplier": 1.0, "centre_noise": 5.0}
+FIT = {"batch": {"images": 10**9, "volumes": 10**9}, "aggregation": {"max_size_ratio": None}}
+
+
+def study_of(privacy: dict[str, Any], rounds: int = 2, local_steps: int = 2) -> StudyConfig:
+    length = {"schedule": {"rounds": rounds, "local_steps": local_steps}, "optimiser": {"warmup_steps": 0}}
+    return small_study(privacy=privacy, **length, **FIT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"noise_multiplier": 0.00999},
+            r"'privacy\.noise_multiplier': .* greater than or equal to 0\.01, got 0\.00999",
+        ),
+        ({"noise_multiplier": 1e-200}, r"'privacy\.noise_multiplier': .* 0\.01, got 1e-200"),
+        ({"noise_multiplier": 1001.0}, r"'privacy\.noise_multiplier': .* less than or equal to 1000, got 1001\.0"),
+        ({"centre_noise": 1e160}, r"'privacy\.centre_noise': .* less than or equal to 1000, got 1e\+160"),
+        ({"sampling_rate": {"images": 9e-7}}, r"'privacy\.sampling_rate\.images': .* or equal to 0\.000001, got 9e-07"),
+    ],
+)
+def test_what_lies_outside_is_refused_in_one_message(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^test: 1 problem\n  - {told}$"):
+        study_of({**PATIENT, **changes})
+
+
+@pytest.mark.parametrize(("rounds", "local_steps"), [(10**6 + 1, 1), (1, 10**6 + 1)])
+def test_a_study_without_end_is_refused(rounds: int, local_steps: int) -> None:
+    with pytest.raises(ConfigError, match="less than or equal to 1000000, got 1000001"):
+        study_of(PATIENT, rounds, local_steps)
+
+
+def test_what_was_charged_outside_of_today_s_bounds_stays_readable(tmp_path: Path) -> None:
+    """By an older version; or by two noises of 0.01 together, which are worth one of 0.007."""
+    ledger = Ledger(tmp_path, PatientLimits(), lambda history, _: float(len(history)))
+    charge(ledger, asked(), [Mechanism(0.005, 1e-9, 2), Mechanism(1e7, 1.0, 3)])
+    assert ledger.site_account().spent == 2.0
+
+
+# --------------------------------------------------------------------------------------------- all that a study may be
+
+
+def points_of(history: list[tuple[float, float, int]], error: float, delta: float) -> float:
+    """Of PRV's grid: 2 L / h, by Opacus' own L and the h of theorem 5.5 of arXiv:2106.02848."""
+    prvs = [PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in history]
+    steps = [taken for _, _, taken in history]
+    reach = compute_safe_domain_size(prvs, steps, error, delta / 1000)
+    return float(2 * reach * math.sqrt(sum(steps) * math.log(12_000 / delta) / 2) / error)
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The points of every grid that is asked for, none of which is made."""
+    asked_for: list[float] = []
+
+    def get_epsilon(self: Any, delta: float, eps_error: float) -> float:
+        asked_for.append(points_of(self.history, eps_error, delta))
+        return 0.9 * accounting.epsilon_by_renyi(
+            [Mechanism(*each) for each in self.history], delta, orders=range(2, 64)
+        )
+
+    monkeypatch.setattr(accounting.PRVAccountant, "get_epsilon", get_epsilon)
+    return asked_for
+
+
+def exponents(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
+
+
+NOISE, CHANCE = st.floats(-2, 2.999), st.floats(-6, 0)
+
+
+def test_every_study_is_told_or_refused_on_grids_that_fit(grids: list[float]) -> None:
+    """Whatever noise, chances, length, delta and limit; three answers on a large grid at most for the study as it is,
+    three for the noise that would do, and few small ones between."""
+
+    @given(NOISE, NOISE, CHANCE, CHANCE, st.floats(0, 6), st.floats(0, 6), st.floats(-8.99, -3.01), st.floats(-2, 2.5))
+    @example(0.0, 2.9, math.log10(0.5), math.log10(0.5), 1.0, 1.0, -5.0, 0.5)  # a chance of 1/2: the slowest series
+    @example(-2.0, -2.0, 0.0, 0.0, 6.0, 6.0, -5.0, 0.5)
+    @example(2.999, 2.999, -6.0, -6.0, 6.0, 6.0, -8.99, -2.0)
+    @settings(max_examples=3, deadline=None, derandomize=True)
+    def told(
+        noise: float, centre: float, q2: float, q3: float, rounds: float, steps: float, d: float, e: float
+    ) -> None:
+        grids.clear()
+        rates = {"images": 10**q2, "volumes": 10**q3}
+        noises = {"noise_multiplier": 10**noise, "centre_noise": 10**centre}
+        promise = {"mode": "patient", "max_epsilon": 10**e, "delta": 10**d, "sampling_rate": rates, **noises}
+        study = study_of(promise, int(10**rounds), int(10**steps))
+        with suppress(ConfigError):
+            check_study(study)
+        large = [points for points in grids if points > FEW_POINTS * 1.001]
+        assert len(large) <= 6
+        assert max(large, default=0) <= MOST_POINTS * 1.001
+        assert len(grids) <= 60
+
+    told()
+
+
+@pytest.mark.parametrize("history", [[Mechanism(1e3, 1e-6, 1)], [Mechanism(1e3, 0.1, 10), Mechanism(1e3, 0.2, 1)]])
+def test_next_to_nothing_is_nothing_and_not_less(history: list[Mechanism]) -> None:
+    assert 0.0 <= epsilon(history, 1e-5) <= 0.003
+
+
+@given(exponents(-2, 3), st.integers(1, 10**6), exponents(-9, -3.01))
+@settings(max_examples=100, deadline=None)
+def test_the_closed_form_answers_everywhere(noise: float, rounds: int, delta: float) -> None:
+    promise = SitePrivacyConfig(max_epsilon=1.0, clip_norm=1.0, noise_multiplier=noise, sites=5, delta=delta)
+    assert site_epsilon(promise, rounds) >= 0
+    for target in (1e-3, 1.0, 100.0):
+        assert 0 < gaussian_noise_for(target, rounds, delta) < 1e9
