@@ -30,8 +30,11 @@ UNPROTECTED = {
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("read")  # which the site answers with `failed`
+
     for name in ("open_library", "open_private_library"):
-        monkeypatch.setattr(sites, name, lambda *_: pytest.fail("read"))
+        monkeypatch.setattr(sites, name, read)
 
 
 def answers(hospital: Hospital, study: StudyConfig) -> tuple[list[Refusal | None], list[str]]:
