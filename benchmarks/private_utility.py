@@ -33,7 +33,7 @@ from client.batches import Batches
 from client.patient_draws import PatientDraws
 from client.phantoms import PhantomConfig, write_hospital
 from client.site import Site
-from client.site_config import DataSource, SiteConfig, TableConfig, anchored
+from client.site_config import DataSource, PatientLimits, SiteConfig, TableConfig, anchored
 from unimiss_core.config import parse, read_yaml
 from unimiss_core.learner import Learner
 from unimiss_core.network import tensors_of
@@ -199,9 +199,12 @@ def _real(data: Path) -> DataSource:
     return DataSource(folder=data / "nih_cxr14" / "images_224", table=nih, patient_range=TRAINED)
 
 
+BOTH = PatientLimits(holds=("images", "volumes"))
+
+
 def _site(options: argparse.Namespace, state: Path, source: DataSource, *, steps: int | None = None) -> Site:
     state.mkdir()
-    config = SiteConfig(name="site", data=(source,), state=state, devices=("cpu",))
+    config = SiteConfig(name="site", data=(source,), state=state, devices=("cpu",), privacy=BOTH)
     return Site(anchored(config, state), _study(options, steps=steps), "0" * 16)
 
 

@@ -13,7 +13,8 @@ from flwr.clientapp import ClientApp
 from client.execution import look_over
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site
-from client.telling import tell
+from client.telling import tell, tell_of_scans
+from client.terms import check_terms
 from client.trainer import run_round
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
@@ -26,6 +27,7 @@ from unimiss_core.errors import (
     PrivacyBudgetError,
     ScanError,
     UnimissError,
+    UnknownPatientError,
     WireError,
     where,
 )
@@ -47,8 +49,10 @@ REASONS: dict[type[Exception], str] = {
     MemoryTooSmallError: "site_setup",
     PrivacyBudgetError: "budget",
     LedgerError: "ledger",
+    UnknownPatientError: "undisclosed",
 }
-"""Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`."""
+"""Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`. Those that may
+hang on scans do not come here from a patient-level study: `client.private_round.cause_kept_here`."""
 
 
 @app.query()
@@ -58,14 +62,11 @@ def introduce(message: Message, context: Context) -> Message:
     def answer() -> RecordDict:
         hello = Hello.unpack(message.content)
         site = open_site(context, hello.study, hello.run)
+        check_terms(site.config, site.study, site.ledger)
         look_over(site.config)  # before the scans are read, which can take hours
         if hello.study.privacy.mode != "none":
             _check_promise(hello.study)
-        if hello.study.privacy.mode == "patient":
-            return _private_introduction(site).pack()
-        scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
-        _tell_of_scans(site)
-        return Introduction(site.config.name, scans, sum(site.library.left_out.values())).pack()
+        return (private_introduction(site) if site.is_private else _introduction(site)).pack()
 
     return _reply(message, context, answer)
 
@@ -77,13 +78,12 @@ def train(message: Message, context: Context) -> Message:
     def answer() -> RecordDict:
         study = study_of(message.content)
         site = open_site(context, study, run_of(message.content))
-        is_private = study.privacy.mode == "patient"
-        ranks = (site.memory.told() if is_private else frozenset()) or site.library.ranks
+        check_terms(site.config, study, site.ledger)
         layout = layout_of(empty_network(study.model))
-        trained = {group: layout[group] for group in groups_of_ranks(ranks)}
+        trained = {group: layout[group] for group in groups_of_ranks(site.ranks)}
         request = TrainRequest.unpack(message.content, trained)
-        if is_private:
-            payload, head = private_round(site, request, ranks, trained)
+        if site.is_private:
+            payload, head = private_round(site, request, trained)
             return with_ledger(as_kept(payload), head)
         return run_round(site, request).pack(trained, study.wire.dtype)
 
@@ -98,24 +98,10 @@ def _check_promise(study: StudyConfig) -> None:
     check_study(study)
 
 
-def _private_introduction(site: Site) -> Introduction:
-    introduction = private_introduction(site)
-    _tell_of_scans(site)
-    return introduction
-
-
-def _tell_of_scans(site: Site) -> None:
-    """What is left out, and where a batch asks for more scans than there are."""
-    if site.library.left_out:
-        told = ", ".join(f"{count} {reason}" for reason, count in site.library.left_out.items())
-        tell(site.config.name, f"left out {told}; see unimiss-site check")
-    for rank in sorted(site.library.ranks):
-        held, asked = len(site.library.of_rank(rank)), site.study.batch.of(rank)
-        if held < asked and site.study.privacy.mode != "patient":
-            tell(
-                site.config.name,
-                f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly",
-            )
+def _introduction(site: Site) -> Introduction:
+    tell_of_scans(site)
+    scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
+    return Introduction(site.config.name, scans, sum(site.library.left_out.values()))
 
 
 def _reply(message: Message, context: Context, answer: Callable[[], RecordDict]) -> Message:

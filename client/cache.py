@@ -19,7 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from client import workers
 from client.catalogue import Candidate, Catalogue, catalogue, read, safe_here, state_of
-from client.patients import load_secret
+from client.patients import check_known, load_secret
 from client.site_config import DataSource, SiteConfig
 from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
@@ -89,6 +89,8 @@ class Library:
     scans: tuple[CachedScan, ...]
     left_out: Mapping[str, int]
     """Reason -> series, images or unreadable files left out for it."""
+    assumed: Mapping[int, int] = field(default_factory=dict)
+    """As `Catalogue.assumed`."""
 
     def of_rank(self, rank: Rank) -> tuple[CachedScan, ...]:
         return tuple(scan for scan in self.scans if scan.rank == rank)
@@ -115,10 +117,21 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
     Folders in which no file came, went or changed since are not read at all.
     Raises NoUsableScanError: nothing is usable. Raises ConfigError: a wrong table, or no room for the cache.
     """
-    try:
-        return _opened(site, plan)
-    except OSError as error:  # of its own files: what goes wrong with a scan has become a reason by now
-        raise _unwritable(site, error.strerror or "unknown error") from None
+    library = _opened(site, plan, are_known=False)
+    if not library.scans:
+        said = ", ".join(f"{count} {reason}" for reason, count in library.left_out.items()) or "the folders are empty"
+        raise NoUsableScanError(
+            f"site '{site.name}': no usable scan in {len(site.data)} data folder(s): {said}; "
+            f"see 'unimiss-site check' for each reason"
+        )
+    return library
+
+
+def open_private_library(site: SiteConfig, plan: PlanConfig) -> Library:
+    """The scans for a patient-level study: it may hold none, for that there are any is not to show, and each says whose
+    it is. Raises UnknownPatientError, before anything is done that hangs on the plan; and ConfigError as
+    `open_library`."""
+    return _opened(site, plan, are_known=True)
 
 
 def _unwritable(site: SiteConfig, why: str) -> ConfigError:
@@ -128,12 +141,21 @@ def _unwritable(site: SiteConfig, why: str) -> ConfigError:
     )
 
 
-def _opened(site: SiteConfig, plan: PlanConfig) -> Library:
+def _opened(site: SiteConfig, plan: PlanConfig, *, are_known: bool) -> Library:
+    """are_known: whether each scan has to say whose it is."""
+    try:
+        return _looked_up(site, plan, are_known=are_known)
+    except OSError as error:  # of its own files: what goes wrong with a scan has become a reason by now
+        raise _unwritable(site, error.strerror or "unknown error") from None
+
+
+def _looked_up(site: SiteConfig, plan: PlanConfig, *, are_known: bool) -> Library:
     secret = load_secret(site.state)
     folder = site.cache_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = state_of(site.data, secret)
     if (library := _remembered(folder, plan, state)) is not None:
+        check_known(site, library.assumed if are_known else {})
         return library
     found = catalogue(
         site.data,
@@ -142,6 +164,7 @@ def _opened(site: SiteConfig, plan: PlanConfig) -> Library:
         processes=site.workers,
         looked=lambda files: progress.report(progress.Preparing(site.name, files, 0)),
     )
+    check_known(site, found.assumed if are_known else {})
     library = _library(site, found, _built(site, plan, found, secret))
     if not _PASSING & library.left_out.keys():
         _remember(folder, plan, state, library)
@@ -330,6 +353,7 @@ def _library_file(folder: Path, plan: PlanConfig) -> Path:
 def _remember(folder: Path, plan: PlanConfig, state: str, library: Library) -> None:
     scans = [{name: value for name, value in vars(scan).items() if name != "path"} for scan in library.scans]
     content = {"version": _VERSION, "state": state, "scans": scans, "left_out": dict(library.left_out)}
+    content["assumed"] = list(library.assumed.items())  # JSON's keys are text
     durable.write_text(_library_file(folder, plan), json.dumps(content))
 
 
@@ -346,10 +370,11 @@ def _remembered(folder: Path, plan: PlanConfig, state: str) -> Library | None:
             )
             for raw in content["scans"]
         )
+        assumed = {int(number): int(count) for number, count in content["assumed"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     present = set(folder.iterdir())
-    return Library(scans, content["left_out"]) if all(scan.path in present for scan in scans) else None
+    return Library(scans, content["left_out"], assumed) if all(scan.path in present for scan in scans) else None
 
 
 # ---------------------------------------------------------------------------------------------------------- room
@@ -411,10 +436,4 @@ def _library(site: SiteConfig, found: Catalogue, records: Sequence[_Record]) -> 
                 path=site.cache_folder / f"{record.key}.npy",
                 offset=record.offset,
             )
-    if not scans:
-        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "the folders are empty"
-        raise NoUsableScanError(
-            f"site '{site.name}': no usable scan in {len(site.data)} data folder(s): {said}; "
-            f"see 'unimiss-site check' for each reason"
-        )
-    return Library(scans=tuple(scans.values()), left_out=dict(sorted(reasons.items())))
+    return Library(tuple(scans.values()), dict(sorted(reasons.items())), found.assumed)

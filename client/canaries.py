@@ -144,6 +144,10 @@ class CanarySite(Site):
     def library(self) -> Library:
         return self.held
 
+    @property
+    def ranks(self) -> frozenset[Rank]:
+        return self.held.ranks
+
 
 def canary_site(study: StudyConfig, held: Library) -> CanarySite:
     """A site of canaries, in an audited study."""

@@ -10,7 +10,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -107,6 +107,9 @@ class Catalogue:
     unreadable: tuple[LeftOut, ...]
     """Files of which nothing can be said but the reason, one each."""
     files_seen: int
+    assumed: Mapping[int, int] = field(default_factory=dict)
+    """Number of a source, from 0 -> its files that count as a patient each because nothing says whose they are. It
+    hangs on files and site file alone, never on a study's plan."""
 
 
 def catalogue(
@@ -141,7 +144,12 @@ def catalogue(
         left_out=(*(entry for part in parts for entry in part.left_out), *lone),
         unreadable=tuple(entry for part in parts for entry in part.unreadable),
         files_seen=sum(part.files_seen for part in parts),
+        assumed={number: count for number, part in enumerate(parts) if (count := _assumed(part))},
     )
+
+
+def _assumed(part: Catalogue) -> int:
+    return sum("patient_assumed" in candidate.flags for candidate in part.candidates)
 
 
 def state_of(sources: Sequence[DataSource], secret: bytes) -> str:
@@ -387,7 +395,7 @@ def _plain_candidate(
         modality=modality,
         shape=shape,
         spacing_mm=spacing,
-        flags=(*plain.flags, *(("patient_assumed",) if text is None else ())),
+        flags=plain.flags if text is not None or source.file_is_patient else (*plain.flags, "patient_assumed"),
     )
 
 

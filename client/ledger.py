@@ -36,7 +36,7 @@ from pathlib import Path
 from client.chained_log import WAY_OUT, ChainedLog
 from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
 from client.locks import locked
-from client.site_config import PatientLimits
+from client.site_config import PatientLimits, SiteConfig
 from client.site_state import KEPT_ROUNDS, make_run_folder, run_folder
 from unimiss_core import durable
 from unimiss_core.chain import Head
@@ -112,7 +112,7 @@ class Ledger:
 
         Two attempts at one round, both alive, would leave the memory of one and the reply of the other: two releases
         for one charge. The system lets go when this process ends, however it ends. Raises WireError `busy`: another is
-        at work on the run. Windows has no such lock; there nothing is held.
+        at work on the run. Where there are no such locks, `client.terms` lets no private round come so far.
         """
         folder = run_folder(self._folder, run)
         with ExitStack() as holding:
@@ -147,10 +147,10 @@ class Ledger:
         releases: all that its reply is made of (`unimiss_core.privacy.mechanisms`). Nothing is charged anew where the
         newest reservation of the run is for the same request and releases and has no reply: the round goes on under it.
 
-        Raises PrivacyBudgetError, and charges nothing: the study's charges with this one would exceed its
-        `privacy.max_epsilon`, or all charges of the site its own limit, as they are today; or there is less noise than
-        the site asks for. Raises ValueError: there are no releases, the study is not in mode `patient`, or `alone` is
-        not held.
+        Raises PrivacyBudgetError, and charges nothing: all that was charged under the study's name (one that was
+        edited goes on with what it cost) would exceed its `privacy.max_epsilon` with this, or all charges of the site
+        its own limit, as they are today; or there is less noise than the site asks for. Raises ValueError: there are no
+        releases, the study is not in mode `patient`, or `alone` is not held.
         """
         self._require_alone(asked.run)
         if not (charged := total(releases)):
@@ -192,6 +192,11 @@ class Ledger:
         with self._log.writing() as log:  # not only read: what is told must be on the disk
             return log.chain.head
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether it has any entry. Nothing is written."""
+        return bool(self._log.read().entries)
+
     def check_known(self, known: Head) -> None:
         """Raises LedgerError: `known`, which a coordinator saw as this ledger's head, is not in it. So it is an older
         copy, or another ledger, and forgets releases that were made."""
@@ -208,17 +213,18 @@ class Ledger:
         return self._account(self._charges().reserved, self._limits.max_epsilon, self._limits.delta)
 
     def study_accounts(self) -> dict[tuple[str, str], Account]:
-        """(name, digest) of each study that was charged for -> its charges, against its own limit, in order."""
+        """(name, newest digest) of each study that was charged for -> its charges, against the limit that it had last,
+        in order of the first."""
         charges = self._charges()
-        newest = {entry.study: entry for entry in charges.reserved}
+        newest = {entry.study_name: entry for entry in charges.reserved}
         return {
-            (entry.study_name, digest): self._account(charges.of_study(digest), entry.max_epsilon, entry.delta)
-            for digest, entry in newest.items()
+            (name, entry.study): self._account(charges.of_study(name), entry.max_epsilon, entry.delta)
+            for name, entry in newest.items()
         }
 
     def newest_charge(self, study: StudyConfig) -> Request | None:
-        """What was charged last for `study`: the run at work on it, if any is, and how far it has come."""
-        charged = self._charges().of_study(study.digest())
+        """What was charged last for `study` as it stands: the run at work on it, if any is, and how far it has come."""
+        charged = [entry for entry in self._charges().of_study(study.name) if entry.study == study.digest()]
         return charged[-1].for_request if charged else None
 
     def rounds_left(self, study: StudyConfig, ranks: Collection[Rank], *, after: int = 0) -> int:
@@ -256,11 +262,11 @@ class Ledger:
                 f"its noise multiplier, of gradient and centre together, is {noise:.4g}, and this site asks for at "
                 f"least {least:g} (privacy.least_noise_multiplier of the site file)"
             )
-        of_study = releases_of(charges.of_study(study.digest()))
+        of_study = releases_of(charges.of_study(study.name))
         if over := self._exceeded([*of_study, *added], promise.max_epsilon, promise.delta):
             return (
-                f"{over} that the study promises (privacy.max_epsilon of the study), rounds that were charged and came "
-                "to nothing among it; the study ends here for this site"
+                f"{over} that the study promises (privacy.max_epsilon of the study), with all that was charged under "
+                "its name, whatever its settings were then; the study ends here for this site"
             )
         of_site = releases_of(charges.reserved)
         if limits.max_epsilon and (over := self._exceeded([*of_site, *added], limits.max_epsilon, limits.delta)):
@@ -288,6 +294,17 @@ class Ledger:
     def _require_alone(self, run: str) -> None:
         if self._held != run:
             raise ValueError("the ledger is written to within alone(run) only")
+
+
+def ledger_of(config: SiteConfig) -> Ledger:
+    """The ledger of a site, over all its studies."""
+    return Ledger(config.state, config.privacy, _epsilon)
+
+
+def _epsilon(releases: Sequence[Mechanism], delta: float) -> float:
+    from client.accounting import epsilon  # here, for it takes seconds, and only what is charged needs it
+
+    return epsilon(releases, delta)
 
 
 def _open_for(charges: Charges, asked: Asked, releases: Sequence[Mechanism]) -> Reserved | None:

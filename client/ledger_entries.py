@@ -99,8 +99,9 @@ class Charges:
         replied = [entry for entry in chain.entries if isinstance(entry, Replied)]
         return cls(reserved, {entry.reservation: entry.reply for entry in replied})
 
-    def of_study(self, digest: str) -> list[Reserved]:
-        return [entry for entry in self.reserved if entry.study == digest]
+    def of_study(self, name: str) -> list[Reserved]:
+        """All that was charged under a study's name: its digest changes with each setting, and patients do not."""
+        return [entry for entry in self.reserved if entry.study_name == name]
 
     def newest(self, run: str) -> Reserved | None:
         """The last reservation of a run: the only one that may still be used."""

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from client import accounting
-from client.ledger import Account, Ledger
+from client.ledger import Account, Ledger, ledger_of
 from client.site_config import load_site
+from client.terms import terms
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
@@ -25,8 +26,9 @@ def show(site_file: Path, study_file: Path | None, console: Console) -> None:
     study = load(StudyConfig, study_file) if study_file else None
     if study is not None and study.privacy.mode != "patient":
         raise ConfigError(f"{study_file}: the study charges no patient (privacy.mode: {study.privacy.mode})")
-    ledger = Ledger(site.state, site.privacy, accounting.epsilon)
+    ledger = ledger_of(site)
     console.print(_accounts(site.name, ledger))
+    console.print(*terms(site, ledger), sep="\n", markup=False, highlight=False)
     if study is not None:
         console.print(_rounds_left(ledger, study))
 

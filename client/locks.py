@@ -1,6 +1,6 @@
 """Holding a file against other processes; the system lets go when a process ends, however it ends.
 
-Windows has no such lock; there nothing is held.
+Windows has no such lock; there nothing is held, and sites take part in no patient-level study (`client.terms`).
 """
 
 import sys
@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 if sys.platform != "win32":
     import fcntl
+
+EXIST = sys.platform != "win32"
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class PatientDraws:
         if not isinstance(privacy, PatientPrivacyConfig):
             raise ValueError(f"the study's privacy mode is {privacy.mode}, not patient")
         self._study, self._privacy, self._team, self._device = site.study, privacy, team, device
-        self._ranks = site.library.ranks
+        self._ranks = site.ranks
         self._patients = {rank: _by_patient(site.library.of_rank(rank)) for rank in RANKS}
         self._generator = secret_generator(_shared_key(team, device))
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from client.site_config import DataSource, TableConfig
-from unimiss_core.errors import ConfigError, ScanError
+from client.site_config import DataSource, SiteConfig, TableConfig
+from unimiss_core.errors import ConfigError, ScanError, UnknownPatientError
 from unimiss_core.scan import Modality
 
 _ISSUER = "\x1f"
@@ -103,6 +103,18 @@ def ruled_patient(source: DataSource, below: PurePosixPath, listed: Listed | Non
     if found is None or not found["patient"]:
         raise ScanError("no_patient_match", "patient_pattern does not match the path of a file")
     return found["patient"]
+
+
+def check_known(site: SiteConfig, assumed: Mapping[int, int]) -> None:
+    """assumed: number of a data source -> its files of which nothing says whose they are. Raises UnknownPatientError:
+    there are any, so that what a patient costs would be what one of its files does."""
+    if assumed:
+        told = ", ".join(f"{count} of 'data.{number}'" for number, count in sorted(assumed.items()))
+        raise UnknownPatientError(
+            f"site '{site.name}': a patient-level study counts patients, and nothing says whose these files are: "
+            f"{told} (data sources from 0, in the order of the site file); give the source a patient_pattern, or a "
+            "table with a patient column, or file_is_patient: true where every file is of another patient"
+        )
 
 
 def read_table(table: TableConfig) -> dict[PurePosixPath, Listed]:

@@ -3,35 +3,68 @@
 What leaves the site in such a study, and what covers it, is a table of docs/privacy.md; here it is held to.
 """
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from client.ledger import Asked
 from client.site import Site
+from client.telling import tell, tell_of_scans
 from client.trainer import beginning, run_round
 from unimiss_core.chain import Head
 from unimiss_core.codec import Layout
-from unimiss_core.errors import WireError
+from unimiss_core.errors import UnimissError, UnknownPatientError, WireError, where
 from unimiss_core.privacy import mechanisms
+from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.wire import Introduction, TrainReply, TrainRequest, to_keep
 
+log = logging.getLogger(__name__)
+
 
 def private_introduction(site: Site) -> Introduction:
-    """Who this site is, without a count, and where its ledger stands. Raises LedgerError and ConfigError."""
-    site.memory.remember_told(site.library.ranks)
-    return Introduction(site.config.name, _presence(site.library.ranks), 0, site.ledger.head)
+    """Who this site is: what its file declares, without a count, and where its ledger stands.
+
+    It costs nothing and may be asked for with any plan, so it hangs on no scan. They are read now, which can take
+    hours, but whatever comes of it is for the site's own screen. Raises LedgerError; ConfigError, from the ledger's
+    disk; and UnknownPatientError, which hangs on no plan.
+    """
+    limits, promise = site.config.privacy, site.study.privacy
+    if limits.max_epsilon is None and isinstance(promise, PatientPrivacyConfig):
+        told = f"only study '{site.study.name}' limits what patients may cost, to epsilon {promise.max_epsilon:g}"
+        tell(site.config.name, f"{told}; under another name it would begin anew: set privacy.max_epsilon")
+    try:
+        with cause_kept_here(site.config.name):
+            tell_of_scans(site)
+    except WireError as untold:
+        log.warning("introduced all the same: %s", untold)
+    return Introduction(site.config.name, _presence(site.ranks), 0, site.ledger.head)
 
 
-def private_round(site: Site, request: TrainRequest, ranks: Collection[Rank], layout: Layout) -> tuple[bytes, Head]:
+@contextmanager
+def cause_kept_here(site: str) -> Iterator[None]:
+    """Around what reads scans or trains on them: why it failed may tell of them. It is told on the site's own screen,
+    and raised is one WireError, `undisclosed`, whatever it was. UnknownPatientError goes by: it is told as the same."""
+    try:
+        yield
+        return
+    except UnknownPatientError:
+        raise
+    except UnimissError as error:
+        tell(site, str(error).removeprefix(f"site '{site}': "))
+    except Exception as error:
+        log.error("failed: %s", where(error))
+    raise WireError("undisclosed", "the cause is told at the site alone")
+
+
+def private_round(site: Site, request: TrainRequest, layout: Layout) -> tuple[bytes, Head]:
     """The packed reply to a request to train (`unimiss_core.wire.to_keep`): charged anew, or the one that was sent
-    before; and where the ledger then stands.
-
-    ranks: that the site introduced itself with. layout: of what it trains.
+    before; and where the ledger then stands. layout: of what the site trains.
 
     Raises PrivacyBudgetError where the round would cost patients too much and LedgerError where the ledger was put back
-    behind what the coordinator knows of it, both before a scan is read; and as `run_round` does. What was charged by
-    then stays charged.
+    behind what the coordinator knows of it, both before a scan is read; from then on as `cause_kept_here`. What was
+    charged by then stays charged.
     """
     ledger = site.ledger
     if request.ledger is not None:
@@ -40,23 +73,24 @@ def private_round(site: Site, request: TrainRequest, ranks: Collection[Rank], la
         asked = Asked(site.study, request.run, request.round, beginning(site, request).digest)
         payload = ledger.reply_of(asked)
         if payload is None:
-            payload = _charged(site, asked, request, ranks, layout)
+            payload = _charged(site, asked, request, layout)
     return payload, ledger.head
 
 
-def undisclosed(reply: TrainReply) -> TrainReply:
-    """The reply without what no noise covers: losses and diagnostics, counts, and how long it took."""
-    ranks = [rank for rank in RANKS if reply.scans[rank] > 0]
+def undisclosed(reply: TrainReply, ranks: Collection[Rank]) -> TrainReply:
+    """The reply without what no noise covers: losses and diagnostics, counts, and how long it took.
+
+    ranks: what the site declares, whatever scans it has.
+    """
     return replace(reply, scans=_presence(ranks), seconds=0.0, losses={}, diagnostics={})
 
 
-def _charged(site: Site, asked: Asked, request: TrainRequest, ranks: Collection[Rank], layout: Layout) -> bytes:
+def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) -> bytes:
     """A new reply, which may leave when this returns."""
-    reservation = site.ledger.reserve(asked, mechanisms(site.study, ranks, [request.round]))
-    if site.library.ranks != frozenset(ranks):
-        raise WireError("counts", "the site's scans are of other ranks than when it introduced itself")
-    reply = undisclosed(run_round(site, request))
-    payload = to_keep(reply.pack(layout, site.study.wire.dtype))
+    reservation = site.ledger.reserve(asked, mechanisms(site.study, site.ranks, [request.round]))
+    with cause_kept_here(site.config.name):
+        reply = undisclosed(run_round(site, request), site.ranks)
+        payload = to_keep(reply.pack(layout, site.study.wire.dtype))
     site.ledger.record_reply(reservation, payload)
     return payload
 

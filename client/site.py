@@ -6,12 +6,13 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from client.cache import Library, open_library
-from client.ledger import Ledger
+from client.cache import Library, open_library, open_private_library
+from client.ledger import Ledger, ledger_of
 from client.site_config import SiteConfig, load_site
 from client.site_state import SiteState
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
+from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
 
@@ -25,15 +26,27 @@ class Site:
 
     @cached_property
     def library(self) -> Library:
-        """The preprocessed scans; reading what is new can take long. Raises NoUsableScanError."""
-        return open_library(self.config, self.study.plan)
+        """The preprocessed scans; reading what is new can take long.
+
+        Raises NoUsableScanError; in a patient-level study there may be none, and UnknownPatientError is raised instead
+        where it would have to guess whose they are.
+        """
+        return (open_private_library if self.is_private else open_library)(self.config, self.study.plan)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the study is patient-level: nothing may show what scans there are."""
+        return self.study.privacy.mode == "patient"
+
+    @property
+    def ranks(self) -> frozenset[Rank]:
+        """What it trains: the ranks of its scans; in a patient-level study those that its site file declares."""
+        return self.config.privacy.ranks if self.is_private else self.library.ranks
 
     @cached_property
     def ledger(self) -> Ledger:
         """What this site's patients have cost, in all studies."""
-        from client.accounting import epsilon  # here, for it takes seconds, and only private studies need it
-
-        return Ledger(self.config.state, self.config.privacy, epsilon)
+        return ledger_of(self.config)
 
     @cached_property
     def memory(self) -> SiteState:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
 
 if TYPE_CHECKING:  # readers take a second to import: not for a wrong command line, and only where Ctrl-C is handled
+    from rich.console import Console
+
     from client.site_config import DataSource
 
 
@@ -81,6 +83,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
+    if options.data.is_file():
+        _say_terms(options.data, console)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
@@ -88,6 +92,16 @@ def _check(options: argparse.Namespace) -> None:
             "the table says why, and --show-paths names the files" if report.files_seen else "there is no file to read"
         )
         raise NoUsableScanError(f"no usable scan; {said}")
+
+
+def _say_terms(site_file: Path, console: "Console") -> None:
+    """Which studies a site takes part in. Raises LedgerError."""
+    from client.ledger import ledger_of
+    from client.site_config import load_site
+    from client.terms import terms
+
+    site = load_site(site_file)
+    console.print(*terms(site, ledger_of(site)), sep="\n", markup=False, highlight=False)
 
 
 def _add_ledger(parser: argparse.ArgumentParser) -> None:

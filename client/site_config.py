@@ -35,7 +35,11 @@ class DataSource(Config):
     """Without a table every file of the folder is looked at."""
     patient_pattern: str | None = None
     """For PNG, NIfTI and the like: a regular expression with a group `patient`, searched in the path below folder.
-    Without it, and without a table, each such file counts as a patient of its own."""
+    Without it, and without a table that names patients, each such file counts as a patient of its own; patient-level
+    studies refuse such a guess, unless `file_is_patient` says that it is none."""
+    file_is_patient: bool = False
+    """Each such file is of another patient, and no patient has two: this site vouches for it. Where it is wrong, a
+    patient costs more than the ledger says."""
     modality: Modality | None = None
     """For formats that do not say it; without it NIfTI counts as OT and pictures count as XR."""
     patient_range: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
@@ -47,6 +51,8 @@ class DataSource(Config):
             raise ValueError(f"patient_range: {self.patient_range} is empty")
         if self.patient_pattern is not None and "(?P<patient>" not in self.patient_pattern:
             raise ValueError("patient_pattern: needs a group named patient, as in '(?P<patient>[0-9]+)_'")
+        if self.file_is_patient and (self.patient_pattern or (self.table and self.table.patient)):
+            raise ValueError("file_is_patient: patient_pattern or the table says otherwise; leave out one of the two")
         return self
 
 
@@ -78,9 +84,39 @@ class MicroBatchConfig(Config):
         return self.images if rank == 2 else self.volumes
 
 
+_RANKS: Mapping[str, Rank] = {"images": 2, "volumes": 3}
+
+
+class PatientLimits(Config):
+    """What this site's patients may cost in private rounds, whatever a study says; `client.ledger` holds to it.
+
+    Only studies in the mode `patient` are charged. So a site that sets `max_epsilon`, or was ever charged, takes part
+    in no others, unless it allows them: `client.terms`.
+    """
+
+    holds: Annotated[tuple[Literal["images", "volumes"], ...], Field(min_length=1)] | None = None
+    """What this site trains on in private studies, whatever scans it has: it is told, and scans never are. Where it has
+    none of what stands here, or a study's plan leaves none, it sends noise. Without it, it takes part in none."""
+    allow_unprotected: bool = False
+    """Take part in studies of other modes, too. What they tell of patients is in no epsilon of this site."""
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """What a patient may cost at most, in all rounds of all studies that this site ever takes part in; None leaves it
+    to each study's own limit."""
+    delta: Delta = 1e-5
+    """Below one over ten times the site's patients; of this site's own epsilon."""
+    least_noise_multiplier: Multiplier | None = None
+    """Noise of gradient and centre together (`unimiss_core.privacy`), relative to one patient's share, below which a
+    round is refused."""
+
+    @property
+    def ranks(self) -> frozenset[Rank]:
+        """Of what it `holds`; empty where that is not said."""
+        return frozenset(_RANKS[kind] for kind in self.holds or ())
+
+
 class SiteTraining(Config):
-    """What a site file and a simulation say alike: a site's name, and how it trains on its own devices; nothing here
-    changes what is learned (docs/training.md)."""
+    """What a site file and a simulation say alike: a site's name, how it trains on its own devices, and what its
+    patients may cost; nothing here but `privacy.holds` changes what is learned (docs/training.md)."""
 
     name: Name
     """What coordinator and report call this site: lower-case letters, digits, '-' and '_'."""
@@ -106,22 +142,7 @@ class SiteTraining(Config):
     every step."""
     workers: Annotated[int, Field(gt=0)] | None = None
     """Processes that read scans; None takes one for each core."""
-
-
-class PatientLimits(Config):
-    """What this site's patients may cost in private rounds, whatever a study says; `client.ledger` holds to it.
-
-    It limits studies in the mode `patient` and does not ask for one; a study without privacy is charged nothing.
-    """
-
-    max_epsilon: Annotated[float, Field(gt=0)] | None = None
-    """What a patient may cost at most, in all rounds of all studies that this site ever takes part in; None leaves it
-    to each study's own limit."""
-    delta: Delta = 1e-5
-    """Below one over ten times the site's patients; of this site's own epsilon."""
-    least_noise_multiplier: Multiplier | None = None
-    """Noise of gradient and centre together (`unimiss_core.privacy`), relative to one patient's share, below which a
-    round is refused."""
+    privacy: PatientLimits = PatientLimits()
 
 
 class SiteConfig(SiteTraining):
@@ -131,7 +152,6 @@ class SiteConfig(SiteTraining):
     cache: Path | None = None
     """Folder for preprocessed scans; None means `cache` in the state folder."""
     cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
-    privacy: PatientLimits = PatientLimits()
 
     @property
     def cache_folder(self) -> Path:

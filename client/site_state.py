@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from unimiss_core import durable
 from unimiss_core.checkpoint import folder_name
 from unimiss_core.config import RUN
 from unimiss_core.errors import ConfigError
-from unimiss_core.scan import RANKS, Rank
 
 KEPT_ROUNDS = 2
 KEPT_RUNS = 8
@@ -78,27 +77,6 @@ class SiteState:
         """The state in the middle of `round`, or None where there is none or it is damaged."""
         state = self._read(self._unfinished)
         return state if state is not None and state.round == round else None
-
-    def remember_told(self, ranks: Collection[Rank]) -> None:
-        """Note the ranks that the site introduced itself with: what a private round costs follows from them, before a
-        scan is read. Raises as `remember`."""
-        try:
-            make_run_folder(self._folder)
-            durable.write_text(self._told, json.dumps({"study": self._study_digest, "ranks": sorted(ranks)}))
-        except OSError as error:
-            raise _unwritable("the introduction", error) from None
-
-    def told(self) -> frozenset[Rank]:
-        """Those ranks; empty where the site did not introduce itself, or forgot."""
-        try:
-            found = json.loads(self._told.read_text(encoding="utf-8"))
-            return frozenset(rank for rank in RANKS if rank in found["ranks"] and found["study"] == self._study_digest)
-        except (OSError, ValueError, KeyError, TypeError):
-            return frozenset()
-
-    @property
-    def _told(self) -> Path:
-        return self._folder / "introduced.json"
 
     def _rounds(self) -> list[int]:
         return [int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")]

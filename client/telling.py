@@ -1,8 +1,12 @@
 """What the person at a site should know: in the site's log, and on the screen of whoever watches."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from unimiss_core import progress
+
+if TYPE_CHECKING:  # whoever has a word to say needs no more than that
+    from client.site import Site
 
 log = logging.getLogger(__name__)
 
@@ -12,3 +16,18 @@ def tell(site: str, words: str) -> None:
     for line in filter(None, (line.strip() for line in words.splitlines())):
         log.warning("%s: %s", site, line)
         progress.report(progress.Note(f"{site}: {line}"))
+
+
+def tell_of_scans(site: "Site") -> None:
+    """Read them, and say what is left out, and where a batch asks for more scans than there are. Raises as
+    `Site.library`."""
+    name, study, library = site.config.name, site.study, site.library
+    if library.left_out:
+        told = ", ".join(f"{count} {reason}" for reason, count in library.left_out.items())
+        tell(name, f"left out {told}; see unimiss-site check")
+    for rank in sorted(site.ranks):
+        held, asked = len(library.of_rank(rank)), study.batch.of(rank)
+        if site.is_private and not held:
+            tell(name, f"no usable {rank}D scan for this study: its {rank}D steps are noise alone (privacy.holds)")
+        elif held < asked and not site.is_private:
+            tell(name, f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly")

@@ -113,7 +113,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     study, library = site.study, site.library
     if site.config.threads:
         torch.set_num_threads(site.config.threads)
-    learner = learner_for(site.config, study, library.ranks, device=device, team=team)
+    learner = learner_for(site.config, study, site.ranks, device=device, team=team)
     memory, student, teacher = begun = beginning(site, request)
     start = _round_start(request, student, memory)
     received = _digest(student, teacher, start.student) if start.own_share else begun.digest
@@ -183,7 +183,7 @@ def _remembered_update(
     kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
     if FORMATS[site.study.wire.dtype].carries_over:
         lost_before = {} if memory is None else below(_LOST, memory.tensors)
-        update, lost = with_feedback(update, lost_before, study=site.study, ranks=site.library.ranks, round=round)
+        update, lost = with_feedback(update, lost_before, study=site.study, ranks=site.ranks, round=round)
         # Copied, because in round 1 the teacher is the student, and no file takes the same memory twice.
         kept |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
     _remember(site, learner, round, start, kept)

@@ -238,6 +238,10 @@ def _require_either_data_or_phantom(entry: SimulatedSite | SimulatedProbe) -> No
         raise ValueError(f"'{entry.name}': give either data (folders that exist) or phantom (a hospital to be written)")
 
 
+_KINDS = {"cr": ("images",), "ct": ("volumes",), "mixed": ("images", "volumes")}
+"""What a phantom hospital holds, for patient-level studies."""
+
+
 def _site_file(out: Path, name: str) -> Path:
     return out / "sites" / name / "site.yaml"
 
@@ -246,6 +250,8 @@ def _write_site(site: SimulatedSite, base: Path, out: Path) -> None:
     path = _site_file(out, site.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {key: getattr(site, key) for key in SiteTraining.model_fields}
+    if site.phantom is not None and site.privacy.holds is None:
+        own["privacy"] = site.privacy.model_copy(update={"holds": _KINDS[site.phantom.kind]})
     config = SiteConfig(data=_sources(site, base, out), state=Path("state"), **own)
     durable.write_text(path, GENERATED + dump_yaml(config))
 

@@ -9,13 +9,13 @@ import pytest
 
 from client import cache
 from client import catalogue as look_module
-from client.cache import open_library, read_scans
+from client.cache import open_library, open_private_library, read_scans
 from client.catalogue import catalogue, read
 from client.pictures import write_png
 from client.site_config import DataSource, SiteConfig
 from tests.series_files import pattern, write_radiograph, write_series
 from unimiss_core import progress
-from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError, UnknownPatientError
 from unimiss_core.plan import prepare
 from unimiss_core.study import PlanConfig
 
@@ -280,3 +280,25 @@ def test_a_journal_that_a_power_failure_damaged_costs_only_its_damaged_lines(sit
     next(site.cache_folder.glob("library-*")).unlink()
     assert len(open_library(site, PLAN).scans) == 3
     assert len(built) == count
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_a_private_library_takes_no_guess_for_a_patient_nor_one_that_is_remembered(site, built, opened_before):
+    if opened_before:
+        open_library(site, PLAN)
+    done = len(built)
+    with pytest.raises(UnknownPatientError, match=r"2 of 'data\.0' \("):
+        open_private_library(site, PLAN)
+    assert len(built) == done
+
+
+def test_a_private_library_may_be_empty(tmp_path):
+    (tmp_path / "scans").mkdir()
+    write_png(tmp_path / "scans" / "a.png", np.zeros((33, 21), np.uint16))
+    source = DataSource(folder=tmp_path / "scans", file_is_patient=True)
+    site = SiteConfig(name="north", data=(source,), state=tmp_path / "state")
+    for _ in range(2):  # made, and remembered
+        library = open_private_library(site, PLAN)
+        assert (library.scans, library.left_out, library.ranks) == ((), {"blank": 1}, frozenset())
+        with pytest.raises(NoUsableScanError, match="1 blank"):
+            open_library(site, PLAN)

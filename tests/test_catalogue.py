@@ -87,6 +87,28 @@ def test_patients_come_from_the_path_where_a_pattern_says_so(tmp_path):
     assert len({one.patient for one in look(tmp_path).candidates}) == 3
 
 
+def test_files_whose_patient_is_only_assumed_are_counted_by_source(tmp_path):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            picture(tmp_path / folder / f"{number}.png", number)
+    write_series(tmp_path / "b" / "ct", pattern(7, 20, 30), attributes={"PatientID": "one"})
+    ruled = DataSource(folder=tmp_path / "a", patient_pattern="(?P<patient>[0-9])")
+    sources = (ruled, DataSource(folder=tmp_path / "b"), DataSource(folder=tmp_path / "c", file_is_patient=True))
+    found = catalogue(sources, b"s" * 32)
+    assert found.assumed == {1: 3}
+    assert Counter("patient_assumed" in one.flags for one in found.candidates) == {True: 3, False: 7}
+
+
+def test_a_source_cannot_say_two_things_of_its_patients(tmp_path):
+    for rule in (
+        {"patient_pattern": "(?P<patient>.)"},
+        {"table": TableConfig(path=tmp_path / "t.csv", patient="who")},
+    ):
+        with pytest.raises(ValueError, match="file_is_patient: patient_pattern or the table says otherwise"):
+            DataSource(folder=tmp_path, file_is_patient=True, **rule)
+
+
 def test_patient_ranges_part_a_folder_without_overlap(tmp_path):
     for number in range(40):
         picture(tmp_path / f"{number}_x.png")

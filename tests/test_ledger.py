@@ -214,6 +214,20 @@ def test_a_study_that_runs_again_spends_the_same_limit(tmp_path: Path) -> None:
         charge(ledger_in(tmp_path), asked(study=study, run=OTHER_RUN))
 
 
+def test_an_edited_study_goes_on_with_what_it_cost_and_another_name_begins_anew(tmp_path: Path) -> None:
+    first = private(max_epsilon=2.5 * ROUND_COST)
+    edited = first.model_copy(update={"seed": first.seed + 1})
+    assert edited.digest() != first.digest()
+    go_through(ledger_in(tmp_path), asked(study=first))
+    go_through(ledger_in(tmp_path), asked(study=edited, run=OTHER_RUN))
+    for study in (first, edited):
+        with pytest.raises(PrivacyBudgetError, match=r"epsilon 0\.75 .* above 0\.625 that the study promises"):
+            charge(ledger_in(tmp_path), asked(2, study=study))
+    assert list(ledger_in(tmp_path).study_accounts()) == [("toy", edited.digest())]
+    assert ledger_in(tmp_path).study_accounts()["toy", edited.digest()].spent == 2 * ROUND_COST
+    go_through(ledger_in(tmp_path), asked(study=private("renamed", max_epsilon=2.5 * ROUND_COST)))
+
+
 def test_the_sites_own_limit_is_over_all_studies(tmp_path: Path) -> None:
     for number in range(4):
         charge(ledger_in(tmp_path, 4 * ROUND_COST), asked(study=private(f"study-{number}"), run=f"{number:016x}"))

@@ -37,7 +37,7 @@ def site(study: StudyConfig, patients: dict[str, int], ranks: tuple[Rank, ...] =
     library = SimpleNamespace(
         ranks=frozenset(ranks), of_rank=lambda rank: tuple(scan for scan in scans if scan.rank == rank)
     )
-    return SimpleNamespace(study=study, library=library, config=SimpleNamespace(name="north"))
+    return SimpleNamespace(study=study, ranks=library.ranks, library=library, config=SimpleNamespace(name="north"))
 
 
 def with_rates(images: float, volumes: float = 0.5, most: int = 4, **changes: object) -> StudyConfig:

@@ -13,17 +13,26 @@ import pytest
 import yaml
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client import accounting, ledger, private_round
+from client import accounting, cache, ledger, private_round
 from client import site as sites
 from client.app import app
 from client.pictures import write_png
 from server.coordinator_config import CoordinatorConfig
 from server.local_grid import LocalGrid
 from server.rounds import Federation
-from tests.federation import RUN, layout_for, metric_rows, random_tensors, small_study
+from tests.federation import RUN, layout_for, metric_rows, random_tensors, small_study, whole_layout
 from unimiss_core import progress
 from unimiss_core.chain import BEGINNING, Head
-from unimiss_core.errors import RoundError
+from unimiss_core.errors import (
+    ConfigError,
+    DeviceError,
+    MemoryTooSmallError,
+    NonFiniteLossError,
+    NoUsableScanError,
+    RoundError,
+    ScanError,
+    WireError,
+)
 from unimiss_core.privacy import Mechanism, mechanisms
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import (
@@ -75,8 +84,10 @@ class Hospital:
         for number in range(SCANS):
             pixels = np.random.default_rng(number).integers(0, 255, (41, 35)).astype(np.uint8)
             write_png(folder / "scans" / f"{number}.png", pixels)
-        raw: dict[str, Any] = {"name": "north", "data": [{"folder": "scans"}], "state": "state", "devices": "cpu"}
-        (folder / "site.yaml").write_text(yaml.safe_dump({**raw, **settings}))
+        data = [{"folder": "scans", "file_is_patient": True}]
+        raw: dict[str, Any] = {"name": "north", "data": data, "state": "state", "devices": "cpu"}
+        limits = {"holds": ["images"], **settings.pop("privacy", {})}  # type: ignore[dict-item]
+        (folder / "site.yaml").write_text(yaml.safe_dump({**raw, "privacy": limits, **settings}))
 
     @property
     def nodes(self) -> dict[str, dict[str, Any]]:
@@ -181,7 +192,7 @@ def test_what_would_overspend_is_refused_before_a_scan_is_read(tmp_path: Path, m
     with progress.listen(heard.append), hospital.asked() as ask:
         ask(Hello(study, RUN).pack(), "query")
         assert facts_of(ask(request(study), "train"))["status"] == "ok"
-        monkeypatch.setattr(sites, "open_library", lambda *_: pytest.fail("read"))
+        monkeypatch.setattr(sites, "open_private_library", lambda *_: pytest.fail("read"))
         monkeypatch.setattr(private_round, "run_round", lambda *_: pytest.fail("trained"))
         assert Refusal.found_in(ask(request(study, 2), "train")) == Refusal("budget")
     assert len(hospital.entries) == 2
@@ -218,7 +229,7 @@ def test_planted_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     if planted == "sent first":
         monkeypatch.setattr(ledger.Ledger, "record_reply", lambda *_: None)
     else:
-        monkeypatch.setattr(private_round, "undisclosed", lambda reply: reply)
+        monkeypatch.setattr(private_round, "undisclosed", lambda reply, _: reply)
     with hospital.asked() as ask:
         ask(Hello(study, RUN).pack(), "query")
         facts = facts_of(ask(request(study), "train"))
@@ -296,7 +307,7 @@ def test_a_round_that_crashed_goes_on_under_its_charge(tmp_path: Path, monkeypat
         ask(Hello(study, RUN).pack(), "query")
         with monkeypatch.context() as patched:
             patched.setattr(private_round, "run_round", killed)
-            assert Refusal.found_in(ask(request(study), "train")) == Refusal("failed")
+            assert Refusal.found_in(ask(request(study), "train")) == Refusal("undisclosed")
         with monkeypatch.context() as patched:  # trained, but the reply was not noted: it may not leave
             patched.setattr(ledger.Ledger, "record_reply", killed)
             assert Refusal.found_in(ask(request(study), "train")) == Refusal("failed")
@@ -311,3 +322,81 @@ def test_several_devices_take_a_private_round_together(tmp_path: Path) -> None:
         reply = ask(request(study), "train")
     assert facts_of(reply)["status"] == "ok"
     assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"]
+
+
+# --- of scans, nothing is told
+
+
+def test_an_introduction_is_the_same_whatever_becomes_of_the_scans(tmp_path: Path) -> None:
+    """It costs nothing and may be asked for with any plan: usable scans, none, or none that this plan has room for."""
+    study, told, steps = private_study(), [], []
+    for name, settings in {"whole": {}, "blank": {}, "no-room": {"cache_limit_gb": 1e-9}}.items():
+        hospital = Hospital(tmp_path / name, **settings)
+        if name == "blank":
+            for path in (hospital.folder / "scans").iterdir():
+                write_png(path, np.zeros((41, 35), np.uint8))
+        with hospital.asked() as ask:
+            told.append(facts_of(ask(Hello(study, RUN).pack(), "query")))
+            steps.append(ask(request(study), "train"))
+    assert told[0] == told[1] == told[2]
+    assert (told[0]["scans_2d"], told[0]["scans_3d"]) == (1, 0)
+    assert [Refusal.found_in(step) for step in steps] == [None, None, Refusal("undisclosed")]
+    whole, blank = (facts_of(step) for step in steps[:2])
+    assert whole.keys() == blank.keys()
+    assert all(whole[key] == blank[key] for key in whole.keys() - {"ledger"})
+
+
+def test_what_a_site_declares_it_trains_with_or_without_such_scans(tmp_path: Path) -> None:
+    """Pictures alone, and declared are both: steps of volumes are noise, and the volumes' tensors are sent."""
+    study = private_study(schedule={"rounds": 1, "local_steps": 3, "alternate": [1, 2]})
+    tensors = {name: 0.02 * tensor for name, tensor in random_tensors(whole_layout(), 0).items()}
+    with Hospital(tmp_path, privacy={"holds": ["images", "volumes"]}).asked() as ask:
+        told = Introduction.unpack(ask(Hello(study, RUN).pack(), "query"))
+        asked = TrainRequest(study, RUN, 1, tensors, None, {}).pack(whole_layout())
+        reply = TrainReply.unpack(ask(asked, "train"), whole_layout(), study.wire.dtype)
+    assert told.scans == reply.scans == {2: 1, 3: 1}
+    assert all(bool(tensor.float().abs().sum() > 0) for tensor in reply.update.values())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NoUsableScanError("x"),
+        ScanError("blank"),
+        NonFiniteLossError("x"),
+        DeviceError("x"),
+        MemoryTooSmallError("x"),
+        ConfigError("x"),
+        WireError("not_finite", "x"),
+        ValueError("x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_goes_wrong_with_scans_looks_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(private_round, "run_round", fails)
+    monkeypatch.setattr(sites, "open_private_library", fails)
+    with Hospital(tmp_path).asked() as ask:
+        assert Introduction.unpack(ask(Hello(private_study(), RUN).pack(), "query")).scans == {2: 1, 3: 0}
+        assert Refusal.found_in(ask(request(private_study()), "train")) == Refusal("undisclosed")
+
+
+def test_files_whose_patient_would_be_a_guess_are_refused_in_words_for_the_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the plan: before anything is prepared by it."""
+    sources = [{"folder": "scans", "patient_pattern": "(?P<patient>[0-9]+)"}, {"folder": "scans"}]
+    monkeypatch.setattr(cache, "build", lambda *_: pytest.fail("prepared"))
+    heard: list[progress.Event] = []
+    with progress.listen(heard.append), Hospital(tmp_path, data=sources, cache_limit_gb=1e-9).asked() as ask:
+        assert Refusal.found_in(ask(Hello(private_study(), RUN).pack(), "query")) == Refusal("undisclosed")
+        assert Refusal.found_in(ask(request(private_study()), "train")) == Refusal("undisclosed")
+    said = [event.text for event in heard if isinstance(event, progress.Note) and "whose these files are" in event.text]
+    assert len(said) == 2
+    assert f"{SCANS} of 'data.1' (" in said[0]
+    assert "data.0" not in said[0]
+    assert "file_is_patient: true" in said[0]

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from client.cache import open_private_library
 from client.site_config import SiteTraining, load_site
 from server.simulate import Simulation, _write_site, read_simulation, simulate
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
-from unimiss_core.study import UniMiSSConfig, UniMiSSPlusConfig
+from unimiss_core.scan import Rank
+from unimiss_core.study import PlanConfig, UniMiSSConfig, UniMiSSPlusConfig
 
 TRAINING = {
     "devices": ["cpu", "cpu"],
@@ -22,6 +24,7 @@ TRAINING = {
     "threads": 3,
     "checkpoint_minutes": 0.5,
     "workers": 2,
+    "privacy": {"holds": ["images"], "max_epsilon": 3.0},
 }
 
 
@@ -43,6 +46,19 @@ def test_a_simulated_site_trains_as_the_simulation_says(tmp_path: Path) -> None:
     for key in TRAINING:
         assert getattr(written, key) == getattr(site, key)
         assert getattr(written, key) != getattr(default, key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("cr", frozenset({2})), ("ct", frozenset({3})), ("mixed", frozenset({2, 3}))]
+)
+def test_a_phantom_hospital_declares_what_it_holds_and_whose_each_scan_is(
+    tmp_path: Path, kind: str, ranks: frozenset[Rank]
+) -> None:
+    (site,) = simulated(tmp_path, data=[], phantom={"kind": kind, "patients": 2, "seed": 1}).config.sites
+    _write_site(site, tmp_path, tmp_path / "out")
+    written = load_site(tmp_path / "out" / "sites" / "north" / "site.yaml")
+    assert written.privacy.ranks == ranks
+    assert open_private_library(written, PlanConfig()).ranks == ranks
 
 
 def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: Path) -> None:

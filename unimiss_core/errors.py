@@ -2,7 +2,8 @@
 
 UnimissError            1  anything below that has no code of its own
 ├── ConfigError         2  a configuration file or command line is wrong
-│   └── RunFolderError  2  a run's folder holds a run already, is in use, or cannot be written to
+│   ├── RunFolderError  2  a run's folder holds a run already, is in use, or cannot be written to
+│   └── UnknownPatientError 2  a private study would have to guess whose a site's files are
 ├── NoUsableScanError   3  a data folder holds nothing that can be trained on
 ├── CheckpointError     4  a checkpoint is missing, damaged or of another version
 ├── RoundError          5  a round could not be completed (too few sites replied)
@@ -39,6 +40,10 @@ class RunFolderError(ConfigError):
     """The folder is another run's, or is in use or full; what was finished in it is saved."""
 
     resumes = True
+
+
+class UnknownPatientError(ConfigError):
+    """Files of a site do not say whose they are: a private study would charge a guess, and is refused."""
 
 
 class NoUsableScanError(UnimissError):

@@ -13,6 +13,7 @@ REASONS: dict[str, str] = {
     "ledger": "the site's record of what its patients have cost is damaged, or was put back to an older one",
     "not_finite": "a loss, gradient or update is not a finite number",
     "device_lost": "a process that trained on one of the site's devices died; its screen and log say which",
+    "undisclosed": "the site's own screen says why: it may hang on its scans, of which a private study tells nothing",
     "failed": "the site met an error of the program; its log says where",
     # the coordinator says so
     "not_connected": "the site took part before or is registered, and is not there",

@@ -1,0 +1,62 @@
+"""Which studies a site takes part in: by its own file and ledger, looked at before any scan is, whatever is asked.
+
+A study that is not patient-level is charged nothing, so a limit on what patients may cost would mean nothing in it: a
+coordinator that leaves out `privacy` would get the trained weights in clear. So a site that set a limit, or promised
+patients one by taking part in a private study, refuses the others, until its file says otherwise.
+"""
+
+from collections.abc import Iterator
+
+from client import locks
+from client.ledger import Ledger
+from client.site_config import PatientLimits, SiteConfig
+from unimiss_core.errors import ConfigError, PrivacyBudgetError
+from unimiss_core.study import StudyConfig
+
+
+def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
+    """Raises PrivacyBudgetError: the study does not protect patients, and the site asks for it; ConfigError: the study
+    is patient-level, and the site cannot take part in such; LedgerError: the ledger is damaged."""
+    if study.privacy.mode == "patient":
+        if (lacking := _lacking(config.privacy)) is not None:
+            raise ConfigError(f"site '{config.name}': takes part in no patient-level study: {lacking}")
+    elif (why := _protected(config.privacy, ledger)) is not None:
+        raise PrivacyBudgetError(
+            f"study '{study.name}' has the privacy mode {study.privacy.mode}, which charges patients nothing, and this "
+            f"site takes part in patient-level studies alone: {why}. To take part all the same, and outside of what is "
+            "counted, set privacy.allow_unprotected: true in the site file"
+        )
+
+
+def terms(config: SiteConfig, ledger: Ledger) -> Iterator[str]:
+    """What `check_terms` comes to, a line for each kind of study. Raises LedgerError."""
+    limits = config.privacy
+    if (lacking := _lacking(limits)) is not None:
+        yield f"Patient-level studies: no; {lacking}."
+    else:
+        most = (
+            "its own limit alone" if limits.max_epsilon is None else f"at most {limits.max_epsilon:g} over all studies"
+        )
+        yield f"Patient-level studies: yes, as a site with {' and '.join(limits.holds or ())}; epsilon: {most}."
+    if (why := _protected(limits, ledger)) is not None:
+        yield f"Other studies: no, for {why} (privacy.allow_unprotected: true would let it)."
+    else:
+        yield "Other studies: yes; what they tell of patients is in no epsilon."
+
+
+def _lacking(limits: PatientLimits) -> str | None:
+    """What a patient-level study needs and this site lacks."""
+    if not locks.EXIST:
+        return "this system has no file locks, without which one charge could pay for two releases; use Linux or macOS"
+    if limits.holds is None:
+        return "its site file does not say what it trains on; set privacy.holds: [images], [volumes] or both"
+    return None
+
+
+def _protected(limits: PatientLimits, ledger: Ledger) -> str | None:
+    """Why only patient-level studies may come; None where others may."""
+    if limits.allow_unprotected:
+        return None
+    if limits.max_epsilon is not None:
+        return "privacy.max_epsilon is set"
+    return "its patients were charged before" if ledger.is_begun else None
