@@ -1,11 +1,13 @@
 """What the person at a site should know: in the site's log, and on the screen of whoever watches."""
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from unimiss_core import progress
 
 if TYPE_CHECKING:  # whoever has a word to say needs no more than that
+    from client.cache import Library
     from client.site import Site
 
 log = logging.getLogger(__name__)
@@ -19,8 +21,8 @@ def tell(site: str, words: str) -> None:
 
 
 def tell_of_scans(site: "Site") -> None:
-    """Read them, and say what is left out, and where a batch asks for more scans than there are. Raises as
-    `Site.library`."""
+    """Read them, and say what is left out, where a batch asks for more scans than there are, and where a promise is too
+    weak for as many patients. Raises as `Site.library`."""
     name, study, library = site.config.name, site.study, site.library
     if library.left_out:
         told = ", ".join(f"{count} {reason}" for reason, count in library.left_out.items())
@@ -31,3 +33,14 @@ def tell_of_scans(site: "Site") -> None:
             tell(name, f"no usable {rank}D scan for this study: its {rank}D steps are noise alone (privacy.holds)")
         elif held < asked and not site.is_private:
             tell(name, f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly")
+    if site.study.privacy.mode == "patient":
+        _tell_of_weak_deltas(name, {site.study.privacy.delta, site.config.privacy.delta}, library)
+
+
+def _tell_of_weak_deltas(site: str, deltas: Collection[float], library: "Library") -> None:
+    from client.accounting import delta_is_weak  # here, for it takes seconds, and only private studies need it
+
+    patients = len({scan.patient for scan in library.scans})
+    for delta in sorted(deltas):
+        if patients and (told := delta_is_weak(delta, patients)) is not None:
+            tell(site, told)

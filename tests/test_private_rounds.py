@@ -78,10 +78,10 @@ def quick_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
 class Hospital:
     """A site with pictures of a few patients, asked over the grid as a coordinator asks."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, *, scans: int = SCANS, **settings: object) -> None:
         self.folder = folder
         (folder / "scans").mkdir(parents=True)
-        for number in range(SCANS):
+        for number in range(scans):
             pixels = np.random.default_rng(number).integers(0, 255, (41, 35)).astype(np.uint8)
             write_png(folder / "scans" / f"{number}.png", pixels)
         data = [{"folder": "scans", "file_is_patient": True}]
@@ -400,3 +400,17 @@ def test_files_whose_patient_would_be_a_guess_are_refused_in_words_for_the_site(
     assert f"{SCANS} of 'data.1' (" in said[0]
     assert "data.0" not in said[0]
     assert "file_is_patient: true" in said[0]
+
+
+@pytest.mark.parametrize(("delta", "is_weak"), [(1e-5, False), (5e-4, True)])
+def test_a_delta_that_is_weak_for_so_many_patients_is_told_at_the_site_alone(
+    tmp_path: Path, delta: float, is_weak: bool
+) -> None:
+    """A tenth of one over the patients is the most."""
+    heard: list[progress.Event] = []
+    study = private_study(1, privacy={**private_study(1).privacy.model_dump(), "delta": delta})
+    with progress.listen(heard.append), Hospital(tmp_path, scans=300).asked() as ask:
+        told = facts_of(ask(Hello(study, RUN).pack(), "query"))
+    said = [event.text for event in heard if isinstance(event, progress.Note) and "weak for 300 patients" in event.text]
+    assert len(said) == int(is_weak)
+    assert "300" not in json.dumps(told)
