@@ -25,10 +25,11 @@ MOST_STEPS = 1000
 """That a bound takes by itself."""
 
 
-def of_study(path: Path, *, canaries: int, steps: int | None) -> None:
+def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: int = 1) -> None:
     """Print what the engine releases against what the study claims, for images and for volumes.
 
     steps: of the bound on epsilon; None takes as many as draw each canary four times, MOST_STEPS at most.
+    patients_at_once: as the site file has it.
     Raises PrivacyClaimError: a measure contradicts the claim; ConfigError: the study is not in mode `patient`, or its
     model has no room for so many canaries.
     """
@@ -39,7 +40,7 @@ def of_study(path: Path, *, canaries: int, steps: int | None) -> None:
         )
     contradicted = 0
     for rank in RANKS:
-        engine = Engine(study, rank)
+        engine = Engine(study, rank, patients_at_once=patients_at_once)
         findings = check_engine(engine)
         run = one_run(engine, canaries=canaries, steps=steps or _steps(engine))
         findings.append(run.finding())

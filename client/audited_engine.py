@@ -5,7 +5,7 @@ step that the centre made.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from client.canaries import CanaryObjective, audited
 from client.patient_draws import PatientDraws
 from client.site import Site
+from unimiss_core.execution import PLAIN, Execution
 from unimiss_core.groups import group_of
 from unimiss_core.learner import LearnerState
 from unimiss_core.noise import Noise
@@ -31,7 +32,13 @@ class MakeLearner(Protocol):
     """Builds a learner as `PrivateLearner` does."""
 
     def __call__(
-        self, study: StudyConfig, *, noise: Noise | None = None, ranks: Collection[Rank], team: Team
+        self,
+        study: StudyConfig,
+        *,
+        noise: Noise | None = None,
+        ranks: Collection[Rank],
+        team: Team,
+        execution: Execution = PLAIN,
     ) -> PrivateLearner: ...
 
 
@@ -43,12 +50,16 @@ class MakeDraws(Protocol):
 
 @dataclass(frozen=True)
 class Engine:
-    """What is audited: a study of mode `patient`, and the program that trains on it, where scans are of one rank."""
+    """What is audited: a study of mode `patient`, and the program that trains on it, where scans are of one rank.
+
+    patients_at_once: as the site file has it (`unimiss_core.patient_gradients`).
+    """
 
     study: StudyConfig
     rank: Rank
     make_learner: MakeLearner = PrivateLearner
     make_draws: MakeDraws = PatientDraws
+    patients_at_once: int = 1
 
     @property
     def privacy(self) -> PatientPrivacyConfig:
@@ -64,7 +75,10 @@ class Engine:
 
     def learner(self, *, noise: Noise | None = None, team: Team | None = None) -> PrivateLearner:
         """A new one. noise: None leaves the engine its own."""
-        return self.make_learner(audited(self.study), noise=noise, ranks={self.rank}, team=team or Alone())
+        together = replace(PLAIN, patients_at_once=self.patients_at_once)
+        return self.make_learner(
+            audited(self.study), noise=noise, ranks={self.rank}, team=team or Alone(), execution=together
+        )
 
     def watched(self, *, noise: Noise | None = None, team: Team | None = None) -> "Watched":
         """A new learner that minimises the canaries' objective."""

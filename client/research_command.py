@@ -86,7 +86,12 @@ def _audit(options: argparse.Namespace) -> None:
     from client import audit_command
 
     if options.study is not None:
-        audit_command.of_study(options.study, canaries=options.canaries, steps=options.steps)
+        audit_command.of_study(
+            options.study,
+            canaries=options.canaries,
+            steps=options.steps,
+            patients_at_once=options.patients_at_once,
+        )
     else:
         audit_command.of_run(*of_run, device=options.device)
 
@@ -151,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--canaries", type=_positive, default=500, metavar="N", help="of the bound (default: 500)")
     audit.add_argument(
         "--steps", type=_positive, metavar="T", help="of the bound (default: 4 / sampling_rate, at most 1000)"
+    )
+    audit.add_argument(
+        "--patients-at-once", type=_positive, default=1, metavar="N", help="as the site file has it (default: 1)"
     )
     audit.add_argument("--run", type=Path, metavar="OUT", help="folder of a finished run")
     audit.add_argument("--members", type=Path, metavar="SITE.yaml", help="whose patients the run trained on")

@@ -25,7 +25,7 @@ from client.privacy_audit import (
     patients_do_not_touch_each_other,
 )
 from tests.test_private_learner import study
-from unimiss_core import noise, privacy, private_learner
+from unimiss_core import noise, patient_gradients, privacy, private_learner
 from unimiss_core.privacy_config import SamplingRateConfig
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
@@ -197,6 +197,21 @@ IN_NOISE: list[tuple[str, str, str, Check]] = [
     ),
 ]
 
+ROWS = '{name: gradients[f"student.{name}"][place] for name in names}'
+
+TOGETHER: list[tuple[str, str, str, Check]] = [
+    ("another's gradient", ROWS, ROWS.replace("[place]", "[0]"), patients_do_not_touch_each_other),
+    ("the mean of all", ROWS, ROWS.replace("[place]", ".mean(0)"), patients_do_not_touch_each_other),
+    ("another's bottleneck", "rows[place] for field", "rows[0] for field", patients_do_not_touch_each_other),
+    (
+        "a tensor that together alone is left out",
+        ROWS,
+        ROWS.replace("in names}", "in [*names][1:]}"),
+        patients_do_not_touch_each_other,
+    ),
+]
+"""Of patients that are worked out together."""
+
 IN_DRAWS: list[tuple[str, str, str]] = [
     ("everybody", DRAWN, DRAWN.replace("self._privacy.sampling_rate.of(rank)", "1.0")),
     ("the other rank's rate", "sampling_rate.of(rank)", "sampling_rate.of(5 - rank)"),
@@ -235,15 +250,26 @@ def private_study() -> StudyConfig:
     return study().model_copy(update={"privacy": study().privacy.model_copy(update={"sampling_rate": rates})})
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("rank", [2, 3])
-def test_the_engine_as_it_is_agrees_with_its_study(rank: Rank) -> None:
-    assert not list(seen(partial(check_engine, releases=2), Engine(private_study(), rank)))
+def test_the_engine_as_it_is_agrees_with_its_study(rank: Rank, at_once: int) -> None:
+    engine = Engine(private_study(), rank, patients_at_once=at_once)
+    assert not list(seen(partial(check_engine, releases=2), engine))
 
 
 @pytest.mark.parametrize(("fault", "old", "new", "check"), IN_LEARNER, ids=[fault[0] for fault in IN_LEARNER])
 def test_a_fault_of_the_step_is_seen(fault: str, old: str, new: str, check: Check) -> None:
     faulty = planted(private_learner, old, new)
     assert any(seen(check, Engine(private_study(), 2, faulty.PrivateLearner))), fault
+
+
+@pytest.mark.parametrize(("fault", "old", "new", "check"), TOGETHER, ids=[fault[0] for fault in TOGETHER])
+def test_a_fault_of_patients_together_is_seen(
+    fault: str, old: str, new: str, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = planted(patient_gradients, old, new)
+    monkeypatch.setattr(private_learner, "gradients_of_each", faulty.gradients_of_each)
+    assert any(seen(check, Engine(private_study(), 2, patients_at_once=3))), fault
 
 
 @pytest.mark.parametrize(("fault", "old", "new", "check"), IN_NOISE, ids=[fault[0] for fault in IN_NOISE])
