@@ -55,7 +55,7 @@ class SpareMemory:
     def get(self, name: str, size: int) -> Tensor:
         """(size,) int64, of any content."""
         kept = self._kept.pop(name, None)
-        return torch.empty(size, dtype=torch.int64) if kept is None else kept
+        return kept if kept is not None and len(kept) == size else torch.empty(size, dtype=torch.int64)
 
     def keep(self, name: str, codes: Tensor) -> None:
         """One for each tensor: what a round of unusual updates needed more is given back to the system."""

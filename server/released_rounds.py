@@ -58,10 +58,11 @@ class ReleasedRounds:
             raise self._error("is of another study")
         return list(rounds)
 
-    def begin(self, finished: int) -> None:
+    def begin(self, finished: int, *, anew: bool) -> None:
         """Make ready to go on after round `finished`; what the folder released before is kept, also where a run begins
-        anew in it. Raises RunFolderError: as `rounds`, or a finished round is not in the record."""
-        if finished == 0 and not self._path.exists():
+        again in it. anew: no run was begun in the folder yet. Raises RunFolderError: as `rounds`, or a finished round
+        is not in the record."""
+        if anew and not self._path.exists():
             self._write([])
         if lacking := sorted(set(range(1, finished + 1)) - set(self.rounds)):
             raise self._error(f"does not hold round {lacking[0]}, which was released: it was put back to an older one")

@@ -134,7 +134,7 @@ class RunFolder:
         self._stopped.unlink(missing_ok=True)
         if latest is None:
             if record is not None:
-                record.begin(0)
+                record.begin(0, anew=not self._identity.exists())
             self._start(study)
             return None
         try:
@@ -145,7 +145,7 @@ class RunFolder:
                 told += f"; {record.cost_of_going_back(lost - 1)}"
             raise CheckpointError(told) from None
         if record is not None:
-            record.begin(found.manifest.round)
+            record.begin(found.manifest.round, anew=False)
         if not self._identity.exists():  # deleted, or begun before runs had names
             self._draw_run()
         self._forget_rounds_after(found.manifest.round)

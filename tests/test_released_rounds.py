@@ -164,7 +164,7 @@ def test_a_record_that_cannot_be_right_is_refused(tmp_path: Path, record: str | 
     if record is not None:
         (tmp_path / "released.json").write_text(record.replace("%s", study.digest()))
     with pytest.raises(RunFolderError, match=f"record of what was released {told}.*; put back the file as it was, or"):
-        ReleasedRounds(tmp_path, study).begin(2)
+        ReleasedRounds(tmp_path, study).begin(2, anew=False)
 
 
 def test_a_run_does_not_go_on_without_its_record(tmp_path: Path) -> None:
@@ -173,6 +173,19 @@ def test_a_run_does_not_go_on_without_its_record(tmp_path: Path) -> None:
     (tmp_path / "released.json").unlink()
     with pytest.raises(RunFolderError, match="is missing"):
         run(tmp_path, study_of(2), resume=True)
+
+
+@pytest.mark.parametrize("kept", [1, 0])
+def test_a_record_that_was_lost_is_missed_wherever_the_run_would_begin_again(tmp_path: Path, kept: int) -> None:
+    """From its initial weights, or from none: its rounds were released all the same."""
+    run(tmp_path, study_of(2))
+    lose(tmp_path, 2)
+    lose(tmp_path, 1)
+    if not kept:
+        shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "released.json").unlink()
+    with pytest.raises(RunFolderError, match="is missing"):
+        run(tmp_path, study_of(2), resume=bool(kept))
 
 
 def test_another_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:

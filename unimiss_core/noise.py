@@ -35,7 +35,11 @@ class GaussianNoise:
 
     @torch.no_grad()
     def add_(self, sums: Sequence[Tensor], deviation: float) -> None:
+        """Raises ValueError: so small a deviation, or one that is not finite, is none in the precision of `sums`."""
         for total in sums:
+            finest = torch.finfo(total.dtype)
+            if not finest.tiny <= deviation <= finest.max:
+                raise ValueError(f"noise of standard deviation {deviation:g} would be lost in {total.dtype}")
             for piece in total.view(-1).split(_PIECE):
                 piece.add_(self._drawn_like(piece), alpha=deviation)
 

@@ -48,6 +48,10 @@ Multiplier = Annotated[float, Field(ge=1e-2, le=1e3)]
 """Of noise that a study or a site file asks for. Below it epsilon is above 5,000 in one step; above it there is nothing
 left to hide, and sums that tell epsilon can take minutes (docs/privacy.md, 'Accounting')."""
 
+ClipNorm = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""L2 norm. Where it is next to nothing, noise of so many clip norms rounds to nothing in float32, and gradients do
+not: an optimiser's rate would bring them back."""
+
 
 class NoPrivacyConfig(Config):
     """Nothing is promised beyond what docs/federation.md says of what travels."""
@@ -77,7 +81,7 @@ class PatientPrivacyConfig(Config):
     sampling_rate: SamplingRateConfig = SamplingRateConfig()
     scans_per_patient: Annotated[int, Field(gt=0)] = 4
     """Scans of one patient that one step looks at, drawn at random; together they are one gradient."""
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: ClipNorm = 1.0
     """L2 norm to which a patient's gradient, over all parameters together, is shortened where it is longer (C)."""
     noise_multiplier: Multiplier
     """Standard deviation of the noise on the sum of gradients, in clip norms (s)."""
@@ -97,7 +101,7 @@ class SitePrivacyConfig(Config):
     delta: Delta = 1e-5
     max_epsilon: Annotated[float, Field(gt=0)]
     """What a site may cost over the whole study."""
-    clip_norm: Annotated[float, Field(gt=0)]
+    clip_norm: ClipNorm
     """L2 norm to which a site's update, over all groups together, is shortened where it is longer (C)."""
     noise_multiplier: Multiplier
     """Standard deviation of the noise on the sum of the updates, in clip norms (z)."""
