@@ -318,5 +318,5 @@ def test_noise_has_a_key_of_its_own_each_time() -> None:
 @pytest.mark.parametrize("deviation", [0.0, 6.5e-46, 1e-39, float("inf"), float("nan")])
 def test_noise_that_would_be_lost_in_the_precision_of_a_sum_is_refused(deviation: float) -> None:
     """A gradient of one unit in the last place would survive, and a large learning rate brings it back."""
-    with pytest.raises(ValueError, match="would be lost in torch.float32"):
+    with pytest.raises(ValueError, match=r"would be lost in torch\.float32"):
         GaussianNoise(torch.device("cpu")).add_([torch.zeros(2)], deviation)
