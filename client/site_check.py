@@ -21,7 +21,8 @@ from rich.text import Text
 
 from client import nifti, pictures, workers
 from client.cache import content_key
-from client.catalogue import Candidate, Catalogue, LeftOut, catalogue, read
+from client.candidates import Candidate, LeftOut
+from client.catalogue import Catalogue, catalogue, read
 from client.reasons import REASONS
 from client.series import Kind
 from client.site_config import DataSource
