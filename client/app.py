@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from client.execution import look_over
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site
-from client.telling import tell, tell_of_scans
+from client.telling import tell_if_heard, tell_of_scans
 from client.terms import check_terms
 from client.trainer import run_round
 from unimiss_core.codec import layout_of
@@ -112,7 +112,9 @@ def _reply(message: Message, context: Context, answer: Callable[[], RecordDict])
         content = Refusal(error.reason).pack()
     except UnimissError as error:
         name = name_of(context)
-        tell(name, str(error).removeprefix(f"site '{name}': "))  # on the site's own screen; the coordinator gets a code
+        tell_if_heard(
+            name, str(error).removeprefix(f"site '{name}': ")
+        )  # on the site's own screen; the coordinator gets a code
         content = Refusal(REASONS.get(type(error), "failed")).pack()
     except Exception as error:
         log.error("failed: %s", where(error))

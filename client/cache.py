@@ -4,6 +4,7 @@
       3f6c...b2.npy     one scan: (C, *S) uint16, value = stored / 65535, named by content and plan
       built.jsonl       what was read with which result, one line each: finished work is never done again
       library-7a...json what one plan made of the folders, and their state then: unchanged folders need no reading
+      private-7a...json the same for patient-level studies, whose rules of reading keep patients apart
 
 A scan's name is the sha256 of its source bytes, of how its frames are joined, and of the plan; a file that changes
 gets another name, and so does every scan when the plan does. Files appear whole or not at all.
@@ -15,7 +16,6 @@ import hmac
 import json
 import os
 import secrets
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,20 +28,20 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client import workers
-from client.catalogue import Candidate, Catalogue, catalogue, read, safe_here, state_of
+from client.cache_room import check_spare, make_room, prepared_bytes
+from client.candidates import Candidate
+from client.catalogue import FEW_BYTES, Catalogue, catalogue, read, safe_here, state_of
 from client.patients import check_known, load_secret
 from client.site_config import DataSource, SiteConfig
 from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
-from unimiss_core.plan import prepare, target_grid
+from unimiss_core.plan import prepare
 from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
 
-_VERSION = 3
+_VERSION = 4
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 _FULL = 65535
-_SPARE_BYTES = 2**30
-"""What is left free on the cache's disk."""
 _STALE_S = 86_400.0
 """Age at which a file that is still being written was left behind by a crash."""
 _PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
@@ -117,7 +117,7 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
     Folders in which no file came, went or changed since are not read at all.
     Raises NoUsableScanError: nothing is usable. Raises ConfigError: a wrong table, or no room for the cache.
     """
-    library = _opened(site, plan, are_known=False)
+    library = _opened(site, plan, by_patient=False)
     if not library.scans:
         said = ", ".join(f"{count} {reason}" for reason, count in library.left_out.items()) or "the folders are empty"
         raise NoUsableScanError(
@@ -128,10 +128,10 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
 
 
 def open_private_library(site: SiteConfig, plan: PlanConfig) -> Library:
-    """The scans for a patient-level study: it may hold none, for that there are any is not to show, and each says whose
-    it is. Raises UnknownPatientError, before anything is done that hangs on the plan; and ConfigError as
-    `open_library`."""
-    return _opened(site, plan, are_known=True)
+    """The scans for a patient-level study: it may hold none, for that there are any is not to show, each says whose it
+    is, and each patient has those that it would have if there were no others (docs/privacy.md). Raises
+    UnknownPatientError, before anything is done that hangs on the plan; and ConfigError as `open_library`."""
+    return _opened(site, plan, by_patient=True)
 
 
 def _unwritable(site: SiteConfig, why: str) -> ConfigError:
@@ -141,33 +141,34 @@ def _unwritable(site: SiteConfig, why: str) -> ConfigError:
     )
 
 
-def _opened(site: SiteConfig, plan: PlanConfig, *, are_known: bool) -> Library:
-    """are_known: whether each scan has to say whose it is."""
+def _opened(site: SiteConfig, plan: PlanConfig, *, by_patient: bool) -> Library:
+    """by_patient: each scan has to say whose it is, and nothing is decided over several patients."""
     try:
-        return _looked_up(site, plan, are_known=are_known)
+        return _looked_up(site, plan, by_patient=by_patient)
     except OSError as error:  # of its own files: what goes wrong with a scan has become a reason by now
         raise _unwritable(site, error.strerror or "unknown error") from None
 
 
-def _looked_up(site: SiteConfig, plan: PlanConfig, *, are_known: bool) -> Library:
+def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool) -> Library:
     secret = load_secret(site.state)
     folder = site.cache_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state = state_of(site.data, secret)
-    if (library := _remembered(folder, plan, state)) is not None:
-        check_known(site, library.assumed if are_known else {})
+    state, file = state_of(site.data, secret), _library_file(folder, plan, by_patient=by_patient)
+    if (library := _remembered(file, state)) is not None:
+        check_known(site, library.assumed if by_patient else {})
         return library
     found = catalogue(
         site.data,
         secret,
         interpolate=plan.missing_slices == "interpolate",
+        by_patient=by_patient,
         processes=site.workers,
         looked=lambda files: progress.report(progress.Preparing(site.name, files, 0)),
     )
-    check_known(site, found.assumed if are_known else {})
+    check_known(site, found.assumed if by_patient else {})
     library = _library(site, found, _built(site, plan, found, secret))
     if not _PASSING & library.left_out.keys():
-        _remember(folder, plan, state, library)
+        _remember(file, state, library)
     return library
 
 
@@ -180,7 +181,7 @@ def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes) 
     records = _read_records(folder)
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
     missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), folder)]
-    _make_room(site, [found.candidates[index] for index in missing], plan, kept=_names(records, stamps))
+    make_room(site, [found.candidates[index] for index in missing], plan, kept=_names(records, stamps))
     tasks = [_Build(found.candidates[index], plan, stamps[index], folder) for index in missing]
     done = len(stamps) - len(tasks)
     progress.report(progress.Preparing(site.name, done, len(stamps)))
@@ -247,7 +248,9 @@ class _Build:
 
 
 def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[int, _Record | ScanError]]:
-    if safe_here([task.candidate for task in tasks]):
+    # What is read here has no limit of memory, so a scan must be far from it: else its others would decide about it.
+    unfolded = sum(prepared_bytes(task.candidate, task.plan) for task in tasks)
+    if unfolded <= FEW_BYTES and safe_here([task.candidate for task in tasks]):
         return workers.run_here(build, tasks)
     return workers.run(build, tasks, workers=processes, time_limit_s=300.0)
 
@@ -267,6 +270,7 @@ def _write(path: Path, stored: NDArray[np.uint16]) -> int:
     Raises ScanError(cannot_write), which is the cache's fault and not the scan's.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    check_spare(path.parent, stored.nbytes)
     try:
         with partial.open("wb") as file:
             npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(stored))
@@ -346,21 +350,23 @@ def _names(records: Mapping[str, _Record], stamps: Sequence[str]) -> set[str]:
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def _library_file(folder: Path, plan: PlanConfig) -> Path:
-    return folder / f"library-{hashlib.sha256(plan.canonical().encode()).hexdigest()[:16]}.json"
+def _library_file(folder: Path, plan: PlanConfig, *, by_patient: bool) -> Path:
+    kind = "private" if by_patient else "library"
+    return folder / f"{kind}-{hashlib.sha256(plan.canonical().encode()).hexdigest()[:16]}.json"
 
 
-def _remember(folder: Path, plan: PlanConfig, state: str, library: Library) -> None:
+def _remember(file: Path, state: str, library: Library) -> None:
     scans = [{name: value for name, value in vars(scan).items() if name != "path"} for scan in library.scans]
     content = {"version": _VERSION, "state": state, "scans": scans, "left_out": dict(library.left_out)}
     content["assumed"] = list(library.assumed.items())  # JSON's keys are text
-    durable.write_text(_library_file(folder, plan), json.dumps(content))
+    durable.write_text(file, json.dumps(content))
 
 
-def _remembered(folder: Path, plan: PlanConfig, state: str) -> Library | None:
-    """What was opened last with this plan, where neither folders nor cache have changed since."""
+def _remembered(file: Path, state: str) -> Library | None:
+    """What `file` holds, where neither folders nor cache have changed since."""
+    folder = file.parent
     try:
-        content = json.loads(_library_file(folder, plan).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         if (content["version"], content["state"]) != (_VERSION, state):
             return None
         scans = tuple(
@@ -375,47 +381,6 @@ def _remembered(folder: Path, plan: PlanConfig, state: str) -> Library | None:
         return None
     present = set(folder.iterdir())
     return Library(scans, content["left_out"], assumed) if all(scan.path in present for scan in scans) else None
-
-
-# ---------------------------------------------------------------------------------------------------------- room
-
-
-def prepared_bytes(candidate: Candidate, plan: PlanConfig) -> int:
-    """About how much room a prepared scan takes."""
-    if candidate.kind == "3d":
-        share = np.prod(candidate.spacing_mm) / np.prod(plan.volume_spacing_mm)
-        return int(2 * np.prod(candidate.shape) * share)
-    grid, _ = target_grid(
-        candidate.shape, candidate.spacing_mm, plan, spacing_known="spacing_unknown" not in candidate.flags
-    )
-    return int(2 * np.prod(grid))
-
-
-def _make_room(site: SiteConfig, wanted: Sequence[Candidate], plan: PlanConfig, kept: set[str]) -> None:
-    """Drop scans that are no longer wanted where the new ones need their room. Raises ConfigError: it is not enough."""
-    folder = site.cache_folder
-    need = sum(prepared_bytes(candidate, plan) for candidate in wanted)
-    if not need:
-        return
-    sizes = {path: path.stat().st_size for path in folder.glob("*.npy")}
-    limit = int(site.cache_limit_gb * 1e9)
-    used, free = sum(sizes.values()), shutil.disk_usage(folder).free - _SPARE_BYTES
-    for path, size in sizes.items():
-        if used + need <= limit and need <= free:
-            return
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
-            used, free = used - size, free + size
-    if used + need > limit:
-        raise ConfigError(
-            f"site '{site.name}': the cache needs about {(used + need) / 1e9:.1f} GB; expected at most "
-            f"cache_limit_gb={site.cache_limit_gb:g}; raise it, or give the site fewer scans"
-        )
-    if need > free:
-        raise ConfigError(
-            f"site '{site.name}': the cache needs about {need / 1e9:.1f} GB more, and its disk has "
-            f"{max(0, free) / 1e9:.1f} GB to spare; point 'cache' to a larger disk"
-        )
 
 
 def _library(site: SiteConfig, found: Catalogue, records: Sequence[_Record]) -> Library:

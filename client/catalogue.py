@@ -8,28 +8,26 @@ import hmac
 import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client import dicom, nifti, pictures, workers
+from client.candidates import Candidate, Format, LeftOut, of_each_patient, without_lone_slices
 from client.dicom_bytes import looks_like_dicom
 from client.patients import Listed, Patient, patient_of, read_table, ruled_patient
-from client.series import Group, Header, Kind, Stack, sort_out
+from client.series import Group, Header, Stack, sort_out
 from client.site_config import DataSource
 from client.volumes import assemble
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 
-Format = Literal["dicom", "nifti", "picture"]
-
 _FEW_FILES = 256
-_FEW_BYTES = 256 * 2**20
+FEW_BYTES = 256 * 2**20
 """Up to so much is read in this process, unless native codecs take part: workers take a second to start."""
 
 _MAX_LABELS = 16
@@ -52,55 +50,6 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A scan that looks usable by its headers, and how to read it."""
-
-    folder: Path
-    files: tuple[str, ...]
-    """Paths below the folder, in slice order."""
-    format: Format
-    patient: str
-    """Key of the patient; see `client.patients`."""
-    modality: Modality
-    shape: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    flags: tuple[str, ...] = ()
-    study: str = ""
-    """Key of the DICOM study, made like a patient's; empty where there is none."""
-    stack: Stack | None = None
-    compressed: bool = False
-
-    @property
-    def kind(self) -> Kind:
-        return "2d" if len(self.shape) == 2 else "3d"
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return tuple(self.folder / file for file in self.files)
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Files that belong together and are not used."""
-
-    folder: Path
-    files: tuple[str, ...]
-    reason: str
-    modality: Modality | None = None
-    shape: tuple[int, ...] = ()
-    spacing_mm: tuple[float, ...] = ()
-    patient: str = ""
-
-    @property
-    def kind(self) -> Kind:
-        return "2d" if self.modality == "XR" or len(self.shape) == 2 else "3d"
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return tuple(self.folder / file for file in self.files)
-
-
-@dataclass(frozen=True)
 class Catalogue:
     candidates: tuple[Candidate, ...]
     left_out: tuple[LeftOut, ...]
@@ -117,15 +66,18 @@ def catalogue(
     secret: bytes,
     *,
     interpolate: bool = False,
+    by_patient: bool = False,
     processes: int | None = None,
     isolate: bool = False,
     looked: Callable[[int], None] | None = None,
 ) -> Catalogue:
     """Look at every file of `sources`.
 
-    secret: makes patient keys. interpolate: whether a few missing slices may be made up. processes: readers; None
-    takes one for each core. isolate: read in other processes even where there is little to read.
-    looked: called with the number of files looked at as the work goes on. Raises ConfigError for a wrong table.
+    secret: makes patient keys. interpolate: whether a few missing slices may be made up. by_patient: sort out each
+    patient's files as if there were no others, so that none decides about another's scans: a promise of what a patient
+    may change rests on it. processes: readers; None takes one for each core. isolate: read in other processes even
+    where there is little to read. looked: called with the number of files looked at as the work goes on.
+    Raises ConfigError for a wrong table.
     """
     parts: list[Catalogue] = []
     done = 0
@@ -137,11 +89,14 @@ def catalogue(
             done += 1
             if looked is not None:
                 looked(done)
-        parts.append(_sorted_out(source, {file: (found[file], files[file]) for file in files}, secret, interpolate))
-    candidates, lone = _without_lone_slices([candidate for part in parts for candidate in part.candidates])
+        outcomes = {file: (found[file], files[file]) for file in files}
+        parts.append(_sorted_out(source, outcomes, secret, interpolate=interpolate, by_patient=by_patient))
+    candidates = [candidate for part in parts for candidate in part.candidates]
+    together = of_each_patient(candidates, lambda one: one.patient) if by_patient else [candidates]
+    sifted = [without_lone_slices(members) for members in together]
     return Catalogue(
-        candidates=tuple(candidates),
-        left_out=(*(entry for part in parts for entry in part.left_out), *lone),
+        candidates=tuple(one for kept, _ in sifted for one in kept),
+        left_out=(*(entry for part in parts for entry in part.left_out), *(one for _, lone in sifted for one in lone)),
         unreadable=tuple(entry for part in parts for entry in part.unreadable),
         files_seen=sum(part.files_seen for part in parts),
         assumed={number: count for number, part in enumerate(parts) if (count := _assumed(part))},
@@ -202,7 +157,7 @@ def safe_here(candidates: Sequence[Candidate]) -> bool:
     count = sum(len(candidate.files) for candidate in candidates)
     unpacked = 4 * sum(math.prod(candidate.shape) for candidate in candidates)  # a small file may hold a large scan
     stored = _bytes_of(path for one in candidates for path in one.paths)
-    return count <= _FEW_FILES and max(stored, unpacked) <= _FEW_BYTES
+    return count <= _FEW_FILES and max(stored, unpacked) <= FEW_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -289,7 +244,7 @@ def _looks(
     source: DataSource, files: Iterable[str], secret: bytes, *, processes: int | None, isolate: bool
 ) -> Iterator[tuple[str, Header | Plain | ScanError]]:
     tasks = [_Look(source.folder, file, secret) for file in files]
-    few = len(tasks) <= _FEW_FILES and _bytes_of(source.folder / task.file for task in tasks) <= _FEW_BYTES
+    few = len(tasks) <= _FEW_FILES and _bytes_of(source.folder / task.file for task in tasks) <= FEW_BYTES
     # A header takes a millisecond or two, a worker half a second to start.
     count = min(processes or os.cpu_count() or 1, 1 + len(tasks) // 128)
     outcomes = workers.run_here(look, tasks) if few and not isolate else workers.run(look, tasks, workers=count)
@@ -301,9 +256,11 @@ def _sorted_out(
     source: DataSource,
     files: Mapping[str, tuple[Header | Plain | ScanError, Listed | None]],
     secret: bytes,
+    *,
     interpolate: bool,
+    by_patient: bool,
 ) -> Catalogue:
-    """Candidates and left-outs among the files of one source, in the order of the files."""
+    """Candidates and left-outs among the files of one source, in the order of the files; as `catalogue`."""
     headers: list[Header] = []
     candidates: list[Candidate] = []
     left_out: list[LeftOut] = []
@@ -326,31 +283,13 @@ def _sorted_out(
             else:
                 candidates.append(entry)
         seen += 1
-    for group in sort_out(headers, interpolate=interpolate):
+    together = of_each_patient(headers, lambda header: header.patient) if by_patient else [headers]
+    for group in chain.from_iterable(sort_out(members, interpolate=interpolate) for members in together):
         if group.stack is None:
             left_out.append(_left_out(source, group))
         else:
             candidates.append(_dicom_candidate(source, group, group.stack, secret))
     return Catalogue(tuple(candidates), tuple(left_out), tuple(unreadable), seen)
-
-
-def _without_lone_slices(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[LeftOut]]:
-    """Single slices of a modality of which the folders hold at least as many volumes are no images of their own.
-
-    Otherwise a few of them would make a site of CT or MR train the 2D path on remains of series. Where slices
-    prevail, they are what the folders are about, and are used as images.
-    """
-    kinds = Counter((candidate.modality, candidate.kind) for candidate in candidates)
-    kept: list[Candidate] = []
-    lone: list[LeftOut] = []
-    for one in candidates:
-        is_lone = one.kind == "2d" and one.modality in ("CT", "MR", "PT")
-        if is_lone and kinds[one.modality, "2d"] <= kinds[one.modality, "3d"]:
-            shape, spacing = one.shape, one.spacing_mm
-            lone.append(LeftOut(one.folder, one.files, "lone_slice", one.modality, shape, spacing, one.patient))
-        else:
-            kept.append(one)
-    return kept, lone
 
 
 def _in_range(patient: Patient, source: DataSource) -> bool:

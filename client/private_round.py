@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
+from client.hold import Hold
 from client.ledger import Asked
 from client.site import Site
-from client.telling import tell, tell_of_scans
+from client.telling import tell, tell_if_heard, tell_of_scans
 from client.trainer import beginning, run_round
 from unimiss_core.chain import Head
 from unimiss_core.codec import Layout
@@ -34,6 +35,8 @@ def private_introduction(site: Site) -> Introduction:
     if limits.max_epsilon is None and isinstance(promise, PatientPrivacyConfig):
         told = f"only study '{site.study.name}' limits what patients may cost, to epsilon {promise.max_epsilon:g}"
         tell(site.config.name, f"{told}; under another name it would begin anew: set privacy.max_epsilon")
+    if (held := Hold(site.config).in_words()) is not None:
+        tell(site.config.name, held)
     try:
         with cause_kept_here(site.config.name):
             tell_of_scans(site)
@@ -45,14 +48,15 @@ def private_introduction(site: Site) -> Introduction:
 @contextmanager
 def cause_kept_here(site: str) -> Iterator[None]:
     """Around what reads scans or trains on them: why it failed may tell of them. It is told on the site's own screen,
-    and raised is one WireError, `undisclosed`, whatever it was. UnknownPatientError goes by: it is told as the same."""
+    and raised is one WireError, `undisclosed`, whatever it was and whoever listens. UnknownPatientError goes by: it is
+    told as the same."""
     try:
         yield
         return
     except UnknownPatientError:
         raise
     except UnimissError as error:
-        tell(site, str(error).removeprefix(f"site '{site}': "))
+        tell_if_heard(site, str(error).removeprefix(f"site '{site}': "))
     except Exception as error:
         log.error("failed: %s", where(error))
     raise WireError("undisclosed", "the cause is told at the site alone")
@@ -62,9 +66,9 @@ def private_round(site: Site, request: TrainRequest, layout: Layout) -> tuple[by
     """The packed reply to a request to train (`unimiss_core.wire.to_keep`): charged anew, or the one that was sent
     before; and where the ledger then stands. layout: of what the site trains.
 
-    Raises PrivacyBudgetError where the round would cost patients too much and LedgerError where the ledger was put back
-    behind what the coordinator knows of it, both before a scan is read; from then on as `cause_kept_here`. What was
-    charged by then stays charged.
+    Raises PrivacyBudgetError where the round would cost patients too much, LedgerError where the ledger was put back
+    behind what the coordinator knows of it, and WireError `held` where a round failed and no person has looked, all
+    before a scan is read; from then on as `cause_kept_here`, and the site is held. What was charged stays charged.
     """
     ledger = site.ledger
     if request.ledger is not None:
@@ -87,8 +91,10 @@ def undisclosed(reply: TrainReply, ranks: Collection[Rank]) -> TrainReply:
 
 def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) -> bytes:
     """A new reply, which may leave when this returns."""
+    hold = Hold(site.config)
+    hold.check(asked.as_charged)
     reservation = site.ledger.reserve(asked, mechanisms(site.study, site.ranks, [request.round]))
-    with cause_kept_here(site.config.name):
+    with hold.where_it_fails(asked.as_charged), cause_kept_here(site.config.name):
         reply = undisclosed(run_round(site, request), site.ranks)
         payload = to_keep(reply.pack(layout, site.study.wire.dtype))
     site.ledger.record_reply(reservation, payload)

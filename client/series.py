@@ -430,9 +430,10 @@ def _without_remnants(groups: list[Group]) -> list[Group]:
 
 
 def _without_slices_beside_volumes(groups: list[Group]) -> list[Group]:
-    """A lone CT or MR slice next to a volume of its study is a test shot or bolus watch, not an image of its own."""
+    """A lone CT or MR slice next to a volume of its patient and study is a test shot or bolus watch, not an image of
+    its own. The patient counts, too: some anonymisers give one study UID to many."""
     studies = {
-        (group.headers[0].study, group.headers[0].modality)
+        (group.headers[0].patient, group.headers[0].study, group.headers[0].modality)
         for group in groups
         if group.stack is not None and group.stack.kind == "3d"
     }
@@ -440,7 +441,7 @@ def _without_slices_beside_volumes(groups: list[Group]) -> list[Group]:
     for group in groups:
         first = group.headers[0]
         lone = group.stack is not None and group.stack.kind == "2d" and first.modality != "XR"
-        if lone and first.study and (first.study, first.modality) in studies:
+        if lone and first.study and (first.patient, first.study, first.modality) in studies:
             group = replace(group, stack=None, reason="slice_beside_volume")
         kept.append(group)
     return kept

@@ -21,7 +21,8 @@ from rich.text import Text
 
 from client import nifti, pictures, workers
 from client.cache import content_key
-from client.catalogue import Candidate, Catalogue, LeftOut, catalogue, read
+from client.candidates import Candidate, LeftOut
+from client.catalogue import Catalogue, catalogue, read
 from client.reasons import REASONS
 from client.series import Kind
 from client.site_config import DataSource
@@ -76,6 +77,7 @@ def check(
     sources: Sequence[DataSource],
     plan: PlanConfig,
     *,
+    by_patient: bool = False,
     processes: int | None = None,
     nifti_folder: Path | None = None,
     preview: Path | None = None,
@@ -83,8 +85,8 @@ def check(
 ) -> CheckReport:
     """Read everything in `sources` and say what would be used.
 
-    nifti_folder: write each prepared scan there. preview: write a contact sheet (PNG) there.
-    show: called with (what is going on, done, total or 0) as the work goes on.
+    by_patient: as for patient-level studies. nifti_folder: write each prepared scan there. preview: write a contact
+    sheet (PNG) there. show: called with (what is going on, done, total or 0) as the work goes on.
     Raises ConfigError: what was asked for cannot be written.
     """
     show = show or (lambda _what, _done, _total: None)
@@ -92,6 +94,7 @@ def check(
         sources,
         secrets.token_bytes(32),  # patients are told apart within this report, and never again
         interpolate=plan.missing_slices == "interpolate",
+        by_patient=by_patient,
         processes=processes,
         isolate=True,
         looked=lambda done: show("looking at files", done, 0),

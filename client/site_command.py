@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ledger(
         commands.add_parser("ledger", help="say what patients have cost, and what is left; verifies the ledger")
     )
+    _add_clear(commands.add_parser("clear", help="let private rounds begin again after one has failed"))
     return parser
 
 
@@ -63,7 +64,7 @@ def _check(options: argparse.Namespace) -> None:
     from unimiss_core.study import PlanConfig, StudyConfig
 
     sources, processes = _sources(options.data)
-    plan = load(StudyConfig, options.study).plan if options.study else PlanConfig()
+    study = load(StudyConfig, options.study) if options.study else None
     for file in (options.report, options.preview):
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"{file}: its folder does not exist; create it first")
@@ -75,7 +76,8 @@ def _check(options: argparse.Namespace) -> None:
     with _bar() as show:
         report = site_check.check(
             sources,
-            plan,
+            study.plan if study else PlanConfig(),
+            by_patient=study is not None and study.privacy.mode == "patient",
             processes=processes,
             nifti_folder=options.save_nifti,
             preview=options.preview,
@@ -117,6 +119,21 @@ def _ledger(options: argparse.Namespace) -> None:
     from client import ledger_report
 
     ledger_report.show(options.site, options.study, Console(width=None if sys.stdout.isatty() else 120))
+
+
+def _add_clear(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    parser.set_defaults(act=_clear)
+
+
+def _clear(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from client.hold import Hold
+    from client.site_config import load_site
+
+    site = load_site(options.site)
+    Hold(site).clear()
+    print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
 
 
 def _sources(data: Path) -> tuple[Sequence["DataSource"], int | None]:

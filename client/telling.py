@@ -1,7 +1,9 @@
 """What the person at a site should know: in the site's log, and on the screen of whoever watches."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from unimiss_core import progress
@@ -20,9 +22,15 @@ def tell(site: str, words: str) -> None:
         progress.report(progress.Note(f"{site}: {line}"))
 
 
+def tell_if_heard(site: str, words: str) -> None:
+    """`tell`, where whoever listens may fail and nothing must come of it: what is answered, say."""
+    with suppress(Exception):
+        tell(site, words)
+
+
 def tell_of_scans(site: "Site") -> None:
     """Read them, and say what is left out, where a batch asks for more scans than there are, and where a promise is too
-    weak for as many patients. Raises as `Site.library`."""
+    weak for as many patients, or patients may be one. Raises as `Site.library`."""
     name, study, library = site.config.name, site.study, site.library
     if library.left_out:
         told = ", ".join(f"{count} {reason}" for reason, count in library.left_out.items())
@@ -34,7 +42,21 @@ def tell_of_scans(site: "Site") -> None:
         elif held < asked and not site.is_private:
             tell(name, f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly")
     if site.study.privacy.mode == "patient":
+        _tell_of_shared_scans(name, library)
         _tell_of_weak_deltas(name, {site.study.privacy.delta, site.config.privacy.delta}, library)
+
+
+def _tell_of_shared_scans(site: str, library: "Library") -> None:
+    """Equal scans under several patients are one person's under several names, or a mistake."""
+    patients = defaultdict(set)
+    for scan in library.scans:
+        patients[scan.key].add(scan.patient)
+    if shared := sum(len(whose) > 1 for whose in patients.values()):
+        tell(
+            site,
+            f"{shared} scans stand under several patients each, with equal content: whoever is several patients "
+            "here pays for each of them; see 'Whose a scan is' in docs/privacy.md",
+        )
 
 
 def _tell_of_weak_deltas(site: str, deltas: Collection[float], library: "Library") -> None:

@@ -8,6 +8,7 @@ patients one by taking part in a private study, refuses the others, until its fi
 from collections.abc import Iterator
 
 from client import locks
+from client.hold import Hold
 from client.ledger import Ledger
 from client.site_config import PatientLimits, SiteConfig
 from unimiss_core.errors import ConfigError, PrivacyBudgetError
@@ -38,6 +39,8 @@ def terms(config: SiteConfig, ledger: Ledger) -> Iterator[str]:
             "its own limit alone" if limits.max_epsilon is None else f"at most {limits.max_epsilon:g} over all studies"
         )
         yield f"Patient-level studies: yes, as a site with {' and '.join(limits.holds or ())}; epsilon: {most}."
+    if (held := Hold(config).in_words()) is not None:
+        yield f"Held: {held}."
     if (why := _protected(limits, ledger)) is not None:
         yield f"Other studies: no, for {why} (privacy.allow_unprotected: true would let it)."
     else:

@@ -1,15 +1,17 @@
 import errno
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from client import cache
+from client import cache, cache_room
 from client import catalogue as look_module
 from client.cache import open_library, open_private_library, read_scans
+from client.cache_room import prepared_bytes
 from client.catalogue import catalogue, read
 from client.pictures import write_png
 from client.site_config import DataSource, SiteConfig
@@ -187,6 +189,38 @@ def test_scans_that_are_no_longer_wanted_make_room(site):
     assert sum(path.stat().st_size for path in site.cache_folder.glob("*.npy")) <= 1.3 * used
 
 
+@pytest.mark.parametrize("spacing", [(1000.0, 0.1, 0.1), (0.5, 500.0, 0.5), (3.0, 1.0, 1.0), (2.0, 0.3, 40.0)])
+def test_a_prepared_scan_takes_no_more_room_than_was_reckoned_with(site, spacing):
+    """Whatever a study asks for, and however little is left along an axis."""
+    plan = PlanConfig(volume_spacing_mm=spacing)
+    for candidate in catalogue(site.data, b"s" * 32).candidates:
+        assert 2 * prepare(read(candidate), plan)[0].size <= prepared_bytes(candidate, plan)
+
+
+def test_what_unfolds_beyond_this_process_is_read_by_others(site, monkeypatch):
+    """Where the limit of memory is every scan's own, however few there are."""
+    elsewhere: list[int] = []
+
+    def run(_, tasks, **__):
+        elsewhere.append(len(tasks))
+        return enumerate([ScanError("out_of_memory")] * len(tasks))
+
+    monkeypatch.setattr(cache.workers, "run", run)
+    monkeypatch.setattr(cache, "make_room", lambda *_, **__: None)
+    with pytest.raises(NoUsableScanError, match="3 out_of_memory"):
+        open_library(site, PlanConfig(volume_spacing_mm=(0.01, 0.05, 0.05)))
+    assert elsewhere == [3]
+
+
+def test_a_nearly_full_disk_is_left_to_the_ledger(site, monkeypatch):
+    usage = shutil.disk_usage(site.state.parent)
+    monkeypatch.setattr(cache_room.shutil, "disk_usage", lambda _: usage._replace(free=2**28))
+    monkeypatch.setattr(cache, "make_room", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="its disk is full"):
+        open_library(site, PLAN)
+    assert not list(site.cache_folder.glob("*.npy"))
+
+
 def test_an_empty_site_says_what_was_left_out(tmp_path):
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "Zzyzx.txt").write_text("no scan")
@@ -290,6 +324,15 @@ def test_a_private_library_takes_no_guess_for_a_patient_nor_one_that_is_remember
     with pytest.raises(UnknownPatientError, match=r"2 of 'data\.0' \("):
         open_private_library(site, PLAN)
     assert len(built) == done
+
+
+def test_what_is_remembered_of_a_plain_library_is_none_of_a_private_one(tmp_path):
+    """One patient's volume decides about another's slice in the one, and not in the other."""
+    for who, depth in (("a", 7), ("b", 1)):
+        write_series(tmp_path / "scans" / who, pattern(depth, 20, 30), attributes={"PatientID": who})
+    site = SiteConfig(name="north", data=(DataSource(folder=tmp_path / "scans"),), state=tmp_path / "state")
+    for _ in range(2):  # made, and remembered
+        assert [len(kind(site, PLAN).scans) for kind in (open_library, open_private_library)] == [1, 2]
 
 
 def test_a_private_library_may_be_empty(tmp_path):

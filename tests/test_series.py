@@ -128,6 +128,12 @@ def test_a_lone_slice_beside_a_volume_of_its_study_is_left_out():
     assert outcome([*heights([0, 3, 6]), replace(alone, study="t")]) == [("used", 1), ("used", 3)]
 
 
+def test_a_volume_of_another_patient_says_nothing_about_a_lone_slice():
+    """Some anonymisers give one study UID to many patients."""
+    alone = replace(header(50, (0, 0, 99)), series="2", patient=Patient("q", 0.1))
+    assert outcome([*heights([0, 3, 6]), alone]) == [("used", 1), ("used", 3)]
+
+
 def test_a_slice_of_a_broken_series_is_no_image_of_its_own():
     headers = heights([0, 3, 6, 9, 12])
     headers[2] = header(2, (0, 0, 6), spacing_mm=(0.8, 0.7))

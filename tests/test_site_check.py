@@ -168,6 +168,16 @@ def test_a_site_file_is_checked_with_its_own_rules(tmp_path, capsys):
     assert "did you mean 'patient_range'" in capsys.readouterr().err
 
 
+def test_for_a_private_study_patients_are_sorted_out_apart(tmp_path):
+    for who, depth in (("a", 4), ("b", 1)):
+        write_series(tmp_path / "scans" / who, pattern(depth, 9, 7), attributes={"PatientID": who})
+    report = tmp_path / "report.json"
+    for study, used in (("nano", {"2d": 0, "3d": 1}), ("private", {"2d": 1, "3d": 1})):
+        options = ["--study", str(ROOT / "configs" / "study" / f"{study}.yaml"), "--report", str(report)]
+        assert main(["check", str(tmp_path / "scans"), *options]) == 0
+        assert json.loads(report.read_text())["used"] == used
+
+
 def test_a_contact_sheet_holds_all_tiles_or_an_even_choice():
     tiles = [np.full((96, 96), number % 250, np.uint8) for number in range(500)]
     assert site_check.contact_sheet(tiles[:13]).shape == (2 * 98 + 2, 12 * 98 + 2)

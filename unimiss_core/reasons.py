@@ -14,6 +14,7 @@ REASONS: dict[str, str] = {
     "not_finite": "a loss, gradient or update is not a finite number",
     "device_lost": "a process that trained on one of the site's devices died; its screen and log say which",
     "undisclosed": "the site's own screen says why: it may hang on its scans, of which a private study tells nothing",
+    "held": "a private round failed at the site, and none begins there before its operator has looked into it",
     "failed": "the site met an error of the program; its log says where",
     # the coordinator says so
     "not_connected": "the site took part before or is registered, and is not there",
@@ -38,5 +39,7 @@ REASONS: dict[str, str] = {
     "too_large": "the update is larger than the study allows",
 }
 
-LASTING = frozenset({"site_setup", "no_usable_scans", "study", "protocol", "not_registered", "budget", "ledger"})
+LASTING = frozenset(
+    {"site_setup", "no_usable_scans", "study", "protocol", "not_registered", "budget", "ledger", "held"}
+)
 """What no time mends: a person has to."""

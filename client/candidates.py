@@ -1,0 +1,93 @@
+"""Scans as headers promise them, files that are left out, and which lone slices are which.
+
+Here, as in `client.series`, every rule is about the items it is given. Whoever must not let one patient decide about
+another gives it each patient's apart: `of_each_patient`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from client.series import Kind, Stack
+from unimiss_core.scan import Modality
+
+Format = Literal["dicom", "nifti", "picture"]
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scan that looks usable by its headers, and how to read it."""
+
+    folder: Path
+    files: tuple[str, ...]
+    """Paths below the folder, in slice order."""
+    format: Format
+    patient: str
+    """Key of the patient; see `client.patients`."""
+    modality: Modality
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    flags: tuple[str, ...] = ()
+    study: str = ""
+    """Key of the DICOM study, made like a patient's; empty where there is none."""
+    stack: Stack | None = None
+    compressed: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return "2d" if len(self.shape) == 2 else "3d"
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / file for file in self.files)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files that belong together and are not used."""
+
+    folder: Path
+    files: tuple[str, ...]
+    reason: str
+    modality: Modality | None = None
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    patient: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        return "2d" if self.modality == "XR" or len(self.shape) == 2 else "3d"
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / file for file in self.files)
+
+
+def of_each_patient(items: Iterable[ItemT], patient: Callable[[ItemT], object]) -> list[list[ItemT]]:
+    """The items of each patient, in their order; patients in the order of their first item."""
+    apart: dict[object, list[ItemT]] = {}
+    for item in items:
+        apart.setdefault(patient(item), []).append(item)
+    return list(apart.values())
+
+
+def without_lone_slices(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[LeftOut]]:
+    """Single slices of a modality of which there are at least as many volumes are no images of their own.
+
+    Otherwise a few of them would make a site of CT or MR train the 2D path on remains of series. Where slices
+    prevail, they are what the folders, or the patient's files, are about, and are used as images.
+    """
+    kinds = Counter((candidate.modality, candidate.kind) for candidate in candidates)
+    kept: list[Candidate] = []
+    lone: list[LeftOut] = []
+    for one in candidates:
+        is_lone = one.kind == "2d" and one.modality in ("CT", "MR", "PT")
+        if is_lone and kinds[one.modality, "2d"] <= kinds[one.modality, "3d"]:
+            shape, spacing = one.shape, one.spacing_mm
+            lone.append(LeftOut(one.folder, one.files, "lone_slice", one.modality, shape, spacing, one.patient))
+        else:
+            kept.append(one)
+    return kept, lone
