@@ -231,7 +231,7 @@ def _private(options: argparse.Namespace, arm: Arm, rate: float, noise: float) -
     clip_norm = options.clip_norm if arm.clipped else UNCLIPPED
     deviation = noise * clip_norm / options.batch
     # Where noise drowns the gradient, all optimisers then step as far as AdamW does.
-    lr = {"adamw": 1.0, "noise_aware_adamw": FLOOR**0.5, "momentum_sgd": deviation}[arm.optimiser] * options.lr
+    lr = {"adamw": 1.0, "noise_aware_adamw": FLOOR**0.5, "momentum_sgd": 1 / deviation}[arm.optimiser] * options.lr
     optimiser = {"name": arm.optimiser, "lr": lr, "warmup_steps": 5, "clip_norm": None}
     return {
         "optimiser": optimiser | ({"noise_floor": FLOOR} if arm.optimiser == "noise_aware_adamw" else {}),
@@ -265,7 +265,7 @@ def _line(result: Result) -> str:
     )
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     named = {arm.name: arm for arm in ARMS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=named, default=list(named), metavar="ARM", help=", ".join(named))
@@ -282,7 +282,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.arms = [named[name] for name in options.arms]
     return options
 
