@@ -48,11 +48,11 @@ from unimiss_core.team import Alone
 CPU = torch.device("cpu")
 CENTRE = {"unimiss": (12.0, 0.998), "reconstruction": (100.0, 0.99999)}
 """Its noise and momentum, by objective: for reconstructions it counts little; where it hardly moves it costs little."""
-RECONSTRUCTION_WEIGHT = 1e3
-"""Gradients of the cross-entropy are then about a twentieth as long as those of the reconstruction."""
-UNCLIPPED = 1e6
-TEACHER_MOMENTUM = (0.9, 1.0)
-"""A short study's: the teacher keeps up at first, and is the mean of a third of the path in the end."""
+RECONSTRUCTION_WEIGHT = 1e5
+"""So much that nothing is left of the cross-entropy's gradient: it would pull towards a centre that hardly moves."""
+UNCLIPPED = 1e9
+TEACHER_MOMENTUM = (0.9, 0.9)
+"""A short study's: the teacher, which is probed, keeps up with the student to the end."""
 FLOOR = 0.1
 """Of AdamW that knows its noise."""
 DELTA = 1e-3 / 4
@@ -231,7 +231,8 @@ def _private(options: argparse.Namespace, arm: Arm, rate: float, noise: float) -
     clip_norm = options.clip_norm if arm.clipped else UNCLIPPED
     deviation = noise * clip_norm / options.batch
     # Where noise drowns the gradient, all optimisers then step as far as AdamW does.
-    lr = {"adamw": 1.0, "noise_aware_adamw": FLOOR**0.5, "momentum_sgd": 1 / deviation}[arm.optimiser] * options.lr
+    lr = {"adamw": 1.0, "noise_aware_adamw": FLOOR**0.5, "momentum_sgd": 1 / deviation}[arm.optimiser]
+    lr *= options.lr if arm.trained == FEW else options.lr / 10
     optimiser = {"name": arm.optimiser, "lr": lr, "warmup_steps": 5, "clip_norm": None}
     return {
         "optimiser": optimiser | ({"noise_floor": FLOOR} if arm.optimiser == "noise_aware_adamw" else {}),
@@ -245,6 +246,7 @@ def _private(options: argparse.Namespace, arm: Arm, rate: float, noise: float) -
             "centre_noise": CENTRE[options.objective][0],
             "trained": arm.trained,
             "sampling_rate": {"images": rate, "volumes": rate},
+            "scans_per_patient": 1,
         },
     }
 
@@ -270,10 +272,15 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=named, default=list(named), metavar="ARM", help=", ".join(named))
     parser.add_argument("--objective", choices=tuple(CENTRE), default="reconstruction", help="(default: the latter)")
-    parser.add_argument("--steps", type=int, default=60, help="of an arm (default: 60)")
-    parser.add_argument("--batch", type=int, default=120, help="patients that a step expects (default: 120)")
-    parser.add_argument("--lr", type=float, default=1e-2, help="of AdamW (default: 1e-2)")
-    parser.add_argument("--clip-norm", type=float, default=10.0, help="(default: 10)")
+    parser.add_argument("--steps", type=int, default=40, help="of an arm (default: 40)")
+    parser.add_argument("--batch", type=int, default=90, help="patients that a step expects (default: 90)")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=3e-2,
+        help="of AdamW, of norms and biases; a tenth of it where matrices are trained (default: 3e-2)",
+    )
+    parser.add_argument("--clip-norm", type=float, default=1000.0, help="(default: 1000)")
     parser.add_argument("--pixels", type=int, default=40, help="sides of a view (default: 40)")
     parser.add_argument("--phantoms", type=int, default=300, help="synthetic patients of the start (default: 300)")
     parser.add_argument("--start-steps", type=int, default=200, help="(default: 200)")
