@@ -8,7 +8,8 @@ draws of patients, and is probed on held-out patients (NIH Pneumonia, `benchmark
 noise; clipped, without noise; epsilon 8, 3 and 1 over all steps, of few parameters (norms and biases of the backbone);
 epsilon 8 with the other optimisers; and more parameters without and with noise. Printed for each: the noise multiplier,
 how long a step's noise is beside the longest gradient there can be and beside the sum of clipped gradients that was
-measured, and the AUC with the gain's 95% interval over patients. Noise and draws are new in every call.
+measured, the AUC with the gain's 95% interval over patients, and the error with which their X-rays are drawn again.
+Noise and draws are new in every call.
 """
 
 import argparse
@@ -38,12 +39,13 @@ from client.site_config import DataSource, SiteConfig, TableConfig, anchored
 from unimiss_core.config import parse, read_yaml
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
-from unimiss_core.network import tensors_of
+from unimiss_core.network import build_network, load_tensors_, tensors_of
 from unimiss_core.noise import GaussianNoise
 from unimiss_core.privacy import mechanisms
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone
+from unimiss_core.unimiss_plus import reconstruction_error
 
 CPU = torch.device("cpu")
 CENTRE = {"unimiss": (12.0, 0.998), "reconstruction": (100.0, 0.99999)}
@@ -86,7 +88,8 @@ ARMS = (
 @dataclass(frozen=True)
 class Result:
     """noise_to_most, noise_to_sum: length of a step's noise over the clip norm, and over the length of the sum of
-    clipped gradients, by the batch that both are divided by; median over the steps."""
+    clipped gradients, by the batch that both are divided by; median over the steps. errors: of reconstruction on
+    held-out patients, before and after; NaN under an objective without."""
 
     arm: Arm
     values: int
@@ -94,6 +97,7 @@ class Result:
     noise_to_most: float
     noise_to_sum: float
     gain: Gain
+    errors: tuple[float, float]
     seconds: float
 
 
@@ -157,6 +161,9 @@ def _measured(
     values = sum(learner.student.get_parameter(name).numel() for name in learner.trained_names(2, 0))
     length = 0.0 if arm.epsilon is None else noise * options.clip_norm * math.sqrt(values)
     after = probed(study.model, tensors_of(learner.teacher), tasks)
+    error_before, error_after = (
+        _reconstruction_error(study, tensors, tasks[TASK]) for tensors in (start, tensors_of(learner.teacher))
+    )
     return Result(
         arm=arm,
         values=values,
@@ -164,8 +171,20 @@ def _measured(
         noise_to_most=length / options.clip_norm / options.batch,
         noise_to_sum=length / statistics.median(kept.lengths),
         gain=gains_of(before, after)[TASK],
+        errors=(error_before, error_after),
         seconds=time.monotonic() - began,
     )
+
+
+@torch.inference_mode()
+def _reconstruction_error(study: StudyConfig, tensors: Mapping[str, Tensor], held_out: Task) -> float:
+    """Mean squared error of intensities in [0, 1] over scans that nobody trained on; NaN without reconstruction."""
+    if not study.model.reconstruction:
+        return math.nan
+    network = build_network(study.model, seed=0)
+    load_tensors_(network, tensors)
+    errors = [reconstruction_error(network.bottleneck_and_reconstruction(x)[1], x) for x in held_out.scans.split(1)]
+    return torch.stack(errors).mean().item()
 
 
 def _noise_for(options: argparse.Namespace, arm: Arm, rate: float) -> float:
@@ -215,6 +234,7 @@ def _study(
     raw = dict(read_yaml(ROOT / "configs" / "study" / "nano.yaml"))
     size = {"image_size": [options.pixels] * 2}
     raw["model"], raw["views"] = dict(raw["model"]) | size, dict(raw["views"]) | size
+    raw["seed"] = options.seed
     raw["schedule"] = {"rounds": 1, "local_steps": steps or options.steps}
     raw["optimiser"] = {"lr": 5e-4, "warmup_steps": 5}
     if options.objective == "reconstruction":
@@ -260,10 +280,11 @@ def _private_objective(options: argparse.Namespace) -> dict[str, Any]:
 def _line(result: Result) -> str:
     arm, gain = result.arm, result.gain
     low, high = gain.interval
+    drawn = "; error {:.4f} to {:.4f}".format(*result.errors)
     return (
         f"{arm.name:22} {result.values:9,} values, multiplier {result.noise_multiplier:6.3g}, noise "
         f"{result.noise_to_most:6.3g}x the clip, {result.noise_to_sum:6.3g}x the sum; AUC {gain.before:.3f} to "
-        f"{gain.after:.3f}, {gain.value:+.3f} [{low:+.3f}, {high:+.3f}]; {result.seconds:.0f} s"
+        f"{gain.after:.3f}, {gain.value:+.3f} [{low:+.3f}, {high:+.3f}]{drawn}; {result.seconds:.0f} s"
     )
 
 
@@ -284,6 +305,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=40, help="sides of a view (default: 40)")
     parser.add_argument("--phantoms", type=int, default=300, help="synthetic patients of the start (default: 300)")
     parser.add_argument("--start-steps", type=int, default=200, help="(default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the start (default: 0)")
     parser.add_argument("--start", type=Path, metavar="FILE", help="where the start is kept for another call")
     parser.add_argument("--at-once", type=int, default=1, help="patients worked out side by side (default: 1)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
