@@ -5,11 +5,11 @@
 The start is trained on synthetic radiographs, which are public, and probed; each arm then goes on from it on the NIH
 X-rays of the patients that the sites of configs/simulation/shared_real.yaml hold, with the real learner and the real
 draws of patients, and is probed on held-out patients (NIH Pneumonia, `benchmarks.recipe_tasks`). Arms: without clip and
-noise; clipped, without noise; epsilon 8, 3 and 1 over all steps, of few parameters (norms and biases of the backbone), with
-AdamW and with momentum; epsilon 8 with AdamW that knows its noise; and more parameters without and with noise. Printed for each: the noise multiplier,
-how long a step's noise is beside the longest gradient there can be and beside the sum of clipped gradients that was
-measured, the AUC with the gain's 95% interval over patients, and the error with which their X-rays are drawn again.
-Noise and draws are new in every call.
+noise; clipped, without noise; epsilon 8, 3 and 1 over all steps, of few parameters (norms and biases of the backbone),
+with AdamW and with momentum; epsilon 8 with AdamW that knows its noise; and more parameters, without and with noise.
+Printed for each: the noise multiplier, how long a step's noise is beside the longest gradient there can be and beside
+the sum of clipped gradients that was measured, the AUC with the gain's 95% interval over patients, and the error with
+which these patients' X-rays are drawn again. Noise and draws are new in every call.
 """
 
 import argparse
