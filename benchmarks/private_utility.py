@@ -240,7 +240,7 @@ def _study(
     if options.objective == "reconstruction":
         raw["model"]["reconstruction"] = True
         raw["objective"] = {k: v for k, v in raw["objective"].items() if k != "slices_per_volume"}
-        raw["objective"] |= {"name": "unimiss_plus"}
+        raw["objective"] |= {"name": "unimiss_plus", "reconstruction_weight": options.start_weight}
     if arm:
         raw |= _private(options, arm, rate, noise)
         raw["objective"] = dict(raw["objective"]) | _private_objective(options)
@@ -305,6 +305,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=40, help="sides of a view (default: 40)")
     parser.add_argument("--phantoms", type=int, default=300, help="synthetic patients of the start (default: 300)")
     parser.add_argument("--start-steps", type=int, default=200, help="(default: 200)")
+    parser.add_argument("--start-weight", type=float, default=5.0, help="of reconstruction (default: 5, as published)")
     parser.add_argument("--seed", type=int, default=0, help="of the start (default: 0)")
     parser.add_argument("--start", type=Path, metavar="FILE", help="where the start is kept for another call")
     parser.add_argument("--at-once", type=int, default=1, help="patients worked out side by side (default: 1)")
