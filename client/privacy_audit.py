@@ -12,7 +12,7 @@ sends besides is held by the tests of its message.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -71,8 +71,13 @@ def noise_is_as_claimed(engine: Engine, releases: int = RELEASES) -> Iterator[Fi
     yield repetition("noise: share of values that come again", found[0].gradient())
     yield likeness("noise: correlation of steps and attempts", torch.stack([each.gradient() for each in found]))
     yield likeness("centre's noise: correlation of steps and attempts", torch.stack([each.centre() for each in found]))
-    large = [values.flatten()[:1000] for values in found[0].gradients.values() if values.numel() >= 1000]
-    yield likeness("noise: correlation of tensors", torch.stack(large))
+    yield likeness("noise: correlation of tensors", _beginnings(found[0].gradients.values()))
+
+
+def _beginnings(tensors: Collection[Tensor]) -> Tensor:
+    """(R, n): the first n values of each tensor that has as many; 1000, or half the longest where few are trained."""
+    n = min(1000, max(values.numel() for values in tensors) // 2)
+    return torch.stack([values.flatten()[:n] for values in tensors if values.numel() >= n])
 
 
 def one_process_adds_the_noise(engine: Engine) -> Iterator[Finding]:

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from client.accounting import study_epsilon
 from client.research_command import main
+from unimiss_core.config import load
+from unimiss_core.study import StudyConfig
+
+SHIPPED = Path(__file__).parents[1] / "configs" / "study"
 
 
 def test_the_noise_that_epsilons_need(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,3 +68,10 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
 def test_what_makes_no_sense_is_told(options: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan-privacy", *options.split()]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["private", "private_adaptation"])
+def test_studies_that_are_shipped_keep_their_promise_without_a_lot_to_spare(name: str) -> None:
+    study = load(StudyConfig, SHIPPED / f"{name}.yaml")
+    assert study.privacy.mode == "patient"
+    assert 0.9 < study_epsilon(study) / study.privacy.max_epsilon <= 1

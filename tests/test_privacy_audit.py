@@ -22,7 +22,7 @@ from client.privacy_audit import noise_is_as_claimed
 from client.research_command import main
 from tests.federation import small_study
 from unimiss_core import checkpoint
-from unimiss_core.config import dump_yaml
+from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.noise import Noise
@@ -212,6 +212,18 @@ def test_a_run_is_attacked_by_patient(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 # -------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "noise_aware_adamw", "momentum_sgd"])
+def test_noise_is_measured_where_few_parameters_are_trained_by_any_optimiser(optimiser: str) -> None:
+    """No tensor of theirs has a thousand values."""
+    raw = private_study().model_dump(mode="json")
+    raw["privacy"]["trained"], raw["optimiser"] = "norms_and_biases", {"name": optimiser, "warmup_steps": 1}
+    study = parse(StudyConfig, raw, where="test")
+    found = list(noise_is_as_claimed(Engine(study, 2), releases=2))
+    assert [each.what for each in found if not each.agrees] == []
+    broken = Engine(study, 2, make_learner=without_noise)
+    assert not all(each.agrees for each in noise_is_as_claimed(broken, releases=2))
 
 
 def test_a_study_is_audited_and_a_broken_engine_told(

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unimiss_core.groups import GROUPS
+from unimiss_core.optimiser_config import AdamWConfig
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import (
     learning_rate,
@@ -17,11 +18,11 @@ from unimiss_core.schedule import (
     trained_steps,
     weight_decay,
 )
-from unimiss_core.study import OptimiserConfig, ScheduleConfig, StudyConfig, UniMiSSConfig
+from unimiss_core.study import ScheduleConfig, StudyConfig, UniMiSSConfig
 
 STUDY = StudyConfig(
     name="toy",
-    optimiser=OptimiserConfig(lr=2e-3, final_lr=1e-5, warmup_steps=8, weight_decay=(0.04, 0.4)),
+    optimiser=AdamWConfig(lr=2e-3, final_lr=1e-5, warmup_steps=8, weight_decay=(0.04, 0.4)),
     objective=UniMiSSConfig(teacher_momentum=(0.9, 1.0)),
     schedule=ScheduleConfig(rounds=5, local_steps=7, alternate=(2, 1)),
 )
@@ -43,9 +44,9 @@ def test_the_rate_rises_linearly_and_falls_by_a_cosine() -> None:
 
 
 def test_no_warm_up_and_only_warm_up_are_possible() -> None:
-    none = STUDY.model_copy(update={"optimiser": OptimiserConfig(lr=2e-3, warmup_steps=0)})
+    none = STUDY.model_copy(update={"optimiser": AdamWConfig(lr=2e-3, warmup_steps=0)})
     assert learning_rate(none, 0) == pytest.approx(2e-3)
-    whole = STUDY.model_copy(update={"optimiser": OptimiserConfig(lr=2e-3, warmup_steps=35)})
+    whole = STUDY.model_copy(update={"optimiser": AdamWConfig(lr=2e-3, warmup_steps=35)})
     assert learning_rate(whole, LAST) == pytest.approx(2e-3)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteLossError
@@ -24,11 +24,12 @@ from unimiss_core.execution import (
     uncompile_,
 )
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
+from unimiss_core.local_optimiser import build_local_optimiser, kept_by, set_rates_
 from unimiss_core.network import below, build_network, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
-from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay
+from unimiss_core.schedule import teacher_momentum
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone, Team, largest_part
 
@@ -64,7 +65,7 @@ class LearnerState:
 
 
 class Learner:
-    """Student, teacher, centre and AdamW of one site.
+    """Student, teacher, centre and optimiser of one site.
 
     ranks: of the site's scans; they decide which tensors exist (`unimiss_core.groups.ranks_needed`).
     execution: how steps are computed; by default in float32 on the CPU, each batch as a whole.
@@ -95,7 +96,7 @@ class Learner:
         bottleneck = self.student.backbone.architecture.bottleneck
         names = [name for rank in self.ranks for name in self.objective.representations(rank)]
         self.centre = new_centre(names, bottleneck, self.device)
-        self._optimiser = _adamw(self.student)
+        self._optimiser = build_local_optimiser(study.optimiser, self.student)
         self._watch = RoundWatch()
         self._near: Mapping[str, Tensor] = {}
         if execution.activation_checkpointing:
@@ -169,7 +170,7 @@ class Learner:
     def _move(self, rank: Rank, step: int, grads: list[Tensor], norms: list[float]) -> None:
         """Student and teacher, by the gradients that the parameters hold; `norms` are theirs."""
         _clip_each_(grads, norms, self.study.optimiser.clip_norm)
-        self._set_rates(step)
+        set_rates_(self._optimiser, self.study, step, rank)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         self._move_teacher(rank, teacher_momentum(self.study, step))
@@ -210,7 +211,8 @@ class Learner:
                 "Move the state folder away to start afresh."
             )
         centre = below("centre.", state.tensors)
-        moments = {key: below(f"{prefix}.", state.tensors) for key, prefix in _OPTIMISER_KEYS.items()}
+        kept = kept_by(self.study.optimiser)
+        moments = {key: below(f"{_OPTIMISER_KEYS[key]}.", state.tensors) for key in kept}
         self._check_state(centre, moments)
         if state.facts["weights"]:
             watched = {name: tensor.to(self.device) for name, tensor in below("watch.", state.tensors).items()}
@@ -334,11 +336,6 @@ class Learner:
         torch._foreach_add_([grad for _, _, grad in trained], apart, alpha=self.study.local.proximal)
         return {"global_distance": torch.linalg.vector_norm(torch.stack(torch._foreach_norm(apart)))}
 
-    def _set_rates(self, step: int) -> None:
-        for group in self._optimiser.param_groups:
-            group["lr"] = learning_rate(self.study, step)
-            group["weight_decay"] = weight_decay(self.study, step) if group["decays"] else 0.0
-
     def _move_teacher(self, rank: Rank, momentum: float) -> None:
         groups = groups_of_ranks({rank})
         names = [name for name, _ in self.student.named_parameters() if group_of(name) in groups]
@@ -371,14 +368,6 @@ class Learner:
             raise CheckpointError(
                 "local state is damaged: its tensors do not fit the model. Move the state folder away to start afresh."
             )
-
-
-def _adamw(student: nn.Module) -> torch.optim.AdamW:
-    """Two groups: matrices, tables and kernels decay; biases and other 1-D tensors do not. Rates are set per step."""
-    decaying = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
-    groups = [{"params": decaying, "decays": True}, {"params": others, "decays": False}]
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def _clip_each_(grads: list[Tensor], norms: list[float], limit: float | None) -> None:

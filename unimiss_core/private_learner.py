@@ -8,7 +8,7 @@ example):
 3. the sum over patients, plus N(0, (s C)^2) on every value, divided by a constant, is the step's gradient;
 4. likewise the patients' mean bottlenecks, of norm 1 at most, move the centre for the *next* step.
 
-Whatever follows - clipping per tensor, AdamW, the teacher, the round's update - is made of these two alone, the round's
+Whatever follows - clipping per tensor, optimiser, teacher, the round's update - is made of these two alone, the round's
 start and the study. Which parameters a step trains follows from its rank, never from who was drawn; the divisor is the
 study's batch, never the number drawn; an empty draw is a step of noise. Every patient is worked out alone, so that any
 operation may stand in the network that does not couple scans, and memory is that of one patient; or, where a site asks

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, Tag, model_serializer, model_validator
 
 from unimiss_core.config import NAME_ALONE, Config, Name, chosen_by_name
+from unimiss_core.optimiser_config import AdamWConfig, LocalOptimiserConfig
 from unimiss_core.privacy_config import NoPrivacyConfig, PrivacyConfig, contradictions
 from unimiss_core.scan import SMALLEST, Rank
 
@@ -193,29 +194,6 @@ ObjectiveConfig = Annotated[
 """What is learned; without a `name` it is UniMiSS."""
 
 
-class OptimiserConfig(Config):
-    """AdamW at every site; the peak rate is for the study's batch, no hidden scaling."""
-
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """The peak rate, which the warm-up ends at."""
-    final_lr: NonNegative = 1e-6
-    """The rate of the study's last step, reached by half a cosine; at most lr."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """First steps of the study, in which the rate rises linearly; below rounds x local_steps."""
-    weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
-    """From first to last step (cosine); none on biases and other 1-D tensors."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 0.3
-    """Each tensor's gradient is clipped to this norm; None turns it off."""
-    freeze_prototypes_steps: Annotated[int, Field(ge=0)] = 0
-    """The last layer stays as it is for this many first steps of the study; at most rounds x local_steps."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.final_lr > self.lr:
-            raise ValueError(f"final_lr={self.final_lr} must not be above lr={self.lr}")
-        return self
-
-
 class ScheduleConfig(Config):
     """How long: every schedule counts steps of the whole study, rounds x local_steps."""
 
@@ -376,7 +354,7 @@ class StudyConfig(Config):
     plan: PlanConfig = PlanConfig()
     views: ViewConfig = ViewConfig()
     objective: ObjectiveConfig = UniMiSSConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimiser: LocalOptimiserConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
     local: Annotated[LocalConfig, Field(exclude_if=lambda local: local == LocalConfig())] = LocalConfig()
@@ -408,6 +386,11 @@ class StudyConfig(Config):
             )
         if frozen > rounds * local:
             raise ValueError(f"optimiser.freeze_prototypes_steps={frozen} must not be above {steps}")
+        if self.optimiser.name == "noise_aware_adamw" and self.privacy.mode != "patient":
+            raise ValueError(
+                "optimiser.name=noise_aware_adamw subtracts the noise of private steps, and privacy.mode is "
+                f"{self.privacy.mode}, not patient; write name: adamw"
+            )
         if found := contradictions(self):
             raise ValueError("; ".join(found))
         return self

@@ -1,0 +1,122 @@
+"""What a site makes of a step's gradient: AdamW, AdamW that knows the noise on the gradient, or momentum alone.
+
+All keep the same running means under the same names, so that a site's state and the audit of private steps read them
+alike: of gradients with 0.9 (`exp_avg`), of their squares with 0.999 (`exp_avg_sq`, momentum keeps none), and each
+tensor's count of steps. Matrices, tables and kernels decay apart from the gradient (Loshchilov and Hutter 2019,
+arXiv:1711.05101), biases and other 1-D tensors do not.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unimiss_core.optimiser_config import MomentumSGDConfig, NoiseAwareAdamWConfig, OptimiserConfig
+from unimiss_core.scan import Rank
+from unimiss_core.schedule import learning_rate, weight_decay
+from unimiss_core.study import StudyConfig
+
+BETAS = (0.9, 0.999)
+"""What the means of gradients and of their squares keep of themselves in a step."""
+
+_KEPT = ("step", "exp_avg", "exp_avg_sq")
+
+
+def build_local_optimiser(config: OptimiserConfig, student: nn.Module) -> Optimizer:
+    """Two groups, of which one decays. Rates are set per step (`set_rates_`)."""
+    decaying = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    groups = [{"params": decaying, "decays": True}, {"params": others, "decays": False}]
+    if isinstance(config, NoiseAwareAdamWConfig):
+        return NoiseAwareAdamW(groups, noise_floor=config.noise_floor)
+    if isinstance(config, MomentumSGDConfig):
+        return MomentumSGD(groups)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+
+
+def kept_by(config: OptimiserConfig) -> tuple[str, ...]:
+    """What the optimiser keeps of each tensor that it has moved."""
+    return _KEPT[:2] if isinstance(config, MomentumSGDConfig) else _KEPT
+
+
+def set_rates_(optimiser: Optimizer, study: StudyConfig, step: int, rank: Rank) -> None:
+    """What a step of the study uses, which trains scans of `rank`."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(study, step)
+        group["weight_decay"] = weight_decay(study, step) if group["decays"] else 0.0
+        group["noise_variance"] = noise_variance(study, rank)
+
+
+def noise_variance(study: StudyConfig, rank: Rank) -> float:
+    """Of the noise on each value of a step's gradient: (s C / B)^2, in the mode `patient`; otherwise there is none."""
+    if study.privacy.mode != "patient":
+        return 0.0
+    return (study.privacy.noise_multiplier * study.privacy.clip_norm / study.batch.of(rank)) ** 2
+
+
+class NoiseAwareAdamW(Optimizer):
+    """AdamW whose second moment is the gradient's own, without that of the noise: DP-AdamBC (Tang, Shpilevskiy,
+    Lecuyer 2024, arXiv:2312.14334, algorithm 1).
+
+    Noise of variance phi adds phi to the mean of squares, which where it drowns the gradient is then the same for all
+    values: AdamW becomes momentum with a rate of its own making. Here a step is
+
+        lr m^ / sqrt(max(v^ - phi, gamma phi)),
+
+    m^ and v^ being the means over the steps so far. phi is taken off each square before it is averaged: the same by
+    linearity where phi stays, and right where batches of images and of volumes bring noise of two sizes. The paper's
+    floor is a constant; as a share gamma of phi it needs no other value for another batch or clip norm.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, noise_floor: float) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "noise_variance": 0.0})
+        self._noise_floor = noise_floor
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every tensor that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                self._move(parameter, parameter.grad, group)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state, noise = self.state[parameter], group["noise_variance"]
+        ahead = _ahead(state, parameter, gradient)
+        squares = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+        squares.lerp_(gradient.square().sub_(noise), 1 - BETAS[1])
+        spread = (squares / (1 - BETAS[1] ** state["step"].item())).clamp_(min=self._noise_floor * noise).sqrt_()
+        _step(parameter, ahead / spread, group)
+
+
+class MomentumSGD(Optimizer):
+    """SGD along the running mean of gradients: a step is lr m^, in the length of a gradient and not of the rate.
+
+    The mean is normalised, so that a steady gradient g moves by lr g, not by lr g / (1 - 0.9).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every tensor that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                _step(parameter, _ahead(self.state[parameter], parameter, parameter.grad), group)
+
+
+def _ahead(state: dict[str, Tensor], parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Count the step; the mean of the gradients so far, later ones weighing more."""
+    count = state.setdefault("step", torch.tensor(0.0))
+    count += 1
+    mean = state.setdefault("exp_avg", torch.zeros_like(parameter))
+    mean.lerp_(gradient, 1 - BETAS[0])
+    return mean / (1 - BETAS[0] ** count.item())
+
+
+def _step(parameter: Tensor, direction: Tensor, group: Mapping[str, Any]) -> None:
+    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
