@@ -99,7 +99,7 @@ def _check_promise(study: StudyConfig) -> None:
 
 
 def _introduction(site: Site) -> Introduction:
-    tell_of_scans(site)
+    tell_of_scans(site, site.library)
     scans = {rank: len(site.library.of_rank(rank)) for rank in RANKS}
     return Introduction(site.config.name, scans, sum(site.library.left_out.values()))
 

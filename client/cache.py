@@ -127,11 +127,14 @@ def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
     return library
 
 
-def open_private_library(site: SiteConfig, plan: PlanConfig) -> Library:
+def open_private_library(site: SiteConfig, plan: PlanConfig, *, evicts: bool = True) -> Library:
     """The scans for a patient-level study: it may hold none, for that there are any is not to show, each says whose it
     is, and each patient has those that it would have if there were no others (docs/privacy.md). Raises
-    UnknownPatientError, before anything is done that hangs on the plan; and ConfigError as `open_library`."""
-    return _opened(site, plan, by_patient=True)
+    UnknownPatientError, before anything is done that hangs on the plan; and ConfigError as `open_library`.
+
+    evicts: whether scans of other plans may go for these.
+    """
+    return _opened(site, plan, by_patient=True, evicts=evicts)
 
 
 def _unwritable(site: SiteConfig, why: str) -> ConfigError:
@@ -141,15 +144,15 @@ def _unwritable(site: SiteConfig, why: str) -> ConfigError:
     )
 
 
-def _opened(site: SiteConfig, plan: PlanConfig, *, by_patient: bool) -> Library:
+def _opened(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: bool = True) -> Library:
     """by_patient: each scan has to say whose it is, and nothing is decided over several patients."""
     try:
-        return _looked_up(site, plan, by_patient=by_patient)
+        return _looked_up(site, plan, by_patient=by_patient, evicts=evicts)
     except OSError as error:  # of its own files: what goes wrong with a scan has become a reason by now
         raise _unwritable(site, error.strerror or "unknown error") from None
 
 
-def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool) -> Library:
+def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: bool) -> Library:
     secret = load_secret(site.state)
     folder = site.cache_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -166,13 +169,13 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool) -> Libra
         looked=lambda files: progress.report(progress.Preparing(site.name, files, 0)),
     )
     check_known(site, found.assumed if by_patient else {})
-    library = _library(site, found, _built(site, plan, found, secret))
+    library = _library(site, found, _built(site, plan, found, secret, evicts=evicts))
     if not _PASSING & library.left_out.keys():
         _remember(file, state, library)
     return library
 
 
-def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes) -> list["_Record"]:
+def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, *, evicts: bool) -> list["_Record"]:
     """What became of each candidate; those that no journal knows are read now."""
     folder = site.cache_folder
     for partial in folder.glob(".*.partial"):
@@ -181,7 +184,8 @@ def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes) 
     records = _read_records(folder)
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
     missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), folder)]
-    make_room(site, [found.candidates[index] for index in missing], plan, kept=_names(records, stamps))
+    wanted = [found.candidates[index] for index in missing]
+    make_room(site, wanted, plan, kept=_names(records, stamps), evicts=evicts)
     tasks = [_Build(found.candidates[index], plan, stamps[index], folder) for index in missing]
     done = len(stamps) - len(tasks)
     progress.report(progress.Preparing(site.name, done, len(stamps)))

@@ -28,8 +28,13 @@ def prepared_bytes(candidate: Candidate, plan: PlanConfig) -> int:
     return 2 * most
 
 
-def make_room(site: SiteConfig, wanted: Sequence[Candidate], plan: PlanConfig, kept: set[str]) -> None:
-    """Drop scans that are no longer wanted where the new ones need their room. Raises ConfigError: it is not enough."""
+def make_room(
+    site: SiteConfig, wanted: Sequence[Candidate], plan: PlanConfig, kept: set[str], *, evicts: bool = True
+) -> None:
+    """Drop scans that are no longer wanted where the new ones need their room; without `evicts`, none.
+
+    Raises ConfigError: it is not enough. Nothing was dropped then.
+    """
     folder = site.cache_folder
     need = sum(prepared_bytes(candidate, plan) for candidate in wanted)
     if not need:
@@ -37,22 +42,23 @@ def make_room(site: SiteConfig, wanted: Sequence[Candidate], plan: PlanConfig, k
     sizes = {path: path.stat().st_size for path in folder.glob("*.npy")}
     limit = int(site.cache_limit_gb * 1e9)
     used, free = sum(sizes.values()), shutil.disk_usage(folder).free - _SPARE_BYTES
-    for path, size in sizes.items():
-        if used + need <= limit and need <= free:
-            return
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
-            used, free = used - size, free + size
-    if used + need > limit:
+    old = {path: size for path, size in sizes.items() if path.name not in kept} if evicts else {}
+    least, most_free = used - sum(old.values()), free + sum(old.values())
+    if least + need > limit:
         raise ConfigError(
-            f"site '{site.name}': the cache needs about {(used + need) / 1e9:.1f} GB; expected at most "
+            f"site '{site.name}': the cache needs about {(least + need) / 1e9:.1f} GB; expected at most "
             f"cache_limit_gb={site.cache_limit_gb:g}; raise it, or give the site fewer scans"
         )
-    if need > free:
+    if need > most_free:
         raise ConfigError(
             f"site '{site.name}': the cache needs about {need / 1e9:.1f} GB more, and its disk has "
-            f"{max(0, free) / 1e9:.1f} GB to spare; point 'cache' to a larger disk"
+            f"{max(0, most_free) / 1e9:.1f} GB to spare; point 'cache' to a larger disk"
         )
+    for path, size in old.items():
+        if used + need <= limit and need <= free:
+            return
+        path.unlink(missing_ok=True)
+        used, free = used - size, free + size
 
 
 def check_spare(folder: Path, size: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
+from client.cache import open_private_library
 from client.hold import Hold
 from client.ledger import Asked
 from client.site import Site
@@ -28,7 +29,8 @@ def private_introduction(site: Site) -> Introduction:
     """Who this site is: what its file declares, without a count, and where its ledger stands.
 
     It costs nothing and may be asked for with any plan, so it hangs on no scan. They are read now, which can take
-    hours, but whatever comes of it is for the site's own screen. Raises LedgerError; ConfigError, from the ledger's
+    hours, but whatever comes of it is for the site's own screen; no other plan's scans go for it, which a round may be
+    training on, and while the site is held nothing is read. Raises LedgerError; ConfigError, from the ledger's
     disk; and UnknownPatientError, which hangs on no plan.
     """
     limits, promise = site.config.privacy, site.study.privacy
@@ -37,12 +39,17 @@ def private_introduction(site: Site) -> Introduction:
         tell(site.config.name, f"{told}; under another name it would begin anew: set privacy.max_epsilon")
     if (held := Hold(site.config).in_words()) is not None:
         tell(site.config.name, held)
+    else:
+        _read_beforehand(site)
+    return Introduction(site.config.name, _presence(site.ranks), 0, site.ledger.head)
+
+
+def _read_beforehand(site: Site) -> None:
     try:
         with cause_kept_here(site.config.name):
-            tell_of_scans(site)
+            tell_of_scans(site, open_private_library(site.config, site.study.plan, evicts=False))
     except WireError as untold:
         log.warning("introduced all the same: %s", untold)
-    return Introduction(site.config.name, _presence(site.ranks), 0, site.ledger.head)
 
 
 @contextmanager

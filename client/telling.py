@@ -28,10 +28,10 @@ def tell_if_heard(site: str, words: str) -> None:
         tell(site, words)
 
 
-def tell_of_scans(site: "Site") -> None:
-    """Read them, and say what is left out, where a batch asks for more scans than there are, and where a promise is too
-    weak for as many patients, or patients may be one. Raises as `Site.library`."""
-    name, study, library = site.config.name, site.study, site.library
+def tell_of_scans(site: "Site", library: "Library") -> None:
+    """Say what is left out, where a batch asks for more scans than there are, and where a promise is too
+    weak for as many patients, or patients may be one."""
+    name, study = site.config.name, site.study
     if library.left_out:
         told = ", ".join(f"{count} {reason}" for reason, count in library.left_out.items())
         tell(name, f"left out {told}; see unimiss-site check")

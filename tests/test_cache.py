@@ -189,6 +189,14 @@ def test_scans_that_are_no_longer_wanted_make_room(site):
     assert sum(path.stat().st_size for path in site.cache_folder.glob("*.npy")) <= 1.3 * used
 
 
+def test_a_plan_for_which_there_is_no_room_at_all_drops_nothing(site):
+    """Or whoever asks for it would end the rounds of other studies."""
+    held = open_library(site, PLAN)
+    with pytest.raises(ConfigError, match="needs about"):
+        open_library(site, PlanConfig(volume_spacing_mm=(0.001, 0.001, 0.001)))
+    assert all(scan.path.exists() for scan in held.scans)
+
+
 @pytest.mark.parametrize("spacing", [(1000.0, 0.1, 0.1), (0.5, 500.0, 0.5), (3.0, 1.0, 1.0), (2.0, 0.3, 40.0)])
 def test_a_prepared_scan_takes_no_more_room_than_was_reckoned_with(site, spacing):
     """Whatever a study asks for, and however little is left along an axis."""

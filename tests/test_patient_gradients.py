@@ -130,7 +130,7 @@ def test_where_memory_runs_out_fewer_are_worked_out_together_and_none_is_lost() 
     alone, exact, _ = taking(1)
     alone.private_step(patients, rank=2, step=0)
     assert distance(noise.sums[0], exact.sums[0]) <= 1e-5 * CLIP
-    assert scarce.tries == 2  # of four, and of two; never again
+    assert scarce.tries == 6  # of four, and twice of two, in either group: what one needs decides about no other
     assert told == [
         "out of memory: 2, not 4 patients are worked out together",
         "out of memory: 1, not 2 patients are worked out together",
@@ -153,3 +153,29 @@ def test_patients_of_one_shape_are_grouped_and_none_is_lost() -> None:
     patients = [torch.full((scans, 2, 1, 4, 4), float(number)) for number, scans in enumerate(shapes)]
     groups = [[int(views.max()) for views in group] for group in grouped(iter(patients), 2)]
     assert groups == [[0, 2], [1, 4], [3, 6], [5]]
+
+
+def test_a_patient_whose_scans_do_not_fit_leaves_the_others_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Met in parts from then on, they would round otherwise."""
+    others, large = [patient(2, 3, seed) for seed in range(4)], patient(2, 6, 9)
+    running, noise, told = taking(1)
+    whole = running._gather_gradients
+
+    def short_of_memory(views: Tensor, rank: Rank, share: float) -> Loss:
+        if running.micro_batch.get(rank, len(views)) > 3 and len(views) > 3:
+            raise torch.OutOfMemoryError
+        return whole(views, rank, share)
+
+    monkeypatch.setattr(running, "_gather_gradients", short_of_memory)
+    running.private_step([large, *others], rank=2, step=0)
+    alone, exact, _ = taking(1)
+    alone.private_step([large], rank=2, step=0)
+    without, of_others, _ = taking(1)
+    without.private_step(others, rank=2, step=0)
+    assert told == ["out of memory: 2D batches are met in parts of 3, not 6 scans"]
+    assert running.micro_batch == without.micro_batch
+    assert (
+        distance(noise.sums[0], [a + b for a, b in zip(exact.sums[0], of_others.sums[0], strict=True)]) <= 1e-5 * CLIP
+    )

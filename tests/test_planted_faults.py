@@ -38,7 +38,7 @@ DEVIATION = "privacy.noise_multiplier * privacy.clip_norm"
 NOISED = f"self._noise.add_(list(sums.values()), {DEVIATION})"
 CENTRE_NOISED = "self._noise.add_(list(centres.values()), privacy.centre_noise)"
 FED = "parameter.grad = sums[name].div_(expected)"
-CLIPPED = "torch._foreach_add_(added, list(gradients.values()), alpha=_scale(length, self._privacy.clip_norm))"
+CLIPPED = "torch._foreach_add_(added, list(gradients.values()), alpha=scale)"
 CENTRE_ADDED = "centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))"
 DRAWN = "self._generator.random(len(self._patients[rank])) < self._privacy.sampling_rate.of(rank)"
 NORMAL = "self._generator.standard_normal(len(piece), dtype=dtype)"
@@ -83,7 +83,7 @@ IN_LEARNER: list[tuple[str, str, str, Check]] = [
     (
         "no clip",
         CLIPPED,
-        CLIPPED.replace("_scale(length, self._privacy.clip_norm)", "1.0"),
+        CLIPPED.replace("alpha=scale", "alpha=1.0"),
         a_patient_moves_a_release_by_its_bound,
     ),
     ("clip a little wide", "limit / length", "1.001 * limit / length", a_patient_moves_a_release_by_its_bound),

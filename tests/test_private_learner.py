@@ -321,3 +321,16 @@ def test_noise_that_would_be_lost_in_the_precision_of_a_sum_is_refused(deviation
     """A gradient of one unit in the last place would survive, and a large learning rate brings it back."""
     with pytest.raises(ValueError, match=r"would be lost in torch\.float32"):
         GaussianNoise(torch.device("cpu")).add_([torch.zeros(2)], deviation)
+
+
+@pytest.mark.parametrize("length", [1e38, 4e38, 9.5e38, 1.4e39, 3e40])
+def test_a_gradient_too_long_for_float32_to_shorten_oversteps_no_clip(length: float) -> None:
+    """C / length is a number of few bits there, and would shorten it to up to 1.93 C."""
+    made = PrivateLearner(study(clip_norm=1e-6), ranks={2}, noise=Recorded())
+    name = max(made.trained_names(2, 0), key=lambda name: made.student.get_parameter(name).numel())
+    shape = made.student.get_parameter(name).shape
+    gradient = torch.full(shape, length / math.sqrt(shape.numel()))
+    sums = {name: torch.zeros(shape)}
+    loss = made.objective(made.student, made.teacher, ward(2)[0], made.centre)
+    made._add_patient(loss, {name: gradient}, sums, {})
+    assert sums[name].double().norm().item() <= 1e-6 * (1 + 1e-6)

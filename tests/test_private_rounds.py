@@ -402,6 +402,19 @@ def test_files_whose_patient_would_be_a_guess_are_refused_in_words_for_the_site(
     assert "file_is_patient: true" in said[0]
 
 
+def test_an_introduction_with_another_plan_drops_no_scan_of_a_round(tmp_path: Path) -> None:
+    """It costs nothing, so it must not end what somebody else has paid for."""
+    hospital = Hospital(tmp_path, cache_limit_gb=2e-5)  # room for the scans of one plan
+    other = private_study(plan={"percentiles": [1.0, 99.0]})
+    with hospital.asked() as ask:
+        ask(Hello(private_study(), RUN).pack(), "query")
+        prepared = set((tmp_path / "state" / "cache").glob("*.npy"))
+        assert Introduction.unpack(ask(Hello(other, "1" * 16).pack(), "query")).ranks == {2}
+        assert len(prepared) == SCANS
+        assert set((tmp_path / "state" / "cache").glob("*.npy")) == prepared
+        assert facts_of(ask(request(other), "train"))["status"] == "ok"  # a round is charged, and may
+
+
 @pytest.mark.parametrize(("delta", "is_weak"), [(1e-5, False), (5e-4, True)])
 def test_a_delta_that_is_weak_for_so_many_patients_is_told_at_the_site_alone(
     tmp_path: Path, delta: float, is_weak: bool

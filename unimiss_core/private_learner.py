@@ -16,7 +16,7 @@ for it, several are worked out side by side (`unimiss_core.patient_gradients`).
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ from unimiss_core.study import StudyConfig
 
 _LAST_STAGES = ("backbone.encoder.stages.3.", "backbone.decoder.stages.0.")
 """Where an image is told in the fewest positions and the most channels."""
+
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
+"""By which float32 can shorten a gradient without overstepping the clip norm: of smaller numbers it keeps few bits."""
 
 _PIECE = 2**16
 """Values whose norm is taken at a time: half a megabyte in float64."""
@@ -53,6 +56,7 @@ class PrivateLearner(Learner):
             raise ValueError(f"the study's privacy mode is {study.privacy.mode}, not patient")
         self._privacy = study.privacy
         self._noise = noise or GaussianNoise(self.device)
+        self._tell = _once(self._tell)  # what is tried again for each patient would be told for each
         self._at_once = self._patients_at_once()
 
     def private_step(self, patients: Iterable[Tensor], *, rank: Rank, step: int) -> StepReport:
@@ -118,44 +122,60 @@ class PrivateLearner(Learner):
         """Add patients with as many scans each, worked out together, or in halves where memory runs out."""
         if len(group) == 1:
             return [self._add_patient(*self._alone(group[0], rank, sums), sums, centres)]
-        if found := self._together(group, sums) if len(group) <= self._at_once else []:
+        if found := self._together(group, sums):
             return [self._add_patient(*one, sums, centres) for one in found]
         half = len(group) // 2
         return [loss for part in (group[:half], group[half:]) for loss in self._add_group(part, rank, sums, centres)]
 
     def _alone(self, views: Tensor, rank: Rank, names: Collection[str]) -> Found:
+        """One whose scans do not fit is met in parts; the next is met as if there had been none, for parts round
+        otherwise, and one patient would change what others release."""
+        parts = dict(self.micro_batch)
         loss = self._gather_in_parts_that_fit(views, rank, 1.0)
+        self.micro_batch = parts
         gradients = {name: self.student.get_parameter(name).grad for name in names}
         self._optimiser.zero_grad(set_to_none=True)
         return loss, {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
     def _together(self, group: Sequence[Tensor], names: Collection[str]) -> list[Found]:
-        """Of each; nothing where memory runs out. Later groups of this learner are smaller then."""
+        """Of each; nothing where memory runs out. The next group is as large again: see `_alone`."""
         try:
             with out_of_memory_by_its_name():
                 return gradients_of_each(self.student, self._loss_of, torch.stack(list(group)), names)
         except torch.OutOfMemoryError:
             pass  # and leave this clause, for until then the error holds on to the activations
         self._drop_gradients()
-        self._at_once = len(group) // 2
-        self._tell(f"out of memory: {self._at_once}, not {len(group)} patients are worked out together")
+        self._tell(f"out of memory: {len(group) // 2}, not {len(group)} patients are worked out together")
         return []
 
     def _add_patient(
         self, loss: Loss, gradients: Mapping[str, Tensor], sums: Mapping[str, Tensor], centres: Mapping[str, Tensor]
     ) -> Loss | None:
-        """Add one patient's clipped gradient and mean bottlenecks. One whose numbers are not finite adds nothing, is
-        charged all the same, and gives None."""
+        """Add one patient's clipped gradient and mean bottlenecks. One whose numbers are not finite, or whose gradient
+        is too long to be shortened exactly, adds nothing, is charged all the same, and gives None."""
         means = {name: loss.observed[name].bottleneck for name in centres}
         length, lengths = _length(gradients.values()), {name: _length([mean]) for name, mean in means.items()}
-        if not all(map(math.isfinite, (length, *lengths.values()))):
+        scale = _scale(length, self._privacy.clip_norm)
+        if not all(map(math.isfinite, (length, *lengths.values()))) or scale < _LEAST_SCALE:
             return None
         added = [sums[name] for name in gradients]
-        torch._foreach_add_(added, list(gradients.values()), alpha=_scale(length, self._privacy.clip_norm))
+        torch._foreach_add_(added, list(gradients.values()), alpha=scale)
         for name, mean in means.items():
             centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))  # rounding may take a mean of units above 1
         self._watch.add(loss.observed)
         return loss
+
+
+def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """`tell`, that says nothing twice."""
+    told: set[str] = set()
+
+    def say(words: str) -> None:
+        if words not in told:
+            told.add(words)
+            tell(words)
+
+    return say
 
 
 def _is_trained(name: str, parameter: Tensor, trained: str) -> bool:
