@@ -52,7 +52,7 @@ CENTRE = {"unimiss": (12.0, 0.998), "reconstruction": (100.0, 0.99999)}
 """Its noise and momentum, by objective: for reconstructions it counts little; where it hardly moves it costs little."""
 RECONSTRUCTION_WEIGHT = 1e5
 """So much that nothing is left of the cross-entropy's gradient: it would pull towards a centre that hardly moves."""
-UNCLIPPED = 1e9
+UNCLIPPED = 1e6
 TEACHER_MOMENTUM = (0.9, 0.9)
 """A short study's: the teacher, which is probed, keeps up with the student to the end."""
 FLOOR = 0.1

@@ -65,7 +65,7 @@ def introduce(message: Message, context: Context) -> Message:
         check_terms(site.config, site.study, site.ledger)
         look_over(site.config)  # before the scans are read, which can take hours
         if hello.study.privacy.mode != "none":
-            _check_promise(hello.study)
+            _check_promise(site.config.name, hello.study)
         return (private_introduction(site) if site.is_private else _introduction(site)).pack()
 
     return _reply(message, context, answer)
@@ -90,12 +90,16 @@ def train(message: Message, context: Context) -> Message:
     return _reply(message, context, answer)
 
 
-def _check_promise(study: StudyConfig) -> None:
-    """Raises ConfigError where the study's noise does not keep its promise. All that a site does in the mode `site`,
+def _check_promise(site: str, study: StudyConfig) -> None:
+    """Raises WireError where the study's noise does not keep its promise. All that a site does in the mode `site`,
     for there it trusts the coordinator with its update, counts and losses."""
     from client.accounting import check_study  # here, for it takes seconds, and only private studies need it
 
-    check_study(study)
+    try:
+        check_study(study)
+    except ConfigError as error:
+        tell_if_heard(site, str(error))  # by Opacus, which a coordinator has not
+        raise WireError("promise", "the study's noise does not keep its max_epsilon") from None
 
 
 def _introduction(site: Site) -> Introduction:

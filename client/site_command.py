@@ -86,7 +86,8 @@ def _check(options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
     if options.data.is_file():
-        _say_terms(options.data, console)
+        unowned = sum("patient_assumed" in entry.flags for entry in report.used)
+        _say_terms(options.data, console, unowned)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
@@ -96,14 +97,14 @@ def _check(options: argparse.Namespace) -> None:
         raise NoUsableScanError(f"no usable scan; {said}")
 
 
-def _say_terms(site_file: Path, console: "Console") -> None:
+def _say_terms(site_file: Path, console: "Console", unowned: int) -> None:
     """Which studies a site takes part in. Raises LedgerError."""
     from client.ledger import ledger_of
     from client.site_config import load_site
     from client.terms import terms
 
     site = load_site(site_file)
-    console.print(*terms(site, ledger_of(site)), sep="\n", markup=False, highlight=False)
+    console.print(*terms(site, ledger_of(site), unowned=unowned), sep="\n", markup=False, highlight=False)
 
 
 def _add_ledger(parser: argparse.ArgumentParser) -> None:

@@ -29,15 +29,23 @@ def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
         )
 
 
-def terms(config: SiteConfig, ledger: Ledger) -> Iterator[str]:
-    """What `check_terms` comes to, a line for each kind of study. Raises LedgerError."""
-    limits = config.privacy
+def terms(config: SiteConfig, ledger: Ledger, *, unowned: int = 0) -> Iterator[str]:
+    """What `check_terms` comes to, a line for each kind of study. Raises LedgerError.
+
+    unowned: scans of which nothing says whose they are, where they were looked at.
+    """
+    limits, account = config.privacy, ledger.site_account()
     if (lacking := _lacking(limits)) is not None:
         yield f"Patient-level studies: no; {lacking}."
-    else:
-        most = (
-            "its own limit alone" if limits.max_epsilon is None else f"at most {limits.max_epsilon:g} over all studies"
+    elif unowned:
+        yield (
+            f"Patient-level studies: no; of {unowned} scans nothing says whose they are: set patient_pattern, a table "
+            "with a patient column, or file_is_patient: true where every file is of another patient."
         )
+    else:
+        most = "this site sets no limit (privacy.max_epsilon), so each study's own holds, alone"
+        if limits.max_epsilon is not None:
+            most = f"at most {limits.max_epsilon:g} over all studies, of which {account.spent:.3g} is spent"
         yield f"Patient-level studies: yes, as a site with {' and '.join(limits.holds or ())}; epsilon: {most}."
     if (held := Hold(config).in_words()) is not None:
         yield f"Held: {held}."

@@ -323,9 +323,10 @@ def _label_column(probe: SimulatedProbe, source: DataSource) -> dict[str, str]:
 
 
 def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:
-    """A contact sheet of what the site trains on: a column for each scan, its views below each other."""
+    """A contact sheet of what the site trains on: a column for each scan, its views below each other. None in a
+    patient-level study: a picture of a patient is in no epsilon."""
     path = out / "report" / f"views-{site.name}.png"
-    if path.exists():
+    if path.exists() or study.privacy.mode == "patient":
         return
     path.parent.mkdir(exist_ok=True)
     try:

@@ -203,7 +203,7 @@ def test_what_would_overspend_is_refused_before_a_scan_is_read(tmp_path: Path, m
 def test_a_study_that_cannot_keep_its_promise_is_refused_before_the_first_round(tmp_path: Path) -> None:
     with Hospital(tmp_path).asked() as ask:
         answer = ask(Hello(private_study(200, max_epsilon=0.5), RUN).pack(), "query")
-    assert Refusal.found_in(answer) == Refusal("site_setup")
+    assert Refusal.found_in(answer) == Refusal("promise")
 
 
 def test_a_ledger_that_was_put_back_is_noticed(tmp_path: Path) -> None:

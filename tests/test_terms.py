@@ -117,7 +117,7 @@ def asks(site: Path, study: StudyConfig) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("privacy", "private", "others"),
     [
-        ({}, "yes, as a site with images; epsilon: its own limit alone", "yes; what they tell"),
+        ({}, "yes, as a site with images; epsilon: this site sets no limit", "yes; what they tell"),
         ({"max_epsilon": 0.29}, "yes, as a site with images; epsilon: at most 0.29 over all", "no, for privacy.max_ep"),
         ({"max_epsilon": 2, "allow_unprotected": True}, "yes, as a site with images", "yes; what they tell"),
         ({"holds": None}, "no; its site file does not say what it trains on", "yes; what they tell"),
@@ -147,3 +147,24 @@ def test_the_ledgers_account_says_that_charged_patients_are_protected(
     charge(site, private_study(), range(1, 2))
     assert main(["ledger", str(site)]) == 0
     assert "Other studies: no, for its patients were charged before" in " ".join(capsys.readouterr().out.split())
+
+
+def test_check_does_not_promise_what_scans_of_unknown_patients_will_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = Hospital(tmp_path, data=[{"folder": "scans"}]).folder / "site.yaml"
+    assert main(["check", str(site)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Patient-level studies: no; of 5 scans nothing says whose they are" in said
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_epsilon": 20.0}])
+def test_a_damaged_ledger_is_told_whatever_the_limits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limits: dict[str, Any]
+) -> None:
+    site = Hospital(tmp_path, privacy=limits).folder / "site.yaml"
+    charge(site, private_study(), range(1, 2))
+    book = tmp_path / "state" / "ledger.jsonl"
+    book.write_bytes(book.read_bytes().replace(b'"round":1', b'"round":2', 1).replace(b'"round": 1', b'"round": 2', 1))
+    assert main(["check", str(site)]) == 6
+    assert "Patient-level studies: yes" not in capsys.readouterr().out

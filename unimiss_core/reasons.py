@@ -9,7 +9,10 @@ REASONS: dict[str, str] = {
     "no_usable_scans": "the site's folders hold nothing that can be trained on",
     "study": "the site does not understand the study: another version of the program",
     "needs_whole": "the site lost what it remembered; it is sent the whole student and teacher next time",
-    "budget": "the round would cost the site's patients more than the study or the site allows; its screen says which",
+    "budget": "the site allows no such study, or no more of it: it would cost patients too much, has too little noise, "
+    "or protects no patient where the site asks for that; its screen says which, and only the site decides",
+    "promise": "by the site's accountant the study's noise does not keep its own privacy.max_epsilon: begin a run with "
+    "more noise; `unimiss plan-privacy --study` says how much",
     "ledger": "the site's record of what its patients have cost is damaged, or was put back to an older one",
     "not_finite": "a loss, gradient or update is not a finite number",
     "device_lost": "a process that trained on one of the site's devices died; its screen and log say which",
@@ -40,6 +43,6 @@ REASONS: dict[str, str] = {
 }
 
 LASTING = frozenset(
-    {"site_setup", "no_usable_scans", "study", "protocol", "not_registered", "budget", "ledger", "held"}
+    {"site_setup", "no_usable_scans", "study", "protocol", "not_registered", "budget", "promise", "ledger", "held"}
 )
 """What no time mends: a person has to."""
