@@ -153,6 +153,28 @@ def test_of_rounds_at_work_together_only_the_first_failure_is_told(site: SiteCon
     Hold(site).check()
 
 
+def test_a_round_that_succeeds_after_another_failed_keeps_its_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until a person has looked: that it did not fail is a fact, too."""
+    hospital, run_round = Hospital(tmp_path), private_round.run_round
+    site = load_site(hospital.folder / "site.yaml")
+
+    def another_fails(*asked: Any) -> Any:
+        with pytest.raises(WireError, match="undisclosed"):
+            fail(site, OTHER)
+        return run_round(*asked)
+
+    with hospital.asked() as ask:
+        with monkeypatch.context() as patched:
+            patched.setattr(private_round, "run_round", another_fails)
+            assert answer(ask, private_study()) == "held"
+        assert answer(ask, private_study()) == "held"
+        assert [entry["kind"] for entry in hospital.entries] == ["reserved"]
+        assert [clear(hospital), answer(ask, private_study())] == [0, "ok"]
+    assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"]
+
+
 # --- a process that dies
 
 
