@@ -3,20 +3,37 @@
 That a round failed may hang on all scans together, for instance on whether they fit the cache at the spacing that its
 study asks for, and the coordinator is told of it exactly: no noise covers it. Were it told again and again, a
 coordinator would choose settings, pay next to no epsilon for each try, and read off the answers what no patient agreed
-to. So a failure is told once for each time that a person lets the site go on. Until then `held.json` in the state
-folder names the request that failed: that one alone is answered, whatever becomes of it, and any other with `held`.
+to. So a failure is told once for each time that a person lets the site go on; until then every request is answered
+`held`, the one that failed, too.
+
+A process that dies, for instance of too little memory, tells as much by its silence. So whatever reads scans, a round
+or an introduction, leaves a mark in the folder `unanswered` of the state folder before it reads the first, and takes it
+away with its answer:
+
+    <some digits>.json     locked: a process is at work on it. Not locked: its process died
+    <some digits>.failed   it failed, or another did while it was at work: it was answered the same
+
+One death is free, for a machine may be started anew at any time; the next one holds the site. Nothing is counted: a
+mark that is left stays until a person clears it. A round that fails renames its mark, which takes neither room on the
+disk nor a free file descriptor; where even that is refused, its mark stays as that of a death.
 """
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from client.ledger_entries import Request
+from client.locks import locked
 from client.site_config import SiteConfig
 from client.telling import tell_if_heard
 from unimiss_core import durable
 from unimiss_core.errors import ConfigError, WireError
+
+FREE_DEATHS = 1
+"""Since a person looked; a power cut and a process that was killed for its memory look the same."""
 
 
 class Hold:
@@ -24,61 +41,142 @@ class Hold:
 
     def __init__(self, site: SiteConfig) -> None:
         """Nothing is read or written yet."""
-        self._site, self._path = site.name, site.state / "held.json"
+        self._site, self._folder = site.name, site.state / "unanswered"
 
     def in_words(self) -> str | None:
         """What stands in the way of private rounds, and the way out; None where nothing does."""
-        if not self._path.exists():
+        try:
+            holding = self._holding()
+        except OSError as error:
+            return (
+                f"whether a private round failed cannot be told ({error.strerror or 'unknown error'}), and none begins "
+                "before its state folder can be read"
+            )
+        if not holding:
             return None
-        failed = self._failed()
-        which = "a private round" if failed is None else f"round {failed.round} of run '{failed.run}'"
         return (
-            f"{which} failed, which the coordinator was told, and it shall not be told so again unseen: no other "
-            "private round begins before somebody has looked into it (the site's log says why it failed) and typed "
-            "`unimiss-site clear SITE.yaml`"
+            f"{', '.join(map(_in_words, holding))}, which the coordinator was told, and it shall not be told so again "
+            "unseen: no private round begins before somebody has looked into it (the site's log says why one failed, "
+            "the system's why one died) and typed `unimiss-site clear SITE.yaml`"
         )
 
-    def check(self, request: Request) -> None:
-        """Raises WireError `held`: another request has failed since a person looked."""
-        if (held := self.in_words()) is not None and self._failed() != request:
+    def check(self) -> None:
+        """Raises WireError `held`: a round has failed, or several have died, since a person looked."""
+        if (held := self.in_words()) is not None:
             tell_if_heard(self._site, held)
-            raise WireError("held", "another private round failed, and its operator has not let the site go on")
+            raise _held()
 
     @contextmanager
-    def where_it_fails(self, request: Request) -> Iterator[None]:
-        """Around work whose failure is told to the coordinator, as a WireError: of several that fail at once, the first
-        is told as that, the others as `held`."""
-        try:
-            yield
-        except WireError:
-            self._begin(request)
-            self.check(request)
-            tell_if_heard(self._site, self.in_words() or "")
-            raise
-        self.check(request)  # another may have failed meanwhile: then it is not told either that this one did not
+    def at_work(self, request: Request) -> Iterator[None]:
+        """Around all work on scans, from before the first is read until the reply is recorded.
+
+        request: of round 0 for an introduction, whose failure goes unsaid and must not leave this. A WireError is a
+        failure that the coordinator is told: of several that fail at once, one at most is told as that, the others as
+        `held`. Raises ConfigError, before anything is read: the mark cannot be written.
+        """
+        with self._marked(request) as mark:
+            try:
+                yield
+            except WireError:
+                failed = mark.with_suffix(".failed")
+                with suppress(OSError):
+                    mark.rename(failed)
+                    durable.sync(self._folder)
+                tell_if_heard(self._site, self.in_words() or "")
+                if self._only(failed):
+                    raise
+                raise _held() from None
+            except Exception:  # hangs on no scan; whatever ends the process, and is none, leaves the mark
+                _forget(mark)
+                raise
+            _forget(mark)
 
     def clear(self) -> None:
-        """Let private rounds begin again. Raises ConfigError: there is nothing to clear, or the file cannot go."""
+        """Let private rounds begin again. Raises ConfigError: there is nothing to clear, or a mark cannot go."""
         try:
-            self._path.unlink()
-        except FileNotFoundError:
-            raise ConfigError(
-                f"site '{self._site}': nothing is held: no private round failed since last time"
-            ) from None
+            left = [*self._failed(), *self._dead()]
+            for mark in left:
+                mark.unlink()
         except OSError as error:
             told = error.strerror or "unknown error"
             raise ConfigError(f"site '{self._site}': its state folder cannot be written to: {told}") from None
+        if not left:
+            raise ConfigError(f"site '{self._site}': nothing is held: no private round failed or died since last time")
 
-    def _begin(self, request: Request) -> None:
-        with suppress(OSError), self._path.open("x", encoding="utf-8") as file:  # on a full disk empty: it holds, too
-            file.write(json.dumps(request._asdict()) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            durable.sync(self._path.parent)
+    @contextmanager
+    def _marked(self, request: Request) -> Iterator[Path]:
+        """The mark of a round at work; it is on the disk, and locked until this ends."""
+        mark = self._folder / f"{secrets.token_hex(8)}.json"
+        with ExitStack() as holding:
+            try:
+                durable.make_folder(self._folder)
+                file = holding.enter_context(mark.open("xb"))
+                holding.enter_context(locked(file, wait=False))  # before it says anything: see `_is_left`
+                file.write(json.dumps(request._asdict()).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                durable.sync(self._folder)
+            except OSError as error:
+                _forget(mark)
+                told = error.strerror or "unknown error"
+                raise ConfigError(f"the state folder cannot be written to: {told}; make room, or mend it") from None
+            self._tell_of_deaths()
+            yield mark
 
-    def _failed(self) -> Request | None:
-        """None where the file is damaged: it holds every request."""
+    def _tell_of_deaths(self) -> None:
+        with suppress(OSError):
+            for mark in self._dead():
+                told = "; the next one that dies holds the site (`unimiss-site clear SITE.yaml`, once you know why)"
+                tell_if_heard(self._site, _in_words(mark) + told)
+
+    def _holding(self) -> list[Path]:
+        """The marks that hold the site. Raises OSError."""
+        dead = self._dead()
+        return [*self._failed(), *(dead if len(dead) > FREE_DEATHS else ())]
+
+    def _only(self, failed: Path) -> bool:
         try:
-            return Request(**json.loads(self._path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
+            return self._holding() == [failed]
+        except OSError:
+            return False
+
+    def _failed(self) -> list[Path]:
+        return self._marks(".failed")
+
+    def _dead(self) -> list[Path]:
+        return [mark for mark in self._marks(".json") if _is_left(mark)]
+
+    def _marks(self, suffix: str) -> list[Path]:
+        """Raises OSError, which a glob would not."""
+        try:
+            return sorted(mark for mark in self._folder.iterdir() if mark.suffix == suffix)
+        except FileNotFoundError:
+            return []
+
+
+def _is_left(mark: Path) -> bool:
+    """Whether no process is at work on it. An empty one says nothing yet, and no scan was read. Raises OSError."""
+    try:
+        with mark.open("rb") as file, locked(file, shared=True, wait=False):
+            return bool(file.read(1)) and mark.exists()  # it may have been answered meanwhile
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _in_words(mark: Path) -> str:
+    ended = "failed" if mark.suffix == ".failed" else "died with its process"
+    try:
+        request = Request(**json.loads(mark.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return f"a private round {ended}"
+    which = f"round {request.round}" if request.round else "the introduction"
+    return f"{which} of run '{request.run}' {ended}"
+
+
+def _forget(mark: Path) -> None:
+    with suppress(OSError):  # then it stays, as that of a death
+        mark.unlink()
+
+
+def _held() -> WireError:
+    return WireError("held", "a private round failed, and its operator has not let the site go on")

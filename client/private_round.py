@@ -11,6 +11,7 @@ from dataclasses import replace
 from client.cache import open_private_library
 from client.hold import Hold
 from client.ledger import Asked
+from client.ledger_entries import Request
 from client.site import Site
 from client.telling import tell, tell_if_heard, tell_of_scans
 from client.trainer import beginning, run_round
@@ -30,7 +31,7 @@ def private_introduction(site: Site) -> Introduction:
 
     It costs nothing and may be asked for with any plan, so it hangs on no scan. They are read now, which can take
     hours, but whatever comes of it is for the site's own screen; no other plan's scans go for it, which a round may be
-    training on, and while the site is held nothing is read. Raises LedgerError; ConfigError, from the ledger's
+    training on, and while the site is held nothing is read. Raises LedgerError; ConfigError, from the state folder's
     disk; and UnknownPatientError, which hangs on no plan.
     """
     limits, promise = site.config.privacy, site.study.privacy
@@ -38,18 +39,10 @@ def private_introduction(site: Site) -> Introduction:
         told = f"only study '{site.study.name}' limits what patients may cost, to epsilon {promise.max_epsilon:g}"
         tell(site.config.name, f"{told}; under another name it would begin anew: set privacy.max_epsilon")
     if (held := Hold(site.config).in_words()) is not None:
-        tell(site.config.name, held)
+        tell(site.config.name, held)  # and nothing is read: a process that dies of it would be seen
     else:
-        _read_beforehand(site)
+        _read_ahead(site)
     return Introduction(site.config.name, _presence(site.ranks), 0, site.ledger.head)
-
-
-def _read_beforehand(site: Site) -> None:
-    try:
-        with cause_kept_here(site.config.name):
-            tell_of_scans(site, open_private_library(site.config, site.study.plan, evicts=False))
-    except WireError as untold:
-        log.warning("introduced all the same: %s", untold)
 
 
 @contextmanager
@@ -74,8 +67,9 @@ def private_round(site: Site, request: TrainRequest, layout: Layout) -> tuple[by
     before; and where the ledger then stands. layout: of what the site trains.
 
     Raises PrivacyBudgetError where the round would cost patients too much, LedgerError where the ledger was put back
-    behind what the coordinator knows of it, and WireError `held` where a round failed and no person has looked, all
-    before a scan is read; from then on as `cause_kept_here`, and the site is held. What was charged stays charged.
+    behind what the coordinator knows of it, WireError `held` where a round failed and no person has looked, and
+    ConfigError from the state folder, all before a scan is read; from then on as `cause_kept_here`, and the site is
+    held. What was charged stays charged.
     """
     ledger = site.ledger
     if request.ledger is not None:
@@ -96,15 +90,27 @@ def undisclosed(reply: TrainReply, ranks: Collection[Rank]) -> TrainReply:
     return replace(reply, scans=_presence(ranks), seconds=0.0, losses={}, diagnostics={})
 
 
+def _read_ahead(site: Site) -> None:
+    """Raises UnknownPatientError, and ConfigError from the state folder."""
+    with Hold(site.config).at_work(Request(site.run, 0, site.study.digest(), "")):
+        try:
+            with cause_kept_here(site.config.name):
+                tell_of_scans(site, open_private_library(site.config, site.study.plan, evicts=False))
+        except WireError as untold:
+            log.warning("introduced all the same: %s", untold)
+
+
 def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) -> bytes:
     """A new reply, which may leave when this returns."""
     hold = Hold(site.config)
-    hold.check(asked.as_charged)
+    hold.check()
     reservation = site.ledger.reserve(asked, mechanisms(site.study, site.ranks, [request.round]))
-    with hold.where_it_fails(asked.as_charged), cause_kept_here(site.config.name):
-        reply = undisclosed(run_round(site, request), site.ranks)
-        payload = to_keep(reply.pack(layout, site.study.wire.dtype))
-    site.ledger.record_reply(reservation, payload)
+    with hold.at_work(asked.as_charged):
+        with cause_kept_here(site.config.name):
+            reply = undisclosed(run_round(site, request), site.ranks)
+            payload = to_keep(reply.pack(layout, site.study.wire.dtype))
+        hold.check()  # another may have failed meanwhile: then it is not told either that this one did not
+        site.ledger.record_reply(reservation, payload)
     return payload
 
 

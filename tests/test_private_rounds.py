@@ -17,6 +17,7 @@ from client import accounting, cache, ledger, private_round
 from client import site as sites
 from client.app import app
 from client.pictures import write_png
+from client.site_command import main
 from server.coordinator_config import CoordinatorConfig
 from server.local_grid import LocalGrid
 from server.rounds import Federation
@@ -308,6 +309,7 @@ def test_a_round_that_crashed_goes_on_under_its_charge(tmp_path: Path, monkeypat
         with monkeypatch.context() as patched:
             patched.setattr(private_round, "run_round", killed)
             assert Refusal.found_in(ask(request(study), "train")) == Refusal("undisclosed")
+        assert main(["clear", str(tmp_path / "site.yaml")]) == 0
         with monkeypatch.context() as patched:  # trained, but the reply was not noted: it may not leave
             patched.setattr(ledger.Ledger, "record_reply", killed)
             assert Refusal.found_in(ask(request(study), "train")) == Refusal("failed")
