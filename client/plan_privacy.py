@@ -19,8 +19,12 @@ from client.accounting import (
 )
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
+from unimiss_core.groups import group_of, groups_of_ranks
+from unimiss_core.network import empty_network
 from unimiss_core.privacy import Mechanism
-from unimiss_core.privacy_config import NoPrivacyConfig, SitePrivacyConfig
+from unimiss_core.privacy_config import NoPrivacyConfig, PatientPrivacyConfig, SitePrivacyConfig
+from unimiss_core.private_learner import is_trained
+from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig
 
 DROWNED = 1.0
@@ -54,12 +58,32 @@ def of_study(path: Path, patients: int | None = None) -> None:
             "kept" if reached <= privacy.max_epsilon else "exceeded",
         )
     _print(table)
+    if isinstance(privacy, PatientPrivacyConfig):
+        _print(_steps_of(study, privacy, patients))
     if not by_site and patients is None:
         print(f"delta {privacy.delta:g} is for sites of {WEAK / privacy.delta:,.0f} patients at most; see --patients")
     if not kept:
         print(
             f"noise_multiplier {noise_for(study, privacy.max_epsilon):.4g} would keep epsilon {privacy.max_epsilon:g}"
         )
+
+
+def _steps_of(study: StudyConfig, privacy: PatientPrivacyConfig, patients: int | None) -> Table:
+    """What a step's noise does to its gradient, by the rank of its scans."""
+    table = Table(title="a step" if patients is None else f"a step at a site of {patients:,} patients")
+    for heading in ("on", "values trained", "divided by", "drawn", "noise / clip norm", "what to expect"):
+        table.add_column(heading, justify="left" if heading in ("on", "what to expect") else "right")
+    for rank, name in zip(RANKS, ("images", "volumes"), strict=True):
+        values = sum(
+            parameter.numel()
+            for key, parameter in empty_network(study.model).named_parameters()
+            if group_of(key) in groups_of_ranks({rank}) and is_trained(key, parameter, privacy.trained)
+        )
+        batch = study.batch.of(rank)
+        drowned = privacy.noise_multiplier * math.sqrt(values) / batch
+        drawn = "" if patients is None else f"{privacy.sampling_rate.of(rank) * patients:.3g}"
+        table.add_row(name, f"{values:,}", f"{batch:,}", drawn, f"{drowned:.3g}", _expected(drowned))
+    return table
 
 
 def of_numbers(

@@ -8,6 +8,7 @@ import pytest
 from client.accounting import study_epsilon
 from client.research_command import main
 from unimiss_core.config import load
+from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.study import StudyConfig
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "study"
@@ -33,11 +34,14 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
     )
     assert main(["plan-privacy", "--study", str(path)]) == 0
     said = capsys.readouterr().out
-    assert [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")] == [
-        "images",
-        "volumes",
-        "both",
-    ]
+    rows = [[part.strip() for part in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["images", "volumes", "both", "images", "volumes"]
+    learner = PrivateLearner(load(StudyConfig, path), ranks={2, 3})
+    for rank, row in ((2, rows[3]), (3, rows[4])):
+        values = sum(learner.student.get_parameter(name).numel() for name in learner.trained_names(rank, 10**9))
+        assert row[1:3] == [f"{values:,}", "256"]
+        assert float(row[4]) == pytest.approx(values**0.5 / 256, rel=0.01)
+        assert "drowns" in row[5] or "exceeds" in row[5]
     assert "exceeded" in said
     assert "delta 1e-05 is for sites of 10,000 patients at most" in said
     enough = re.search(r"noise_multiplier ([0-9.]+) would keep epsilon 1$", said, re.MULTILINE)
@@ -45,6 +49,7 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
     path.write_text(path.read_text().replace("noise_multiplier: 1.0", f"noise_multiplier: {float(enough[1]) * 1.001}"))
     assert main(["plan-privacy", "--study", str(path), "--patients", "10000"]) == 0
     said = capsys.readouterr().out
+    assert "a step at a site of 10,000 patients" in said
     assert "exceeded" not in said
     assert "is for sites of" not in said
     assert main(["plan-privacy", "--study", str(path), "--patients", "20000"]) == 2

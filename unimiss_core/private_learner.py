@@ -95,7 +95,7 @@ class PrivateLearner(Learner):
         return [
             name
             for name, parameter in self.student.named_parameters()
-            if group_of(name) in groups and name not in frozen and _is_trained(name, parameter, self._privacy.trained)
+            if group_of(name) in groups and name not in frozen and is_trained(name, parameter, self._privacy.trained)
         ]
 
     def most_scans(self, rank: Rank) -> int:  # noqa: ARG002 - the same for both
@@ -178,7 +178,7 @@ def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
     return say
 
 
-def _is_trained(name: str, parameter: Tensor, trained: str) -> bool:
+def is_trained(name: str, parameter: Tensor, trained: str) -> bool:
     """trained: as the study says it (`PatientPrivacyConfig.trained`)."""
     if trained == "all":
         return True
