@@ -85,7 +85,7 @@ def test_a_site_refuses_a_site_level_study_whose_noise_does_not_keep_its_promise
     heard: list[progress.Event] = []
     with progress.listen(heard.append), Hospital(tmp_path).asked() as ask:
         answer = ask(Hello(site_level(100), RUN).pack(), "query")
-    assert Refusal.found_in(answer) == Refusal("site_setup")
+    assert Refusal.found_in(answer) == Refusal("promise")
     (told,) = [event.text for event in heard if isinstance(event, progress.Note)]
     assert re.search(r"comes to epsilon 13\.2 .*above privacy\.max_epsilon=8", told)
 
