@@ -116,9 +116,8 @@ def _reply(message: Message, context: Context, answer: Callable[[], RecordDict])
         content = Refusal(error.reason).pack()
     except UnimissError as error:
         name = name_of(context)
-        tell_if_heard(
-            name, str(error).removeprefix(f"site '{name}': ")
-        )  # on the site's own screen; the coordinator gets a code
+        # On the site's own screen; the coordinator gets a code.
+        tell_if_heard(name, str(error).removeprefix(f"site '{name}': "))
         content = Refusal(REASONS.get(type(error), "failed")).pack()
     except Exception as error:
         log.error("failed: %s", where(error))

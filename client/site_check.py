@@ -72,6 +72,11 @@ class CheckReport:
     def used(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.decision == "used")
 
+    @property
+    def unowned(self) -> int:
+        """Scans in use of which nothing says whose they are."""
+        return sum("patient_assumed" in entry.flags for entry in self.used)
+
 
 def check(
     sources: Sequence[DataSource],
@@ -308,11 +313,10 @@ def tables(report: CheckReport, *, show_paths: bool) -> Lines:
 
 
 def _advice(report: CheckReport) -> Iterator[str]:
-    unowned = sum("patient_assumed" in entry.flags for entry in report.used)
-    if unowned:
+    if report.unowned:
         yield (
-            f"Patients: {unowned} of the scans do not say whose they are, and each counts as a patient of its own. "
-            "Say it in a site file (patient_pattern or table) and check that file."
+            f"Patients: {report.unowned} of the scans do not say whose they are, and each counts as a patient of its "
+            "own. Say it in a site file (patient_pattern or table) and check that file."
         )
     unnamed = sum(entry.modality == "OT" for entry in report.used)
     if unnamed:

@@ -86,8 +86,7 @@ def _check(options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
     if options.data.is_file():
-        unowned = sum("patient_assumed" in entry.flags for entry in report.used)
-        _say_terms(options.data, console, unowned)
+        _say_terms(options.data, console, report.unowned)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:

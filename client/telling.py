@@ -29,8 +29,8 @@ def tell_if_heard(site: str, words: str) -> None:
 
 
 def tell_of_scans(site: "Site", library: "Library") -> None:
-    """Say what is left out, where a batch asks for more scans than there are, and where a promise is too
-    weak for as many patients, or patients may be one."""
+    """Say what is left out, where a batch asks for more scans than there are, and where a promise is too weak for as
+    many patients, or patients may be one."""
     name, study = site.config.name, site.study
     if library.left_out:
         told = ", ".join(f"{count} {reason}" for reason, count in library.left_out.items())
@@ -41,9 +41,9 @@ def tell_of_scans(site: "Site", library: "Library") -> None:
             tell(name, f"no usable {rank}D scan for this study: its {rank}D steps are noise alone (privacy.holds)")
         elif held < asked and not site.is_private:
             tell(name, f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly")
-    if site.study.privacy.mode == "patient":
+    if study.privacy.mode == "patient":
         _tell_of_shared_scans(name, library)
-        _tell_of_weak_deltas(name, {site.study.privacy.delta, site.config.privacy.delta}, library)
+        _tell_of_weak_deltas(name, {study.privacy.delta, site.config.privacy.delta}, library)
 
 
 def _tell_of_shared_scans(site: str, library: "Library") -> None:

@@ -34,7 +34,7 @@ def terms(config: SiteConfig, ledger: Ledger, *, unowned: int = 0) -> Iterator[s
 
     unowned: scans of which nothing says whose they are, where they were looked at.
     """
-    limits, account = config.privacy, ledger.site_account()
+    limits, is_charged = config.privacy, ledger.is_begun
     if (lacking := _lacking(limits)) is not None:
         yield f"Patient-level studies: no; {lacking}."
     elif unowned:
@@ -45,7 +45,8 @@ def terms(config: SiteConfig, ledger: Ledger, *, unowned: int = 0) -> Iterator[s
     else:
         most = "this site sets no limit (privacy.max_epsilon), so each study's own holds, alone"
         if limits.max_epsilon is not None:
-            most = f"at most {limits.max_epsilon:g} over all studies, of which {account.spent:.3g} is spent"
+            spent = ledger.site_account().spent if is_charged else 0.0  # accountants take seconds to load
+            most = f"at most {limits.max_epsilon:g} over all studies, of which {spent:.3g} is spent"
         yield f"Patient-level studies: yes, as a site with {' and '.join(limits.holds or ())}; epsilon: {most}."
     if (held := Hold(config).in_words()) is not None:
         yield f"Held: {held}."

@@ -52,7 +52,7 @@ def num_bytes(layout: Layout, dtype: str) -> int:
 
 def pack(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec], dtype: str) -> bytes:
     """The values of `specs` end to end, as `dtype`."""
-    return FORMATS[dtype].encode([tensors[spec.name].detach().reshape(-1) for spec in specs])
+    return FORMATS[dtype].encode(_flat(tensors, specs))
 
 
 def unpack(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> dict[str, Tensor]:
@@ -76,8 +76,7 @@ def released(tensors: Mapping[str, Tensor], layout: Layout, dtype: str) -> dict[
     """The tensors of `layout` as a receiver sees them, in float32. Raises WireError as `unpack` does."""
     seen: dict[str, Tensor] = {}
     for specs in layout.values():
-        flat = torch.cat([tensors[spec.name].detach().reshape(-1) for spec in specs]).float()
-        seen |= split(FORMATS[dtype].rounded_(flat), specs)
+        seen |= split(FORMATS[dtype].rounded_(torch.cat(_flat(tensors, specs)).float()), specs)
     return seen
 
 
@@ -95,6 +94,11 @@ def carried_over(
     sent = {name: update[name] + lost[name] if name in lost else update[name] for name in names}
     seen = released(sent, layout, dtype)
     return sent, {name: tensor - seen[name] for name, tensor in sent.items()}
+
+
+def _flat(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """Each of `specs` as a vector, in its own memory."""
+    return [tensors[spec.name].detach().reshape(-1) for spec in specs]
 
 
 def _checked_size(payload: bytes, specs: Sequence[TensorSpec], dtype: str) -> int:

@@ -6,6 +6,7 @@ tensor's count of steps. Matrices, tables and kernels decay apart from the gradi
 arXiv:1711.05101), biases and other 1-D tensors do not.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,7 +57,20 @@ def noise_variance(study: StudyConfig, rank: Rank) -> float:
     return (study.privacy.noise_multiplier * study.privacy.clip_norm / study.batch.of(rank)) ** 2
 
 
-class NoiseAwareAdamW(Optimizer):
+class _TensorByTensor(Optimizer, ABC):
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every tensor that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                self._move(parameter, parameter.grad, group)
+
+    @abstractmethod
+    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None: ...
+
+
+class NoiseAwareAdamW(_TensorByTensor):
     """AdamW whose second moment is the gradient's own, without that of the noise: DP-AdamBC (Tang, Shpilevskiy,
     Lecuyer 2024, arXiv:2312.14334, algorithm 1).
 
@@ -74,14 +88,6 @@ class NoiseAwareAdamW(Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "noise_variance": 0.0})
         self._noise_floor = noise_floor
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every tensor that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in (p for p in group["params"] if p.grad is not None):
-                self._move(parameter, parameter.grad, group)
-
     def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state, noise = self.state[parameter], group["noise_variance"]
         ahead = _ahead(state, parameter, gradient)
@@ -91,7 +97,7 @@ class NoiseAwareAdamW(Optimizer):
         _step(parameter, ahead / spread, group)
 
 
-class MomentumSGD(Optimizer):
+class MomentumSGD(_TensorByTensor):
     """SGD along the running mean of gradients: a step is lr m^, in the length of a gradient and not of the rate.
 
     The mean is normalised, so that a steady gradient g moves by lr g, not by lr g / (1 - 0.9).
@@ -100,13 +106,8 @@ class MomentumSGD(Optimizer):
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every tensor that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in (p for p in group["params"] if p.grad is not None):
-                _step(parameter, _ahead(self.state[parameter], parameter, parameter.grad), group)
+    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        _step(parameter, _ahead(self.state[parameter], parameter, gradient), group)
 
 
 def _ahead(state: dict[str, Tensor], parameter: Tensor, gradient: Tensor) -> Tensor:
