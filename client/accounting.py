@@ -66,8 +66,8 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     """Of all these releases together, by PRV, an upper bound; 0 where there are none.
 
     Of more than MOST_KINDS kinds of release the cheapest are told by the Renyi bound, which is looser: a few hundredths
-    where they are next to nothing, half as much again where all cost alike. PRV takes a tenth of a second for each
-    kind, and a ledger keeps them for ever.
+    where they are next to nothing, half as much again where all cost alike. PRV's time grows with the kinds, and a
+    ledger keeps them for ever.
 
     Raises ConfigError, before anything large is allocated: epsilon is above LARGEST by the Renyi bound, so that it is
     not worth working out; or delta is below SMALLEST_DELTA; or the grid of a usable answer would exceed MOST_POINTS.
