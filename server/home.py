@@ -1,0 +1,92 @@
+"""The coordinator's folder: what `unimiss-server init` makes, and where each thing in it lies.
+
+coordinator.yaml        quorum, deadlines, probe: a coordinator file without study, out and sites
+server.yaml             address, ports, what the public side allows
+study.yaml              an example to begin from
+audit.jsonl, .head      what was done here, chained
+certificates/           authority.crt, server.crt, signing.pub: not secret
+secrets/                authority.key, server.key, signing.key, superexec: 0600 in a folder of 0700
+sites/                  NAME.yaml: an approved or revoked site; NAME.welcome.yaml: what it was given
+runs/STUDY/             one folder for each study, as docs/artefacts.md says
+flower/                 Flower's own home, SuperLink's database and the logs of what we start
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths of a coordinator's folder."""
+
+    path: Path
+
+    @property
+    def coordinator(self) -> Path:
+        return self.path / "coordinator.yaml"
+
+    @property
+    def server(self) -> Path:
+        return self.path / "server.yaml"
+
+    @property
+    def audit(self) -> Path:
+        return self.path / "audit.jsonl"
+
+    @property
+    def certificates(self) -> Path:
+        return self.path / "certificates"
+
+    @property
+    def authority_certificate(self) -> Path:
+        return self.certificates / "authority.crt"
+
+    @property
+    def server_certificate(self) -> Path:
+        return self.certificates / "server.crt"
+
+    @property
+    def signing_public_key(self) -> Path:
+        return self.certificates / "signing.pub"
+
+    @property
+    def secrets(self) -> Path:
+        return self.path / "secrets"
+
+    @property
+    def authority_key(self) -> Path:
+        return self.secrets / "authority.key"
+
+    @property
+    def server_key(self) -> Path:
+        return self.secrets / "server.key"
+
+    @property
+    def signing_key(self) -> Path:
+        return self.secrets / "signing.key"
+
+    @property
+    def superexec_secret(self) -> Path:
+        return self.secrets / "superexec"
+
+    @property
+    def sites(self) -> Path:
+        return self.path / "sites"
+
+    def site(self, name: str) -> Path:
+        return self.sites / f"{name}.yaml"
+
+    def welcome(self, name: str) -> Path:
+        return self.sites / f"{name}.welcome.yaml"
+
+    def run(self, study: str) -> Path:
+        return self.path / "runs" / study
+
+    @property
+    def flower(self) -> Path:
+        """FLWR_HOME of everything that is started here."""
+        return self.path / "flower"
+
+    @property
+    def database(self) -> Path:
+        return self.flower / "superlink.db"
