@@ -48,8 +48,8 @@ MOST_KINDS = 8
 """Of releases, by noise and rate, that PRV is asked about: each takes two transforms of the whole grid."""
 
 ALIKE = 0.005
-"""Share of all costs that may be added to them so that PRV is asked about fewer kinds than there are. Costs are squares,
-so that epsilon grows by half of it, about."""
+"""Share of all costs that may be added to them so that PRV is asked about fewer kinds than there are. Costs are those
+of squares, so that epsilon grows by half of it, about."""
 
 FEW_POINTS = 2**18
 """Likewise, where many answers are asked for in a search."""

@@ -29,7 +29,6 @@ from unimiss_core.noise import Noise
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.study import StudyConfig
 
-
 CHECKS = (
     "noise_is_as_claimed",
     "one_process_adds_the_noise",
