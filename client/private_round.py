@@ -118,7 +118,7 @@ def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) ->
         with cause_kept_here(site.config.name):
             reply = undisclosed(run_round(site, request), site.ranks)
             payload = to_keep(reply.pack(layout, site.study.wire.dtype))
-        hold.check()  # another may have failed meanwhile: then it is not told either that this one did not
+        hold.check()  # on a disk without locks another may have failed meanwhile: then it is not told that this did not
         site.ledger.record_reply(reservation, payload)
     return payload
 
