@@ -1,6 +1,7 @@
 """The `unimiss-server` command: what a coordinator's operator types.
 
-Exit codes: 0 done, 2 wrong arguments or configuration, 130 interrupted; see `unimiss_core.errors`.
+Exit codes: 0 done, 2 wrong arguments or configuration, 4 no such checkpoint, 130 interrupted; see
+`unimiss_core.errors`.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_revoke(commands.add_parser("revoke", help="shut a site out, at once and for ever"))
     _add_sites(commands.add_parser("sites", help="list who was approved or revoked"))
     _add_renew(commands.add_parser("renew", help="make certificates anew that will soon run out"))
+    _add_export(commands.add_parser("export", help="write a study's model as a folder to hand on"))
     return parser
 
 
@@ -123,6 +125,24 @@ def _renew(options: argparse.Namespace) -> None:
 
     made = renew(Home.chosen(options.home), now=datetime.now(UTC), every=options.all)
     print("\n".join(made) or "nothing runs out soon")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="the study's name")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    parser.add_argument("--round", type=int, metavar="N", help="default: the newest")
+    _add_home(parser)
+    parser.set_defaults(act=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from server.export import export
+    from server.home import Home
+
+    home = Home.chosen(options.home)
+    exported = export(home, options.study, options.out, round=options.round)
+    print(f"{options.out}: round {exported.round} of {options.study}; README.md is its model card")
+    print(f"Who receives it needs {home.signing_public_key}, by another way: unimiss verify {options.out} --key FILE")
 
 
 if __name__ == "__main__":
