@@ -60,13 +60,13 @@ def site(folder: Path, of: Authority, trusted: Authority | None = None, now: dat
 
 
 def handshake(listener: ssl.SSLContext, caller: ssl.SSLContext, host: str = HOST) -> bytes | None:
-    """The certificate that the caller showed (DER), or None where either side refused the other."""
+    """The certificate that the caller showed (DER, or some bytes for none), or None where a side refused the other."""
     shown: list[bytes | None] = []
 
     def answer(door: socket.socket) -> None:
         try:
             with door.accept()[0] as raw, listener.wrap_socket(raw, server_side=True) as secured:
-                shown.append(secured.getpeercert(binary_form=True))
+                shown.append(secured.getpeercert(binary_form=True) or b"none")
                 secured.sendall(b"!")
         except (ssl.SSLError, OSError):
             shown.append(None)
