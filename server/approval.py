@@ -99,13 +99,18 @@ def address_of(home: Home) -> str:
 
 
 def standing(home: Home, *, now: datetime) -> list[str]:
-    """A line for each site: name, status, fingerprint, and how long its certificate lasts. Raises ConfigError."""
+    """The coordinator's own fingerprint, and a line for each site: name, status, fingerprint, and how long its
+    certificate lasts. Raises ConfigError."""
     known = Registry(home).sites()
     width = max(map(len, known), default=0)
-    return [
+    own = keys.fingerprint(keys.read_signing_public_key(home.signing_public_key))
+    sites = [
         f"{name:{width}}  {site.status:8}  {_fingerprint(site)}  {_lasts(home, site, now)}".rstrip()
         for name, site in sorted(known.items())
-    ] or [f"{home.path}: no site was approved yet"]
+    ]
+    return [f"this coordinator: {own}, which sites compare with their welcome's"] + (
+        sites or ["no site was approved yet"]
+    )
 
 
 def _lasts(home: Home, site: ApprovedSite, now: datetime) -> str:
