@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # readers take a second to import: not for a wrong command li
 
 
 COMMANDS: Mapping[str, str] = {
+    "init": "make a site's folder, with a key pair that never leaves it",
+    "join": "trust the coordinator that sent this welcome",
     "check": "read a folder, say what would be used; sends nothing",
     "ledger": "say what patients have cost, and what is left; verifies the ledger",
     "clear": "let private rounds begin again after one has failed; where nothing is held, there is nothing to do",
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="unimiss-site", description="Run a site of a federated study.", epilog=_exit_codes(COMMANDS)
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, add in {"check": _add_check, "ledger": _add_ledger, "clear": _add_clear}.items():
+    for name, add in _ARGUMENTS.items():
         said = COMMANDS[name]
         add(commands.add_parser(name, help=said, description=said, epilog=_exit_codes({name})))
     return parser
@@ -61,6 +63,49 @@ def _parser() -> argparse.ArgumentParser:
 def _exit_codes(commands: Collection[str]) -> str:
     told = [f"{code} {meaning}" for code, (meaning, of) in EXIT_CODES.items() if set(commands) & set(of)]
     return f"Exit codes: {', '.join(told)}."
+
+
+def _add_home(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SITE_HOME, or this folder)"
+    )
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--name", required=True, metavar="NAME", help="what coordinator and reports call this site")
+    parser.set_defaults(act=_init)
+
+
+def _init(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from client.joining import begin
+
+    begun = begin(options.folder, options.name)
+    print(f"{begun.home.path}: the site {options.name}; its private key stays in {begun.home.keys}")
+    print(f"fingerprint  {begun.fingerprint}")
+    print(f"Give {begun.join_request} to the coordinator's operator, and read the fingerprint to them by telephone.")
+    print(f"Then fill in {begun.home.site}.")
+
+
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("welcome", type=Path, metavar="WELCOME.yaml", help="as the coordinator's operator sent it")
+    _add_home(parser)
+    parser.set_defaults(act=_join)
+
+
+def _join(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from client.home import Home
+    from client.joining import join
+
+    joined = join(Home.chosen(options.home), options.welcome)
+    print(f"{joined.site}: {'joined' if joined.is_new else 'has a new welcome of'} the coordinator at {joined.address}")
+    print(f"fingerprint  {joined.fingerprint}")
+    print(
+        "Before the first run, compare it by telephone with the coordinator's operator, on a number that you know from "
+        "elsewhere: who could change the file on its way could have put in another key."
+    )
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +235,16 @@ def _write(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+_ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "init": _add_init,
+    "join": _add_join,
+    "check": _add_check,
+    "ledger": _add_ledger,
+    "clear": _add_clear,
+}
+"""By command, what its command line takes."""
 
 
 if __name__ == "__main__":
