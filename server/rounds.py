@@ -22,8 +22,9 @@ from server.exact_sum import SpareMemory
 from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
+from server.quorum import TooFew
 from server.released_rounds import record_of
-from server.roster import Roster, TooFewSites
+from server.roster import Roster
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
@@ -109,7 +110,7 @@ class Federation:
         return after
 
     def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[Group, float], float]:
-        """What a round came to in the first or a further try, and the seconds since its first request. RoundError."""
+        """What a round came to in the first or a further try, and the seconds since its first request. TooFew."""
         pause_s = self._config.retry_s
         least = self._config.min_sites if round == 1 else self._config.min_replies
         began = None
@@ -118,11 +119,10 @@ class Federation:
                 self._roster.gather(hello, least=least, counted=work.counted)
                 began = began or time.monotonic()
                 return *work.attempt(again=tried > 0), time.monotonic() - began
-            except RoundError as error:
-                in_vain = isinstance(error, TooFewSites) and error.lasting and pause_s == 0  # no time to mend a site in
-                if in_vain or tried == self._config.round_tries - 1:
+            except TooFew as error:
+                if error.lasting or tried == self._config.round_tries - 1:
                     raise
-                log.warning("%s; trying again in %g s", error, pause_s)
+                log.warning("%s; trying again in %g s", str(error).splitlines()[0], pause_s)
                 when = f"in {pause_s:g} s" if pause_s else "at once"
                 told = f"round {round} is tried again {when}: too few sites or updates"
                 progress.report(progress.Note(told))

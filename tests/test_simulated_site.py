@@ -8,7 +8,8 @@ import yaml
 
 from client.cache import open_private_library
 from client.site_config import SiteTraining, load_site
-from server.simulate import Simulation, _write_site, read_simulation, simulate
+from server.coordinator_config import load_coordinator
+from server.simulate import Simulation, _write_site, prepare, read_simulation, simulate
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Rank
@@ -66,6 +67,20 @@ def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: P
     _write_site(site, tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "sites" / "north" / "site.yaml").read_text()
     assert "change the simulation's file instead" in text.splitlines()[0]
+
+
+def test_a_ledger_that_was_begun_anew_is_forgotten_by_the_simulations_own_file(tmp_path: Path) -> None:
+    """The coordinator file is written anew at each start, so that it is no place to write to."""
+    (tmp_path / "hospital").mkdir()
+    north = {"name": "north", "data": [{"folder": "hospital"}]}
+    simulated(tmp_path)
+    path = tmp_path / "simulation.yaml"
+    path.write_text(yaml.safe_dump({"study": "study.yaml", "sites": [north], "forget_ledgers": ["north"]}))
+    made = prepare(read_simulation(path), tmp_path / "out", resume=False)
+    assert load_coordinator(made).forget_ledgers == ("north",)
+    path.write_text(yaml.safe_dump({"study": "study.yaml", "sites": [north], "forget_ledgers": ["nort"]}))
+    with pytest.raises(ConfigError, match="forget_ledgers: there is no site nort"):
+        read_simulation(path)
 
 
 def test_overrides_that_choose_another_objective_begin_from_its_defaults(tmp_path: Path) -> None:
