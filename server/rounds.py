@@ -178,6 +178,8 @@ class Federation:
             return state
         if resume:
             progress.report(progress.Note("there was no finished round to resume: a new run begins"))
+        if (told := _untrained_for_ever(self._study, self._config)) is not None:
+            progress.report(progress.Note(told))
         state = GlobalState.initial(self._first_student(), self._study, self._layout)
         state.save(self._folder, self._study)
         return state
@@ -242,3 +244,17 @@ class Federation:
         means = {name: mean_cross_entropy(line.losses) for name, line in lines.items()}
         losses = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         progress.report(progress.RoundDone(state.round, self._study.schedule.rounds, took, losses))
+
+
+def _untrained_for_ever(study: StudyConfig, config: CoordinatorConfig) -> str | None:
+    """A warning for whoever begins a study that trains a part of the model from no start: the rest is random."""
+    privacy = study.privacy
+    if config.start is not None or privacy.mode != "patient" or privacy.trained == "all":
+        return None
+    alone = privacy.trained.replace("_", " ")
+    return (
+        f"WARNING: study '{study.name}' trains {alone} alone (privacy.trained), and the run begins from random weights: "
+        "all others stay random, patients pay for it all the same, and nothing useful can come of it. Stop it, and "
+        f"give the {config.file_in_words} a `start:`, a checkpoint of this model that was trained on public scans "
+        "(docs/federation.md, 'What a run begins from')"
+    )
