@@ -253,8 +253,8 @@ def _untrained_for_ever(study: StudyConfig, config: CoordinatorConfig) -> str | 
         return None
     alone = privacy.trained.replace("_", " ")
     return (
-        f"WARNING: study '{study.name}' trains {alone} alone (privacy.trained), and the run begins from random weights: "
-        "all others stay random, patients pay for it all the same, and nothing useful can come of it. Stop it, and "
+        f"WARNING: study '{study.name}' trains {alone} alone (privacy.trained), and the run begins from random "
+        "weights: all others stay random, patients pay all the same, and nothing useful can come of it. Stop it, and "
         f"give the {config.file_in_words} a `start:`, a checkpoint of this model that was trained on public scans "
         "(docs/federation.md, 'What a run begins from')"
     )

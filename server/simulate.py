@@ -168,13 +168,19 @@ def engine_folder(context: Context) -> Path:
 
 
 def read_simulation(path: Path) -> Simulation:
-    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either."""
+    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either; or a
+    patient-level study has too little noise for its own promise."""
     raw, base = read_yaml(path), path.resolve().parent
     try:
         config = parse(SimulationConfig, raw, where=str(path))
     except ConfigError as error:
         raise ConfigError("\n".join([str(error), *_mistakes_of_study(raw, base)])) from None
-    return Simulation(config, _study(config.study, config.overrides, base), base)
+    study = _study(config.study, config.overrides, base)
+    if study.privacy.mode == "patient":
+        from client.accounting import check_study  # here, for it takes seconds, and only private studies need it
+
+        check_study(study)  # its sites would refuse it one by one, after their hospitals were written
+    return Simulation(config, study, base)
 
 
 def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:

@@ -172,7 +172,7 @@ def test_every_study_that_comes_with_the_project_is_valid(path: Path) -> None:
 def test_every_simulation_that_comes_with_the_project_has_a_valid_study(path: Path) -> None:
     simulation = read_yaml(path)
     study = read_yaml(path.parent / simulation["study"])
-    for key, change in simulation["overrides"].items():
+    for key, change in simulation.get("overrides", {}).items():
         study[key] = study[key] | change if isinstance(change, dict) else change
     assert parse(StudyConfig, study, where=path.name).name != "nano"
 
