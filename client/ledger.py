@@ -247,10 +247,8 @@ class Ledger:
         first, all_rounds = (mechanisms(study, ranks, range(1, end)) for end in (2, study.schedule.rounds + 1))
         return self._refused(self._charges(), study, all_rounds, first)
 
-    def last_round(self, run: str) -> int:
-        """The round of `run` that was charged last; 0 where none was."""
-        newest = self._charges().newest(run)
-        return 0 if newest is None else newest.round
+    def was_charged_for(self, run: str) -> bool:
+        return self._charges().newest(run) is not None
 
     def _charges(self) -> Charges:
         return Charges.of(self._log.read())

@@ -31,21 +31,22 @@ def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
 
 
 def check_rounds(config: SiteConfig, study: StudyConfig, run: str, ledger: Ledger) -> None:
-    """Whether any round of a patient-level study would be charged, when the site introduces itself to `run`; and, on
-    the site's own screen, whether as many as the study has. Asks the site file, the study and the ledger, no scan.
+    """Whether any round of a patient-level study would be charged, when the site introduces itself to a new run; and,
+    on the site's own screen, whether as many as the study has. Asks the site file, the study and the ledger, no scan.
 
-    Raises PrivacyBudgetError: not even the first round would be. Of a run that was charged before nothing is refused
-    here, for the reply to its last round is paid for, and may be asked for again. LedgerError as `check_terms`.
+    Raises PrivacyBudgetError: not even the first round would be. Of a run that was charged before nothing is asked: the
+    reply to its last round is paid for, and may be sent again. LedgerError as `check_terms`.
     """
-    ranks, charged = config.privacy.ranks, ledger.last_round(run)
-    if not charged and (why := ledger.first_refused(study, ranks)) is not None:
+    if ledger.was_charged_for(run):
+        return
+    ranks, rounds = config.privacy.ranks, study.schedule.rounds
+    if (why := ledger.first_refused(study, ranks)) is not None:
         raise PrivacyBudgetError(f"study '{study.name}' is refused before its first round: {why}")
-    to_come = study.schedule.rounds - charged
-    if (left := ledger.rounds_left(study, ranks, after=charged)) < to_come:
+    if (left := ledger.rounds_left(study, ranks)) < rounds:
         tell(
             config.name,
-            f"the limits on what patients may cost bear {left} of the {to_come} rounds to come of study "
-            f"'{study.name}'; this site refuses the others (`unimiss-site ledger SITE.yaml --study STUDY.yaml`)",
+            f"the limits on what patients may cost bear {left} of the {rounds} rounds of study '{study.name}'; this "
+            "site refuses the others (`unimiss-site ledger SITE.yaml --study STUDY.yaml`)",
         )
 
 

@@ -229,7 +229,7 @@ def test_fewer_rounds_than_the_study_has_are_told_at_the_site_alone(tmp_path: Pa
     between = (cost(study, 2) + cost(study, 3)) / 2
     refused, said = introduced(Hospital(tmp_path / "a", privacy={"max_epsilon": between, "delta": 1e-4}), study)
     assert refused is None
-    assert [line for line in said if "bear 2 of the 4 rounds to come of study 'toy'" in line]
+    assert [line for line in said if "bear 2 of the 4 rounds of study 'toy'" in line]
     enough = Hospital(tmp_path / "b", privacy={"max_epsilon": 1.01 * cost(study, 4), "delta": 1e-4})
     assert introduced(enough, study) == (None, [])
 
@@ -240,9 +240,7 @@ def test_a_run_that_was_charged_may_ask_for_its_last_reply_again_though_nothing_
     with hospital.asked() as ask:
         ask(Hello(study, RUN).pack(), "query")
         first = ask(request(study), "train")
-    refused, said = introduced(hospital, study)
-    assert refused is None
-    assert [line for line in said if "bear 0 of the 3 rounds to come" in line]
+    assert introduced(hospital, study) == (None, [])
     with hospital.asked() as ask:
         assert bytes_of(ask(request(study), "train")) == bytes_of(first)
     refused, said = introduced(hospital, study, run="f" * 16)
