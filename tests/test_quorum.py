@@ -116,7 +116,7 @@ def test_each_reason_that_lasts_says_once_what_to_do_and_for_whom() -> None:
     said = told(small_study(), {f"{reason}-{n}": reason for reason in LASTING for n in (1, 2)})
     for reason in LASTING:
         assert said.count(f"{reason}-1 and {reason}-2, {reason}: {REASONS[reason].mend}\n") == 1
-    assert "nothing that you can do for this study" in said
+    assert "you can do nothing about it" in said
     assert "unimiss-site clear SITE.yaml" in said
     assert "forget_ledgers" in said
 

@@ -33,9 +33,9 @@ REASONS: Mapping[str, Reason] = {
     "budget": Reason(
         "the site allows no such study, or no more of it: it would cost patients too much, has too little noise, "
         "or protects no patient where the site asks for that; its screen says which, and only the site decides",
-        "nothing that you can do for this study. What its patients have cost stays spent, and its limits are its own, "
-        "which only whoever answers for the patients' protection should raise. Where its screen says that the study "
-        "has too little noise, or protects no patient, it may take part in another study that does better",
+        "you can do nothing about it, and the site's screen says which it is. Where its patients have cost what they "
+        "may, that stays spent, and only whoever answers for their protection should raise the site's limit. Where the "
+        "study has too little noise, or protects no patient, another study may do better",
     ),
     "promise": Reason(
         "by the site's accountant the study's noise does not keep its own privacy.max_epsilon: begin a run with "
