@@ -14,7 +14,7 @@ from client.execution import look_over
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site
 from client.telling import tell_if_heard, tell_of_scans
-from client.terms import check_terms
+from client.terms import check_rounds, check_terms
 from client.trainer import run_round
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
@@ -66,6 +66,8 @@ def introduce(message: Message, context: Context) -> Message:
         look_over(site.config)  # before the scans are read, which can take hours
         if hello.study.privacy.mode != "none":
             _check_promise(site.config.name, hello.study)
+        if site.is_private:
+            check_rounds(site.config, site.study, site.run, site.ledger)
         return (private_introduction(site) if site.is_private else _introduction(site)).pack()
 
     return _reply(message, context, answer)

@@ -71,6 +71,24 @@ class CoordinatorConfig(Config):
     """Sites whose ledger of private rounds was begun anew, as those answer for who protect their patients' data
     (docs/privacy.md, 'The ledger'): what was known of it is forgotten whenever this coordinator starts."""
 
+    @property
+    def is_simulated(self) -> bool:
+        return self.identity == "simulated"
+
+    @property
+    def file_in_words(self) -> str:
+        """The file that its operator wrote: a simulation's coordinator file is written anew at each start."""
+        return "simulation file" if self.is_simulated else "coordinator file"
+
+    @property
+    def names_its_sites(self) -> bool:
+        """Whether that file lists the sites, so that one may be taken out."""
+        return self.is_simulated or bool(self.sites)
+
+    def called(self, quorum: Literal["min_sites", "min_replies"]) -> str:
+        """A setting of the quorum, as that file has it."""
+        return f"quorum.{quorum}" if self.is_simulated else quorum
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_replies > self.min_sites:
