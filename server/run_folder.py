@@ -97,6 +97,7 @@ class RunFolder:
         """
         if self.path in (held := _held.get()):
             yield
+            self._finish_pruning()
             return
         self._require_no_file_in_its_way()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,7 @@ class RunFolder:
             try:
                 yield
             finally:
+                self._finish_pruning()
                 _held.reset(token)
 
     def check(self, study: StudyConfig, *, resume: bool) -> Path | None:
@@ -186,14 +188,18 @@ class RunFolder:
         """
         if not (old := [number for number in checkpoint.numbered(self.checkpoints) if 0 < number <= newest - keep]):
             return
-        if self._deletion is not None:
-            self._deletion.join()
+        self._finish_pruning()
         self._pruned.mkdir(exist_ok=True)
         for folder in map(self.checkpoint_of, old):
             with suppress(OSError):  # somebody reads it: the next round tries again
                 folder.rename(self._pruned / folder.name)
         self._deletion = threading.Thread(target=shutil.rmtree, args=[self._pruned], kwargs={"ignore_errors": True})
         self._deletion.start()
+
+    def _finish_pruning(self) -> None:
+        """Wait for what is being deleted."""
+        if self._deletion is not None:
+            self._deletion.join()
 
     def _start(self, study: StudyConfig) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
