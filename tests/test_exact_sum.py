@@ -15,6 +15,7 @@ from server import exact_sum
 from server.exact_sum import MOST_SUMMANDS, ExactSum, SpareMemory
 from tests.federation import StubSite, metric_rows
 from tests.test_rounds import federate
+from unimiss_core import stretches
 
 LARGEST = 1e3
 CANCELLING = st.builds(math.ldexp, st.sampled_from([-1.0, 1.0, 3.0]), st.sampled_from([0, -1, -24, -53, -54, -80]))
@@ -110,7 +111,7 @@ def test_plain_float64_sums_do_depend_on_the_order() -> None:
 
 
 def test_a_tensor_longer_than_a_stretch_is_summed_in_full(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(exact_sum, "_AT_ONCE", 5)
+    monkeypatch.setattr(stretches, "AT_ONCE", 5)
     columns = [torch.randn(7, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     expected = sum(0.3 * column.double() for column in columns).flatten() / 2  # type: ignore[union-attr]
     torch.testing.assert_close(summed(columns, 0.3).take("a", 2.0).double(), expected, rtol=1e-7, atol=0)
