@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -126,6 +127,19 @@ def test_memory_of_an_earlier_sum_changes_no_bit_of_the_next() -> None:
             total.add({"a": column}, 1.0)
         kept = total.take("a", 1.0)
         assert torch.equal(kept, summed(columns[:many]).take("a", 1.0))
+
+
+def test_sites_of_unlike_size_keep_no_more_updates_waiting_than_others() -> None:
+    """An update's memory is one for all of its tensors: it stays while any of them waits."""
+    total, waiting = ExactSum(LARGEST), list[weakref.ref[Tensor]]()
+    for index in range(40):
+        update = torch.full((6,), 1e-3 * 2.0 ** -(index % 11), dtype=torch.bfloat16)
+        waiting.append(weakref.ref(update))
+        total.add({"a": update[:3], "b": update[3:]}, 1.0)
+        total.add({"c": update}, 1.0)
+        del update
+        assert sum(held() is not None for held in waiting) <= 3
+    assert total.take("a", 40.0).isfinite().all()
 
 
 def test_sums_begin_in_the_memory_of_the_last() -> None:
