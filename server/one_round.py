@@ -1,11 +1,13 @@
 """One round: sites are asked, and their updates checked and folded in as they arrive."""
 
 import logging
+from dataclasses import replace
 
 from server.admission import admit
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import Asked, Exchange, Reply, content_of, status_of
 from server.global_state import GlobalState
+from server.measured import measured
 from server.quorum import too_few_updates
 from server.requests import Requests
 from server.roster import Roster
@@ -182,6 +184,7 @@ class OneRound:
             answer = TrainReply.unpack(content, layout_for(site.ranks, self._layout), self._study.wire.dtype)
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             raise WireError("malformed", "the reply cannot be read") from None
+        answer = replace(answer, update=measured(answer.update))
         self._roster.registration.check_counts(answer)
         size = admit(
             answer,

@@ -31,9 +31,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from server.aggregation import Aggregate, norm, shortened
+from server.aggregation import Aggregate, shortened
 from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import ExactSum, SpareMemory
+from server.measured import measured
 from server.wording import listed
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.errors import ConfigError
@@ -70,9 +71,9 @@ class SiteLevelMean(Aggregate):
 
     def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
         groups = [group for group, weight in weights.items() if weight > 0]
-        counted = {spec.name: update[spec.name] for group in groups for spec in self._layout[group]}
+        counted = measured(update, [spec.name for group in groups for spec in self._layout[group]])
         most = self._privacy.clip_norm * (1 - _ROUNDING)
-        self._sums.add(counted, shortened(norm(counted), most))
+        self._sums.add(counted, shortened(counted.norm(), most))
         self._came |= counted.keys()
 
     def result(self) -> dict[str, Tensor]:

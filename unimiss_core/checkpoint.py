@@ -193,16 +193,20 @@ def read_manifest(folder: Path, *, key: SigningPublicKey | None = None) -> Manif
     return manifest
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The folder of the highest finished round below `checkpoints`, by the number in its name; None where none is."""
-    numbered = {
+def numbered(checkpoints: Path) -> dict[int, Path]:
+    """Number -> folder of each finished round below `checkpoints`."""
+    return {
         int(match[1]): folder
         for folder in checkpoints.glob("round-*")
         if (match := _FOLDER_NAME.fullmatch(folder.name))
     }
-    if not numbered:
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The folder of the highest finished round below `checkpoints`, by the number in its name; None where none is."""
+    if not (found := numbered(checkpoints)):
         return None
-    number, folder = max(numbered.items())
+    number, folder = max(found.items())
     if (manifest := read_manifest(folder)).round != number:
         raise CheckpointError(f"{folder}: the name says round {number}, the manifest {manifest.round}; rename it back")
     return folder
