@@ -32,6 +32,7 @@ ONLY_IN = {
     "flwr": {
         "unimiss_core/wire.py",
         "client/app.py",
+        "client/audit.py",
         "client/site.py",
         "server/app.py",
         "server/rounds.py",
