@@ -12,13 +12,13 @@ from collections.abc import Callable
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.audit import answer_entry, is_charged, named_by, request_facts, site_log
+from client.audit import answer_entry, is_charged, log_of, named_by, request_facts
 from client.execution import look_over
 from client.ledger import ledger_of
 from client.policy import check_groups, check_policy
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site, site_file
-from client.site_config import load_site, state_folder
+from client.site_config import load_site
 from client.telling import tell_if_heard, tell_of_scans
 from client.terms import check_terms
 from client.trainer import run_round
@@ -159,7 +159,7 @@ def _reply(message: Message, context: Context, answer: Callable[[], RecordDict])
 
 
 def _written_down(message: Message, context: Context, answer: Callable[[], RecordDict]) -> RecordDict:
-    audit, asked = site_log(state_folder(site_file(context))), named_by(message.content)
+    audit, asked = log_of(site_file(context)), named_by(message.content)
     audit.record("request", request_facts(message.metadata.message_type, message.content))
     content = _or_refusal(context, answer)
     audit.record(*answer_entry(content, asked, _spent(message, context, content)))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from flwr.app import RecordDict
 from pydantic import Field
 
+from client.site_config import state_folder
 from unimiss_core.audit_log import AuditLog, Count, Digest, Entry, Fingerprint, Word, by_kind, counted
 from unimiss_core.config import RUN, Name
 from unimiss_core.errors import WireError
@@ -117,6 +118,11 @@ KINDS: Mapping[str, type[Entry]] = by_kind(Asked, Refused, Introduced, Replied, 
 def site_log(state: Path) -> SiteLog:
     """state: the site's state folder."""
     return AuditLog(state / "audit.jsonl", KINDS)
+
+
+def log_of(site_file: Path) -> SiteLog:
+    """The audit log of the site of this file. Raises ConfigError."""
+    return site_log(state_folder(site_file))
 
 
 def request_facts(message_type: str, content: RecordDict) -> dict[str, Any]:

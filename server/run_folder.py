@@ -45,6 +45,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def audit(self) -> Path:
+        return self.path / "audit.jsonl"
+
+    @property
     def report(self) -> Path:
         """Folder with what the report is made of, besides the metrics."""
         return self.path / "report"
@@ -79,6 +83,9 @@ class RunFolder:
 
     def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
+
+    def manifest_of(self, round: int) -> Path:
+        return self.checkpoint_of(round) / "manifest.json"
 
     @contextmanager
     def alone(self) -> Iterator[None]:

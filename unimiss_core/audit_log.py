@@ -63,7 +63,7 @@ class AuditLog(Generic[EntryT]):
         self._kinds, self._clock = kinds, clock
         self._log: ChainedLog[EntryT] = ChainedLog(path, self._entry_of, damaged=AuditError, way_out=WAY_OUT)
 
-    def record(self, kind: str, facts: Facts | None = None, **more: Any) -> EntryT:
+    def record(self, kind: str, facts: Facts | None = None, **more: Any) -> None:
         """Add an entry; when this returns, it is on the disk, and what it says may be done.
 
         Raises AuditError: the disk is full, the folder cannot be written to, or the log's end is damaged. ValueError,
@@ -73,7 +73,7 @@ class AuditLog(Generic[EntryT]):
             raise ValueError(f"no kind of audit entry is called {kind}")
         told = {"kind": kind, "time": self._clock(), **(facts or {}), **more}
         try:
-            return self._log.append(partial(self._kinds[kind], **told))
+            self._log.append(partial(self._kinds[kind], **told))
         except ConfigError as error:
             raise AuditError(f"nothing leaves and nothing is done that is not written down: {error}") from None
 
