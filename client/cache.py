@@ -65,7 +65,7 @@ class CachedScan:
     path: Path
     offset: int
     """Bytes before the first voxel."""
-    key_file: Path | None = None
+    key_file: Path | None = field(default=None, kw_only=True)
     """What it is sealed with."""
 
     @property
@@ -287,7 +287,8 @@ def build(task: _Build) -> _Record:
     key = content_key(task.candidate, task.plan)
     path = _scan_file(task.folder, key, task.key_file)
     values, spacing = prepare(read(task.candidate), task.plan)
-    offset = _write(path, np.rint(values * _FULL).astype(np.uint16), task.key_file and read_seal(task.key_file))
+    seal = None if task.key_file is None else read_seal(task.key_file)
+    offset = _write(path, np.rint(values * _FULL).astype(np.uint16), seal)
     return _Record(task.stamp, key, values.shape, spacing, offset)
 
 

@@ -26,11 +26,12 @@ KEY = bytes(range(32))
 STUDY = small_study(rounds=3)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "PART", 100)
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("length", [0, 1, 99, 100, 101, 200, 1234])
 def test_what_was_sealed_comes_out_as_it_went_in_and_never_looks_the_same(length: int) -> None:
     payload = os.urandom(length)
@@ -40,6 +41,7 @@ def test_what_was_sealed_comes_out_as_it_went_in_and_never_looks_the_same(length
     assert length < 16 or payload[:16] not in first
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_the_format_is_what_it_says_to_be() -> None:
     """Opened by hand, from the module's own description."""
     sealed = Seal(KEY).seal(b"x" * 150, "place")
@@ -50,6 +52,7 @@ def test_the_format_is_what_it_says_to_be() -> None:
     assert b"".join(cipher.decrypt(n, p, header) for n, p in zip(nonces, parts, strict=True)) == b"x" * 150
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_every_changed_byte_every_cut_and_every_swap_is_found() -> None:
     payload, seal = os.urandom(250), Seal(KEY)
     sealed = seal.seal(payload, "a")
