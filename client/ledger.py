@@ -114,20 +114,21 @@ class Ledger:
 
     @contextmanager
     def alone(self, run: str) -> Iterator[None]:
-        """Hold `run` against other processes of this site, from before `reply_of` until the reply is recorded.
+        """Hold this site, for `run`, against its other processes, from before `reply_of` until the reply is recorded.
 
         Two attempts at one round, both alive, would leave the memory of one and the reply of the other: two releases
-        for one charge. The system lets go when this process ends, however it ends. Raises WireError `busy`: another is
-        at work on the run. Where there are no such locks, `client.terms` lets no private round come so far.
+        for one charge. And of two rounds, though of other runs or studies, each could fail of what the other takes, so
+        that two exact facts were told before a person looks (`client.hold`). The system lets go when this process
+        ends, however it ends. Raises WireError `busy`: another is at work. Where there are no such locks,
+        `client.terms` lets no private round come so far.
         """
-        folder = run_folder(self._folder, run)
         with ExitStack() as holding:
             try:
-                make_run_folder(folder)
-                file = holding.enter_context((folder / "round.lock").open("ab"))
+                durable.make_folder(self._folder)
+                file = holding.enter_context((self._folder / "private.lock").open("ab"))
                 holding.enter_context(locked(file, wait=False))
             except BlockingIOError:
-                raise WireError("busy", "another process of this site is at work on a round of this run") from None
+                raise WireError("busy", "another process of this site is at work on a private round") from None
             except OSError as error:
                 raise _unwritable(error) from None
             self._held = run

@@ -86,7 +86,7 @@ class MicroBatchConfig(Config):
         return self.images if rank == 2 else self.volumes
 
 
-_RANKS: Mapping[str, Rank] = {"images": 2, "volumes": 3}
+RANKS_BY_NAME: Mapping[str, Rank] = {"images": 2, "volumes": 3}
 
 
 class PatientLimits(Config):
@@ -113,7 +113,7 @@ class PatientLimits(Config):
     @property
     def ranks(self) -> frozenset[Rank]:
         """Of what it `holds`; empty where that is not said."""
-        return frozenset(_RANKS[kind] for kind in self.holds or ())
+        return frozenset(RANKS_BY_NAME[kind] for kind in self.holds or ())
 
 
 def _known_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
