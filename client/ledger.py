@@ -2,7 +2,7 @@
 
 One ledger for a site, over all runs and studies, for a patient pays for everything the site ever released. It lies in
 the state folder: `ledger.jsonl`, one entry a line (`client.ledger_entries`), each bearing the digest of the line before
-(`client.chained_log`). A private round goes through it so:
+(`unimiss_core.chained_log`). A private round goes through it so:
 
     with ledger.alone(run):
         if (sent := ledger.reply_of(asked)) is not None:
@@ -30,21 +30,24 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
-from client.chained_log import WAY_OUT, ChainedLog
 from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
-from client.locks import locked
 from client.site_config import PatientLimits, SiteConfig
-from client.site_state import KEPT_ROUNDS, make_run_folder, run_folder
+from client.site_state import KEPT_ROUNDS, make_run_folder, name_in_seal, run_folder
 from unimiss_core import durable
 from unimiss_core.chain import Head
+from unimiss_core.chained_log import ChainedLog
 from unimiss_core.errors import ConfigError, LedgerError, PrivacyBudgetError, WireError
+from unimiss_core.locks import locked
 from unimiss_core.privacy import Mechanism, mechanisms
 from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.scan import Rank
+from unimiss_core.sealing import Damaged, Seal
 from unimiss_core.study import StudyConfig
+
+WAY_OUT = "docs/privacy.md, 'The ledger', says what to do"
 
 Epsilon = Callable[[Sequence[Mechanism], float], float]
 """(releases, delta) -> epsilon of them together; raises ConfigError where it is too large to be told."""
@@ -100,10 +103,13 @@ class Ledger:
     cannot be written to: what was charged before still is then, and nothing may be sent.
     """
 
-    def __init__(self, folder: Path, limits: PatientLimits, epsilon: Epsilon) -> None:
-        """folder: the site's state folder. epsilon: `client.accounting.epsilon`. Nothing is read or written yet."""
-        self._folder, self._limits, self._epsilon = folder, limits, epsilon
-        self._log: ChainedLog[Entry] = ChainedLog(folder / "ledger.jsonl", entry_of)
+    def __init__(self, folder: Path, limits: PatientLimits, epsilon: Epsilon, seal: Seal | None = None) -> None:
+        """folder: the site's state folder. epsilon: `client.accounting.epsilon`. seal: of the replies that are kept;
+        the ledger itself is in clear. Nothing is read or written yet."""
+        self._folder, self._limits, self._epsilon, self._seal = folder, limits, epsilon, seal
+        self._log: ChainedLog[Entry] = ChainedLog(
+            folder / "ledger.jsonl", entry_of, damaged=LedgerError, way_out=WAY_OUT
+        )
         self._held: str | None = None
 
     @contextmanager
@@ -136,9 +142,12 @@ class Ledger:
         two rounds of a run are), so that another is a new release."""
         with self._log.writing() as log:  # not only read: the entry must be on the disk before the reply goes
             digest = Charges.of(log.chain).newest_reply(asked.as_charged)
+        path = self._reply_file(asked.run, asked.round)
         try:
-            reply = self._reply_file(asked.run, asked.round).read_bytes()
-        except OSError:
+            reply = path.read_bytes()
+            if self._seal is not None:
+                reply = self._seal.open(reply, name_in_seal(path))
+        except (OSError, Damaged):
             return None
         return reply if hashlib.sha256(reply).hexdigest() == digest else None
 
@@ -180,7 +189,7 @@ class Ledger:
             # Kept first: a reply that is noted and lost would have to be paid for again.
             try:
                 make_run_folder(path.parent)
-                durable.write_bytes(path, reply)
+                durable.write_bytes(path, reply if self._seal is None else self._seal.seal(reply, name_in_seal(path)))
             except OSError as error:
                 raise _unwritable(error) from None
             digest = hashlib.sha256(reply).hexdigest()
@@ -222,6 +231,11 @@ class Ledger:
             (name, entry.study): self._account(charges.of_study(name), entry.max_epsilon, entry.delta)
             for name, entry in newest.items()
         }
+
+    def spent_on(self, study: str) -> float:
+        """Epsilon of all that was charged under a study's name, at the delta that it had last; 0 where nothing was."""
+        entries = self._charges().of_study(study)
+        return self._account(entries, None, entries[-1].delta).spent if entries else 0.0
 
     def newest_charge(self, study: StudyConfig) -> Request | None:
         """What was charged last for `study` as it stands: the run at work on it, if any is, and how far it has come."""
@@ -310,12 +324,18 @@ class Ledger:
 
 def ledger_of(config: SiteConfig) -> Ledger:
     """The ledger of a site, over all its studies."""
-    return Ledger(config.state, config.privacy, _epsilon)
+    return Ledger(config.state, config.privacy, _epsilon, config.seal())
 
 
 def _epsilon(releases: Sequence[Mechanism], delta: float) -> float:
     from client.accounting import epsilon  # here, for it takes seconds, and only what is charged needs it
 
+    return _remembered(epsilon, tuple(releases), delta)
+
+
+@lru_cache(maxsize=16)
+def _remembered(epsilon: Epsilon, releases: tuple[Mechanism, ...], delta: float) -> float:
+    """What a round reserves is told again when its reply is written down, and accountants take a second."""
     return epsilon(releases, delta)
 
 

@@ -22,6 +22,8 @@ COMMANDS: Mapping[str, str] = {
     "join": "trust the coordinator that sent this welcome",
     "check": "read a folder, say what would be used; sends nothing",
     "ledger": "say what patients have cost, and what is left; verifies the ledger",
+    "audit": "say what was asked of this site and what left it; verifies the log",
+    "make-key": "make a key to seal this site's own files with (state_key)",
     "clear": "let private rounds begin again after one has failed; where nothing is held, there is nothing to do",
 }
 EXIT_CODES: Mapping[int, tuple[str, Collection[str]]] = {
@@ -30,6 +32,7 @@ EXIT_CODES: Mapping[int, tuple[str, Collection[str]]] = {
     2: ("a file or the command line is wrong", COMMANDS),
     3: ("no scan can be used", {"check"}),
     6: ("the ledger is damaged", {"check", "ledger"}),
+    8: ("the audit log is damaged, or cannot be written to", {"init", "join", "audit", "clear"}),
     130: ("interrupted", COMMANDS),
 }
 """Code -> (meaning, of which commands); docs/artefacts.md has those of every program."""
@@ -79,9 +82,12 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 def _init(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
+    from client.home import Home
     from client.joining import begin
 
-    begun = begin(options.folder, options.name)
+    site_file = Home(options.folder).site
+    begun = begin(options.folder, options.name, note=lambda kind, facts: log_of(site_file).record(kind, facts))
     print(f"{begun.home.path}: the site {options.name}; its private key stays in {begun.home.keys}")
     print(f"fingerprint  {begun.fingerprint}")
     print(f"Give {begun.join_request} to the coordinator's operator, and read the fingerprint to them by telephone.")
@@ -96,10 +102,12 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
 
 def _join(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
     from client.home import Home
     from client.joining import join
 
-    joined = join(Home.chosen(options.home), options.welcome)
+    home = Home.chosen(options.home)
+    joined = join(home, options.welcome, note=log_of(home.site).record)
     print(f"{joined.site}: {'joined' if joined.is_new else 'has a new welcome of'} the coordinator at {joined.address}")
     print(f"fingerprint  {joined.fingerprint}")
     print(
@@ -161,13 +169,18 @@ def _check(options: argparse.Namespace) -> None:
 
 def _say_terms(site_file: Path, console: "Console", report: "CheckReport") -> None:
     """Which studies a site takes part in, and what its file says otherwise than was found. Raises LedgerError."""
+    from client import policy
     from client.ledger import ledger_of
     from client.site_check import otherwise_declared
     from client.site_config import load_site
     from client.terms import terms
 
     site = load_site(site_file)
-    said = [*terms(site, ledger_of(site), unowned=report.unowned), *otherwise_declared(report, site.privacy)]
+    said = [
+        *policy.in_words(site.policy),
+        *terms(site, ledger_of(site), unowned=report.unowned),
+        *otherwise_declared(report, site.privacy),
+    ]
     console.print(*said, sep="\n", markup=False, highlight=False)
 
 
@@ -186,6 +199,38 @@ def _ledger(options: argparse.Namespace) -> None:
     ledger_report.show(options.site, options.study, Console(width=None if sys.stdout.isatty() else 120))
 
 
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    from unimiss_core.audit_report import add_options
+
+    parser.add_argument("site", type=Path, nargs="?", metavar="SITE.yaml", help="the site file, if not the home's")
+    _add_home(parser)
+    add_options(parser)
+    parser.set_defaults(act=_audit)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    """Raises ConfigError, and AuditError where the log is damaged."""
+    from client.audit import log_of, summary
+    from client.home import Home
+    from unimiss_core import audit_report
+
+    audit_report.show(log_of(options.site or Home.chosen(options.home).site), options, summary)
+
+
+def _add_make_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a new file, on another disk than the state folder")
+    parser.set_defaults(act=_make_key)
+
+
+def _make_key(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from unimiss_core.sealing import make_key
+
+    make_key(options.file)
+    print(f"{options.file}: a new key; write it into the site file as state_key, and keep a copy elsewhere:")
+    print("without it the site begins anew, and nothing that was sealed can be opened by anybody")
+
+
 def _add_clear(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
     parser.set_defaults(act=_clear)
@@ -193,11 +238,14 @@ def _add_clear(parser: argparse.ArgumentParser) -> None:
 
 def _clear(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
     from client.hold import Hold
     from client.site_config import load_site
 
     site = load_site(options.site)
-    if Hold(site).clear():
+    is_cleared = Hold(site).clear()
+    log_of(options.site).record("clear")
+    if is_cleared:
         print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
     else:
         print(f"{site.name}: nothing is held, for no private round failed or died since a person last looked")
@@ -242,6 +290,8 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "join": _add_join,
     "check": _add_check,
     "ledger": _add_ledger,
+    "audit": _add_audit,
+    "make-key": _add_make_key,
     "clear": _add_clear,
 }
 """By command, what its command line takes."""

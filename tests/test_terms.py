@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from client import accounting, locks
+from client import accounting
 from client import site as sites
 from client.ledger import ledger_of
 from client.site_command import main
@@ -22,7 +22,7 @@ from tests.test_private_rounds import (
     quick_accountant,  # noqa: F401
     request,
 )
-from unimiss_core import progress
+from unimiss_core import locks, progress
 from unimiss_core.errors import LedgerError, PrivacyBudgetError
 from unimiss_core.privacy import mechanisms
 from unimiss_core.study import StudyConfig

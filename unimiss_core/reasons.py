@@ -37,6 +37,18 @@ REASONS: Mapping[str, Reason] = {
         "may, that stays spent, and only whoever answers for their protection should raise the site's limit. Where the "
         "study has too little noise, or protects no patient, another study may do better",
     ),
+    "policy": Reason(
+        "the site's policy does not allow what was asked: the study, its length or size, or that losses are told; the "
+        "site's screen says what, and only its own file decides",
+        "you can do nothing about it but ask for less: the site's screen says what its policy does not allow, and its "
+        "own operator alone decides whether to allow it",
+    ),
+    "audit": Reason(
+        "the site cannot write down what it is asked and what it sends (disk full, or its audit log is damaged), and "
+        "so it sends nothing",
+        _AT_THE_SITE,
+    ),
+    "unknown_request": Reason("the site was asked for something that no site answers", _BOTH_VERSIONS),
     "promise": Reason(
         "by the site's accountant the study's noise does not keep its own privacy.max_epsilon: begin a run with "
         "more noise; `unimiss plan-privacy --study` says how much",
