@@ -1,0 +1,80 @@
+"""server.yaml: where sites reach the coordinator, and what its public side allows."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from unimiss_core.config import Config
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Megabytes = Annotated[float, Field(gt=0)]
+
+ADDRESS = r"^([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"
+
+
+class FrontLimits(Config):
+    """What one peer, and all together, may take of the public side before it says no."""
+
+    connections: Count = 1024
+    """Open at once, by all peers."""
+    handshakes: Count = 128
+    """Connections that have not shown a certificate yet: those of strangers end here."""
+    handshakes_of_address: Count = 16
+    """The same, of one IP address. Sites behind one address share them."""
+    connections_of_site: Count = 16
+    """A site's SuperNode opens about six."""
+    requests_of_site: Count = 12
+    """In work at once."""
+    handshake_s: Seconds = 10.0
+    head_s: Seconds = 10.0
+    """From a request's first byte to the end of its headers."""
+    idle_s: Seconds = 60.0
+    """A connection without a request; a SuperNode asks every 3 s."""
+    stall_s: Seconds = 30.0
+    """Between two pieces of what a peer sends, or takes."""
+    body_s: Seconds = 180.0
+    """For one whole request: a piece of 5 MB then needs 230 kbit/s. Flower gives up an upload after as long."""
+    answer_s: Seconds = 60.0
+    """How long SuperLink may take to begin an answer."""
+    object_mb: Megabytes = 16.0
+    """One piece of an update. Flower cuts arrays into pieces of 5.3 MB (5 MiB)."""
+    message_mb: Megabytes = 4.0
+    """Any other request."""
+
+
+class ServerConfig(Config):
+    address: Annotated[str, Field(pattern=ADDRESS)]
+    """HOST:PORT by which sites reach this machine; HOST stands in the server's certificate."""
+    listen: str = "0.0.0.0"
+    """The address that the public side binds to; "::" is every address of both kinds."""
+    listen_port: Port | None = None
+    """None is the port of `address`; another one where a router passes that on."""
+    superlink_port: Port = 8000
+    """Of Flower's SuperLink, on 127.0.0.1. Whoever may open it can run code here: no other users on this machine."""
+    log_mb: Megabytes = 32.0
+    """Of each process' log; when it is full, it becomes NAME.log.1 in place of the one before."""
+    limits: FrontLimits = FrontLimits()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 < self.public_port < 65536:
+            raise ValueError(f"address: port {self.public_port} must lie between 1 and 65535")
+        if self.port == self.superlink_port:
+            raise ValueError(f"superlink_port={self.superlink_port} must differ from the public side's port")
+        return self
+
+    @property
+    def host(self) -> str:
+        """Of `address`, an IPv6 address without its brackets."""
+        return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def public_port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def port(self) -> int:
+        """That the public side binds to."""
+        return self.listen_port or self.public_port
