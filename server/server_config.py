@@ -32,6 +32,8 @@ class FrontLimits(Config):
     """From a request's first byte to the end of its headers."""
     idle_s: Seconds = 60.0
     """A connection without a request; a SuperNode asks every 3 s."""
+    connection_s: Seconds = 3600.0
+    """After so long a connection is closed between two requests; the next shows its certificate anew."""
     stall_s: Seconds = 30.0
     """Between two pieces of what a peer sends, or takes."""
     body_s: Seconds = 180.0

@@ -1,0 +1,108 @@
+"""The public side of a coordinator: a process between the sites' networks and Flower's SuperLink on loopback.
+
+    python -m server.front --home FOLDER
+
+site ──TLS, both sides with a certificate──▶ front ──TLS on 127.0.0.1──▶ SuperLink's Fleet API
+
+front_door.py lets in who has a certificate of our authority, front_conversation.py speaks HTTP with them, front_rules.py
+says what may pass. The registry of sites is asked at every request, so that `unimiss-server revoke` works at once, on
+connections that are open already, too. Ends at SIGTERM, after what is in work.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+
+from server.contacts import Contacts
+from server.front_conversation import Conversation, House
+from server.front_door import BACKLOG, Caller, Door
+from server.refusals import Refusals
+from server.server_config import FrontLimits
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0
+"""For requests in work when the front is asked to end."""
+WRITE_S = 5.0
+"""Between two looks at what is to be noted or written."""
+
+
+def upstream_client(port: int, authority: Path, limits: FrontLimits) -> httpx.AsyncClient:
+    """Speaks to SuperLink on loopback and to nothing else: no proxy, no redirect, no headers of its own."""
+    tls = ssl.create_default_context(cafile=str(authority))
+    client = httpx.AsyncClient(
+        base_url=f"https://127.0.0.1:{port}",
+        verify=tls,
+        trust_env=False,
+        follow_redirects=False,
+        timeout=httpx.Timeout(limits.answer_s, connect=5.0),
+        # SuperLink closes what was idle for 5 s; a connection is given up before, so that none is found closed.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
+    )
+    client.headers.clear()
+    return client
+
+
+Identify = Callable[[bytes], tuple[bytes, str]]
+"""DER of a certificate that our authority signed -> PEM of its public key, name of its subject."""
+
+
+class Front:
+    """A door and the house behind it. status: the file that `unimiss-server status` reads."""
+
+    def __init__(self, house: House, tls: ssl.SSLContext, identify: Identify, status: Path) -> None:
+        self._house = house
+        self._identify = identify
+        self._status = status
+        self._door = Door(tls, house.limits, house.refusals, self._talk)
+
+    async def run(self, listener: socket.socket, stop: asyncio.Event) -> None:
+        """Until `stop` is set. listener: as `bound_socket` gives it."""
+        standing = [asyncio.create_task(self._door.stand(listener)), asyncio.create_task(self._keep_account())]
+        stopping = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait([*standing, stopping], return_when=asyncio.FIRST_COMPLETED)
+        listener.close()
+        for task in standing:
+            task.cancel()
+        await self._door.close(PATIENCE_S)
+        self._tell(all_of_them=True)
+        for task in done - {stopping}:
+            task.result()  # neither ends by itself unless by a fault of ours: this raises it
+
+    async def _talk(self, caller: Caller) -> None:
+        await Conversation(self._house, caller, *self._identify(caller.certificate)).hold()
+
+    async def _keep_account(self) -> None:
+        while True:
+            self._tell()
+            await asyncio.sleep(WRITE_S)
+
+    def _tell(self, *, all_of_them: bool = False) -> None:
+        self._house.refusals.tell_due(all_of_them=all_of_them)
+        try:
+            self._house.contacts.write(self._status, self._house.refusals.counts)
+        except OSError as error:  # a full disk must not shut out the sites
+            log.warning("%s cannot be written (%s)", self._status.name, error.strerror)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Listening, not blocking. Raises OSError: the port is taken, or not ours to take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,426 @@
+"""The public side against peers of every kind: what the fleet needs passes byte for byte, all else ends at the door."""
+
+import asyncio
+import hashlib
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server import front_conversation
+from server.contacts import Contacts
+from server.front_rules import MESSAGES, OBJECTS
+from server.refusals import MOST_PEERS, Refusals
+from tests.front_peers import NOW, Authority, Identity, Running, StubSuperLink, request, running_front
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def site(authority: Authority) -> Identity:
+    return authority.issue("alpha")
+
+
+@pytest.fixture(scope="module")
+def other(authority: Authority) -> Identity:
+    return authority.issue("beta")
+
+
+@pytest.fixture(autouse=True)
+def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_conversation, "LINGER_S", 0.1)
+
+
+Talk = Callable[[Running], Awaitable[None]]
+
+
+@pytest.fixture
+def talk(tmp_path: Path, authority: Authority, site: Identity, other: Identity) -> Callable[..., None]:
+    """Runs a conversation with a front that has approved both sites."""
+
+    def run(conversation: Talk, *, link: StubSuperLink | None, **limits: float) -> None:
+        async def conversed() -> None:
+            async with running_front(tmp_path, authority, link=link, **limits) as front:
+                front.approved.sites.update({site.pem: site.name, other.pem: other.name})
+                await conversation(front)
+
+        asyncio.run(asyncio.wait_for(conversed(), 60))
+
+    return run
+
+
+def refused(front: Running) -> list[tuple[object, object]]:
+    return [(line["reason"], line["peer"]) for line in front.noted]
+
+
+def test_ten_requests_pass_and_no_other() -> None:
+    """By name: a new version of Flower must not widen what passes."""
+    names = {path.removeprefix(b"/v1/fleet/").decode() for path in MESSAGES | OBJECTS}
+    assert names == set(
+        "activate-node deactivate-node send-node-heartbeat pull-messages push-messages get-run get-fab pull-object "
+        "push-object confirm-message-received".split()
+    )
+
+
+def test_every_listed_request_passes_on_one_connection(talk: Callable[..., None], site: Identity) -> None:
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        for path in sorted(MESSAGES | OBJECTS):
+            assert await call.ask(request(site, path=path, body=path)) == (200, b"ok")
+        assert [head.split()[1] for head in link.heads] == sorted(MESSAGES | OBJECTS) == link.bodies
+
+    talk(conversation, link=link)
+
+
+def test_large_bodies_pass_both_ways_byte_for_byte(talk: Callable[..., None], site: Identity) -> None:
+    up, down = os.urandom(5_300_007), os.urandom(6_000_011)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\ncontent-length: %d\r\n\r\n" % len(down)
+    link = StubSuperLink(answer=head + down)
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        status, got = await call.ask(request(site, path=b"/v1/fleet/push-object", body=up))
+        assert status == 200
+        assert hashlib.sha256(got).digest() == hashlib.sha256(down).digest()
+        assert hashlib.sha256(link.bodies[0]).digest() == hashlib.sha256(up).digest()
+
+    talk(conversation, link=link)
+
+
+def test_only_known_headers_go_on(talk: Callable[..., None], site: Identity) -> None:
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        extra = b"x: a\nflwr-task-token: stolen\r\nx-forwarded-for: 10.0.0.1\r\nflwr-superexec-signature: x\r\ncookie: a=b\r\n"
+        call = await front.connect(site)
+        assert (await call.ask(request(site, extra=extra + b"flwr-package-version: 1.41.0\r\n")))[0] == 200
+        names = {line.split(b":")[0].lower() for line in link.heads[0].split(b"\r\n")[1:] if line}
+        assert names == {
+            *(b"host", b"content-type", b"accept", b"content-length", b"flwr-public-key", b"flwr-timestamp"),
+            *(b"flwr-signature", b"flwr-package-version"),
+        }
+
+    talk(conversation, link=link)
+
+
+ODD: dict[str, tuple[dict[str, bytes | None], int]] = {
+    "register": ({"path": b"/v1/fleet/register-node"}, 403),
+    "unregister": ({"path": b"/v1/fleet/unregister-node"}, 403),
+    "control": ({"path": b"/v1/control/start-run"}, 403),
+    "runtime": ({"path": b"/v1/runtime/acquire-task"}, 403),
+    "root": ({"path": b"/"}, 403),
+    "docs": ({"path": b"/docs", "method": b"GET"}, 403),
+    "dots": ({"path": b"/v1/fleet/../control/start-run"}, 403),
+    "encoded dots": ({"path": b"/v1/fleet/%2e%2e/control/start-run"}, 403),
+    "encoded slash": ({"path": b"/v1/fleet%2fget-run"}, 403),
+    "encoded letter": ({"path": b"/v1/fleet/%67et-run"}, 403),
+    "two slashes": ({"path": b"//v1/fleet/get-run"}, 403),
+    "slash at the end": ({"path": b"/v1/fleet/get-run/"}, 403),
+    "query": ({"path": b"/v1/fleet/get-run?x=1"}, 403),
+    "fragment": ({"path": b"/v1/fleet/get-run#x"}, 403),
+    "parameter": ({"path": b"/v1/fleet/get-run;/../../control/start-run"}, 403),
+    "upper case": ({"path": b"/V1/Fleet/Get-Run"}, 403),
+    "absolute form": ({"path": b"https://localhost/v1/fleet/get-run"}, 403),
+    "no slash": ({"path": b"v1/fleet/get-run"}, 403),
+    "a zero byte": ({"path": b"/v1/fleet/get-run\0"}, 400),
+    "GET": ({"method": b"GET"}, 405),
+    "post in lower case": ({"method": b"post"}, 405),
+    "OPTIONS *": ({"method": b"OPTIONS", "path": b"*"}, 403),
+    "CONNECT": ({"method": b"CONNECT", "path": b"127.0.0.1:22"}, 403),
+    "HTTP 1.0": ({"version": b"HTTP/1.0"}, 400),
+    "HTTP 2": ({"version": b"HTTP/2"}, 400),
+    "no type": ({"content_type": None}, 400),
+    "JSON": ({"content_type": b"application/json"}, 400),
+    "chunked": ({"content_length": None, "extra": b"transfer-encoding: chunked\r\n"}, 400),
+    "chunked and a length": ({"extra": b"transfer-encoding: chunked\r\n"}, 400),
+    "a coding unknown": ({"extra": b"transfer-encoding: gzip, chunked\r\n"}, 400),
+    "no length": ({"content_length": None}, 413),
+    "two lengths": ({"extra": b"content-length: 5\r\n"}, 400),
+    "a length below zero": ({"content_length": b"-1"}, 400),
+    "5 GB": ({"path": b"/v1/fleet/push-object", "content_length": b"5000000000"}, 413),
+    "more digits than there are bytes": ({"content_length": b"9" * 15}, 413),
+    "a message as large as an object": ({"content_length": b"5000000"}, 413),
+    "expect": ({"extra": b"expect: 100-continue\r\n"}, 400),
+    "upgrade": ({"extra": b"connection: upgrade\r\nupgrade: websocket\r\n"}, 400),
+    "two keys": ({"extra": b"flwr-public-key: YQ==\r\n"}, 400),
+    "two times": ({"extra": b"Flwr-Timestamp: 2020-01-01\r\n"}, 400),
+    "a folded header": ({"extra": b"x: a\r\n b\r\nflwr-public-key : YQ==\r\n"}, 400),
+    "no key": ({"flwr_public_key": None}, 401),
+    "a key that is none": ({"flwr_public_key": b"???"}, 401),
+    "headers without end": ({"extra": b"x: " + b"a" * 20_000 + b"\r\n"}, 400),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_nothing_else_reaches_the_superlink(odd: str, talk: Callable[..., None], site: Identity) -> None:
+    changed, status = ODD[odd]
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        assert (await call.ask(request(site, **changed)))[0] == status  # type: ignore[arg-type]
+        assert await call.is_closed()
+        assert link.heads == []
+        assert [peer for _, peer in refused(front)] == ["alpha"]
+        assert sum(front.house.refusals.counts.values()) == 1
+
+    talk(conversation, link=link)
+
+
+def test_a_second_request_hidden_in_the_first_is_judged_by_itself(talk: Callable[..., None], site: Identity) -> None:
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        hidden = request(site, path=b"/v1/control/start-run")
+        call = await front.connect(site)
+        assert (await call.ask(request(site, body=b"first") + hidden))[0] == 200
+        assert (await call.answer())[0] == 403
+        assert link.bodies == [b"first"]
+
+    talk(conversation, link=link)
+
+
+def test_a_key_header_of_another_site_is_refused(talk: Callable[..., None], site: Identity, other: Identity) -> None:
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        assert await (await front.connect(site)).ask(request(other)) == (401, b'{"detail": "wrong_key"}')
+        assert refused(front) == [("wrong_key", "alpha")]
+        assert link.heads == []
+
+    talk(conversation, link=link)
+
+
+def test_a_revoked_site_is_out_at_once_on_its_live_connection(talk: Callable[..., None], site: Identity) -> None:
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        assert (await call.ask(request(site)))[0] == 200
+        del front.approved.sites[site.pem]
+        assert await call.ask(request(site)) == (401, b'{"detail": "not_approved"}')
+        assert await call.is_closed()
+        assert (await (await front.connect(site)).ask(request(site)))[0] == 401
+        assert refused(front) == [("not_approved", "alpha")]  # the second is counted, and told within the minute
+        assert front.house.refusals.counts == {"not_approved": 2}
+
+    talk(conversation, link=StubSuperLink())
+
+
+async def _handshake_fails(front: Running, context: ssl.SSLContext) -> None:
+    """TLS 1.3 tells a client at its first read that its certificate was refused."""
+    with pytest.raises((ssl.SSLError, OSError, asyncio.IncompleteReadError)):
+        call = await front.dial(context)
+        call.writer.write(b"POST /v1/fleet/get-run HTTP/1.1\r\nhost: x\r\n\r\n")
+        await call.reader.readexactly(1)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_who_has_no_certificate_of_ours_gets_no_answer(
+    version: ssl.TLSVersion, tmp_path: Path, talk: Callable[..., None], authority: Authority
+) -> None:
+    stranger = Authority(tmp_path / "strangers").issue("alpha")  # by the name of a site
+    expired = authority.issue("late", ends=NOW - timedelta(days=1))
+    as_server = authority.issue("disguised", server=True)
+
+    async def conversation(front: Running) -> None:
+        for identity, reason in (
+            (None, "no_certificate"),
+            (stranger, "stranger"),
+            (expired, "stranger"),
+            (as_server, "stranger"),
+        ):
+            context = ssl.create_default_context(cafile=str(authority.file))
+            context.minimum_version = context.maximum_version = version
+            if identity is not None:
+                context.load_cert_chain(identity.certificate, identity.private)
+            before = front.house.refusals.counts.get(reason, 0)
+            await _handshake_fails(front, context)
+            await _until(lambda reason=reason, before=before: front.house.refusals.counts.get(reason, 0) == before + 1)  # type: ignore[misc]
+        assert set(refused(front)) == {("no_certificate", "127.0.0.1"), ("stranger", "127.0.0.1")}
+
+    talk(conversation, link=StubSuperLink())
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
+def test_plain_http_and_old_tls_are_refused(talk: Callable[..., None], site: Identity) -> None:
+    async def conversation(front: Running) -> None:
+        plain = await front.dial(None)
+        plain.writer.write(request(site))
+        assert await plain.is_closed()
+        old = site.tls()
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+        await _handshake_fails(front, old)
+        await _until(lambda: front.house.refusals.counts == {"not_tls": 2})
+
+    talk(conversation, link=StubSuperLink())
+
+
+def test_slow_peers_are_cut_off(talk: Callable[..., None], site: Identity) -> None:
+    """In the handshake, in the headers, in the body; who merely has nothing to ask is closed without a word."""
+
+    async def conversation(front: Running) -> None:
+        await front.dial(None)
+        headers, body, idle = [await front.connect(site) for _ in range(3)]
+        whole = request(site, body=b"x" * 1000)
+        headers.writer.write(whole[:40])
+        body.writer.write(whole[:-500])
+        assert (await headers.answer())[0] == (await body.answer())[0] == 408
+        assert await idle.is_closed()
+        await _until(lambda: front.house.refusals.counts == {"slow": 3})
+
+    limits = {"handshake_s": 0.6, "head_s": 0.4, "stall_s": 0.4, "idle_s": 0.8}
+    talk(conversation, link=StubSuperLink(), **limits)
+
+
+def test_a_byte_now_and_then_does_not_hold_a_connection(talk: Callable[..., None], site: Identity) -> None:
+    async def conversation(front: Running) -> None:
+        dripping = await front.connect(site)
+
+        async def drip() -> None:
+            for byte in request(site):
+                dripping.writer.write(bytes([byte]))
+                await asyncio.sleep(0.05)
+
+        task = asyncio.create_task(drip())
+        assert (await dripping.answer())[0] == 408
+        task.cancel()
+
+    talk(conversation, link=StubSuperLink(), head_s=0.5, stall_s=5.0)
+
+
+def test_too_many_strangers_take_no_place_from_sites(talk: Callable[..., None], site: Identity) -> None:
+    async def conversation(front: Running) -> None:
+        for _ in range(6):
+            await front.dial(None)
+        await _until(lambda: front.house.refusals.counts == {"busy": 4})
+        await front.hang_up()
+        await _until(lambda: front.house.refusals.counts.get("not_tls") == 2)
+        assert (await (await front.connect(site)).ask(request(site)))[0] == 200
+
+    talk(conversation, link=StubSuperLink(), handshakes=2)
+
+
+def test_a_site_takes_no_more_than_its_share(talk: Callable[..., None], site: Identity, other: Identity) -> None:
+    async def conversation(front: Running) -> None:
+        calls = [await front.connect(site) for _ in range(4)]
+        answers = await asyncio.gather(*(call.ask(request(site)) for call in calls))
+        assert sorted(status for status, _ in answers) == [
+            200,
+            200,
+            503,
+            503,
+        ]  # one for its connection, one for its request
+        assert (await (await front.connect(other)).ask(request(other)))[0] == 200
+
+    talk(conversation, link=StubSuperLink(slow_s=0.5), connections_of_site=3, requests_of_site=2)
+
+
+def test_a_superlink_that_is_down_is_told_as_such(talk: Callable[..., None], site: Identity) -> None:
+    """503, at which a SuperNode goes on trying."""
+
+    async def conversation(front: Running) -> None:
+        for _ in range(2):
+            assert await (await front.connect(site)).ask(request(site)) == (503, b'{"detail": "coordinator_down"}')
+        assert front.noted == []
+
+    talk(conversation, link=None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [(b"", 502), (b"HTTP/1.1 999", 502), (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nshort", 0)],
+    ids=["closed", "no HTTP", "cut off"],
+)
+def test_a_superlink_that_breaks_off_breaks_off_no_more(
+    answer: bytes, status: int, talk: Callable[..., None], site: Identity
+) -> None:
+    class Broken(StubSuperLink):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            writer.close()
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        if status:
+            assert (await call.ask(request(site)))[0] == status
+        else:
+            with pytest.raises(asyncio.IncompleteReadError):
+                await call.ask(request(site))
+
+    talk(conversation, link=Broken())
+
+
+def test_errors_of_the_superlink_pass_as_they_are(talk: Callable[..., None], site: Identity) -> None:
+    answer = b"HTTP/1.1 401 Unauthorized\r\ncontent-type: application/json\r\nserver: x\r\ncontent-length: 2\r\n\r\n{}"
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        assert await call.ask(request(site)) == (401, b"{}")
+
+    talk(conversation, link=StubSuperLink(answer=answer))
+
+
+def test_flowers_own_way_of_asking_passes(talk: Callable[..., None], site: Identity) -> None:
+    """httpx, as Flower's client uses it."""
+
+    async def conversation(front: Running) -> None:
+        def ask() -> httpx.Response:
+            with httpx.Client(verify=site.tls(), trust_env=False) as client:
+                head = dict(line.split(b": ") for line in request(site).split(b"\r\n\r\n")[0].split(b"\r\n")[2:])
+                del head[b"content-length"]
+                return client.post(
+                    f"https://localhost:{front.port}/v1/fleet/get-run", content=b"x" * 3_000_000, headers=head
+                )
+
+        answer = await asyncio.to_thread(ask)
+        assert (answer.status_code, answer.content) == (200, b"ok")
+
+    talk(conversation, link=StubSuperLink())
+
+
+def test_clocks_are_kept_account_of(tmp_path: Path, talk: Callable[..., None], site: Identity) -> None:
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        behind = (front.house.now() - timedelta(seconds=400)).isoformat().encode()
+        assert (await call.ask(request(site, flwr_timestamp=behind)))[0] == 200  # SuperLink is who refuses it
+
+    talk(conversation, link=StubSuperLink())
+    contacts, _ = Contacts.read(tmp_path / "front.json")
+    assert contacts.sites["alpha"].clock_ahead_s == pytest.approx(-400, abs=5)
+    assert contacts.sites["alpha"].clock_is_wrong
+
+
+def test_a_scan_of_ports_cannot_fill_the_log() -> None:
+    now, noted = 0.0, []
+    refusals = Refusals(lambda _, fields: noted.append(fields), clock=lambda: now)
+    for count in range(20_000):
+        refusals.add("not_tls", f"10.0.{count // 256 % 256}.{count % 256}")
+    assert len(noted) == MOST_PEERS + 1
+    now = 61.0
+    refusals.tell_due()
+    assert sum(int(fields["count"]) for fields in noted) == 20_000
+    assert len(noted) == MOST_PEERS + 2
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_nobody_else_can_take_the_port(talk: Callable[..., None]) -> None:
+    async def conversation(front: Running) -> None:
+        with socket.socket() as second, pytest.raises(OSError, match="in use"):
+            second.bind(("127.0.0.1", front.port))
+
+    talk(conversation, link=StubSuperLink())
