@@ -4,9 +4,9 @@
 
 site ──TLS, both sides with a certificate──▶ front ──TLS on 127.0.0.1──▶ SuperLink's Fleet API
 
-front_door.py lets in who has a certificate of our authority, front_conversation.py speaks HTTP with them, front_rules.py
-says what may pass. The registry of sites is asked at every request, so that `unimiss-server revoke` works at once, on
-connections that are open already, too. Ends at SIGTERM, after what is in work.
+front_door.py lets in who has a certificate of our authority, front_conversation.py speaks HTTP with them, and
+front_rules.py says what may pass. The registry of sites is asked at every request, so that `unimiss-server revoke`
+works at once, on connections that are open already, too. Ends at SIGTERM, after what is in work.
 """
 
 import argparse
@@ -21,11 +21,17 @@ from pathlib import Path
 
 import httpx
 
-from server.contacts import Contacts
+from server import tethered
+from server.founding import unnoted
 from server.front_conversation import Conversation, House
-from server.front_door import BACKLOG, Caller, Door
-from server.refusals import Refusals
-from server.server_config import FrontLimits
+from server.front_door import BACKLOG, Caller, Door, tls_of_server
+from server.home import Home
+from server.refusals import Note, Refusals
+from server.registry import Registry
+from server.server_config import FrontLimits, ServerConfig
+from unimiss_core.certificates import identity
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError, UnimissError
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +72,14 @@ class Front:
 
     async def run(self, listener: socket.socket, stop: asyncio.Event) -> None:
         """Until `stop` is set. listener: as `bound_socket` gives it."""
-        standing = [asyncio.create_task(self._door.stand(listener)), asyncio.create_task(self._keep_account())]
-        stopping = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait([*standing, stopping], return_when=asyncio.FIRST_COMPLETED)
-        listener.close()
-        for task in standing:
-            task.cancel()
+        async with asyncio.TaskGroup() as standing:
+            tasks = [standing.create_task(self._door.stand(listener)), standing.create_task(self._keep_account())]
+            await stop.wait()
+            listener.close()
+            for task in tasks:
+                task.cancel()
         await self._door.close(PATIENCE_S)
         self._tell(all_of_them=True)
-        for task in done - {stopping}:
-            task.result()  # neither ends by itself unless by a fault of ours: this raises it
 
     async def _talk(self, caller: Caller) -> None:
         await Conversation(self._house, caller, *self._identify(caller.certificate)).hold()
@@ -106,3 +110,40 @@ def bound_socket(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+async def serve(home: Home, config: ServerConfig, *, note: Note = unnoted) -> None:
+    """The front of a coordinator's folder, until SIGTERM or SIGINT. Raises ConfigError: it cannot begin."""
+    try:
+        listener = bound_socket(config.listen, config.port)
+        tls = tls_of_server(home.server_certificate, home.server_key, home.authority_certificate)
+    except OSError as error:  # ssl.SSLError among them
+        raise ConfigError(
+            f"{home.server}: the public side cannot begin on {config.listen} port {config.port} ({error.strerror})"
+        ) from None
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with upstream_client(config.superlink_port, home.authority_certificate, config.limits) as upstream:
+        house = House(Registry(home), upstream, config.limits, Refusals(note))
+        await Front(house, tls, identity, home.front_status).run(listener, stop)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m server.front", description="The public side of a coordinator.")
+    parser.add_argument("--home", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would write a line for each request
+    try:
+        home = Home.chosen(options.home)
+        asyncio.run(serve(home, load(ServerConfig, home.server)))
+    except UnimissError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    tethered.watch()
+    sys.exit(main())

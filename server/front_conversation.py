@@ -125,7 +125,7 @@ class Conversation:
 
     async def _pass_on(self, passed: Passage) -> None:
         upstream = self._house.upstream
-        request = upstream.build_request("POST", passed.path, headers=passed.headers, content=self._body(passed.length))
+        request = upstream.build_request("POST", passed.path, headers=passed.headers, content=self._body())
         try:
             answer = await upstream.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout):
@@ -150,7 +150,7 @@ class Conversation:
         except (httpx.TransportError, h11.LocalProtocolError):
             raise Broken from None
 
-    async def _body(self, length: int) -> AsyncIterator[bytes]:
+    async def _body(self) -> AsyncIterator[bytes]:
         """The request's body as it comes. Raises Refused, Gone."""
         while isinstance(event := await self._event(self._limits.stall_s), h11.Data):
             yield bytes(event.data)
@@ -175,7 +175,7 @@ class Conversation:
             await self._read(stall_s)
         if event is h11.PAUSED:
             raise Broken
-        return event
+        return event  # type: ignore[return-value]  # mypy does not narrow by h11's marks
 
     def _parsed(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         try:

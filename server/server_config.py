@@ -5,13 +5,12 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from unimiss_core.config import Config
+from unimiss_core.joining import PublicAddress, host_and_port
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Megabytes = Annotated[float, Field(gt=0)]
-
-ADDRESS = r"^([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"
 
 
 class FrontLimits(Config):
@@ -47,7 +46,7 @@ class FrontLimits(Config):
 
 
 class ServerConfig(Config):
-    address: Annotated[str, Field(pattern=ADDRESS)]
+    address: PublicAddress
     """HOST:PORT by which sites reach this machine; HOST stands in the server's certificate."""
     listen: str = "0.0.0.0"
     """The address that the public side binds to; "::" is every address of both kinds."""
@@ -61,22 +60,11 @@ class ServerConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not 0 < self.public_port < 65536:
-            raise ValueError(f"address: port {self.public_port} must lie between 1 and 65535")
         if self.port == self.superlink_port:
             raise ValueError(f"superlink_port={self.superlink_port} must differ from the public side's port")
         return self
 
     @property
-    def host(self) -> str:
-        """Of `address`, an IPv6 address without its brackets."""
-        return self.address.rpartition(":")[0].strip("[]")
-
-    @property
-    def public_port(self) -> int:
-        return int(self.address.rpartition(":")[2])
-
-    @property
     def port(self) -> int:
         """That the public side binds to."""
-        return self.listen_port or self.public_port
+        return self.listen_port or host_and_port(self.address).port
