@@ -132,3 +132,13 @@ class Home:
     def running(self) -> Path:
         """What that `run` last wrote of itself."""
         return self.flower / "running.json"
+
+    @property
+    def workplace(self) -> Path:
+        """An empty folder that Flower's processes are started from."""
+        return self.flower / "empty"
+
+    @property
+    def bundle(self) -> Path:
+        """The project that `flwr run` would submit: the installed code."""
+        return self.flower / "bundle"
