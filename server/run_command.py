@@ -25,9 +25,10 @@ from server.running import Running, children_of
 from server.server_config import ServerConfig
 from server.submission import Submission
 from server.watching import Watching
-from unimiss_core import keys, locks, progress
+from unimiss_core import locks, progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.keys import pem_of_public, site_public_key
 
 if TYPE_CHECKING:  # it imports Flower, for seconds
     from server.control import Control
@@ -94,7 +95,8 @@ def _see_through(home: Home, config: ServerConfig, composed: Composed, children:
 
     control = Control(config.superlink_port, home.authority_certificate)
     try:
-        submission = Submission(control, composed.folder, composed.file, composed.study.schedule.rounds)
+        rounds = composed.study.schedule.rounds
+        submission = Submission(control, composed.folder, composed.file, rounds, config.patience)
         _Loop(home, composed, children, control, submission).until_the_end(stop)
     finally:
         control.close()
@@ -148,12 +150,15 @@ class _Loop:
     def _agree_on_nodes(self) -> None:
         if (now := time.monotonic()) - self._nodes_at < NODES_S:
             return
-        approved = {keys.pem_of_public(keys.site_public_key(s.public_key, s.name)): s.name for s in self._approved()}
-        self._control.agree_on_nodes(approved)
         self._nodes_at = now
-
-    def _approved(self):  # type: ignore[no-untyped-def]
-        return self._registry.approved()
+        try:
+            sites = self._registry.approved()
+        except (
+            ConfigError
+        ) as error:  # a file that somebody is editing must not end a run; the front lets nobody in by it
+            log.warning("%s", error)
+            return
+        self._control.agree_on_nodes({pem_of_public(site_public_key(s.public_key, s.name)): s.name for s in sites})
 
     def _write(self) -> None:
         if (now := time.monotonic()) - self._written_at < WRITE_S:

@@ -169,6 +169,13 @@ class RunFolder:
         """Keep why the run ended before its last round, until it is gone on with."""
         durable.write_text(self._stopped, json.dumps(facts, sort_keys=True) + "\n")
 
+    def why_it_stopped(self) -> str:
+        """What `note_stop` kept; empty where the run was not stopped, or was gone on with since."""
+        try:
+            return str(json.loads(self._stopped.read_text(encoding="utf-8"))["error"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
     def note_end(self, run: int, error: UnimissError) -> None:
         """Keep what the ServerApp of a Flower run ended with, for `unimiss-server run`, which is another process."""
         facts = {"run": run, "error": str(error), "exit_code": error.exit_code, "resumes": error.resumes}

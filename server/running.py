@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from server.children import Children
@@ -78,7 +78,7 @@ def _process_lines(running: Running | None, at_work: bool, now: datetime) -> Ite
         return
     yield f"running {running.study} for {duration(now.timestamp() - running.since)}"
     if not running.submitted:
-        yield f"  between two tries; {counted(running.fruitless, 'try', 'tries')} in a row finished no round"
+        yield f"  between two tries, {running.fruitless} in a row finished no round"
     for child in running.children:
         state = "works" if child.number else "is down, and is started again"
         again = f", started again {counted(child.restarts, 'time')}" if child.restarts else ""
@@ -108,7 +108,3 @@ def _site_line(name: str, contact: Contact, now: datetime) -> str:
             f"{BEHIND_S:g} s behind and {AHEAD_S:g} s ahead is"
         )
     return line
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)

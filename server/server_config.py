@@ -45,6 +45,16 @@ class FrontLimits(Config):
     """Any other request."""
 
 
+class Patience(Config):
+    """How a run that ended before its last round is submitted again."""
+
+    pause_s: Seconds = 30.0
+    """Before the next try; twice as long after each further one that finished no round."""
+    longest_s: Seconds = 900.0
+    tries: Count = 6
+    """So many in a row that finished no round end the run; `unimiss-server run` then goes on with it by hand."""
+
+
 class ServerConfig(Config):
     address: PublicAddress
     """HOST:PORT by which sites reach this machine; HOST stands in the server's certificate."""
@@ -56,6 +66,7 @@ class ServerConfig(Config):
     """Of Flower's SuperLink, on 127.0.0.1. Whoever may open it can run code here: no other users on this machine."""
     log_mb: Megabytes = 32.0
     """Of each process' log; when it is full, it becomes NAME.log.1 in place of the one before."""
+    patience: Patience = Patience()
     limits: FrontLimits = FrontLimits()
 
     @model_validator(mode="after")

@@ -1,19 +1,19 @@
 """A run from its first submission to an end that our own artefacts vouch for.
 
-Flower loses a run whose ServerApp dies with it, and `flwr` says `completed` of much; so what counts is the run's folder:
-its newest checkpoint, and ended.json, in which the ServerApp says why it stopped. Whatever may get better is submitted
-again, to go on from the last round, with pauses that grow; whatever needs a person ends with that message.
+Flower loses a run whose ServerApp dies, and its own word of how a run ended says little; so what counts is the run's
+folder: its newest checkpoint, and ended.json, in which the ServerApp says why it stopped. Whatever may get better is
+submitted again, to go on from the last round, with pauses that grow; whatever needs a person ends with that message.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from server.run_folder import RunFolder
+from server.server_config import Patience
 from unimiss_core import checkpoint
 from unimiss_core.errors import UnimissError
 
@@ -40,16 +40,6 @@ class RunEnded(UnimissError):  # noqa: N818 - what a run does
         super().__init__(message)
         self.exit_code = exit_code
         self.resumes = resumes
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How a run that ended early is tried again: after `pause_s`, twice as long each time up to `longest_s`, until
-    `tries` in a row finished no round."""
-
-    pause_s: float = 30.0
-    longest_s: float = 900.0
-    tries: int = 6
 
 
 @dataclass

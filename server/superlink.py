@@ -110,8 +110,8 @@ def _require_free(home: Home, host: str, port: int, key: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"{home.server}: '{key}': {host} port {port} cannot be opened ({error.strerror}); end what holds it, or "
-                "choose another"
+                f"{home.server}: '{key}': {host} port {port} cannot be opened ({error.strerror}); end what holds it, "
+                "or choose another"
             ) from None
 
 

@@ -16,20 +16,27 @@ class Watching:
     def __init__(self, folder: RunFolder, rounds: int) -> None:
         self._folder = folder
         self._rounds = rounds
-        self._told = self._newest()
+        self._told = max((row["round"] for row in folder.metric_rows()), default=0)
         """The last round that was told, or was there before."""
+        self._seen = self._stamp()
 
     def look(self) -> None:
         """Tell what is new; to be called now and then."""
-        if self._newest() <= self._told:
+        if (stamp := self._stamp()) == self._seen:
             return
+        self._seen = stamp
         for row in self._folder.metric_rows():
             if row["round"] > self._told:
                 self._told = row["round"]
                 tell(row, self._rounds)
 
-    def _newest(self) -> int:
-        return max((row["round"] for row in self._folder.metric_rows()), default=0)
+    def _stamp(self) -> tuple[int, int]:
+        """Changes with the file of metrics, which may have grown to megabytes."""
+        try:
+            seen = self._folder.metrics.stat()
+        except OSError:
+            return 0, 0
+        return seen.st_mtime_ns, seen.st_size
 
 
 def tell(row: Mapping[str, Any], rounds: int) -> None:

@@ -26,7 +26,8 @@ ONLY_IN = {
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
     "cryptography": {"server/registration.py", "unimiss_core/keys.py", "unimiss_core/certificates.py"},
-    "httpx": {"server/exchange.py"},
+    "httpx": {"server/exchange.py", "server/front.py", "server/front_conversation.py", "server/control.py"},
+    "h11": {"server/front_conversation.py"},
     "opacus": {"client/accounting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
@@ -34,6 +35,7 @@ ONLY_IN = {
         "client/app.py",
         "client/site.py",
         "server/app.py",
+        "server/control.py",
         "server/rounds.py",
         "server/exchange.py",
         "server/one_round.py",
