@@ -50,7 +50,7 @@ class Submission:
     folder: RunFolder
     coordinator: Path
     rounds: int
-    patience: Patience = Patience()
+    patience: Patience = field(default_factory=Patience)
     clock: Callable[[], float] = time.monotonic
     run: int | None = None
     """The run's id at SuperLink while it is there."""

@@ -44,9 +44,9 @@ def family(home: Home, config: ServerConfig) -> Children:
     """The coordinator's processes, in the order in which they are started."""
     return Children(
         [
-            Recipe("superlink", _superlink(home, config), lambda: listens(LOOPBACK, config.superlink_port)),
+            Recipe("superlink", _superlink(home, config), lambda: listens(config.superlink_port)),
             Recipe("superexec", _superexec(home, config)),
-            Recipe("front", _front(home), lambda: listens(config.listen, config.port)),
+            Recipe("front", _front(home), home.front_status.exists),
         ],
         folder=home.flower,
         workplace=home.workplace,
@@ -66,6 +66,7 @@ def prepare(home: Home, config: ServerConfig) -> None:
         home.workplace.mkdir(exist_ok=True)
         if any(home.workplace.iterdir()):
             raise ConfigError(f"{home.workplace}: must be empty, SuperLink would run what lies there; empty it")
+        home.front_status.unlink(missing_ok=True)  # that it is written again says that the front has begun
         shutil.rmtree(home.flower / "apps", ignore_errors=True)  # code that Flower unpacked; it does so anew
         bundle.write(home.bundle)
         durable.write_text(home.flower / "config.toml", connection(home, config))
@@ -95,12 +96,11 @@ def shrink(database: Path) -> None:
         link.close()
 
 
-def listens(host: str, port: int) -> bool:
-    """Whether something on this machine takes connections there."""
-    target = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
-    with socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET) as probe:
+def listens(port: int) -> bool:
+    """Whether something takes connections there, on loopback."""
+    with socket.socket() as probe:
         probe.settimeout(1.0)
-        return probe.connect_ex((target, port)) == 0
+        return probe.connect_ex((LOOPBACK, port)) == 0
 
 
 def _require_free(home: Home, host: str, port: int, key: str) -> None:
