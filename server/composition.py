@@ -39,6 +39,7 @@ def compose(home: Home, study_file: Path) -> Composed:
     added: Mapping[str, Any] = {
         "study": str(asked),
         "out": str(folder.path),
+        "signing_key": str(home.signing_key),
         "sites": [registered(site).model_dump(mode="json") for site in sites],
     }
     config = _anchored(home, parse(CoordinatorConfig, {**_given(home), **added}, where=str(home.coordinator)))
@@ -63,9 +64,10 @@ def _given(home: Home) -> Mapping[str, Any]:
 
 def _anchored(home: Home, config: CoordinatorConfig) -> CoordinatorConfig:
     """Relative paths count from the folder of the operator's file, not from where this one is written."""
-    update: dict[str, Any] = {"probe": tuple(home.path / probe for probe in config.probe)}
-    if config.start is not None:
-        update["start"] = home.path / config.start
-    if "signing_key" in CoordinatorConfig.model_fields:
-        update["signing_key"] = home.signing_key
-    return config.model_copy(update=update)
+    return config.model_copy(
+        update={
+            "probe": tuple(home.path / probe for probe in config.probe),
+            "start": config.start and home.path / config.start,
+            "start_key": config.start_key and home.path / config.start_key,
+        }
+    )

@@ -1,8 +1,13 @@
 """What the front refused, from whom, how often: told to the audit log at a pace that no scan of ports can raise."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from unimiss_core.errors import UnimissError
+
+log = logging.getLogger(__name__)
 
 Note = Callable[[str, Mapping[str, str | int | float]], None]
 """kind, fields: writes one line of an audit log."""
@@ -54,4 +59,7 @@ class Refusals:
             self._kept[reason, peer] = _Kept(now)
 
     def _tell(self, reason: str, peer: str, count: int) -> None:
-        self._note("peer_refused", {"reason": reason, "peer": peer, "count": count})
+        try:
+            self._note("peer_refused", {"reason": reason, "peer": peer, "count": count})
+        except UnimissError as error:  # a full disk, say: the refusal stands, and the public side goes on
+            log.error("a refusal could not be noted: %s", error)

@@ -77,7 +77,7 @@ def run(home: Home, study_file: Path, *, note: Note = unnoted) -> Composed:
         config = load(ServerConfig, home.server)
         composed = compose(home, study_file)
         superlink.prepare(home, config)
-        note("run", {"study": composed.study.name, "digest": composed.study.digest()})
+        note("run", {"study": composed.study.name})
         children = superlink.family(home, config)
         try:
             progress.report(progress.Note("starting SuperLink and the public side"))

@@ -30,8 +30,11 @@ QUIET: Mapping[str, str] = {
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONSAFEPATH": "1",  # no code is taken from where a process happens to be started
+    "PYTHONUNBUFFERED": "1",
 }
-"""For every process that imports Flower; configs/flower.env says why."""
+"""For every process that imports Flower: it asks its makers for newer versions, tells them of its use, and installs
+packages, unless told not to."""
 
 
 def environment(home: Home) -> dict[str, str]:
