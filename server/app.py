@@ -20,7 +20,7 @@ from server.display import Display
 from server.failure import told_by_flower
 from server.report import write_report
 from server.rounds import Federation, Probe
-from server.run_folder import folder_of
+from server.run_folder import RunFolder, folder_of
 from unimiss_core import progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
