@@ -19,7 +19,9 @@ PATIENCE_S = 10.0
 
 
 def watch() -> None:
-    """From here on, end when the tether is cut; to be called in a process that leads its own group."""
+    """From here on, end when the tether is cut, with all of this process' group, which it leads from here on."""
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
     threading.Thread(target=_wait, name="tether", daemon=True).start()
 
 

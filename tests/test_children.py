@@ -125,7 +125,7 @@ def test_a_full_log_makes_room(tmp_path: Path, family: Callable[..., Children]) 
     assert (tmp_path / "a.log.1").stat().st_size == 200
 
 
-def test_none_outlives_its_starter_however_that_ends(tmp_path: Path) -> None:
+def test_none_outlives_its_starter_however_that_ends() -> None:
     """The starter is killed; the tethered process, deaf to SIGTERM, and what it started, end all the same."""
     tethered_code = (
         "import os, signal, subprocess, sys, time; from server import tethered\n"
@@ -150,9 +150,11 @@ def test_none_outlives_its_starter_however_that_ends(tmp_path: Path) -> None:
 
 def test_a_tethered_command_is_the_installations_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server.tethered", "unimiss-site", "ledger", "none.yaml"]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, stdin=subprocess.PIPE, capture_output=True, text=True)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdin=pipe, stderr=pipe, text=True) as done:
+        assert done.stderr is not None
+        assert "none.yaml: cannot be read" in done.stderr.read()
     assert done.returncode == 2
-    assert "none.yaml: cannot be read" in done.stderr
 
 
 def test_a_childs_standing_is_told_while_it_runs(family: Callable[..., Children]) -> None:
