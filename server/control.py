@@ -86,13 +86,18 @@ class Control:
 
     def agree_on_nodes(self, approved: Mapping[bytes, str]) -> None:
         """Let SuperLink know the approved sites and no others. approved: public key (PEM) -> name."""
+        known = self.nodes()
         with _told("sites are not registered"):
-            nodes = [node for node in self._client.ListNodes(ListNodesRequest()).nodes_info if node.status != GONE]
-            for node in nodes:
-                if node.public_key not in approved:
-                    self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
-            for key in approved.keys() - {node.public_key for node in nodes}:
+            for key in known.keys() - approved.keys():
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=known[key]))
+            for key in approved.keys() - known.keys():
                 self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=approved[key]))
+
+    def nodes(self) -> dict[bytes, int]:
+        """Public key (PEM) -> the node's id, of those that SuperLink lets in."""
+        with _told("sites are not told"):
+            nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {node.public_key: node.node_id for node in nodes if node.status != GONE}
 
     def close(self) -> None:
         self._client.close()

@@ -104,7 +104,7 @@ def _site_line(name: str, contact: Contact, now: datetime) -> str:
     if contact.clock_ahead_s is not None and contact.clock_is_wrong:
         way = "ahead" if contact.clock_ahead_s > 0 else "behind"
         line += (
-            f"; ITS CLOCK IS {duration(abs(contact.clock_ahead_s))} {way}, so that nothing of it is taken: between "
-            f"{BEHIND_S:g} s behind and {AHEAD_S:g} s ahead is"
+            f"; its clock is {duration(abs(contact.clock_ahead_s))} {way}, so that nothing of it is taken: at most "
+            f"{BEHIND_S:g} s behind or {AHEAD_S:g} s ahead is allowed"
         )
     return line
