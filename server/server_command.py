@@ -1,6 +1,6 @@
 """The `unimiss-server` command: what a coordinator's operator types.
 
-Exit codes: 0 done, 2 wrong arguments or configuration, 4 bad checkpoint, 5 a round could not be completed, 130
+Exit codes: 0 done, 2 wrong arguments or configuration, 4 no good checkpoint, 5 a round could not be completed, 130
 interrupted; see `unimiss_core.errors`.
 """
 
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="run a study to its last round, or go on with it"))
     _add_status(commands.add_parser("status", help="say how runs, processes and sites stand; from any terminal"))
     _add_stop(commands.add_parser("stop", help="end the run at work; `run` goes on with it later"))
+    _add_export(commands.add_parser("export", help="write a study's model as a folder to hand on"))
     return parser
 
 
@@ -182,6 +183,24 @@ def _stop(options: argparse.Namespace) -> None:
     from server.run_command import stop
 
     print("stopped" if stop(Home.chosen(options.home)) else "no run was at work")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="the study's name")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    parser.add_argument("--round", type=int, metavar="N", help="default: the newest")
+    _add_home(parser)
+    parser.set_defaults(act=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from server.export import export
+    from server.home import Home
+
+    home = Home.chosen(options.home)
+    exported = export(home, options.study, options.out, round=options.round)
+    print(f"{options.out}: round {exported.round} of {options.study}; README.md is its model card")
+    print(f"Who receives it needs {home.signing_public_key}, by another way: unimiss verify {options.out} --key FILE")
 
 
 if __name__ == "__main__":
