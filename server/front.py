@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 
 from server import tethered
-from server.founding import unnoted
+from server.audit import coordinator_log
 from server.front_conversation import Conversation, House
 from server.front_door import BACKLOG, Caller, Door, tls_of_server
 from server.home import Home
@@ -112,7 +112,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(home: Home, config: ServerConfig, *, note: Note = unnoted) -> None:
+async def serve(home: Home, config: ServerConfig, note: Note) -> None:
     """The front of a coordinator's folder, until SIGTERM or SIGINT. Raises ConfigError: it cannot begin."""
     try:
         listener = bound_socket(config.listen, config.port)
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would write a line for each request
     try:
         home = Home.chosen(options.home)
-        asyncio.run(serve(home, load(ServerConfig, home.server)))
+        asyncio.run(serve(home, load(ServerConfig, home.server), coordinator_log(home.audit).record))
     except UnimissError as error:
         log.error("%s", error)
         return error.exit_code

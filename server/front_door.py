@@ -74,7 +74,7 @@ class Door:
             except OSError:  # a peer that is gone already, or no descriptor is left: then others must end first
                 await asyncio.sleep(NO_DESCRIPTOR_PAUSE_S)
                 continue
-            host = str(address[0])
+            host = str(address[0]).partition("%")[0]  # without the scope of a link-local address
             if self._is_full(host):
                 connection.close()
                 self._refusals.add("busy", host)

@@ -33,6 +33,7 @@ ONLY_IN = {
     "flwr": {
         "unimiss_core/wire.py",
         "client/app.py",
+        "client/audit.py",
         "client/site.py",
         "server/app.py",
         "server/control.py",
