@@ -227,11 +227,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from server.audit import coordinator_log
     from server.export import export
     from server.home import Home
 
     home = Home.chosen(options.home)
-    exported = export(home, options.study, options.out, round=options.round)
+    note = coordinator_log(home.audit).record
+    exported = export(home, options.study, options.out, round=options.round, note=note)
     print(f"{options.out}: round {exported.round} of {options.study}; README.md is its model card")
     print(f"Who receives it needs {home.signing_public_key}, by another way: unimiss verify {options.out} --key FILE")
 
