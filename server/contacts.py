@@ -3,11 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-from unimiss_core import durable
 
 BEHIND_S, AHEAD_S = 305.0, 5.0
 """Flower's node authentication takes a request that was signed so long ago, or so far in the future."""
@@ -34,11 +32,10 @@ class Contacts:
         rounded = None if ahead_s is None else round(ahead_s, 1)
         self.sites[site] = Contact(at.isoformat(timespec="seconds"), rounded)
 
-    def write(self, path: Path, refused: Mapping[str, int]) -> None:
-        """refused: reason -> how often since the front began."""
+    def as_text(self, refused: Mapping[str, int], at: datetime) -> str:
+        """What `read` reads. refused: reason -> how often since the front began."""
         sites = {name: asdict(contact) for name, contact in sorted(self.sites.items())}
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        durable.write_text(path, json.dumps({"at": at, "refused": refused, "sites": sites}, indent=1) + "\n")
+        return json.dumps({"at": at.isoformat(timespec="seconds"), "refused": refused, "sites": sites}, indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> tuple["Contacts", dict[str, int]]:

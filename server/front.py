@@ -29,6 +29,7 @@ from server.home import Home
 from server.refusals import Note, Refusals
 from server.registry import Registry
 from server.server_config import FrontLimits, ServerConfig
+from unimiss_core import durable
 from unimiss_core.certificates import identity
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
@@ -72,28 +73,31 @@ class Front:
 
     async def run(self, listener: socket.socket, stop: asyncio.Event) -> None:
         """Until `stop` is set. listener: as `bound_socket` gives it."""
-        async with asyncio.TaskGroup() as standing:
-            tasks = [standing.create_task(self._door.stand(listener)), standing.create_task(self._keep_account())]
-            await stop.wait()
-            listener.close()
-            for task in tasks:
-                task.cancel()
-        await self._door.close(PATIENCE_S)
-        self._tell(all_of_them=True)
+        with self._house.refusals.told_in_background():
+            async with asyncio.TaskGroup() as standing:
+                tasks = [standing.create_task(self._door.stand(listener)), standing.create_task(self._keep_account())]
+                await stop.wait()
+                listener.close()
+                for task in tasks:
+                    task.cancel()
+            await self._door.close(PATIENCE_S)
+            self._house.refusals.tell_due(all_of_them=True)
+            await self._write_status()
 
     async def _talk(self, caller: Caller) -> None:
         await Conversation(self._house, caller, *self._identify(caller.certificate)).hold()
 
     async def _keep_account(self) -> None:
         while True:
-            self._tell()
+            self._house.refusals.tell_due()
+            await self._write_status()
             await asyncio.sleep(WRITE_S)
 
-    def _tell(self, *, all_of_them: bool = False) -> None:
-        self._house.refusals.tell_due(all_of_them=all_of_them)
+    async def _write_status(self) -> None:
+        text = self._house.contacts.as_text(self._house.refusals.counts, self._house.now())
         try:
-            self._house.contacts.write(self._status, self._house.refusals.counts)
-        except OSError as error:  # a full disk must not shut out the sites
+            await asyncio.to_thread(durable.write_text, self._status, text)  # a busy disk must not hold up sites
+        except OSError as error:  # nor may a full one shut them out
             log.warning("%s cannot be written (%s)", self._status.name, error.strerror)
 
 

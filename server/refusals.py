@@ -2,10 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from unimiss_core.errors import UnimissError
+from unimiss_core.errors import where
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class Refusals:
         self._kept: dict[tuple[str, str], _Kept] = {}
         self.counts: dict[str, int] = {}
         """Reason -> how often since this process began."""
+        self._writer: ThreadPoolExecutor | None = None
 
     def add(self, reason: str, peer: str) -> None:
         """peer: a site's name, or an IP address where no key was shown."""
@@ -58,8 +61,22 @@ class Refusals:
             self._tell(reason, peer, kept.untold)
             self._kept[reason, peer] = _Kept(now)
 
+    @contextmanager
+    def told_in_background(self) -> Iterator[None]:
+        """Within, lines are written in a thread of their own: no peer waits for a disk. At the end all are written."""
+        with ThreadPoolExecutor(max_workers=1) as self._writer:
+            yield
+        self._writer = None
+
     def _tell(self, reason: str, peer: str, count: int) -> None:
+        facts: dict[str, str | int | float] = {"reason": reason, "peer": peer, "count": count}
+        if self._writer is None:
+            self._write(facts)
+        else:
+            self._writer.submit(self._write, facts)
+
+    def _write(self, facts: Mapping[str, str | int | float]) -> None:
         try:
-            self._note("peer_refused", {"reason": reason, "peer": peer, "count": count})
-        except UnimissError as error:  # a full disk, say: the refusal stands, and the public side goes on
-            log.error("a refusal could not be noted: %s", error)
+            self._note("peer_refused", facts)
+        except Exception as error:  # a full disk, say: the refusal stands, and the public side goes on
+            log.error("a refusal could not be noted: %s", where(error))

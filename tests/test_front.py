@@ -5,8 +5,9 @@ import hashlib
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from server.contacts import Contacts
 from server.front_rules import MESSAGES, OBJECTS
 from server.refusals import MOST_PEERS, Refusals
 from tests.front_peers import NOW, Authority, Identity, Running, StubSuperLink, request, running_front
+from unimiss_core.errors import AuditError
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +404,31 @@ def test_clocks_are_kept_account_of(tmp_path: Path, talk: Callable[..., None], s
     contacts, _ = Contacts.read(tmp_path / "front.json")
     assert contacts.sites["alpha"].clock_ahead_s == pytest.approx(-400, abs=5)
     assert contacts.sites["alpha"].clock_is_wrong
+
+
+@pytest.mark.parametrize("link", [StubSuperLink(), None], ids=["passed on", "down"])
+def test_every_answer_tells_the_time(link: StubSuperLink | None, talk: Callable[..., None], site: Identity) -> None:
+    """A site's `check` compares its clock with it."""
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        call.writer.write(request(site))
+        head = await call.reader.readuntil(b"\r\n\r\n")
+        (told,) = (line[6:].decode() for line in head.split(b"\r\n") if line.lower().startswith(b"date: "))
+        assert abs((parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()) < 30
+
+    talk(conversation, link=link)
+
+
+def test_a_disk_that_is_full_stops_no_refusal() -> None:
+    def full(_kind: str, _fields: Mapping[str, object]) -> None:
+        raise AuditError("no room")
+
+    refusals = Refusals(full)
+    refusals.add("path", "alpha")
+    with refusals.told_in_background():
+        refusals.add("path", "beta")
+    assert refusals.counts == {"path": 2}
 
 
 def test_a_scan_of_ports_cannot_fill_the_log() -> None:
