@@ -78,8 +78,13 @@ class Children:
         self.members = [Child(recipe) for recipe in self.recipes]
 
     def start(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
-        """Start all, each when the one before it is ready. Raises ChildError: one ended instead, or never was."""
+        """Start all, each when the one before it is ready. Raises ChildError: one ended instead, or never was.
+
+        is_stopped: whether the operator has changed their mind; then those that are not started yet are not.
+        """
         for child in self.members:
+            if is_stopped():
+                return
             self._start(child)
             give_up = self.clock() + READY_S
             while not child.recipe.is_ready() and not is_stopped():

@@ -4,12 +4,11 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import TypeVar
 
 import h11
 import httpx
@@ -28,10 +27,9 @@ from server.front_rules import (
     passage,
     site_of,
 )
+from server.front_shares import Allowance, counted
 from server.refusals import Refusals
 from server.server_config import FrontLimits
-
-Key = TypeVar("Key")
 
 PIECE = 1 << 16
 LINGER_S = 2.0
@@ -60,20 +58,10 @@ class House:
     """Key -> open connections."""
     requests: Counter[str] = field(default_factory=Counter)
     """Site -> requests in work."""
+    allowance: Allowance = field(init=False)
 
-
-@contextmanager
-def counted(counter: Counter[Key], key: Key, most: int) -> Iterator[None]:
-    """Raises Refused: there are as many already."""
-    if counter[key] >= most:
-        raise Refused("busy")
-    counter[key] += 1
-    try:
-        yield
-    finally:
-        counter[key] -= 1
-        if not counter[key]:
-            del counter[key]
+    def __post_init__(self) -> None:
+        self.allowance = Allowance(self.limits.site_gb_per_hour * 1e9)
 
 
 class Conversation:
@@ -115,6 +103,7 @@ class Conversation:
             key=self._key,
             most=self._limits,
         )
+        self._house.allowance.take(site, passed.length)
         now = self._house.now()
         self._house.contacts.heard(site, now, clock_ahead_s(passed, now))
         with counted(self._house.requests, site, self._limits.requests_of_site):

@@ -23,7 +23,7 @@ from server.refusals import Note
 from server.registry import Registry
 from server.running import Running, children_of
 from server.server_config import ServerConfig
-from server.submission import Submission
+from server.submission import Submission, rounds_done
 from server.watching import Watching
 from unimiss_core import locks, progress
 from unimiss_core.config import load
@@ -76,18 +76,24 @@ def run(home: Home, study_file: Path, *, note: Note = unnoted) -> Composed:
     with alone(home), Stop().heard() as stop:
         config = load(ServerConfig, home.server)
         composed = compose(home, study_file)
-        superlink.prepare(home, config)
-        note("run", {"study": composed.study.name})
-        children = superlink.family(home, config)
-        try:
-            progress.report(progress.Note("starting SuperLink and the public side"))
-            children.start(stop)
-            _see_through(home, config, composed, children, stop)
-        finally:
-            progress.report(progress.Note("ending SuperLink and the public side"))
-            children.end()
-            home.running.unlink(missing_ok=True)
+        if rounds_done(composed.folder) < composed.study.schedule.rounds:
+            home.running.unlink(missing_ok=True)  # of a `run` that was killed
+            superlink.prepare(home, config)
+            note("run", {"study": composed.study.name})
+            _with_children(home, config, composed, stop)
     return composed
+
+
+def _with_children(home: Home, config: ServerConfig, composed: Composed, stop: Stop) -> None:
+    children = superlink.family(home, config)
+    try:
+        progress.report(progress.Note("starting SuperLink and the public side"))
+        children.start(stop)
+        _see_through(home, config, composed, children, stop)
+    finally:
+        progress.report(progress.Note("ending SuperLink and the public side"))
+        children.end()
+        home.running.unlink(missing_ok=True)
 
 
 def _see_through(home: Home, config: ServerConfig, composed: Composed, children: Children, stop: Stop) -> None:
@@ -153,10 +159,8 @@ class _Loop:
         self._nodes_at = now
         try:
             sites = self._registry.approved()
-        except (
-            ConfigError
-        ) as error:  # a file that somebody is editing must not end a run; the front lets nobody in by it
-            log.warning("%s", error)
+        except ConfigError as error:
+            log.warning("%s", error)  # somebody may be editing it: no reason to end a run. The front refuses that site
             return
         self._control.agree_on_nodes({pem_of_public(site_public_key(s.public_key, s.name)): s.name for s in sites})
 
@@ -164,14 +168,18 @@ class _Loop:
         if (now := time.monotonic()) - self._written_at < WRITE_S:
             return
         self._written_at = now
-        Running(
+        running = Running(
             study=self._composed.study.name,
             rounds=self._submission.rounds,
             since=self._since,
             submitted=self._submission.run is not None,
             fruitless=self._submission.fruitless,
             children=children_of(self._children),
-        ).write(self._home.running)
+        )
+        try:
+            running.write(self._home.running)
+        except OSError as error:  # a full disk: the round at work may still be lost, but not by this
+            log.warning("%s cannot be written (%s)", self._home.running.name, error.strerror)
 
 
 @contextmanager

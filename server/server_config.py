@@ -41,6 +41,8 @@ class FrontLimits(Config):
     """How long SuperLink may take to begin an answer."""
     object_mb: Megabytes = 16.0
     """One piece of an update. Flower cuts arrays into pieces of 5.3 MB (5 MiB)."""
+    site_gb_per_hour: Annotated[float, Field(gt=0)] = 50.0
+    """Sent by a site. SuperLink keeps it on disk until it is fetched; so nobody fills the disk quickly."""
     message_mb: Megabytes = 4.0
     """Any other request."""
 

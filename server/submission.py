@@ -42,6 +42,12 @@ class RunEnded(UnimissError):  # noqa: N818 - what a run does
         self.resumes = resumes
 
 
+def rounds_done(folder: RunFolder) -> int:
+    """By the newest checkpoint. Raises CheckpointError: it is damaged."""
+    newest = checkpoint.latest(folder.checkpoints)
+    return 0 if newest is None else checkpoint.round_of(newest)
+
+
 @dataclass
 class Submission:
     """coordinator: the coordinator file that the ServerApp reads. rounds: of the study."""
@@ -67,7 +73,7 @@ class Submission:
         """
         now = self.clock()
         if self.run is None:
-            if self.rounds_done >= self.rounds:
+            if rounds_done(self.folder) >= self.rounds:
                 return True
             if now >= self.not_before:
                 self._submit(now)
@@ -80,19 +86,14 @@ class Submission:
             return False
         return self._judge(self.run, now, "" if state is None else state.details)
 
-    @property
-    def rounds_done(self) -> int:
-        newest = checkpoint.latest(self.folder.checkpoints)
-        return 0 if newest is None else checkpoint.round_of(newest)
-
     def _submit(self, now: float) -> None:
-        self._began_with, self._asked_at = self.rounds_done, now
+        self._began_with, self._asked_at = rounds_done(self.folder), now
         self.run = self.superlink.submit({"coordinator": str(self.coordinator), "resume": True})
         log.info("run=%s submitted after round %s", self.run, self._began_with)
 
     def _judge(self, run: int, now: float, details: str) -> bool:
         self.run = None
-        if (done := self.rounds_done) >= self.rounds:
+        if (done := rounds_done(self.folder)) >= self.rounds:
             return True
         told = self.folder.how_it_ended(run)
         error = str(told.get("error", details or "its process is gone; flower/superexec.log may say why"))

@@ -15,7 +15,8 @@ import pytest
 
 from server import front_conversation
 from server.contacts import Contacts
-from server.front_rules import MESSAGES, OBJECTS
+from server.front_rules import MESSAGES, OBJECTS, Refused
+from server.front_shares import Allowance
 from server.refusals import MOST_PEERS, Refusals
 from tests.front_peers import NOW, Authority, Identity, Running, StubSuperLink, request, running_front
 from unimiss_core.errors import AuditError
@@ -326,6 +327,30 @@ def test_a_site_takes_no_more_than_its_share(talk: Callable[..., None], site: Id
         assert (await (await front.connect(other)).ask(request(other)))[0] == 200
 
     talk(conversation, link=StubSuperLink(slow_s=0.5), connections_of_site=3, requests_of_site=2)
+
+
+def test_a_site_sends_no_more_than_its_hourly_share() -> None:
+    now = 7200.0
+    allowance = Allowance(100.0, clock=lambda: now)
+    allowance.take("alpha", 60)
+    with pytest.raises(Refused, match="busy"):
+        allowance.take("alpha", 41)
+    allowance.take("alpha", 40)
+    allowance.take("beta", 100)
+    now += 3600.0
+    allowance.take("alpha", 100)
+
+
+def test_what_is_above_its_share_is_not_passed_on(talk: Callable[..., None], site: Identity) -> None:
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        assert (await call.ask(request(site, body=b"x" * 60)))[0] == 200
+        assert (await call.ask(request(site, body=b"x" * 60)))[0] == 503
+        assert len(link.bodies) == 1
+
+    talk(conversation, link=link, site_gb_per_hour=1e-7)
 
 
 def test_a_superlink_that_is_down_is_told_as_such(talk: Callable[..., None], site: Identity) -> None:
