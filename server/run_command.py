@@ -138,7 +138,7 @@ class _Loop:
             time.sleep(TICK_S)
         with suppress(UnimissError):
             self._control.stop_all()
-        raise Interrupted("stopped; what was finished is saved, and the same command goes on from there")
+        raise Interrupted("stopped; what was finished is saved")
 
     def _step(self) -> bool:
         from server.control import ControlError
