@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -470,6 +471,19 @@ async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.02)
+
+
+def test_small_answers_are_sent_at_once(talk: Callable[..., None], site: Identity) -> None:
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        took = []
+        for _ in range(20):
+            began = time.perf_counter()
+            await call.ask(request(site))
+            took.append(time.perf_counter() - began)
+        assert min(took) < 0.03
+
+    talk(conversation, link=StubSuperLink())
 
 
 def test_nobody_else_can_take_the_port(talk: Callable[..., None]) -> None:
