@@ -12,6 +12,7 @@ works at once, on connections that are open already, too. Ends at SIGTERM, after
 import argparse
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -117,6 +118,14 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
+def allow_descriptors(wanted: int) -> None:
+    """Raise this process' limit of open files to `wanted`, as far as the system lets it; many begin with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 async def serve(home: Home, config: ServerConfig, note: Note) -> None:
     """The front of a coordinator's folder, until SIGTERM or SIGINT. Raises ConfigError: it cannot begin."""
     try:
@@ -126,6 +135,7 @@ async def serve(home: Home, config: ServerConfig, note: Note) -> None:
         raise ConfigError(
             f"{home.server}: the public side cannot begin on {config.listen} port {config.port} ({error.strerror})"
         ) from None
+    allow_descriptors(4 * config.limits.connections)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

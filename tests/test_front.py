@@ -13,10 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.supercore import constant
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from server import front_conversation
-from server.contacts import Contacts
-from server.front_rules import MESSAGES, OBJECTS, Refused
+from server.contacts import AHEAD_S, BEHIND_S, Contacts
+from server.front_rules import HEADERS, MEDIA_TYPE, MESSAGES, OBJECTS, Refused
 from server.front_shares import Allowance
 from server.refusals import MOST_PEERS, Refusals
 from tests.front_peers import NOW, Authority, Identity, Running, StubSuperLink, request, running_front
@@ -65,13 +69,26 @@ def refused(front: Running) -> list[tuple[object, object]]:
     return [(line["reason"], line["peer"]) for line in front.noted]
 
 
-def test_ten_requests_pass_and_no_other() -> None:
-    """By name: a new version of Flower must not widen what passes."""
+def test_ten_requests_pass_and_no_other_of_the_flower_that_is_installed() -> None:
+    """By name: a new version of Flower must not widen what passes, nor narrow it unseen."""
     names = {path.removeprefix(b"/v1/fleet/").decode() for path in MESSAGES | OBJECTS}
     assert names == {
         *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab", "confirm-message-received"),
         *("pull-messages", "push-messages", "pull-object", "push-object"),
     }
+    fleet = {path.removeprefix("/v1/fleet/") for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
+    assert fleet - names == {"register-node", "unregister-node"}
+
+
+def test_headers_and_clocks_are_those_of_the_flower_that_is_installed() -> None:
+    told = [
+        *(constant.FLEET_HTTP_PUBLIC_KEY_HEADER, constant.FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER),
+        *(constant.FLWR_PACKAGE_NAME_METADATA_KEY, constant.FLWR_PACKAGE_VERSION_METADATA_KEY),
+        constant.FLWR_COMPONENT_NAME_METADATA_KEY,
+    ]
+    assert {b"content-type", b"accept", *(name.encode() for name in told)} == HEADERS
+    assert MEDIA_TYPE.decode() == PROTOBUF_MEDIA_TYPE
+    assert (BEHIND_S, AHEAD_S) == (TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE)
 
 
 def test_every_listed_request_passes_on_one_connection(talk: Callable[..., None], site: Identity) -> None:
