@@ -166,6 +166,8 @@ class RunFolder:
             if record is not None and (lost := checkpoint.round_of(latest)) > 0:
                 told += f"; {record.cost_of_going_back(lost - 1)}"
             raise CheckpointError(told) from None
+        if found.manifest.study_digest != study.digest():
+            raise CheckpointError(f"{latest}: is of another study than study.yaml beside it; put back this run's own")
         if record is not None:
             record.begin(found.manifest.round, anew=False)
         if not self._identity.exists():  # deleted, or begun before runs had names

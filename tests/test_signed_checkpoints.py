@@ -160,6 +160,17 @@ def test_a_run_does_not_go_on_from_what_it_did_not_sign(tmp_path: Path) -> None:
         run(tmp_path / "out", small_study(), resume=True, signing_key=signing_file(tmp_path))
 
 
+def test_a_run_does_not_go_on_from_another_studys_round_that_it_signed(tmp_path: Path) -> None:
+    signing_key = signing_file(tmp_path)
+    for study, out in {"a": small_study(seed=1), "b": small_study(seed=2)}.items():
+        run(tmp_path / study, out, signing_key=signing_key)
+    ours, theirs = (RunFolder(tmp_path / study).checkpoint_of(2) for study in "ab")
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    with pytest.raises(CheckpointError, match="is of another study"):
+        run(tmp_path / "a", small_study(seed=1), resume=True, signing_key=signing_key)
+
+
 def test_a_start_must_be_signed_by_the_key_that_is_named(tmp_path: Path) -> None:
     start, key = save(tmp_path / "start"), public_file(tmp_path)
     assert run(tmp_path / "out", small_study(), start=start, start_key=key) == 2
