@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("ledger", help="say what patients have cost, and what is left; verifies the ledger")
     )
     _add_audit(commands.add_parser("audit", help="say what was asked of this site and what left it; verifies the log"))
+    _add_make_key(commands.add_parser("make-key", help="make a key to seal this site's own files with (state_key)"))
     _add_clear(commands.add_parser("clear", help="let private rounds begin again after one has failed"))
     return parser
 
@@ -190,6 +191,20 @@ def _audit(options: argparse.Namespace) -> None:
     from unimiss_core import audit_report
 
     audit_report.show(log_of(options.site or Home.chosen(options.home).site), options, summary)
+
+
+def _add_make_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a new file, on another disk than the state folder")
+    parser.set_defaults(act=_make_key)
+
+
+def _make_key(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from unimiss_core.sealing import make_key
+
+    make_key(options.file)
+    print(f"{options.file}: a new key; write it into the site file as state_key, and keep a copy elsewhere:")
+    print("without it the site begins anew, and nothing that was sealed can be opened by anybody")
 
 
 def _add_clear(parser: argparse.ArgumentParser) -> None:

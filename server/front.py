@@ -25,7 +25,7 @@ import httpx
 from server import tethered
 from server.audit import coordinator_log
 from server.front_conversation import Conversation, House
-from server.front_door import BACKLOG, Caller, Door, tls_of_server
+from server.front_door import BACKLOG, Caller, Door
 from server.home import Home
 from server.refusals import Note, Refusals
 from server.registry import Registry
@@ -34,6 +34,7 @@ from unimiss_core import durable
 from unimiss_core.certificates import identity
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.tls import coordinator_side
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +129,12 @@ def allow_descriptors(wanted: int) -> None:
 
 async def serve(home: Home, config: ServerConfig, note: Note) -> None:
     """The front of a coordinator's folder, until SIGTERM or SIGINT. Raises ConfigError: it cannot begin."""
+    tls = coordinator_side(
+        certificate=home.server_certificate, key=home.server_key, authority=home.authority_certificate
+    )
     try:
         listener = bound_socket(config.listen, config.port)
-        tls = tls_of_server(home.server_certificate, home.server_key, home.authority_certificate)
-    except OSError as error:  # ssl.SSLError among them
+    except OSError as error:
         raise ConfigError(
             f"{home.server}: the public side cannot begin on {config.listen} port {config.port} ({error.strerror})"
         ) from None

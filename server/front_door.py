@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from server.front_rules import Reason
 from server.refusals import Refusals
@@ -33,19 +32,6 @@ class Caller:
     certificate: bytes
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-
-
-def tls_of_server(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer, a client's certificate asked for, no session resumed: each handshake is checked anew."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(certificate, key)
-    context.load_verify_locations(authority)
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
-    context.num_tickets = 0
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 class Door:

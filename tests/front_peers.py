@@ -19,15 +19,19 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from server.front import Front, bound_socket, upstream_client
 from server.front_conversation import House
-from server.front_door import tls_of_server
 from server.refusals import Refusals
 from server.server_config import FrontLimits
+from unimiss_core.tls import coordinator_side
 
 NOW = datetime.now(UTC)
 
 
 def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _usage(*, of_authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(not of_authority, False, False, False, False, of_authority, False, False, False)
 
 
 class Authority:
@@ -63,6 +67,9 @@ class Authority:
             .not_valid_before(NOW - timedelta(days=30))
             .not_valid_after(ends)
             .add_extension(x509.BasicConstraints(ca=purpose is None, path_length=None), critical=True)
+            .add_extension(_usage(of_authority=purpose is None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
         if purpose is not None:
             builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -231,7 +238,7 @@ async def running_front(
     refusals = Refusals(lambda kind, fields: noted.append({"kind": kind, **fields}))
     async with upstream_client(up_port, authority.file, allowed) as client:
         house = House(approved := Approved(), client, allowed, refusals)
-        tls = tls_of_server(server.certificate, server.private, authority.file)
+        tls = coordinator_side(certificate=server.certificate, key=server.private, authority=authority.file)
         listener = bound_socket("127.0.0.1", 0)
         stop = asyncio.Event()
         front = asyncio.create_task(Front(house, tls, identified, folder / "front.json").run(listener, stop))

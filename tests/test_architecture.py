@@ -25,7 +25,7 @@ ONLY_IN = {
     "gdcm": {"client/dicom.py"},
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
-    "cryptography": {"unimiss_core/keys.py", "unimiss_core/certificates.py"},
+    "cryptography": {"unimiss_core/keys.py", "unimiss_core/certificates.py", "unimiss_core/sealing.py"},
     "httpx": {"server/exchange.py", "server/front.py", "server/front_conversation.py", "server/control.py"},
     "h11": {"server/front_conversation.py"},
     "opacus": {"client/accounting.py"},
