@@ -91,7 +91,7 @@ class Conversation:
         except Refused as refused:
             await self._refuse(refused.reason)
         except (Gone, Broken):
-            pass
+            self._caller.writer.transport.abort()  # half an answer must not look like a whole one
 
     async def _answer(self, request: h11.Request) -> None:
         site = site_of(self._key, self._house.registry)

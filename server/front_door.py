@@ -1,7 +1,7 @@
 """Who comes in: TLS with a certificate of our authority, within ten seconds, and not too many at a time.
 
 Connections are accepted here and not by a web server's own loop, so that a handshake that fails is known and told, and
-so that strangers, of whom there may be thousands, share a small number of places with each other and none with sites.
+so that those who have shown no certificate yet, of whom there may be thousands, share a small number of places.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from server.front_rules import Reason
@@ -88,21 +88,23 @@ class Door:
         try:
             with self._counted(host):
                 caller = await self._greet(connection, host)
-        except (
-            OSError,
-            asyncio.CancelledError,
-        ) as error:  # ssl.SSLError and what asyncio says of slow ones are OSError
-            connection.close()
-            if isinstance(error, asyncio.CancelledError):
-                raise
+        except OSError as error:  # ssl.SSLError is one, and what asyncio says of slow handshakes
             self._refusals.add(_reason_of(error), host)
             return
         try:
             await self._talk(caller)
+            await self._hang_up(caller)
         except Exception as error:  # one peer's connection, whatever came over it, must not end the others'
             log.error("a connection ended by a fault of ours: %s", where(error))
         finally:
             caller.writer.transport.abort()
+
+    async def _hang_up(self, caller: Caller) -> None:
+        """Close when the last answer is with the caller, who may take its time over it."""
+        caller.writer.close()
+        with suppress(OSError):
+            async with asyncio.timeout(self._limits.stall_s):
+                await caller.writer.wait_closed()
 
     @contextmanager
     def _counted(self, host: str) -> Iterator[None]:
@@ -124,7 +126,7 @@ class Door:
             connection,
             ssl=self._tls,
             ssl_handshake_timeout=self._limits.handshake_s,
-            ssl_shutdown_timeout=1.0,
+            ssl_shutdown_timeout=self._limits.stall_s,
         )
         certificate = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
         return Caller(host, certificate, reader, asyncio.StreamWriter(transport, protocol, reader, loop))

@@ -118,6 +118,20 @@ def test_large_bodies_pass_both_ways_byte_for_byte(talk: Callable[..., None], si
     talk(conversation, link=link)
 
 
+def test_the_last_answer_is_whole_before_the_connection_closes(talk: Callable[..., None], site: Identity) -> None:
+    down = os.urandom(3_000_017)
+    link = StubSuperLink(answer=b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(down) + down)
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        call.writer.write(request(site, extra=b"connection: close\r\n"))
+        await asyncio.sleep(0.5)  # much of the answer waits in the front until it is taken
+        assert await call.answer() == (200, down)
+        assert await call.is_closed()
+
+    talk(conversation, link=link)
+
+
 def test_only_known_headers_go_on(talk: Callable[..., None], site: Identity) -> None:
     link = StubSuperLink()
 
