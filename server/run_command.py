@@ -123,6 +123,8 @@ class _Loop:
         self._registry = Registry(home)
         self._since = time.time()
         self._nodes_at = self._written_at = float("-inf")
+        self._told = ""
+        """The last that SuperLink failed with: said once, not every second."""
         self._is_tidy = False
         """Whether runs that an earlier `run` left at SuperLink are stopped."""
 
@@ -150,7 +152,9 @@ class _Loop:
             self._agree_on_nodes()
             return self._submission.step()
         except ControlError as error:  # it may be starting again
-            log.warning("%s", error)
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("%s", error)
             return False
 
     def _agree_on_nodes(self) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from server.children import Children
 from server.contacts import AHEAD_S, BEHIND_S, Contact, Contacts
 from server.home import Home
+from server.registry import Registry
 from server.run_folder import RunFolder
 from server.wording import counted, duration, printable
 from unimiss_core import durable
+from unimiss_core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def status(home: Home, *, at_work: bool, now: datetime) -> Iterator[str]:
     for folder in sorted(home.runs.iterdir()) if home.runs.is_dir() else []:
         yield _run_line(RunFolder(folder), running)
     contacts, refused = Contacts.read(home.front_status)
-    yield from (_site_line(name, contact, now) for name, contact in sorted(contacts.sites.items()))
+    for name in sorted(contacts.sites.keys() | _approved(home)):
+        yield _site_line(name, contacts.sites.get(name), now)
     if refused:
         counts = ", ".join(f"{reason} {count}" for reason, count in sorted(refused.items()))
         yield f"refused at the public side since it began: {counts}"
@@ -98,7 +101,17 @@ def _run_line(folder: RunFolder, running: Running | None) -> str:
     return last
 
 
-def _site_line(name: str, contact: Contact, now: datetime) -> str:
+def _approved(home: Home) -> set[str]:
+    """Names; `unimiss-server sites` says what is wrong where a file is damaged."""
+    try:
+        return {site.name for site in Registry(home).approved()}
+    except ConfigError:
+        return set()
+
+
+def _site_line(name: str, contact: Contact | None, now: datetime) -> str:
+    if contact is None:
+        return f"{name}: not heard since the public side began"
     ago = duration(max(0.0, (now - datetime.fromisoformat(contact.seen)).total_seconds()))
     line = f"{printable(name)}: heard {ago} ago"
     if contact.clock_ahead_s is not None and contact.clock_is_wrong:

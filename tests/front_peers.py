@@ -2,6 +2,7 @@
 write requests byte by byte."""
 
 import asyncio
+import socket
 import ssl
 from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
@@ -240,6 +241,7 @@ async def running_front(
         house = House(approved := Approved(), client, allowed, refusals)
         tls = coordinator_side(certificate=server.certificate, key=server.private, authority=authority.file)
         listener = bound_socket("127.0.0.1", 0)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # what is sent waits in the front itself
         stop = asyncio.Event()
         front = asyncio.create_task(Front(house, tls, identified, folder / "front.json").run(listener, stop))
         running = Running(listener.getsockname()[1], approved, noted, house)

@@ -149,11 +149,11 @@ def test_none_outlives_its_starter_however_that_ends() -> None:
 
 
 def test_a_tethered_command_is_the_installations_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "server.tethered", "unimiss-site", "ledger", "none.yaml"]
+    command = [sys.executable, "-m", "server.tethered", "unimiss-site", "nonsense"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdin=pipe, stderr=pipe, text=True) as done:
         assert done.stderr is not None
-        assert "none.yaml: cannot be read" in done.stderr.read()
+        assert "unimiss-site: error: argument COMMAND: invalid choice: 'nonsense'" in done.stderr.read()
     assert done.returncode == 2
 
 

@@ -165,6 +165,7 @@ def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: P
     folder = compose(home, write_study(tmp_path / "study.yaml")).folder
     for row in round_records(1):
         folder.append_metrics(row)
+    approved_site(home, "gamma")
     contacts = Contacts()
     contacts.heard("alpha", NOW - timedelta(seconds=3), 0.1)
     contacts.heard("beta", NOW - timedelta(minutes=4), -400.0)
@@ -177,6 +178,7 @@ def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: P
         "alpha: heard 3.0 s ago",
         "beta: heard 4 min 00 s ago; its clock is 6 min 40 s behind, so that nothing of it is taken: "
         "at most 305 s behind or 5 s ahead is allowed",
+        "gamma: not heard since the public side began",
         "refused at the public side since it began: no_certificate 12",
     ]
 
