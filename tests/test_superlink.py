@@ -27,7 +27,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from server.approval import revoke
 from server.control import Control
 from server.home import Home
-from server.run_command import runner
+from server.run_command import runner, stop
 from server.running import Running, status
 from server.superlink import environment
 from tests.coordinator_home import approved_site, found_home, write_study
@@ -246,3 +246,13 @@ def test_nothing_outlives_a_coordinator_that_is_killed_and_the_next_goes_on(coor
     assert "1 tries finished no round; the last: 0 of at least 1 sites are there" in coordinator.log
     assert "The same command goes on from there." in coordinator.log
     assert coordinator.children() == []
+
+
+def test_stop_ends_a_run_in_order_also_while_it_begins(coordinator: Coordinator) -> None:
+    coordinator.patience(wait_s=3600.0)
+    process = coordinator.run()
+    coordinator.until(coordinator.children, "SuperLink is starting")
+    assert stop(coordinator.home)
+    assert process.wait(START_S) == 130
+    assert coordinator.children() == []
+    assert "stopped; what was finished is saved\nThe same command goes on from there." in coordinator.log
