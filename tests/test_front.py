@@ -6,25 +6,18 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
 import pytest
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.supercore import constant
-from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from server import front_conversation
-from server.contacts import AHEAD_S, BEHIND_S, Contacts
-from server.front_rules import HEADERS, MEDIA_TYPE, MESSAGES, OBJECTS, Refused
-from server.front_shares import Allowance
-from server.refusals import MOST_PEERS, Refusals
-from tests.front_peers import NOW, Authority, Identity, Running, StubSuperLink, request, running_front
-from unimiss_core.errors import AuditError
+from server.contacts import Contacts
+from server.front_rules import MESSAGES, OBJECTS
+from tests.front_peers import NOW, ODD, Authority, Identity, Running, StubSuperLink, request, running_front
 
 
 @pytest.fixture(scope="module")
@@ -67,28 +60,6 @@ def talk(tmp_path: Path, authority: Authority, site: Identity, other: Identity) 
 
 def refused(front: Running) -> list[tuple[object, object]]:
     return [(line["reason"], line["peer"]) for line in front.noted]
-
-
-def test_ten_requests_pass_and_no_other_of_the_flower_that_is_installed() -> None:
-    """By name: a new version of Flower must not widen what passes, nor narrow it unseen."""
-    names = {path.removeprefix(b"/v1/fleet/").decode() for path in MESSAGES | OBJECTS}
-    assert names == {
-        *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab", "confirm-message-received"),
-        *("pull-messages", "push-messages", "pull-object", "push-object"),
-    }
-    fleet = {path.removeprefix("/v1/fleet/") for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
-    assert fleet - names == {"register-node", "unregister-node"}
-
-
-def test_headers_and_clocks_are_those_of_the_flower_that_is_installed() -> None:
-    told = [
-        *(constant.FLEET_HTTP_PUBLIC_KEY_HEADER, constant.FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER),
-        *(constant.FLWR_PACKAGE_NAME_METADATA_KEY, constant.FLWR_PACKAGE_VERSION_METADATA_KEY),
-        constant.FLWR_COMPONENT_NAME_METADATA_KEY,
-    ]
-    assert {b"content-type", b"accept", *(name.encode() for name in told)} == HEADERS
-    assert MEDIA_TYPE.decode() == PROTOBUF_MEDIA_TYPE
-    assert (BEHIND_S, AHEAD_S) == (TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE)
 
 
 def test_every_listed_request_passes_on_one_connection(talk: Callable[..., None], site: Identity) -> None:
@@ -148,54 +119,6 @@ def test_only_known_headers_go_on(talk: Callable[..., None], site: Identity) -> 
         }
 
     talk(conversation, link=link)
-
-
-ODD: dict[str, tuple[dict[str, bytes | None], int]] = {
-    "register": ({"path": b"/v1/fleet/register-node"}, 403),
-    "unregister": ({"path": b"/v1/fleet/unregister-node"}, 403),
-    "control": ({"path": b"/v1/control/start-run"}, 403),
-    "runtime": ({"path": b"/v1/runtime/acquire-task"}, 403),
-    "root": ({"path": b"/"}, 403),
-    "docs": ({"path": b"/docs", "method": b"GET"}, 403),
-    "dots": ({"path": b"/v1/fleet/../control/start-run"}, 403),
-    "encoded dots": ({"path": b"/v1/fleet/%2e%2e/control/start-run"}, 403),
-    "encoded slash": ({"path": b"/v1/fleet%2fget-run"}, 403),
-    "encoded letter": ({"path": b"/v1/fleet/%67et-run"}, 403),
-    "two slashes": ({"path": b"//v1/fleet/get-run"}, 403),
-    "slash at the end": ({"path": b"/v1/fleet/get-run/"}, 403),
-    "query": ({"path": b"/v1/fleet/get-run?x=1"}, 403),
-    "fragment": ({"path": b"/v1/fleet/get-run#x"}, 403),
-    "parameter": ({"path": b"/v1/fleet/get-run;/../../control/start-run"}, 403),
-    "upper case": ({"path": b"/V1/Fleet/Get-Run"}, 403),
-    "absolute form": ({"path": b"https://localhost/v1/fleet/get-run"}, 403),
-    "no slash": ({"path": b"v1/fleet/get-run"}, 403),
-    "a zero byte": ({"path": b"/v1/fleet/get-run\0"}, 400),
-    "GET": ({"method": b"GET"}, 405),
-    "post in lower case": ({"method": b"post"}, 405),
-    "OPTIONS *": ({"method": b"OPTIONS", "path": b"*"}, 403),
-    "CONNECT": ({"method": b"CONNECT", "path": b"127.0.0.1:22"}, 403),
-    "HTTP 1.0": ({"version": b"HTTP/1.0"}, 400),
-    "HTTP 2": ({"version": b"HTTP/2"}, 400),
-    "no type": ({"content_type": None}, 400),
-    "JSON": ({"content_type": b"application/json"}, 400),
-    "chunked": ({"content_length": None, "extra": b"transfer-encoding: chunked\r\n"}, 400),
-    "chunked and a length": ({"extra": b"transfer-encoding: chunked\r\n"}, 400),
-    "a coding unknown": ({"extra": b"transfer-encoding: gzip, chunked\r\n"}, 400),
-    "no length": ({"content_length": None}, 413),
-    "two lengths": ({"extra": b"content-length: 5\r\n"}, 400),
-    "a length below zero": ({"content_length": b"-1"}, 400),
-    "5 GB": ({"path": b"/v1/fleet/push-object", "content_length": b"5000000000"}, 413),
-    "more digits than there are bytes": ({"content_length": b"9" * 15}, 413),
-    "a message as large as an object": ({"content_length": b"5000000"}, 413),
-    "expect": ({"extra": b"expect: 100-continue\r\n"}, 400),
-    "upgrade": ({"extra": b"connection: upgrade\r\nupgrade: websocket\r\n"}, 400),
-    "two keys": ({"extra": b"flwr-public-key: YQ==\r\n"}, 400),
-    "two times": ({"extra": b"Flwr-Timestamp: 2020-01-01\r\n"}, 400),
-    "a folded header": ({"extra": b"x: a\r\n b\r\nflwr-public-key : YQ==\r\n"}, 400),
-    "no key": ({"flwr_public_key": None}, 401),
-    "a key that is none": ({"flwr_public_key": b"???"}, 401),
-    "headers without end": ({"extra": b"x: " + b"a" * 20_000 + b"\r\n"}, 400),
-}
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -363,18 +286,6 @@ def test_a_site_takes_no_more_than_its_share(talk: Callable[..., None], site: Id
     talk(conversation, link=StubSuperLink(slow_s=0.5), connections_of_site=3, requests_of_site=2)
 
 
-def test_a_site_sends_no_more_than_its_hourly_share() -> None:
-    now = 7200.0
-    allowance = Allowance(100.0, clock=lambda: now)
-    allowance.take("alpha", 60)
-    with pytest.raises(Refused, match="busy"):
-        allowance.take("alpha", 41)
-    allowance.take("alpha", 40)
-    allowance.take("beta", 100)
-    now += 3600.0
-    allowance.take("alpha", 100)
-
-
 def test_what_is_above_its_share_is_not_passed_on(talk: Callable[..., None], site: Identity) -> None:
     link = StubSuperLink()
 
@@ -475,29 +386,6 @@ def test_every_answer_tells_the_time(link: StubSuperLink | None, talk: Callable[
         assert abs((parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()) < 30
 
     talk(conversation, link=link)
-
-
-def test_a_disk_that_is_full_stops_no_refusal() -> None:
-    def full(_kind: str, _fields: Mapping[str, object]) -> None:
-        raise AuditError("no room")
-
-    refusals = Refusals(full)
-    refusals.add("path", "alpha")
-    with refusals.told_in_background():
-        refusals.add("path", "beta")
-    assert refusals.counts == {"path": 2}
-
-
-def test_a_scan_of_ports_cannot_fill_the_log() -> None:
-    now, noted = 0.0, []
-    refusals = Refusals(lambda _, fields: noted.append(fields), clock=lambda: now)
-    for count in range(20_000):
-        refusals.add("not_tls", f"10.0.{count // 256 % 256}.{count % 256}")
-    assert len(noted) == MOST_PEERS + 1
-    now = 61.0
-    refusals.tell_due()
-    assert sum(int(fields["count"]) for fields in noted) == 20_000
-    assert len(noted) == MOST_PEERS + 2
 
 
 async def _until(condition: Callable[[], bool]) -> None:
