@@ -21,7 +21,7 @@ from server.coordinator_config import CoordinatorConfig
 from server.released_rounds import record_of
 from unimiss_core import checkpoint, durable
 from unimiss_core.config import RUN, dump_yaml, load
-from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError
+from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError, UnimissError
 from unimiss_core.keys import SigningKey, read_signing_key
 from unimiss_core.study import StudyConfig
 
@@ -83,6 +83,10 @@ class RunFolder:
     @property
     def _stopped(self) -> Path:
         return self.path / "stopped.json"
+
+    @property
+    def _ended(self) -> Path:
+        return self.path / "ended.json"
 
     @property
     def scratch(self) -> Path:
@@ -194,6 +198,26 @@ class RunFolder:
     def note_stop(self, facts: Mapping[str, Any]) -> None:
         """Keep why the run ended before its last round, until it is gone on with."""
         durable.write_text(self._stopped, json.dumps(facts, sort_keys=True) + "\n")
+
+    def why_it_stopped(self) -> str:
+        """What `note_stop` kept; empty where the run was not stopped, or was gone on with since."""
+        try:
+            return str(json.loads(self._stopped.read_text(encoding="utf-8"))["error"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def note_end(self, run: int, error: UnimissError) -> None:
+        """Keep what the ServerApp of a Flower run ended with, for `unimiss-server run`, which is another process."""
+        facts = {"run": run, "error": str(error), "exit_code": error.exit_code, "resumes": error.resumes}
+        durable.write_text(self._ended, json.dumps(facts, sort_keys=True) + "\n")
+
+    def how_it_ended(self, run: int) -> dict[str, Any]:
+        """What `note_end` kept of that run; empty where its ServerApp was killed, or ended well."""
+        try:
+            facts = json.loads(self._ended.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) and facts.get("run") == run else {}
 
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():

@@ -25,12 +25,9 @@ ONLY_IN = {
     "gdcm": {"client/dicom.py"},
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
-    "cryptography": {
-        "unimiss_core/keys.py",
-        "unimiss_core/certificates.py",
-        "unimiss_core/sealing.py",
-    },
-    "httpx": {"server/exchange.py"},
+    "cryptography": {"unimiss_core/keys.py", "unimiss_core/certificates.py", "unimiss_core/sealing.py"},
+    "httpx": {"server/exchange.py", "server/front.py", "server/front_conversation.py", "server/control.py"},
+    "h11": {"server/front_conversation.py"},
     "opacus": {"client/accounting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
@@ -39,6 +36,7 @@ ONLY_IN = {
         "client/audit.py",
         "client/site.py",
         "server/app.py",
+        "server/control.py",
         "server/rounds.py",
         "server/exchange.py",
         "server/one_round.py",
