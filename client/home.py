@@ -1,14 +1,22 @@
 """A site's folder: what `unimiss-site init` makes, and where each thing in it lies.
 
 site.yaml               data folders, devices, limits and policy: the site file
-keys/                   site.key (0600, never leaves), site.pub
+keys/                   site.key, site.tls.key: one private key in two forms (0600, never leaves); site.pub;
+                        after `join` also site.crt, authority.crt, coordinator.pub, out of the welcome
 SITE.join.yaml          to be given to the coordinator's operator
 welcome.yaml            what the coordinator's operator gave back: written by `unimiss-site join`
 state/                  all that the daemon writes: ledger, audit log, cache, what was learned, Flower's own home
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from unimiss_core.errors import ConfigError
+
+VARIABLE = "UNIMISS_SITE_HOME"
+"""Of the environment: names the folder where no --home does."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +24,18 @@ class Home:
     """Paths of a site's folder."""
 
     path: Path
+
+    @classmethod
+    def chosen(cls, given: Path | None) -> Self:
+        """The folder that --home or the environment names, else the current one. Raises ConfigError: `init` made none
+        there."""
+        home = cls((given or Path(os.environ.get(VARIABLE) or ".")).absolute())
+        if not home.private_key.is_file():
+            raise ConfigError(
+                f"{home.path}: is not a site's folder; make one with `unimiss-site init`, or name it with --home or "
+                f"{VARIABLE}"
+            )
+        return home
 
     @property
     def site(self) -> Path:
@@ -27,11 +47,32 @@ class Home:
 
     @property
     def private_key(self) -> Path:
+        """In OpenSSH's form, for Flower's node authentication."""
         return self.keys / "site.key"
+
+    @property
+    def tls_key(self) -> Path:
+        """The same key as PEM, for TLS."""
+        return self.keys / "site.tls.key"
 
     @property
     def public_key(self) -> Path:
         return self.keys / "site.pub"
+
+    @property
+    def certificate(self) -> Path:
+        """The site's, for TLS."""
+        return self.keys / "site.crt"
+
+    @property
+    def authority(self) -> Path:
+        """What the coordinator's certificate must be signed by."""
+        return self.keys / "authority.crt"
+
+    @property
+    def coordinator_key(self) -> Path:
+        """Signs the coordinator's manifests."""
+        return self.keys / "coordinator.pub"
 
     def join_request(self, name: str) -> Path:
         return self.path / f"{name}.join.yaml"

@@ -37,12 +37,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unimiss-site", description="Run a site of a federated study.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(commands.add_parser("init", help="make a site's folder, with a key pair that never leaves it"))
+    _add_join(commands.add_parser("join", help="trust the coordinator that sent this welcome"))
     _add_check(commands.add_parser("check", help="read a folder, say what would be used; sends nothing"))
     _add_ledger(
         commands.add_parser("ledger", help="say what patients have cost, and what is left; verifies the ledger")
     )
     _add_clear(commands.add_parser("clear", help="let private rounds begin again after one has failed"))
     return parser
+
+
+def _add_home(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SITE_HOME, or this folder)"
+    )
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--name", required=True, metavar="NAME", help="what coordinator and reports call this site")
+    parser.set_defaults(act=_init)
+
+
+def _init(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from client.joining import begin
+
+    begun = begin(options.folder, options.name)
+    print(f"{begun.home.path}: the site {options.name}; its private key stays in {begun.home.keys}")
+    print(f"fingerprint  {begun.fingerprint}")
+    print(f"Give {begun.join_request} to the coordinator's operator, and read the fingerprint to them by telephone.")
+    print(f"Then fill in {begun.home.site}.")
+
+
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("welcome", type=Path, metavar="WELCOME.yaml", help="as the coordinator's operator sent it")
+    _add_home(parser)
+    parser.set_defaults(act=_join)
+
+
+def _join(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from client.home import Home
+    from client.joining import join
+
+    joined = join(Home.chosen(options.home), options.welcome)
+    print(f"{joined.site}: {'joined' if joined.is_new else 'has a new welcome of'} the coordinator at {joined.address}")
+    print(f"fingerprint  {joined.fingerprint}")
+    print(
+        "Before the first run, compare it by telephone with the coordinator's operator, on a number that you know from "
+        "elsewhere: who could change the file on its way could have put in another key."
+    )
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,15 @@ runs/STUDY/             one folder for each study, as docs/artefacts.md says
 flower/                 Flower's own home, SuperLink's database and the logs of what we start
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from unimiss_core.errors import ConfigError
+
+VARIABLE = "UNIMISS_SERVER_HOME"
+"""Of the environment: names the folder where no --home does."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,22 @@ class Home:
     """Paths of a coordinator's folder."""
 
     path: Path
+
+    @classmethod
+    def chosen(cls, given: Path | None) -> Self:
+        """The folder that --home or the environment names, else the current one. Raises ConfigError: `init` made none
+        there."""
+        home = cls((given or Path(os.environ.get(VARIABLE) or ".")).absolute())
+        if not home.server.is_file():
+            raise ConfigError(
+                f"{home.path}: is not a coordinator's folder; make one with `unimiss-server init`, or name it with "
+                f"--home or {VARIABLE}"
+            )
+        return home
+
+    @property
+    def study(self) -> Path:
+        return self.path / "study.yaml"
 
     @property
     def coordinator(self) -> Path:
@@ -79,8 +102,12 @@ class Home:
     def welcome(self, name: str) -> Path:
         return self.sites / f"{name}.welcome.yaml"
 
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
     def run(self, study: str) -> Path:
-        return self.path / "runs" / study
+        return self.runs / study
 
     @property
     def flower(self) -> Path:

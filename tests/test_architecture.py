@@ -25,7 +25,7 @@ ONLY_IN = {
     "gdcm": {"client/dicom.py"},
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
-    "cryptography": {"server/registration.py"},
+    "cryptography": {"server/registration.py", "unimiss_core/keys.py", "unimiss_core/certificates.py"},
     "httpx": {"server/exchange.py"},
     "opacus": {"client/accounting.py"},
     "sklearn": {"unimiss_core/probe.py"},

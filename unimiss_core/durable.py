@@ -26,7 +26,7 @@ def write_bytes(path: Path, payload: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,7 +38,7 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def append(file: BinaryIO, payload: bytes) -> None:
@@ -68,11 +68,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     yield partial
     for file in partial.iterdir():
         sync(file)
-    _sync_folder(partial)
+    sync_folder(partial)
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -84,6 +84,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     if os.name == "posix":  # Windows cannot open a folder
         sync(path)

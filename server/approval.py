@@ -1,0 +1,191 @@
+"""Who may take part: `unimiss-server approve`, `revoke` and `renew`.
+
+A name stands for one institution and one key for ever: neither is given twice, so that what a run's folder, a ledger or
+an audit log says of a site goes on to mean that site. A site that lost its key comes back under a new name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from server.founding import Note, make_server_certificate, unnoted
+from server.home import Home
+from server.registry import ApprovedSite, Registry
+from unimiss_core import certificates, durable, keys
+from unimiss_core.certificates import Authority
+from unimiss_core.config import dump_yaml, parse, read_yaml
+from unimiss_core.errors import ConfigError
+from unimiss_core.joining import host_and_port, in_yaml, read_join_request, read_welcome, welcome
+
+RENEW_WITHIN_DAYS = 180
+"""Certificates that run out sooner are made anew."""
+
+
+@dataclass(frozen=True)
+class Approved:
+    site: str
+    fingerprint: str
+    welcome: Path
+    is_new: bool
+    """False: the name was approved before, with the same key."""
+
+
+def approve(home: Home, name: str, key_file: Path, *, now: datetime, note: Note = unnoted) -> Approved:
+    """Let the site `name` take part by the key of `key_file`, its join request or .pub file, and write its welcome.
+
+    Raises ConfigError: the file is no such key, or another site's; the name or the key was given before.
+    """
+    key = _given_key(name, key_file)
+    known = Registry(home).sites()
+    is_new = _require_free(name, key, known)
+    if is_new:
+        site = parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where="the site's name")
+        _write(home, site, key)
+    if is_new or not _welcome_lasts(home, name, now):
+        _write_welcome(home, _authority(home), name, key, now)
+    told = keys.fingerprint(key)
+    note("approve", {"site": name, "fingerprint": told})
+    return Approved(name, told, home.welcome(name), is_new)
+
+
+def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
+    """Shut the site `name` out, from its next request on; False where it was already. Raises ConfigError: no such
+    site."""
+    known = Registry(home).sites()
+    if (site := known.get(name)) is None:
+        there = f"there are: {', '.join(known)}" if known else "no site was ever approved here"
+        raise ConfigError(f"'{name}' is no site of {home.path}; {there}")
+    if site.status == "revoked":
+        return False
+    key = keys.site_public_key(site.public_key, name)
+    _write(home, site.model_copy(update={"status": "revoked"}), key)
+    home.welcome(name).unlink(missing_ok=True)
+    note("revoke", {"site": name, "fingerprint": keys.fingerprint(key)})
+    return True
+
+
+def renew(home: Home, *, now: datetime, every: bool = False, note: Note = unnoted) -> list[str]:
+    """Make anew what runs out within RENEW_WITHIN_DAYS, or everything: the server's certificate, and the welcomes of
+    approved sites; what was made, in words. Keys and the authority stay. Raises ConfigError."""
+    authority, made = _authority(home), list[str]()
+    server = certificates.read_certificate(home.server_certificate)
+    if every or certificates.days_left(server, now) < RENEW_WITHIN_DAYS:
+        make_server_certificate(home, authority, host_and_port(address_of(home)).host, now)
+        made.append(f"{home.server_certificate}, which the next start of `unimiss-server run` uses")
+    for site in Registry(home).approved():
+        if every or not _welcome_lasts(home, site.name, now):
+            key = keys.site_public_key(site.public_key, site.name)
+            _write_welcome(home, authority, site.name, key, now)
+            made.append(f"{home.welcome(site.name)}, for `unimiss-site join` at the site")
+    note("renew", {"certificates": len(made)})
+    return made
+
+
+def address_of(home: Home) -> str:
+    """HOST:PORT of server.yaml. Raises ConfigError."""
+    raw = read_yaml(home.server)
+    try:
+        address = str(raw["address"])
+        host_and_port(address)
+    except (TypeError, KeyError):
+        raise ConfigError(
+            f"{home.server}: missing key 'address', HOST:PORT under which sites reach this machine"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{home.server}: 'address': {error}") from None
+    return address
+
+
+def standing(home: Home, *, now: datetime) -> list[str]:
+    """A line for each site: name, status, fingerprint, and how long its certificate lasts. Raises ConfigError."""
+    known = Registry(home).sites()
+    width = max(map(len, known), default=0)
+    return [
+        f"{name:{width}}  {site.status:8}  {_fingerprint(site)}  {_lasts(home, site, now)}".rstrip()
+        for name, site in sorted(known.items())
+    ] or [f"{home.path}: no site was approved yet"]
+
+
+def _lasts(home: Home, site: ApprovedSite, now: datetime) -> str:
+    if site.status == "revoked":
+        return ""
+    try:
+        left = days_left(home, site.name, now)
+    except ConfigError:
+        return "no welcome: approve it again"
+    return f"certificate lasts {left:.0f} days" if left > 0 else "certificate has run out: unimiss-server renew"
+
+
+def days_left(home: Home, name: str, now: datetime) -> float:
+    """Until the certificate in a site's welcome runs out. Raises ConfigError: it is gone, or damaged."""
+    paper, _ = read_welcome(home.welcome(name))
+    where = f"{home.welcome(name)}: 'certificate'"
+    return certificates.days_left(certificates.certificate_of(paper.certificate, where), now)
+
+
+def _given_key(name: str, file: Path) -> keys.SitePublicKey:
+    if file.suffix not in (".yaml", ".yml"):
+        return keys.site_public_key(keys.read_text(file), str(file))
+    paper, key = read_join_request(file)
+    if paper.site != name:
+        raise ConfigError(f"{file}: is the join request of the site '{paper.site}', not of '{name}'; give its own name")
+    return key
+
+
+def _require_free(name: str, key: keys.SitePublicKey, known: Mapping[str, ApprovedSite]) -> bool:
+    """Whether name and key are both new; False where they were given together and still stand. Raises ConfigError."""
+    for site in known.values():
+        same_key = keys.pem_of_public(keys.site_public_key(site.public_key, site.name)) == keys.pem_of_public(key)
+        if site.status == "revoked" and (same_key or site.name == name):
+            what = "name" if site.name == name else f"key, of '{site.name}',"
+            raise ConfigError(
+                f"'{name}': this {what} was revoked and is not given again; let the site begin anew with another name "
+                "in another folder: unimiss-site init"
+            )
+        if site.name == name and not same_key:
+            raise ConfigError(
+                f"'{name}': was approved with another key ({_fingerprint(site)}); if the site made a new one, revoke "
+                "this name and let it join under another"
+            )
+        if site.name != name and same_key:
+            raise ConfigError(f"'{name}': the site '{site.name}' has this key already; each site makes its own")
+    return name not in known
+
+
+def _fingerprint(site: ApprovedSite) -> str:
+    return keys.fingerprint(keys.site_public_key(site.public_key, site.name))
+
+
+def _authority(home: Home) -> Authority:
+    certificate, key = certificates.read_certificate(home.authority_certificate), keys.read_site_key(home.authority_key)
+    if certificates.key_of(certificate) != keys.pem_of_public(key.public_key()):
+        raise ConfigError(f"{home.authority_certificate}: is not of the key in {home.secrets}; put back a backup")
+    return Authority(certificate, key)
+
+
+def _write(home: Home, site: ApprovedSite, key: keys.SitePublicKey) -> None:
+    durable.write_text(home.site(site.name), f"# {keys.fingerprint(key)}\n{dump_yaml(site)}")
+
+
+def _write_welcome(home: Home, authority: Authority, name: str, key: keys.SitePublicKey, now: datetime) -> None:
+    signing = keys.read_signing_key(home.signing_key)
+    paper = welcome(
+        site=name,
+        address=address_of(home),
+        authority=certificates.as_pem(authority.certificate),
+        certificate=certificates.as_pem(certificates.site_certificate(authority, key, site=name, now=now)),
+        signing_key=signing,
+    )
+    told = (
+        f"For the site {name}: unimiss-site join {name}.welcome.yaml. It holds no secret.",
+        f"By telephone, compare with the coordinator's operator: {paper.fingerprint}",
+    )
+    durable.write_text(home.welcome(name), in_yaml(paper, *told))
+
+
+def _welcome_lasts(home: Home, name: str, now: datetime) -> bool:
+    try:
+        return days_left(home, name, now) >= RENEW_WITHIN_DAYS
+    except ConfigError:  # it is gone, or damaged
+        return False

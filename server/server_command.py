@@ -1,0 +1,129 @@
+"""The `unimiss-server` command: what a coordinator's operator types.
+
+Exit codes: 0 done, 2 wrong arguments or configuration, 130 interrupted; see `unimiss_core.errors`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from unimiss_core.errors import UnimissError
+
+COMPARE = (
+    "Before you rely on it, read the fingerprint to the other side by telephone, on a number that you know from "
+    "elsewhere: who could change the file on its way could have put in another key."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.act(options)
+    except UnimissError as error:
+        print(f"unimiss-server: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("unimiss-server: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unimiss-server", description="Coordinate federated studies.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(commands.add_parser("init", help="make a coordinator's folder, with keys and certificates of its own"))
+    _add_approve(commands.add_parser("approve", help="let a site take part, by its key"))
+    _add_revoke(commands.add_parser("revoke", help="shut a site out, at once and for ever"))
+    _add_sites(commands.add_parser("sites", help="list who was approved or revoked"))
+    _add_renew(commands.add_parser("renew", help="make certificates anew that will soon run out"))
+    return parser
+
+
+def _add_home(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SERVER_HOME, or this folder)"
+    )
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new or empty")
+    parser.add_argument("--address", required=True, metavar="HOST:PORT", help="under which sites reach this machine")
+    parser.set_defaults(act=_init)
+
+
+def _init(options: argparse.Namespace) -> None:
+    from server.founding import found
+    from unimiss_core.keys import fingerprint, read_signing_public_key
+
+    home = found(options.folder, options.address, now=datetime.now(UTC))
+    print(f"{home.path}: a coordinator that sites reach at {options.address}")
+    print(f"fingerprint  {fingerprint(read_signing_public_key(home.signing_public_key))}")
+    print(f"Keep a backup of {home.secrets} where only you can read it: without it every site must join anew.")
+
+
+def _add_approve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", metavar="SITE", help="the site's name, as its join request says it")
+    parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="its SITE.join.yaml, or site.pub")
+    _add_home(parser)
+    parser.set_defaults(act=_approve)
+
+
+def _approve(options: argparse.Namespace) -> None:
+    from server.approval import approve
+    from server.home import Home
+
+    done = approve(Home.chosen(options.home), options.site, options.key, now=datetime.now(UTC))
+    print(f"{done.site}: approved" if done.is_new else f"{done.site}: was approved before, with the same key")
+    print(f"fingerprint  {done.fingerprint}")
+    print(f"welcome      {done.welcome}")
+    print(COMPARE)
+
+
+def _add_revoke(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", metavar="SITE")
+    _add_home(parser)
+    parser.set_defaults(act=_revoke)
+
+
+def _revoke(options: argparse.Namespace) -> None:
+    from server.approval import revoke
+    from server.home import Home
+
+    said = (
+        "shut out from its next request on" if revoke(Home.chosen(options.home), options.site) else "was revoked before"
+    )
+    print(f"{options.site}: {said}")
+
+
+def _add_sites(parser: argparse.ArgumentParser) -> None:
+    _add_home(parser)
+    parser.set_defaults(act=_sites)
+
+
+def _sites(options: argparse.Namespace) -> None:
+    from server.approval import standing
+    from server.home import Home
+
+    for line in standing(Home.chosen(options.home), now=datetime.now(UTC)):
+        print(line)
+
+
+def _add_renew(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="also those that last")
+    _add_home(parser)
+    parser.set_defaults(act=_renew)
+
+
+def _renew(options: argparse.Namespace) -> None:
+    from server.approval import renew
+    from server.home import Home
+
+    made = renew(Home.chosen(options.home), now=datetime.now(UTC), every=options.all)
+    print("\n".join(made) or "nothing runs out soon")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
