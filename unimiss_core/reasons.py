@@ -8,6 +8,8 @@ REASONS: dict[str, str] = {
     "site_setup": "the site's own file, folders, disk or device do not allow it; its screen and log say what",
     "no_usable_scans": "the site's folders hold nothing that can be trained on",
     "study": "the site does not understand the study: another version of the program",
+    "bundle": "the site runs no code but what it has installed, and the coordinator's is another: both need the same "
+    "version of the program",
     "needs_whole": "the site lost what it remembered; it is sent the whole student and teacher next time",
     "budget": "the site allows no such study, or no more of it: it would cost patients too much, has too little noise, "
     "or protects no patient where the site asks for that; its screen says which, and only the site decides",
@@ -43,6 +45,17 @@ REASONS: dict[str, str] = {
 }
 
 LASTING = frozenset(
-    {"site_setup", "no_usable_scans", "study", "protocol", "not_registered", "budget", "promise", "ledger", "held"}
+    {
+        "site_setup",
+        "no_usable_scans",
+        "study",
+        "bundle",
+        "protocol",
+        "not_registered",
+        "budget",
+        "promise",
+        "ledger",
+        "held",
+    }
 )
 """What no time mends: a person has to."""
