@@ -26,11 +26,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from client.ledger_entries import Request
-from client.locks import locked
 from client.site_config import SiteConfig
 from client.telling import tell_if_heard
 from unimiss_core import durable
 from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.locks import locked
 
 FREE_DEATHS = 1
 """Since a person looked; a power cut and a process that was killed for its memory look the same."""

@@ -2,7 +2,7 @@
 
 One ledger for a site, over all runs and studies, for a patient pays for everything the site ever released. It lies in
 the state folder: `ledger.jsonl`, one entry a line (`client.ledger_entries`), each bearing the digest of the line before
-(`client.chained_log`). A private round goes through it so:
+(`unimiss_core.chained_log`). A private round goes through it so:
 
     with ledger.alone(run):
         if (sent := ledger.reply_of(asked)) is not None:
@@ -33,18 +33,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from client.chained_log import WAY_OUT, ChainedLog
 from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
-from client.locks import locked
 from client.site_config import PatientLimits, SiteConfig
 from client.site_state import KEPT_ROUNDS, make_run_folder, run_folder
 from unimiss_core import durable
 from unimiss_core.chain import Head
+from unimiss_core.chained_log import ChainedLog
 from unimiss_core.errors import ConfigError, LedgerError, PrivacyBudgetError, WireError
+from unimiss_core.locks import locked
 from unimiss_core.privacy import Mechanism, mechanisms
 from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
+
+WAY_OUT = "docs/privacy.md, 'The ledger', says what to do"
 
 Epsilon = Callable[[Sequence[Mechanism], float], float]
 """(releases, delta) -> epsilon of them together; raises ConfigError where it is too large to be told."""
@@ -103,7 +105,9 @@ class Ledger:
     def __init__(self, folder: Path, limits: PatientLimits, epsilon: Epsilon) -> None:
         """folder: the site's state folder. epsilon: `client.accounting.epsilon`. Nothing is read or written yet."""
         self._folder, self._limits, self._epsilon = folder, limits, epsilon
-        self._log: ChainedLog[Entry] = ChainedLog(folder / "ledger.jsonl", entry_of)
+        self._log: ChainedLog[Entry] = ChainedLog(
+            folder / "ledger.jsonl", entry_of, damaged=LedgerError, way_out=WAY_OUT
+        )
         self._held: str | None = None
 
     @contextmanager

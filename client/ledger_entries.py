@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter
 
-from client.chained_log import Chain, Link
+from unimiss_core.chained_log import Chain, Link
 from unimiss_core.config import RUN, Name
 from unimiss_core.privacy import Mechanism
 from unimiss_core.privacy_config import Delta

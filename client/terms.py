@@ -7,10 +7,10 @@ patients one by taking part in a private study, refuses the others, until its fi
 
 from collections.abc import Iterator
 
-from client import locks
 from client.hold import Hold
 from client.ledger import Ledger
 from client.site_config import PatientLimits, SiteConfig
+from unimiss_core import locks
 from unimiss_core.errors import ConfigError, PrivacyBudgetError
 from unimiss_core.study import StudyConfig
 

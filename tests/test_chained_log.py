@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from client.chained_log import ChainedLog, Link
 from unimiss_core import durable
 from unimiss_core.chain import BEGINNING, Head
+from unimiss_core.chained_log import LONGEST_LINE, ChainedLog, Link
 from unimiss_core.errors import ConfigError, LedgerError
 
 
@@ -20,7 +20,15 @@ class Word(Link):
 
 
 def log_in(folder: Path) -> ChainedLog[Word]:
-    return ChainedLog(folder / "words.jsonl", Word.model_validate_json)
+    return ChainedLog(
+        folder / "words.jsonl", Word.model_validate_json, damaged=LedgerError, way_out="docs/privacy.md says what to do"
+    )
+
+
+def append(folder: Path, *words: str) -> None:
+    """As `write`, of a log whose end alone is looked at."""
+    for word in words:
+        log_in(folder).append(partial(Word, word=word))
 
 
 def write(folder: Path, *words: str) -> None:
@@ -243,3 +251,81 @@ def test_ten_thousand_lines_are_read(tmp_path: Path) -> None:
     put(tmp_path, lines)
     (tmp_path / "words.head").write_text(json.dumps(before._asdict()) + "\n")
     assert log_in(tmp_path).read().head == before
+
+
+# -- appending, which looks at the end of the log alone --------------------------------------------------------------
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> Path:
+    """A log that is several times as long as what `append` looks at."""
+    append(tmp_path, *(f"{number} {'w' * 1000}" for number in range(80)))
+    return tmp_path
+
+
+def test_appended_lines_are_those_that_writing_makes(tmp_path: Path) -> None:
+    write(tmp_path / "written", *"abcdef")
+    append(tmp_path / "appended", *"abc")
+    write(tmp_path / "appended", *"de")
+    append(tmp_path / "appended", "f")
+    for name in ("words.jsonl", "words.head"):
+        assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "appended" / name).read_bytes()
+
+
+def test_a_long_log_is_whole_after_each_append(long: Path) -> None:
+    assert [word.split()[0] for word in words(long)] == [str(number) for number in range(80)]
+
+
+@pytest.mark.parametrize("line", [-1, -2, -5])
+def test_appending_refuses_a_damaged_end(long: Path, line: int) -> None:
+    lines = lines_of(long)
+    lines[line] = lines[line].replace(b"www", b"wxw", 1)
+    put(long, lines)
+    with pytest.raises(LedgerError, match="damaged"):
+        append(long, "more")
+    assert lines_of(long) == lines
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30, 80])
+def test_appending_refuses_a_log_that_was_cut(long: Path, cut: int) -> None:
+    put(long, lines_of(long)[:-cut])
+    with pytest.raises(LedgerError, match="missing"):
+        append(long, "more")
+
+
+def test_appending_refuses_a_log_without_its_head(long: Path) -> None:
+    (long / "words.head").unlink()
+    with pytest.raises(LedgerError, match=r"should not be there|damaged"):
+        append(long, "more")
+
+
+def test_what_appending_does_not_look_at_reading_does(long: Path) -> None:
+    lines = lines_of(long)
+    lines[3] = lines[3].replace(b"www", b"wxw", 1)
+    put(long, lines)
+    append(long, "more")
+    with pytest.raises(LedgerError, match=r"line 5 of 'words.jsonl' is damaged"):
+        words(long)
+
+
+@pytest.mark.parametrize("torn", [b'{"half', b"\0" * 500, b"\0" * 500 + b"\n", b"x" * (LONGEST_LINE - 1)])
+def test_appending_cuts_away_what_a_crash_left(long: Path, torn: bytes) -> None:
+    put(long, [*lines_of(long), torn])
+    append(long, "more")
+    assert words(long)[79:] == [f"79 {'w' * 1000}", "more"]
+
+
+def test_appending_lets_a_whole_line_count(long: Path) -> None:
+    head = (long / "words.head").read_bytes()
+    append(long, "written and not counted")
+    (long / "words.head").write_bytes(head)
+    append(long, "more")
+    assert words(long)[80:] == ["written and not counted", "more"]
+
+
+def test_a_line_that_would_hide_the_end_is_not_appended(tmp_path: Path) -> None:
+    append(tmp_path, "one")
+    with pytest.raises(ValueError, match="too long"):
+        append(tmp_path, "w" * LONGEST_LINE)
+    append(tmp_path, "two")
+    assert words(tmp_path) == ["one", "two"]

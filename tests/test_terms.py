@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from client import locks
 from client import site as sites
 from client.ledger import ledger_of
 from client.site_command import main
@@ -15,7 +14,7 @@ from client.terms import check_terms
 from tests.federation import RUN, small_study
 from tests.test_ledger_command import charge
 from tests.test_private_rounds import Hospital, facts_of, private_study, quick_accountant, request  # noqa: F401
-from unimiss_core import progress
+from unimiss_core import locks, progress
 from unimiss_core.errors import LedgerError, PrivacyBudgetError
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello, Refusal

@@ -1,6 +1,6 @@
 """Holding a file against other processes; the system lets go when a process ends, however it ends.
 
-Windows has no such lock; there nothing is held, and sites take part in no patient-level study (`client.terms`).
+Windows has no such lock; there nothing is held, and sites take part in no patient-level study.
 """
 
 import sys
