@@ -5,7 +5,6 @@ coordinator, or whoever stands in its place, could so turn a site's request agai
 fill its memory.
 """
 
-import json
 import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor, ProtobufRe
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client.health import ContactBook
+from client.reachability import detail_told, problem_of
 
 MOST_ANSWER_BYTES = 32 << 20
 """Of one answer: Flower cuts arrays into pieces of 5 MB, and a bundle has at most 10 MiB."""
@@ -68,16 +68,6 @@ class Lines:
         return Line(server_address, self.tls, self.contact, interceptors)
 
 
-def problem_of(error: httpx.TransportError) -> str:
-    """A key of `client.health.PROBLEMS`."""
-    if isinstance(error, httpx.ProxyError):
-        return "proxy"
-    if isinstance(error, httpx.RemoteProtocolError):
-        return "answer"
-    words = str(error).lower()  # httpx keeps no more of the cause, and Flower, too, goes by these
-    return "tls" if any(word in words for word in ("certificate", "ssl", "tls")) else "unreachable"
-
-
 def problem_told(response: httpx.Response) -> str | None:
     """What an answer says is wrong, as a key of `client.health.PROBLEMS`; None where nothing is.
 
@@ -88,18 +78,10 @@ def problem_told(response: httpx.Response) -> str | None:
     if response.status_code in _NO_RUN:
         return "no_run"
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        return "not_approved" if _detail(response) in ("not_approved", "wrong_key") else "signature"
+        return "not_approved" if detail_told(response.content) in ("not_approved", "wrong_key") else "signature"
     if response.status_code == httpx.codes.PRECONDITION_FAILED:
         return "not_yet"
     return None if response.status_code == httpx.codes.FORBIDDEN else "answer"  # 403: a run that is over
-
-
-def _detail(response: httpx.Response) -> str:
-    try:
-        told = json.loads(response.content)
-    except ValueError:
-        return ""
-    return str(told.get("detail", "")) if isinstance(told, dict) else ""
 
 
 def _bound(response: httpx.Response) -> None:

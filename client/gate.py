@@ -19,14 +19,13 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flwr.app import Error, Message
 from flwr.cli.config_utils import get_fab_metadata
@@ -37,6 +36,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.run import Run
 from flwr.supernode import fleet_http_connection, start_client_internal
 
+from client.children import end_with_the_daemon
 from client.fleet import Lines
 from client.health import ContactBook
 from client.home import Home
@@ -218,7 +218,9 @@ def _is_declared(override: Mapping[str, object]) -> bool:
 
 def install(lines: Lines, rules: Rules) -> None:
     """Put the gate into Flower's SuperNode, in this process."""
-    connect: Callable[..., AbstractContextManager[tuple[object, ...]]] = fleet_http_connection.http_request_response
+    connection: Any = fleet_http_connection  # its names are private: no type is promised
+    loop: Any = start_client_internal
+    connect: Callable[..., AbstractContextManager[tuple[object, ...]]] = connection.http_request_response
 
     @contextmanager
     def guarded(*arguments: object) -> Iterator[FleetLine]:
@@ -226,8 +228,8 @@ def install(lines: Lines, rules: Rules) -> None:
             rules.contact.connected()
             yield Gate(FleetLine._make(line), rules).guarded()
 
-    fleet_http_connection.FleetHttpClient = lines  # type: ignore[attr-defined]
-    start_client_internal.http_request_response = guarded  # type: ignore[attr-defined]
+    connection.FleetHttpClient = lines
+    loop.http_request_response = guarded
 
 
 def log_note(kind: str, facts: Mapping[str, str | int | float]) -> None:
@@ -237,9 +239,9 @@ def log_note(kind: str, facts: Mapping[str, str | int | float]) -> None:
 def main(arguments: Sequence[str] | None = None, note: Note = log_note) -> None:
     """Run the SuperNode until it ends; ends the process, whatever threads of Flower's are left."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    _show_our_own_words()
     threading.excepthook = _end_with_a_thread
-    threading.Thread(target=_end_with_the_daemon, daemon=True).start()
+    end_with_the_daemon()
     code = 1
     try:
         _run_supernode(Home(options.home.absolute()), options.port, options.secret, note)
@@ -294,13 +296,14 @@ def flower_home() -> Path:
     return Path(named)
 
 
-def _end_with_the_daemon() -> None:
-    """The daemon holds the other end of our standard input: it closes when the daemon ends, however that ends."""
-    while sys.stdin.buffer.read(1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(15)
-    os._exit(1)
+def _show_our_own_words() -> None:
+    """Flower shows its own; those of libraries are of no use here: a line for each request."""
+    shown = logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    for name in ("client", "unimiss_core", "__main__"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(shown)
 
 
 def _end_with_a_thread(failed: threading.ExceptHookArgs) -> None:
