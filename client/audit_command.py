@@ -18,6 +18,7 @@ from unimiss_core import checkpoint
 from unimiss_core.config import load
 from unimiss_core.device import device_of
 from unimiss_core.errors import CheckpointError, ConfigError, PrivacyClaimError
+from unimiss_core.keys import read_signing_public_key
 from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig
 
@@ -52,16 +53,17 @@ def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: 
     print("no measure contradicts the claim")
 
 
-def of_run(run: Path, members: Path, others: Path, *, device: str = "auto") -> None:
+def of_run(run: Path, members: Path, others: Path, *, device: str = "auto", key: Path | None = None) -> None:
     """Print how well the run's newest checkpoint tells the patients of two site files apart.
 
-    members: whose scans the run trained on. Raises ConfigError, CheckpointError, NoUsableScanError.
+    members: whose scans the run trained on. key: the public key that must have signed the checkpoint.
+    Raises ConfigError, CheckpointError, NoUsableScanError.
     """
     study = load(StudyConfig, run / "study.yaml")
     newest = checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{run}: holds no checkpoint")
-    held = checkpoint.load(newest)
+    held = checkpoint.load(newest, key=read_signing_public_key(key) if key else None)
     scans = [open_library(load_site(path), study.plan).scans for path in (members, others)]
     found = membership(study, held.student, held.teacher, scans[0], scans[1], device_of(device))
     print(

@@ -20,7 +20,7 @@ from server.display import Display
 from server.failure import told_by_flower
 from server.report import write_report
 from server.rounds import Federation, Probe
-from server.run_folder import RunFolder
+from server.run_folder import folder_of
 from unimiss_core import progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
@@ -71,7 +71,7 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
         from server.probing import measure
     except ModuleNotFoundError:
         raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
-    return partial(measure, RunFolder(config.out), config.probe, study.model)
+    return partial(measure, folder_of(config), config.probe, study.model)
 
 
 def coordinator_file(grid: Grid, context: Context) -> Path:

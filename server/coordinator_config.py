@@ -34,6 +34,11 @@ class CoordinatorConfig(Config):
     start: Path | None = None
     """A checkpoint folder of the study's model, from another run or imported: a new run begins from its teacher instead
     of random weights. Where a study promises privacy, it must have been trained on nothing but public scans."""
+    start_key: Path | None = None
+    """The public key (.pub) that must have signed `start`; None asks for no signature."""
+    signing_key: Path | None = None
+    """The private key that signs each round's checkpoint, as `unimiss-server init` makes it; a run that is resumed must
+    have been signed by it. None signs nothing, and asks for no signature."""
     sites: tuple[RegisteredSite, ...] = ()
     """Only these are asked; empty means every node that connects."""
     identity: Literal["proved", "believed", "simulated"] = "proved"
@@ -70,6 +75,8 @@ class CoordinatorConfig(Config):
     def _check(self) -> Self:
         if self.min_replies > self.min_sites:
             raise ValueError(f"min_replies={self.min_replies} must not be above min_sites={self.min_sites}")
+        if self.start_key and not self.start:
+            raise ValueError("start_key has no meaning without start; leave it out, or name the checkpoint")
         names = [site.name for site in self.sites]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sites: the name {', '.join(sorted(twice))} stands twice")
@@ -87,6 +94,8 @@ def load_coordinator(path: Path) -> CoordinatorConfig:
             "study": base / config.study,
             "out": base / config.out,
             "start": config.start and base / config.start,
+            "start_key": config.start_key and base / config.start_key,
+            "signing_key": config.signing_key and base / config.signing_key,
             "probe": tuple(base / probe for probe in config.probe),
         }
     )

@@ -26,7 +26,7 @@ from server.released_rounds import record_of
 from server.roster import Roster, TooFewSites
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
-from server.run_folder import RunFolder
+from server.run_folder import folder_of
 from server.site_level import check_site_level, what_it_is_worth, who_is_believed
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
@@ -34,6 +34,7 @@ from unimiss_core import checkpoint, progress
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import ConfigError, PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
+from unimiss_core.keys import read_signing_public_key
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.study import StudyConfig
@@ -60,12 +61,12 @@ class Federation:
         probe: Probe | None = None,
         report: Callable[[Path], object] = lambda _: None,
     ) -> None:
-        """Raises ConfigError: the study promises a privacy that this coordinator would not keep, or a registered key
-        cannot be read."""
+        """Raises ConfigError: the study promises a privacy that this coordinator would not keep, or a registered key or
+        the signing key cannot be read."""
         check_site_level(study, config)
         self._study = study
         self._config = config
-        self._folder = RunFolder(config.out)
+        self._folder = folder_of(config)
         self._record = record_of(config.out, study)
         self._layout = layout_of(empty_network(study.model))
         self._roster = Roster(grid, config)
@@ -185,10 +186,10 @@ class Federation:
     def _first_student(self) -> Mapping[str, Tensor]:
         """Random, or the teacher of the checkpoint to start from. Raises CheckpointError, and ConfigError where it is
         of another model."""
-        model, start = self._study.model, self._config.start
+        model, start, key = self._study.model, self._config.start, self._config.start_key
         if start is None:
             return tensors_of(build_network(model, seed=self._study.seed))
-        found = checkpoint.load(start)
+        found = checkpoint.load(start, key=read_signing_public_key(key) if key else None)
         if found.manifest.model != model:
             raise ConfigError(
                 f"start: {start} holds another model ({found.manifest.model.canonical()}) than the study asks for "

@@ -16,10 +16,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from server.coordinator_config import CoordinatorConfig
 from server.released_rounds import record_of
 from unimiss_core import checkpoint, durable
 from unimiss_core.config import RUN, dump_yaml, load
 from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError
+from unimiss_core.keys import SigningKey, read_signing_key
 from unimiss_core.study import StudyConfig
 
 if sys.platform != "win32":
@@ -31,10 +33,14 @@ _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 
 
 class RunFolder:
-    """One run's folder, made ready, read and written."""
+    """One run's folder, made ready, read and written.
 
-    def __init__(self, path: Path) -> None:
+    signing_key: signs its checkpoints; where there is one, none is read that it did not sign.
+    """
+
+    def __init__(self, path: Path, signing_key: SigningKey | None = None) -> None:
         self.path = path
+        self.signing_key = signing_key
 
     @property
     def checkpoints(self) -> Path:
@@ -79,6 +85,11 @@ class RunFolder:
 
     def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
+
+    def load(self, round: int, *, to_resume: bool = False) -> checkpoint.Checkpoint:
+        """A round's checkpoint. Raises CheckpointError."""
+        key = self.signing_key.public_key() if self.signing_key else None
+        return checkpoint.load(self.checkpoint_of(round), to_resume=to_resume, key=key)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -138,7 +149,7 @@ class RunFolder:
             self._start(study)
             return None
         try:
-            found = checkpoint.load(latest, to_resume=True)
+            found = self.load(checkpoint.round_of(latest), to_resume=True)
         except CheckpointError as error:
             told = f"{error}, or delete {latest} to go on from the round before it"
             if record is not None and (lost := checkpoint.round_of(latest)) > 0:
@@ -189,6 +200,11 @@ class RunFolder:
     def _forget_rounds_after(self, round: int) -> None:
         kept = [row for row in self.metric_rows() if row["round"] <= round]
         durable.write_text(self.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
+
+
+def folder_of(config: CoordinatorConfig) -> RunFolder:
+    """Raises ConfigError: the signing key cannot be read."""
+    return RunFolder(config.out, read_signing_key(config.signing_key) if config.signing_key else None)
 
 
 def _whole_rows(text: str) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,40 @@
+"""What TLS demands on either side of the line between a site and a coordinator: 1.2 or later, and a certificate of the
+coordinator's authority from both. No other authority counts, whatever the machine trusts."""
+
+import ssl
+from pathlib import Path
+
+from unimiss_core.errors import ConfigError
+
+
+def coordinator_side(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+    """For a server that answers only clients with a site's certificate. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return _armed(context, certificate, key, authority)
+
+
+def site_side(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+    """For a client that shows a site's certificate, and speaks only with the coordinator's host. Raises ConfigError."""
+    return _armed(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, key, authority)
+
+
+def _armed(context: ssl.SSLContext, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    try:
+        context.load_verify_locations(cafile=authority)
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
+    except FileNotFoundError:
+        gone = next(path for path in (certificate, key, authority) if not path.exists())
+        raise ConfigError(f"{gone}: is missing; join, or put back a backup") from None
+    except (ssl.SSLError, OSError):
+        raise ConfigError(
+            f"{certificate}: certificate, {key.name} and {authority.name} do not belong together, or one cannot be read"
+        ) from None
+    return context
+
+
+def _no_passphrase() -> str:
+    """Else OpenSSL would ask whoever sits before the screen."""
+    return ""
