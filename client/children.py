@@ -91,7 +91,7 @@ def rotating(log: Path) -> logging.Handler:
 
 
 class _Rotating(logging.handlers.RotatingFileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 - logging's own name
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
         """Say nothing: the place to say it is full, or gone."""
 
 

@@ -4,33 +4,26 @@ import argparse
 import logging
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from client.home import Home
 from unimiss_core.errors import ConfigError, UnimissError
 
 
-def add_home(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SITE_HOME, or this folder)"
-    )
-
-
-def add_run(parser: argparse.ArgumentParser) -> None:
-    add_home(parser)
-    parser.set_defaults(act=_run)
-
-
-def add_status(parser: argparse.ArgumentParser) -> None:
-    add_home(parser)
-    parser.add_argument("--json", action="store_true", help="for a monitor")
-    parser.set_defaults(act=_status)
-
-
-def add_leave(parser: argparse.ArgumentParser) -> None:
-    add_home(parser)
-    parser.add_argument("--yes", action="store_true", help="do it: the keys cannot be made again")
-    parser.set_defaults(act=_leave)
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Iterator[argparse.ArgumentParser]:
+    """The three commands; each still lacks --home."""
+    run = commands.add_parser("run", help="take part: the daemon, until it is told to stop")
+    run.set_defaults(act=_run)
+    yield run
+    status = commands.add_parser("status", help="how the daemon is doing, and whether it reaches the coordinator")
+    status.add_argument("--json", action="store_true", help="for a monitor")
+    status.set_defaults(act=_status)
+    yield status
+    leave = commands.add_parser("leave", help="stop, and destroy this site's keys")
+    leave.add_argument("--yes", action="store_true", help="do it: the keys cannot be made again")
+    leave.set_defaults(act=_leave)
+    yield leave
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -70,7 +63,20 @@ def _leave(options: argparse.Namespace) -> None:
     print(f"Tell the coordinator's operator, who then types: unimiss-server revoke {site.name}")
 
 
-def note(kind: str, facts: dict[str, str | int | float]) -> None:
+def show_readiness(home: Home) -> int:
+    """Print what `client.readiness` looks at; how much of it is bad. Raises ConfigError."""
+    from client.readiness import points
+    from client.site_config import load_site
+
+    amiss = 0
+    for point in points(home, load_site(home.site)):
+        print(f"{point.mark:<8} {point.what}: {point.words}", flush=True)
+        amiss += point.mark == "bad"
+    print()
+    return amiss
+
+
+def note(kind: str, facts: Mapping[str, str | int | float]) -> None:
     logging.getLogger(__name__).info("%s %s", kind, " ".join(f"{key}={value}" for key, value in facts.items()))
 
 

@@ -1,6 +1,7 @@
 """Whether this machine can take part: what `unimiss-site check` looks at besides the scans.
 
-All that it sends is one empty question to the coordinator. Each look is a point: good, a warning, or bad, with what to do about it.
+All that it sends is one empty question to the coordinator. Each look is a point: good, a warning, or bad, with what to
+do about it.
 """
 
 import shutil

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client import daemon_command
 from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
 
 if TYPE_CHECKING:  # readers take a second to import: not for a wrong command line, and only where Ctrl-C is handled
@@ -39,11 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_init(commands.add_parser("init", help="make a site's folder, with a key pair that never leaves it"))
     _add_join(commands.add_parser("join", help="trust the coordinator that sent this welcome"))
-    _add_check(commands.add_parser("check", help="read a folder, say what would be used; sends nothing"))
+    _add_check(commands.add_parser("check", help="look at scans, and at this machine and its line; no scan leaves"))
     _add_ledger(
         commands.add_parser("ledger", help="say what patients have cost, and what is left; verifies the ledger")
     )
     _add_clear(commands.add_parser("clear", help="let private rounds begin again after one has failed"))
+    for parser_of_daemon in daemon_command.add_to(commands):
+        _add_home(parser_of_daemon)
     return parser
 
 
@@ -51,6 +54,19 @@ def _add_home(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SITE_HOME, or this folder)"
     )
+
+
+def _add_site_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", type=Path, nargs="?", metavar="SITE.yaml", help="the site file (default: --home's)")
+    _add_home(parser)
+
+
+def _site_file(options: argparse.Namespace) -> Path:
+    """The one that was named, or that of the site's folder. Raises ConfigError."""
+    from client.home import Home
+
+    site: Path | None = options.site
+    return site or Home.chosen(options.home).site
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +107,15 @@ def _join(options: argparse.Namespace) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="a folder of scans, or a site file (.yaml)")
+    parser.add_argument(
+        "data",
+        type=Path,
+        nargs="?",
+        metavar="DATA",
+        help="a folder of scans, or a site file (.yaml); without it, all of this site: its machine, its line to the "
+        "coordinator, and the scans of its file",
+    )
+    _add_home(parser)
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the account as JSON")
     parser.add_argument("--save-nifti", type=Path, metavar="DIR", help="write what the model would see as NIfTI")
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="write a contact sheet")
@@ -101,14 +125,20 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError: no such folder or file; NoUsableScanError: nothing in it can be used."""
+    """Raises ConfigError: no such folder or file, or the machine is not ready; NoUsableScanError: nothing in it can be
+    used."""
     from rich.console import Console
 
     from client import site_check
+    from client.home import Home
     from unimiss_core.config import load
     from unimiss_core.study import PlanConfig, StudyConfig
 
-    sources, processes = _sources(options.data)
+    data, amiss = options.data, 0
+    if data is None:
+        home = Home.chosen(options.home)
+        data, amiss = home.site, daemon_command.show_readiness(home)
+    sources, processes = _sources(data)
     study = load(StudyConfig, options.study) if options.study else None
     for file in (options.report, options.preview):
         if file is not None and not file.absolute().parent.is_dir():
@@ -130,8 +160,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
-    if options.data.is_file():
-        _say_terms(options.data, console, report.unowned)
+    if data.is_file():
+        _say_terms(data, console, report.unowned)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
@@ -139,6 +169,8 @@ def _check(options: argparse.Namespace) -> None:
             "the table says why, and --show-paths names the files" if report.files_seen else "there is no file to read"
         )
         raise NoUsableScanError(f"no usable scan; {said}")
+    if amiss:
+        raise ConfigError(f"{amiss} of what stands above the scans must be mended before this site can take part")
 
 
 def _say_terms(site_file: Path, console: "Console", unowned: int) -> None:
@@ -152,7 +184,7 @@ def _say_terms(site_file: Path, console: "Console", unowned: int) -> None:
 
 
 def _add_ledger(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    _add_site_file(parser)
     parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="say how many rounds of it the limits allow")
     parser.set_defaults(act=_ledger)
 
@@ -163,11 +195,11 @@ def _ledger(options: argparse.Namespace) -> None:
 
     from client import ledger_report
 
-    ledger_report.show(options.site, options.study, Console(width=None if sys.stdout.isatty() else 120))
+    ledger_report.show(_site_file(options), options.study, Console(width=None if sys.stdout.isatty() else 120))
 
 
 def _add_clear(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    _add_site_file(parser)
     parser.set_defaults(act=_clear)
 
 
@@ -176,7 +208,7 @@ def _clear(options: argparse.Namespace) -> None:
     from client.hold import Hold
     from client.site_config import load_site
 
-    site = load_site(options.site)
+    site = load_site(_site_file(options))
     Hold(site).clear()
     print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
 

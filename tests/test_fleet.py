@@ -159,5 +159,5 @@ def test_a_site_that_has_not_joined_is_told_so(pair: Joined) -> None:
 def test_a_key_that_is_not_the_certificates_is_told(pair: Joined, tmp_path: Path) -> None:
     other = joined(tmp_path / "other")
     pair.site.tls_key.write_bytes(other.site.tls_key.read_bytes())
-    with pytest.raises(ConfigError, match="of another pair"):
+    with pytest.raises(ConfigError, match="do not belong together"):
         tls_of(pair.site)
