@@ -1,4 +1,4 @@
-"""What `unimiss-site check` finds on the machine and on the way to the coordinator; what `status` and `leave` do."""
+"""What `unimiss-site check` finds on this machine and on the way to the coordinator; `status` and `leave`."""
 
 import json
 import socket
