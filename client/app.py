@@ -1,29 +1,37 @@
 """The ClientApp: what a site answers. Messages are translated here; the work is done in `client.trainer`.
 
 Flower sends the text of an exception to the coordinator, and such a text can hold a file's path or a patient's name.
-So nothing is raised out of this file: a site answers with a result or with a reason from a fixed list.
+So nothing is raised out of this file: a site answers with a result or with a reason from a fixed list. All that comes
+and all that leaves goes through `_reply`, where it is written into the site's audit log (`client.audit`) first.
 """
 
 import logging
+import math
 from collections.abc import Callable
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.audit import answer_entry, is_charged, log_of, named_by, request_facts
 from client.execution import look_over
+from client.ledger import ledger_of
+from client.policy import check_groups, check_policy
 from client.private_round import private_introduction, private_round
-from client.site import Site, name_of, open_site
+from client.site import Site, name_of, open_site, site_file
+from client.site_config import load_site
 from client.telling import tell_if_heard, tell_of_scans
 from client.terms import check_terms
 from client.trainer import run_round
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
+    AuditError,
     ConfigError,
     DeviceError,
     LedgerError,
     MemoryTooSmallError,
     NonFiniteLossError,
     NoUsableScanError,
+    PolicyError,
     PrivacyBudgetError,
     ScanError,
     UnimissError,
@@ -35,10 +43,32 @@ from unimiss_core.groups import groups_of_ranks
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig
-from unimiss_core.wire import Hello, Introduction, Refusal, TrainRequest, as_kept, run_of, study_of, with_ledger
+from unimiss_core.wire import (
+    Hello,
+    Introduction,
+    Refusal,
+    TrainRequest,
+    arrays_in,
+    as_kept,
+    facts_in,
+    run_of,
+    study_of,
+    with_ledger,
+)
 
 log = logging.getLogger(__name__)
-app = ClientApp()
+
+
+class SiteApp(ClientApp):
+    """Flower answers a message of a type that nobody registered with an exception's text; a site, with a reason."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type in (MessageType.QUERY, MessageType.TRAIN):
+            return super().__call__(message, context)
+        return _reply(message, context, _no_such_question)
+
+
+app = SiteApp()
 
 REASONS: dict[type[Exception], str] = {
     ConfigError: "site_setup",
@@ -48,6 +78,8 @@ REASONS: dict[type[Exception], str] = {
     ScanError: "no_usable_scans",
     MemoryTooSmallError: "site_setup",
     PrivacyBudgetError: "budget",
+    PolicyError: "policy",
+    AuditError: "audit",
     LedgerError: "ledger",
     UnknownPatientError: "undisclosed",
 }
@@ -61,12 +93,13 @@ def introduce(message: Message, context: Context) -> Message:
 
     def answer() -> RecordDict:
         hello = Hello.unpack(message.content)
-        site = open_site(context, hello.study, hello.run)
-        check_terms(site.config, site.study, site.ledger)
+        site = _admitted(context, hello.study, hello.run)
         look_over(site.config)  # before the scans are read, which can take hours
         if hello.study.privacy.mode != "none":
             _check_promise(site.config.name, hello.study)
-        return (private_introduction(site) if site.is_private else _introduction(site)).pack()
+        introduction = private_introduction(site) if site.is_private else _introduction(site)
+        check_groups(site.config, groups_of_ranks(introduction.ranks))
+        return introduction.pack()
 
     return _reply(message, context, answer)
 
@@ -77,8 +110,8 @@ def train(message: Message, context: Context) -> Message:
 
     def answer() -> RecordDict:
         study = study_of(message.content)
-        site = open_site(context, study, run_of(message.content))
-        check_terms(site.config, study, site.ledger)
+        site = _admitted(context, study, run_of(message.content))
+        check_groups(site.config, {group for part in arrays_in(message.content).values() for group in part})
         layout = layout_of(empty_network(study.model))
         trained = {group: layout[group] for group in groups_of_ranks(site.ranks)}
         request = TrainRequest.unpack(message.content, trained)
@@ -108,18 +141,50 @@ def _introduction(site: Site) -> Introduction:
     return Introduction(site.config.name, scans, sum(site.library.left_out.values()))
 
 
+def _admitted(context: Context, study: StudyConfig, run: str) -> Site:
+    """This node's site, where it takes part in `study`; no scan is read. Raises PolicyError, and as `check_terms`."""
+    site = open_site(context, study, run)
+    check_policy(site.config, study, run)
+    check_terms(site.config, study, site.ledger)
+    return site
+
+
+def _no_such_question() -> RecordDict:
+    raise WireError("unknown_request", "asked was for something that no site answers")
+
+
 def _reply(message: Message, context: Context, answer: Callable[[], RecordDict]) -> Message:
+    """`answer`, or why there is none. Where request and answer cannot be written down first, only that is told."""
+    return Message(_or_refusal(context, lambda: _written_down(message, context, answer)), reply_to=message)
+
+
+def _written_down(message: Message, context: Context, answer: Callable[[], RecordDict]) -> RecordDict:
+    audit, asked = log_of(site_file(context)), named_by(message.content)
+    audit.record("request", request_facts(message.metadata.message_type, message.content))
+    content = _or_refusal(context, answer)
+    audit.record(*answer_entry(content, asked, _spent(message, context, content)))
+    return content
+
+
+def _spent(message: Message, context: Context, content: RecordDict) -> float | None:
+    """Epsilon under the study's name, where this is the reply of a private round."""
+    if facts_in(content).get("status") != "ok" or not is_charged(study := study_of(message.content)):
+        return None
+    spent = ledger_of(load_site(site_file(context))).spent_on(study.name)
+    return spent if math.isfinite(spent) else None
+
+
+def _or_refusal(context: Context, answer: Callable[[], RecordDict]) -> RecordDict:
     try:
-        content = answer()
+        return answer()
     except WireError as error:
         log.warning("refused reason=%s", error)
-        content = Refusal(error.reason).pack()
+        return Refusal(error.reason).pack()
     except UnimissError as error:
         name = name_of(context)
         # On the site's own screen; the coordinator gets a code.
         tell_if_heard(name, str(error).removeprefix(f"site '{name}': "))
-        content = Refusal(REASONS.get(type(error), "failed")).pack()
+        return Refusal(REASONS.get(type(error), "failed")).pack()
     except Exception as error:
         log.error("failed: %s", where(error))
-        content = Refusal("failed").pack()
-    return Message(content, reply_to=message)
+        return Refusal("failed").pack()

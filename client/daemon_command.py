@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from client.home import Home
@@ -28,10 +28,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> I
 
 def _run(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
     from client.daemon import run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(Home.chosen(options.home), note)
+    home = Home.chosen(options.home)
+    run(home, log_of(home.site).record)
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -48,6 +50,7 @@ def _status(options: argparse.Namespace) -> None:
 
 def _leave(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
     from client.leaving import leave
     from client.site_config import load_site
 
@@ -58,7 +61,7 @@ def _leave(options: argparse.Namespace) -> None:
             f"{home.path}: leaving stops the daemon and destroys this site's keys, for good; the ledger and the audit "
             "log stay. To do it: unimiss-site leave --yes"
         )
-    leave(home, site, note)
+    leave(home, site, log_of(home.site).record)
     print(f"{site.name}: has left; its keys are gone, its ledger and audit log stay in {site.state}")
     print(f"Tell the coordinator's operator, who then types: unimiss-server revoke {site.name}")
 
@@ -76,13 +79,8 @@ def show_readiness(home: Home) -> int:
     return amiss
 
 
-def note(kind: str, facts: Mapping[str, str | int | float]) -> None:
-    logging.getLogger(__name__).info("%s %s", kind, " ".join(f"{key}={value}" for key, value in facts.items()))
-
-
 def _state(home: Home) -> Path:
     """The state folder, also where the data folders are not there at the moment. Raises ConfigError."""
-    from client.site_config import SiteConfig
-    from unimiss_core.config import load
+    from client.site_config import state_folder
 
-    return home.path / load(SiteConfig, home.site).state
+    return state_folder(home.site)

@@ -36,6 +36,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.run import Run
 from flwr.supernode import fleet_http_connection, start_client_internal
 
+from client.audit import log_of
 from client.children import end_with_the_daemon
 from client.fleet import Lines
 from client.health import ContactBook
@@ -43,7 +44,7 @@ from client.home import Home
 from client.site_config import load_site
 from client.tls import tls_of
 from unimiss_core import bundle
-from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.errors import AuditError, ConfigError, UnimissError
 from unimiss_core.joining import read_welcome
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,12 @@ Received = tuple[Message, ObjectTree]
 
 
 class Refused(Exception):  # noqa: N818 - what became of a message, not a fault
-    """A message that this site does not answer. `reason`: for its own log."""
+    """A message that this site does not answer. `reason`: for its own log. `code`: what the coordinator is told."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, code: int = INVALID_FAB) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.code = code
 
 
 class FleetLine(NamedTuple):
@@ -128,7 +130,11 @@ class Gate:
             self._admit(message)
         except Refused as refused:
             log.warning("a message is refused: %s", refused.reason)
-            self._send_error(Message(Error(INVALID_FAB), reply_to=message))
+            self._send_error(Message(Error(refused.code), reply_to=message))
+            return None
+        except AuditError as error:
+            log.error("a message is refused: %s", error)  # what cannot be written down is not done
+            self._send_error(Message(Error(CLIENT_APP_RAISED), reply_to=message))
             return None
         self._pulled_bytes = 0
         shutil.rmtree(self.rules.apps, ignore_errors=True)  # unpacked anew: what was edited on the disk is not run
@@ -175,7 +181,7 @@ class Gate:
         """Raises Refused."""
         if message.metadata.message_type not in MESSAGE_TYPES:
             self._decide("message_type", message.metadata.run_id)
-            raise Refused("message_type")
+            raise Refused("message_type", CLIENT_APP_RAISED)
         run_id = message.metadata.run_id
         if run_id not in self._runs:
             self._runs[run_id] = self._examined(run_id)
@@ -232,11 +238,7 @@ def install(lines: Lines, rules: Rules) -> None:
     loop.http_request_response = guarded
 
 
-def log_note(kind: str, facts: Mapping[str, str | int | float]) -> None:
-    log.info("%s %s", kind, " ".join(f"{key}={value}" for key, value in facts.items()))
-
-
-def main(arguments: Sequence[str] | None = None, note: Note = log_note) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the SuperNode until it ends; ends the process, whatever threads of Flower's are left."""
     options = _parser().parse_args(arguments)
     _show_our_own_words()
@@ -244,7 +246,8 @@ def main(arguments: Sequence[str] | None = None, note: Note = log_note) -> None:
     end_with_the_daemon()
     code = 1
     try:
-        _run_supernode(Home(options.home.absolute()), options.port, options.secret, note)
+        home = Home(options.home.absolute())
+        _run_supernode(home, options.port, options.secret, log_of(home.site).record)
     except UnimissError as error:
         print(f"gate: {error}", file=sys.stderr)
         code = error.exit_code
@@ -264,7 +267,7 @@ def _run_supernode(home: Home, port: int, secret: Path, note: Note) -> None:
 
     site = load_site(home.site)
     contact = ContactBook(site.state)
-    rules = Rules(frozenset({bundle.fab_hash()}), flower_home() / "apps", contact, note)
+    rules = Rules(frozenset({bundle.fab_hash(), *site.policy.bundles}), flower_home() / "apps", contact, note)
     install(Lines(tls_of(home), contact), rules)
     sys.argv = ["flower-supernode", *supernode_arguments(home, read_welcome(home.welcome)[0].address, port, secret)]
     flower_supernode()

@@ -27,6 +27,9 @@ data:
   #   modality: XR
 state: state                                 # on local disk, readable by the daemon alone
 devices: auto
+policy:                                      # what may be asked of this site: docs/audit.md
+  studies: []                                # which may come, by name or sha256; when another asks, it is told here
+  losses_may_leave: true
 privacy:                                     # docs/privacy.md; `unimiss-site check` says which studies may come
   holds: [images, volumes]                   # what this site trains on in private studies
   max_epsilon: 8.0                           # what a patient may cost in all private rounds of all studies together

@@ -30,7 +30,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
@@ -226,6 +226,11 @@ class Ledger:
             for name, entry in newest.items()
         }
 
+    def spent_on(self, study: str) -> float:
+        """Epsilon of all that was charged under a study's name, at the delta that it had last; 0 where nothing was."""
+        entries = self._charges().of_study(study)
+        return self._account(entries, None, entries[-1].delta).spent if entries else 0.0
+
     def newest_charge(self, study: StudyConfig) -> Request | None:
         """What was charged last for `study` as it stands: the run at work on it, if any is, and how far it has come."""
         charged = [entry for entry in self._charges().of_study(study.name) if entry.study == study.digest()]
@@ -308,6 +313,12 @@ def ledger_of(config: SiteConfig) -> Ledger:
 def _epsilon(releases: Sequence[Mechanism], delta: float) -> float:
     from client.accounting import epsilon  # here, for it takes seconds, and only what is charged needs it
 
+    return _remembered(epsilon, tuple(releases), delta)
+
+
+@lru_cache(maxsize=16)
+def _remembered(epsilon: Epsilon, releases: tuple[Mechanism, ...], delta: float) -> float:
+    """What a round reserves is told again when its reply is written down, and accountants take a second."""
     return epsilon(releases, delta)
 
 

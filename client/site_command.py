@@ -1,7 +1,7 @@
 """The `unimiss-site` command: what a hospital's operator types.
 
-Exit codes: 0 done, 2 wrong arguments or configuration, 3 nothing usable, 6 the ledger is damaged, 130 interrupted; see
-`unimiss_core.errors`.
+Exit codes: 0 done, 2 wrong arguments or configuration, 3 nothing usable, 6 the ledger is damaged, 8 the audit log is,
+130 interrupted; see `unimiss_core.errors`.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ledger(
         commands.add_parser("ledger", help="say what patients have cost, and what is left; verifies the ledger")
     )
+    _add_audit(commands.add_parser("audit", help="say what was asked of this site and what left it; verifies the log"))
     _add_clear(commands.add_parser("clear", help="let private rounds begin again after one has failed"))
     for parser_of_daemon in daemon_command.add_to(commands):
         _add_home(parser_of_daemon)
@@ -77,9 +78,12 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 def _init(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
+    from client.home import Home
     from client.joining import begin
 
-    begun = begin(options.folder, options.name)
+    site_file = Home(options.folder).site
+    begun = begin(options.folder, options.name, note=lambda kind, facts: log_of(site_file).record(kind, facts))
     print(f"{begun.home.path}: the site {options.name}; its private key stays in {begun.home.keys}")
     print(f"fingerprint  {begun.fingerprint}")
     print(f"Give {begun.join_request} to the coordinator's operator, and read the fingerprint to them by telephone.")
@@ -94,10 +98,12 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
 
 def _join(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
     from client.home import Home
     from client.joining import join
 
-    joined = join(Home.chosen(options.home), options.welcome)
+    home = Home.chosen(options.home)
+    joined = join(home, options.welcome, note=log_of(home.site).record)
     print(f"{joined.site}: {'joined' if joined.is_new else 'has a new welcome of'} the coordinator at {joined.address}")
     print(f"fingerprint  {joined.fingerprint}")
     print(
@@ -175,12 +181,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _say_terms(site_file: Path, console: "Console", unowned: int) -> None:
     """Which studies a site takes part in. Raises LedgerError."""
+    from client import policy
     from client.ledger import ledger_of
     from client.site_config import load_site
     from client.terms import terms
 
     site = load_site(site_file)
-    console.print(*terms(site, ledger_of(site), unowned=unowned), sep="\n", markup=False, highlight=False)
+    told = [*policy.in_words(site.policy), *terms(site, ledger_of(site), unowned=unowned)]
+    console.print(*told, sep="\n", markup=False, highlight=False)
 
 
 def _add_ledger(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +206,24 @@ def _ledger(options: argparse.Namespace) -> None:
     ledger_report.show(_site_file(options), options.study, Console(width=None if sys.stdout.isatty() else 120))
 
 
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    from unimiss_core.audit_report import add_options
+
+    parser.add_argument("site", type=Path, nargs="?", metavar="SITE.yaml", help="the site file, if not the home's")
+    _add_home(parser)
+    add_options(parser)
+    parser.set_defaults(act=_audit)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    """Raises ConfigError, and AuditError where the log is damaged."""
+    from client.audit import log_of, summary
+    from client.home import Home
+    from unimiss_core import audit_report
+
+    audit_report.show(log_of(options.site or Home.chosen(options.home).site), options, summary)
+
+
 def _add_clear(parser: argparse.ArgumentParser) -> None:
     _add_site_file(parser)
     parser.set_defaults(act=_clear)
@@ -205,11 +231,13 @@ def _add_clear(parser: argparse.ArgumentParser) -> None:
 
 def _clear(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
+    from client.audit import log_of
     from client.hold import Hold
     from client.site_config import load_site
 
     site = load_site(_site_file(options))
     Hold(site).clear()
+    log_of(options.site).record("clear")
     print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
 
 

@@ -6,9 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from unimiss_core.config import Config, Name, load
+from unimiss_core.config import NAME, Config, Name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
+from unimiss_core.groups import GROUPS, Group
 from unimiss_core.privacy_config import Delta, Multiplier
 from unimiss_core.scan import Modality, Rank
 
@@ -114,6 +115,46 @@ class PatientLimits(Config):
         return frozenset(_RANKS[kind] for kind in self.holds or ())
 
 
+def _known_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    if lacking := {"shared", "2d", "head"} - set(groups):
+        raise ValueError(
+            f"without {', '.join(sorted(lacking))} no site can train: updates hold shared, 2d and head, and one of "
+            "volumes 3d; to send nothing, take part in nothing (studies: [])"
+        )
+    return groups
+
+
+class SitePolicy(Config):
+    """What may be asked of this site, whatever a study says: `client.policy` holds to it, before a scan is read.
+
+    What patients may cost is under `privacy`. Bounds on size and time are against a study that would take the machine's
+    memory, disk or weeks; as they stand they are far above the published settings.
+    """
+
+    studies: tuple[Annotated[str, Field(pattern=f"^{NAME}$")], ...] | None = None
+    """Which may come, by name or by sha256 (`Digest`, as the coordinator and this site's screen print it). A name lets
+    its coordinator change every setting within the bounds below; a sha256 none. None: any; []: none."""
+    most_rounds: Annotated[int, Field(gt=0)] = 10_000
+    """Of one run."""
+    most_steps: Annotated[int, Field(gt=0)] = 20_000
+    """Of one round."""
+    most_parameters: Annotated[int, Field(gt=0)] = 200_000_000
+    """Of the network; training takes some 20 bytes of memory for each, and four times 8 of disk for each run."""
+    most_voxels: Annotated[int, Field(gt=0)] = 1_000_000_000
+    """Of all views of one step, 4 bytes of memory each; in a patient-level study, of one patient's."""
+    finest_spacing_mm: Annotated[float, Field(gt=0)] = 0.1
+    """To which scans are resampled: halving it takes eight times the disk for volumes."""
+    runs_limit_gb: Annotated[float, Field(gt=0)] = 200.0
+    """What is remembered of all runs (`state/runs`); beyond it no new run begins before old ones are deleted."""
+    groups_may_leave: Annotated[tuple[Group, ...], AfterValidator(_known_groups)] = GROUPS
+    """Tensors that may leave, by parameter group; without 3d this site takes part where it trains on images alone."""
+    losses_may_leave: bool = True
+    """Means of losses and of figures about training. Where false, studies must say `wire.losses: false`, or be
+    patient-level, where none are sent."""
+    bundles: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()
+    """sha256 of bundles of code that may run here, besides the one that this installation makes."""
+
+
 class SiteTraining(Config):
     """What a site file and a simulation say alike: a site's name, how it trains on its own devices, and what its
     patients may cost; nothing here but `privacy.holds` changes what is learned (docs/training.md)."""
@@ -143,6 +184,7 @@ class SiteTraining(Config):
     workers: Annotated[int, Field(gt=0)] | None = None
     """Processes that read scans; None takes one for each core."""
     privacy: PatientLimits = PatientLimits()
+    policy: SitePolicy = SitePolicy()
 
 
 class SiteConfig(SiteTraining):
@@ -161,6 +203,11 @@ class SiteConfig(SiteTraining):
 def load_site(path: Path) -> SiteConfig:
     """Read a site file; relative paths in it count from the file's own folder. Raises ConfigError."""
     return anchored(load(SiteConfig, path), path.resolve().parent)
+
+
+def state_folder(path: Path) -> Path:
+    """Where the site of this file keeps its state, even if its data folders are gone. Raises ConfigError."""
+    return path.resolve().parent / load(SiteConfig, path).state
 
 
 def anchored(site: SiteConfig, base: Path) -> SiteConfig:

@@ -139,8 +139,8 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
         scans={rank: len(library.of_rank(rank)) for rank in RANKS},
         steps=study.schedule.local_steps,
         seconds=0.0,
-        losses=figures.losses(),
-        diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share},
+        losses=figures.losses() if study.wire.losses else {},
+        diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share} if study.wire.losses else {},
     )
 
 

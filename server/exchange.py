@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from unimiss_core.errors import WireError, where
-from unimiss_core.wire import Introduction, Refusal
+from unimiss_core.wire import Introduction, Refusal, num_bytes
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,11 @@ def content_of(reply: Reply) -> Any:
     if (refusal := Refusal.found_in(message.content)) is not None:
         raise WireError(refusal.reason, "the site says so")
     return message.content
+
+
+def bytes_of(reply: Reply) -> int:
+    """Of the arrays that a site sent, whatever they are."""
+    return num_bytes(reply.message.content) if reply.message is not None and reply.message.has_content() else 0
 
 
 def introduction_of(reply: Reply) -> Introduction:

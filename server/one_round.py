@@ -4,11 +4,12 @@ import logging
 
 from server.admission import admit
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import Asked, Exchange, Reply, content_of, status_of
+from server.exchange import Asked, Exchange, Reply, bytes_of, content_of, status_of
 from server.global_state import GlobalState
 from server.requests import Requests
 from server.roster import Roster
 from server.round_sum import RoundSum, layout_for
+from server.run_audit import RunAudit
 from server.site_round import SiteRound
 from server.slow_sites import SlowSites
 from unimiss_core import progress
@@ -41,6 +42,7 @@ class OneRound:
         slow: SlowSites,
         state: GlobalState,
         total: RoundSum,
+        audit: RunAudit,
     ) -> None:
         self._study = study
         self._run = run
@@ -54,6 +56,7 @@ class OneRound:
         self._round = state.round + 1
         self._requests = Requests(study, run, layout, state)
         self._total = total
+        self._audit = audit
         self._taught: dict[str, int] = {}
         self._asked: dict[str, int] = {}
         """Sites that were asked in this round, and the node that was last."""
@@ -77,7 +80,17 @@ class OneRound:
         self.lines = self._lines_of_try(again=again)
         self._ask_all()
         for asked, reply in self._exchange.replies(self._is_quorate):
-            self._hear(asked, reply)
+            digest = self._audit.digest_of(reply)
+            counts, reason = self._hear(asked, reply)
+            self._audit.heard(
+                digest,
+                run=self._run,
+                round=asked.round,
+                site=asked.site.site,
+                bytes=bytes_of(reply),
+                reason=reason,
+                counts=counts,
+            )
             del reply  # as large as the model: not to be held while the next is pulled
         for name, line in self.lines.items():
             if deadline_passed := not line.reason and line.status == "absent":
@@ -142,17 +155,19 @@ class OneRound:
         content, line = self._requests.for_site(site), self.lines[site.site]
         if self._exchange.ask(node_id, site, content):
             self._asked[site.site] = node_id
-            line.bytes_down += num_bytes(content)
+            line.bytes_down += (size := num_bytes(content))
+            self._audit.asked(run=self._run, round=self._round, site=site.site, bytes=size)
             return
         line.reason = "no_reply"  # it left since it introduced itself
         self._tell(site.site, line)
 
-    def _hear(self, asked: Asked, reply: Reply) -> None:
-        """Fold the reply in where it may count; say in its site's line what became of it."""
+    def _hear(self, asked: Asked, reply: Reply) -> tuple[bool, str]:
+        """Fold the reply in where it may count; say in its site's line what became of it, and return whether it counts,
+        and why not, or less."""
         site, left = asked.site, asked.node_id not in self._roster.sites
         line = self.lines.setdefault(site.site, SiteRound("absent", "not_connected"))
         if line.counts or self._asked.get(site.site, asked.node_id) != asked.node_id:
-            return  # it came back as another node and was asked anew: one update of a site counts in a round
+            return False, "stale_round"  # it came back as another node: one update of a site counts in a round
         try:
             answer = self._admitted(reply, site, asked.round, line)
         except WireError as error:
@@ -160,9 +175,9 @@ class OneRound:
                 # It lost what it remembered. Once more, with whole tensors: no round is lost to a new disk.
                 self._requests.note_loss(site)
                 self._ask(asked.node_id, site)
-                return
+                return False, error.reason
             if left and asked.round < self._round:
-                return  # its line says already that it is not there
+                return False, error.reason  # its line says already that it is not there
             line.status, line.reason = status_of(error.reason), error.reason
             log.warning("round=%d site=%s %s: %s", self._round, site.site, line.status, error)
             if error.reason == "too_large":  # how much so, only this side knows
@@ -171,6 +186,7 @@ class OneRound:
         else:
             self._count(answer, line)
         self._tell(site.site, line)
+        return line.counts, line.reason
 
     def _admitted(self, reply: Reply, site: Introduction, round: int, line: SiteRound) -> TrainReply:
         """The reply to the request of `round`, if it may count; `line` then says what it held. Raises WireError."""

@@ -26,6 +26,7 @@ from server.released_rounds import record_of
 from server.roster import Roster, TooFewSites
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
+from server.run_audit import RunAudit
 from server.run_folder import folder_of
 from server.site_level import check_site_level, what_it_is_worth, who_is_believed
 from server.site_round import SiteRound, round_s
@@ -74,6 +75,7 @@ class Federation:
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
         self._slow = SlowSites(config.deadline_s)
         self._spare = SpareMemory()
+        self._audit = RunAudit(self._folder.audit, study.digest())
         self._probe = probe
         self._report = report
 
@@ -106,6 +108,7 @@ class Federation:
                 if self._record is not None:
                     self._record.require_budget(state.round + 1)
                 after, update_norm, took = self._completed(work, state.round + 1, hello)
+                self._audit.settle()
         self._close(after, update_norm, work.lines, took)
         return after
 
@@ -173,6 +176,7 @@ class Federation:
     def _restore_or_start(self, *, resume: bool) -> GlobalState:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
+            self._note_release_gone_on_with(found.manifest.round)
             state = GlobalState.restored(found, self._study, self._layout)
             for site in self._config.forget_ledgers:
                 state.attendance.ledgers.pop(site, None)
@@ -182,6 +186,10 @@ class Federation:
         state = GlobalState.initial(self._first_student(), self._study, self._layout)
         state.save(self._folder, self._study)
         return state
+
+    def _note_release_gone_on_with(self, round: int) -> None:
+        if round > 0:
+            self._audit.gone_on_with(run=self._folder.run, round=round, manifest=self._folder.manifest_of(round))
 
     def _first_student(self) -> Mapping[str, Tensor]:
         """Random, or the teacher of the checkpoint to start from. Raises CheckpointError, and ConfigError where it is
@@ -208,6 +216,7 @@ class Federation:
             slow=self._slow,
             state=state,
             total=RoundSum(self._study, aggregate),
+            audit=self._audit,
         )
 
     def _probed(self, state: GlobalState) -> dict[str, Any]:
@@ -239,6 +248,7 @@ class Federation:
             row["global"] |= self._probed(state)
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
+        self._audit.released(run=self._folder.run, round=state.round, manifest=self._folder.manifest_of(state.round))
         self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints)
         means = {name: mean_cross_entropy(line.losses) for name, line in lines.items()}
         losses = {name: mean for name, mean in means.items() if math.isfinite(mean)}

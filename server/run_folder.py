@@ -51,6 +51,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def audit(self) -> Path:
+        return self.path / "audit.jsonl"
+
+    @property
     def report(self) -> Path:
         """Folder with what the report is made of, besides the metrics."""
         return self.path / "report"
@@ -90,6 +94,9 @@ class RunFolder:
         """A round's checkpoint. Raises CheckpointError."""
         key = self.signing_key.public_key() if self.signing_key else None
         return checkpoint.load(self.checkpoint_of(round), to_resume=to_resume, key=key)
+
+    def manifest_of(self, round: int) -> Path:
+        return self.checkpoint_of(round) / "manifest.json"
 
     @contextmanager
     def alone(self) -> Iterator[None]:

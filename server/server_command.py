@@ -1,6 +1,7 @@
 """The `unimiss-server` command: what a coordinator's operator types.
 
-Exit codes: 0 done, 2 wrong arguments or configuration, 130 interrupted; see `unimiss_core.errors`.
+Exit codes: 0 done, 2 wrong arguments or configuration, 8 an audit log is damaged, 130 interrupted; see
+`unimiss_core.errors`.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_approve(commands.add_parser("approve", help="let a site take part, by its key"))
     _add_revoke(commands.add_parser("revoke", help="shut a site out, at once and for ever"))
     _add_sites(commands.add_parser("sites", help="list who was approved or revoked"))
+    _add_audit(commands.add_parser("audit", help="say what was done here, or in a study's run; verifies the log"))
     _add_renew(commands.add_parser("renew", help="make certificates anew that will soon run out"))
     return parser
 
@@ -55,10 +57,13 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
+    from server.audit import coordinator_log
     from server.founding import found
+    from server.home import Home
     from unimiss_core.keys import fingerprint, read_signing_public_key
 
-    home = found(options.folder, options.address, now=datetime.now(UTC))
+    note = coordinator_log(Home(options.folder.absolute()).audit).record
+    home = found(options.folder, options.address, now=datetime.now(UTC), note=note)
     print(f"{home.path}: a coordinator that sites reach at {options.address}")
     print(f"fingerprint  {fingerprint(read_signing_public_key(home.signing_public_key))}")
     print(f"Keep a backup of {home.secrets} where only you can read it: without it every site must join anew.")
@@ -73,9 +78,12 @@ def _add_approve(parser: argparse.ArgumentParser) -> None:
 
 def _approve(options: argparse.Namespace) -> None:
     from server.approval import approve
+    from server.audit import coordinator_log
     from server.home import Home
 
-    done = approve(Home.chosen(options.home), options.site, options.key, now=datetime.now(UTC))
+    home = Home.chosen(options.home)
+    note = coordinator_log(home.audit).record
+    done = approve(home, options.site, options.key, now=datetime.now(UTC), note=note)
     print(f"{done.site}: approved" if done.is_new else f"{done.site}: was approved before, with the same key")
     print(f"fingerprint  {done.fingerprint}")
     print(f"welcome      {done.welcome}")
@@ -90,11 +98,12 @@ def _add_revoke(parser: argparse.ArgumentParser) -> None:
 
 def _revoke(options: argparse.Namespace) -> None:
     from server.approval import revoke
+    from server.audit import coordinator_log
     from server.home import Home
 
-    said = (
-        "shut out from its next request on" if revoke(Home.chosen(options.home), options.site) else "was revoked before"
-    )
+    home = Home.chosen(options.home)
+    is_new = revoke(home, options.site, note=coordinator_log(home.audit).record)
+    said = "shut out from its next request on" if is_new else "was revoked before"
     print(f"{options.site}: {said}")
 
 
@@ -111,6 +120,26 @@ def _sites(options: argparse.Namespace) -> None:
         print(line)
 
 
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    from unimiss_core.audit_report import add_options
+
+    parser.add_argument("study", nargs="?", metavar="STUDY", help="show its run's log in place of this coordinator's")
+    _add_home(parser)
+    add_options(parser)
+    parser.set_defaults(act=_audit)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    """Raises ConfigError, and AuditError where the log is damaged."""
+    from server.audit import coordinator_log, summary
+    from server.home import Home
+    from unimiss_core import audit_report
+
+    home = Home.chosen(options.home)
+    path = home.audit if options.study is None else home.run(options.study) / "audit.jsonl"
+    audit_report.show(coordinator_log(path), options, summary)
+
+
 def _add_renew(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also those that last")
     _add_home(parser)
@@ -119,9 +148,11 @@ def _add_renew(parser: argparse.ArgumentParser) -> None:
 
 def _renew(options: argparse.Namespace) -> None:
     from server.approval import renew
+    from server.audit import coordinator_log
     from server.home import Home
 
-    made = renew(Home.chosen(options.home), now=datetime.now(UTC), every=options.all)
+    home = Home.chosen(options.home)
+    made = renew(home, now=datetime.now(UTC), every=options.all, note=coordinator_log(home.audit).record)
     print("\n".join(made) or "nothing runs out soon")
 
 

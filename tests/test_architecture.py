@@ -34,6 +34,7 @@ ONLY_IN = {
         "client/app.py",
         "client/fleet.py",
         "client/gate.py",
+        "client/audit.py",
         "client/site.py",
         "server/app.py",
         "server/rounds.py",

@@ -1,4 +1,4 @@
-"""A site's daemon as it is: its own processes, a real SuperLink with TLS and keys, and somebody else's code in a run."""
+"""A site's daemon as it is: its processes, a real SuperLink with TLS and keys, and a run with somebody else's code."""
 
 import signal
 import socket
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from client.audit import log_of
 from client.daemon import _alone, _prepare, environment_of, is_running
+from client.gate import UNSAID
 from client.health import read_contact, read_health
 from client.leaving import stop
 from client.listening import listeners_of
@@ -97,13 +99,18 @@ def test_a_site_joins_in_refuses_foreign_code_and_leaves_nothing_behind(tmp_path
                 timeout_s=START_S,
             )
             told = [line.split("ANSWER ")[1] for line in flower._log_of_run(run).splitlines() if "ANSWER " in line]
-            assert told == [f'{kind} 7 "the site\'s own log says why"' for kind in ("train", "evaluate")]
+            assert told == [f"{kind} {code} {UNSAID!r}" for kind, code in (("train", 7), ("evaluate", 2))]
             assert not mark.exists()
             assert not (state / "flower" / "apps").exists()
             process.send_signal(signal.SIGKILL)
             process.wait()
             flower.wait_until(lambda: not processes_of(pair), "all of the site's processes end", timeout_s=30.0)
     assert not is_running(state)
+    noted = [(entry.kind, *entry.facts().values()) for entry in log_of(pair.site.site).read().entries]
+    assert noted[0] == ("daemon", "started")
+    assert ("daemon", "connected") in noted
+    refused = [facts for kind, *facts in noted if kind == "bundle"]
+    assert [facts[-1] for facts in refused] == ["bundle", "message_type"]
 
 
 def _is_connected(state: Path) -> bool:

@@ -25,7 +25,7 @@ from client.gate import FleetLine, Gate, Rules
 from client.health import ContactBook, read_contact
 from server.exchange import Reply, content_of
 from unimiss_core import bundle
-from unimiss_core.errors import WireError
+from unimiss_core.errors import AuditError, WireError
 from unimiss_core.reasons import REASONS
 
 FAB = bundle.fab()
@@ -182,15 +182,15 @@ def test_another_bundle_is_refused_and_each_time_again(guarded: Guarded) -> None
 
 @pytest.mark.parametrize("message_type", ["evaluate", "train.raw_data", "query.files", "system"])
 def test_what_no_site_answers_is_refused_before_any_code_is_asked_for(guarded: Guarded, message_type: str) -> None:
-    assert_refused(guarded, request(message_type), "message_type")
+    assert_refused(guarded, request(message_type), "message_type", ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
     assert not guarded.coordinator.asked
 
 
-def assert_refused(guarded: Guarded, message: Message, reason: str) -> None:
+def assert_refused(guarded: Guarded, message: Message, reason: str, code: int = ErrorCode.INVALID_FAB) -> None:
     guarded.coordinator.inbox.append(message)
     assert guarded.gate.receive() is None
     (reply,) = guarded.coordinator.sent
-    assert (reply.error.code, reply.error.reason) == (ErrorCode.INVALID_FAB, gate.UNSAID)
+    assert (reply.error.code, reply.error.reason) == (code, gate.UNSAID)
     assert reply.metadata.reply_to_message_id == message.metadata.message_id
     assert guarded.coordinator.pushed == {reply.metadata.message_id: reply.deflate()}
     assert guarded.refusals == [reason]
@@ -245,6 +245,19 @@ def test_the_round_is_told_where_it_is_a_number(guarded: Guarded) -> None:
         contact = read_contact(guarded.state)
         assert contact is not None
         assert contact.round == told
+
+
+def test_what_cannot_be_written_down_is_not_run_and_is_tried_again(guarded: Guarded) -> None:
+    def full(_kind: str, _facts: Mapping[str, str | int | float]) -> None:
+        raise AuditError("/var/lib/site/audit.jsonl: no space left")
+
+    gated = Gate(guarded.coordinator.line(), replace(guarded.gate.rules, note=full))
+    guarded.coordinator.inbox += [request(), request()]
+    assert gated.receive() is None
+    (reply,) = guarded.coordinator.sent
+    assert (reply.error.code, reply.error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, gate.UNSAID)
+    gated.rules = guarded.gate.rules
+    assert gated.receive() is not None
 
 
 def test_decisions_about_old_runs_do_not_pile_up(guarded: Guarded) -> None:

@@ -138,7 +138,7 @@ class ChainedLog(Generic[LinkT]):
 
     @contextmanager
     def _held(self) -> Iterator[BinaryIO]:
-        durable.make_folder(self._path.parent)
+        durable.make_folder(self._path.parent, mode=0o700)
         with self._path.open("a+b", buffering=0) as file, locked(file, shared=False):
             yield cast(BinaryIO, file)
 

@@ -33,11 +33,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def make_folder(path: Path) -> None:
-    """Make `path`, and those above it that are missing, each known to the disk; what is there is left as it is."""
+def make_folder(path: Path, *, mode: int = 0o777) -> None:
+    """Make `path` with `mode`, and those above it that are missing, each known to the disk; what is there is left as it
+    is."""
     if not path.is_dir():
         make_folder(path.parent)
-        path.mkdir(exist_ok=True)
+        path.mkdir(mode, exist_ok=True)
         sync_folder(path.parent)
 
 

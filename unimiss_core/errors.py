@@ -9,6 +9,8 @@ UnimissError            1  anything below that has no code of its own
 ├── RoundError          5  a round could not be completed (too few sites replied)
 ├── LedgerError         6  the record of what patients have cost is damaged, or was put back to an older one
 ├── PrivacyClaimError   7  an audit measured what contradicts a study's promise of privacy
+├── AuditError          8  what was done cannot be written down, or the log of it is damaged
+├── PolicyError         1  a study asks for more than the site's policy allows; nothing was read for it
 ├── PrivacyBudgetError  1  a round would cost patients, or sites, more than is allowed; nothing was read for it
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
 ├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
@@ -69,6 +71,16 @@ class PrivacyClaimError(UnimissError):
     """What the private engine releases is not what a study claims; nothing private should be trained with it."""
 
     exit_code = 7
+
+
+class AuditError(UnimissError):
+    """An audit log cannot be relied upon, or not be written to; nothing that belongs into it is done."""
+
+    exit_code = 8
+
+
+class PolicyError(UnimissError):
+    """A study or request is beyond what the site's own file allows; it was refused before anything was read for it."""
 
 
 class PrivacyBudgetError(UnimissError):

@@ -13,6 +13,11 @@ REASONS: dict[str, str] = {
     "needs_whole": "the site lost what it remembered; it is sent the whole student and teacher next time",
     "budget": "the site allows no such study, or no more of it: it would cost patients too much, has too little noise, "
     "or protects no patient where the site asks for that; its screen says which, and only the site decides",
+    "policy": "the site's policy does not allow what was asked: the study, its length or size, or that losses are "
+    "told; the site's screen says what, and only its own file decides",
+    "audit": "the site cannot write down what it is asked and what it sends (disk full, or its audit log is damaged), "
+    "and so it sends nothing",
+    "unknown_request": "the site was asked for something that no site answers",
     "promise": "by the site's accountant the study's noise does not keep its own privacy.max_epsilon: begin a run with "
     "more noise; `unimiss plan-privacy --study` says how much",
     "ledger": "the site's record of what its patients have cost is damaged, or was put back to an older one",
@@ -56,6 +61,9 @@ LASTING = frozenset(
         "promise",
         "ledger",
         "held",
+        "policy",
+        "audit",
+        "unknown_request",
     }
 )
 """What no time mends: a person has to."""

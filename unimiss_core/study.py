@@ -344,6 +344,9 @@ class WireConfig(Config):
     dtype: Literal["bf16", "fp32", "int8"] = "bf16"
     """What weights and updates travel as. With int8, what rounding loses is kept and sent with the next update; a site
     that was away is sent whole weights in fp32."""
+    losses: Annotated[bool, Field(exclude_if=lambda told: told)] = True
+    """Whether sites send means of their losses, and of figures about training, with each update; of a patient-level
+    study they never do. Not written out where they do, so that older studies keep their digests."""
 
 
 class StudyConfig(Config):

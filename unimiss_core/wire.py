@@ -10,6 +10,7 @@ This is the place where a tensor leaves the hospital: `TrainReply.pack`. The pro
 the content. A sender's claim is checked here for type and form; whether it may count, `server.admission` decides.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -38,6 +39,8 @@ PROTOCOL = 4
 
 LARGEST_FIGURE = 1e30
 """Beyond it a figure has diverged; means and charts of such numbers overflow."""
+STUDY_LIMIT = 65_536
+"""Characters of a study; the longest of ours has some 4,000."""
 FIGURES_LIMIT = 16_384
 """Characters of a mapping of figures; the largest of ours has some 1,000."""
 
@@ -284,6 +287,22 @@ def as_kept(payload: bytes) -> RecordDict:
     return _content(json.loads(header["facts"]), parts)
 
 
+def facts_in(content: RecordDict) -> dict[str, Any]:
+    """What a message says besides arrays, unchecked: nothing where it is not of our form."""
+    record = content.get("facts")
+    return dict(record) if isinstance(record, ConfigRecord) else {}
+
+
+def content_digest(content: RecordDict) -> str:
+    """sha256, in hex, of all facts and arrays of a message: the same at both ends."""
+    digest = hashlib.sha256(json.dumps(facts_in(content), sort_keys=True, default=repr).encode())
+    for part, record in sorted(arrays_in(content).items()):
+        for group, array in sorted(record.items()):
+            digest.update(json.dumps([part, group, array.dtype, array.stype, len(array.data)]).encode())
+            digest.update(array.data)
+    return digest.hexdigest()
+
+
 def num_bytes(content: RecordDict) -> int:
     """Bytes of the arrays of a message: all of its size but some hundred bytes."""
     return sum(len(array.data) for record in arrays_in(content).values() for array in record.values())
@@ -328,8 +347,10 @@ def _take(facts: Mapping[str, Any], name: str, kind: type[ScalarT]) -> ScalarT:
 
 def _study(facts: Mapping[str, Any]) -> StudyConfig:
     try:
-        return parse(StudyConfig, json.loads(_take(facts, "study", str)), where="study")
-    except (ConfigError, ValueError):
+        if len(text := _take(facts, "study", str)) > STUDY_LIMIT:
+            raise ValueError
+        return parse(StudyConfig, json.loads(text), where="study")
+    except (ConfigError, ValueError, RecursionError):
         raise WireError("study", "the message holds no study that this version understands") from None
 
 
