@@ -55,6 +55,8 @@ several devices that train together, the processes would listen for each other o
 def run(home: Home, note: Note) -> None:
     """Run the site until SIGTERM or Ctrl-C. Raises ConfigError: the site's file or keys are not as they must be, or
     another daemon of this site runs."""
+    if not locks.EXIST:
+        raise ConfigError("this system has no file locks and no groups of processes; run the daemon on Linux or macOS")
     os.umask(0o077)  # whatever is written from here on is for this user alone
     site = load_site(home.site)
     tls_of(home)

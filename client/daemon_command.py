@@ -62,7 +62,7 @@ def _leave(options: argparse.Namespace) -> None:
             "log stay. To do it: unimiss-site leave --yes"
         )
     leave(home, site, log_of(home.site).record)
-    print(f"{site.name}: has left; its keys are gone, its ledger and audit log stay in {site.state}")
+    print(f"{site.name}: has left; its keys are gone. Its ledger and audit log stay: `audit` and `ledger` {home.site}")
     print(f"Tell the coordinator's operator, who then types: unimiss-server revoke {site.name}")
 
 
