@@ -14,11 +14,10 @@ this.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import WARM_UP, Result, count, run
+from side_by_side import Result, count, run
 from step import SIZES, SMALL_SIZES
 
 from unimiss_core.config import parse
@@ -141,17 +140,10 @@ def _parser() -> argparse.ArgumentParser:
         description="What privacy costs in an optimiser step: the private step against the plain one, same patients."
     )
     parser.add_argument("--model", choices=["nano", "tiny", "small"], default="tiny", help="default: tiny")
-    parser.add_argument("--rank", type=int, choices=[2, 3], help="2 images, 3 volumes (default: both)")
     parser.add_argument("--patients", type=count, default=8, help="in a step, with one scan each (default: 8)")
     parser.add_argument("--views", type=count, default=2, help="of each scan (default: 2)")
     parser.add_argument("--at-once", type=count, default=1, help="patients worked out together (default: 1)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
-    parser.add_argument("--repeats", type=count, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--prototypes", type=count, default=65_536, help="default: 65536")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"cpu, cuda or cuda:N (default: {device})")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="default: %(default)s")
     return parser
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -110,8 +111,9 @@ def run(
 ) -> None:
     """A benchmark's life: measure each of the sets of `cases` that were asked for, print its table, write the file.
 
-    parser: with `--device`, `--repeats` and `--json`.
+    parser: of the options that are its own; to them come those of every benchmark of a step.
     """
+    _add_common(parser)
     options = parser.parse_args()
     try:
         device_of(options.device)
@@ -129,6 +131,16 @@ def run(
     if options.json:
         content = {"machine": machine(), "results": [asdict(result) for result in results]}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, choices=[2, 3], help="2 images, 3 volumes (default: both)")
+    parser.add_argument("--repeats", type=count, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--prototypes", type=count, default=65_536, help="default: 65536")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"cpu, cuda or cuda:N (default: {device})")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="default: %(default)s")
 
 
 def processor() -> str:

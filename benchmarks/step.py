@@ -16,11 +16,10 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import torch
 from naive_unimiss import NaiveLearner
-from side_by_side import WARM_UP, Result, count, run
+from side_by_side import Result, count, run
 
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
@@ -159,7 +158,6 @@ def _parser() -> argparse.ArgumentParser:
         "batch met one scan at a time (--micro-batch 1), 'recomputed' --recompute, 'compiled' --compile.",
     )
     parser.add_argument("--model", choices=["nano", "tiny", "small"], help="default: small on a GPU, else tiny")
-    parser.add_argument("--rank", type=int, choices=[2, 3], help="2 images, 3 volumes (default: both)")
     parser.add_argument("--batch", type=count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
     parser.add_argument("--variant", choices=["naive", "fast"], help="default: both")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both for ours, fp32 for the naive step")
@@ -168,12 +166,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=count, help="scans in one forward pass of ours (default: the batch)")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
-    parser.add_argument("--repeats", type=count, default=7, help=f"measured steps, after {WARM_UP} (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--prototypes", type=count, default=65_536, help="default: 65536")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"cpu, cuda or cuda:N (default: {device})")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="default: %(default)s")
     return parser
 
 

@@ -44,8 +44,12 @@ MOST_POINTS = 2**22
 WEAK = 0.1
 """Patients, on average, that delta may allow to be given away whole."""
 
-MOST_KINDS = 24
-"""Of releases, by noise and rate, that PRV is asked about together."""
+MOST_KINDS = 8
+"""Of releases, by noise and rate, that PRV is asked about: each takes two transforms of the whole grid."""
+
+ALIKE = 0.005
+"""Share of all costs that may be added to them so that PRV is asked about fewer kinds than there are. Costs are those
+of squares, so that epsilon grows by half of it, about."""
 
 FEW_POINTS = 2**18
 """Likewise, where many answers are asked for in a search."""
@@ -65,9 +69,9 @@ ALL_RANKS: tuple[frozenset[Rank], ...] = (frozenset({2}), frozenset({3}), frozen
 def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     """Of all these releases together, by PRV, an upper bound; 0 where there are none.
 
-    Of more than MOST_KINDS kinds of release the cheapest are told by the Renyi bound, which is looser: a few hundredths
-    where they are next to nothing, half as much again where all cost alike. PRV's time grows with the kinds, and a
-    ledger keeps them for ever.
+    Releases that are alike are told as the dearer of them (`_fewer_kinds`), for PRV's time grows with the kinds, and a
+    ledger keeps them for ever. Up to MOST_KINDS kinds this adds a few thousandths at most. More are joined whatever
+    it adds, and where that is much, the Renyi bound is told.
 
     Raises ConfigError, before anything large is allocated: epsilon is above LARGEST by the Renyi bound, so that it is
     not worth working out; or delta is below SMALLEST_DELTA; or the grid of a usable answer would exceed MOST_POINTS.
@@ -75,23 +79,39 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     taken = [each for each in history if each.steps > 0]
     if not taken:
         return 0.0
-    if len(taken) > MOST_KINDS:
-        costly, cheap = _by_cost(taken)
-        # Both hold together, in whatever order releases were made (Dong, Roth and Su 2019, arXiv:1905.02383).
-        return _tightly(costly, 0.9 * delta) + epsilon_by_renyi(cheap, 0.1 * delta, orders=_WHOLE_ORDERS)
-    return _tightly(taken, delta)
+    kinds = _fewer_kinds(taken)
+    bounded = taken if len(kinds) == MOST_KINDS else kinds
+    bound = _bound_worth_telling(bounded, delta, _ORDERS if len(bounded) <= MOST_KINDS else _WHOLE_ORDERS)
+    return _by_prv(kinds, delta, bound, _error_that_fits(kinds, delta, bound, MOST_POINTS))
 
 
-def _tightly(taken: Sequence[Mechanism], delta: float) -> float:
-    """By PRV."""
-    bound = _bound_worth_telling(taken, delta, _ORDERS)
-    return _by_prv(taken, delta, bound, _error_that_fits(taken, delta, bound, MOST_POINTS))
+def _fewer_kinds(taken: Sequence[Mechanism]) -> Sequence[Mechanism]:
+    """At most MOST_KINDS kinds of release, which tell of a patient whatever `taken` does.
+
+    Two kinds become one, of the smaller noise and the larger rate: whoever sees its releases can make either's of them,
+    by adding noise, and by putting noise alone in the place of some. Joined are neighbours, by rate to a tenth and then
+    by noise, those first that add least to the cost.
+    """
+    ordered = sorted(taken, key=lambda each: (round(10 * math.log(each.sampling_rate)), each.noise_multiplier))
+    noise, rate, steps = np.array(ordered, dtype=np.float64).T
+    spare = ALIKE * _costs(noise, rate, steps).sum()
+    while len(noise) > 1:
+        alone = _costs(noise, rate, steps)
+        joined = np.minimum(noise[1:], noise[:-1]), np.maximum(rate[1:], rate[:-1]), steps[1:] + steps[:-1]
+        added = _costs(*joined) - alone[1:] - alone[:-1]
+        least = int(added.argmin())
+        spare -= added[least]
+        if spare < 0 and len(noise) <= MOST_KINDS:
+            break
+        pairs = zip((noise, rate, steps), joined, strict=True)
+        noise, rate, steps = (np.r_[each[:least], both[least], each[least + 2 :]] for each, both in pairs)
+    return [Mechanism(float(s), float(q), int(n)) for s, q, n in zip(noise, rate, steps, strict=True)]
 
 
-def _by_cost(taken: Sequence[Mechanism]) -> tuple[Sequence[Mechanism], Sequence[Mechanism]]:
-    """(the MOST_KINDS costliest, the others), by what they add to a Renyi divergence where noise is large."""
-    ordered = sorted(taken, key=lambda each: each.steps * (each.sampling_rate / each.noise_multiplier) ** 2)
-    return ordered[-MOST_KINDS:], ordered[:-MOST_KINDS]
+def _costs(noise: NDArray[np.float64], rate: NDArray[np.float64], steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What releases add to the square of epsilon, roughly: the central limit's mu^2 (Bu et al. 2020, arXiv:1911.11607).
+    Where it is beyond e^500 epsilon is not told anyway."""
+    return np.asarray(steps * rate**2 * np.expm1(np.minimum(noise**-2, 500.0)))
 
 
 def _quickly(history: Sequence[Mechanism], delta: float, enough: float) -> float:
@@ -107,7 +127,7 @@ def _quickly(history: Sequence[Mechanism], delta: float, enough: float) -> float
 
 def _bound_worth_telling(taken: Sequence[Mechanism], delta: float, orders: Sequence[float]) -> float:
     """Epsilon by Renyi. Raises ConfigError: it is above LARGEST, or delta below SMALLEST_DELTA."""
-    if delta < 0.9 * SMALLEST_DELTA:  # a tenth may have gone to the cheap kinds
+    if delta < SMALLEST_DELTA:
         raise ConfigError(f"delta={delta:g} is below {SMALLEST_DELTA:g}, where epsilon cannot be told; raise delta")
     if not (bound := epsilon_by_renyi(taken, delta, orders=orders)) <= LARGEST:
         raise ConfigError(

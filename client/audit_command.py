@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from client.audited_engine import Engine
-from client.cache import open_library
+from client.cache import CachedScan, open_library, open_private_library
 from client.findings import Finding
 from client.membership import membership
 from client.one_run import OneRun, one_run
-from client.privacy_audit import check_engine
+from client.privacy_audit import KINDS, check_engine
 from client.site_config import load_site
-from unimiss_core import checkpoint
+from unimiss_core import checkpoint, progress
 from unimiss_core.config import load
 from unimiss_core.device import device_of
 from unimiss_core.errors import CheckpointError, ConfigError, PrivacyClaimError
@@ -43,9 +43,11 @@ def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: 
     for rank in RANKS:
         engine = Engine(study, rank, patients_at_once=patients_at_once)
         findings = check_engine(engine)
-        run = one_run(engine, canaries=canaries, steps=steps or _steps(engine))
+        taken = steps or _steps(engine)
+        _say(f"{KINDS[rank]}: what {taken} steps tell of {canaries} canaries")
+        run = one_run(engine, canaries=canaries, steps=taken)
         findings.append(run.finding())
-        _print(_table(f"{study.name}: a step on {'images' if rank == 2 else 'volumes'}", findings))
+        _print(_table(f"{study.name}: a step on {KINDS[rank]}", findings))
         print(_in_words(run))
         contradicted += sum(not finding.agrees for finding in findings)
     if contradicted:
@@ -56,22 +58,36 @@ def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: 
 def of_run(run: Path, members: Path, others: Path, *, device: str = "auto", key: Path | None = None) -> None:
     """Print how well the run's newest checkpoint tells the patients of two site files apart.
 
-    members: whose scans the run trained on. key: the public key that must have signed the checkpoint.
-    Raises ConfigError, CheckpointError, NoUsableScanError.
+    members: whose scans the run trained on. Both are read as the run's study has scans read: a patient-level one where
+    each file says whose it is. key: the public key that must have signed the checkpoint.
+    Raises ConfigError, UnknownPatientError, CheckpointError, NoUsableScanError.
     """
     study = load(StudyConfig, run / "study.yaml")
     newest = checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{run}: holds no checkpoint")
     held = checkpoint.load(newest, key=read_signing_public_key(key) if key else None)
-    scans = [open_library(load_site(path), study.plan).scans for path in (members, others)]
-    found = membership(study, held.student, held.teacher, scans[0], scans[1], device_of(device))
+    scans = _scans(study, "members", members), _scans(study, "others", others)
+    _say(f"losses of {sum(map(len, scans))} scans")
+    found = membership(study, held.student, held.teacher, *scans, device_of(device))
     print(
         f"{newest.name}: a member's loss is below another patient's with chance {found.auc:.3f} "
         f"(95%: {found.low:.3f} to {found.high:.3f}; {found.members} members, {found.others} others)"
     )
     told = "members cannot be told by it" if found.low <= 0.5 <= found.high else "members and others differ"
     print(f"0.5 is a guess: {told}. This is one attack; another may find more, and it bounds no epsilon")
+
+
+def _scans(study: StudyConfig, who: str, site: Path) -> Sequence[CachedScan]:
+    """As a site of the study reads them: of a patient-level one each patient's are those that it would have alone."""
+    _say(f"reading the scans of the {who}")
+    opened = open_private_library if study.privacy.mode == "patient" else open_library
+    return opened(load_site(site), study.plan).scans
+
+
+def _say(what: str) -> None:
+    """A sign of life, beside the figures."""
+    progress.report(progress.Note(what))
 
 
 def _steps(engine: Engine) -> int:

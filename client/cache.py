@@ -2,6 +2,7 @@
 
     CACHE/
       3f6c...b2.npy     one scan: (C, *S) uint16, value = stored / 65535, named by content and plan
+      3f6c...b2.sealed  the same, where the site has a key: its values alone, opened whole for each crop
       built.jsonl       what was read with which result, one line each: finished work is never done again
       library-7a...json what one plan made of the folders, and their state then: unchanged folders need no reading
       private-7a...json the same for patient-level studies, whose rules of reading keep patients apart
@@ -37,6 +38,7 @@ from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.scan import RANKS, Modality, Rank, Scan
+from unimiss_core.sealing import Damaged, Seal, read_seal
 from unimiss_core.study import PlanConfig
 
 _VERSION = 4
@@ -63,14 +65,22 @@ class CachedScan:
     path: Path
     offset: int
     """Bytes before the first voxel."""
+    key_file: Path | None = field(default=None, kw_only=True)
+    """What it is sealed with."""
 
     @property
     def rank(self) -> Rank:
         return 2 if len(self.shape) == 3 else 3
 
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
-        """Values in [0, 1] of a box along S: (C, *box). Reads only the pages that the box touches."""
-        stored = _mapped(self.path, self.offset, self.shape)
+        """Values in [0, 1] of a box along S: (C, *box). Reads only the pages that the box touches; a sealed scan, all.
+
+        Raises ConfigError: the scan was sealed with another key, or its file was changed.
+        """
+        if self.key_file is None:
+            stored = _mapped(self.path, self.offset, self.shape)
+        else:
+            stored = _unsealed(self.path, read_seal(self.key_file), self.shape)
         values = stored[(slice(None), *box)].astype(np.float32)  # apart from the product: NumPy is quicker so
         values *= np.float32(1 / _FULL)
         return values
@@ -80,6 +90,17 @@ class CachedScan:
 def _mapped(path: Path, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     """A scan's stored values, mapped: opening a file costs as much as a crop, and a mapping holds no file open."""
     return np.memmap(path, np.uint16, "r", offset, shape).view(np.ndarray)
+
+
+def _unsealed(path: Path, seal: Seal, shape: tuple[int, ...]) -> NDArray[np.uint16]:
+    try:
+        return np.frombuffer(seal.open(path.read_bytes(), _name_in_seal(path)), np.uint16).reshape(shape)
+    except Damaged:
+        raise ConfigError("a scan of the cache was changed since it was sealed; delete the cache folder") from None
+
+
+def _name_in_seal(path: Path) -> str:
+    return f"scan/{path.name}"
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,8 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
     folder = site.cache_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     state, file = state_of(site.data, secret), _library_file(folder, plan, by_patient=by_patient)
-    if (library := _remembered(file, state)) is not None:
+    site.seal()  # a key that cannot be read is told before hours of reading scans
+    if (library := _remembered(site, file, state)) is not None:
         check_known(site, library.assumed if by_patient else {})
         return library
     found = catalogue(
@@ -171,7 +193,7 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
     check_known(site, found.assumed if by_patient else {})
     library = _library(site, found, _built(site, plan, found, secret, evicts=evicts))
     if not _PASSING & library.left_out.keys():
-        _remember(file, state, library)
+        _remember(site, file, state, library)
     return library
 
 
@@ -183,10 +205,10 @@ def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, 
             partial.unlink(missing_ok=True)
     records = _read_records(folder)
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
-    missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), folder)]
+    missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), site)]
     wanted = [found.candidates[index] for index in missing]
-    make_room(site, wanted, plan, kept=_names(records, stamps), evicts=evicts)
-    tasks = [_Build(found.candidates[index], plan, stamps[index], folder) for index in missing]
+    make_room(site, wanted, plan, kept=_names(site, records, stamps), evicts=evicts)
+    tasks = [_Build(found.candidates[index], plan, stamps[index], folder, site.state_key) for index in missing]
     done = len(stamps) - len(tasks)
     progress.report(progress.Preparing(site.name, done, len(stamps)))
     with (folder / "built.jsonl").open("a", encoding="utf-8") as journal:
@@ -249,6 +271,7 @@ class _Build:
     plan: PlanConfig
     stamp: str
     folder: Path
+    key_file: Path | None
 
 
 def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[int, _Record | ScanError]]:
@@ -262,14 +285,19 @@ def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[
 def build(task: _Build) -> _Record:
     """Read and prepare one scan and put it into the cache, unless its content is there already."""
     key = content_key(task.candidate, task.plan)
-    path = task.folder / f"{key}.npy"
+    path = _scan_file(task.folder, key, task.key_file)
     values, spacing = prepare(read(task.candidate), task.plan)
-    offset = _write(path, np.rint(values * _FULL).astype(np.uint16))
+    seal = None if task.key_file is None else read_seal(task.key_file)
+    offset = _write(path, np.rint(values * _FULL).astype(np.uint16), seal)
     return _Record(task.stamp, key, values.shape, spacing, offset)
 
 
-def _write(path: Path, stored: NDArray[np.uint16]) -> int:
-    """Write an .npy file, whole or not at all; returns the bytes before its first value.
+def _scan_file(folder: Path, key: str, key_file: Path | None) -> Path:
+    return folder / f"{key}{'.npy' if key_file is None else '.sealed'}"
+
+
+def _write(path: Path, stored: NDArray[np.uint16], seal: Seal | None) -> int:
+    """Write an .npy file, or its values sealed, whole or not at all; returns the bytes before its first value.
 
     Raises ScanError(cannot_write), which is the cache's fault and not the scan's.
     """
@@ -277,9 +305,11 @@ def _write(path: Path, stored: NDArray[np.uint16]) -> int:
     check_spare(path.parent, stored.nbytes)
     try:
         with partial.open("wb") as file:
-            npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(stored))
+            values = np.ascontiguousarray(stored).data
+            if seal is None:
+                npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(stored))
             offset = file.tell()
-            file.write(np.ascontiguousarray(stored).data)
+            file.write(values if seal is None else seal.seal(values, _name_in_seal(path)))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -341,14 +371,15 @@ def _read_records(folder: Path) -> dict[str, _Record]:
     return records
 
 
-def _is_done(record: _Record | None, folder: Path) -> bool:
-    if record is None:
+def _is_done(record: _Record | None, site: SiteConfig) -> bool:
+    if record is None or (record.offset == 0 and not record.reason and site.state_key is None):  # it was sealed then
         return False
-    return bool(record.reason) or (folder / f"{record.key}.npy").exists()
+    return bool(record.reason) or _scan_file(site.cache_folder, record.key, site.state_key).exists()
 
 
-def _names(records: Mapping[str, _Record], stamps: Sequence[str]) -> set[str]:
-    return {f"{records[stamp].key}.npy" for stamp in stamps if stamp in records}
+def _names(site: SiteConfig, records: Mapping[str, _Record], stamps: Sequence[str]) -> set[str]:
+    found = (records[stamp].key for stamp in stamps if stamp in records)
+    return {_scan_file(site.cache_folder, key, site.state_key).name for key in found}
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -359,23 +390,27 @@ def _library_file(folder: Path, plan: PlanConfig, *, by_patient: bool) -> Path:
     return folder / f"{kind}-{hashlib.sha256(plan.canonical().encode()).hexdigest()[:16]}.json"
 
 
-def _remember(file: Path, state: str, library: Library) -> None:
-    scans = [{name: value for name, value in vars(scan).items() if name != "path"} for scan in library.scans]
+def _remember(site: SiteConfig, file: Path, state: str, library: Library) -> None:
+    places = ("path", "key_file")  # which are the site file's
+    scans = [{name: value for name, value in vars(scan).items() if name not in places} for scan in library.scans]
     content = {"version": _VERSION, "state": state, "scans": scans, "left_out": dict(library.left_out)}
+    content["sealed"] = site.state_key is not None
     content["assumed"] = list(library.assumed.items())  # JSON's keys are text
     durable.write_text(file, json.dumps(content))
 
 
-def _remembered(file: Path, state: str) -> Library | None:
+def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
     """What `file` holds, where neither folders nor cache have changed since."""
     folder = file.parent
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if (content["version"], content["state"]) != (_VERSION, state):
+        found = content["version"], content["state"], content.get("sealed", False)
+        if found != (_VERSION, state, site.state_key is not None):
             return None
         scans = tuple(
             CachedScan(
-                path=folder / f"{raw['key']}.npy",
+                path=_scan_file(folder, raw["key"], site.state_key),
+                key_file=site.state_key,
                 **raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm")},
             )
             for raw in content["scans"]
@@ -402,7 +437,8 @@ def _library(site: SiteConfig, found: Catalogue, records: Sequence[_Record]) -> 
                 modality=candidate.modality,
                 shape=record.shape,
                 spacing_mm=record.spacing_mm,
-                path=site.cache_folder / f"{record.key}.npy",
+                path=_scan_file(site.cache_folder, record.key, site.state_key),
                 offset=record.offset,
+                key_file=site.state_key,
             )
     return Library(tuple(scans.values()), dict(sorted(reasons.items())), found.assumed)

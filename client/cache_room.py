@@ -39,7 +39,7 @@ def make_room(
     need = sum(prepared_bytes(candidate, plan) for candidate in wanted)
     if not need:
         return
-    sizes = {path: path.stat().st_size for path in folder.glob("*.npy")}
+    sizes = {path: path.stat().st_size for ending in ("npy", "sealed") for path in folder.glob(f"*.{ending}")}
     limit = int(site.cache_limit_gb * 1e9)
     used, free = sum(sizes.values()), shutil.disk_usage(folder).free - _SPARE_BYTES
     old = {path: size for path, size in sizes.items() if path.name not in kept} if evicts else {}

@@ -4,26 +4,33 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from client.home import Home
 from unimiss_core.errors import ConfigError, UnimissError
 
 
-def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Iterator[argparse.ArgumentParser]:
-    """The three commands; each still lacks --home."""
-    run = commands.add_parser("run", help="take part: the daemon, until it is told to stop")
-    run.set_defaults(act=_run)
-    yield run
-    status = commands.add_parser("status", help="how the daemon is doing, and whether it reaches the coordinator")
-    status.add_argument("--json", action="store_true", help="for a monitor")
-    status.set_defaults(act=_status)
-    yield status
-    leave = commands.add_parser("leave", help="stop, and destroy this site's keys")
-    leave.add_argument("--yes", action="store_true", help="do it: the keys cannot be made again")
-    leave.set_defaults(act=_leave)
-    yield leave
+def add_run(parser: argparse.ArgumentParser) -> None:
+    add_home(parser)
+    parser.set_defaults(act=_run)
+
+
+def add_status(parser: argparse.ArgumentParser) -> None:
+    add_home(parser)
+    parser.add_argument("--json", action="store_true", help="for a monitor")
+    parser.set_defaults(act=_status)
+
+
+def add_leave(parser: argparse.ArgumentParser) -> None:
+    add_home(parser)
+    parser.add_argument("--yes", action="store_true", help="do it: the keys cannot be made again")
+    parser.set_defaults(act=_leave)
+
+
+def add_home(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SITE_HOME, or this folder)"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ disk nor a free file descriptor; where even that is refused, its mark stays as t
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Hold:
         self._site, self._folder = site.name, site.state / "unanswered"
 
     def in_words(self) -> str | None:
-        """What stands in the way of private rounds, and the way out; None where nothing does."""
+        """What stands in the way of private rounds, and the way out, in several lines; None where nothing does."""
         try:
             holding = self._holding()
         except OSError as error:
@@ -54,11 +54,7 @@ class Hold:
             )
         if not holding:
             return None
-        return (
-            f"{', '.join(map(_in_words, holding))}, which the coordinator was told, and it shall not be told so again "
-            "unseen: no private round begins before somebody has looked into it (the site's log says why one failed, "
-            "the system's why one died) and typed `unimiss-site clear SITE.yaml`"
-        )
+        return "\n".join(_held_in_words(holding))
 
     def check(self) -> None:
         """Raises WireError `held`: a round has failed, or several have died, since a person looked."""
@@ -91,8 +87,8 @@ class Hold:
                 raise
             _forget(mark)
 
-    def clear(self) -> None:
-        """Let private rounds begin again. Raises ConfigError: there is nothing to clear, or a mark cannot go."""
+    def clear(self) -> bool:
+        """Let private rounds begin again; False where nothing was held. Raises ConfigError: a mark cannot go."""
         try:
             left = [*self._failed(), *self._dead()]
             for mark in left:
@@ -100,8 +96,7 @@ class Hold:
         except OSError as error:
             told = error.strerror or "unknown error"
             raise ConfigError(f"site '{self._site}': its state folder cannot be written to: {told}") from None
-        if not left:
-            raise ConfigError(f"site '{self._site}': nothing is held: no private round failed or died since last time")
+        return bool(left)
 
     @contextmanager
     def _marked(self, request: Request) -> Iterator[Path]:
@@ -161,6 +156,20 @@ def _is_left(mark: Path) -> bool:
             return bool(file.read(1)) and mark.exists()  # it may have been answered meanwhile
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def _held_in_words(holding: Sequence[Path]) -> Iterator[str]:
+    """What happened, what it means, what to look at, how to go on: a line each."""
+    yield f"{'; '.join(map(_in_words, holding))}."
+    yield (
+        "What it means: until a person has looked, this site begins no private round and reads no scan for one. "
+        "That one ended so may depend on patients' scans, and no noise hides it: coordinators may learn it only once."
+    )
+    sources = {".failed": "this site's log, which says why a round failed"}
+    sources[".json"] = "the system's log, for why a process ended: too little memory, a power cut, somebody's kill"
+    looked_at = [source for suffix, source in sources.items() if any(mark.suffix == suffix for mark in holding)]
+    yield f"What to look at: {'; and '.join(looked_at)}. Mend that first, or the next round tells as much again."
+    yield "Then go on with `unimiss-site clear SITE.yaml`; the round, asked for again, goes on under the charge it has"
 
 
 def _in_words(mark: Path) -> str:

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
 from client.site_config import PatientLimits, SiteConfig
-from client.site_state import KEPT_ROUNDS, make_run_folder, run_folder
+from client.site_state import KEPT_ROUNDS, make_run_folder, name_in_seal, run_folder
 from unimiss_core import durable
 from unimiss_core.chain import Head
 from unimiss_core.chained_log import ChainedLog
@@ -44,6 +44,7 @@ from unimiss_core.locks import locked
 from unimiss_core.privacy import Mechanism, mechanisms
 from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.scan import Rank
+from unimiss_core.sealing import Damaged, Seal
 from unimiss_core.study import StudyConfig
 
 WAY_OUT = "docs/privacy.md, 'The ledger', says what to do"
@@ -102,9 +103,10 @@ class Ledger:
     cannot be written to: what was charged before still is then, and nothing may be sent.
     """
 
-    def __init__(self, folder: Path, limits: PatientLimits, epsilon: Epsilon) -> None:
-        """folder: the site's state folder. epsilon: `client.accounting.epsilon`. Nothing is read or written yet."""
-        self._folder, self._limits, self._epsilon = folder, limits, epsilon
+    def __init__(self, folder: Path, limits: PatientLimits, epsilon: Epsilon, seal: Seal | None = None) -> None:
+        """folder: the site's state folder. epsilon: `client.accounting.epsilon`. seal: of the replies that are kept;
+        the ledger itself is in clear. Nothing is read or written yet."""
+        self._folder, self._limits, self._epsilon, self._seal = folder, limits, epsilon, seal
         self._log: ChainedLog[Entry] = ChainedLog(
             folder / "ledger.jsonl", entry_of, damaged=LedgerError, way_out=WAY_OUT
         )
@@ -112,20 +114,21 @@ class Ledger:
 
     @contextmanager
     def alone(self, run: str) -> Iterator[None]:
-        """Hold `run` against other processes of this site, from before `reply_of` until the reply is recorded.
+        """Hold this site, for `run`, against its other processes, from before `reply_of` until the reply is recorded.
 
         Two attempts at one round, both alive, would leave the memory of one and the reply of the other: two releases
-        for one charge. The system lets go when this process ends, however it ends. Raises WireError `busy`: another is
-        at work on the run. Where there are no such locks, `client.terms` lets no private round come so far.
+        for one charge. And of two rounds, though of other runs or studies, each could fail of what the other takes, so
+        that two exact facts were told before a person looks (`client.hold`). The system lets go when this process
+        ends, however it ends. Raises WireError `busy`: another is at work. Where there are no such locks,
+        `client.terms` lets no private round come so far.
         """
-        folder = run_folder(self._folder, run)
         with ExitStack() as holding:
             try:
-                make_run_folder(folder)
-                file = holding.enter_context((folder / "round.lock").open("ab"))
+                durable.make_folder(self._folder)
+                file = holding.enter_context((self._folder / "private.lock").open("ab"))
                 holding.enter_context(locked(file, wait=False))
             except BlockingIOError:
-                raise WireError("busy", "another process of this site is at work on a round of this run") from None
+                raise WireError("busy", "another process of this site is at work on a private round") from None
             except OSError as error:
                 raise _unwritable(error) from None
             self._held = run
@@ -139,9 +142,12 @@ class Ledger:
         two rounds of a run are), so that another is a new release."""
         with self._log.writing() as log:  # not only read: the entry must be on the disk before the reply goes
             digest = Charges.of(log.chain).newest_reply(asked.as_charged)
+        path = self._reply_file(asked.run, asked.round)
         try:
-            reply = self._reply_file(asked.run, asked.round).read_bytes()
-        except OSError:
+            reply = path.read_bytes()
+            if self._seal is not None:
+                reply = self._seal.open(reply, name_in_seal(path))
+        except (OSError, Damaged):
             return None
         return reply if hashlib.sha256(reply).hexdigest() == digest else None
 
@@ -183,7 +189,7 @@ class Ledger:
             # Kept first: a reply that is noted and lost would have to be paid for again.
             try:
                 make_run_folder(path.parent)
-                durable.write_bytes(path, reply)
+                durable.write_bytes(path, reply if self._seal is None else self._seal.seal(reply, name_in_seal(path)))
             except OSError as error:
                 raise _unwritable(error) from None
             digest = hashlib.sha256(reply).hexdigest()
@@ -307,7 +313,7 @@ class Ledger:
 
 def ledger_of(config: SiteConfig) -> Ledger:
     """The ledger of a site, over all its studies."""
-    return Ledger(config.state, config.privacy, _epsilon)
+    return Ledger(config.state, config.privacy, _epsilon, config.seal())
 
 
 def _epsilon(releases: Sequence[Mechanism], delta: float) -> float:

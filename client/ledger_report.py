@@ -12,6 +12,7 @@ from client.site_config import load_site
 from client.terms import terms
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
+from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
 HOLDING = dict(zip(accounting.ALL_RANKS, ("images", "volumes", "both"), strict=True))
@@ -30,7 +31,7 @@ def show(site_file: Path, study_file: Path | None, console: Console) -> None:
     console.print(_accounts(site.name, ledger))
     console.print(*terms(site, ledger), sep="\n", markup=False, highlight=False)
     if study is not None:
-        console.print(_rounds_left(ledger, study))
+        console.print(_rounds_left(ledger, study, site.privacy.ranks))
 
 
 def _accounts(site: str, ledger: Ledger) -> Table:
@@ -50,8 +51,11 @@ def _figures(account: Account) -> tuple[str, ...]:
     return str(account.rounds), f"{account.delta:g}", spent, limit, left
 
 
-def _rounds_left(ledger: Ledger, study: StudyConfig) -> Table:
-    """Of a run that begins anew, whose rounds are all still to come, and of the run that was charged last."""
+def _rounds_left(ledger: Ledger, study: StudyConfig, held: frozenset[Rank]) -> Table:
+    """Of a run that begins anew, whose rounds are all still to come, and of the run that was charged last.
+
+    held: what the site declares, and is charged for in each round; where it declares nothing, whatever it may hold.
+    """
     newest = ledger.newest_charge(study)
     title = f"{study.name}, {study.schedule.rounds} rounds: for how many more this site may be charged"
     table = Table(title=title, title_justify="left")
@@ -59,7 +63,7 @@ def _rounds_left(ledger: Ledger, study: StudyConfig) -> Table:
     table.add_column("a new run, from round 1", justify="right")
     if newest is not None:
         table.add_column(f"run {newest.run}, charged to round {newest.round}", justify="right")
-    for ranks, words in HOLDING.items():
+    for ranks in [held] if held else HOLDING:
         begun = [] if newest is None else [ledger.rounds_left(study, ranks, after=newest.round)]
-        table.add_row(words, *map(str, [ledger.rounds_left(study, ranks), *begun]))
+        table.add_row(HOLDING[ranks], *map(str, [ledger.rounds_left(study, ranks), *begun]))
     return table

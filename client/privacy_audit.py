@@ -12,8 +12,9 @@ sends besides is held by the tests of its message.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from client.cache import Library
 from client.canaries import BROKEN, canary_scans, canary_site, canary_views
 from client.findings import Finding, at_most, deviation, dispersion, equals, likeness, normality, repetition, share
 from client.patient_draws import PatientDraw
+from unimiss_core import progress
 from unimiss_core.groups import group_of
 from unimiss_core.privacy import mechanisms
-from unimiss_core.scan import SMALLEST
+from unimiss_core.scan import SMALLEST, Rank
 from unimiss_core.team import Alone
 
 ROUNDING = 2e-5
@@ -38,21 +40,30 @@ RELEASES = 4
 DRAWS, PATIENTS = 200, 100
 """Draws in each of two attempts that sampling is measured over, of a site with so many patients."""
 
+KINDS: Mapping[Rank, str] = {2: "images", 3: "volumes"}
+
 LEAST_VARIANCE = 0.1
 """Of the number drawn, below which too few are drawn to measure it by."""
 
 
 def check_engine(engine: Engine, *, releases: int = RELEASES) -> list[Finding]:
-    """Every measure of the engine; what does not agree contradicts its study. Raises ValueError: not in this mode."""
-    checks: Sequence[Callable[[Engine], Iterator[Finding]]] = (
-        lambda of: noise_is_as_claimed(of, releases),
-        one_process_adds_the_noise,
-        a_patient_moves_a_release_by_its_bound,
-        patients_do_not_touch_each_other,
-        nothing_is_kept_that_is_not_noised,
-        patients_are_drawn_by_chance,
-    )
-    return [finding for check in checks for finding in check(engine)]
+    """Every measure of the engine; what does not agree contradicts its study. Says what it measures, as it goes on.
+
+    Raises ValueError: the study is not in this mode.
+    """
+    checks: Mapping[str, Callable[[Engine], Iterator[Finding]]] = {
+        "size and shape of the noise": partial(noise_is_as_claimed, releases=releases),
+        "which process adds it": one_process_adds_the_noise,
+        "how far one patient moves a release": a_patient_moves_a_release_by_its_bound,
+        "what patients make of each other's releases": patients_do_not_touch_each_other,
+        "what is kept beside the releases": nothing_is_kept_that_is_not_noised,
+        "how patients are drawn": patients_are_drawn_by_chance,
+    }
+    found: list[Finding] = []
+    for number, (what, check) in enumerate(checks.items(), start=1):
+        progress.report(progress.Note(f"{KINDS[engine.rank]}, {number} of {len(checks)} measures: {what}"))
+        found += check(engine)
+    return found
 
 
 def noise_is_as_claimed(engine: Engine, releases: int = RELEASES) -> Iterator[Finding]:

@@ -30,9 +30,9 @@ def private_introduction(site: Site) -> Introduction:
     """Who this site is: what its file declares, without a count, and where its ledger stands.
 
     It costs nothing and may be asked for with any plan, so it hangs on no scan. They are read now, which can take
-    hours, but whatever comes of it is for the site's own screen; no other plan's scans go for it, which a round may be
-    training on, and while the site is held nothing is read. Raises LedgerError; ConfigError, from the state folder's
-    disk; and UnknownPatientError, which hangs on no plan.
+    hours, but whatever comes of it is for the site's own screen; no other plan's scans go for it, which a run that has
+    begun may need, and while the site is held, or at work on a round, nothing is read. Raises LedgerError; ConfigError,
+    from the state folder's disk; and UnknownPatientError, which hangs on no plan.
     """
     limits, promise = site.config.privacy, site.study.privacy
     if limits.max_epsilon is None and isinstance(promise, PatientPrivacyConfig):
@@ -92,12 +92,21 @@ def undisclosed(reply: TrainReply, ranks: Collection[Rank]) -> TrainReply:
 
 def _read_ahead(site: Site) -> None:
     """Raises UnknownPatientError, and ConfigError from the state folder."""
-    with Hold(site.config).at_work(Request(site.run, 0, site.study.digest(), "")):
-        try:
-            with cause_kept_here(site.config.name):
-                tell_of_scans(site, open_private_library(site.config, site.study.plan, evicts=False))
-        except WireError as untold:
-            log.warning("introduced all the same: %s", untold)
+    introduction = Request(site.run, 0, site.study.digest(), "")
+    try:
+        with site.ledger.alone(site.run), Hold(site.config).at_work(introduction):
+            _read_untold(site)
+    except WireError as busy:
+        log.warning("its scans are read in its first round: %s", busy)
+
+
+def _read_untold(site: Site) -> None:
+    """Raises UnknownPatientError."""
+    try:
+        with cause_kept_here(site.config.name):
+            tell_of_scans(site, open_private_library(site.config, site.study.plan, evicts=False))
+    except WireError as untold:
+        log.warning("introduced all the same: %s", untold)
 
 
 def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) -> bytes:
@@ -109,7 +118,7 @@ def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) ->
         with cause_kept_here(site.config.name):
             reply = undisclosed(run_round(site, request), site.ranks)
             payload = to_keep(reply.pack(layout, site.study.wire.dtype))
-        hold.check()  # another may have failed meanwhile: then it is not told either that this one did not
+        hold.check()  # on a disk without locks another may have failed meanwhile: then it is not told that this did not
         site.ledger.record_reply(reservation, payload)
     return payload
 

@@ -50,7 +50,8 @@ class Site:
 
     @cached_property
     def memory(self) -> SiteState:
-        return SiteState(self.config.state, run=self.run, study_digest=self.study.digest())
+        config = self.config
+        return SiteState(config.state, run=self.run, study_digest=self.study.digest(), seal=config.seal())
 
 
 def site_file(context: Context) -> Path:

@@ -25,7 +25,7 @@ from client.candidates import Candidate, LeftOut
 from client.catalogue import Catalogue, catalogue, read
 from client.reasons import REASONS
 from client.series import Kind
-from client.site_config import DataSource
+from client.site_config import RANKS_BY_NAME, DataSource, PatientLimits
 from unimiss_core.errors import ConfigError, ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality, Scan
@@ -324,6 +324,23 @@ def _advice(report: CheckReport) -> Iterator[str]:
             f"Modality: {unnamed} of the scans do not say what they are. Say it in a site file (modality); "
             "only CT is read in Hounsfield units."
         )
+
+
+def otherwise_declared(report: CheckReport, limits: PatientLimits) -> Iterator[str]:
+    """Where `privacy.holds` and the scans in use differ, a line for each kind; nothing where it is not set."""
+    for name, rank in RANKS_BY_NAME.items():
+        found = sum(entry.kind == f"{rank}d" for entry in report.used)
+        if rank in limits.ranks and not found:
+            yield (
+                f"Warning: privacy.holds declares {name}, and no usable scan is one: patient-level studies would be "
+                f"told that this site has {name}, and get noise alone from its {rank}D steps. Take {name} out of "
+                "privacy.holds, or see why none is usable."
+            )
+        elif limits.ranks and rank not in limits.ranks and found:
+            yield (
+                f"Warning: {found} of the usable scans are {name}, which privacy.holds does not declare: patient-level "
+                f"studies will not train on them. Add {name} to privacy.holds if they should."
+            )
 
 
 def _used_table(report: CheckReport) -> Table:

@@ -1,13 +1,9 @@
-"""The `unimiss-site` command: what a hospital's operator types.
-
-Exit codes: 0 done, 2 wrong arguments or configuration, 3 nothing usable, 6 the ledger is damaged, 8 the audit log is,
-130 interrupted; see `unimiss_core.errors`.
-"""
+"""The `unimiss-site` command: what a hospital's operator types."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +14,36 @@ from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
 if TYPE_CHECKING:  # readers take a second to import: not for a wrong command line, and only where Ctrl-C is handled
     from rich.console import Console
 
+    from client.site_check import CheckReport
     from client.site_config import DataSource
 
 
+COMMANDS: Mapping[str, str] = {
+    "init": "make a site's folder, with a key pair that never leaves it",
+    "join": "trust the coordinator that sent this welcome",
+    "check": "look at this machine, its line to the coordinator and its scans; no scan leaves",
+    "ledger": "say what patients have cost, and what is left; verifies the ledger",
+    "audit": "say what was asked of this site and what left it; verifies the log",
+    "make-key": "make a key to seal this site's own files with (state_key)",
+    "clear": "let private rounds begin again after one has failed; where nothing is held, there is nothing to do",
+    "run": "take part: the daemon, until it is told to stop",
+    "status": "how the daemon is doing, and whether it reaches the coordinator",
+    "leave": "stop, and destroy this site's keys",
+}
+EXIT_CODES: Mapping[int, tuple[str, Collection[str]]] = {
+    0: ("done", COMMANDS),
+    1: ("another error", COMMANDS),
+    2: ("a file or the command line is wrong", COMMANDS),
+    3: ("no scan can be used", {"check"}),
+    6: ("the ledger is damaged", {"check", "ledger"}),
+    8: ("the audit log is damaged, or cannot be written to", {"init", "join", "audit", "clear", "run", "leave"}),
+    130: ("interrupted", COMMANDS),
+}
+"""Code -> (meaning, of which commands); docs/artefacts.md has those of every program."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns its exit code (EXIT_CODES)."""
     options = _parser().parse_args(arguments)
     try:
         options.act(options)
@@ -36,30 +57,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="unimiss-site", description="Run a site of a federated study.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_init(commands.add_parser("init", help="make a site's folder, with a key pair that never leaves it"))
-    _add_join(commands.add_parser("join", help="trust the coordinator that sent this welcome"))
-    _add_check(commands.add_parser("check", help="look at scans, and at this machine and its line; no scan leaves"))
-    _add_ledger(
-        commands.add_parser("ledger", help="say what patients have cost, and what is left; verifies the ledger")
+    parser = argparse.ArgumentParser(
+        prog="unimiss-site", description="Run a site of a federated study.", epilog=_exit_codes(COMMANDS)
     )
-    _add_audit(commands.add_parser("audit", help="say what was asked of this site and what left it; verifies the log"))
-    _add_clear(commands.add_parser("clear", help="let private rounds begin again after one has failed"))
-    for parser_of_daemon in daemon_command.add_to(commands):
-        _add_home(parser_of_daemon)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    adding = {
+        "init": _add_init,
+        "join": _add_join,
+        "check": _add_check,
+        "ledger": _add_ledger,
+        "audit": _add_audit,
+        "make-key": _add_make_key,
+        "clear": _add_clear,
+        "run": daemon_command.add_run,
+        "status": daemon_command.add_status,
+        "leave": daemon_command.add_leave,
+    }
+    for name, add in adding.items():
+        said = COMMANDS[name]
+        add(commands.add_parser(name, help=said, description=said, epilog=_exit_codes({name})))
     return parser
 
 
-def _add_home(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SITE_HOME, or this folder)"
-    )
+def _exit_codes(commands: Collection[str]) -> str:
+    told = [f"{code} {meaning}" for code, (meaning, of) in EXIT_CODES.items() if set(commands) & set(of)]
+    return f"Exit codes: {', '.join(told)}."
 
 
 def _add_site_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("site", type=Path, nargs="?", metavar="SITE.yaml", help="the site file (default: --home's)")
-    _add_home(parser)
+    daemon_command.add_home(parser)
 
 
 def _site_file(options: argparse.Namespace) -> Path:
@@ -92,7 +119,7 @@ def _init(options: argparse.Namespace) -> None:
 
 def _add_join(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("welcome", type=Path, metavar="WELCOME.yaml", help="as the coordinator's operator sent it")
-    _add_home(parser)
+    daemon_command.add_home(parser)
     parser.set_defaults(act=_join)
 
 
@@ -121,7 +148,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         help="a folder of scans, or a site file (.yaml); without it, all of this site: its machine, its line to the "
         "coordinator, and the scans of its file",
     )
-    _add_home(parser)
+    daemon_command.add_home(parser)
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the account as JSON")
     parser.add_argument("--save-nifti", type=Path, metavar="DIR", help="write what the model would see as NIfTI")
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="write a contact sheet")
@@ -167,7 +194,7 @@ def _check(options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
     if data.is_file():
-        _say_terms(data, console, report.unowned)
+        _say_terms(data, console, report)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
@@ -179,16 +206,21 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"{amiss} of what stands above the scans must be mended before this site can take part")
 
 
-def _say_terms(site_file: Path, console: "Console", unowned: int) -> None:
-    """Which studies a site takes part in. Raises LedgerError."""
+def _say_terms(site_file: Path, console: "Console", report: "CheckReport") -> None:
+    """Which studies a site takes part in, and what its file says otherwise than was found. Raises LedgerError."""
     from client import policy
     from client.ledger import ledger_of
+    from client.site_check import otherwise_declared
     from client.site_config import load_site
     from client.terms import terms
 
     site = load_site(site_file)
-    told = [*policy.in_words(site.policy), *terms(site, ledger_of(site), unowned=unowned)]
-    console.print(*told, sep="\n", markup=False, highlight=False)
+    said = [
+        *policy.in_words(site.policy),
+        *terms(site, ledger_of(site), unowned=report.unowned),
+        *otherwise_declared(report, site.privacy),
+    ]
+    console.print(*said, sep="\n", markup=False, highlight=False)
 
 
 def _add_ledger(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +242,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     from unimiss_core.audit_report import add_options
 
     parser.add_argument("site", type=Path, nargs="?", metavar="SITE.yaml", help="the site file, if not the home's")
-    _add_home(parser)
+    daemon_command.add_home(parser)
     add_options(parser)
     parser.set_defaults(act=_audit)
 
@@ -222,6 +254,20 @@ def _audit(options: argparse.Namespace) -> None:
     from unimiss_core import audit_report
 
     audit_report.show(log_of(options.site or Home.chosen(options.home).site), options, summary)
+
+
+def _add_make_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a new file, on another disk than the state folder")
+    parser.set_defaults(act=_make_key)
+
+
+def _make_key(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    from unimiss_core.sealing import make_key
+
+    make_key(options.file)
+    print(f"{options.file}: a new key; write it into the site file as state_key, and keep a copy elsewhere:")
+    print("without it the site begins anew, and nothing that was sealed can be opened by anybody")
 
 
 def _add_clear(parser: argparse.ArgumentParser) -> None:
@@ -236,9 +282,12 @@ def _clear(options: argparse.Namespace) -> None:
     from client.site_config import load_site
 
     site = load_site(_site_file(options))
-    Hold(site).clear()
+    is_cleared = Hold(site).clear()
     log_of(options.site).record("clear")
-    print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
+    if is_cleared:
+        print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
+    else:
+        print(f"{site.name}: nothing is held, for no private round failed or died since a person last looked")
 
 
 def _sources(data: Path) -> tuple[Sequence["DataSource"], int | None]:

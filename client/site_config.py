@@ -12,6 +12,7 @@ from unimiss_core.errors import ConfigError
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.privacy_config import Delta, Multiplier
 from unimiss_core.scan import Modality, Rank
+from unimiss_core.sealing import Seal, read_seal
 
 
 class TableConfig(Config):
@@ -85,7 +86,7 @@ class MicroBatchConfig(Config):
         return self.images if rank == 2 else self.volumes
 
 
-_RANKS: Mapping[str, Rank] = {"images": 2, "volumes": 3}
+RANKS_BY_NAME: Mapping[str, Rank] = {"images": 2, "volumes": 3}
 
 
 class PatientLimits(Config):
@@ -112,7 +113,7 @@ class PatientLimits(Config):
     @property
     def ranks(self) -> frozenset[Rank]:
         """Of what it `holds`; empty where that is not said."""
-        return frozenset(_RANKS[kind] for kind in self.holds or ())
+        return frozenset(RANKS_BY_NAME[kind] for kind in self.holds or ())
 
 
 def _known_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -191,9 +192,23 @@ class SiteConfig(SiteTraining):
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     state: Path
     """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
+    state_key: Path | None = None
+    """A key made by `unimiss-site make-key`, on another disk than the state folder: what is remembered of rounds and
+    the preprocessed scans are then sealed with it (docs/sealing.md). None leaves them in clear."""
     cache: Path | None = None
     """Folder for preprocessed scans; None means `cache` in the state folder."""
     cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
+
+    def seal(self) -> Seal | None:
+        """What this site's files are sealed with. Raises ConfigError: the key cannot be read, or lies among them."""
+        if self.state_key is None:
+            return None
+        if any(folder in self.state_key.parents for folder in (self.state, self.cache_folder)):
+            raise ConfigError(
+                f"state_key: {self.state_key} lies among what it seals, and who takes the one takes the other; put the "
+                "key on another disk"
+            )
+        return read_seal(self.state_key)
 
     @property
     def cache_folder(self) -> Path:
@@ -226,6 +241,7 @@ def anchored(site: SiteConfig, base: Path) -> SiteConfig:
         raise ConfigError(
             f"site '{site.name}': its file names what is not there\n" + "\n".join(f"  - {line}" for line in problems)
         )
+    placed = {"state": base / site.state, "cache": site.cache and base / site.cache}
     return site.model_copy(
-        update={"data": tuple(sources), "state": base / site.state, "cache": site.cache and base / site.cache}
+        update={"data": tuple(sources), "state_key": site.state_key and base / site.state_key, **placed}
     )

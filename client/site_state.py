@@ -4,7 +4,9 @@ the student that it trained to.
 Each run has a folder, `runs/<its id>`, so that two runs, though of one study, never find each other's state. In it one
 file per round, `round-0007.safetensors`: the state after that round. The last two are kept, because a round that the
 coordinator asks for a second time (it was killed before it had saved the first) must start where the first did. Beside
-them `unfinished.safetensors` holds the round at work, as far as it was saved on the way.
+them `unfinished.safetensors` holds the round at work, as far as it was saved on the way. Where the site has a key, each
+is sealed with it (`unimiss_core.sealing`) and ends in `.sealed`; what lies there in clear counts for nothing then, and
+goes with the next round.
 """
 
 import json
@@ -17,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from unimiss_core import durable
 from unimiss_core.checkpoint import folder_name
 from unimiss_core.config import RUN
 from unimiss_core.errors import ConfigError
+from unimiss_core.sealing import Seal
 
 KEPT_ROUNDS = 2
 KEPT_RUNS = 8
@@ -46,9 +49,11 @@ class SiteState:
     A run is of one study; state of another, from a coordinator that uses a run's id again, counts as none.
     """
 
-    def __init__(self, folder: Path, *, run: str, study_digest: str) -> None:
+    def __init__(self, folder: Path, *, run: str, study_digest: str, seal: Seal | None = None) -> None:
         self._folder = run_folder(folder, run)
         self._study_digest = study_digest
+        self._seal = seal
+        self._ending = ".safetensors" if seal is None else ".sealed"
 
     def remember(self, state: Remembered) -> None:
         """Write the state after `state.round` whole, and drop what is older than the round before, or unfinished; and
@@ -57,10 +62,10 @@ class SiteState:
         Raises ConfigError: the disk is full, or the folder cannot be written to. What was remembered before still is.
         """
         self._write(self._path(state.round), state)
-        for kept in self._rounds():
-            if not state.round - KEPT_ROUNDS < kept <= state.round:
-                self._path(kept).unlink(missing_ok=True)
-        self._unfinished.unlink(missing_ok=True)
+        kept = {self._path(number) for number in range(state.round - KEPT_ROUNDS + 1, state.round + 1)}
+        for path in (*self._folder.glob("round-*.s*"), *self._folder.glob("unfinished.s*")):
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
     def before(self, round: int) -> Remembered | None:
         """The newest state from before `round`; None for a site that is new to the run."""
@@ -79,19 +84,21 @@ class SiteState:
         return state if state is not None and state.round == round else None
 
     def _rounds(self) -> list[int]:
-        return [int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")]
+        return [int(path.stem.removeprefix("round-")) for path in self._folder.glob(f"round-*{self._ending}")]
 
     @property
     def _unfinished(self) -> Path:
-        return self._folder / "unfinished.safetensors"
+        return self._folder / f"unfinished{self._ending}"
 
     def _path(self, round: int) -> Path:
-        return self._folder / f"{folder_name(round)}.safetensors"
+        return self._folder / f"{folder_name(round)}{self._ending}"
 
     def _write(self, path: Path, state: Remembered) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         metadata = {"study": self._study_digest, "round": str(state.round), "facts": json.dumps(state.facts)}
         content = save(tensors, metadata=metadata)
+        if self._seal is not None:
+            content = self._seal.seal(content, name_in_seal(path))
         try:
             make_run_folder(self._folder)
             durable.write_bytes(path, content)
@@ -100,16 +107,33 @@ class SiteState:
 
     def _read(self, path: Path) -> Remembered | None:
         """What the file holds; None where it is not there, damaged, or of another study: an older one, or a fresh
-        start, will do."""
+        start, will do. Raises ConfigError: it was sealed with another key."""
         try:
+            if self._seal is not None:
+                return self._held(load_whole(self._seal.open(path.read_bytes(), name_in_seal(path))))
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                if metadata["study"] != self._study_digest:
-                    return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                return Remembered(int(metadata["round"]), tensors, json.loads(metadata["facts"]))
+                return self._held((file.metadata(), tensors))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
+
+    def _held(self, content: tuple[Mapping[str, str], Mapping[str, Tensor]]) -> Remembered | None:
+        """What (metadata, tensors) say; None where they are of another study."""
+        metadata, tensors = content
+        if metadata["study"] != self._study_digest:
+            return None
+        return Remembered(int(metadata["round"]), tensors, json.loads(metadata["facts"]))
+
+
+def load_whole(payload: bytes) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file in memory. Raises SafetensorError, ValueError, KeyError."""
+    tensors = load(payload)  # checks the header, too
+    return json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"], tensors
+
+
+def name_in_seal(path: Path) -> str:
+    """Of a file in a run's folder: no round takes the place of another, nor of another run's."""
+    return f"run/{path.parent.name}/{path.name}"
 
 
 def _unwritable(what: str, error: OSError) -> ConfigError:

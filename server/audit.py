@@ -35,7 +35,7 @@ class PeerRefused(Entry):
 
     kind: Literal["peer_refused"]
     reason: Word
-    peer: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:+/-]{1,80}$")]
+    peer: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:%+/-]{1,80}$")]
     count: Count
     """How often since the line before of the same reason and peer."""
 

@@ -96,7 +96,8 @@ class OneRound:
             if deadline_passed := not line.reason and line.status == "absent":
                 line.reason = "no_reply"
                 self._tell(name, line)
-            self._slow.note(name, self._round, late=deadline_passed or line.reason in ("busy", "discounted"))
+            is_late = line.status != "refused" and line.reason in ("busy", "discounted")
+            self._slow.note(name, self._round, late=deadline_passed or is_late)
             if line.bytes_down or line.counts:
                 self._state.attendance.note(name, self._round, counted=line.counts)
         self._require_quorum()
@@ -221,7 +222,7 @@ class OneRound:
         self._warn_of_trouble(answer)
 
     def _tell(self, site: str, line: SiteRound) -> None:
-        at_work_on = self._at_work_on[site] if line.reason == "busy" else None
+        at_work_on = self._at_work_on.get(site) if line.reason == "busy" else None  # None: it says so, of another run
         progress.report(progress.SiteReplied(self._round, site, line.status, line.reason, at_work_on))
 
     def _warn_of_trouble(self, answer: TrainReply) -> None:

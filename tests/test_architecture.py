@@ -25,7 +25,12 @@ ONLY_IN = {
     "gdcm": {"client/dicom.py"},
     "nibabel": {"client/nifti.py"},
     "PIL": {"client/pictures.py"},
-    "cryptography": {"server/registration.py", "unimiss_core/keys.py", "unimiss_core/certificates.py"},
+    "cryptography": {
+        "server/registration.py",
+        "unimiss_core/keys.py",
+        "unimiss_core/certificates.py",
+        "unimiss_core/sealing.py",
+    },
     "httpx": {"server/exchange.py", "client/fleet.py", "client/reachability.py"},
     "opacus": {"client/accounting.py"},
     "sklearn": {"unimiss_core/probe.py"},

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -321,6 +322,14 @@ def test_appending_lets_a_whole_line_count(long: Path) -> None:
     (long / "words.head").write_bytes(head)
     append(long, "more")
     assert words(long)[80:] == ["written and not counted", "more"]
+
+
+def test_writers_of_several_threads_and_of_either_kind_make_one_chain(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(max_workers=4) as writers:
+        jobs = [writers.submit(append if n % 3 else write, tmp_path, str(n)) for n in range(60)]
+        for job in jobs:
+            job.result()
+    assert sorted(words(tmp_path), key=int) == [str(n) for n in range(60)]
 
 
 def test_a_line_that_would_hide_the_end_is_not_appended(tmp_path: Path) -> None:

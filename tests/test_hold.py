@@ -121,8 +121,8 @@ def test_the_request_that_failed_is_not_looked_at_again_before_a_person_has_look
     assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"] * 2
     said = [event.text for event in heard if isinstance(event, progress.Note) and "unimiss-site clear" in event.text]
     assert len(said) == 2  # when it failed, and when it was held
-    assert clear(hospital) == 2
-    assert "nothing is held" in capsys.readouterr().err
+    assert clear(hospital) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("north: nothing is held")
 
 
 def test_a_reply_that_was_recorded_is_sent_again_while_the_site_is_held(
@@ -202,7 +202,7 @@ def test_a_first_death_is_told_at_the_site_and_may_be_cleared(tmp_path: Path) ->
     with progress.listen(heard.append), hospital.asked() as ask:
         assert answer(ask, private_study()) == "ok"
     assert any(isinstance(event, progress.Note) and "the next one that dies holds" in event.text for event in heard)
-    assert [clear(hospital), clear(hospital)] == [0, 2]
+    assert [Hold(load_site(hospital.folder / "site.yaml")).clear() for _ in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -256,9 +256,63 @@ def test_an_introduction_that_dies_counts_too_and_a_held_site_reads_nothing_for_
 def test_a_round_at_work_is_no_death(site: SiteConfig) -> None:
     with Hold(site).at_work(FAILED), Hold(site).at_work(OTHER):
         Hold(site).check()
-        with pytest.raises(ConfigError, match="nothing is held"):
-            Hold(site).clear()
+        assert not Hold(site).clear()
     Hold(site).check()
+
+
+# --- what a person reads
+
+
+def test_what_a_person_reads_says_what_happened_what_it_means_and_the_way_on(
+    site: SiteConfig,
+) -> None:
+    with pytest.raises(WireError, match="undisclosed"):
+        fail(site, FAILED)
+    happened, means, look, way_on = (Hold(site).in_words() or "").splitlines()
+    assert happened == f"round 3 of run '{RUN}' failed."
+    assert "begins no private round" in means
+    assert "this site's log" in look
+    assert "the system's log" not in look  # nothing died
+    assert "`unimiss-site clear SITE.yaml`" in way_on
+    for _ in range(2):
+        die_in_a_round(site, OTHER)
+    happened, _, look, _ = (Hold(site).in_words() or "").splitlines()
+    assert happened.count(f"round 4 of run '{RUN}' died with its process") == 2
+    assert "the system's log" in look
+
+
+# --- one at a time
+
+
+HOLDS_THE_SITE = """
+import sys
+from pathlib import Path
+from client.ledger import Ledger
+from client.site_config import PatientLimits
+with Ledger(Path(sys.argv[1]), PatientLimits(), lambda *_: 0.0).alone("f" * 16):
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_while_another_process_is_at_work_on_any_run_nothing_is_charged_or_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two daemons, or two coordinators, on one state folder: each round could fail of what the other takes."""
+    hospital, read = Hospital(tmp_path), list[str]()
+    monkeypatch.setattr(private_round, "tell_of_scans", lambda *_: read.append("scans"))
+    command = [sys.executable, "-c", HOLDS_THE_SITE, str(tmp_path / "state")]
+    with hospital.asked() as ask:
+        alone = facts_of(ask(Hello(private_study(), RUN).pack(), "query"))
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "at work\n"
+            assert answer(ask, private_study()) == "busy"
+            assert (hospital.entries, marks(hospital)) == ([], [])
+            assert facts_of(ask(Hello(private_study(), RUN).pack(), "query")) == alone
+            assert read == ["scans"]  # by the first introduction
+            other.communicate("")
+        assert answer(ask, private_study()) == "ok"
 
 
 # --- where nothing can be written
@@ -298,8 +352,7 @@ def test_on_a_full_disk_no_round_begins(site: SiteConfig, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="no space left"), Hold(site).at_work(FAILED):
         pytest.fail("began")
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="nothing is held"):
-        Hold(site).clear()
+    assert not Hold(site).clear()
 
 
 def test_a_damaged_mark_holds(site: SiteConfig) -> None:
@@ -328,7 +381,7 @@ def test_an_unknown_patient_holds_nothing(tmp_path: Path) -> None:
     hospital = Hospital(tmp_path, data=[{"folder": "scans"}])
     with hospital.asked() as ask:
         assert [answer(ask, private_study(), round=number) for number in (1, 2)] == ["undisclosed"] * 2
-    assert clear(hospital) == 2
+    assert not Hold(load_site(hospital.folder / "site.yaml")).clear()
 
 
 def test_scans_that_stand_under_several_patients_are_told_at_the_site(tmp_path: Path) -> None:

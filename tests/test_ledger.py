@@ -160,7 +160,6 @@ def test_what_a_site_remembers_and_its_replies_do_not_get_into_each_others_way(t
         "round-0003.safetensors",
         "reply-0002.bin",
         "reply-0003.bin",
-        "round.lock",
     }
 
 

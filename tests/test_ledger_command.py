@@ -106,6 +106,18 @@ def test_before_a_study_was_charged_there_is_only_a_new_run(
     assert len(images) == 2
 
 
+@pytest.mark.parametrize(("holds", "named"), [("[images]", ["images"]), ("[images, volumes]", ["both"])])
+def test_rounds_are_told_of_what_the_site_holds_alone(
+    site: Path, study: StudyConfig, capsys: pytest.CaptureFixture[str], holds: str, named: list[str]
+) -> None:
+    """It is charged for that in every round, whatever scans it has."""
+    site.write_text(site.read_text().replace("max_epsilon: 0.44", f"max_epsilon: 0.44, holds: {holds}"))
+    (site.parent / "study.yaml").write_text(dump_yaml(study))
+    assert main(["ledger", str(site), "--study", str(site.parent / "study.yaml")]) == 0
+    _, *kinds = rows(capsys.readouterr().out)
+    assert [kind[0] for kind in kinds] == named
+
+
 def test_a_site_that_was_never_charged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ledger", str(site)]) == 0
     assert rows(capsys.readouterr().out) == [["all of this site", "", "0", "1e-05", "0", "0.44", "0.44"]]

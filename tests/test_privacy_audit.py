@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from client import audit_command
+from client import audit_command, privacy_audit
 from client.audited_engine import Engine, Silence
 from client.findings import at_most, chi_square_over_n, deviation, likeness, normality, repetition, share
 from client.membership import auc_below
@@ -28,6 +28,15 @@ from unimiss_core.network import build_network, tensors_of
 from unimiss_core.noise import Noise
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.study import StudyConfig
+
+CHECKS = (
+    "noise_is_as_claimed",
+    "one_process_adds_the_noise",
+    "a_patient_moves_a_release_by_its_bound",
+    "patients_do_not_touch_each_other",
+    "nothing_is_kept_that_is_not_noised",
+    "patients_are_drawn_by_chance",
+)
 
 
 def private_study(noise: float = 4.0) -> StudyConfig:
@@ -165,17 +174,18 @@ def test_the_interval_of_the_auc_holds_it_in_19_of_20_cases() -> None:
     assert 0.91 <= held / 400 <= 0.98
 
 
-def site_file(folder: Path, name: str, pictures: Sequence[np.ndarray]) -> str:
+def site_file(folder: Path, name: str, pictures: Sequence[np.ndarray], *, owned: bool = False) -> str:
+    """owned: whether the file vouches that each picture is of another patient."""
     (folder / name).mkdir()
     for number, pixels in enumerate(pictures):
         write_png(folder / name / f"{number}.png", pixels)
     path = folder / f"{name}.yaml"
-    path.write_text(f"name: {name}\ndata: [{{folder: {name}}}]\nstate: state-{name}\ndevices: cpu\nworkers: 1\n")
+    source = f"{{folder: {name}, file_is_patient: {str(owned).lower()}}}"
+    path.write_text(f"name: {name}\ndata: [{source}]\nstate: state-{name}\ndevices: cpu\nworkers: 1\n")
     return str(path)
 
 
-def finished_run(folder: Path) -> str:
-    study = small_study()
+def finished_run(folder: Path, study: StudyConfig) -> str:
     student, teacher = (tensors_of(build_network(study.model, seed=seed)) for seed in (1, 2))
     checkpoint.save(
         folder / "run" / "checkpoints" / checkpoint.folder_name(1),
@@ -191,10 +201,32 @@ def finished_run(folder: Path) -> str:
     return str(folder / "run")
 
 
-def test_a_run_is_attacked_by_patient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def some_pictures(count: int) -> list[np.ndarray]:
     random = np.random.default_rng(0)
-    pictures = [random.integers(0, 255, (41, 35)).astype(np.uint8) for _ in range(17)]
-    run = finished_run(tmp_path)
+    return [random.integers(0, 255, (41, 35)).astype(np.uint8) for _ in range(count)]
+
+
+def test_a_private_run_is_attacked_over_patients_who_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its study had scans read; a guess would make a patient of every file."""
+    run, pictures = finished_run(tmp_path, private_study()), some_pictures(12)
+    owned = [site_file(tmp_path, name, pictures[n::2], owned=True) for n, name in enumerate(("members", "others"))]
+    guessed = site_file(tmp_path, "guessed", pictures)
+    assert main(["audit-privacy", "--run", run, "--members", owned[0], "--others", owned[1], "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "6 members, 6 others" in said.out
+    assert [line for line in said.err.splitlines() if line] == [
+        "reading the scans of the members",
+        "reading the scans of the others",
+        "losses of 12 scans",
+    ]
+    assert main(["audit-privacy", "--run", run, "--members", owned[0], "--others", guessed]) == 2
+    assert "nothing says whose these files are: 12 of 'data.0'" in capsys.readouterr().err
+
+
+def test_a_run_is_attacked_by_patient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, pictures = finished_run(tmp_path, small_study()), some_pictures(17)
     members, others, few = (
         site_file(tmp_path, name, part)
         for name, part in (("members", pictures[:8]), ("others", pictures[8:14]), ("few", pictures[14:]))
@@ -246,6 +278,23 @@ def test_a_study_is_audited_and_a_broken_engine_told(
     said = capsys.readouterr()
     assert "CONTRADICTS" in said.out
     assert "measures that contradict what the study claims" in said.err
+
+
+def test_each_stage_is_told_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first table comes after half of all the time that an audit takes."""
+    monkeypatch.setattr(audit_command, "RANKS", (2,))
+    for check in CHECKS:
+        monkeypatch.setattr(privacy_audit, check, lambda *_, **__: iter(()))
+    (tmp_path / "study.yaml").write_text(dump_yaml(private_study()))
+    assert main(["audit-privacy", "--study", str(tmp_path / "study.yaml"), "--canaries", "20", "--steps", "2"]) == 0
+    said = capsys.readouterr()
+    assert [line.split(" measures:")[0] for line in said.err.splitlines()] == [
+        *(f"images, {number} of 6" for number in range(1, 7)),
+        "images: what 2 steps tell of 20 canaries",
+    ]
+    assert "measures:" not in said.out  # figures alone, for whoever keeps them
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.test_faults import (
     site,
 )
 from unimiss_core import checkpoint
+from unimiss_core.errors import WireError
 from unimiss_core.wire import TrainReply, TrainRequest
 
 
@@ -122,3 +123,18 @@ def test_a_late_reply_that_counts_in_one_try_counts_in_the_next_and_once(tmp_pat
     last = metric_rows(tmp_path)[-1]["sites"]
     assert {name: line["status"] for name, line in last.items()} == {"slow": "late", "a": "ok", "b": "ok", "c": "ok"}
     assert [request.round for request in sites[0].requests] == [1, 2]
+
+
+# -- a site at work for another coordinator ----------------------------------------------------------------------------
+
+
+def test_a_site_that_is_busy_with_another_run_costs_itself_that_round_alone(tmp_path: Path) -> None:
+    """It answers so itself; the coordinator knows of no round of this run that it is at work on."""
+
+    def at_work_elsewhere(_: TrainRequest, __: StubSite) -> TrainReply:
+        raise WireError("busy", "another process of this site is at work on a private round")
+
+    state = federate(tmp_path, [site("a"), site("b", only_in_bad_round(at_work_elsewhere)), site("ct")])
+    assert_is_model_of(state, tmp_path, all_good("a", "b", "ct", but="b"))
+    told = metric_rows(tmp_path)[BAD_ROUND - 1]["sites"]["b"]
+    assert (told["status"], told["reason"]) == ("refused", "busy")

@@ -2,6 +2,7 @@ import ast
 import gzip
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -166,6 +167,49 @@ def test_a_site_file_is_checked_with_its_own_rules(tmp_path, capsys):
     (tmp_path / "site.yaml").write_text("name: n\nstate: s\ndata: [{folder: archive, pateint_range: [0.0, 1.0]}]\n")
     assert main(["check", str(tmp_path / "site.yaml")]) == 2
     assert "did you mean 'patient_range'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("holds", "warned"),
+    [
+        ("[images, volumes]", []),
+        ("[images]", ["Warning: 2 of the usable scans are volumes, which privacy.holds does not declare"]),
+        ("[volumes]", ["Warning: 1 of the usable scans are images, which privacy.holds does not declare"]),
+        ("null", []),  # it takes part in no private study, which is said already
+    ],
+)
+def test_what_a_site_declares_and_what_it_has_are_compared(tmp_path, capsys, holds, warned):
+    """At home, so that counts may be told."""
+    for number in range(2):
+        write_series(tmp_path / "scans" / f"ct-{number}", pattern(6, 20 + number, 30))
+    write_radiograph(tmp_path / "scans" / "xr", np.arange(1200, dtype=np.uint16).reshape(30, 40))
+    site = tmp_path / "site.yaml"
+    site.write_text(f"name: n\nstate: s\ndata: [{{folder: scans}}]\nprivacy: {{holds: {holds}}}\n")
+    assert main(["check", str(site)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert [part for part in warned if part in said] == warned
+    assert said.count("Warning:") == len(warned)
+
+
+def test_a_rank_that_is_declared_and_not_there_is_told(tmp_path, capsys):
+    write_series(tmp_path / "scans", pattern(6, 20, 30))
+    site = tmp_path / "site.yaml"
+    site.write_text("name: n\nstate: s\ndata: [{folder: scans}]\nprivacy: {holds: [images, volumes]}\n")
+    assert main(["check", str(site)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("Warning:") == 1
+    assert "privacy.holds declares images, and no usable scan is one" in said
+    assert "noise alone from its 2D steps" in said
+
+
+@pytest.mark.parametrize("command", ["check", "ledger", "clear"])
+def test_each_commands_help_lists_its_exit_codes_as_the_documentation_does(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    (told,) = re.findall(r"Exit codes: (.*)\.", " ".join(capsys.readouterr().out.split()))
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "docs" / "artefacts.md").read_text(), re.MULTILINE)
+    documented = [code for code, whose in rows if whose == "every command" or f"`unimiss-site {command}`" in whose]
+    assert [part.split(" ", 1)[0] for part in told.split(", ")] == documented
 
 
 def test_for_a_private_study_patients_are_sorted_out_apart(tmp_path):
