@@ -38,7 +38,8 @@ def _run(options: argparse.Namespace) -> None:
     from client.audit import log_of
     from client.daemon import run
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("client").setLevel(logging.INFO)
     home = Home.chosen(options.home)
     run(home, log_of(home.site).record)
 

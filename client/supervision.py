@@ -26,6 +26,11 @@ PATIENCE_S = 15.0
 
 Note = Callable[[str, Mapping[str, str | int | float]], None]
 Event = Literal["stopped", "connected", "lost"]
+_IN_WORDS: Mapping[Event, str] = {
+    "stopped": "the daemon has stopped",
+    "connected": "the coordinator is there",
+    "lost": "the coordinator is not there any more; it is asked again and again",
+}
 
 
 class Running(Protocol):
@@ -62,6 +67,7 @@ class Supervision:
     def run(self) -> None:
         """Until the daemon is asked to stop. Raises what `note` does at the start, and nothing later."""
         self._since = self.now()
+        log.info("the daemon has started, as process %d", self.pid)
         self.note(
             "daemon", {"event": "started"}
         )  # a log that is damaged is a person's to look at, before anything runs
@@ -139,6 +145,7 @@ class Supervision:
 
     def _record(self, event: Event) -> None:
         """A log that cannot be written to keeps replies from leaving (`client.app`), and need not end the daemon."""
+        log.info("%s", _IN_WORDS[event])
         try:
             self.note("daemon", {"event": event})
         except (OSError, UnimissError) as error:
