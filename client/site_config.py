@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from unimiss_core.config import NAME, Config, Name, load
+from unimiss_core.config import NAME, Config, Name, load, read_yaml
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
 from unimiss_core.groups import GROUPS, Group
@@ -221,8 +221,10 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def state_folder(path: Path) -> Path:
-    """Where the site of this file keeps its state, even if its data folders are gone. Raises ConfigError."""
-    return path.resolve().parent / load(SiteConfig, path).state
+    """Where the site of this file keeps its state, whatever else is wrong with the file. Raises ConfigError."""
+    raw = read_yaml(path)
+    state = raw.get("state") if isinstance(raw, Mapping) else None
+    return path.resolve().parent / (state if isinstance(state, str) and state else load(SiteConfig, path).state)
 
 
 def anchored(site: SiteConfig, base: Path) -> SiteConfig:

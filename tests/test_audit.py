@@ -96,6 +96,12 @@ def test_what_no_site_answers_is_refused_with_a_code_and_written_down(tmp_path: 
     assert refused.items() >= {"kind": "refusal", "reason": "unknown_request"}.items()
 
 
+def test_a_site_whose_file_is_wrong_writes_down_that_it_refused(tmp_path: Path) -> None:
+    with Hospital(tmp_path, devices="abacus").asked() as ask:
+        assert Refusal.found_in(ask(Hello(STUDY, RUN).pack(), "query")) == Refusal("site_setup")
+    assert [line.get("reason") for line in lines(tmp_path / "state")] == [None, "site_setup"]
+
+
 # -- before it leaves -------------------------------------------------------------------------------------------------
 
 
