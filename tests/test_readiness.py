@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import torch
 
 from client import listening, readiness, status
 from client.health import CONTACT, HEALTH, PROBLEMS, Contact, Health, write
@@ -131,6 +132,19 @@ def test_a_disk_without_room_is_told(pair: Joined, monkeypatch: pytest.MonkeyPat
     for free, mark in {900e9: "good", 100e9: "warning"}.items():
         monkeypatch.setattr(readiness.shutil, "disk_usage", lambda _, free=free: usage(1e12, 0, int(free)))
         assert found(pair)["disk, state and cache"].mark == mark
+
+
+def test_a_gpu_that_another_program_fills_is_told(pair: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "devices_of", lambda _: [torch.device("cuda", 0)])
+    for free, mark in {60e9: "good", 3e9: "warning"}.items():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), int(80e9)))
+        assert found(pair)["device cuda:0"].mark == mark
+
+
+def test_a_device_that_is_not_there_is_bad(pair: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    pair.site.site.write_text(pair.site.site.read_text() + "devices: cuda:0\n")
+    assert found(pair)["devices"].mark == "bad"
 
 
 def test_who_has_not_joined_is_told_how(pair: Joined) -> None:
