@@ -27,6 +27,9 @@ REASONS: Mapping[str, Reason] = {
         "its own operator alone can mend it: `unimiss-site check` there says what is left out, and why",
     ),
     "study": Reason("the site does not understand the study: another version of the program", _BOTH_VERSIONS),
+    "bundle": Reason(
+        "the site runs no code but what it has installed, and the coordinator's is another", _BOTH_VERSIONS
+    ),
     "needs_whole": Reason(
         "the site lost what it remembered; it is sent the whole student and teacher next time",
     ),
@@ -78,7 +81,10 @@ REASONS: Mapping[str, Reason] = {
     "not_connected": Reason("the site took part before or is registered, and is not there"),
     "no_introduction": Reason("the site did not say in time who it is"),
     "no_reply": Reason("no reply: the site is gone, or the deadline passed"),
-    "busy": Reason("the site is still at work on a round; its update counts when it comes"),
+    "busy": Reason(
+        "the site is still at work on a round, and its update counts when it comes; or, by its own word, on a private "
+        "round of another run"
+    ),
     "discounted": Reason(
         "the site's update for an earlier round came late and counted with less weight, as the study says",
     ),
