@@ -23,13 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from client.children import Child, rotating
 from client.health import CONTACT, HEALTH, read_contact, write
 from client.home import Home
 from client.site_config import SiteConfig, load_site
 from client.supervision import Note, Supervision
 from client.tls import tls_of
 from unimiss_core import keys, locks
+from unimiss_core.child import Child, rotating
 from unimiss_core.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -37,13 +37,12 @@ from flwr.supercore.run import Run
 from flwr.supernode import fleet_http_connection, start_client_internal
 
 from client.audit import log_of
-from client.children import end_with_the_daemon
 from client.fleet import Lines
 from client.health import ContactBook
 from client.home import Home
 from client.site_config import load_site
 from client.tls import tls_of
-from unimiss_core import bundle
+from unimiss_core import bundle, tether
 from unimiss_core.errors import AuditError, ConfigError, UnimissError
 from unimiss_core.joining import read_welcome
 
@@ -243,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     _show_our_own_words()
     threading.excepthook = _end_with_a_thread
-    end_with_the_daemon()
+    tether.watch()
     code = 1
     try:
         home = Home(options.home.absolute())

@@ -34,7 +34,7 @@ _IN_WORDS: Mapping[Event, str] = {
 
 
 class Running(Protocol):
-    """A process, as `client.children.Child`."""
+    """A process, as `unimiss_core.child.Child`."""
 
     def how_it_ended(self) -> str | None: ...
     def end(self, patience_s: float) -> None: ...

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import httpx
 
-from server import tethered
 from server.audit import coordinator_log
 from server.front_conversation import Conversation, House
 from server.front_door import BACKLOG, Caller, Door
@@ -30,7 +29,7 @@ from server.home import Home
 from server.refusals import Note, Refusals
 from server.registry import Registry
 from server.server_config import FrontLimits, ServerConfig
-from unimiss_core import durable
+from unimiss_core import durable, tether
 from unimiss_core.certificates import identity
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
@@ -163,5 +162,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    tethered.watch()
+    tether.watch()
     sys.exit(main())

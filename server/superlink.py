@@ -54,7 +54,7 @@ def family(home: Home, config: ServerConfig) -> Children:
         folder=home.flower,
         workplace=home.workplace,
         environment=environment(home),
-        log_bytes=config.log_mb * 1e6,
+        log_bytes=round(config.log_mb * 1e6),
     )
 
 
@@ -119,7 +119,7 @@ def _require_free(home: Home, host: str, port: int, key: str) -> None:
 
 
 def _tethered(*command: str) -> Sequence[str]:
-    return (sys.executable, "-m", "server.tethered", *command)
+    return (sys.executable, "-m", "unimiss_core.tether", *command)
 
 
 def _superlink(home: Home, config: ServerConfig) -> Sequence[str]:

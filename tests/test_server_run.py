@@ -170,7 +170,7 @@ def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: P
     contacts.heard("alpha", NOW - timedelta(seconds=3), 0.1)
     contacts.heard("beta", NOW - timedelta(minutes=4), -400.0)
     home.front_status.write_text(contacts.as_text({"no_certificate": 12}, NOW))
-    family = Children([], home.flower, home.workplace, {}, 1e6)
+    family = Children([], home.flower, home.workplace, {}, 1_000_000)
     Running("toy", 2, NOW.timestamp() - 60, True, 0, children_of(family)).write(home.running)
     assert list(status(home, at_work=True, now=NOW)) == [
         "running toy for 1 min 00 s",

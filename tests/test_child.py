@@ -1,4 +1,4 @@
-"""Processes of the daemon, as stand-ins: what they print, how they end, and that none outlives the daemon."""
+"""Processes of a daemon, as stand-ins: what they print, how they end, and that none outlives the daemon."""
 
 import os
 import signal
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from client import children
-from client.children import Child
+from unimiss_core.child import KEPT_LOGS, LOG_BYTES, LONGEST_LINE, Child
 
 ROOT = Path(__file__).parents[1]
 LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to see what runs")
@@ -20,9 +19,9 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 """Ignores SIGTERM; sleeps in the end."""
 
 
-def started(code: str, folder: Path) -> Child:
+def started(code: str, folder: Path, log_bytes: int = LOG_BYTES) -> Child:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return Child.start([sys.executable, "-c", code], environment, folder, folder / "child.log")
+    return Child.start([sys.executable, "-c", code], environment, folder, folder / "child.log", log_bytes)
 
 
 def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -54,14 +53,13 @@ def test_what_it_prints_stands_in_a_log_with_the_time(tmp_path: Path) -> None:
     child.end(1.0)
 
 
-def test_the_log_stays_small_whatever_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "LOG_BYTES", 10_000)
-    child = started("for _ in range(2000): print('x' * 100)\nprint('y' * 300000)\nprint('end')", tmp_path)
+def test_the_log_stays_small_whatever_is_printed(tmp_path: Path) -> None:
+    child = started("for _ in range(2000): print('x' * 100)\nprint('y' * 300000)\nprint('end')", tmp_path, 10_000)
     until(lambda: printed(tmp_path).endswith(" end\n"))
     child.end(5.0)
     files = list(tmp_path.glob("child.log*"))
-    assert len(files) == 1 + children.KEPT_LOGS
-    assert sum(file.stat().st_size for file in files) < 6 * (10_000 + children.LONGEST_LINE)
+    assert len(files) == 1 + KEPT_LOGS
+    assert sum(file.stat().st_size for file in files) < 6 * (10_000 + LONGEST_LINE)
 
 
 def test_it_is_asked_to_end_before_it_is_made_to(tmp_path: Path) -> None:
@@ -94,12 +92,12 @@ def test_one_that_does_not_hear_is_killed_with_its_own_children(tmp_path: Path) 
 @LINUX
 def test_a_daemon_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     """As the chain is: the gate watches its standard input, the second process the gate, as flower-superexec does."""
-    gate = "from client.children import end_with_the_daemon; end_with_the_daemon(); import time; time.sleep(600)"
+    gate = "from unimiss_core import tether; tether.watch(); import time; time.sleep(600)"
     second = (
         "import os, sys, time\nparent = int(sys.argv[1])\nwhile os.path.exists(f'/proc/{parent}'): time.sleep(0.05)"
     )
     daemon = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom client.children import Child\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom unimiss_core.child import Child\n"
         f"folder = Path({str(tmp_path)!r})\n"
         f"gate = Child.start([sys.executable, '-c', {gate!r}], os.environ, folder, folder / 'gate.log')\n"
         f"command = [sys.executable, '-c', {second!r}, str(gate.pid)]\n"

@@ -1,6 +1,6 @@
 """A process that ends with the one that started it, however that ends: killed, crashed, or by itself.
 
-    python -m server.tethered COMMAND ARGUMENTS...
+    python -m unimiss_core.tether COMMAND ARGUMENTS...
 
 runs a command of this installation in this process. Standard input is the tether: a pipe whose other end the starter
 holds and writes nothing to. When the starter is gone the system closes it; then this process and all of its group end.

@@ -1,4 +1,5 @@
-"""Processes that the daemon runs: each in a session of its own, with what it prints in a log of bounded size."""
+"""Processes that a daemon or a coordinator runs: each leads a session of its own, what it prints stands in a log of
+bounded size, and none outlives the process that started it (`unimiss_core.tether`)."""
 
 import logging
 import logging.handlers
@@ -6,9 +7,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +26,16 @@ class Child:
         self._process = process
 
     @classmethod
-    def start(cls, command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> Self:
-        """Run `command` in `folder`. Its standard input stays open until this process ends, however that ends.
+    def start(
+        cls,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        log: Path,
+        log_bytes: int = LOG_BYTES,
+    ) -> Self:
+        """Run `command` in `folder`. Its standard input is the tether: it stays open until this process ends, however
+        that ends. log_bytes: of the file `log`, beside which KEPT_LOGS older ones are kept.
 
         Raises OSError: it cannot be started.
         """
@@ -39,19 +46,28 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the daemon, which then ends those it started, in order
+            start_new_session=True,  # Ctrl-C is for the one that started it, which then ends its children in order
         )
         assert process.stdout is not None
-        threading.Thread(target=_keep, args=(process.stdout, rotating(log)), daemon=True).start()
+        threading.Thread(target=_keep, args=(process.stdout, rotating(log, log_bytes)), daemon=True).start()
         return cls(process)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def code(self) -> int | None:
+        """That it ended with, below 0 a signal; None while it runs."""
+        return self._process.poll()
+
+    def wait(self) -> None:
+        """Until it ends."""
+        self._process.wait()
+
     def how_it_ended(self) -> str | None:
         """In words; None while it runs."""
-        code = self._process.poll()
+        code = self.code
         if code is None:
             return None
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -70,22 +86,9 @@ class Child:
                 self._process.stdin.close()
 
 
-def end_with_the_daemon(patience_s: float = 15.0) -> None:
-    """In a child: end when the process that started it does, however that ends. Only then its standard input closes."""
-
-    def watch() -> None:
-        while sys.stdin.buffer.read(1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(patience_s)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def rotating(log: Path) -> logging.Handler:
+def rotating(log: Path, log_bytes: int = LOG_BYTES) -> logging.Handler:
     """Lines with the time before them, in a file of bounded size; a full disk loses lines and ends nothing."""
-    handler = _Rotating(log, maxBytes=LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8", delay=True)
+    handler = _Rotating(log, maxBytes=log_bytes, backupCount=KEPT_LOGS, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     return handler
 
