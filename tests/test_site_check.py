@@ -202,7 +202,7 @@ def test_a_rank_that_is_declared_and_not_there_is_told(tmp_path, capsys):
     assert "noise alone from its 2D steps" in said
 
 
-@pytest.mark.parametrize("command", ["check", "ledger", "clear"])
+@pytest.mark.parametrize("command", ["init", "join", "check", "ledger", "audit", "make-key", "clear"])
 def test_each_commands_help_lists_its_exit_codes_as_the_documentation_does(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])
