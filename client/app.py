@@ -20,7 +20,7 @@ from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site, site_file
 from client.site_config import load_site
 from client.telling import tell_if_heard, tell_of_scans
-from client.terms import check_terms
+from client.terms import check_rounds, check_terms
 from client.trainer import run_round
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
@@ -97,6 +97,8 @@ def introduce(message: Message, context: Context) -> Message:
         look_over(site.config)  # before the scans are read, which can take hours
         if hello.study.privacy.mode != "none":
             _check_promise(site.config.name, hello.study)
+        if site.is_private:
+            check_rounds(site.config, site.study, site.run, site.ledger)
         introduction = private_introduction(site) if site.is_private else _introduction(site)
         check_groups(site.config, groups_of_ranks(introduction.ranks))
         return introduction.pack()

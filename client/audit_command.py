@@ -18,6 +18,7 @@ from unimiss_core import checkpoint, progress
 from unimiss_core.config import load
 from unimiss_core.device import device_of
 from unimiss_core.errors import CheckpointError, ConfigError, PrivacyClaimError
+from unimiss_core.keys import read_signing_public_key
 from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig
 
@@ -54,17 +55,18 @@ def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: 
     print("no measure contradicts the claim")
 
 
-def of_run(run: Path, members: Path, others: Path, *, device: str = "auto") -> None:
+def of_run(run: Path, members: Path, others: Path, *, device: str = "auto", key: Path | None = None) -> None:
     """Print how well the run's newest checkpoint tells the patients of two site files apart.
 
     members: whose scans the run trained on. Both are read as the run's study has scans read: a patient-level one where
-    each file says whose it is. Raises ConfigError, UnknownPatientError, CheckpointError, NoUsableScanError.
+    each file says whose it is. key: the public key that must have signed the checkpoint. Raises ConfigError,
+    UnknownPatientError, CheckpointError, NoUsableScanError.
     """
     study = load(StudyConfig, run / "study.yaml")
     newest = checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{run}: holds no checkpoint")
-    held = checkpoint.load(newest)
+    held = checkpoint.load(newest, key=read_signing_public_key(key) if key else None)
     scans = _scans(study, "members", members), _scans(study, "others", others)
     _say(f"losses of {sum(map(len, scans))} scans")
     found = membership(study, held.student, held.teacher, *scans, device_of(device))

@@ -252,7 +252,18 @@ class Ledger:
             added = mechanisms(study, ranks, to_come[:rounds])
             return self._refused(charges, study, added, added) is not None
 
-        return bisect_left(range(1, len(to_come) + 1), True, key=too_many)
+        if not to_come or not too_many(len(to_come)):  # as of most studies, for it takes a second
+            return len(to_come)
+        return bisect_left(range(1, len(to_come)), True, key=too_many)
+
+    def first_refused(self, study: StudyConfig, ranks: Collection[Rank]) -> str | None:
+        """Why a site with scans of `ranks` would refuse to be charged for round 1 of `study`, or for any round of so
+        little noise; None where it would not. Raises ValueError as `reserve`."""
+        first, all_rounds = (mechanisms(study, ranks, range(1, end)) for end in (2, study.schedule.rounds + 1))
+        return self._refused(self._charges(), study, all_rounds, first)
+
+    def was_charged_for(self, run: str) -> bool:
+        return self._charges().newest(run) is not None
 
     def _charges(self) -> Charges:
         return Charges.of(self._log.read())

@@ -19,6 +19,7 @@ from unimiss_core.checkpoint import Manifest
 from unimiss_core.device import device_of
 from unimiss_core.embedding import embed, load_encoder
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.keys import read_signing_public_key
 from unimiss_core.model import MiT
 from unimiss_core.plan import prepare
 from unimiss_core.released import read_released
@@ -60,7 +61,14 @@ def import_released(released: Path, out: Path) -> None:
 
 
 def embed_input(
-    checkpoint: Path, source: Path, out: Path, *, batch: int = 8, device: str = "auto", show_paths: bool = False
+    checkpoint: Path,
+    source: Path,
+    out: Path,
+    *,
+    batch: int = 8,
+    device: str = "auto",
+    show_paths: bool = False,
+    key: Path | None = None,
 ) -> None:
     """Write what the checkpoint's teacher says about every scan of `source` to the .npz file `out`.
 
@@ -69,9 +77,10 @@ def embed_input(
     out: `features` (N, width) float32 and `ranks` (N,); with `show_paths` also `files` (N,), each scan's first file
         below the folder, to join labels by. Rows stand in the array's order; of a folder, pictures and NIfTI volumes
         by path, a folder's files before its subfolders, then DICOM series by the path of their first file.
+    key: the public key that must have signed the checkpoint.
     Raises ConfigError, CheckpointError, NoUsableScanError.
     """
-    encoder, manifest = load_encoder(checkpoint)
+    encoder, manifest = load_encoder(checkpoint, key=read_signing_public_key(key) if key else None)
     encoder.to(device_of(device))
     _check_writable(out)
     scans = _array_scans(source) if source.suffix == ".npy" else _folder_scans(source, manifest)

@@ -2,6 +2,7 @@
 
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
 unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
+unimiss verify CHECKPOINT_DIR                     whether it is as it was written, and signed by whom it should be
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
 
@@ -41,6 +42,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "audit-privacy":
         _audit(options)
         return
+    if options.command == "verify":
+        from client import verify_command
+
+        verify_command.verify(options.checkpoint, options.key)
+        return
     from client import research
 
     try:
@@ -54,6 +60,7 @@ def _run(options: argparse.Namespace) -> None:
                 batch=options.batch,
                 device=options.device,
                 show_paths=options.show_paths,
+                key=options.key,
             )
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
@@ -93,7 +100,7 @@ def _audit(options: argparse.Namespace) -> None:
             patients_at_once=options.patients_at_once,
         )
     else:
-        audit_command.of_run(*of_run, device=options.device)
+        audit_command.of_run(*of_run, device=options.device, key=options.key)
 
 
 def _show_note(event: progress.Event) -> None:
@@ -129,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
     embed.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     embed.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
+    _add_key(embed)
+
+    verify = commands.add_parser("verify", help="check a checkpoint's files, and who signed it")
+    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="of a run, or as it was handed on")
+    _add_key(verify)
 
     plan = commands.add_parser(
         "plan-privacy",
@@ -163,8 +175,15 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--run", type=Path, metavar="OUT", help="folder of a finished run")
     audit.add_argument("--members", type=Path, metavar="SITE.yaml", help="whose patients the run trained on")
     audit.add_argument("--others", type=Path, metavar="SITE.yaml", help="whose patients it never saw")
+    _add_key(audit)
     audit.add_argument("--device", default="auto", help="of --run: auto, cpu, cuda or cuda:N (default: auto)")
     return parser
+
+
+def _add_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE.pub", help="refuse a checkpoint that this public key's owner did not sign"
+    )
 
 
 def _above_zero(text: str) -> float:

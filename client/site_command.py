@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client import daemon_command
 from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
 
 if TYPE_CHECKING:  # readers take a second to import: not for a wrong command line, and only where Ctrl-C is handled
@@ -20,11 +21,14 @@ if TYPE_CHECKING:  # readers take a second to import: not for a wrong command li
 COMMANDS: Mapping[str, str] = {
     "init": "make a site's folder, with a key pair that never leaves it",
     "join": "trust the coordinator that sent this welcome",
-    "check": "read a folder, say what would be used; sends nothing",
+    "check": "look at this machine, its line to the coordinator and its scans; no scan leaves",
     "ledger": "say what patients have cost, and what is left; verifies the ledger",
     "audit": "say what was asked of this site and what left it; verifies the log",
     "make-key": "make a key to seal this site's own files with (state_key)",
     "clear": "let private rounds begin again after one has failed; where nothing is held, there is nothing to do",
+    "run": "take part: the daemon, until it is told to stop",
+    "status": "how the daemon is doing, and whether it reaches the coordinator",
+    "leave": "stop, and destroy this site's keys",
 }
 EXIT_CODES: Mapping[int, tuple[str, Collection[str]]] = {
     0: ("done", COMMANDS),
@@ -32,7 +36,7 @@ EXIT_CODES: Mapping[int, tuple[str, Collection[str]]] = {
     2: ("a file or the command line is wrong", COMMANDS),
     3: ("no scan can be used", {"check"}),
     6: ("the ledger is damaged", {"check", "ledger"}),
-    8: ("the audit log is damaged or full", {"init", "join", "audit", "clear"}),
+    8: ("the audit log is damaged or full", {"init", "join", "audit", "clear", "run", "leave"}),
     130: ("interrupted", COMMANDS),
 }
 """Code -> (meaning, of which commands); docs/artefacts.md has those of every program."""
@@ -57,16 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="unimiss-site", description="Run a site of a federated study.", epilog=_exit_codes(COMMANDS)
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    adding = {
-        "init": _add_init,
-        "join": _add_join,
-        "check": _add_check,
-        "ledger": _add_ledger,
-        "audit": _add_audit,
-        "make-key": _add_make_key,
-        "clear": _add_clear,
-    }
-    for name, add in adding.items():
+    for name, add in _ARGUMENTS.items():
         said = COMMANDS[name]
         add(commands.add_parser(name, help=said, description=said, epilog=_exit_codes({name})))
     return parser
@@ -77,10 +72,17 @@ def _exit_codes(commands: Collection[str]) -> str:
     return f"Exit codes: {', '.join(told)}."
 
 
-def _add_home(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--home", type=Path, metavar="FOLDER", help="as `init` made it (default: UNIMISS_SITE_HOME, or this folder)"
-    )
+def _add_site_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("site", type=Path, nargs="?", metavar="SITE.yaml", help="the site file (default: --home's)")
+    daemon_command.add_home(parser)
+
+
+def _site_file(options: argparse.Namespace) -> Path:
+    """The one that was named, or that of the site's folder. Raises ConfigError."""
+    from client.home import Home
+
+    site: Path | None = options.site
+    return site or Home.chosen(options.home).site
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +107,7 @@ def _init(options: argparse.Namespace) -> None:
 
 def _add_join(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("welcome", type=Path, metavar="WELCOME.yaml", help="as the coordinator's operator sent it")
-    _add_home(parser)
+    daemon_command.add_home(parser)
     parser.set_defaults(act=_join)
 
 
@@ -126,7 +128,15 @@ def _join(options: argparse.Namespace) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="a folder of scans, or a site file (.yaml)")
+    parser.add_argument(
+        "data",
+        type=Path,
+        nargs="?",
+        metavar="DATA",
+        help="a folder of scans, or a site file (.yaml); without it, all of this site: its machine, its line to the "
+        "coordinator, and the scans of its file",
+    )
+    daemon_command.add_home(parser)
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the account as JSON")
     parser.add_argument("--save-nifti", type=Path, metavar="DIR", help="write what the model would see as NIfTI")
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="write a contact sheet")
@@ -136,14 +146,20 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError: no such folder or file; NoUsableScanError: nothing in it can be used."""
+    """Raises ConfigError: no such folder or file, or the machine is not ready; NoUsableScanError: nothing in it can be
+    used."""
     from rich.console import Console
 
     from client import site_check
+    from client.home import Home
     from unimiss_core.config import load
     from unimiss_core.study import PlanConfig, StudyConfig
 
-    sources, processes = _sources(options.data)
+    data, amiss = options.data, 0
+    if data is None:
+        home = Home.chosen(options.home)
+        data, amiss = home.site, daemon_command.show_readiness(home)
+    sources, processes = _sources(data)
     study = load(StudyConfig, options.study) if options.study else None
     for file in (options.report, options.preview):
         if file is not None and not file.absolute().parent.is_dir():
@@ -165,8 +181,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
-    if options.data.is_file():
-        _say_terms(options.data, console, report)
+    if data.is_file():
+        _say_terms(data, console, report)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
@@ -174,6 +190,8 @@ def _check(options: argparse.Namespace) -> None:
             "the table says why, and --show-paths names the files" if report.files_seen else "there is no file to read"
         )
         raise NoUsableScanError(f"no usable scan; {said}")
+    if amiss:
+        raise ConfigError(f"{amiss} of what stands above the scans must be mended before this site can take part")
 
 
 def _say_terms(site_file: Path, console: "Console", report: "CheckReport") -> None:
@@ -194,7 +212,7 @@ def _say_terms(site_file: Path, console: "Console", report: "CheckReport") -> No
 
 
 def _add_ledger(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    _add_site_file(parser)
     parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="say how many rounds of it the limits allow")
     parser.set_defaults(act=_ledger)
 
@@ -205,14 +223,14 @@ def _ledger(options: argparse.Namespace) -> None:
 
     from client import ledger_report
 
-    ledger_report.show(options.site, options.study, Console(width=None if sys.stdout.isatty() else 120))
+    ledger_report.show(_site_file(options), options.study, Console(width=None if sys.stdout.isatty() else 120))
 
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     from unimiss_core.audit_report import add_options
 
     parser.add_argument("site", type=Path, nargs="?", metavar="SITE.yaml", help="the site file, if not the home's")
-    _add_home(parser)
+    daemon_command.add_home(parser)
     add_options(parser)
     parser.set_defaults(act=_audit)
 
@@ -241,7 +259,7 @@ def _make_key(options: argparse.Namespace) -> None:
 
 
 def _add_clear(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("site", type=Path, metavar="SITE.yaml", help="the site file")
+    _add_site_file(parser)
     parser.set_defaults(act=_clear)
 
 
@@ -251,7 +269,7 @@ def _clear(options: argparse.Namespace) -> None:
     from client.hold import Hold
     from client.site_config import load_site
 
-    site = load_site(options.site)
+    site = load_site(_site_file(options))
     is_cleared = Hold(site).clear()
     log_of(options.site).record("clear")
     if is_cleared:
@@ -292,6 +310,21 @@ def _write(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+_ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "init": _add_init,
+    "join": _add_join,
+    "check": _add_check,
+    "ledger": _add_ledger,
+    "audit": _add_audit,
+    "make-key": _add_make_key,
+    "clear": _add_clear,
+    "run": daemon_command.add_run,
+    "status": daemon_command.add_status,
+    "leave": daemon_command.add_leave,
+}
+"""By command, what its command line takes."""
 
 
 if __name__ == "__main__":

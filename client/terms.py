@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from client.hold import Hold
 from client.ledger import Ledger
 from client.site_config import PatientLimits, SiteConfig
+from client.telling import tell
 from unimiss_core import locks
 from unimiss_core.errors import ConfigError, PrivacyBudgetError
 from unimiss_core.study import StudyConfig
@@ -26,6 +27,26 @@ def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
             f"study '{study.name}' has the privacy mode {study.privacy.mode}, which charges patients nothing, and this "
             f"site takes part in patient-level studies alone: {why}. To take part all the same, and outside of what is "
             "counted, set privacy.allow_unprotected: true in the site file"
+        )
+
+
+def check_rounds(config: SiteConfig, study: StudyConfig, run: str, ledger: Ledger) -> None:
+    """Whether any round of a patient-level study would be charged, when the site introduces itself to a new run; and,
+    on the site's own screen, whether as many as the study has. Asks the site file, the study and the ledger, no scan.
+
+    Raises PrivacyBudgetError: not even the first round would be. Of a run that was charged before nothing is asked: the
+    reply to its last round is paid for, and may be sent again. LedgerError as `check_terms`.
+    """
+    if ledger.was_charged_for(run):
+        return
+    ranks, rounds = config.privacy.ranks, study.schedule.rounds
+    if (why := ledger.first_refused(study, ranks)) is not None:
+        raise PrivacyBudgetError(f"study '{study.name}' is refused before its first round: {why}")
+    if (left := ledger.rounds_left(study, ranks)) < rounds:
+        tell(
+            config.name,
+            f"the limits on what patients may cost bear {left} of the {rounds} rounds of study '{study.name}'; this "
+            "site refuses the others (`unimiss-site ledger SITE.yaml --study STUDY.yaml`)",
         )
 
 

@@ -14,19 +14,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from server.exact_sum import ExactSum, SpareMemory
+from server.measured import measured
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.groups import Group
 from unimiss_core.scan import Rank
 from unimiss_core.study import AggregationConfig
 
 Weighting = Literal["uniform", "sqrt", "scans"]
-
-_AT_ONCE = 65_536
-"""Values whose squares are summed at a time, in a core's cache."""
 
 
 class Aggregate(ABC):
@@ -91,7 +88,7 @@ class WeightedMean(GroupwiseAggregate):
     def add(self, group: Group, update: Mapping[str, Tensor], weight: float, *, scale: float = 1.0) -> None:
         """scale: of the tensors, which count that many times."""
         self._weights.setdefault(group, []).append(weight)
-        self._sums.add({spec.name: update[spec.name] for spec in self._layout[group]}, weight * scale)
+        self._sums.add(measured(update, [spec.name for spec in self._layout[group]]), weight * scale)
 
     def result(self) -> dict[str, Tensor]:
         joined: dict[str, Tensor] = {}
@@ -103,8 +100,7 @@ class WeightedMean(GroupwiseAggregate):
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """L2 norm of all values together, summed in float64; nan or inf where a value is."""
-    parts = (part.double() for tensor in tensors.values() for part in tensor.reshape(-1).split(_AT_ONCE))
-    return math.sqrt(sum(float(torch.dot(part, part)) for part in parts))
+    return measured(tensors).norm()
 
 
 def shortened(size: float, bound: float) -> float:
@@ -114,4 +110,4 @@ def shortened(size: float, bound: float) -> float:
 
 def group_norm(update: Mapping[str, Tensor], specs: Iterable[TensorSpec]) -> float:
     """`norm` of an update's tensors of one group; 0 for those that it does not hold."""
-    return norm({spec.name: update[spec.name] for spec in specs if spec.name in update})
+    return measured(update, [spec.name for spec in specs if spec.name in update]).norm()

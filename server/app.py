@@ -8,7 +8,7 @@ Run configuration (`flwr run . --run-config 'key="value"'`):
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from server.display import Display
 from server.failure import told_by_flower
 from server.report import write_report
 from server.rounds import Federation, Probe
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, folder_of
 from unimiss_core import progress
 from unimiss_core.config import load
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import ConfigError, UnimissError
 from unimiss_core.study import StudyConfig
 
 app = ServerApp()
@@ -33,7 +33,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     resume = bool(context.run_config.get("resume", False))
     with _shown(context):
-        run(grid, load_coordinator(coordinator_file(grid, context)), resume=resume)
+        config = load_coordinator(coordinator_file(grid, context))
+        with _end_kept(context, RunFolder(config.out)):
+            run(grid, config, resume=resume)
 
 
 @contextmanager
@@ -45,6 +47,17 @@ def _shown(context: Context) -> Iterator[None]:
         return
     with told_by_flower(_to_resume(context)), Display():
         yield
+
+
+@contextmanager
+def _end_kept(context: Context, folder: RunFolder) -> Iterator[None]:
+    """An error that a person can act on is kept in the run's folder: `unimiss-server run` reads it there."""
+    try:
+        yield
+    except UnimissError as error:
+        with suppress(OSError):  # there may be no folder, or no room in it
+            folder.note_end(context.run_id, error)
+        raise
 
 
 def _to_resume(context: Context) -> dict[str, str]:
@@ -71,7 +84,7 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
         from server.probing import measure
     except ModuleNotFoundError:
         raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
-    return partial(measure, RunFolder(config.out), config.probe, study.model)
+    return partial(measure, folder_of(config), config.probe, study.model)
 
 
 def coordinator_file(grid: Grid, context: Context) -> Path:

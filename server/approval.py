@@ -39,11 +39,12 @@ def approve(home: Home, name: str, key_file: Path, *, now: datetime, note: Note 
     key = _given_key(name, key_file)
     known = Registry(home).sites()
     is_new = _require_free(name, key, known)
-    if is_new:
-        site = parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where="the site's name")
-        _write(home, site, key)
     if is_new or not _welcome_lasts(home, name, now):
-        _write_welcome(home, _authority(home), name, key, now)
+        authority = _authority(home, now)
+        if is_new:
+            site = parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where="SITE")
+            _write(home, site, key)
+        _write_welcome(home, authority, name, key, now)
     told = keys.fingerprint(key)
     note("approve", {"site": name, "fingerprint": told})
     return Approved(name, told, home.welcome(name), is_new)
@@ -68,7 +69,7 @@ def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
 def renew(home: Home, *, now: datetime, every: bool = False, note: Note = unnoted) -> list[str]:
     """Make anew what runs out within RENEW_WITHIN_DAYS, or everything: the server's certificate, and the welcomes of
     approved sites; what was made, in words. Keys and the authority stay. Raises ConfigError."""
-    authority, made = _authority(home), list[str]()
+    authority, made = _authority(home, now), list[str]()
     server = certificates.read_certificate(home.server_certificate)
     if every or certificates.days_left(server, now) < RENEW_WITHIN_DAYS:
         make_server_certificate(home, authority, host_and_port(address_of(home)).host, now)
@@ -98,13 +99,18 @@ def address_of(home: Home) -> str:
 
 
 def standing(home: Home, *, now: datetime) -> list[str]:
-    """A line for each site: name, status, fingerprint, and how long its certificate lasts. Raises ConfigError."""
+    """The coordinator's own fingerprint, and a line for each site: name, status, fingerprint, and how long its
+    certificate lasts. Raises ConfigError."""
     known = Registry(home).sites()
     width = max(map(len, known), default=0)
-    return [
+    own = keys.fingerprint(keys.read_signing_public_key(home.signing_public_key))
+    sites = [
         f"{name:{width}}  {site.status:8}  {_fingerprint(site)}  {_lasts(home, site, now)}".rstrip()
         for name, site in sorted(known.items())
-    ] or [f"{home.path}: no site was approved yet"]
+    ]
+    return [f"this coordinator: {own}, which sites compare with their welcome's"] + (
+        sites or ["no site was approved yet"]
+    )
 
 
 def _lasts(home: Home, site: ApprovedSite, now: datetime) -> str:
@@ -157,10 +163,16 @@ def _fingerprint(site: ApprovedSite) -> str:
     return keys.fingerprint(keys.site_public_key(site.public_key, site.name))
 
 
-def _authority(home: Home) -> Authority:
+def _authority(home: Home, now: datetime) -> Authority:
+    """Raises ConfigError: it is not of its key, or has run out."""
     certificate, key = certificates.read_certificate(home.authority_certificate), keys.read_site_key(home.authority_key)
     if certificates.key_of(certificate) != keys.pem_of_public(key.public_key()):
         raise ConfigError(f"{home.authority_certificate}: is not of the key in {home.secrets}; put back a backup")
+    if certificates.days_left(certificate, now) <= 0:
+        raise ConfigError(
+            f"{home.authority_certificate}: has run out; make a new coordinator's folder with `unimiss-server init`, "
+            "which every site joins anew"
+        )
     return Authority(certificate, key)
 
 

@@ -28,6 +28,10 @@ class Operator(Entry):
     certificates: Count | None = None
     study: Name | None = None
     run: Run | None = None
+    round: Count | None = None
+    """Of what was exported."""
+    manifest: Digest | None = None
+    """Of its checkpoint, as in `Released`."""
 
 
 class PeerRefused(Entry):

@@ -34,6 +34,11 @@ class CoordinatorConfig(Config):
     start: Path | None = None
     """A checkpoint folder of the study's model, from another run or imported: a new run begins from its teacher instead
     of random weights. Where a study promises privacy, it must have been trained on nothing but public scans."""
+    start_key: Path | None = None
+    """The public key (.pub) that must have signed `start`; None asks for no signature."""
+    signing_key: Path | None = None
+    """The private key that signs each round's checkpoint, as `unimiss-server init` makes it; a run that is resumed must
+    have been signed by it. None signs nothing, and asks for no signature."""
     sites: tuple[RegisteredSite, ...] = ()
     """Only these are asked; empty means every node that connects."""
     identity: Literal["proved", "believed", "simulated"] = "proved"
@@ -66,10 +71,30 @@ class CoordinatorConfig(Config):
     """Sites whose ledger of private rounds was begun anew, as those answer for who protect their patients' data
     (docs/privacy.md, 'The ledger'): what was known of it is forgotten whenever this coordinator starts."""
 
+    @property
+    def is_simulated(self) -> bool:
+        return self.identity == "simulated"
+
+    @property
+    def file_in_words(self) -> str:
+        """The file that its operator wrote: a simulation's coordinator file is written anew at each start."""
+        return "simulation file" if self.is_simulated else "coordinator file"
+
+    @property
+    def names_its_sites(self) -> bool:
+        """Whether that file lists the sites, so that one may be taken out."""
+        return self.is_simulated or bool(self.sites)
+
+    def called(self, quorum: Literal["min_sites", "min_replies"]) -> str:
+        """A setting of the quorum, as that file has it."""
+        return f"quorum.{quorum}" if self.is_simulated else quorum
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_replies > self.min_sites:
             raise ValueError(f"min_replies={self.min_replies} must not be above min_sites={self.min_sites}")
+        if self.start_key and not self.start:
+            raise ValueError("start_key has no meaning without start; leave it out, or name the checkpoint")
         names = [site.name for site in self.sites]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sites: the name {', '.join(sorted(twice))} stands twice")
@@ -87,6 +112,8 @@ def load_coordinator(path: Path) -> CoordinatorConfig:
             "study": base / config.study,
             "out": base / config.out,
             "start": config.start and base / config.start,
+            "start_key": config.start_key and base / config.start_key,
+            "signing_key": config.signing_key and base / config.signing_key,
             "probe": tuple(base / probe for probe in config.probe),
         }
     )

@@ -18,11 +18,14 @@ c = 1.5 * 2^52 g, holds k in its last bits is the cut of Rump, Ogita and Oishi (
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from server.measured import measured
+from unimiss_core.stretches import AT_ONCE, stretches
 
 MOST_SUMMANDS = 2**12 - 1
 """Of one tensor, in one int64: more of them could leave it."""
@@ -37,12 +40,18 @@ _BINS = 8
 _LOW_BITS = 32
 """Of a sum, which stay where the upper ones are moved away; far fewer than one summand may have."""
 
-_AT_ONCE = 65_536
-"""Values that a core works on at a time: a float64 buffer of them stays in its cache."""
+_WAITING_BYTES = 8
+"""For each value, of summands that wait to be added in one pass: four in bfloat16, two in float32. What takes time is
+going through the sums, which no cache holds; and waiting, summands take no more memory than a sum."""
 
 
-Summand = tuple[Tensor, float]
-"""A flat tensor and its weight."""
+@dataclass(frozen=True)
+class _Summand:
+    """bin: by its largest value. flat: of any float type."""
+
+    bin: int
+    flat: Tensor
+    weight: float
 
 
 class SpareMemory:
@@ -67,8 +76,7 @@ class _Bin:
     """sum of k over the summands, as the bits of c + k g: `count` times the bits of c too much.
 
     codes: of any content until something was `added`. high: what was moved away, in multiples of 2^_LOW_BITS; None
-    while `codes` alone holds the sum. waiting: a summand that is not in the sum yet. Two are added in one pass, for
-    what takes time is going through the sums, which no cache holds.
+    while `codes` alone holds the sum.
     """
 
     codes: Tensor
@@ -76,7 +84,6 @@ class _Bin:
     count: int = 0
     added: bool = False
     high: Tensor | None = None
-    waiting: Summand | None = None
 
 
 class ExactSum:
@@ -91,26 +98,21 @@ class ExactSum:
     def __init__(self, largest: float, spare: SpareMemory | None = None) -> None:
         self._top = math.ceil(math.log2(largest))
         self._sums: dict[str, dict[int, _Bin]] = {}
+        self._waiting: dict[str, list[_Summand]] = {}
         self._spare = spare or SpareMemory()
-        self._step = _AT_ONCE * torch.get_num_threads()
-        self._buffers = torch.empty(3, self._step, dtype=torch.float64)
+        self._buffers = torch.empty(3, AT_ONCE, dtype=torch.float64)
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """sum[name] += weight * tensor, each finite and of any float type; the product is rounded to float64.
 
-        A tensor may be held until the next summand of its name comes, and must not change until then.
+        A tensor may be held until the next three summands of its name come, and must not change until then.
         """
-        for name, tensor in tensors.items():
-            flat = tensor.reshape(-1)
-            found = self._bin_for(name, flat, weight)
-            if found.count == MOST_SUMMANDS:
-                self._move_high(found)
-            found.count += 1
-            if found.waiting is None:
-                found.waiting = flat, weight
-            else:
-                self._add(found, [found.waiting, (flat, weight)])
-                found.waiting = None
+        update = measured(tensors)
+        for name, tensor in update.items():
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append(_Summand(self._bin_of(weight * update.largest(name)), tensor.reshape(-1), weight))
+            if sum(summand.flat.dtype.itemsize for summand in waiting) >= _WAITING_BYTES:
+                self._add_waiting(name)
 
     def take(self, name: str, divisor: float) -> Tensor:
         """sum[name] / divisor, float32, flat; the sum itself is gone, and so is its memory."""
@@ -121,75 +123,75 @@ class ExactSum:
         return self._taken(name, 1.0, torch.float64)
 
     def _taken(self, name: str, divisor: float, dtype: torch.dtype) -> Tensor:
+        self._add_waiting(name)
         bins = [found for _, found in sorted(self._sums.pop(name).items())]
         for found in bins:
-            self._add_waiting(found)
             if found.high is not None:  # else its low half would tell when it was moved, and so its last bits
                 self._move_high(found)
         result = torch.empty(len(bins[0].codes), dtype=dtype)
-        for start, part in self._parts(result):
-            total, value, code = (buffer[: len(part)] for buffer in self._buffers)
-            total.zero_()
-            for found in bins:
-                stretch = slice(start, start + len(part))
-                codes = torch.sub(found.codes[stretch], _surplus(found), out=code.view(torch.int64))
-                total.add_(value.copy_(codes), alpha=found.grid)
-                if found.high is not None:
-                    total.add_(value.copy_(found.high[stretch]), alpha=found.grid * 2.0**_LOW_BITS)
-            part.copy_(total.div_(divisor))
+        self._join(bins, result, divisor)
         for found in bins:
             self._spare.keep(name, found.codes)
         return result
 
-    def _add_waiting(self, found: _Bin) -> None:
-        if found.waiting is not None:
-            self._add(found, [found.waiting])
-            found.waiting = None
+    def _join(self, bins: Sequence[_Bin], result: Tensor, divisor: float) -> None:
+        """result <- the sum of the bins / divisor."""
+        sums = [(found.codes, _surplus(found), found.grid) for found in bins]
+        sums += [(found.high, 0, found.grid * 2.0**_LOW_BITS) for found in bins if found.high is not None]
+        for part, *parts in stretches(result, *(codes for codes, _, _ in sums)):
+            total, value, code = (buffer[: len(part)] for buffer in self._buffers)
+            total.zero_()
+            for codes, (_, surplus, grid) in zip(parts, sums, strict=True):
+                value.copy_(torch.sub(codes, surplus, out=code.view(torch.int64)))
+                total.add_(value, alpha=grid)
+            part.copy_(total.div_(divisor))
+
+    def _add_waiting(self, name: str) -> None:
+        """To the sums of a tensor, each in one pass."""
+        bins, waiting = self._sums.setdefault(name, {}), self._waiting.pop(name, [])
+        for index in {summand.bin for summand in waiting}:
+            summands = [summand for summand in waiting if summand.bin == index]
+            if index not in bins:
+                grid = 2.0 ** (self._top - _BIN_BITS * index - _CODE_BITS)
+                bins[index] = _Bin(self._spare.get(name, len(summands[0].flat)), grid)
+            self._add(bins[index], summands)
+
+    def _add(self, found: _Bin, summands: Sequence[_Summand]) -> None:
+        if found.count == MOST_SUMMANDS:
+            self._move_high(found)
+        fitting, others = summands[: (room := MOST_SUMMANDS - found.count)], summands[room:]
+        self._add_codes(found, fitting)
+        found.count += len(fitting)
+        if others:
+            self._add(found, others)
+
+    def _add_codes(self, found: _Bin, summands: Sequence[_Summand]) -> None:
+        """In one pass through the bin's codes."""
+        cutter = _cutter(found.grid)
+        for codes, *parts in stretches(found.codes, *(summand.flat for summand in summands)):
+            begun = found.added
+            for part, summand in zip(parts, summands, strict=True):
+                x = self._buffers[0][: len(part)].copy_(part)
+                if summand.weight != 1.0:
+                    x.mul_(summand.weight)
+                if begun:
+                    codes.add_(x.add_(cutter).view(torch.int64))
+                else:
+                    torch.add(x, cutter, out=codes.view(torch.float64))
+                begun = True
+        found.added = True
 
     def _move_high(self, found: _Bin) -> None:
         """Leave the lowest bits of each sum in the bin's codes, so that MOST_SUMMANDS more fit in."""
-        self._add_waiting(found)
         if found.high is None:
             found.high = torch.zeros_like(found.codes)
-        for start, codes in self._parts(found.codes):
-            found.high[start : start + len(codes)] += codes.sub_(_surplus(found)) >> _LOW_BITS
+        for high, codes in stretches(found.high, found.codes):
+            high += codes.sub_(_surplus(found)) >> _LOW_BITS
             codes.bitwise_and_(2**_LOW_BITS - 1)
         found.count = 0
 
-    def _add(self, found: _Bin, summands: Sequence[Summand]) -> None:
-        """To the bin's codes, in one pass."""
-        cutter = _cutter(found.grid)
-        for start, codes in self._parts(found.codes):
-            coded = []
-            for buffer, (flat, weight) in zip(self._buffers, summands, strict=False):
-                x = buffer[: len(codes)].copy_(flat[start : start + len(codes)])
-                if weight != 1.0:
-                    x.mul_(weight)
-                coded.append(x.add_(cutter).view(torch.int64))
-            for other in coded[1:]:
-                coded[0].add_(other)
-            if found.added:
-                codes.add_(coded[0])
-            else:
-                codes.copy_(coded[0])
-        found.added = True
-
-    def _parts(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(start, stretch) of a long tensor."""
-        for start in range(0, len(flat), self._step):
-            yield start, flat[start : start + self._step]
-
-    def _bin_for(self, name: str, flat: Tensor, weight: float) -> _Bin:
-        bins, index = self._sums.setdefault(name, {}), self._bin_of(flat, weight)
-        if index not in bins:
-            grid = 2.0 ** (self._top - _BIN_BITS * index - _CODE_BITS)
-            bins[index] = _Bin(self._spare.get(name, len(flat)), grid)
-        return bins[index]
-
-    def _bin_of(self, flat: Tensor, weight: float) -> int:
+    def _bin_of(self, bound: float) -> int:
         """0 for the largest values; each further one for values 2^6 times smaller, the last for all below."""
-        least, most = torch.aminmax(flat)
-        bound = weight * max(abs(least.item()), abs(most.item()))
         if bound == 0:
             return _BINS - 1
         return min((self._top - math.ceil(math.log2(bound))) // _BIN_BITS, _BINS - 1)

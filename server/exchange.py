@@ -25,8 +25,9 @@ LONGEST_PAUSE_S = 2.0
 GRACE = 0.25
 """How much longer than its deadline a round waits where too few updates count, as a share of it."""
 
-_NO_REPLY = {3, 4, 5}
-"""Flower's error codes for a message, a reply or a node that is not available (any more)."""
+_REASONS = dict.fromkeys((3, 4, 5), "no_reply") | {7: "bundle"}
+"""Flower's error codes for a message, a reply or a node that is not available (any more), and for code that a site does
+not run; any other is a failure of the program there."""
 
 _STATUS = {"failed": "error", "no_reply": "absent"}
 """Reason -> status; every other reason is a refusal."""
@@ -144,8 +145,7 @@ def content_of(reply: Reply) -> Any:
         raise WireError("malformed", "the reply cannot be read")
     if message.has_error():
         # Flower's own text may quote an exception of the site; its code alone says what happened.
-        reason = "no_reply" if message.error.code in _NO_REPLY else "failed"
-        raise WireError(reason, f"Flower error code {message.error.code}")
+        raise WireError(_REASONS.get(message.error.code, "failed"), f"Flower error code {message.error.code}")
     if (refusal := Refusal.found_in(message.content)) is not None:
         raise WireError(refusal.reason, "the site says so")
     return message.content

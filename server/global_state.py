@@ -80,4 +80,5 @@ class GlobalState:
             teacher=self.teacher,
             server_json=json.dumps(book, sort_keys=True),
             server_tensors={**self.optimiser, **held},
+            signing_key=folder.signing_key,
         )

@@ -117,3 +117,28 @@ class Home:
     @property
     def database(self) -> Path:
         return self.flower / "superlink.db"
+
+    @property
+    def front_status(self) -> Path:
+        """What the front last wrote of sites and refusals."""
+        return self.flower / "front.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one `unimiss-server run` of this folder; holds its process number."""
+        return self.flower / "run.lock"
+
+    @property
+    def running(self) -> Path:
+        """What that `run` last wrote of itself."""
+        return self.flower / "running.json"
+
+    @property
+    def workplace(self) -> Path:
+        """An empty folder that Flower's processes are started from."""
+        return self.flower / "empty"
+
+    @property
+    def bundle(self) -> Path:
+        """The project that `flwr run` would submit: the installed code."""
+        return self.flower / "bundle"

@@ -1,11 +1,14 @@
 """One round: sites are asked, and their updates checked and folded in as they arrive."""
 
 import logging
+from dataclasses import replace
 
 from server.admission import admit
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import Asked, Exchange, Reply, bytes_of, content_of, status_of
 from server.global_state import GlobalState
+from server.measured import measured
+from server.quorum import too_few_updates
 from server.requests import Requests
 from server.roster import Roster
 from server.round_sum import RoundSum, layout_for
@@ -15,7 +18,7 @@ from server.slow_sites import SlowSites
 from unimiss_core import progress
 from unimiss_core.codec import Layout
 from unimiss_core.collapse import signs_in_round
-from unimiss_core.errors import RoundError, WireError
+from unimiss_core.errors import WireError
 from unimiss_core.groups import Group
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainReply, num_bytes
@@ -73,7 +76,7 @@ class OneRound:
     def attempt(self, *, again: bool = False) -> tuple[GlobalState, dict[Group, float]]:
         """(state after the round, norm of what was added to each group of the student).
 
-        again: an earlier try failed, so that nobody is set aside in this one. Raises RoundError: too few updates count.
+        again: an earlier try failed, so that nobody is set aside in this one. Raises TooFew: too few updates count.
         Then of the state only `attendance` has changed: who failed is remembered, until the run ends.
         """
         self._exchange.begin(self._round)
@@ -197,6 +200,7 @@ class OneRound:
             answer = TrainReply.unpack(content, layout_for(site.ranks, self._layout), self._study.wire.dtype)
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             raise WireError("malformed", "the reply cannot be read") from None
+        answer = replace(answer, update=measured(answer.update))
         self._roster.registration.check_counts(answer)
         size = admit(
             answer,
@@ -238,19 +242,5 @@ class OneRound:
         return len(self.counted) >= self._config.min_replies
 
     def _require_quorum(self) -> None:
-        if self._is_quorate():
-            return
-        told = "; ".join(f"{name}: {line.status} {line.reason}".rstrip() for name, line in sorted(self.lines.items()))
-        raise RoundError(
-            f"round {self._round} could not be completed: {len(self.counted)} of at least {self._config.min_replies} "
-            f"updates count ({told}). Mend the sites{self._or_the_study()}, then resume; rounds up to "
-            f"{self._round - 1} are saved"
-        )
-
-    def _or_the_study(self) -> str:
-        if not any(line.reason in ("too_large", "not_finite") for line in self.lines.values()):
-            return ""
-        return (
-            " - or, where updates are too large or not finite, begin a run with a lower optimiser.lr or another "
-            "aggregation.max_update_norm or max_size_ratio -"
-        )
+        if not self._is_quorate():
+            raise too_few_updates(self._round, self.lines, self._study, self._config)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.run_folder import RunFolder
-from unimiss_core import checkpoint, durable, progress
+from unimiss_core import durable, progress
 from unimiss_core.embedding import embed, encoder_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.model import MiT
@@ -56,7 +56,7 @@ def measure(
     folder: RunFolder, paths: Sequence[Path], model: ModelConfig, teacher: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Probe the teacher of round 0 and this one, write the figures for the report, return those of this one."""
-    first = checkpoint.load(folder.checkpoint_of(0)).teacher
+    first = folder.load(0).teacher
     encoders = [encoder_of(model, tensors) for tensors in (first, teacher)]
     before: dict[str, dict[str, Any]] = {}
     after: dict[str, dict[str, Any]] = {}

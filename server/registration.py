@@ -7,13 +7,12 @@ A node proves to Flower's SuperLink that it holds the private half of its key, w
 from collections.abc import Sequence
 from functools import cache
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.proto.node_pb2 import NodeInfo
 
 from server.coordinator_config import RegisteredSite
 from server.patience import Called
 from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.keys import pem_of_public, site_public_key
 from unimiss_core.scan import RANKS
 from unimiss_core.wire import Introduction, TrainReply
 
@@ -78,11 +77,4 @@ class Registration:
 @cache
 def _pem(site: RegisteredSite) -> bytes:
     """The site's public key as Flower gives a node's."""
-    try:
-        key = load_ssh_public_key((site.public_key or "").encode())
-    except (ValueError, UnsupportedAlgorithm):
-        raise ConfigError(
-            f"sites: '{site.name}': public_key is not a public key in OpenSSH's form; give the one line of its .pub "
-            "file, as made by `ssh-keygen -t ecdsa -b 384`"
-        ) from None
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return pem_of_public(site_public_key(site.public_key or "", f"sites: '{site.name}': public_key"))

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from unimiss_core.codec import Layout, Payloads, pack, unpack
+from unimiss_core.codec import Layout, Payloads, pack, view
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import Group
 
@@ -53,16 +54,23 @@ class Release:
         R itself is read from it too."""
         return {group: pack(self._told(group), specs, self.dtype) for group, specs in self.layout.items()}
 
-    def held(self, *groups: Group) -> dict[str, Tensor]:
-        """R, float32, by name; of some groups, or of all.
+    def held(self) -> dict[str, Tensor]:
+        """R, float32, by name, in memory of its own. Raises as `seen` does."""
+        return {
+            name: tensor.to(torch.float32, copy=True)
+            for group in self.layout
+            for name, tensor in self.seen(group).items()
+        }
+
+    def seen(self, group: Group) -> dict[str, Tensor]:
+        """R of a group, in the narrowest float type that holds it, to be read only.
 
         Raises WireError `not_finite` where a format that carries over meets a value that is not.
         """
-        held: dict[str, Tensor] = {}
-        for group in groups or self.layout:
-            told = unpack(self.payloads[group], self.layout[group], self.dtype)
-            held |= told if self.before is None else {name: self.before[name] + step for name, step in told.items()}
-        return held
+        told = view(self.payloads[group], self.layout[group], self.dtype)
+        if self.before is None:
+            return told
+        return {name: self.before[name] + step for name, step in told.items()}
 
     def _told(self, group: Group) -> dict[str, Tensor]:
         """Not yet rounded: rounding twice may give other values than rounding once."""

@@ -79,7 +79,7 @@ def because(reason: str) -> Html:
     if not reason:
         return joined("no reason given")
     code = tag("code", None, reason)
-    return joined(REASONS[reason], " ", code) if reason in REASONS else code
+    return joined(REASONS[reason].means, " ", code) if reason in REASONS else code
 
 
 def in_words(name: str) -> str:

@@ -13,11 +13,11 @@ from server import patience
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import introduction_of, pulled, pushed, status_of
 from server.patience import Called, Patience
+from server.quorum import is_in_vain, too_few_sites
 from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
-from unimiss_core.errors import RoundError, WireError
-from unimiss_core.reasons import LASTING
+from unimiss_core.errors import WireError
 from unimiss_core.wire import Hello, Introduction
 
 log = logging.getLogger(__name__)
@@ -25,14 +25,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 """Pause between two looks for nodes and their introductions."""
-
-
-class TooFewSites(RoundError):  # noqa: N818 - what there is, as people say it
-    """lasting: whether all who cannot take part would have to be mended by a person."""
-
-    def __init__(self, message: str, *, lasting: bool) -> None:
-        super().__init__(message)
-        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ class Roster:
         counted: sites whose updates count already, wherever they are now.
 
         A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
-        one that stayed silent is asked in every round, and no longer waited for. Raises TooFewSites.
+        one that stayed silent is asked in every round, and no longer waited for. Raises TooFew.
         """
         began = time.monotonic()
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
@@ -99,12 +91,9 @@ class Roster:
             there = counted | {site.site for site in self.sites.values()}
             if not reading and len(there) >= least:
                 break
-            if not reading and now > give_up:
-                told = "".join(f"; {name}: {line.reason}" for name, line in sorted(self.unfit.items()))
-                raise TooFewSites(
-                    f"{len(there)} of at least {least} sites are there{told}. "
-                    "Mend the sites, or lower min_sites and min_replies, then resume",
-                    lasting=bool(self.unfit) and all(line.reason in LASTING for line in self.unfit.values()),
+            if not reading and (now > give_up or self._all_have_refused(counted)):
+                raise too_few_sites(
+                    self._lines_but(counted), there=len(there), least=least, study=hello.study, config=self._config
                 )
             time.sleep(POLL_S)
         for message_id, greeted in list(self._greeted.items()):
@@ -114,6 +103,13 @@ class Roster:
                 del self._greeted[message_id]
             else:
                 self._greeted[message_id] = replace(greeted, wait_until=0.0)
+
+    def _all_have_refused(self, counted: frozenset[str]) -> bool:
+        """Whether all who are named and lacking have refused for reasons that last, so that nobody is waited for."""
+        return bool(self.registration.names) and is_in_vain(self._lines_but(counted))
+
+    def _lines_but(self, counted: frozenset[str]) -> dict[str, SiteRound]:
+        return {name: line for name, line in self.lines.items() if name not in counted}
 
     def ask_again(self, node_id: int) -> None:
         """Forget what a node said it is; it may have changed, by new scans say."""

@@ -62,7 +62,7 @@ class RoundSum:
         teacher: dict[str, Tensor] = {}
         for group, specs in layout.items():
             before = {spec.name: state.teacher[spec.name] for spec in specs}
-            teacher |= advance_teacher(before, release.held(group), dict.fromkeys(before, left[group]))
+            teacher |= advance_teacher(before, release.seen(group), dict.fromkeys(before, left[group]))
         after = replace(state, round=round, release=release, teacher=teacher, retention=left, optimiser=optimiser)
         return after, update_norm
 

@@ -22,12 +22,13 @@ from server.exact_sum import SpareMemory
 from server.exchange import Exchange
 from server.global_state import GlobalState
 from server.one_round import OneRound
+from server.quorum import TooFew
 from server.released_rounds import record_of
-from server.roster import Roster, TooFewSites
+from server.roster import Roster
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_audit import RunAudit
-from server.run_folder import RunFolder
+from server.run_folder import folder_of
 from server.site_level import check_site_level, what_it_is_worth, who_is_believed
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
@@ -35,6 +36,7 @@ from unimiss_core import checkpoint, progress
 from unimiss_core.codec import layout_of
 from unimiss_core.errors import ConfigError, PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
+from unimiss_core.keys import read_signing_public_key
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import build_network, empty_network, tensors_of
 from unimiss_core.study import StudyConfig
@@ -61,12 +63,12 @@ class Federation:
         probe: Probe | None = None,
         report: Callable[[Path], object] = lambda _: None,
     ) -> None:
-        """Raises ConfigError: the study promises a privacy that this coordinator would not keep, or a registered key
-        cannot be read."""
+        """Raises ConfigError: the study promises a privacy that this coordinator would not keep, or a registered key or
+        the signing key cannot be read."""
         check_site_level(study, config)
         self._study = study
         self._config = config
-        self._folder = RunFolder(config.out)
+        self._folder = folder_of(config)
         self._record = record_of(config.out, study)
         self._layout = layout_of(empty_network(study.model))
         self._roster = Roster(grid, config)
@@ -112,7 +114,7 @@ class Federation:
         return after
 
     def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[Group, float], float]:
-        """What a round came to in the first or a further try, and the seconds since its first request. RoundError."""
+        """What a round came to in the first or a further try, and the seconds since its first request. TooFew."""
         pause_s = self._config.retry_s
         least = self._config.min_sites if round == 1 else self._config.min_replies
         began = None
@@ -121,11 +123,10 @@ class Federation:
                 self._roster.gather(hello, least=least, counted=work.counted)
                 began = began or time.monotonic()
                 return *work.attempt(again=tried > 0), time.monotonic() - began
-            except RoundError as error:
-                in_vain = isinstance(error, TooFewSites) and error.lasting and pause_s == 0  # no time to mend a site in
-                if in_vain or tried == self._config.round_tries - 1:
+            except TooFew as error:
+                if error.lasting or tried == self._config.round_tries - 1:
                     raise
-                log.warning("%s; trying again in %g s", error, pause_s)
+                log.warning("%s; trying again in %g s", str(error).splitlines()[0], pause_s)
                 when = f"in {pause_s:g} s" if pause_s else "at once"
                 told = f"round {round} is tried again {when}: too few sites or updates"
                 progress.report(progress.Note(told))
@@ -182,6 +183,8 @@ class Federation:
             return state
         if resume:
             progress.report(progress.Note("there was no finished round to resume: a new run begins"))
+        if (told := _untrained_for_ever(self._study, self._config)) is not None:
+            progress.report(progress.Note(told))
         state = GlobalState.initial(self._first_student(), self._study, self._layout)
         state.save(self._folder, self._study)
         return state
@@ -193,10 +196,10 @@ class Federation:
     def _first_student(self) -> Mapping[str, Tensor]:
         """Random, or the teacher of the checkpoint to start from. Raises CheckpointError, and ConfigError where it is
         of another model."""
-        model, start = self._study.model, self._config.start
+        model, start, key = self._study.model, self._config.start, self._config.start_key
         if start is None:
             return tensors_of(build_network(model, seed=self._study.seed))
-        found = checkpoint.load(start)
+        found = checkpoint.load(start, key=read_signing_public_key(key) if key else None)
         if found.manifest.model != model:
             raise ConfigError(
                 f"start: {start} holds another model ({found.manifest.model.canonical()}) than the study asks for "
@@ -252,3 +255,17 @@ class Federation:
         means = {name: mean_cross_entropy(line.losses) for name, line in lines.items()}
         losses = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         progress.report(progress.RoundDone(state.round, self._study.schedule.rounds, took, losses))
+
+
+def _untrained_for_ever(study: StudyConfig, config: CoordinatorConfig) -> str | None:
+    """A warning for whoever begins a study that trains a part of the model from no start: the rest is random."""
+    privacy = study.privacy
+    if config.start is not None or privacy.mode != "patient" or privacy.trained == "all":
+        return None
+    alone = privacy.trained.replace("_", " ")
+    return (
+        f"WARNING: study '{study.name}' trains {alone} alone (privacy.trained), and the run begins from random "
+        "weights: all others stay random, patients pay all the same, and nothing useful can come of it. Stop it, and "
+        f"give the {config.file_in_words} a `start:`, a checkpoint of this model that was trained on public scans "
+        "(docs/federation.md, 'What a run begins from')"
+    )

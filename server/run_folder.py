@@ -10,16 +10,19 @@ import re
 import secrets
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from server.coordinator_config import CoordinatorConfig
 from server.released_rounds import record_of
 from unimiss_core import checkpoint, durable
 from unimiss_core.config import RUN, dump_yaml, load
-from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError
+from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError, UnimissError
+from unimiss_core.keys import SigningKey, read_signing_key
 from unimiss_core.study import StudyConfig
 
 if sys.platform != "win32":
@@ -31,10 +34,15 @@ _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 
 
 class RunFolder:
-    """One run's folder, made ready, read and written."""
+    """One run's folder, made ready, read and written.
 
-    def __init__(self, path: Path) -> None:
+    signing_key: signs its checkpoints; where there is one, none is read that it did not sign.
+    """
+
+    def __init__(self, path: Path, signing_key: SigningKey | None = None) -> None:
         self.path = path
+        self.signing_key = signing_key
+        self._deletion: threading.Thread | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -77,12 +85,26 @@ class RunFolder:
         return self.path / "stopped.json"
 
     @property
+    def _ended(self) -> Path:
+        return self.path / "ended.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder for what a round keeps on disk until it ends."""
         return self.path / f"updates{durable.PARTIAL}"
 
+    @property
+    def _pruned(self) -> Path:
+        """Folder of checkpoints that are being deleted."""
+        return self.path / f"pruned{durable.PARTIAL}"
+
     def checkpoint_of(self, round: int) -> Path:
         return self.checkpoints / checkpoint.folder_name(round)
+
+    def load(self, round: int, *, to_resume: bool = False) -> checkpoint.Checkpoint:
+        """A round's checkpoint. Raises CheckpointError."""
+        key = self.signing_key.public_key() if self.signing_key else None
+        return checkpoint.load(self.checkpoint_of(round), to_resume=to_resume, key=key)
 
     def manifest_of(self, round: int) -> Path:
         return self.checkpoint_of(round) / "manifest.json"
@@ -97,6 +119,7 @@ class RunFolder:
         """
         if self.path in (held := _held.get()):
             yield
+            self._finish_pruning()
             return
         self._require_no_file_in_its_way()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -112,6 +135,7 @@ class RunFolder:
             try:
                 yield
             finally:
+                self._finish_pruning()
                 _held.reset(token)
 
     def check(self, study: StudyConfig, *, resume: bool) -> Path | None:
@@ -137,7 +161,8 @@ class RunFolder:
         """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does, and as
         `ReleasedRounds.begin` where the study promises site-level privacy."""
         latest, record = self.check(study, resume=resume), record_of(self.path, study)
-        shutil.rmtree(self.scratch, ignore_errors=True)  # a round that was cut off may have left gigabytes
+        for left in (self.scratch, self._pruned):  # gigabytes, where a coordinator was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._stopped.unlink(missing_ok=True)
         if latest is None:
             if record is not None:
@@ -145,12 +170,14 @@ class RunFolder:
             self._start(study)
             return None
         try:
-            found = checkpoint.load(latest, to_resume=True)
+            found = self.load(checkpoint.round_of(latest), to_resume=True)
         except CheckpointError as error:
             told = f"{error}, or delete {latest} to go on from the round before it"
             if record is not None and (lost := checkpoint.round_of(latest)) > 0:
                 told += f"; {record.cost_of_going_back(lost - 1)}"
             raise CheckpointError(told) from None
+        if found.manifest.study_digest != study.digest():
+            raise CheckpointError(f"{latest}: is of another study than study.yaml beside it; put back this run's own")
         if record is not None:
             record.begin(found.manifest.round, anew=False)
         if not self._identity.exists():  # deleted, or begun before runs had names
@@ -172,15 +199,51 @@ class RunFolder:
         """Keep why the run ended before its last round, until it is gone on with."""
         durable.write_text(self._stopped, json.dumps(facts, sort_keys=True) + "\n")
 
+    def why_it_stopped(self) -> str:
+        """What `note_stop` kept; empty where the run was not stopped, or was gone on with since."""
+        try:
+            return str(json.loads(self._stopped.read_text(encoding="utf-8"))["error"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def note_end(self, run: int, error: UnimissError) -> None:
+        """Keep what the ServerApp of a Flower run ended with, for `unimiss-server run`, which is another process."""
+        facts = {"run": run, "error": str(error), "exit_code": error.exit_code, "resumes": error.resumes}
+        durable.write_text(self._ended, json.dumps(facts, sort_keys=True) + "\n")
+
+    def how_it_ended(self, run: int) -> dict[str, Any]:
+        """What `note_end` kept of that run; empty where its ServerApp was killed, or ended well."""
+        try:
+            facts = json.loads(self._ended.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) and facts.get("run") == run else {}
+
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
             return []
         return list(_whole_rows(self.metrics.read_text(encoding="utf-8")))
 
     def prune_checkpoints(self, newest: int, keep: int) -> None:
-        """Remove all but the `keep` newest and round 0, which the report compares with."""
-        for old in range(1, newest - keep + 1):
-            shutil.rmtree(self.checkpoint_of(old), ignore_errors=True)
+        """Remove all but the `keep` newest and round 0, which the report compares with.
+
+        They are out of the way when this returns. Their files go while sites train: for a disk to let go of half a
+        gigabyte takes a tenth of a second, in which the next request would wait.
+        """
+        if not (old := [number for number in checkpoint.numbered(self.checkpoints) if 0 < number <= newest - keep]):
+            return
+        self._finish_pruning()
+        self._pruned.mkdir(exist_ok=True)
+        for folder in map(self.checkpoint_of, old):
+            with suppress(OSError):  # somebody reads it: the next round tries again
+                folder.rename(self._pruned / folder.name)
+        self._deletion = threading.Thread(target=shutil.rmtree, args=[self._pruned], kwargs={"ignore_errors": True})
+        self._deletion.start()
+
+    def _finish_pruning(self) -> None:
+        """Wait for what is being deleted."""
+        if self._deletion is not None:
+            self._deletion.join()
 
     def _start(self, study: StudyConfig) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -196,6 +259,11 @@ class RunFolder:
     def _forget_rounds_after(self, round: int) -> None:
         kept = [row for row in self.metric_rows() if row["round"] <= round]
         durable.write_text(self.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
+
+
+def folder_of(config: CoordinatorConfig) -> RunFolder:
+    """Raises ConfigError: the signing key cannot be read."""
+    return RunFolder(config.out, read_signing_key(config.signing_key) if config.signing_key else None)
 
 
 def _whole_rows(text: str) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """The `unimiss-server` command: what a coordinator's operator types.
 
-Exit codes: 0 done, 2 wrong arguments or configuration, 8 an audit log is damaged, 130 interrupted; see
-`unimiss_core.errors`.
+Exit codes: 0 done, 2 wrong arguments or configuration, 4 no good checkpoint, 5 a round could not be completed, 8 an
+audit log is damaged, 130 interrupted; see `unimiss_core.errors`.
 """
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -24,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.act(options)
     except UnimissError as error:
-        print(f"unimiss-server: {error}", file=sys.stderr)
+        way_on = "\nThe same command goes on from there." if error.resumes else ""
+        print(f"unimiss-server: {error}{way_on}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("unimiss-server: interrupted", file=sys.stderr)
@@ -41,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_sites(commands.add_parser("sites", help="list who was approved or revoked"))
     _add_audit(commands.add_parser("audit", help="say what was done here, or in a study's run; verifies the log"))
     _add_renew(commands.add_parser("renew", help="make certificates anew that will soon run out"))
+    _add_run(commands.add_parser("run", help="run a study to its last round, or go on with it"))
+    _add_status(commands.add_parser("status", help="say how runs, processes and sites stand; from any terminal"))
+    _add_stop(commands.add_parser("stop", help="end the run at work; `run` goes on with it later"))
+    _add_export(commands.add_parser("export", help="write a study's model as a folder to hand on"))
     return parser
 
 
@@ -154,6 +161,81 @@ def _renew(options: argparse.Namespace) -> None:
     home = Home.chosen(options.home)
     made = renew(home, now=datetime.now(UTC), every=options.all, note=coordinator_log(home.audit).record)
     print("\n".join(made) or "nothing runs out soon")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what all sites agree on")
+    parser.add_argument("--verbose", action="store_true", help="log what is done")
+    _add_home(parser)
+    parser.set_defaults(act=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Raises as `server.run_command.run`."""
+    from server.superlink import QUIET
+
+    os.environ.update(QUIET)  # before anything of Flower is imported
+    from server.audit import coordinator_log
+    from server.display import Display
+    from server.home import Home
+    from server.run_command import run
+
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would write a line for each request
+    home = Home.chosen(options.home)
+    with Display() as display:
+        composed = run(home, options.study, note=coordinator_log(home.audit).record)
+    display.summarise(composed.folder.path)
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_home(parser)
+    parser.set_defaults(act=_status)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from server.home import Home
+    from server.run_command import runner
+    from server.running import status
+
+    home = Home.chosen(options.home)
+    for line in status(home, at_work=runner(home) is not None, now=datetime.now(UTC)):
+        print(line)
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    _add_home(parser)
+    parser.set_defaults(act=_stop)
+
+
+def _stop(options: argparse.Namespace) -> None:
+    from server.audit import coordinator_log
+    from server.home import Home
+    from server.run_command import stop
+
+    home = Home.chosen(options.home)
+    print("stopped" if stop(home, note=coordinator_log(home.audit).record) else "no run was at work")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="the study's name")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    parser.add_argument("--round", type=int, metavar="N", help="default: the newest")
+    _add_home(parser)
+    parser.set_defaults(act=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from server.audit import coordinator_log
+    from server.export import export
+    from server.home import Home
+
+    home = Home.chosen(options.home)
+    note = coordinator_log(home.audit).record
+    exported = export(home, options.study, options.out, round=options.round, note=note)
+    print(f"{options.out}: round {exported.round} of {options.study}; README.md is its model card")
+    print(f"Who receives it needs {home.signing_public_key}, by another way: unimiss verify {options.out} --key FILE")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ class SimulationConfig(Config):
     sites: Annotated[tuple[SimulatedSite, ...], Field(min_length=1)]
     probe: tuple[SimulatedProbe, ...] = ()
     quorum: Quorum = Quorum()
+    forget_ledgers: tuple[Name, ...] = ()
+    """Sites whose ledger was begun anew, as in a coordinator file."""
     workers: Annotated[int, Field(gt=0)] = 1
     """Sites that train at the same time; 1 gives the same bits on every run."""
 
@@ -105,6 +107,8 @@ class SimulationConfig(Config):
         for kind, names in {"sites": [s.name for s in self.sites], "probe": [p.name for p in self.probe]}.items():
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{kind}: the name {', '.join(sorted(twice))} stands twice")
+        if strangers := set(self.forget_ledgers) - {site.name for site in self.sites}:
+            raise ValueError(f"forget_ledgers: there is no site {', '.join(sorted(strangers))}")
         if not self.quorum.min_replies <= self.quorum.min_sites <= len(self.sites):
             raise ValueError(
                 f"quorum: min_replies={self.quorum.min_replies} must not be above min_sites={self.quorum.min_sites}, "
@@ -164,13 +168,19 @@ def engine_folder(context: Context) -> Path:
 
 
 def read_simulation(path: Path) -> Simulation:
-    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either."""
+    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either; or a
+    patient-level study has too little noise for its own promise."""
     raw, base = read_yaml(path), path.resolve().parent
     try:
         config = parse(SimulationConfig, raw, where=str(path))
     except ConfigError as error:
         raise ConfigError("\n".join([str(error), *_mistakes_of_study(raw, base)])) from None
-    return Simulation(config, _study(config.study, config.overrides, base), base)
+    study = _study(config.study, config.overrides, base)
+    if study.privacy.mode == "patient":
+        from client.accounting import check_study  # here, for it takes seconds, and only private studies need it
+
+        check_study(study)  # its sites would refuse it one by one, after their hospitals were written
+    return Simulation(config, study, base)
 
 
 def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
@@ -195,6 +205,7 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
             **config.quorum.model_dump(mode="json"),
             "wait_s": 1.0,  # on one machine every site has answered by then, or never will,
             "retry_s": 0.0,  # and nobody mends it while it is waited for
+            "forget_ledgers": list(config.forget_ledgers),
             "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
         }
         durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))

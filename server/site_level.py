@@ -31,9 +31,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from server.aggregation import Aggregate, norm, shortened
+from server.aggregation import Aggregate, shortened
 from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import ExactSum, SpareMemory
+from server.measured import measured
 from server.wording import listed
 from unimiss_core.codec import Layout, TensorSpec
 from unimiss_core.errors import ConfigError
@@ -70,9 +71,9 @@ class SiteLevelMean(Aggregate):
 
     def fold(self, update: Mapping[str, Tensor], weights: Mapping[Group, float]) -> None:
         groups = [group for group, weight in weights.items() if weight > 0]
-        counted = {spec.name: update[spec.name] for group in groups for spec in self._layout[group]}
+        counted = measured(update, [spec.name for group in groups for spec in self._layout[group]])
         most = self._privacy.clip_norm * (1 - _ROUNDING)
-        self._sums.add(counted, shortened(norm(counted), most))
+        self._sums.add(counted, shortened(counted.norm(), most))
         self._came |= counted.keys()
 
     def result(self) -> dict[str, Tensor]:
@@ -111,10 +112,11 @@ def check_site_level(study: StudyConfig, config: CoordinatorConfig) -> None:
             f"rounds, above privacy.max_epsilon={privacy.max_epsilon:g}. privacy.noise_multiplier: {enough:g} would do"
         )
     if config.min_replies < privacy.sites:
+        sites, replies = config.called("min_sites"), config.called("min_replies")
         raise ConfigError(
             f"study '{study.name}': its rounds are divided by privacy.sites={privacy.sites}, so that as many updates "
-            f"must count, but the coordinator file says min_replies={config.min_replies}; write min_sites: "
-            f"{max(config.min_sites, privacy.sites)} and min_replies: {privacy.sites}, or begin a study of fewer sites"
+            f"must count, but the {config.file_in_words} says {replies}={config.min_replies}; write {sites}: "
+            f"{max(config.min_sites, privacy.sites)} and {replies}: {privacy.sites}, or begin a study of fewer sites"
         )
     _check_identity(study, config)
 
@@ -139,7 +141,7 @@ def who_is_believed(study: StudyConfig, config: CoordinatorConfig) -> str | None
     privacy, rounds = study.privacy, study.schedule.rounds
     if not isinstance(privacy, SitePrivacyConfig) or config.identity == "proved":
         return None
-    if config.identity == "simulated":
+    if config.is_simulated:
         return "identity: simulated: all sites are taken to be the operator's own; nothing shows that no site is two"
     twice = gaussian_epsilon(privacy.noise_multiplier / 2, rounds, privacy.delta)
     return (

@@ -59,14 +59,19 @@ def site(folder: Path, of: Authority, trusted: Authority | None = None, now: dat
     return party(folder, "alpha", certificate, key, trusted or of)
 
 
-def handshake(listener: ssl.SSLContext, caller: ssl.SSLContext, host: str = HOST) -> bytes | None:
-    """The certificate that the caller showed (DER), or None where either side refused the other."""
+def handshake(
+    listener: ssl.SSLContext, caller: ssl.SSLContext, host: str = HOST, kept: list[ssl.SSLSession] | None = None
+) -> bytes | None:
+    """The certificate that the caller showed (DER, or some bytes for none), or None where a side refused the other.
+
+    kept: sessions that the caller has of this listener; it offers the last, and adds the new one.
+    """
     shown: list[bytes | None] = []
 
     def answer(door: socket.socket) -> None:
         try:
             with door.accept()[0] as raw, listener.wrap_socket(raw, server_side=True) as secured:
-                shown.append(secured.getpeercert(binary_form=True))
+                shown.append(secured.getpeercert(binary_form=True) or b"none")
                 secured.sendall(b"!")
         except (ssl.SSLError, OSError):
             shown.append(None)
@@ -78,9 +83,11 @@ def handshake(listener: ssl.SSLContext, caller: ssl.SSLContext, host: str = HOST
         try:
             with (
                 socket.create_connection(door.getsockname(), timeout=20) as raw,
-                caller.wrap_socket(raw, server_hostname=host) as secured,
+                caller.wrap_socket(raw, server_hostname=host, session=kept[-1] if kept else None) as secured,
             ):
                 through = secured.recv(1) == b"!"  # in TLS 1.3 the server's refusal comes after the handshake
+                if kept is not None and secured.session is not None:
+                    kept.append(secured.session)
         except (ssl.SSLError, OSError):
             through = False
         answering.join(20)
@@ -113,6 +120,19 @@ def test_both_versions_of_tls_ask_for_a_certificate(tmp_path: Path, version: ssl
     assert handshake(listener, site(tmp_path, ours).on_the_sites_side())
     nobody = ssl.create_default_context(cafile=tmp_path / "alpha.authority.crt")
     assert not handshake(listener, nobody)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_no_session_is_resumed_past_the_certificate(tmp_path: Path, version: ssl.TLSVersion) -> None:
+    """A resumed session takes the certificate of the first as seen, also where that has run out since."""
+    ours = authority()
+    listener = server(tmp_path, ours).on_the_coordinators_side()
+    listener.maximum_version = version
+    caller = site(tmp_path, ours).on_the_sites_side()
+    kept: list[ssl.SSLSession] = []
+    assert handshake(listener, caller, kept=kept)
+    assert handshake(listener, caller, kept=kept)
+    assert listener.session_stats()["hits"] == 0
 
 
 def test_tls_1_1_is_not_spoken(tmp_path: Path) -> None:

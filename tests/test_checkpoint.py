@@ -28,7 +28,7 @@ def save(folder: Path, round: int = 7, seed: int = 0) -> None:
 
 def test_round_trip(tmp_path: Path) -> None:
     save(tmp_path / "round-0007")
-    found = checkpoint.load(tmp_path / "round-0007")
+    found = checkpoint.load(tmp_path / "round-0007", to_resume=True)
     student = random_tensors(whole_layout(), 0)
     assert found.manifest.round == 7
     assert found.manifest.model == small_study().model
@@ -51,7 +51,9 @@ def test_one_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
     payload[-1] ^= 1
     (tmp_path / "c" / name).write_bytes(payload)
     with pytest.raises(CheckpointError, match=f"{name} was changed"):
-        checkpoint.load(tmp_path / "c")
+        checkpoint.load(tmp_path / "c", to_resume=True)
+    with pytest.raises(CheckpointError, match=f"{name} was changed"):
+        checkpoint.verify(tmp_path / "c")
 
 
 def save_with_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -74,9 +76,11 @@ def test_state_of_the_server_is_read_to_resume_and_needed_for_nothing_else(tmp_p
     name, tensor = next(iter(random_tensors(whole_layout(), 0).items()))
     save_with_state(tmp_path / "c", {f"momentum.{name}": tensor + 1})
     assert torch.equal(checkpoint.load(tmp_path / "c", to_resume=True).server_tensors[f"momentum.{name}"], tensor + 1)
-    (tmp_path / "c" / "server.safetensors").unlink()
+    for own in checkpoint.SERVERS_OWN:
+        (tmp_path / "c" / own).unlink()
     assert checkpoint.load(tmp_path / "c").server_tensors == {}
-    with pytest.raises(CheckpointError, match=r"server\.safetensors is missing"):
+    assert checkpoint.verify(tmp_path / "c")[1] == checkpoint.SERVERS_OWN
+    with pytest.raises(CheckpointError, match=r"server\.(safetensors|json) is missing"):
         checkpoint.load(tmp_path / "c", to_resume=True)
 
 
@@ -128,7 +132,7 @@ def test_crash_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", crash)
+    monkeypatch.setattr(Path, "write_bytes", crash)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "round-0002", round=2)
     assert checkpoint.latest(tmp_path) == tmp_path / "round-0001"

@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from server import exact_sum
 from server.exact_sum import MOST_SUMMANDS, ExactSum, SpareMemory
 from tests.federation import StubSite, metric_rows
 from tests.test_rounds import federate
+from unimiss_core import stretches
 
 LARGEST = 1e3
 CANCELLING = st.builds(math.ldexp, st.sampled_from([-1.0, 1.0, 3.0]), st.sampled_from([0, -1, -24, -53, -54, -80]))
@@ -110,7 +112,7 @@ def test_plain_float64_sums_do_depend_on_the_order() -> None:
 
 
 def test_a_tensor_longer_than_a_stretch_is_summed_in_full(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(exact_sum, "_AT_ONCE", 5)
+    monkeypatch.setattr(stretches, "AT_ONCE", 5)
     columns = [torch.randn(7, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     expected = sum(0.3 * column.double() for column in columns).flatten() / 2  # type: ignore[union-attr]
     torch.testing.assert_close(summed(columns, 0.3).take("a", 2.0).double(), expected, rtol=1e-7, atol=0)
@@ -125,6 +127,19 @@ def test_memory_of_an_earlier_sum_changes_no_bit_of_the_next() -> None:
             total.add({"a": column}, 1.0)
         kept = total.take("a", 1.0)
         assert torch.equal(kept, summed(columns[:many]).take("a", 1.0))
+
+
+def test_sites_of_unlike_size_keep_no_more_updates_waiting_than_others() -> None:
+    """An update's memory is one for all of its tensors: it stays while any of them waits."""
+    total, waiting = ExactSum(LARGEST), list[weakref.ref[Tensor]]()
+    for index in range(40):
+        update = torch.full((6,), 1e-3 * 2.0 ** -(index % 11), dtype=torch.bfloat16)
+        waiting.append(weakref.ref(update))
+        total.add({"a": update[:3], "b": update[3:]}, 1.0)
+        total.add({"c": update}, 1.0)
+        del update
+        assert sum(held() is not None for held in waiting) <= 3
+    assert total.take("a", 40.0).isfinite().all()
 
 
 def test_sums_begin_in_the_memory_of_the_last() -> None:

@@ -1,6 +1,7 @@
 """How a site and a coordinator come to know each other, by the commands that people type."""
 
 import stat
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,13 @@ def test_what_runs_out_is_renewed_and_joined_again(server: Typed, alpha: Typed) 
     assert certificates.days_left(certificates.certificate_of(paper.certificate, "w"), later) == 730
     said = alpha("join", ours.welcome("alpha"))
     assert (said.code, "has a new welcome of the coordinator" in said.out) == (0, True)
+
+
+def test_an_authority_that_has_run_out_signs_nothing(server: Typed, alpha: Typed) -> None:
+    paper, late = alpha.folder / "alpha.join.yaml", NOW + certificates.AUTHORITY_LASTS + timedelta(days=1)
+    with pytest.raises(ConfigError, match=r"authority\.crt: has run out; make a new coordinator's folder"):
+        approve(Home(server.folder), "alpha", paper, now=late)
+    assert not Home(server.folder).site("alpha").exists()
 
 
 def test_commands_outside_of_a_folder_tell_the_way(

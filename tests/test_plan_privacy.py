@@ -75,7 +75,7 @@ def test_what_makes_no_sense_is_told(options: str, told: str, capsys: pytest.Cap
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["private", "private_adaptation"])
+@pytest.mark.parametrize("name", ["private", "private_adaptation", "private_demo"])
 def test_studies_that_are_shipped_keep_their_promise_without_a_lot_to_spare(name: str) -> None:
     study = load(StudyConfig, SHIPPED / f"{name}.yaml")
     assert study.privacy.mode == "patient"

@@ -197,7 +197,8 @@ def test_what_would_overspend_is_refused_before_a_scan_is_read(tmp_path: Path, m
         monkeypatch.setattr(private_round, "run_round", lambda *_: pytest.fail("trained"))
         assert Refusal.found_in(ask(request(study, 2), "train")) == Refusal("budget")
     assert len(hospital.entries) == 2
-    (told,) = [event.text for event in heard if isinstance(event, progress.Note)]
+    before, told = [event.text for event in heard if isinstance(event, progress.Note)]
+    assert "bear 1 of the 2 rounds of study" in before
     assert f"above {1.2 * cost:g} that this site allows over all studies" in told
 
 

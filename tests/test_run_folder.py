@@ -9,6 +9,7 @@ import pytest
 from server.run_folder import RunFolder
 from tests.federation import StubSite, good_answer, small_study
 from tests.test_rounds import federate
+from unimiss_core import checkpoint
 from unimiss_core.config import RUN
 from unimiss_core.errors import ConfigError
 from unimiss_core.wire import TrainReply, TrainRequest
@@ -109,3 +110,21 @@ def test_a_damaged_name_is_told_with_the_way_out(tmp_path: Path, damaged: str) -
     (tmp_path / "run.json").write_text(damaged)
     with pytest.raises(ConfigError, match=r"run\.json: does not name the run; delete it"):
         _ = folder.run
+
+
+def test_pruned_checkpoints_are_out_of_the_way_at_once_and_soon_deleted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number in range(6):
+        folder.checkpoint_of(number).mkdir(parents=True)
+        (folder.checkpoint_of(number) / "student.safetensors").write_bytes(bytes(1000))
+    with folder.alone():
+        folder.prune_checkpoints(newest=5, keep=2)
+        assert sorted(checkpoint.numbered(folder.checkpoints)) == [0, 4, 5]
+    assert not (tmp_path / "pruned.partial").exists()
+
+
+def test_what_a_killed_coordinator_was_deleting_is_deleted_when_the_run_goes_on(tmp_path: Path) -> None:
+    federate(tmp_path, [site([])], small_study())
+    (left := tmp_path / "pruned.partial" / "round-0001").mkdir(parents=True)
+    federate(tmp_path, [site([])], small_study(), resume=True)
+    assert not left.exists()

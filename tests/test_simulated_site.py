@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from client import accounting
 from client.cache import open_private_library
 from client.site_config import SiteTraining, load_site
-from server.simulate import Simulation, _write_site, read_simulation, simulate
+from server.coordinator_config import load_coordinator
+from server.simulate import Simulation, _write_site, prepare, read_simulation, simulate
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Rank
@@ -68,6 +70,20 @@ def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: P
     assert "change the simulation's file instead" in text.splitlines()[0]
 
 
+def test_a_ledger_that_was_begun_anew_is_forgotten_by_the_simulations_own_file(tmp_path: Path) -> None:
+    """The coordinator file is written anew at each start, so that it is no place to write to."""
+    (tmp_path / "hospital").mkdir()
+    north = {"name": "north", "data": [{"folder": "hospital"}]}
+    simulated(tmp_path)
+    path = tmp_path / "simulation.yaml"
+    path.write_text(yaml.safe_dump({"study": "study.yaml", "sites": [north], "forget_ledgers": ["north"]}))
+    made = prepare(read_simulation(path), tmp_path / "out", resume=False)
+    assert load_coordinator(made).forget_ledgers == ("north",)
+    path.write_text(yaml.safe_dump({"study": "study.yaml", "sites": [north], "forget_ledgers": ["nort"]}))
+    with pytest.raises(ConfigError, match="forget_ledgers: there is no site nort"):
+        read_simulation(path)
+
+
 def test_overrides_that_choose_another_objective_begin_from_its_defaults(tmp_path: Path) -> None:
     plus = {"objective": {"name": "unimiss_plus"}, "model": {"reconstruction": True}}
     study = simulated(tmp_path, overrides=plus).study
@@ -80,6 +96,25 @@ def test_overrides_of_the_same_objective_change_it_in_part(tmp_path: Path, chang
     study = simulated(tmp_path, overrides={"objective": change, "name": "other"}).study
     assert study.objective == UniMiSSConfig(slices_per_volume=4, teacher_temperature=0.02, centre_momentum=0.8)
     assert study.name == "other"
+
+
+def test_a_private_study_that_breaks_its_promise_is_told_before_hospitals_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for the noise that would do takes seconds, and has tests of its own."""
+    monkeypatch.setattr(accounting, "noise_for", lambda *_: 2.0)
+
+    def private(noise: float) -> dict[str, object]:
+        return {
+            "privacy": {"mode": "patient", "max_epsilon": 2.0, "noise_multiplier": noise, "centre_noise": 5.0},
+            "schedule": {"rounds": 2, "local_steps": 2},
+            "optimiser": {"warmup_steps": 1},
+            "objective": {"centre_momentum": 0.999999},
+        }
+
+    with pytest.raises(ConfigError, match=r"above privacy\.max_epsilon=2\. privacy\.noise_multiplier: 2 would do"):
+        simulated(tmp_path, overrides=private(0.6))
+    assert simulated(tmp_path, overrides=private(2.0)).study.privacy.mode == "patient"
 
 
 def test_an_objective_that_there_is_not_is_told_as_such(tmp_path: Path) -> None:

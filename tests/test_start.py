@@ -9,7 +9,7 @@ from server.coordinator_config import CoordinatorConfig
 from server.local_grid import LocalGrid
 from server.rounds import Federation
 from tests.federation import StubSite, small_study, stub_app
-from unimiss_core import checkpoint
+from unimiss_core import checkpoint, progress
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.study import StudyConfig
 
@@ -48,3 +48,36 @@ def test_a_start_of_another_model_and_one_that_is_not_there_are_told(tmp_path: P
         run(tmp_path / "out", StubSite("a", {2: 3}), start, other)
     with pytest.raises(CheckpointError, match="no manifest"):
         run(tmp_path / "out", StubSite("a", {2: 3}), tmp_path / "nothing")
+
+
+PRIVACY = {"mode": "patient", "max_epsilon": 8.0, "noise_multiplier": 1.0, "centre_noise": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("trained", "mode", "warned"),
+    [
+        ("norms_and_biases", "patient", True),
+        ("last_stages", "patient", True),
+        ("all", "patient", False),
+        (0, "", False),
+    ],
+)
+def test_whoever_trains_a_part_of_random_weights_is_warned_when_the_run_begins(
+    tmp_path: Path, trained: str, mode: str, warned: bool
+) -> None:
+    privacy = {"privacy": {**PRIVACY, "trained": trained}} if mode else {}
+    study = small_study(1, batch={"images": 128, "volumes": 128}, **privacy)
+
+    def said(out: str, start: Path | None, *, resume: bool = False) -> list[str]:
+        heard: list[progress.Event] = []
+        with progress.listen(heard.append):
+            run(tmp_path / out, StubSite("a", {2: 1}), start, study, resume=resume)
+        return [event.text for event in heard if isinstance(event, progress.Note) and "random" in event.text]
+
+    told = said("a", None)
+    assert bool(told) == warned
+    if warned:
+        assert f"trains {trained.replace('_', ' ')} alone" in told[0]
+        assert "give the coordinator file a `start:`" in told[0]
+    assert said("a", None, resume=True) == []
+    assert said("b", tmp_path / "a" / "checkpoints" / "round-0001") == []

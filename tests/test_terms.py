@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from client import accounting
 from client import site as sites
 from client.ledger import ledger_of
 from client.site_command import main
@@ -13,9 +14,17 @@ from client.site_config import load_site
 from client.terms import check_terms
 from tests.federation import RUN, small_study
 from tests.test_ledger_command import charge
-from tests.test_private_rounds import Hospital, facts_of, private_study, quick_accountant, request  # noqa: F401
+from tests.test_private_rounds import (
+    Hospital,
+    bytes_of,
+    facts_of,
+    private_study,
+    quick_accountant,  # noqa: F401
+    request,
+)
 from unimiss_core import locks, progress
 from unimiss_core.errors import LedgerError, PrivacyBudgetError
+from unimiss_core.privacy import mechanisms
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello, Refusal
 
@@ -167,3 +176,73 @@ def test_a_damaged_ledger_is_told_whatever_the_limits(
     book.write_bytes(book.read_bytes().replace(b'"round":1', b'"round":2', 1).replace(b'"round": 1', b'"round": 2', 1))
     assert main(["check", str(site)]) == 6
     assert "Patient-level studies: yes" not in capsys.readouterr().out
+
+
+# -- what the limits bear of a study, when the site introduces itself --------------------------------------------------
+
+
+def cost(study: StudyConfig, rounds: int) -> float:
+    """Of a patient with images, at the delta that the hospitals below ask for."""
+    return accounting.epsilon(mechanisms(study, {2}, range(1, rounds + 1)), 1e-4)
+
+
+def introduced(hospital: Hospital, study: StudyConfig, run: str = RUN) -> tuple[Refusal | None, list[str]]:
+    """What the coordinator is told, and what the site's own screen says of rounds."""
+    heard: list[progress.Event] = []
+    with progress.listen(heard.append), hospital.asked() as ask:
+        refused = Refusal.found_in(ask(Hello(study, run).pack(), "query"))
+    return refused, [event.text for event in heard if isinstance(event, progress.Note) and "round" in event.text]
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        ({"max_epsilon": 0.1, "delta": 1e-4}, "above 0.1 that this site allows over all studies"),
+        ({"least_noise_multiplier": 1.0}, "its noise multiplier, of gradient and centre together, is 0.9806"),
+    ],
+)
+@pytest.mark.parametrize("scans", [0, 3])
+def test_a_study_of_which_not_one_round_may_be_is_refused_at_the_introduction(
+    tmp_path: Path, limit: dict[str, Any], told: str, scans: int
+) -> None:
+    """Whatever scans there are: none is read."""
+    hospital = Hospital(tmp_path, scans=scans, privacy=limit)
+    refused, (said,) = introduced(hospital, private_study())
+    assert refused == Refusal("budget")
+    assert "study 'toy' is refused before its first round: " in said
+    assert told in said
+    assert hospital.entries == []
+
+
+def test_noise_that_only_later_rounds_lack_is_refused_at_the_introduction(tmp_path: Path) -> None:
+    """Round 1 is of images, of multiplier 0.981; with volumes, in round 2, it is 0.962."""
+    study = private_study(schedule={"rounds": 2, "local_steps": 2, "alternate": [2, 2]})
+    limits = {"holds": ["images", "volumes"], "least_noise_multiplier": 0.97}
+    refused, said = introduced(Hospital(tmp_path, privacy=limits), study)
+    assert refused == Refusal("budget")
+    assert "is 0.9623, and this site asks for at least 0.97" in said[0]
+
+
+def test_fewer_rounds_than_the_study_has_are_told_at_the_site_alone(tmp_path: Path) -> None:
+    study = private_study(4)
+    between = (cost(study, 2) + cost(study, 3)) / 2
+    refused, said = introduced(Hospital(tmp_path / "a", privacy={"max_epsilon": between, "delta": 1e-4}), study)
+    assert refused is None
+    assert [line for line in said if "bear 2 of the 4 rounds of study 'toy'" in line]
+    enough = Hospital(tmp_path / "b", privacy={"max_epsilon": 1.01 * cost(study, 4), "delta": 1e-4})
+    assert introduced(enough, study) == (None, [])
+
+
+def test_a_run_that_was_charged_may_ask_for_its_last_reply_again_though_nothing_is_left(tmp_path: Path) -> None:
+    study = private_study(4)
+    hospital = Hospital(tmp_path, privacy={"max_epsilon": 1.01 * cost(study, 1), "delta": 1e-4})
+    with hospital.asked() as ask:
+        ask(Hello(study, RUN).pack(), "query")
+        first = ask(request(study), "train")
+    assert introduced(hospital, study) == (None, [])
+    with hospital.asked() as ask:
+        assert bytes_of(ask(request(study), "train")) == bytes_of(first)
+    refused, said = introduced(hospital, study, run="f" * 16)
+    assert refused == Refusal("budget")
+    assert "refused before its first round" in said[0]

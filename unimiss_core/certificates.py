@@ -101,6 +101,13 @@ def key_of_peer(der: bytes) -> bytes:
         return b""
 
 
+def identity(der: bytes) -> tuple[bytes, str]:
+    """Of a certificate in DER form that the authority signed: its key as `key_of` gives it, the name of its subject."""
+    certificate = x509.load_der_x509_certificate(der)
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return key_of(certificate), str(names[0].value) if names else ""
+
+
 def days_left(certificate: x509.Certificate, now: datetime) -> float:
     """Until it runs out; below 0 where it did."""
     return (certificate.not_valid_after_utc - now) / timedelta(days=1)

@@ -2,16 +2,19 @@
 
     round-0007/
         manifest.json          what this is: see `Manifest`
+        manifest.sig           of who made it, where they sign: covers the manifest, and by its digests every file
         student.safetensors    the global student, float32, named as in the model
         teacher.safetensors    the global teacher (what embedding and fine-tuning use)
         server.json            the coordinator's bookkeeping, which resuming needs
         server.safetensors     tensors that only resuming needs; where there are any
 
-Embedding and fine-tuning never open `server.safetensors`, so that a checkpoint may be handed on without it.
+Embedding and fine-tuning never open the server's two files, so that a checkpoint may be handed on without them.
 
 Nothing is ever unpickled. No time and no host stands in a checkpoint, so that equal runs give equal bytes.
 """
 
+import base64
+import binascii
 import hashlib
 import re
 from collections.abc import Mapping
@@ -29,11 +32,18 @@ from torch import Tensor
 from unimiss_core import durable
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
+from unimiss_core.keys import SigningKey, SigningPublicKey, fingerprint, is_signed, sign
 from unimiss_core.study import ModelConfig, PlanConfig
 
 FORMAT_VERSION = 1
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
+_SERVER_JSON, _SERVER_TENSORS = "server.json", "server.safetensors"
+SERVERS_OWN = frozenset((_SERVER_JSON, _SERVER_TENSORS))
+"""Files that resuming needs, and nothing else."""
+PURPOSE = "unimiss checkpoint manifest 1"
+"""What a signature of a manifest is bound to, so that it is one of nothing else."""
 _FOLDER_NAME = re.compile(r"round-([0-9]{4,})")
-_SERVER_TENSORS = "server.safetensors"
 
 
 class Manifest(Config):
@@ -59,7 +69,7 @@ class Checkpoint:
     student: Mapping[str, Tensor]
     teacher: Mapping[str, Tensor]
     server_json: str
-    """The coordinator's bookkeeping as it wrote it; `{}` for imported weights."""
+    """The coordinator's bookkeeping as it wrote it; `{}` for imported weights, or where it was not asked for."""
     server_tensors: Mapping[str, Tensor]
     """`prefix.name` -> what is kept of the parameter `name`; empty where there is nothing or it was not asked for."""
 
@@ -85,16 +95,18 @@ def save(
     teacher: Mapping[str, Tensor],
     server_json: str = "{}",
     server_tensors: Mapping[str, Tensor] | None = None,
+    signing_key: SigningKey | None = None,
 ) -> None:
     """Write a checkpoint as `folder`, in one rename.
 
-    server_tensors: named `prefix.name` after the parameter they belong to, and of its shape.
+    server_tensors: named `prefix.name` after the parameter they belong to, and of its shape. signing_key: of who makes
+    it; None leaves it unsigned.
     """
-    files = {"student.safetensors": student, "teacher.safetensors": teacher}
+    files = {STUDENT: student, TEACHER: teacher}
     if server_tensors:
         files[_SERVER_TENSORS] = server_tensors
     with durable.new_folder(folder) as partial:
-        (partial / "server.json").write_bytes(server_json.encode())
+        (partial / _SERVER_JSON).write_bytes(server_json.encode())
         paths = [partial / name for name in files]
         with ThreadPoolExecutor(2 * len(files)) as together:  # writing, hashing and the disk leave Python to others
             list(together.map(_write, paths, files.values()))
@@ -108,24 +120,28 @@ def save(
             model=model,
             plan=plan,
             tensors={name: tuple(tensor.shape) for name, tensor in sorted(student.items())},
-            sha256={**digests, "server.json": hashlib.sha256(server_json.encode()).hexdigest()},
+            sha256={**digests, _SERVER_JSON: hashlib.sha256(server_json.encode()).hexdigest()},
         )
-        (partial / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        written = (manifest.model_dump_json(indent=2) + "\n").encode()
+        (partial / MANIFEST).write_bytes(written)
+        if signing_key is not None:
+            (partial / SIGNATURE).write_bytes(base64.b64encode(sign(signing_key, PURPOSE, written)) + b"\n")
 
 
-def load(folder: Path, *, to_resume: bool = False) -> Checkpoint:
+def load(folder: Path, *, to_resume: bool = False, key: SigningPublicKey | None = None) -> Checkpoint:
     """Read a checkpoint and check every file that is read against the manifest.
 
-    to_resume: read the server's tensors too. Raises CheckpointError: no checkpoint there, another format version, a
-    file or tensor changed or missing.
+    to_resume: read the server's files too. key: of who must have signed the manifest; None asks for no signature.
+    Raises CheckpointError: no checkpoint there, another format version, a file or tensor changed or missing, not signed
+    by that key.
     """
-    manifest = read_manifest(folder)
-    wanted = {name: digest for name, digest in manifest.sha256.items() if to_resume or name != _SERVER_TENSORS}
+    manifest = read_manifest(folder, key=key)
+    wanted = {name: digest for name, digest in manifest.sha256.items() if to_resume or name not in SERVERS_OWN}
     payloads = {name: _read_checked(folder, name, digest) for name, digest in wanted.items()}
     try:
-        student = load_tensors(payloads["student.safetensors"])
-        teacher = load_tensors(payloads["teacher.safetensors"])
-        server_json = payloads["server.json"].decode()
+        student = load_tensors(payloads[STUDENT])
+        teacher = load_tensors(payloads[TEACHER])
+        server_json = payloads[_SERVER_JSON].decode() if to_resume else "{}"
         server_tensors = load_tensors(payloads[_SERVER_TENSORS]) if _SERVER_TENSORS in payloads else {}
     except (KeyError, SafetensorError, UnicodeDecodeError):
         raise CheckpointError(f"{folder}: the files do not hold what the manifest says; take another copy") from None
@@ -140,11 +156,29 @@ def load(folder: Path, *, to_resume: bool = False) -> Checkpoint:
     return Checkpoint(manifest, student, teacher, server_json, server_tensors)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, not yet checked against the files. Raises CheckpointError."""
-    path = folder / "manifest.json"
+def verify(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[Checkpoint, frozenset[str]]:
+    """Check every file that is there, and that its tensors are those of the manifest; what was read, and which files
+    that only the server needs are not there. Raises as `load`."""
+    found = load(folder, key=key)
+    servers_own = found.manifest.sha256.keys() & SERVERS_OWN
+    absent = frozenset(name for name in servers_own if not (folder / name).exists())
+    for name in servers_own - absent:
+        _read_checked(folder, name, found.manifest.sha256[name])
+    return found, absent
+
+
+def is_signature_there(folder: Path) -> bool:
+    return (folder / SIGNATURE).exists()
+
+
+def read_manifest(folder: Path, *, key: SigningPublicKey | None = None) -> Manifest:
+    """The manifest alone, not yet checked against the files. key: as for `load`. Raises CheckpointError."""
+    path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        written = path.read_bytes()
+        if key is not None:
+            _require_signature(folder, written, key)
+        manifest = Manifest.model_validate_json(written)
     except OSError:
         raise CheckpointError(
             f"{folder}: no manifest.json there; give a checkpoint folder such as OUT/checkpoints/{folder_name(7)}"
@@ -159,19 +193,40 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The folder of the highest finished round below `checkpoints`, by the number in its name; None where none is."""
-    numbered = {
+def numbered(checkpoints: Path) -> dict[int, Path]:
+    """Number -> folder of each finished round below `checkpoints`."""
+    return {
         int(match[1]): folder
         for folder in checkpoints.glob("round-*")
         if (match := _FOLDER_NAME.fullmatch(folder.name))
     }
-    if not numbered:
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The folder of the highest finished round below `checkpoints`, by the number in its name; None where none is."""
+    if not (found := numbered(checkpoints)):
         return None
-    number, folder = max(numbered.items())
+    number, folder = max(found.items())
     if (manifest := read_manifest(folder)).round != number:
         raise CheckpointError(f"{folder}: the name says round {number}, the manifest {manifest.round}; rename it back")
     return folder
+
+
+def _require_signature(folder: Path, manifest: bytes, key: SigningPublicKey) -> None:
+    try:
+        signature = base64.b64decode((folder / SIGNATURE).read_bytes().strip(), validate=True)
+    except OSError:
+        raise CheckpointError(
+            f"{folder}: holds no {SIGNATURE}, and should be signed by {fingerprint(key)}; take a signed copy from who "
+            "made it, or give no key to trust it as it is"
+        ) from None
+    except binascii.Error:
+        signature = b""
+    if not is_signed(key, PURPOSE, manifest, signature):
+        raise CheckpointError(
+            f"{folder}: {SIGNATURE} is not of the key {fingerprint(key)}, or {MANIFEST} was changed after it was "
+            "signed; take another copy, or the key of who made it"
+        )
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

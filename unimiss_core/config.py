@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -55,6 +55,15 @@ class Config(BaseModel):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
+class Mistakes(ValueError):  # noqa: N818 - what there are, as people say it
+    """Relations between settings that do not hold: what a validator raises that found several. Each is told as a
+    problem of its own."""
+
+    def __init__(self, found: Iterable[str]) -> None:
+        self.found = tuple(found)
+        super().__init__("; ".join(self.found))
+
+
 _TAG_KEYS = ("name", "mode")
 """Keys that say which class of a union a mapping is of."""
 
@@ -95,7 +104,7 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
         # A list whose entries failed is reported as too short as well, which says nothing new.
         inside = {detail["loc"][:depth] for detail in found for depth in range(len(detail["loc"]))}
         told = [detail for detail in found if not (detail["type"] == "too_short" and detail["loc"] in inside)]
-        problems = list(dict.fromkeys(_explain(kind, detail) for detail in told))
+        problems = list(dict.fromkeys(words for detail in told for words in _explained(kind, detail)))
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  - {line}" for line in problems)) from None
 
@@ -132,6 +141,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _explained(kind: type[BaseModel], problem: ErrorDetails) -> list[str]:
+    error = problem.get("ctx", {}).get("error")
+    if not isinstance(error, Mistakes):
+        return [_explain(kind, problem)]
+    return [_explain(kind, {**problem, "msg": words}) for words in error.found]
 
 
 def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:

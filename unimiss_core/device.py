@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from unimiss_core.errors import ConfigError
+
+if TYPE_CHECKING:  # it takes seconds to import, and most who read a site file only have its names checked
+    import torch
 
 _NAME = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
@@ -24,7 +26,7 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str) -> "torch.device":
     """`cpu`, `cuda`, `cuda:N`, or `auto`, which takes a GPU where there is one.
 
     Raises ConfigError: no such device here.
@@ -32,12 +34,14 @@ def device_of(name: str) -> torch.device:
     return devices_of([name])[0]
 
 
-def devices_of(names: Sequence[str]) -> list[torch.device]:
+def devices_of(names: Sequence[str]) -> "list[torch.device]":
     """Each named device; `auto` takes every GPU, or the CPU where there is none.
 
     The CPU may stand several times, for as many processes. Raises ConfigError: names that do not go together, a device
     that is not there.
     """
+    import torch
+
     try:
         check_names(names)
     except ValueError as error:

@@ -12,17 +12,19 @@ from torch import Tensor
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.errors import CheckpointError
+from unimiss_core.keys import SigningPublicKey
 from unimiss_core.model import MiT
 from unimiss_core.network import empty_network, load_tensors_
 from unimiss_core.study import ModelConfig
 
 
-def load_encoder(folder: Path) -> tuple[MiT, Manifest]:
+def load_encoder(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[MiT, Manifest]:
     """The backbone of a checkpoint's teacher, which embeds better than its student, and what the checkpoint says.
 
-    Raises CheckpointError: no checkpoint there, damaged, or of another model than its manifest says.
+    key: of who must have signed it; None asks for no signature. Raises CheckpointError: no checkpoint there, damaged,
+    not signed by that key, or of another model than its manifest says.
     """
-    found = checkpoint.load(folder)
+    found = checkpoint.load(folder, key=key)
     # Before any memory is taken: the manifest itself has no checksum.
     shapes = {name: tuple(p.shape) for name, p in empty_network(found.manifest.model).named_parameters()}
     if shapes != found.manifest.tensors:

@@ -7,6 +7,7 @@
 Every operation is one IEEE operation per value, so that all machines get the same bits from the same values.
 """
 
+import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -73,10 +74,15 @@ class Floats:
         return size * self._dtype.itemsize
 
     def encode(self, parts: Sequence[Tensor]) -> bytes:
-        flat = torch.empty(sum(map(len, parts)), dtype=self._dtype)
+        payload = io.BytesIO(bytes(self.num_bytes(sum(map(len, parts)))))
+        with payload.getbuffer() as memory:  # of the very bytes that are returned: a copy would take as long again
+            self._lay(parts, memory)
+        return payload.getvalue()
+
+    def _lay(self, parts: Sequence[Tensor], memory: memoryview) -> None:
+        flat = torch.from_numpy(np.frombuffer(memory, np.uint8)).view(self._dtype)
         for place, part in zip(flat.split([len(part) for part in parts]), parts, strict=True):
             place.copy_(part)
-        return _bytes_of(flat)
 
     def rounded_(self, flat: Tensor) -> Tensor:
         return flat if flat.dtype == self._dtype else flat.copy_(flat.to(self._dtype))

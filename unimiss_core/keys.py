@@ -1,8 +1,8 @@
 """Keys: two kinds, how they are written, read, named by a fingerprint, and what signs what.
 
-    kind               of                        private file           form
-    ecdsa-sha2-nistp384  a site, and TLS         site.key, server.key   OpenSSH (for Flower) and PKCS 8 (for TLS)
-    ssh-ed25519        a coordinator's manifests  signing.key           OpenSSH
+    kind                 whose                       private file              its form
+    ecdsa-sha2-nistp384  a site's, and TLS servers'  site.key, server.key ...  OpenSSH's (Flower), PKCS 8 (TLS)
+    ssh-ed25519          a coordinator's, to sign    signing.key               OpenSSH's
 
 Flower's node authentication takes NIST curves alone, in OpenSSH's form; TLS libraries read no such private file, hence
 the second form of the same key. No private file has a passphrase: who reads it has the key, so that it is made with

@@ -41,6 +41,9 @@ CENTRE_SHAKE = 0.25
 """Standard deviation of a centre's logits by noise, in teacher temperatures, up to which networks learn as without: at
 0.27 losses fell as before, at 0.9 they stayed at log K (batch 32, centre_noise 5)."""
 
+_NEVER_MOVES = 1 - 1e-9
+"""Centre momenta above it are no way out."""
+
 Delta = Annotated[float, Field(gt=0, lt=1e-3)]
 Rate = Annotated[float, Field(ge=1e-6, le=1)]
 """Chance of a draw; below it no site has so many patients."""
@@ -134,20 +137,36 @@ def _centre(study: "StudyConfig", privacy: PatientPrivacyConfig, rank: Rank) -> 
 
     Of both ranks, always: a study cannot know that no site will bring volumes.
     """
-    m, noise = study.objective.centre_momentum, privacy.centre_noise
-    batch, name = study.batch.of(rank), "images" if rank == 2 else "volumes"
-    temperature = study.objective.teacher_temperature_of(rank)
-    kept, most = ((1 - m) / (1 + m)) ** 0.5, CENTRE_SHAKE * temperature
+    m, noise, batch = study.objective.centre_momentum, privacy.centre_noise, study.batch.of(rank)
+    kept, most = ((1 - m) / (1 + m)) ** 0.5, _most_shake(study, rank)
     if (shake := noise / batch * kept) <= most:
         return
-    share = (most * batch / noise) ** 2
+    name = "images" if rank == 2 else "volumes"
+    ways = [
+        *_slower(study, privacy),
+        f"batch.{name}: {math.ceil(noise * kept / most)} (now {batch}), with as many patients in a step",
+        f"privacy.centre_noise: {_rounded_down(most * batch / kept):g} (now {noise:g}), which costs epsilon",
+    ]
     yield (
-        f"the centre of {name} drowns in noise: privacy.centre_noise / batch.{name} * sqrt((1 - m) / (1 + m)) = "
-        f"{noise:g} / {batch} * {kept:.3g} = {shake:.3g} with m = objective.centre_momentum = {m:g}; expected at most "
-        f"{CENTRE_SHAKE:g} of the teacher temperature {temperature:g}, which is {most:.3g}. Raise batch.{name} to "
-        f"{math.ceil(noise * kept / most)}, or m to {_rounded_up((1 - share) / (1 + share))}, or lower centre_noise to "
-        f"{_rounded_down(most * batch / kept):g}, which costs epsilon"
+        f"the centre of {name} drowns in noise, which then stands in every target: {shake:.3g} of it, expected at most "
+        f"{most:.3g}, {CENTRE_SHAKE:g} of the teacher's temperature. One of these is enough: {'; or '.join(ways)}. "
+        f"The noise is privacy.centre_noise / batch.{name} * sqrt((1 - m) / (1 + m)) = {noise:g} / {batch} * "
+        f"{kept:.3g}, m being the momentum"
     )
+
+
+def _slower(study: "StudyConfig", privacy: PatientPrivacyConfig) -> Iterator[str]:
+    """The way out for few patients: a centre that is the mean of more steps. It does for both ranks."""
+    share = min((_most_shake(study, rank) * study.batch.of(rank) / privacy.centre_noise) ** 2 for rank in RANKS)
+    if (m := (1 - share) / (1 + share)) < _NEVER_MOVES:
+        yield (
+            f"objective.centre_momentum: {_rounded_up(m)} (now {study.objective.centre_momentum:g}), with which the "
+            f"centre is the mean of some {1 / (1 - m):,.0f} steps, and costs no epsilon"
+        )
+
+
+def _most_shake(study: "StudyConfig", rank: Rank) -> float:
+    return CENTRE_SHAKE * study.objective.teacher_temperature_of(rank)
 
 
 def _rounded_up(momentum: float) -> str:

@@ -4,11 +4,12 @@ Its sha256 (`StudyConfig.digest`) is what a site's policy allows, what a checkpo
 update must carry to count. Nothing here depends on how much data a site holds.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, Tag, model_serializer, model_validator
 
-from unimiss_core.config import NAME_ALONE, Config, Name, chosen_by_name
+from unimiss_core.config import NAME_ALONE, Config, Mistakes, Name, chosen_by_name
 from unimiss_core.optimiser_config import AdamWConfig, LocalOptimiserConfig
 from unimiss_core.privacy_config import NoPrivacyConfig, PrivacyConfig, contradictions
 from unimiss_core.scan import SMALLEST, Rank
@@ -26,6 +27,9 @@ Length = Annotated[int, Field(gt=0, le=10**6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Weight = Annotated[float, Field(gt=0)]
+TermWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Of a term of the loss, beside one that counts 1. A sum in float32 has 24 bits: much further apart than this, one of
+the two rounds to nothing; and much larger products overflow, in bf16 as well."""
 Axis = Annotated[int, Field(gt=0, le=4096)]
 ImageSize = Annotated[tuple[Axis, Axis], AfterValidator(_large_enough)]
 """(H, W) that the network takes."""
@@ -175,11 +179,11 @@ class UniMiSSPlusConfig(DistillationConfig):
     """
 
     name: Literal["unimiss_plus"] = "unimiss_plus"
-    radiograph_weight: Weight = 0.5
+    radiograph_weight: TermWeight = 0.5
     """Of the cross-entropy from a volume's radiograph to the volume, which itself counts 1."""
-    slices_weight: Weight = 0.1
+    slices_weight: TermWeight = 0.1
     """Of the cross-entropy from a volume's slices to the volume."""
-    reconstruction_weight: Weight = 5.0
+    reconstruction_weight: TermWeight = 5.0
     """Of the mean squared error with which images, volumes and radiographs are drawn again."""
     slice_stride: Positive = 2
     """2 means that every second slice of a volume, from its first, takes the 2D path."""
@@ -369,31 +373,36 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.model.reconstruction != (needed := isinstance(self.objective, UniMiSSPlusConfig)):
-            raise ValueError(
-                f"the objective {self.objective.name} {'needs' if needed else 'never trains'} the model's "
-                f"reconstruction; write model.reconstruction: {'true' if needed else 'false'}"
-            )
-        depth, slices = self.views.volume_size[0], getattr(self.objective, "slices_per_volume", None)
-        if slices is not None and slices > depth:
-            raise ValueError(
-                f"objective.slices_per_volume={slices} must not be above views.volume_size[0]={depth}, a view's slices"
-            )
-        warmup, frozen = self.optimiser.warmup_steps, self.optimiser.freeze_prototypes_steps
-        rounds, local = self.schedule.rounds, self.schedule.local_steps
-        steps = f"rounds x local_steps = {rounds} x {local} = {rounds * local}"
-        if warmup >= rounds * local:
-            raise ValueError(
-                f"optimiser.warmup_steps={warmup} must be below {steps}, or the rate never reaches lr; "
-                "lower it or train longer"
-            )
-        if frozen > rounds * local:
-            raise ValueError(f"optimiser.freeze_prototypes_steps={frozen} must not be above {steps}")
-        if self.optimiser.name == "noise_aware_adamw" and self.privacy.mode != "patient":
-            raise ValueError(
-                "optimiser.name=noise_aware_adamw subtracts the noise of private steps, and privacy.mode is "
-                f"{self.privacy.mode}, not patient; write name: adamw"
-            )
-        if found := contradictions(self):
-            raise ValueError("; ".join(found))
+        if found := [*_of_objective(self), *_of_optimiser(self), *contradictions(self)]:
+            raise Mistakes(found)
         return self
+
+
+def _of_objective(study: StudyConfig) -> Iterator[str]:
+    """What the objective asks of other sections, and does not find."""
+    if study.model.reconstruction != (needed := isinstance(study.objective, UniMiSSPlusConfig)):
+        yield (
+            f"the objective {study.objective.name} {'needs' if needed else 'never trains'} the model's "
+            f"reconstruction; write model.reconstruction: {'true' if needed else 'false'}"
+        )
+    depth, slices = study.views.volume_size[0], getattr(study.objective, "slices_per_volume", None)
+    if slices is not None and slices > depth:
+        yield f"objective.slices_per_volume={slices} must not be above views.volume_size[0]={depth}, a view's slices"
+
+
+def _of_optimiser(study: StudyConfig) -> Iterator[str]:
+    """Likewise the optimiser."""
+    optimiser, rounds, local = study.optimiser, study.schedule.rounds, study.schedule.local_steps
+    steps = f"rounds x local_steps = {rounds} x {local} = {rounds * local}"
+    if optimiser.warmup_steps >= rounds * local:
+        yield (
+            f"optimiser.warmup_steps={optimiser.warmup_steps} must be below {steps}, or the rate never reaches lr; "
+            "lower it or train longer"
+        )
+    if optimiser.freeze_prototypes_steps > rounds * local:
+        yield f"optimiser.freeze_prototypes_steps={optimiser.freeze_prototypes_steps} must not be above {steps}"
+    if optimiser.name == "noise_aware_adamw" and study.privacy.mode != "patient":
+        yield (
+            "optimiser.name=noise_aware_adamw subtracts the noise of private steps, and privacy.mode is "
+            f"{study.privacy.mode}, not patient; write name: adamw"
+        )

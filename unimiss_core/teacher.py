@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+
+from unimiss_core.stretches import stretches
 
 
 def advance_teacher(
     teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], retention: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """teacher <- m teacher + (1 - m) student for each tensor, m = `retention[name]`; m = 1 leaves it bit for bit.
+    student: of any float type that float32 holds.
 
     Between rounds coordinator and sites call this on the same released values, so that a site can rebuild the
     global teacher instead of receiving it. It is the cheap form of averaging the sites' teachers: EMA is linear, so
@@ -18,6 +22,14 @@ def advance_teacher(
     processors and not on others.
     """
     return {
-        name: before if (kept := retention[name]) == 1.0 else (before * kept).add_(student[name] * (1.0 - kept))
+        name: before if (kept := retention[name]) == 1.0 else _advanced(before, student[name], kept)
         for name, before in teacher.items()
     }
+
+
+def _advanced(before: Tensor, towards: Tensor, kept: float) -> Tensor:
+    """kept before + (1 - kept) towards, of any float type, as `before` is."""
+    after = torch.empty_like(before, memory_format=torch.contiguous_format)
+    for result, old, new in stretches(after, before, towards):
+        torch.mul(old, kept, out=result).add_(new.to(old.dtype) * (1.0 - kept))
+    return after

@@ -8,9 +8,13 @@ from unimiss_core.errors import ConfigError
 
 
 def coordinator_side(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
-    """For a server that answers only clients with a site's certificate. Raises ConfigError."""
+    """For a server of HTTP/1.1 that answers only clients with a site's certificate. No session is resumed, so that each
+    connection shows it anew. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+    context.num_tickets = 0
+    context.set_alpn_protocols(["http/1.1"])
     return _armed(context, certificate, key, authority)
 
 

@@ -1,0 +1,159 @@
+"""The processes that a coordinator is made of: started in an order, started again when they end, ended in reverse.
+
+Each leads a process group of its own, so that Ctrl-C at the terminal reaches the coordinator alone and it can end them
+in order; each is tethered (server/tethered.py), so that none outlives it.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unimiss_core.errors import UnimissError
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""Before a child that ended is started again: twice as long each time, from the first again once it has stayed."""
+STAYED_S = 300.0
+END_S = 15.0
+"""How long a child may take to end before it is killed."""
+READY_S = 300.0
+"""How long a child may take to be ready; a busy machine imports for minutes."""
+
+
+class ChildError(UnimissError):
+    """A process that the coordinator needs does not come up."""
+
+    resumes = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to start a child. is_ready: whether those after it may be started."""
+
+    name: str
+    command: Sequence[str]
+    is_ready: Callable[[], bool] = lambda: True
+
+
+@dataclass
+class Child:
+    """A recipe at work. pause_s: before it is started again; not_before: when, on the clock."""
+
+    recipe: Recipe
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restarts: int = 0
+    pause_s: float = FIRST_PAUSE_S
+    not_before: float = 0.0
+    last_code: int | None = None
+    """That it last ended with; below 0 is a signal."""
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+@dataclass
+class Children:
+    """folder: logs go there. workplace: an empty folder; a SuperLink that starts in a project's folder makes runs of
+    other copies use that folder's code. log_bytes: of each log, before it becomes NAME.log.1."""
+
+    recipes: Sequence[Recipe]
+    folder: Path
+    workplace: Path
+    environment: Mapping[str, str]
+    log_bytes: float
+    clock: Callable[[], float] = time.monotonic
+    members: list[Child] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.members = [Child(recipe) for recipe in self.recipes]
+
+    def start(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Start all, each when the one before it is ready. Raises ChildError: one ended instead, or never was.
+
+        is_stopped: whether the operator has changed their mind; then those that are not started yet are not.
+        """
+        for child in self.members:
+            if is_stopped():
+                return
+            self._start(child)
+            give_up = self.clock() + READY_S
+            while not child.recipe.is_ready() and not is_stopped():
+                if not child.is_running or self.clock() > give_up:
+                    raise ChildError(f"{child.recipe.name} does not begin; {self.log_of(child)} says why")
+                time.sleep(0.1)
+
+    def look_after(self) -> None:
+        """Start again what has ended, when its pause is over, and keep logs short; to be called every second or so."""
+        now = self.clock()
+        for child in self.members:
+            self._shorten(self.log_of(child))
+            if child.is_running:
+                if now - child.started_at >= STAYED_S:
+                    child.pause_s = FIRST_PAUSE_S
+            elif child.process is not None:
+                self._note_end(child, now)
+            elif now >= child.not_before:
+                child.restarts += 1
+                self._start(child)
+
+    def end(self) -> None:
+        """End all, the last first; each is killed, with what it started, where it does not end."""
+        for child in reversed(self.members):
+            if child.process is not None:
+                _end_group(child.process)
+                child.process = None
+
+    def log_of(self, child: Child) -> Path:
+        return self.folder / f"{child.recipe.name}.log"
+
+    def _start(self, child: Child) -> None:
+        with self.log_of(child).open("ab") as file:
+            child.process = subprocess.Popen(
+                child.recipe.command,
+                cwd=self.workplace,
+                env=self.environment,
+                stdin=subprocess.PIPE,  # the tether
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        child.started_at = self.clock()
+
+    def _note_end(self, child: Child, now: float) -> None:
+        assert child.process is not None
+        child.last_code = child.process.returncode
+        _end_group(child.process)  # what it started must not work on beside its successor
+        child.process = None
+        child.not_before = now + child.pause_s
+        log.warning("%s ended with code %s; again in %g s", child.recipe.name, child.last_code, child.pause_s)
+        child.pause_s = min(2 * child.pause_s, LONGEST_PAUSE_S)
+
+    def _shorten(self, path: Path) -> None:
+        """A full log is copied and cut in place: its process, which appends, writes on at the start."""
+        with suppress(OSError):
+            if path.stat().st_size > self.log_bytes:
+                shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+                os.truncate(path, 0)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the process, SIGKILL to its group after END_S, and to what of the group is left at once."""
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()

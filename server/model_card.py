@@ -1,0 +1,97 @@
+"""A model card (Mitchell et al. 2019, arXiv:1810.03993) for a checkpoint that is handed on: what it is, what it was
+trained by, what is promised of the patients, and how to check and use it."""
+
+import math
+
+import yaml
+
+from server.artefacts import Artefacts
+from server.wording import counted
+from unimiss_core.checkpoint import Manifest
+from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
+
+
+def model_card(manifest: Manifest, study: StudyConfig, run: Artefacts, *, signed_by: str) -> str:
+    """Markdown. run: the artefacts of the run that made the checkpoint. signed_by: fingerprint of the signing key.
+
+    No site is named: which hospitals took part is theirs to tell.
+    """
+    values = sum(math.prod(shape) for shape in manifest.tensors.values())
+    done = [one for one in run.rounds if one.round <= manifest.round]
+    sites = {name for one in done for name, record in one.sites.items() if record.status in ("ok", "late")}
+    return f"""\
+# {study.name}, round {manifest.round}
+
+An encoder for 2D and 3D medical images, pretrained without labels at {counted(len(sites), "site")} by Federated
+UniMiSS. No image left a site.
+
+| | |
+|---|---|
+| model | `{manifest.model.size}`, {values:,} values in {len(manifest.tensors)} tensors, float32 |
+| images, volumes | {_sizes(manifest.model)} |
+| prototypes | {manifest.model.prototypes:,} |
+| objective | `{study.objective.name}` |
+| rounds | {manifest.round} of {study.schedule.rounds}, {study.schedule.local_steps} steps each |
+| study | sha256 `{manifest.study_digest}`, in full in `study.yaml` |
+| signed by | `{signed_by}` |
+
+## Privacy
+
+{privacy_in_words(study, manifest.round, run)}
+
+Where the run was begun from a start, that was trained on scans of its own, of which this says nothing.
+
+## Files
+
+`teacher.safetensors` is what embedding and fine-tuning use; `student.safetensors` is what the next round would train.
+`manifest.json` names every file that the run kept, and two of them, `server.json` and `server.safetensors`, were not
+handed on: only resuming needs them. `manifest.sig` signs the manifest. This page is not signed.
+
+    unimiss verify FOLDER --key signing.pub
+    unimiss embed FOLDER INPUT --key signing.pub --out features.npz
+
+Take `signing.pub` from the coordinator's operator and compare its fingerprint with theirs: a key that came with the
+files shows nothing.
+
+## How scans must be prepared
+
+{_plan(manifest.plan)}
+
+## Limits
+
+A research model, not a medical device. Its features carry whatever tells the sites' scanners and patients apart, and
+were judged by the probes of the run's report alone. Nothing here says under which licence it is handed on: who
+publishes it must.
+"""
+
+
+def privacy_in_words(study: StudyConfig, round: int, run: Artefacts) -> str:
+    """What the study promises of the patients or sites that it was trained on."""
+    promise = study.privacy
+    if promise.mode == "none":
+        return (
+            "Nothing is promised. Weights can tell whether a scan was trained on, and more, to whoever asks them well; "
+            "hand them only to those who may know that."
+        )
+    at_most = f"epsilon of at most {promise.max_epsilon:g} at delta {promise.delta:g} over all rounds of the study"
+    if promise.mode == "patient":
+        return (
+            "Patient-level differential privacy (local DP-SGD): whoever has these weights, and all else that sites "
+            f"sent, can hardly tell whether any one patient's scans were used: {at_most}, by each site's own ledger."
+        )
+    paid = [one.whole.site_epsilon for one in run.rounds if one.round <= round and one.whole.site_epsilon is not None]
+    so_far = f" By this round a site has paid {max(paid):.3g}." if paid else ""
+    return (
+        "Site-level differential privacy (DP-FedAvg): whoever has these weights can hardly tell whether any one site's "
+        f"archive was used: {at_most}.{so_far} It is no promise to a single patient beyond that of their site."
+    )
+
+
+def _sizes(model: ModelConfig) -> str:
+    image, volume = (" x ".join(map(str, size)) for size in (model.image_size, model.volume_size))
+    return f"position tables for {image} and {volume} (D, H, W)"
+
+
+def _plan(plan: PlanConfig) -> str:
+    lines = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False).splitlines()
+    return "\n".join(f"    {line}" for line in lines)

@@ -1,0 +1,233 @@
+"""`unimiss-server run STUDY.yaml`, and `stop`: a study from its start to its last round, in the foreground.
+
+One process per folder, which holds flower/run.lock for as long as it lives: by that lock `stop` knows that the process
+number in it is meant. Its children are tethered to it; when it is killed, they end, and `run` again goes on from the
+last finished round.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server import superlink
+from server.children import Children
+from server.composition import Composed, compose
+from server.founding import unnoted
+from server.home import Home
+from server.refusals import Note
+from server.registry import Registry
+from server.running import Running, children_of
+from server.server_config import ServerConfig
+from server.submission import Submission, rounds_done
+from server.watching import Watching
+from unimiss_core import locks, progress
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.keys import pem_of_public, site_public_key
+
+if TYPE_CHECKING:  # it imports Flower, for seconds
+    from server.control import Control
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+NODES_S = 10.0
+"""Between two looks whether a site was approved or revoked meanwhile."""
+WRITE_S = 5.0
+"""Between two notes of how it stands, for `status`."""
+STOP_S = 90.0
+"""How long `stop` waits for `run` to end."""
+
+
+class Interrupted(UnimissError):  # noqa: N818 - by a person
+    """`stop`, Ctrl-C or the system ended the run; it goes on when it is run again."""
+
+    exit_code = 130
+    resumes = True
+
+
+class Stop:
+    """Set by SIGINT and SIGTERM, while it is in use."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __call__(self) -> bool:
+        return self.is_set
+
+    @contextmanager
+    def heard(self) -> Iterator["Stop"]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, lambda *_: setattr(self, "is_set", True)) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+def run(home: Home, study_file: Path, *, note: Note = unnoted) -> Composed:
+    """Run a study to its last round. Raises UnimissError: why it ended before, and whether it may be gone on with."""
+    with alone(home), Stop().heard() as stop:
+        config = load(ServerConfig, home.server)
+        composed = compose(home, study_file)
+        if rounds_done(composed.folder) < composed.study.schedule.rounds:
+            home.running.unlink(missing_ok=True)  # of a `run` that was killed
+            superlink.prepare(home, config)
+            note("run", {"study": composed.study.name})
+            _with_children(home, config, composed, stop)
+    return composed
+
+
+def _with_children(home: Home, config: ServerConfig, composed: Composed, stop: Stop) -> None:
+    children = superlink.family(home, config)
+    try:
+        progress.report(progress.Note("starting SuperLink and the public side"))
+        children.start(stop)
+        _see_through(home, config, composed, children, stop)
+    finally:
+        progress.report(progress.Note("ending SuperLink and the public side"))
+        children.end()
+        home.running.unlink(missing_ok=True)
+
+
+def _see_through(home: Home, config: ServerConfig, composed: Composed, children: Children, stop: Stop) -> None:
+    from server.control import Control
+
+    control = Control(config.superlink_port, home.authority_certificate)
+    try:
+        rounds = composed.study.schedule.rounds
+        submission = Submission(control, composed.folder, composed.file, rounds, config.patience)
+        _Loop(home, composed, children, control, submission).until_the_end(stop)
+    finally:
+        control.close()
+
+
+class _Loop:
+    """What `run` does every second, beside waiting."""
+
+    def __init__(
+        self, home: Home, composed: Composed, children: Children, control: "Control", submission: Submission
+    ) -> None:
+        self._home = home
+        self._composed = composed
+        self._children = children
+        self._control = control
+        self._submission = submission
+        self._watching = Watching(composed.folder, submission.rounds)
+        self._registry = Registry(home)
+        self._since = time.time()
+        self._nodes_at = self._written_at = float("-inf")
+        self._told = ""
+        """The last that SuperLink failed with: said once, not every second."""
+        self._is_tidy = False
+        """Whether runs that an earlier `run` left at SuperLink are stopped."""
+
+    def until_the_end(self, stop: Stop) -> None:
+        """Raises RunEnded, Interrupted."""
+        while not stop():
+            self._children.look_after()
+            finished = self._step()
+            self._watching.look()
+            self._write()
+            if finished:
+                return
+            time.sleep(TICK_S)
+        with suppress(UnimissError):
+            self._control.stop_all()
+        raise Interrupted("stopped; what was finished is saved")
+
+    def _step(self) -> bool:
+        from server.control import ControlError
+
+        try:
+            if not self._is_tidy:
+                self._control.stop_all()
+                self._is_tidy = True
+            self._agree_on_nodes()
+            return self._submission.step()
+        except ControlError as error:  # it may be starting again
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("%s", error)
+            return False
+
+    def _agree_on_nodes(self) -> None:
+        if (now := time.monotonic()) - self._nodes_at < NODES_S:
+            return
+        self._nodes_at = now
+        try:
+            sites = self._registry.approved()
+        except ConfigError as error:
+            log.warning("%s", error)  # somebody may be editing it: no reason to end a run. The front refuses that site
+            return
+        self._control.agree_on_nodes({pem_of_public(site_public_key(s.public_key, s.name)): s.name for s in sites})
+
+    def _write(self) -> None:
+        if (now := time.monotonic()) - self._written_at < WRITE_S:
+            return
+        self._written_at = now
+        running = Running(
+            study=self._composed.study.name,
+            rounds=self._submission.rounds,
+            since=self._since,
+            submitted=self._submission.run is not None,
+            fruitless=self._submission.fruitless,
+            children=children_of(self._children),
+        )
+        try:
+            running.write(self._home.running)
+        except OSError as error:  # a full disk: the round at work may still be lost, but not by this
+            log.warning("%s cannot be written (%s)", self._home.running.name, error.strerror)
+
+
+@contextmanager
+def alone(home: Home) -> Iterator[None]:
+    """Hold the folder against another `run`. Raises ConfigError."""
+    home.flower.mkdir(mode=0o700, exist_ok=True)
+    with home.lock.open("a+b", buffering=0) as file:
+        try:
+            with locks.locked(file, wait=False):
+                file.truncate(0)
+                file.write(str(os.getpid()).encode())
+                yield
+        except BlockingIOError:
+            raise ConfigError(
+                f"{home.path}: `unimiss-server run` is at work here already; see `unimiss-server status`, or end it "
+                "with `unimiss-server stop`"
+            ) from None
+
+
+def runner(home: Home) -> int | None:
+    """The process number of the `run` at work in the folder; None where none is."""
+    try:
+        with home.lock.open("r+b") as file, locks.locked(file, wait=False):
+            return None
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:  # whoever holds it wrote it
+        told = home.lock.read_text()
+        return int(told) if told.isdigit() else None
+
+
+def stop(home: Home, *, note: Note = unnoted) -> bool:
+    """End the `run` of this folder; False where there was none. Raises ConfigError: it does not end, or is another
+    user's."""
+    if (number := runner(home)) is None:
+        return False
+    note("stop", {})
+    try:
+        os.kill(number, signal.SIGTERM)
+    except OSError as error:
+        raise ConfigError(f"{home.path}: process {number} cannot be asked to end ({error.strerror})") from None
+    give_up = time.monotonic() + STOP_S
+    while runner(home) == number:
+        if time.monotonic() > give_up:
+            raise ConfigError(f"{home.path}: process {number} does not end; look at its screen, or kill it")
+        time.sleep(0.2)
+    return True

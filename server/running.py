@@ -1,0 +1,123 @@
+"""What a `run` at work tells of itself in a file, and `unimiss-server status`, which reads files alone."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from server.children import Children
+from server.contacts import AHEAD_S, BEHIND_S, Contact, Contacts
+from server.home import Home
+from server.registry import Registry
+from server.run_folder import RunFolder
+from server.wording import counted, duration, printable
+from unimiss_core import durable
+from unimiss_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ChildStanding:
+    name: str
+    number: int | None
+    """Of its process; None while it is down."""
+    restarts: int
+    last_code: int | None
+    """That it last ended with."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """since: seconds of the epoch. submitted: whether SuperLink has the run now; else it is tried again soon."""
+
+    study: str
+    rounds: int
+    since: float
+    submitted: bool
+    fruitless: int
+    children: tuple[ChildStanding, ...]
+
+    def write(self, path: Path) -> None:
+        durable.write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Running | None":
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**told, "children": tuple(ChildStanding(**child) for child in told["children"])})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+
+def children_of(children: Children) -> tuple[ChildStanding, ...]:
+    return tuple(
+        ChildStanding(
+            child.recipe.name,
+            child.process.pid if child.process is not None and child.is_running else None,
+            child.restarts,
+            child.last_code,
+        )
+        for child in children.members
+    )
+
+
+def status(home: Home, *, at_work: bool, now: datetime) -> Iterator[str]:
+    """How the folder's runs, processes and sites stand, in lines. at_work: whether a `run` holds the folder."""
+    running = Running.read(home.running) if at_work else None
+    yield from _process_lines(running, at_work, now)
+    for folder in sorted(home.runs.iterdir()) if home.runs.is_dir() else []:
+        yield _run_line(RunFolder(folder), running)
+    contacts, refused = Contacts.read(home.front_status)
+    for name in sorted(contacts.sites.keys() | _approved(home)):
+        yield _site_line(name, contacts.sites.get(name), now)
+    if refused:
+        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(refused.items()))
+        yield f"refused at the public side since it began: {counts}"
+
+
+def _process_lines(running: Running | None, at_work: bool, now: datetime) -> Iterator[str]:
+    if running is None:
+        yield "a run is starting" if at_work else "no run is at work; unimiss-server run STUDY.yaml begins or resumes"
+        return
+    yield f"running {running.study} for {duration(now.timestamp() - running.since)}"
+    if not running.submitted:
+        yield f"  between two tries, {running.fruitless} in a row finished no round"
+    for child in running.children:
+        state = "works" if child.number else "is down, and is started again"
+        again = f", started again {counted(child.restarts, 'time')}" if child.restarts else ""
+        yield f"  {child.name} {state}{again}"
+
+
+def _run_line(folder: RunFolder, running: Running | None) -> str:
+    rows = folder.metric_rows()
+    is_this = running is not None and running.study == folder.path.name
+    of = f" of {running.rounds}" if running is not None and is_this else ""
+    last = f"{folder.path.name}: {counted(len(rows), 'round')}{of} finished"
+    if rows:
+        counting = [name for name, site in rows[-1]["sites"].items() if site["status"] in ("ok", "late")]
+        last += f", the last with {', '.join(map(printable, sorted(counting))) or 'no site'}"
+    if not is_this and (error := folder.why_it_stopped()):
+        last += f"; stopped: {printable(error)}"
+    return last
+
+
+def _approved(home: Home) -> set[str]:
+    """Names; `unimiss-server sites` says what is wrong where a file is damaged."""
+    try:
+        return {site.name for site in Registry(home).approved()}
+    except ConfigError:
+        return set()
+
+
+def _site_line(name: str, contact: Contact | None, now: datetime) -> str:
+    if contact is None:
+        return f"{name}: not heard since the public side began"
+    ago = duration(max(0.0, (now - datetime.fromisoformat(contact.seen)).total_seconds()))
+    line = f"{printable(name)}: heard {ago} ago"
+    if contact.clock_ahead_s is not None and contact.clock_is_wrong:
+        way = "ahead" if contact.clock_ahead_s > 0 else "behind"
+        line += (
+            f"; its clock is {duration(abs(contact.clock_ahead_s))} {way}, so that nothing of it is taken: at most "
+            f"{BEHIND_S:g} s behind or {AHEAD_S:g} s ahead is allowed"
+        )
+    return line

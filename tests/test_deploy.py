@@ -1,0 +1,100 @@
+"""The units and the compose file say what docs/site.md promises: nothing inbound, one place to write to, no rights."""
+
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+UNITS = ("unimiss-site.service", "unimiss-server@.service")
+SYSTEMD = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="this machine has no systemd-analyze")
+
+
+def directives(unit: str) -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for line in (DEPLOY / unit).read_text().splitlines():
+        if match := re.match(r"([A-Za-z]+)=(.*)", line):
+            found[match[1]].append(match[2])
+    return found
+
+
+def test_a_site_writes_to_its_state_alone_and_hears_from_nobody() -> None:
+    unit = directives("unimiss-site.service")
+    assert unit["ProtectSystem"] == ["strict"]
+    assert unit["StateDirectory"] == ["unimiss-site"]
+    assert "ReadWritePaths" not in unit
+    assert unit["BindReadOnlyPaths"] == ["/archive"]
+    assert unit["IPAddressDeny"] == ["any"]
+    assert "any" not in unit["IPAddressAllow"]
+    assert unit["SocketBindDeny"] == ["any"]
+    assert unit["CapabilityBoundingSet"] == [""]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_process_gains_no_rights(unit: str) -> None:
+    found = directives(unit)
+    assert found["User"] == ["unimiss"]
+    for directive in (
+        "NoNewPrivileges",
+        "PrivateTmp",
+        "RestrictSUIDSGID",
+        "ProtectKernelModules",
+        "RestrictNamespaces",
+    ):
+        assert found[directive] == ["yes"], directive
+
+
+def test_a_site_is_started_again_however_it_ended() -> None:
+    """A SuperNode whose coordinator forgot it ends with code 0."""
+    assert directives("unimiss-site.service")["Restart"] == ["always"]
+    assert directives("unimiss-site.service")["StartLimitIntervalSec"] == ["0"]
+
+
+@SYSTEMD
+@pytest.mark.parametrize("unit", UNITS)
+def test_systemd_reads_the_units(unit: str, tmp_path: Path) -> None:
+    copy = tmp_path / unit.replace("@", "@ward")
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    copy.write_text(re.sub(r"/opt/unimiss/bin/\S+", str(program), (DEPLOY / unit).read_text()))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True, check=False, timeout=60
+    )
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if "unimiss" in line]
+    assert not ours
+
+
+@SYSTEMD
+def test_systemd_finds_little_exposed(tmp_path: Path) -> None:
+    """Its own measure, of 0 (nothing) to 10 (all); from 2.5 on this fails."""
+    shutil.copy(DEPLOY / "unimiss-site.service", tmp_path)
+    command = [
+        "systemd-analyze",
+        "security",
+        "--offline=true",
+        "--threshold=25",
+        str(tmp_path / "unimiss-site.service"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if "unrecognized option" in done.stderr:
+        pytest.skip("this systemd cannot look at a unit that is not installed")
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_the_container_has_no_port_no_rights_and_one_place_to_write_to() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert services.keys() == {"site", "check"}
+    for service in services.values():
+        assert not {"ports", "expose", "privileged", "cap_add", "network_mode", "pid", "ipc"} & service.keys()
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["user"].split(":")[0] not in ("0", "root")
+        assert "no-new-privileges:true" in service["security_opt"]
+        writable = [volume["target"] for volume in service["volumes"] if not volume.get("read_only")]
+        assert writable == ["/state"]
+    assert services["site"]["restart"] == "always"

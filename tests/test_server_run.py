@@ -1,0 +1,216 @@
+"""What `unimiss-server run`, `status` and `stop` make of a coordinator's folder, without any process of Flower."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server import superlink
+from server.approval import revoke
+from server.children import Children
+from server.composition import compose
+from server.contacts import Contacts
+from server.coordinator_config import load_coordinator
+from server.home import Home
+from server.run_command import alone, runner, stop
+from server.run_folder import RunFolder
+from server.running import Running, children_of, status
+from server.server_command import main
+from server.server_config import ServerConfig
+from server.watching import Watching
+from tests.coordinator_home import approved_site, found_home, write_study
+from tests.run_artefacts import round_records
+from unimiss_core import progress
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = found_home(tmp_path / "home", min_sites=1, start="weights")
+    approved_site(home, "alpha")
+    return home
+
+
+def test_the_coordinator_file_names_the_approved_sites_and_their_keys(home: Home, tmp_path: Path) -> None:
+    approved_site(home, "beta")
+    approved_site(home, "gone")
+    revoke(home, "gone")
+    composed = compose(home, write_study(tmp_path / "study.yaml"))
+    config = load_coordinator(composed.file)
+    assert [site.name for site in config.sites] == ["alpha", "beta"]
+    assert all(site.public_key and site.public_key.startswith("ecdsa-sha2-nistp384 ") for site in config.sites)
+    assert config.identity == "proved"
+    assert config.out == home.run("toy") == composed.folder.path
+    assert config.start == home.path / "weights"  # from the folder of the operator's file
+    assert config.signing_key == home.signing_key
+
+
+def test_a_study_that_is_edited_later_is_run_as_it_was_asked_for(home: Home, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study.yaml")
+    composed = compose(home, study)
+    study.write_text("name: other")
+    assert load_coordinator(composed.file).study.read_text() != "name: other"
+
+
+@pytest.mark.parametrize("key", ["study", "out", "sites", "signing_key"])
+def test_what_run_adds_is_not_the_operators_to_write(home: Home, tmp_path: Path, key: str) -> None:
+    home.coordinator.write_text(yaml.safe_dump({key: "x"}))
+    with pytest.raises(ConfigError, match=f"remove '{key}'"):
+        compose(home, write_study(tmp_path / "study.yaml"))
+
+
+def test_without_an_approved_site_nothing_is_run(home: Home, tmp_path: Path) -> None:
+    """A coordinator file without sites would ask every node."""
+    revoke(home, "alpha")
+    with pytest.raises(ConfigError, match="no site is approved"):
+        compose(home, write_study(tmp_path / "study.yaml"))
+
+
+def test_a_wrong_setting_is_told_by_the_operators_own_file(home: Home, tmp_path: Path) -> None:
+    home.coordinator.write_text("min_sites: 2")
+    with pytest.raises(ConfigError, match=r"home/coordinator\.yaml: .*\n.*min_sites=2"):
+        compose(home, write_study(tmp_path / "study.yaml"))
+
+
+@pytest.mark.parametrize("key", ["superlink_port", "address"])
+def test_a_port_that_is_taken_is_told_before_anything_begins(home: Home, key: str) -> None:
+    with socket.socket() as taken, socket.socket() as free:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free.bind(("127.0.0.1", 0))
+        ports = {"superlink_port": free.getsockname()[1], "address": taken.getsockname()[1]}
+        if key == "superlink_port":
+            ports = dict(zip(ports, reversed(ports.values()), strict=True))
+        free.close()
+        config = ServerConfig(
+            address=f"localhost:{ports['address']}", listen="127.0.0.1", superlink_port=ports["superlink_port"]
+        )
+        with pytest.raises(ConfigError, match=f"'{key}': 127.0.0.1 port .* cannot be opened"):
+            superlink.prepare(home, config)
+
+
+def test_flwr_commands_find_the_superlink(home: Home) -> None:
+    """As Flower documents its config.toml; tests/test_superlink.py uses it."""
+    told = tomllib.loads(superlink.connection(home, load(ServerConfig, home.server)))
+    assert told["superlink"]["default"] == "unimiss"
+    assert told["superlink"]["unimiss"] == {
+        "address": "127.0.0.1:8000",
+        "root-certificates": str(home.authority_certificate),
+    }
+
+
+def test_superlink_is_started_on_loopback_with_its_defences(home: Home) -> None:
+    family = superlink.family(home, load(ServerConfig, home.server))
+    link, exec_, front = (child.recipe.command for child in family.members)
+    assert "--host 127.0.0.1" in " ".join(link)
+    assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} <= set(link)
+    assert "--isolation process --superexec-auth-secret-file" in " ".join(link)
+    assert not {"--insecure", "--simulation"} & {*link, *exec_, *front}
+    secret = home.superexec_secret.read_text()
+    assert not any(secret in word for word in (*link, *exec_, *front, *family.environment.values()))
+    assert family.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def holder(home: Home) -> "subprocess.Popen[str]":
+    """A process that holds the folder as `run` does, until SIGTERM."""
+    code = (
+        "import signal, sys; from pathlib import Path\n"
+        "from server.run_command import alone; from server.home import Home\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit())\n"
+        f"with alone(Home(Path({str(home.path)!r}))):\n    print('held', flush=True); signal.pause()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    process.stdout.close()
+    return process
+
+
+def test_stop_ends_the_process_that_holds_the_folder(home: Home) -> None:
+    process = holder(home)
+    assert runner(home) == process.pid
+    with pytest.raises(ConfigError, match="is at work here already"), alone(home):
+        pass
+    assert stop(home)
+    assert process.wait() == 0
+    assert runner(home) is None
+    assert not stop(home)
+
+
+def test_a_run_that_was_killed_holds_nothing(home: Home) -> None:
+    """Whoever has its process number now is not meant."""
+    process = holder(home)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    home.lock.write_text(str(os.getpid()))
+    assert not stop(home)
+    with alone(home):
+        assert runner(home) == os.getpid()
+
+
+def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: Path) -> None:
+    folder = compose(home, write_study(tmp_path / "study.yaml")).folder
+    for row in round_records(1):
+        folder.append_metrics(row)
+    approved_site(home, "gamma")
+    contacts = Contacts()
+    contacts.heard("alpha", NOW - timedelta(seconds=3), 0.1)
+    contacts.heard("beta", NOW - timedelta(minutes=4), -400.0)
+    home.front_status.write_text(contacts.as_text({"no_certificate": 12}, NOW))
+    family = Children([], home.flower, home.workplace, {}, 1e6)
+    Running("toy", 2, NOW.timestamp() - 60, True, 0, children_of(family)).write(home.running)
+    assert list(status(home, at_work=True, now=NOW)) == [
+        "running toy for 1 min 00 s",
+        "toy: 1 round of 2 finished, the last with alpha-xray, beta-ct, gamma-mixed",
+        "alpha: heard 3.0 s ago",
+        "beta: heard 4 min 00 s ago; its clock is 6 min 40 s behind, so that nothing of it is taken: "
+        "at most 305 s behind or 5 s ahead is allowed",
+        "gamma: not heard since the public side began",
+        "refused at the public side since it began: no_certificate 12",
+    ]
+
+
+def test_status_tells_why_a_run_was_stopped(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = compose(home, write_study(tmp_path / "study.yaml")).folder
+    folder.note_stop({"error": "too few replied\x1b[2J", "round": 1, "sites": {}})
+    assert main(["status", "--home", str(home.path)]) == 0
+    said = capsys.readouterr().out
+    assert "no run is at work" in said
+    assert "toy: 0 rounds finished; stopped: too few replied\N{REPLACEMENT CHARACTER}[2J" in said
+
+
+def test_rounds_that_others_finish_are_shown_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    first, second, third = round_records(3)
+    folder.append_metrics(first)
+    watching = Watching(folder, 3)
+    told: list[progress.Event] = []
+    look: Callable[[], None] = watching.look
+    with progress.listen(told.append):
+        look()
+        folder.append_metrics(second)
+        look()
+        look()
+        folder.append_metrics(third)
+        look()
+    assert [event.round for event in told if isinstance(event, progress.RoundDone)] == [2, 3]
+    replied = [(event.round, event.site) for event in told if isinstance(event, progress.SiteReplied)]
+    assert replied == [(number, site) for number in (2, 3) for site in sorted(first["sites"])]
+
+
+def test_running_survives_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "running.json").write_text(json.dumps({"study": "toy"}))
+    assert Running.read(tmp_path / "running.json") is None
