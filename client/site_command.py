@@ -36,7 +36,7 @@ EXIT_CODES: Mapping[int, tuple[str, Collection[str]]] = {
     2: ("a file or the command line is wrong", COMMANDS),
     3: ("no scan can be used", {"check"}),
     6: ("the ledger is damaged", {"check", "ledger"}),
-    8: ("the audit log is damaged, or cannot be written to", {"init", "join", "audit", "clear", "run", "leave"}),
+    8: ("the audit log is damaged or full", {"init", "join", "audit", "clear", "run", "leave"}),
     130: ("interrupted", COMMANDS),
 }
 """Code -> (meaning, of which commands); docs/artefacts.md has those of every program."""

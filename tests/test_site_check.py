@@ -154,9 +154,7 @@ def test_exit_codes_tell_an_empty_folder_from_a_wrong_command(tmp_path, capsys):
     assert "there is no file to read" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "gone")]) == 2
     assert main(["check", str(tmp_path / "empty"), "--report", str(tmp_path / "gone" / "r.json")]) == 2
-    with pytest.raises(SystemExit) as error:
-        main(["check"])
-    assert error.value.code == 2
+    assert main(["check"]) == 2  # there is no site's folder here
     assert "expected a folder of scans or a site file" in capsys.readouterr().err
 
 
@@ -202,7 +200,7 @@ def test_a_rank_that_is_declared_and_not_there_is_told(tmp_path, capsys):
     assert "noise alone from its 2D steps" in said
 
 
-@pytest.mark.parametrize("command", ["check", "ledger", "clear"])
+@pytest.mark.parametrize("command", ["init", "join", "check", "ledger", "audit", "make-key", "clear", "run", "leave"])
 def test_each_commands_help_lists_its_exit_codes_as_the_documentation_does(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])
