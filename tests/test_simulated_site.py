@@ -27,6 +27,7 @@ TRAINING = {
     "checkpoint_minutes": 0.5,
     "workers": 2,
     "privacy": {"holds": ["images"], "max_epsilon": 3.0},
+    "policy": {"studies": ["toy"], "most_rounds": 7},
 }
 
 
