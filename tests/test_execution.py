@@ -106,7 +106,7 @@ def test_a_step_that_recomputes_view_by_view_is_the_same_step(batch: Tensor, obj
     torch.testing.assert_close(recomputed.state(weights=True).tensors, whole.state(weights=True).tensors)
 
 
-def test_pieces_of_a_loss_look_at_one_view_each_and_add_up() -> None:
+def test_pieces_of_volumes_loss_look_at_one_view_each_and_add_up() -> None:
     learner = apart(Learner(study(), ranks={2, 3}))
     views = torch.cat([volumes(), volumes(seed=1)[:, :1]], dim=1)  # three views
     whole = learner.objective(learner.student, learner.teacher, views, learner.centre)

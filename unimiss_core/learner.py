@@ -6,8 +6,8 @@ keep their optimiser state, and their teacher stands still.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,16 @@ from unimiss_core.execution import (
 )
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
 from unimiss_core.head import PrototypesGradient
-from unimiss_core.local_optimiser import BlockwiseAdamW, build_local_optimiser, kept_by, set_rates_
+from unimiss_core.local_optimiser import (
+    BlockwiseAdamW,
+    build_local_optimiser,
+    clip_each_,
+    clip_scale,
+    kept_by,
+    set_rates_,
+)
 from unimiss_core.network import below, build_network, check_tensors, load_tensors_, tensors_of
-from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_mean
+from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_momentum
@@ -190,13 +197,13 @@ class Learner:
         """Student and teacher, by the gradients that the parameters hold, and by the prototypes' where those do not
         hold it; `norms` are theirs, in this order."""
         limit = self.study.optimiser.clip_norm
-        _clip_each_(grads, norms[: len(grads)], limit)
+        clip_each_(grads, norms[: len(grads)], limit)
         set_rates_(self._optimiser, self.study, step, rank)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         if prototypes is not None:
             assert isinstance(self._optimiser, BlockwiseAdamW)
-            scale = _clip_scale(norms[-1], limit)
+            scale = clip_scale(norms[-1], limit)
             clipped = ((rows, block.mul_(scale)) for rows, block in prototypes.blocks())
             self._optimiser.step_blocks(prototypes.weight, clipped)
         self._move_teacher(rank, teacher_momentum(self.study, step))
@@ -344,7 +351,7 @@ class Learner:
             in_blocks = self._moves_prototypes_in_blocks()
             if not in_blocks:
                 prototypes.write()
-        return Gathered(_weighted_sum(losses), prototypes if in_blocks else None)
+        return Gathered(weighted_sum(losses), prototypes if in_blocks else None)
 
     def _moves_prototypes_in_blocks(self) -> bool:
         """Whether the largest gradient of a step, most of all of them together, never exists as a whole.
@@ -366,7 +373,6 @@ class Learner:
             if piece is None:
                 return
             yield piece
-            del piece
 
     def _loss_of(self, views: Tensor) -> Loss:
         """views (B, V, C, *S) -> their loss, with graph."""
@@ -379,7 +385,7 @@ class Learner:
     def _sum_over_team(self, loss: Loss) -> None:
         """Gradients and `loss` of this process's share become those of the whole batch."""
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-        self.team.sum_([*grads, *_tensors_in(loss)])
+        self.team.sum_([*grads, *loss.tensors()])
 
     def _pull_back_(self) -> dict[str, Tensor]:
         """Add FedProx's gradient; `global_distance`, the norm of w - w_received over what this step trains."""
@@ -424,50 +430,12 @@ class Learner:
             )
 
 
-def _clip_each_(grads: Sequence[Tensor], norms: Sequence[float], limit: float | None) -> None:
-    """Scale each gradient whose norm is above `limit` down to it; the published clipping is per tensor."""
-    scales = [_clip_scale(norm, limit) for norm in norms]
-    clipped = [(grad, scale) for grad, scale in zip(grads, scales, strict=True) if scale < 1.0]
-    if clipped:
-        torch._foreach_mul_([grad for grad, _ in clipped], [scale for _, scale in clipped])
-
-
-def _clip_scale(norm: float, limit: float | None) -> float:
-    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-
-
 def _rank_of_views(views: Tensor) -> Rank:
     if views.ndim == 5:
         return 2
     if views.ndim == 6:
         return 3
     raise ValueError(f"expected views (B, V, C, H, W) or (B, V, C, D, H, W); got shape {tuple(views.shape)}")
-
-
-def _weighted_sum(losses: Sequence[tuple[float, Loss]]) -> Loss:
-    """The loss of a batch from those of its parts, or of their pieces; means of equal-sized views weigh by their part's
-    size."""
-
-    def total(values: Iterable[tuple[float, Tensor]]) -> Tensor:
-        return torch.stack([share * value for share, value in values]).sum(0)
-
-    def of_each(attribute: str) -> dict[str, list[tuple[float, Any]]]:
-        found: dict[str, list[tuple[float, Any]]] = {}
-        for share, loss in losses:
-            for name, value in getattr(loss, attribute).items():
-                found.setdefault(name, []).append((share, value))
-        return found
-
-    return Loss(
-        terms={name: total(values) for name, values in of_each("terms").items()},
-        total=total((share, loss.total) for share, loss in losses),
-        observed={name: weighted_mean(values) for name, values in of_each("observed").items()},
-    )
-
-
-def _tensors_in(loss: Loss) -> list[Tensor]:
-    observed = [getattr(one, part.name) for one in loss.observed.values() for part in fields(one)]
-    return [*loss.terms.values(), loss.total, *observed]
 
 
 def _report(rank: Rank, loss: Loss, norms: Tensor, distance: Mapping[str, Tensor]) -> tuple[StepReport, list[float]]:

@@ -7,7 +7,7 @@ arXiv:1711.05101), biases and other 1-D tensors do not.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,19 @@ def set_rates_(optimiser: Optimizer, study: StudyConfig, step: int, rank: Rank) 
         group["lr"] = learning_rate(study, step)
         group["weight_decay"] = weight_decay(study, step) if group["decays"] else 0.0
         group["noise_variance"] = noise_variance(study, rank)
+
+
+def clip_each_(grads: Sequence[Tensor], norms: Sequence[float], limit: float | None) -> None:
+    """Scale each gradient whose norm is above `limit` down to it; the published clipping is per tensor."""
+    scales = [clip_scale(norm, limit) for norm in norms]
+    clipped = [(grad, scale) for grad, scale in zip(grads, scales, strict=True) if scale < 1.0]
+    if clipped:
+        torch._foreach_mul_([grad for grad, _ in clipped], [scale for _, scale in clipped])
+
+
+def clip_scale(norm: float, limit: float | None) -> float:
+    """What shortens a gradient of this norm to the limit, or 1."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
 
 def noise_variance(study: StudyConfig, rank: Rank) -> float:

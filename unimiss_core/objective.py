@@ -10,9 +10,9 @@ bottlenecks: D times fewer of the widest products, for the same number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class Loss:
         """The same numbers without graph."""
         return Loss({name: term.detach() for name, term in self.terms.items()}, self.total.detach(), self.observed)
 
+    def tensors(self) -> list[Tensor]:
+        """All of it, in an order that is the same for losses of one objective and rank."""
+        observed = [getattr(one, part.name) for one in self.observed.values() for part in fields(one)]
+        return [*self.terms.values(), self.total, *observed]
+
 
 class Objective(Protocol):
     """What a learner minimises; the learner knows neither terms nor representations."""
@@ -75,10 +80,11 @@ class PiecewiseObjective(Objective, Protocol):
     """An objective that can be met in less memory."""
 
     def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
-        """The same loss as a sum, in terms and total, of losses that share no graph: one for each thing that the
-        student looks at. Whoever is done with one before asking for the next holds the activations of one.
+        """The same loss as a sum, in terms and total, of losses that share no graph. Whoever is done with one before
+        asking for the next holds the activations of one.
 
-        The first tells what was observed.
+        Volumes give one for each thing that the student looks at, a representation of one view; the first tells what
+        was observed. Images give one: a loss for each view took 12% more time for 3% less memory.
         """
         ...
 
@@ -103,6 +109,9 @@ class UniMiSS:
         return Loss(terms, torch.stack(list(terms.values())).sum(), observed)
 
     def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
+        if views.ndim == 5:
+            yield self(student, teacher, views, centre)
+            return
         targets, observed = self._taught(teacher, views, centre)
         for name, view in product(targets, range(views.shape[1])):
             h = look(student, views[:, [view]], name, slices=self.config.slices_per_volume)
@@ -268,4 +277,25 @@ def weighted_mean(parts: Sequence[tuple[float, Observed]]) -> Observed:
         second_moment=mean(part.second_moment for _, part in parts),
         target=mean(part.target for _, part in parts),
         target_entropy=mean(part.target_entropy for _, part in parts),
+    )
+
+
+def weighted_sum(losses: Sequence[tuple[float, Loss]]) -> Loss:
+    """The loss of a batch from those of its parts, or of their pieces; means of equal-sized views weigh by their part's
+    size."""
+
+    def total(values: Iterable[tuple[float, Tensor]]) -> Tensor:
+        return torch.stack([share * value for share, value in values]).sum(0)
+
+    def of_each(attribute: str) -> dict[str, list[tuple[float, Any]]]:
+        found: dict[str, list[tuple[float, Any]]] = {}
+        for share, loss in losses:
+            for name, value in getattr(loss, attribute).items():
+                found.setdefault(name, []).append((share, value))
+        return found
+
+    return Loss(
+        terms={name: total(values) for name, values in of_each("terms").items()},
+        total=total((share, loss.total) for share, loss in losses),
+        observed={name: weighted_mean(values) for name, values in of_each("observed").items()},
     )

@@ -58,6 +58,9 @@ class UniMiSSPlus:
         return Loss(terms, self._weighed(terms), observed)
 
     def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
+        if views.ndim == 5:
+            yield self(student, teacher, views, centre)
+            return
         targets, observed = self._taught(teacher, views, centre)
         count = views.shape[1]
         for name, view in product(self._looks(views), range(count)):
