@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.published import SIZES, Published, golden, needs_reference, network
+from unimiss_core import gathering
 from unimiss_core.head import Head, Prototypes
 
 
@@ -70,29 +71,64 @@ def test_prototypes_have_per_sample_gradients() -> None:
     torch.testing.assert_close(together, one_by_one)
 
 
-def test_a_gradient_at_the_end_is_that_of_all_parts() -> None:
-    plain, gathering = head(), head()
+PARTS = (2, 1, 4)
+"""Samples of each; together their rows would take more memory than a small layer's gradient."""
+
+
+def parts_of_a_batch() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(rows, 3, 6, generator=generator, dtype=torch.float64) for rows in (2, 1)]
+    return [torch.randn(rows, 3, 6, generator=generator, dtype=torch.float64) for rows in PARTS]
 
-    def backward(of: Head) -> None:
-        for features in parts:
-            torch.autograd.backward(of(features).pow(3).sum())
 
+def test_gradients_at_the_end_are_those_of_all_parts() -> None:
+    plain, ours = head(), head()
     for _ in range(2):  # the second adds to the first
-        backward(plain)
-        with gathering.prototypes.gradient_at_the_end():
-            backward(gathering)
-    for (name, ours), theirs in zip(gathering.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+        for features in parts_of_a_batch():
+            torch.autograd.backward(plain(features).pow(3).sum())
+        with ours.gradients_at_the_end() as prototypes:
+            for features in parts_of_a_batch():
+                torch.autograd.backward(ours(features).pow(3).sum())
+        prototypes.write()
+    for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+
+
+def test_blocks_of_the_prototypes_gradient_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "BLOCK_ROWS", 3)
+    plain, ours = head(), head()
+    with ours.gradients_at_the_end() as gradient:
+        for features in parts_of_a_batch():
+            torch.autograd.backward(plain(features).pow(3).sum())
+            torch.autograd.backward(ours(features).pow(3).sum())
+    whole = plain.prototypes.weight.grad
+    assert whole is not None
+    assert ours.prototypes.weight.grad is None
+    assert [(rows.start, len(block)) for rows, block in gradient.blocks()] == [(0, 3), (3, 3), (6, 1)]
+    torch.testing.assert_close(torch.cat([block for _, block in gradient.blocks()]), whole)
+    torch.testing.assert_close(gradient.norm(), whole.norm())
+
+
+def test_few_rows_stay_rows_and_many_become_their_product() -> None:
+    """What is kept never holds more values than the product."""
+    generator = torch.Generator().manual_seed(0)
+    products, expected = gathering.OuterProducts(torch.empty(8, 6)), torch.zeros(8, 6)
+    for rows in (1, 2, 3, 1, 1):
+        left, right = torch.randn(rows, 8, generator=generator), torch.randn(rows, 6, generator=generator)
+        products.add(left, right)
+        expected += left.T @ right
+        held = [*products._left, *products._right] + ([] if products._whole is None else [products._whole])
+        assert sum(tensor.numel() for tensor in held) <= 2 * expected.numel()
+        torch.testing.assert_close(products.rows(slice(2, 5)), expected[2:5])
+        torch.testing.assert_close(products.rows(slice(None)), expected)
 
 
 def test_no_gradient_is_given_where_a_part_fails() -> None:
     made = head()
     features = torch.rand(2, 6, dtype=torch.float64)
-    with suppress(RuntimeError), made.prototypes.gradient_at_the_end():
+    matrices = [p for p in made.parameters() if p.ndim == 2]
+    with suppress(RuntimeError), made.gradients_at_the_end():
         torch.autograd.backward(made(features).sum())
         raise RuntimeError("out of memory")
-    assert made.prototypes.weight.grad is None
+    assert [p.grad for p in matrices] == [None] * 4
     torch.autograd.backward(made(features).sum())
-    assert made.prototypes.weight.grad is not None
+    assert None not in [p.grad for p in matrices]

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from unimiss_core import gathering
 from unimiss_core.config import parse
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
 from unimiss_core.execution import Execution
@@ -107,6 +108,24 @@ def test_a_step_is_clipped_adamw_then_the_teachers_average_then_the_centre() -> 
         torch.testing.assert_close(learner.centre["image"], centre)
         torch.testing.assert_close(tensors_of(learner.student), student, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(tensors_of(learner.teacher), teacher, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, None])
+def test_prototypes_moved_in_blocks_end_where_their_whole_gradient_takes_them(
+    clip_norm: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in one process without FedProx that gradient is at no time there as a whole."""
+    monkeypatch.setattr(gathering, "BLOCK_ROWS", 5)  # of 16
+    blocks, whole = (in_float64(apart(Learner(study(clip_norm=clip_norm), ranks={2}))) for _ in range(2))
+    monkeypatch.setattr(whole, "_moves_prototypes_in_blocks", lambda: False)
+    held: list[bool] = []
+    monkeypatch.setattr(blocks, "_pull_back_", lambda: held.append(prototypes.grad is not None) or {})
+    prototypes = blocks.student.head.prototypes.weight
+    for step in range(2):
+        expected, report = whole.step(images(step).double(), step=step), blocks.step(images(step).double(), step=step)
+        assert report.diagnostics == pytest.approx(expected.diagnostics, rel=1e-9)
+        torch.testing.assert_close(everything(blocks), everything(whole), rtol=1e-9, atol=1e-12)
+    assert held == [False, False]
 
 
 def test_a_2d_step_touches_nothing_of_3d() -> None:

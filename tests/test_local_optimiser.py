@@ -14,7 +14,7 @@ from tests.federation import small_study
 from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.learner import Learner
-from unimiss_core.local_optimiser import MomentumSGD, NoiseAwareAdamW, noise_variance
+from unimiss_core.local_optimiser import BlockwiseAdamW, MomentumSGD, NoiseAwareAdamW, noise_variance
 from unimiss_core.network import tensors_of
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import Rank
@@ -78,6 +78,27 @@ def test_without_noise_it_is_adamw() -> None:
     plain = torch.optim.AdamW([{"params": [start()]}], eps=0.0)
     ours = NoiseAwareAdamW([{"params": [start()]}], noise_floor=FLOOR)
     torch.testing.assert_close(path_of(ours, steps, [0.0] * 8), path_of(plain, steps, [0.0] * 8))
+
+
+def test_blocks_of_rows_are_one_step_bit_for_bit() -> None:
+    """Also of the first, which begins the means, and after steps of another kind."""
+    generator = torch.Generator().manual_seed(0)
+    whole, blocks = (nn.Parameter(torch.linspace(-1, 1, 60).view(20, 3)) for _ in range(2))
+    one, other = (
+        BlockwiseAdamW([{"params": [p]}], lr=RATE, betas=(0.9, 0.999), weight_decay=DECAY, fused=True)
+        for p in (whole, blocks)
+    )
+    for step in range(4):
+        gradient = torch.randn(20, 3, generator=generator)
+        whole.grad, blocks.grad = gradient.clone(), gradient.clone()
+        one.step()
+        if step == 2:
+            other.step()
+        else:
+            other.step_blocks(blocks, ((rows, gradient[rows]) for rows in (slice(0, 8), slice(8, 16), slice(16, 24))))
+        assert torch.equal(whole, blocks)
+        for key, tensor in one.state[whole].items():
+            assert torch.equal(tensor, other.state[blocks][key]), key
 
 
 def test_the_mean_of_squares_is_the_gradients_own() -> None:

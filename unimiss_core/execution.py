@@ -27,7 +27,8 @@ class Execution:
     """What a site's hardware asks for.
 
     precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32.
-    activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass.
+    activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass; and go
+        backward from each representation of each view of volumes before looking at the next.
     compile: compile both backbones; where that fails, the step is computed without.
     micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
     patients_at_once: in private steps, most patients whose gradients are worked out together.

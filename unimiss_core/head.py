@@ -1,6 +1,6 @@
 """The projection head of self-distillation: bottleneck on the unit sphere, then unit-norm prototypes.
 
-Legend of shapes: B samples, E features of the bottleneck, K prototypes.
+Legend of shapes: B samples, E features of the bottleneck, K prototypes, R rows, which may be samples of several parts.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimiss_core.gathering import GatheringLinear, OuterProducts, blocks_of
+
 
 class Head(nn.Module):
     """Three linear layers with GELU, L2-normalised, then scores against prototypes (DINO, arXiv:2104.14294)."""
@@ -18,7 +20,11 @@ class Head(nn.Module):
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            GatheringLinear(width, hidden),
+            nn.GELU(),
+            GatheringLinear(hidden, hidden),
+            nn.GELU(),
+            GatheringLinear(hidden, bottleneck),
         )
         self.prototypes = Prototypes(bottleneck, prototypes)
 
@@ -30,6 +36,27 @@ class Head(nn.Module):
         """features (B, width) -> logits (B, K)."""
         logits: Tensor = self.prototypes(self.bottleneck(features))
         return logits
+
+    @contextmanager
+    def gradients_at_the_end(self) -> Iterator["PrototypesGradient"]:
+        """Within, backward passes give matrices no gradient. At the end those of the three layers have that of all
+        passes (`unimiss_core.gathering`), and the prototypes' is what is yielded, to be written or used in pieces.
+
+        Weights must stay as they are meanwhile. Where the block raises, no matrix gets a gradient.
+        """
+        layers = [layer for layer in self.mlp if isinstance(layer, GatheringLinear)]
+        for layer in layers:
+            layer.gathered = OuterProducts(layer.weight)
+        self.prototypes.gathered = gradient = PrototypesGradient(self.prototypes.weight)
+        try:
+            yield gradient
+            for layer in layers:
+                assert layer.gathered is not None
+                _add_gradient_(layer.weight, layer.gathered.rows(slice(None)))
+        finally:
+            self.prototypes.gathered = None
+            for layer in layers:
+                layer.gathered = None
 
 
 class Prototypes(nn.Module):
@@ -43,29 +70,14 @@ class Prototypes(nn.Module):
     def __init__(self, bottleneck: int, prototypes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(prototypes, bottleneck))
-        self._gathering: _Gathering | None = None
-
-    @contextmanager
-    def gradient_at_the_end(self) -> Iterator[None]:
-        """Within, backward passes reach h alone; at the end the weight gets the gradient of them all, in one product.
-
-        For a batch that is met in parts: a product for each would cost a (K, E) matrix of its own, at the time when
-        activations take the most memory. h must need gradients. Where the block raises, the weight gets none.
-        """
-        self._gathering = gathering = _Gathering(self.weight.detach())
-        try:
-            yield
-        finally:
-            self._gathering = None
-        gradient = gathering.gradient()
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)
+        self.gathered: PrototypesGradient | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         """h (..., E) -> logits (..., K), linear in h: the mean of logits is the logits of the mean."""
         with torch.autocast(h.device.type, enabled=False):
             rows = at_least_float32(h).reshape(-1, h.shape[-1])
             logits: Tensor = (
-                self._gathering.logits(rows) if self._gathering else _UnitRowProduct.apply(rows, self.weight)  # type: ignore[no-untyped-call]
+                self.gathered.logits(rows) if self.gathered else _UnitRowProduct.apply(rows, self.weight)  # type: ignore[no-untyped-call]
             )
             return logits.reshape(*h.shape[:-1], -1)
 
@@ -93,36 +105,53 @@ class _UnitRowProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (h, weight, logits), (grad,) = ctx.saved_tensors, grads
         lengths = torch.linalg.vector_norm(weight, dim=1)
-        product, along = _weight_gradient(h, lengths, logits, grad)
-        return (grad / lengths) @ weight, torch.addcmul(product, weight, along, value=-1)  # in place, vmap would loop
+        scaled, along = grad / lengths, (grad * logits).sum(0) / lengths.square()
+        return scaled @ weight, torch.addcmul(scaled.mT @ h, weight, along[:, None], value=-1)  # in place, vmap loops
 
 
-class _Gathering:
-    """The products of one batch with a weight (K, E) that stays as it is meanwhile."""
+class PrototypesGradient:
+    """The gradient (K, E) of a weight of `Prototypes`, gathered over backward passes and never held as a whole unless
+    asked for: s^T h - c W of `_UnitRowProduct` is as many products of rows as the batch has, and multiples of W."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._lengths = torch.linalg.vector_norm(weight, dim=1)
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        self._lengths = torch.linalg.vector_norm(weight.detach(), dim=1)
+        self._products = OuterProducts(weight)
+        self._along = torch.zeros_like(self._lengths)
 
     def logits(self, h: Tensor) -> Tensor:
-        """h (R, E) -> (R, K)."""
-        logits: Tensor = (h @ self._weight.mT) / self._lengths
-        factors = (h.detach(), logits.detach())
-        logits.register_hook(lambda grad: self._parts.append((*factors, grad)))
+        """h (R, E) -> (R, K); a backward pass from them adds to this gradient."""
+        logits: Tensor = (h @ self.weight.detach().mT) / self._lengths
+        inputs, outputs = h.detach(), logits.detach()
+        if logits.requires_grad:
+            logits.register_hook(lambda grad: self._add(inputs, outputs, grad))
         return logits
 
-    def gradient(self) -> Tensor:
-        """The weight's (K, E), of all products that a backward pass went through."""
-        h, logits, grad = (torch.cat(rows) for rows in zip(*self._parts, strict=True))
-        product, along = _weight_gradient(h, self._lengths, logits, grad)
-        return product.addcmul_(self._weight, along, value=-1)
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(which rows of the weight, their gradient), until all have been met; for the weight as it now is there."""
+        return ((rows, self._rows(rows)) for rows in blocks_of(self._lengths))
+
+    def norm(self) -> Tensor:
+        """L2 norm, a scalar."""
+        of_blocks = torch.stack([torch.linalg.vector_norm(block) for _, block in self.blocks()])
+        norm: Tensor = torch.linalg.vector_norm(of_blocks)
+        return norm
+
+    def write(self) -> None:
+        """Add the whole to the weight's `grad`."""
+        _add_gradient_(self.weight, self._rows(slice(None)))
+
+    def _add(self, h: Tensor, logits: Tensor, grad: Tensor) -> None:
+        self._products.add(grad / self._lengths, h)
+        self._along += (grad * logits).sum(0)
+
+    def _rows(self, rows: slice) -> Tensor:
+        along = self._along[rows] / self._lengths[rows].square()
+        return self._products.rows(rows).addcmul_(self.weight.detach()[rows], along[:, None], value=-1)
 
 
-def _weight_gradient(h: Tensor, lengths: Tensor, logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """s^T h (K, E) and c (K, 1) of `_UnitRowProduct`'s dW, with as many rows R of h, z and dz as there are."""
-    along = (grad * logits).sum(0) / lengths.square()
-    return (grad / lengths).mT @ h, along[:, None]
+def _add_gradient_(weight: Tensor, gradient: Tensor) -> None:
+    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

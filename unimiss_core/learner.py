@@ -6,9 +6,9 @@ keep their optimiser state, and their teacher stands still.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,17 @@ from unimiss_core.execution import (
     uncompile_,
 )
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
-from unimiss_core.local_optimiser import build_local_optimiser, kept_by, set_rates_
+from unimiss_core.head import PrototypesGradient
+from unimiss_core.local_optimiser import (
+    BlockwiseAdamW,
+    build_local_optimiser,
+    clip_each_,
+    clip_scale,
+    kept_by,
+    set_rates_,
+)
 from unimiss_core.network import below, build_network, check_tensors, load_tensors_, tensors_of
-from unimiss_core.objective import Loss, move_centre, new_centre, weighted_mean
+from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
 from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_momentum
@@ -62,6 +70,16 @@ class LearnerState:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+class Gathered(NamedTuple):
+    """What a batch's backward passes gave besides the gradients that parameters hold.
+
+    loss: without graph. prototypes: their gradient, where their parameter does not hold it.
+    """
+
+    loss: Loss
+    prototypes: PrototypesGradient | None
 
 
 class Learner:
@@ -147,32 +165,47 @@ class Learner:
         ValueError: the views do not fit the model.
         """
         rank = _rank_of_views(views)
-        gathered = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
+        loss, prototypes = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
         if step < self.study.optimiser.freeze_prototypes_steps:
-            self.student.get_parameter(PROTOTYPES).grad = None
-        self._sum_over_team(gathered)
+            self.student.get_parameter(PROTOTYPES).grad = prototypes = None
+        self._sum_over_team(loss)
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
         distance = self._pull_back_()
-        report, norms = _report(rank, gathered, torch.stack(torch._foreach_norm(grads)), distance)
+        of_blocks = [prototypes.norm()] if prototypes else []
+        report, norms = _report(rank, loss, torch.stack([*torch._foreach_norm(grads), *of_blocks]), distance)
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
             self._optimiser.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
                 f"step {step}: loss {report.total}, gradient norm {report.diagnostics['grad_norm']}; step not taken"
             )
-        self._move(rank, step, grads, norms)
-        for name, observed in gathered.observed.items():
+        self._move(rank, step, grads, norms, prototypes)
+        for name, observed in loss.observed.items():
             self.centre[name] = move_centre(
                 self.centre[name], observed.bottleneck, self.study.objective.centre_momentum
             )
-        self._watch.add(gathered.observed)
+        self._watch.add(loss.observed)
         return report
 
-    def _move(self, rank: Rank, step: int, grads: list[Tensor], norms: list[float]) -> None:
-        """Student and teacher, by the gradients that the parameters hold; `norms` are theirs."""
-        _clip_each_(grads, norms, self.study.optimiser.clip_norm)
+    def _move(
+        self,
+        rank: Rank,
+        step: int,
+        grads: Sequence[Tensor],
+        norms: Sequence[float],
+        prototypes: PrototypesGradient | None = None,
+    ) -> None:
+        """Student and teacher, by the gradients that the parameters hold, and by the prototypes' where those do not
+        hold it; `norms` are theirs, in this order."""
+        limit = self.study.optimiser.clip_norm
+        clip_each_(grads, norms[: len(grads)], limit)
         set_rates_(self._optimiser, self.study, step, rank)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
+        if prototypes is not None:
+            assert isinstance(self._optimiser, BlockwiseAdamW)
+            scale = clip_scale(norms[-1], limit)
+            clipped = ((rows, block.mul_(scale)) for rows, block in prototypes.blocks())
+            self._optimiser.step_blocks(prototypes.weight, clipped)
         self._move_teacher(rank, teacher_momentum(self.study, step))
 
     def state(self, *, weights: bool = False) -> LearnerState:
@@ -262,7 +295,7 @@ class Learner:
         self._gather_or_stop_compiling(batch[:scans], rank, 1.0)
         del moments
 
-    def _gather_in_parts_that_fit(self, views: Tensor, rank: Rank, share: float) -> Loss:
+    def _gather_in_parts_that_fit(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """`_gather_gradients`, again in halved parts while memory runs out. Nothing but gradients has changed by then,
         so the repeated step is the same step. Later steps of this learner keep the smaller parts."""
         while True:
@@ -281,7 +314,7 @@ class Learner:
             self.micro_batch[rank] = before // 2
             self._tell(f"out of memory: {rank}D batches are met in parts of {before // 2}, not {before} scans")
 
-    def _gather_or_stop_compiling(self, views: Tensor, rank: Rank, share: float) -> Loss:
+    def _gather_or_stop_compiling(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """`_gather_gradients`; where that fails and is compiled, again without, now and from then on."""
         try:
             return self._gather_gradients(views, rank, share)
@@ -303,29 +336,56 @@ class Learner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _gather_gradients(self, views: Tensor, rank: Rank, share: float) -> Loss:
+    def _gather_gradients(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """Forward and backward over this process's share of the batch, in parts where that is larger than a
         micro-batch: gradients and loss, without graph, weighed as in the whole batch."""
         self._optimiser.zero_grad(set_to_none=True)
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
-        with out_of_memory_by_its_name(), self.student.head.prototypes.gradient_at_the_end():
+        with out_of_memory_by_its_name(), self.student.head.gradients_at_the_end() as prototypes:
             for part in parts:
-                loss = self._loss_of(part)
                 weight = share * len(part) / len(views)
-                torch.autograd.backward(loss.total * weight)
-                losses.append((weight, loss))
-        return _weighted_sum(losses)
+                for loss in self._losses_of(part):
+                    torch.autograd.backward(loss.total * weight)
+                    losses.append((weight, loss.detached()))
+            in_blocks = self._moves_prototypes_in_blocks()
+            if not in_blocks:
+                prototypes.write()
+        return Gathered(weighted_sum(losses), prototypes if in_blocks else None)
+
+    def _moves_prototypes_in_blocks(self) -> bool:
+        """Whether the largest gradient of a step, most of all of them together, never exists as a whole.
+
+        It must where it is summed over a team or takes FedProx's pull.
+        """
+        return isinstance(self._optimiser, BlockwiseAdamW) and self.team.size == 1 and not self._near
+
+    def _losses_of(self, views: Tensor) -> Iterator[Loss]:
+        """views (B, V, C, *S) -> losses with graph that add up to theirs: one, or where memory is to be saved one for
+        each thing that the student looks at, made when the one before is done with."""
+        if not (self.execution.activation_checkpointing and isinstance(self.objective, PiecewiseObjective)):
+            yield self._loss_of(views)
+            return
+        pieces = self.objective.pieces(self.student, self.teacher, views, self.centre)
+        while True:
+            with self._autocast():
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     def _loss_of(self, views: Tensor) -> Loss:
         """views (B, V, C, *S) -> their loss, with graph."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
+        with self._autocast():
             return self.objective(self.student, self.teacher, views, self.centre)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16")
 
     def _sum_over_team(self, loss: Loss) -> None:
         """Gradients and `loss` of this process's share become those of the whole batch."""
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-        self.team.sum_([*grads, *_tensors_in(loss)])
+        self.team.sum_([*grads, *loss.tensors()])
 
     def _pull_back_(self) -> dict[str, Tensor]:
         """Add FedProx's gradient; `global_distance`, the norm of w - w_received over what this step trains."""
@@ -370,40 +430,12 @@ class Learner:
             )
 
 
-def _clip_each_(grads: list[Tensor], norms: list[float], limit: float | None) -> None:
-    """Scale each gradient whose norm is above `limit` down to it; the published clipping is per tensor."""
-    scales = {i: limit / (norm + 1e-6) for i, norm in enumerate(norms) if limit is not None and norm + 1e-6 > limit}
-    if scales:
-        torch._foreach_mul_([grads[i] for i in scales], list(scales.values()))
-
-
 def _rank_of_views(views: Tensor) -> Rank:
     if views.ndim == 5:
         return 2
     if views.ndim == 6:
         return 3
     raise ValueError(f"expected views (B, V, C, H, W) or (B, V, C, D, H, W); got shape {tuple(views.shape)}")
-
-
-def _weighted_sum(losses: list[tuple[float, Loss]]) -> Loss:
-    """The loss of a batch from its parts' shares; means of equal-sized views weigh by their part's size."""
-
-    def total(values: Iterator[Tensor]) -> Tensor:
-        return torch.stack([share * value.detach() for (share, _), value in zip(losses, values, strict=True)]).sum(0)
-
-    first = losses[0][1]
-    return Loss(
-        terms={name: total(loss.terms[name] for _, loss in losses) for name in first.terms},
-        total=total(loss.total for _, loss in losses),
-        observed={
-            name: weighted_mean([(share, loss.observed[name]) for share, loss in losses]) for name in first.observed
-        },
-    )
-
-
-def _tensors_in(loss: Loss) -> list[Tensor]:
-    observed = [getattr(one, part.name) for one in loss.observed.values() for part in fields(one)]
-    return [*loss.terms.values(), loss.total, *observed]
 
 
 def _report(rank: Rank, loss: Loss, norms: Tensor, distance: Mapping[str, Tensor]) -> tuple[StepReport, list[float]]:

@@ -7,12 +7,13 @@ arXiv:1711.05101), biases and other 1-D tensors do not.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from unimiss_core.optimiser_config import MomentumSGDConfig, NoiseAwareAdamWConfig, OptimiserConfig
 from unimiss_core.scan import Rank
@@ -34,7 +35,7 @@ def build_local_optimiser(config: OptimiserConfig, student: nn.Module) -> Optimi
         return NoiseAwareAdamW(groups, noise_floor=config.noise_floor)
     if isinstance(config, MomentumSGDConfig):
         return MomentumSGD(groups)
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+    return BlockwiseAdamW(groups, lr=0.0, betas=BETAS, fused=True)
 
 
 def kept_by(config: OptimiserConfig) -> tuple[str, ...]:
@@ -50,11 +51,59 @@ def set_rates_(optimiser: Optimizer, study: StudyConfig, step: int, rank: Rank) 
         group["noise_variance"] = noise_variance(study, rank)
 
 
+def clip_each_(grads: Sequence[Tensor], norms: Sequence[float], limit: float | None) -> None:
+    """Scale each gradient whose norm is above `limit` down to it; the published clipping is per tensor."""
+    scales = [clip_scale(norm, limit) for norm in norms]
+    clipped = [(grad, scale) for grad, scale in zip(grads, scales, strict=True) if scale < 1.0]
+    if clipped:
+        torch._foreach_mul_([grad for grad, _ in clipped], [scale for _, scale in clipped])
+
+
+def clip_scale(norm: float, limit: float | None) -> float:
+    """What shortens a gradient of this norm to the limit, or 1."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
+
 def noise_variance(study: StudyConfig, rank: Rank) -> float:
     """Of the noise on each value of a step's gradient: (s C / B)^2, in the mode `patient`; otherwise there is none."""
     if study.privacy.mode != "patient":
         return 0.0
     return (study.privacy.noise_multiplier * study.privacy.clip_norm / study.batch.of(rank)) ** 2
+
+
+class BlockwiseAdamW(torch.optim.AdamW):
+    """AdamW that can also move a parameter some rows at a time, so that its gradient is never there as a whole."""
+
+    @torch.no_grad()
+    def step_blocks(self, parameter: Tensor, blocks: Iterable[tuple[slice, Tensor]]) -> None:
+        """One step of one parameter; blocks: (rows, their gradient), which must be all rows, each once.
+
+        Rows of AdamW do not meet, so this is what `step` does with the whole gradient.
+        """
+        (group,) = (group for group in self.param_groups if any(own is parameter for own in group["params"]))
+        state = self.state[parameter]
+        if not state:  # as `step` would begin it
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {key: torch.zeros_like(parameter) for key in _KEPT[1:]}
+        count, before = state["step"], state["step"].clone()
+        for rows, gradient in blocks:
+            count.copy_(before)  # the kernel counts each block as a step
+            adamw(
+                [parameter[rows]],
+                [gradient],
+                [state["exp_avg"][rows]],
+                [state["exp_avg_sq"][rows]],
+                [],
+                [count],
+                fused=True,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
 
 class _TensorByTensor(Optimizer, ABC):

@@ -9,9 +9,10 @@ Logits are linear in the bottleneck, so the mean of D slices' logits is the prot
 bottlenecks: D times fewer of the widest products, for the same number.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,7 +51,16 @@ class Loss:
 
     terms: dict[str, Tensor]
     total: Tensor
-    observed: dict[str, Observed]
+    observed: dict[str, Observed] = field(default_factory=dict)
+
+    def detached(self) -> "Loss":
+        """The same numbers without graph."""
+        return Loss({name: term.detach() for name, term in self.terms.items()}, self.total.detach(), self.observed)
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, in an order that is the same for losses of one objective and rank."""
+        observed = [getattr(one, part.name) for one in self.observed.values() for part in fields(one)]
+        return [*self.terms.values(), self.total, *observed]
 
 
 class Objective(Protocol):
@@ -62,6 +72,20 @@ class Objective(Protocol):
 
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
         """views (B, V, C, *S), V at least 2; centre: from before this step, and not moved here."""
+        ...
+
+
+@runtime_checkable
+class PiecewiseObjective(Objective, Protocol):
+    """An objective that can be met in less memory."""
+
+    def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
+        """The same loss as a sum, in terms and total, of losses that share no graph. Whoever is done with one before
+        asking for the next holds the activations of one.
+
+        Volumes give one for each thing that the student looks at, a representation of one view; the first tells what
+        was observed. Images give one: a loss for each view took 12% more time for 3% less memory.
+        """
         ...
 
 
@@ -79,14 +103,30 @@ class UniMiSS:
         return ("image",) if rank == 2 else ("volume", "slices")
 
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
-        temperature = self.config.teacher_temperature_of(2 if views.ndim == 5 else 3)
-        with torch.no_grad():
-            seen_by_teacher = representations(teacher, views, slices=self.config.slices_per_volume)
-            targets = targets_of(teacher, seen_by_teacher, centre, temperature)
+        targets, observed = self._taught(teacher, views, centre)
         seen_by_student = representations(student, views, slices=self.config.slices_per_volume)
         terms = cross_entropies(student, seen_by_student, targets, self.config.student_temperature)
-        observed = {name: observe(h, targets[name]) for name, h in seen_by_teacher.items()}
         return Loss(terms, torch.stack(list(terms.values())).sum(), observed)
+
+    def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
+        if views.ndim == 5:
+            yield self(student, teacher, views, centre)
+            return
+        targets, observed = self._taught(teacher, views, centre)
+        for name, view in product(targets, range(views.shape[1])):
+            h = look(student, views[:, [view]], name, slices=self.config.slices_per_volume)
+            terms = cross_entropies_of_view(student, name, h[:, 0], view, targets, self.config.student_temperature)
+            yield Loss(terms, torch.stack(list(terms.values())).sum(), observed)
+            del h, terms
+            observed = {}
+
+    def _taught(self, teacher: Network, views: Tensor, centre: Centre) -> tuple[dict[str, Tensor], dict[str, Observed]]:
+        """The teacher's targets (B, V, K) by representation, and what it did."""
+        temperature = self.config.teacher_temperature_of(2 if views.ndim == 5 else 3)
+        with torch.no_grad():
+            seen = representations(teacher, views, slices=self.config.slices_per_volume)
+            targets = targets_of(teacher, seen, centre, temperature)
+        return targets, {name: observe(h, targets[name]) for name, h in seen.items()}
 
 
 def representations(network: Network, views: Tensor, *, slices: int | None = None) -> dict[str, Tensor]:
@@ -99,14 +139,16 @@ def representations(network: Network, views: Tensor, *, slices: int | None = Non
     it, are then right on average, with a variance that falls as 1 / slices; the loss, which is not linear, sees
     slightly noisier targets and predictions.
     """
-    b, v = views.shape[:2]
-    flat = views.flatten(0, 1)
-    if flat.ndim == 4:
-        return {"image": network.bottleneck(flat).unflatten(0, (b, v))}
-    return {
-        "volume": network.bottleneck(flat).unflatten(0, (b, v)),
-        "slices": mean_of_slices(network, _evenly_spaced(flat, slices)).unflatten(0, (b, v)),
-    }
+    names = ("image",) if views.ndim == 5 else ("volume", "slices")
+    return {name: look(network, views, name, slices=slices) for name in names}
+
+
+def look(network: Network, views: Tensor, name: str, *, slices: int | None = None) -> Tensor:
+    """One of `representations`: views (B, V, C, *S) -> (B, V, E)."""
+    scans = views.flatten(0, 1)
+    seen = mean_of_slices(network, _evenly_spaced(scans, slices)) if name == "slices" else network.bottleneck(scans)
+    by_view: Tensor = seen.unflatten(0, views.shape[:2])
+    return by_view
 
 
 def mean_of_slices(network: Network, volumes: Tensor) -> Tensor:
@@ -150,6 +192,18 @@ def cross_entropies(
     }
 
 
+def cross_entropies_of_view(
+    student: Network, name: str, h: Tensor, view: int, targets: Mapping[str, Tensor], temperature: float
+) -> dict[str, Tensor]:
+    """What one view adds to `cross_entropies`: from the student's bottleneck `name` of it, h (B, E), to each of the
+    teacher's targets (B, V, K) of the other views."""
+    prediction = log_prediction(student.prototypes(h), temperature)
+    return {
+        cross_entropy_name(name, theirs): cross_entropy_of_view(prediction, view, target)
+        for theirs, target in targets.items()
+    }
+
+
 def log_prediction(logits: Tensor, temperature: float) -> Tensor:
     """The student's logits (..., K) -> log-probabilities (..., K), float32 or better."""
     return torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
@@ -175,6 +229,18 @@ def view_cross_entropy(log_predictions: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(targets.device.type, enabled=False):
         pairs = -torch.einsum("bsk,btk->st", log_predictions, targets)
     return (pairs.sum() - pairs.diagonal().sum()) / (b * v * (v - 1))
+
+
+def cross_entropy_of_view(log_prediction: Tensor, view: int, targets: Tensor) -> Tensor:
+    """What one view of the student adds to `view_cross_entropy`: log_prediction (B, K), targets (B, V, K).
+
+    Raises ValueError: fewer than two views.
+    """
+    b, v = targets.shape[:2]
+    if v < 2:
+        raise ValueError(f"self-distillation compares views of one scan; got {v} view, needs at least 2")
+    of_others = targets[:, [other for other in range(v) if other != view]].sum(1)
+    return -(log_prediction * of_others).sum() / (b * v * (v - 1))
 
 
 def new_centre(names: Iterable[str], bottleneck: int, device: torch.device) -> dict[str, Tensor]:
@@ -211,4 +277,25 @@ def weighted_mean(parts: Sequence[tuple[float, Observed]]) -> Observed:
         second_moment=mean(part.second_moment for _, part in parts),
         target=mean(part.target for _, part in parts),
         target_entropy=mean(part.target_entropy for _, part in parts),
+    )
+
+
+def weighted_sum(losses: Sequence[tuple[float, Loss]]) -> Loss:
+    """The loss of a batch from those of its parts, or of their pieces; means of equal-sized views weigh by their part's
+    size."""
+
+    def total(values: Iterable[tuple[float, Tensor]]) -> Tensor:
+        return torch.stack([share * value for share, value in values]).sum(0)
+
+    def of_each(attribute: str) -> dict[str, list[tuple[float, Any]]]:
+        found: dict[str, list[tuple[float, Any]]] = {}
+        for share, loss in losses:
+            for name, value in getattr(loss, attribute).items():
+                found.setdefault(name, []).append((share, value))
+        return found
+
+    return Loss(
+        terms={name: total(values) for name, values in of_each("terms").items()},
+        total=total((share, loss.total) for share, loss in losses),
+        observed={name: weighted_mean(values) for name, values in of_each("observed").items()},
     )

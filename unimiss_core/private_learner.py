@@ -102,6 +102,10 @@ class PrivateLearner(Learner):
         """Scans that are worked out together, at most: those of one patient."""
         return self._privacy.scans_per_patient
 
+    def _moves_prototypes_in_blocks(self) -> bool:
+        """Patients' gradients are clipped over all parameters together, and summed."""
+        return False
+
     @property
     def _momentum(self) -> float:
         return self.study.objective.centre_momentum
@@ -131,7 +135,7 @@ class PrivateLearner(Learner):
         """One whose scans do not fit is met in parts; the next is met as if there had been none, for parts round
         otherwise, and one patient would change what others release."""
         parts = dict(self.micro_batch)
-        loss = self._gather_in_parts_that_fit(views, rank, 1.0)
+        loss, _ = self._gather_in_parts_that_fit(views, rank, 1.0)
         self.micro_batch = parts
         gradients = {name: self.student.get_parameter(name).grad for name in names}
         self._optimiser.zero_grad(set_to_none=True)

@@ -7,15 +7,26 @@ slice. Images, volumes and radiographs are reconstructed from the decoder's map;
 Legend of shapes: B scans, V views, C channels, S spatial axes, N = B x V, E features of the bottleneck.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from unimiss_core.loss_terms import is_reconstruction, reconstruction_name
 from unimiss_core.network import Network
-from unimiss_core.objective import Centre, Loss, cross_entropies, mean_of_slices, observe, targets_of
+from unimiss_core.objective import (
+    Centre,
+    Loss,
+    Observed,
+    cross_entropies,
+    cross_entropies_of_view,
+    look,
+    mean_of_slices,
+    observe,
+    targets_of,
+)
 from unimiss_core.radiograph import Radiographer
 from unimiss_core.scan import Rank
 from unimiss_core.study import UniMiSSPlusConfig
@@ -37,26 +48,51 @@ class UniMiSSPlus:
         return ("image",) if rank == 2 else ("volume",)
 
     def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
-        scans = views.flatten(0, 1)
-        shape = views.shape[:2]
-        rank: Rank = 2 if scans.ndim == 4 else 3
+        targets, observed = self._taught(teacher, views, centre)
+        seen: dict[str, Tensor] = {}
+        errors: dict[str, Tensor] = {}
+        for name in self._looks(views):
+            seen[name], error = self._look(student, views, name)
+            errors |= error
+        terms = cross_entropies(student, seen, targets, self.config.student_temperature) | errors
+        return Loss(terms, self._weighed(terms), observed)
+
+    def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
+        if views.ndim == 5:
+            yield self(student, teacher, views, centre)
+            return
+        targets, observed = self._taught(teacher, views, centre)
+        count = views.shape[1]
+        for name, view in product(self._looks(views), range(count)):
+            h, errors = self._look(student, views[:, [view]], name)
+            terms = cross_entropies_of_view(student, name, h[:, 0], view, targets, self.config.student_temperature)
+            terms |= {error: value / count for error, value in errors.items()}
+            yield Loss(terms, self._weighed(terms), observed)
+            del h, errors, terms
+            observed = {}
+
+    def _taught(self, teacher: Network, views: Tensor, centre: Centre) -> tuple[dict[str, Tensor], dict[str, Observed]]:
+        """The teacher's targets (B, V, K) of the scans as they are, by representation, and what it did."""
+        rank: Rank = 2 if views.ndim == 5 else 3
         (own,) = self.representations(rank)
         with torch.no_grad():
-            seen_by_teacher = {own: teacher.bottleneck(scans).unflatten(0, shape)}
-            temperature = self.config.teacher_temperature_of(rank)
-            targets = targets_of(teacher, seen_by_teacher, centre, temperature)
-        pictures = {own: scans} if own == "image" else {own: scans, "radiograph": self.radiographer(scans)}
-        seen, errors = {}, {}
-        for name, x in pictures.items():
-            h, drawn = student.bottleneck_and_reconstruction(x)
-            seen[name] = h.unflatten(0, shape)
-            errors[reconstruction_name(name)] = reconstruction_error(drawn, x)
-        if own == "volume":
+            seen = {own: look(teacher, views, own)}
+            targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
+        return targets, {own: observe(seen[own], targets[own])}
+
+    def _looks(self, views: Tensor) -> tuple[str, ...]:
+        """What the student looks at."""
+        return ("image",) if views.ndim == 5 else ("volume", "radiograph", "slices")
+
+    def _look(self, student: Network, views: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """views (B, V, C, *S) -> the student's bottlenecks (B, V, E), and the error of what it draws again by name."""
+        scans, shape = views.flatten(0, 1), views.shape[:2]
+        if name == "slices":
             slices = scans[:, :, :: self.config.slice_stride]
-            seen["slices"] = mean_of_slices(student, slices).unflatten(0, shape)
-        terms = cross_entropies(student, seen, targets, self.config.student_temperature) | errors
-        observed = {own: observe(seen_by_teacher[own], targets[own])}
-        return Loss(terms, self._weighed(terms), observed)
+            return mean_of_slices(student, slices).unflatten(0, shape), {}
+        seen = self.radiographer(scans) if name == "radiograph" else scans
+        h, drawn = student.bottleneck_and_reconstruction(seen)
+        return h.unflatten(0, shape), {reconstruction_name(name): reconstruction_error(drawn, seen)}
 
     def _weighed(self, terms: Mapping[str, Tensor]) -> Tensor:
         of_cross_entropy = {

@@ -1,0 +1,69 @@
+"""The gradient of a linear layer that meets few rows, kept as those rows and not as the matrix that they make.
+
+A batch in parts goes backward several times. By autograd each time makes a matrix of the weight's size, at the moment
+when activations take the most memory, and adds it to another. The rows behind it are a hundredth of that in the
+projection head, which holds most of the parameters and meets one class token for each view or slice. So they are
+gathered, and multiplied once, after the last backward pass: the same sum in another order.
+
+Legend of shapes: R rows, O outputs and I inputs of the layer.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK_ROWS = 4096
+"""Rows of a weight whose gradient is worked out at a time: 4 MB of 256 columns in float32."""
+
+
+class OuterProducts:
+    """left^T right (O, I), kept as left (R, O) and right (R, I) for as long as these hold fewer values."""
+
+    def __init__(self, like: Tensor) -> None:
+        """like: the weight (O, I), whose type and shape the product has."""
+        self._like = like.detach()
+        self._left: list[Tensor] = []
+        self._right: list[Tensor] = []
+        self._whole: Tensor | None = None
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """More rows, in any precision."""
+        self._left.append(left.detach().to(self._like.dtype))
+        self._right.append(right.detach().to(self._like.dtype))
+        rows = sum(len(part) for part in self._left)
+        if rows * sum(self._like.shape) > self._like.numel():
+            self._whole = self.rows(slice(None))
+            self._left, self._right = [], []
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some of the O rows, in memory of their own: (o, I)."""
+        whole = None if self._whole is None else self._whole[rows]
+        if not self._left:
+            return torch.zeros_like(self._like[rows]) if whole is None else whole.clone()
+        self._left, self._right = [torch.cat(self._left)], [torch.cat(self._right)]
+        left, right = self._left[0][:, rows], self._right[0]
+        return left.mT @ right if whole is None else torch.addmm(whole, left.mT, right)
+
+
+def blocks_of(weight: Tensor) -> Iterator[slice]:
+    """Slices that together are all rows of a weight, in order."""
+    return (slice(start, start + BLOCK_ROWS) for start in range(0, len(weight), BLOCK_ROWS))
+
+
+class GatheringLinear(nn.Linear):
+    """A linear layer that, while `gathered` is set, adds the rows of its weight's gradient there; its bias has a
+    gradient as ever."""
+
+    gathered: OuterProducts | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) -> (..., O)."""
+        if self.gathered is None or not torch.is_grad_enabled():
+            return super().forward(x)
+        y = F.linear(x, self.weight.detach(), self.bias)
+        inputs, gathered = x.detach().flatten(0, -2), self.gathered
+        if y.requires_grad:
+            y.register_hook(lambda grad: gathered.add(grad.flatten(0, -2), inputs))
+        return y
