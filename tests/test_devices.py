@@ -86,9 +86,9 @@ def test_two_processes_give_the_bits_of_one_that_takes_the_same_parts_in_turn(
     differing = {name for name in one if not torch.equal(two[name], one[name])}
     assert all(".head." in name and name.endswith(".weight") for name in differing)
     assert two.keys() == one.keys()
-    for moment in ("adam_moment1", "adam_moment2"):
-        name = f"{moment}.head.prototypes.weight"
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-7)
+    for name in differing:
+        if name.startswith("adam_moment"):  # the clipped gradients, after one step
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-7)
 
 
 def test_the_first_place_speaks_for_all_and_nothing_is_left(tmp_path: Path) -> None:
