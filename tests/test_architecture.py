@@ -46,6 +46,7 @@ ONLY_IN = {
         "client/site.py",
         "server/app.py",
         "server/control.py",
+        "server/front_answers.py",
         "server/rounds.py",
         "server/exchange.py",
         "server/one_round.py",
