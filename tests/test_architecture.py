@@ -55,6 +55,7 @@ ONLY_IN = {
         "server/roster.py",
         "server/local_grid.py",
         "server/simulate.py",
+        "server/uploads.py",
     },
 }
 
