@@ -15,6 +15,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from server import uploads
 from server.coordinator_config import CoordinatorConfig, load_coordinator
 from server.display import Display
 from server.failure import told_by_flower
@@ -34,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     resume = bool(context.run_config.get("resume", False))
     with _shown(context):
         config = load_coordinator(coordinator_file(grid, context))
+        uploads.bound(config.deadline_s)
         with _end_kept(context, RunFolder(config.out)):
             run(grid, config, resume=resume)
 

@@ -126,10 +126,12 @@ def pulled(grid: Grid, message_id: str) -> Reply | None:
 
     One at a time: all that are ready could be as many as there are sites, each as large as the model. And Flower reads
     what a node sent before we can check it, gives up at the first reply that it cannot read, and counts all that it was
-    asked for as delivered.
+    asked for as delivered. With the reply it hands over whatever else was pushed for the coordinator, by any node, in
+    any name: of that nothing is looked at.
     """
     try:
-        found = next(iter(grid.pull_messages([message_id])), None)
+        given = grid.pull_messages([message_id])
+        found = next((reply for reply in given if reply.metadata.reply_to_message_id == message_id), None)
     except (OSError, httpx.HTTPError):
         raise  # the SuperLink is out of reach
     except Exception as error:

@@ -14,6 +14,7 @@ import h11
 import httpx
 
 from server.contacts import Contacts
+from server.front_answers import PUSH_MESSAGES, announced
 from server.front_door import Caller
 from server.front_rules import (
     ANSWER_HEADERS,
@@ -27,7 +28,7 @@ from server.front_rules import (
     passage,
     site_of,
 )
-from server.front_shares import Allowance, counted
+from server.front_shares import OBJECT_BYTES, Allowance, counted
 from server.refusals import Refusals
 from server.server_config import FrontLimits
 
@@ -109,13 +110,21 @@ class Conversation:
         with counted(self._house.requests, site, self._limits.requests_of_site):
             try:
                 async with asyncio.timeout(self._limits.body_s + self._limits.answer_s):
-                    await self._pass_on(passed)
+                    body = await self._own_answer(site) if passed.path == PUSH_MESSAGES else self._body()
+                    await self._pass_on(passed, body)
             except TimeoutError:
                 raise Refused("slow") from None
 
-    async def _pass_on(self, passed: Passage) -> None:
+    async def _own_answer(self, site: str) -> bytes:
+        """The body of a request that pushes an answer. Raises Refused, Gone."""
+        body = b"".join([piece async for piece in self._body()])
+        objects = announced(body, most=self._limits.objects_of_answer)
+        self._house.allowance.take(site, objects * OBJECT_BYTES)
+        return body
+
+    async def _pass_on(self, passed: Passage, body: bytes | AsyncIterator[bytes]) -> None:
         upstream = self._house.upstream
-        request = upstream.build_request("POST", passed.path, headers=passed.headers, content=self._body())
+        request = upstream.build_request("POST", passed.path, headers=passed.headers, content=body)
         try:
             answer = await upstream.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout):

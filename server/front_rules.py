@@ -62,7 +62,8 @@ Reason = Literal[
     "path",
     "method",
     "malformed",  # no HTTP/1.1, or headers that can be read in two ways
-    "length",  # none told, or one above the limit
+    "length",  # none told, or one above the limit; an answer of too many objects
+    "forged",  # an answer that is not the site's own, or answers nothing
     "slow",
     "busy",  # more connections or requests than are allowed at once
 ]
@@ -71,6 +72,7 @@ STATUS: Mapping[Reason, int] = {
     "not_approved": 401,
     "wrong_key": 401,
     "path": 403,
+    "forged": 403,
     "method": 405,
     "malformed": 400,
     "length": 413,

@@ -11,6 +11,8 @@ from server.front_rules import Refused
 Key = TypeVar("Key")
 
 HOUR_S = 3600.0
+OBJECT_BYTES = 1_000_000
+"""That an announced object counts for: SuperLink's database is busy with it for some milliseconds."""
 
 
 @contextmanager

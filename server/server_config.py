@@ -42,9 +42,12 @@ class FrontLimits(Config):
     object_mb: Megabytes = 16.0
     """One piece of an update. Flower cuts arrays into pieces of 5.3 MB (5 MiB)."""
     site_gb_per_hour: Annotated[float, Field(gt=0)] = 50.0
-    """Sent by a site. SuperLink keeps it on disk until it is fetched; so nobody fills the disk quickly."""
-    message_mb: Megabytes = 4.0
-    """Any other request."""
+    """Sent by a site, and 1 MB for each object that it announces. SuperLink keeps it on disk until it is fetched; so
+    nobody fills the disk quickly, or keeps the database from the others."""
+    objects_of_answer: Count = 512
+    """That one answer is made of: a piece of 5.3 MB each, and some more for an answer's own form."""
+    message_mb: Megabytes = 1.0
+    """Any other request. Flower's largest announces an answer: some 70 bytes for each object of it."""
 
 
 class Patience(Config):

@@ -17,6 +17,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
+from flwr.proto.node_pb2 import Node
 
 from server.front import Front, bound_socket, upstream_client
 from server.front_conversation import House
@@ -252,6 +255,27 @@ async def running_front(
             stop.set()
             await front
             upstream.close()
+
+
+SITES_NODE = 0xFEEDBEEFFEEDBEEF
+"""The number that Flower gave to whoever pushes `answer_body`; it takes all 64 bits."""
+
+
+def answer_body(
+    *, src: int = SITES_NODE, dst: int = 1, reply_to: str = "a" * 64, objects: int = 4, tree: str = "b" * 64
+) -> bytes:
+    """PushMessages as a SuperNode writes it: one answer of so many objects."""
+    told = Metadata(
+        run_id=7, message_id="b" * 64, src_node_id=src, dst_node_id=dst, reply_to_message_id=reply_to, ttl=60.0
+    )
+    children = [ObjectTree(object_id=f"{number:064x}") for number in range(objects - 1)]
+    return bytes(
+        PushMessagesRequest(
+            node=Node(node_id=SITES_NODE),
+            messages_list=[Message(metadata=told)],
+            message_object_trees=[ObjectTree(object_id=tree, children=children)],
+        ).SerializeToString()
+    )
 
 
 ODD: dict[str, tuple[dict[str, bytes | None], int]] = {

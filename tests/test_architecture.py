@@ -46,6 +46,7 @@ ONLY_IN = {
         "client/site.py",
         "server/app.py",
         "server/control.py",
+        "server/front_answers.py",
         "server/rounds.py",
         "server/exchange.py",
         "server/one_round.py",
@@ -54,6 +55,7 @@ ONLY_IN = {
         "server/roster.py",
         "server/local_grid.py",
         "server/simulate.py",
+        "server/uploads.py",
     },
 }
 

@@ -10,14 +10,25 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from server import front_conversation
 from server.contacts import Contacts
-from server.front_rules import MESSAGES, OBJECTS
-from tests.front_peers import NOW, ODD, Authority, Identity, Running, StubSuperLink, request, running_front
+from server.front_rules import MESSAGES, OBJECTS, STATUS
+from tests.front_peers import (
+    NOW,
+    ODD,
+    Authority,
+    Identity,
+    Running,
+    StubSuperLink,
+    answer_body,
+    request,
+    running_front,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +78,11 @@ def test_every_listed_request_passes_on_one_connection(talk: Callable[..., None]
 
     async def conversation(front: Running) -> None:
         call = await front.connect(site)
-        for path in sorted(MESSAGES | OBJECTS):
-            assert await call.ask(request(site, path=path, body=path)) == (200, b"ok")
-        assert [head.split()[1] for head in link.heads] == sorted(MESSAGES | OBJECTS) == link.bodies
+        bodies = {path: path for path in sorted(MESSAGES | OBJECTS)} | {b"/v1/fleet/push-messages": answer_body()}
+        for path, body in bodies.items():
+            assert await call.ask(request(site, path=path, body=body)) == (200, b"ok")
+        assert [head.split()[1] for head in link.heads] == list(bodies)
+        assert link.bodies == list(bodies.values())
 
     talk(conversation, link=link)
 
@@ -334,6 +347,58 @@ def test_a_superlink_that_breaks_off_breaks_off_no_more(
     talk(conversation, link=Broken())
 
 
+NOT_OWN_ANSWERS: dict[str, tuple[dict[str, Any], str]] = {
+    "a question to the ServerApp": ({"src": 1, "dst": 1, "reply_to": ""}, "forged"),
+    "a question to another site": ({"src": 1, "dst": 99, "reply_to": ""}, "forged"),
+    "an answer in another site's name": ({"src": 99}, "forged"),
+    "an answer for another site": ({"dst": 99}, "forged"),
+    "an answer to nothing": ({"reply_to": ""}, "forged"),
+    "an answer under another message's number": ({"tree": "c" * 64}, "forged"),
+    "more objects than a model has pieces": ({"objects": 513}, "length"),
+}
+
+
+@pytest.mark.parametrize("odd", NOT_OWN_ANSWERS)
+def test_a_site_can_push_nothing_but_its_own_answers(odd: str, talk: Callable[..., None], site: Identity) -> None:
+    link = StubSuperLink()
+    changed, reason = NOT_OWN_ANSWERS[odd]
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        body = answer_body(**changed)
+        status, told = await call.ask(request(site, path=b"/v1/fleet/push-messages", body=body))
+        assert (status, told) == (STATUS[reason], b'{"detail": "%s"}' % reason.encode())  # type: ignore[index]
+        assert not link.bodies
+        assert refused(front) == [(reason, "alpha")]
+
+    talk(conversation, link=link)
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", answer_body() * 2], ids=["nothing", "no message", "two answers"])
+def test_what_is_no_single_answer_is_not_pushed(body: bytes, talk: Callable[..., None], site: Identity) -> None:
+    """Two of Flower's messages end to end read as one that holds both lists."""
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        assert (await call.ask(request(site, path=b"/v1/fleet/push-messages", body=body)))[0] == 400
+        assert not link.bodies
+
+    talk(conversation, link=link)
+
+
+def test_objects_that_are_announced_count_against_a_sites_share(talk: Callable[..., None], site: Identity) -> None:
+    link = StubSuperLink()
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        for status in (200, 200, 503):  # 20 MB each, of 50
+            body = answer_body(objects=20)
+            assert (await call.ask(request(site, path=b"/v1/fleet/push-messages", body=body)))[0] == status
+
+    talk(conversation, link=link, site_gb_per_hour=0.05)
+
+
 def test_errors_of_the_superlink_pass_as_they_are(talk: Callable[..., None], site: Identity) -> None:
     answer = b"HTTP/1.1 401 Unauthorized\r\ncontent-type: application/json\r\nserver: x\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -353,7 +418,7 @@ def test_flowers_own_way_of_asking_passes(talk: Callable[..., None], site: Ident
                 head = dict(line.split(b": ") for line in request(site).split(b"\r\n\r\n")[0].split(b"\r\n")[2:])
                 del head[b"content-length"]
                 return client.post(
-                    f"https://localhost:{front.port}/v1/fleet/get-run", content=b"x" * 3_000_000, headers=head
+                    f"https://localhost:{front.port}/v1/fleet/get-run", content=b"x" * 900_000, headers=head
                 )
 
         answer = await asyncio.to_thread(ask)
