@@ -38,8 +38,12 @@ class Line(FleetHttpClient):
         try:
             response = super()._send(context, stream=stream)
         except httpx.TransportError as error:
-            self._contact.failed(problem_of(error))
-            raise
+            cause = problem_of(error)
+            self._contact.failed(cause)
+            if cause != "unreachable":
+                raise
+            # In other words than the system's: at the letters `ssl` Flower ends the SuperNode, and the round at work.
+            raise type(error)("the coordinator cannot be reached", request=context.request) from error
         if (problem := problem_told(response)) is None:
             self._contact.answered()
         else:

@@ -34,6 +34,15 @@ class Operator(Entry):
     """Of its checkpoint, as in `Released`."""
 
 
+class RunEnded(Entry):
+    """`unimiss-server run` came to an end by itself or was stopped; one that was killed leaves none."""
+
+    kind: Literal["run_ended"]
+    study: Name
+    code: Count
+    """Its exit code, as `unimiss_core.errors` lists them: 4 is a checkpoint that is not what it was, for one."""
+
+
 class PeerRefused(Entry):
     """The front did not let somebody in. peer: a site's name, an IP address, or `others`."""
 
@@ -81,7 +90,7 @@ class Released(Entry):
 
 CoordinatorLog = AuditLog[Entry]
 
-KINDS: Mapping[str, type[Entry]] = by_kind(Operator, PeerRefused, Asked, Heard, Released)
+KINDS: Mapping[str, type[Entry]] = by_kind(Operator, RunEnded, PeerRefused, Asked, Heard, Released)
 
 
 def coordinator_log(path: Path) -> CoordinatorLog:

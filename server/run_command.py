@@ -80,8 +80,23 @@ def run(home: Home, study_file: Path, *, note: Note = unnoted) -> Composed:
             home.running.unlink(missing_ok=True)  # of a `run` that was killed
             superlink.prepare(home, config)
             note("run", {"study": composed.study.name})
-            _with_children(home, config, composed, stop)
+            with _end_noted(note, composed.study.name):
+                _with_children(home, config, composed, stop)
     return composed
+
+
+@contextmanager
+def _end_noted(note: Note, study: str) -> Iterator[None]:
+    code = 1
+    try:
+        yield
+        code = 0
+    except UnimissError as error:
+        code = error.exit_code
+        raise
+    finally:
+        with suppress(UnimissError):  # a full disk may be why it ended, and must not hide that
+            note("run_ended", {"study": study, "code": code})
 
 
 def _with_children(home: Home, config: ServerConfig, composed: Composed, stop: Stop) -> None:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +126,30 @@ def test_nobody_there_is_told_as_that_and_so_is_that_somebody_is_again(pair: Joi
         with answering(pair.coordinator, port, lambda _: OK):
             activate(line)
         assert problem_of(pair) is None
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["it hangs up", "it is silent"])
+def test_what_ends_before_a_certificate_is_shown_may_pass(pair: Joined, port: int, waits: bool) -> None:
+    """A router, or a front that has too much to do, takes a connection and gives it up: no reason to wait minutes."""
+
+    def give_up(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.recv(1)
+        if not waits:
+            connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", port)) as listener, line_of(pair, port) as line:
+        line._client.timeout = httpx.Timeout(1.0)
+        peer = threading.Thread(target=give_up, args=[listener])
+        peer.start()
+        with pytest.raises(httpx.TransportError) as raised:
+            activate(line)
+        peer.join()
+    assert not any(word in str(raised.value).lower() for word in ("certificate", "ssl", "tls"))  # Flower would end
+    assert problem_of(pair) == "unreachable"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from server.approval import revoke
+from server.audit import coordinator_log
 from server.control import Control
 from server.home import Home
 from server.run_command import runner, stop
@@ -255,4 +256,6 @@ def test_stop_ends_a_run_in_order_also_while_it_begins(coordinator: Coordinator)
     assert stop(coordinator.home)
     assert process.wait(START_S) == 130
     assert coordinator.children() == []
+    noted = [entry.facts() for entry in coordinator_log(coordinator.home.audit).read().entries]
+    assert [facts["code"] for facts in noted if "code" in facts] == [5, 130]  # the one that was killed had no time
     assert "stopped; what was finished is saved\nThe same command goes on from there." in coordinator.log

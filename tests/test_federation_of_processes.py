@@ -1,0 +1,96 @@
+"""A coordinator and three sites as separate processes, with TLS and keys, from `init` to a signed model, and to an end.
+
+All is done by the commands of the two programs; what is looked at is what an operator has: exit codes, the commands'
+words, files, and the kernel's list of who listens.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.deployed import KINDS, ROOT, Deployment, audit_of, deployed
+from client.listening import Listener, listeners_of
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc"),
+    pytest.mark.timeout(600),
+]
+
+
+class Run:
+    """A federation that has run to its last round, what listened meanwhile, and how the daemons ended."""
+
+    def __init__(self, federation: Deployment) -> None:
+        self.federation = federation
+        self.listened: dict[str, set[Listener]] = {name: set() for name in ("coordinator", *federation.sites)}
+        for name, site in federation.sites.items():
+            site.starts("run")
+            federation.sites[name] = site
+        federation.runs()
+        federation.until(self._is_over, "the run ends", within_s=480.0)
+        self.code = federation.until_ended()
+        self.codes = {name: site.ends() for name, site in federation.sites.items()}
+        self.left = [n for each in (federation.coordinator, *federation.sites.values()) for n in each.processes()]
+
+    def _is_over(self) -> bool:
+        people = {"coordinator": self.federation.coordinator, **self.federation.sites}
+        for name, operator in people.items():
+            assert operator.process is not None
+            self.listened[name].update(listeners_of(operator.process.pid) or ())
+        process = self.federation.coordinator.process
+        return process is not None and process.poll() is not None
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with deployed(tmp_path_factory.mktemp("federation")) as federation:
+        yield Run(federation)
+
+
+def test_all_rounds_are_finished_with_every_site(run: Run) -> None:
+    assert run.code == 0, run.federation.logs()
+    told = [{name: site["status"] for name, site in row["sites"].items()} for row in run.federation.rounds()]
+    assert told == [dict.fromkeys(KINDS, "ok")] * 2
+
+
+def test_the_model_is_signed_by_the_coordinator_and_by_nobody_else(run: Run) -> None:
+    newest = run.federation.run_folder / "checkpoints" / "round-0002"
+    assert "signed by SHA256:" in verify(newest, run.federation.home.signing_public_key, code=0)
+    stranger = run.federation.folder / "stranger"
+    run.federation.coordinator.types("init", stranger, "--address", "127.0.0.1:9443")
+    verify(newest, stranger / "certificates" / "signing.pub", code=4)
+
+
+def verify(checkpoint: Path, key: Path, *, code: int) -> str:
+    command = [sys.executable, "-m", "client.research_command", "verify", str(checkpoint), "--key", str(key)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    return done.stdout
+
+
+def test_what_left_each_site_is_what_the_coordinator_counted(run: Run) -> None:
+    """Two logs, written by two machines, name the same digests and sizes; reading them verifies their chains."""
+    heard = audit_of(run.federation.coordinator, "toy")
+    assert [entry["kind"] for entry in audit_of(run.federation.coordinator)].count("approve") == len(KINDS)
+    assert [entry["round"] for entry in heard if entry["kind"] == "release"] == [1, 2]
+    for name, site in run.federation.sites.items():
+        left = [entry for entry in audit_of(site) if entry["kind"] == "reply"]
+        counted = [entry for entry in heard if entry["kind"] == "counted" and entry["site"] == name]
+        facts = ("round", "run", "bytes", "sha256")
+        assert [[e[f] for f in facts] for e in left] == [[e[f] for f in facts] for e in counted]
+        assert len(left) == 2
+        assert ("3d" in left[0]["groups"]) == (KINDS[name] != "cr")
+
+
+def test_nothing_listens_but_on_loopback(run: Run) -> None:
+    for listeners in run.listened.values():
+        assert listeners, "nothing was seen to listen: the line below proves nothing"
+        assert not [str(one) for one in listeners if one.is_open_to_a_network]
+
+
+def test_nothing_is_left_when_all_have_ended(run: Run) -> None:
+    assert run.codes == dict.fromkeys(KINDS, 0)
+    assert run.left == []
