@@ -63,7 +63,7 @@ def _leave(options: argparse.Namespace) -> None:
     from client.site_config import load_site
 
     home = Home.chosen(options.home)
-    site = load_site(home.site)
+    site = load_site(home.site, reads_scans=False)
     if not options.yes:
         raise ConfigError(
             f"{home.path}: leaving stops the daemon and destroys this site's keys, for good; the ledger and the audit "

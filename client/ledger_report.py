@@ -23,7 +23,7 @@ def show(site_file: Path, study_file: Path | None, console: Console) -> None:
 
     Raises LedgerError: the ledger is damaged; ConfigError: a file is wrong, or the study charges no patient.
     """
-    site = load_site(site_file)
+    site = load_site(site_file, reads_scans=False)
     study = load(StudyConfig, study_file) if study_file else None
     if study is not None and study.privacy.mode != "patient":
         raise ConfigError(f"{study_file}: the study charges no patient (privacy.mode: {study.privacy.mode})")

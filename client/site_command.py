@@ -269,7 +269,7 @@ def _clear(options: argparse.Namespace) -> None:
     from client.hold import Hold
     from client.site_config import load_site
 
-    site = load_site(_site_file(options))
+    site = load_site(_site_file(options), reads_scans=False)
     is_cleared = Hold(site).clear()
     log_of(options.site).record("clear")
     if is_cleared:

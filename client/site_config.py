@@ -215,9 +215,16 @@ class SiteConfig(SiteTraining):
         return self.cache or self.state / "cache"
 
 
-def load_site(path: Path) -> SiteConfig:
-    """Read a site file; relative paths in it count from the file's own folder. Raises ConfigError."""
-    return anchored(load(SiteConfig, path), path.resolve().parent)
+def load_site(path: Path, *, reads_scans: bool = True) -> SiteConfig:
+    """Read a site file; relative paths in it count from the file's own folder.
+
+    reads_scans: its data folders and tables must be there; what no scan is read for goes on without them. Raises
+    ConfigError.
+    """
+    site = anchored(load(SiteConfig, path), path.resolve().parent)
+    if reads_scans:
+        _require_data(site)
+    return site
 
 
 def state_folder(path: Path) -> Path:
@@ -228,22 +235,26 @@ def state_folder(path: Path) -> Path:
 
 
 def anchored(site: SiteConfig, base: Path) -> SiteConfig:
-    """`site` with every relative path taken from `base`, and every data folder and table seen to exist."""
-    problems = []
+    """`site` with every relative path taken from `base`."""
     sources = []
-    for index, source in enumerate(site.data):
-        folder = base / source.folder
+    for source in site.data:
         table = source.table and source.table.model_copy(update={"path": base / source.table.path})
-        if not folder.is_dir():
-            problems.append(f"'data.{index}.folder': {folder} is not a folder")
-        if table and not table.path.is_file():
-            problems.append(f"'data.{index}.table.path': {table.path} is not a file")
-        sources.append(source.model_copy(update={"folder": folder, "table": table}))
-    if problems:
-        raise ConfigError(
-            f"site '{site.name}': its file names what is not there\n" + "\n".join(f"  - {line}" for line in problems)
-        )
+        sources.append(source.model_copy(update={"folder": base / source.folder, "table": table}))
     placed = {"state": base / site.state, "cache": site.cache and base / site.cache}
     return site.model_copy(
         update={"data": tuple(sources), "state_key": site.state_key and base / site.state_key, **placed}
     )
+
+
+def _require_data(site: SiteConfig) -> None:
+    """Raises ConfigError: a data folder or a table is not there."""
+    problems = []
+    for index, source in enumerate(site.data):
+        if not source.folder.is_dir():
+            problems.append(f"'data.{index}.folder': {source.folder} is not a folder")
+        if source.table and not source.table.path.is_file():
+            problems.append(f"'data.{index}.table.path': {source.table.path} is not a file")
+    if problems:
+        raise ConfigError(
+            f"site '{site.name}': its file names what is not there\n" + "\n".join(f"  - {line}" for line in problems)
+        )

@@ -1,8 +1,4 @@
-"""The `unimiss-server` command: what a coordinator's operator types.
-
-Exit codes: 0 done, 2 wrong arguments or configuration, 4 no good checkpoint, 5 a round could not be completed, 8 an
-audit log is damaged, 130 interrupted; see `unimiss_core.errors`.
-"""
+"""The `unimiss-server` command: what a coordinator's operator types."""
 
 import argparse
 import logging
@@ -12,12 +8,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from unimiss_core.errors import UnimissError
+from unimiss_core.errors import ConfigError, UnimissError
 
 COMPARE = (
     "Before you rely on it, read the fingerprint to the other side by telephone, on a number that you know from "
     "elsewhere: who could change the file on its way could have put in another key."
 )
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 another error, 2 a file or the command line is wrong, 4 no good checkpoint, 5 a round could "
+    "not be completed, 8 an audit log is damaged, 130 interrupted."
+)
+"""docs/artefacts.md has those of every program."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="unimiss-server", description="Coordinate federated studies.")
+    parser = argparse.ArgumentParser(
+        prog="unimiss-server", description="Coordinate federated studies.", epilog=EXIT_CODES
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_init(commands.add_parser("init", help="make a coordinator's folder, with keys and certificates of its own"))
     _add_approve(commands.add_parser("approve", help="let a site take part, by its key"))
@@ -144,6 +148,9 @@ def _audit(options: argparse.Namespace) -> None:
 
     home = Home.chosen(options.home)
     path = home.audit if options.study is None else home.run(options.study) / "audit.jsonl"
+    if options.study is not None and not path.exists():
+        begun = ", ".join(sorted(folder.name for folder in home.runs.iterdir())) if home.runs.is_dir() else ""
+        raise ConfigError(f"'{options.study}': no run of it was begun here; begun were: {begun or 'none'}")
     audit_report.show(coordinator_log(path), options, summary)
 
 

@@ -67,7 +67,7 @@ def test_a_second_copy_of_the_project_runs_its_own_code(flower: Flower) -> None:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
     changed = copy / "client" / "site_config.py"
-    loads = "    return anchored(load(SiteConfig, path), path.resolve().parent)"
+    loads = "    site = anchored(load(SiteConfig, path), path.resolve().parent)"
     assert loads in changed.read_text()
     renames = f"{loads[: -len('.parent)')]}.parent).model_copy(update={{'name': path.parent.name + '-copy'}})"
     changed.write_text(changed.read_text().replace(loads, renames))

@@ -308,6 +308,8 @@ def test_commands_outside_of_a_folder_tell_the_way(
     folder("init", folder.folder, "--address", "a.example.org:443", home=False)
     monkeypatch.setenv("UNIMISS_SERVER_HOME", str(folder.folder))
     assert "no site was approved yet" in folder("sites", home=False).out
+    unknown = folder("audit", "nonesuch", home=False)
+    assert (unknown.code, "'nonesuch': no run of it was begun here; begun were: none" in unknown.err) == (2, True)
 
 
 def test_a_full_or_locked_folder_is_told(

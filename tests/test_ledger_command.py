@@ -124,6 +124,16 @@ def test_a_site_that_was_never_charged(site: Path, capsys: pytest.CaptureFixture
     assert not (site.parent / "state").exists()
 
 
+def test_what_was_spent_is_told_also_where_the_scans_are_not_there(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that is not mounted, an archive that was moved: what patients have cost does not hang on it."""
+    (site.parent / "DOE^JANE").rmdir()
+    assert main(["ledger", str(site)]) == 0
+    assert main(["clear", str(site)]) == 0
+    assert "0.44" in capsys.readouterr().out
+
+
 def test_a_damaged_ledger_ends_with_a_code_of_its_own(
     site: Path, study: StudyConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
