@@ -151,9 +151,7 @@ def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool 
     secret = secrets.token_bytes(32)
     source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
     files = _files_of(source) if path.is_dir() else {path.name: None}
-    looked = {
-        file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)
-    }
+    looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
     found = _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False)
     if len(found.candidates) > 1:
         raise ScanError("several_scans", f"{len(found.candidates)} scans")

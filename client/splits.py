@@ -25,7 +25,7 @@ def split_cases(cases: Sequence[Case], config: FinetuneConfig) -> Split:
         if not parts["validation"]:
             parts = {**parts, **_with_validation(parts["train"], split.validation, config.seed)}
     _check_patients(parts)
-    _check_parts(parts, config)
+    check_parts(parts, config)
     return parts
 
 
@@ -74,7 +74,8 @@ def _check_patients(parts: Split) -> None:
         raise ConfigError(f"split: {torn} patient(s) stand in several parts; a patient's scans must stay together")
 
 
-def _check_parts(parts: Split, config: FinetuneConfig) -> None:
+def check_parts(parts: Split, config: FinetuneConfig) -> None:
+    """Raises ConfigError: a part that needs scans has none, or lacks a class."""
     needed = [part for part in PARTS if part != "test" or parts["test"] or isinstance(config.split, FoldSplit)]
     if empty := [part for part in needed if not parts[part]]:
         raise ConfigError(f"split: nobody is left for {' and '.join(empty)}; give more patients, or other shares")

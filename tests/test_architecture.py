@@ -28,6 +28,8 @@ ONLY_IN = {
     "cryptography": {"server/registration.py"},
     "httpx": {"server/exchange.py"},
     "opacus": {"client/accounting.py"},
+    "monai": {"client/segmenting.py"},
+    "scipy": {"client/segmenting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
         "unimiss_core/wire.py",

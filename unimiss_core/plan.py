@@ -78,16 +78,15 @@ def resample(values: NDArray[np.float32], axis: int, length: int, step: float) -
     return result
 
 
-def resample_labels(labels: NDArray[np.uint8], shape: Sequence[int]) -> NDArray[np.uint8]:
-    """Labels (*S) on the grid of `shape` that `prepare` gives their scan: each point takes its nearest old one.
+def resample_labels(labels: NDArray[np.uint8], shape: Sequence[int], steps: Sequence[float]) -> NDArray[np.uint8]:
+    """Labels (*S) on the grid that `prepare` gives their scan: each point takes its nearest old one.
 
-    The new grid spans the old one's middle as `resample` does: the two agree on where a point lies to half a voxel
-    of rounding in the grid's length.
+    steps: old points between two new ones along each axis, as in `resample`, whose grid this is.
     """
     places = []
-    for old, new in zip(labels.shape, shape, strict=True):
-        centres = (np.arange(new) - (new - 1) / 2) * (old / new) + (old - 1) / 2
-        places.append(np.clip(np.rint(centres), 0, old - 1).astype(int))
+    for old, new, step in zip(labels.shape, shape, steps, strict=True):
+        centres = (np.arange(new) - (new - 1) / 2) * step + (old - 1) / 2
+        places.append(np.clip(np.floor(centres + 0.5), 0, old - 1).astype(int))
     return labels[np.ix_(*places)]
 
 

@@ -48,6 +48,7 @@ class Classifier(nn.Module):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
+        self.outputs = outputs
         self.linear = nn.Linear(width, outputs)
 
     def forward(self, backbone: MiT, x: Tensor) -> Tensor:
@@ -66,6 +67,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, rank: Rank, *, width: int, stem: int, outputs: int) -> None:
         super().__init__()
+        self.outputs = outputs
         up: Any = CONV_TRANSPOSED[rank]
         self.to_stem = up(width, stem, 2, 2)
         self.at_stem = ConvBlock(rank, stem, stem, 3, 1)
@@ -85,7 +87,9 @@ class Segmenter(nn.Module):
 
 def _onto(coarse: Tensor, skip: Tensor) -> Tensor:
     """The sum of `skip` (B, C, *G) and as much of `coarse`, which may be longer by a row along an axis."""
-    return coarse[(..., *(slice(n) for n in skip.shape[2:]))] + skip
+    for axis, n in enumerate(skip.shape[2:], start=2):
+        coarse = coarse.narrow(axis, 0, n)
+    return coarse + skip
 
 
 def build_task_model(
