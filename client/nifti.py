@@ -230,7 +230,7 @@ def write_mask(path: Path, labels: NDArray[np.uint8], affine: NDArray[np.float64
 def _in_axes_of(
     volume: NDArray[np.uint8], affine: NDArray[np.float64], other: NDArray[np.float64]
 ) -> NDArray[np.uint8]:
-    """The volume with its axes ordered and turned as those of a grid that differs in nothing else: `canonical` undone."""
+    """The volume with its axes ordered and turned as those of another grid, alike but for that: `canonical` undone."""
     turns = np.linalg.inv(affine[:3, :3]) @ other[:3, :3]  # (own axis, other axis): a permutation with signs
     order = np.abs(turns).argmax(0)
     backwards = [axis for axis in range(3) if turns[order[axis], axis] < 0]

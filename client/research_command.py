@@ -2,6 +2,7 @@
 
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
 unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
+unimiss finetune CONFIG.yaml [--resume]           a model for a task from an encoder and labelled scans
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
 
@@ -41,9 +42,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "audit-privacy":
         _audit(options)
         return
-    from client import research
-
     try:
+        if options.command == "finetune":
+            _finetune(options)
+            return
+        from client import research
+
         if options.command == "import":
             research.import_released(options.released, options.out)
         else:
@@ -57,6 +61,20 @@ def _run(options: argparse.Namespace) -> None:
             )
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from client.finetune import finetune
+
+    finetune(
+        options.config,
+        resume=options.resume,
+        data_root=options.data,
+        out=options.out,
+        init=options.init,
+        device=options.device,
+        show_paths=options.show_paths,
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -99,6 +117,10 @@ def _audit(options: argparse.Namespace) -> None:
 def _show_note(event: progress.Event) -> None:
     if isinstance(event, progress.Note):
         print(event.text, file=sys.stderr)
+    elif isinstance(event, progress.Preparing) and sys.stderr.isatty():
+        print(f"reading scans {event.done} of {event.total}", end="\r", file=sys.stderr)
+    elif isinstance(event, progress.StepDone) and sys.stderr.isatty():
+        print(f"{event.site}: {event.step} of {event.steps}", end="\r", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     embed.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
 
+    _add_finetune(commands)
     plan = commands.add_parser(
         "plan-privacy",
         help="say what a study's privacy costs, or what noise an epsilon needs",
@@ -165,6 +188,22 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--others", type=Path, metavar="SITE.yaml", help="whose patients it never saw")
     audit.add_argument("--device", default="auto", help="of --run: auto, cpu, cuda or cuda:N (default: auto)")
     return parser
+
+
+def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tune = commands.add_parser(
+        "finetune",
+        help="train a model for a task from an encoder and labelled scans",
+        epilog="docs/finetuning.md says what the file holds and what is written; configs/finetune has examples. Scans "
+        "are called by the line of their table, unless --show-paths names their files.",
+    )
+    tune.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    tune.add_argument("--resume", action="store_true", help="go on after the last epoch that was finished")
+    tune.add_argument("--data", type=Path, metavar="ROOT", help="instead of the file's data_root")
+    tune.add_argument("--out", type=Path, metavar="OUT_DIR", help="instead of the file's out")
+    tune.add_argument("--init", metavar="INIT", help="a checkpoint's folder, a released file, or scratch")
+    tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    tune.add_argument("--show-paths", action="store_true", help="also name each scan's file below its folder")
 
 
 def _above_zero(text: str) -> float:

@@ -4,6 +4,7 @@ Legend of shapes: B windows, K classes with the background first, C channels, S 
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -59,7 +60,7 @@ def probabilities(
     device: torch.device,
     autocast: AbstractContextManager[None],
 ) -> Tensor:
-    """Of each class at each voxel: values (C, *S) in [0, 1] -> (K, *S) on the CPU, float32 or, if there are many, float16.
+    """Of each class at each voxel: values (C, *S) in [0, 1] -> (K, *S) on the CPU, in float32, or float16 if many.
 
     Windows of `size` overlap and count most in their middle (Gaussian weights); so many `windows` at a time are on the
     device, while sums are gathered on the CPU: memory grows with K x S, not with the number of windows.
@@ -91,7 +92,7 @@ def probabilities(
 
 
 def likeliest(chances: Tensor) -> NDArray[np.uint8]:
-    """(K, *S) -> the class of each voxel (*S), without another array of that size in float32."""
+    """(K, *S) -> the class of each voxel (*S)."""
     return np.asarray(chances.argmax(0).to(torch.uint8).numpy())
 
 
@@ -146,8 +147,10 @@ def measures(
         return {"dice": 0.0, "hd95_mm": None, "surface_dice": 0.0}
     masks = torch.from_numpy(one)[None, None].float(), torch.from_numpy(other)[None, None].float()
     spacing = list(spacing_mm)
-    far = compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=spacing)
-    near = compute_surface_dice(*masks, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of MONAI about its own calls
+        far = compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=spacing)
+        near = compute_surface_dice(*masks, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing)
     return {"dice": dice(found, truth, number), "hd95_mm": float(far.item()), "surface_dice": float(near.item())}
 
 

@@ -46,7 +46,7 @@ def test_a_scan_of_one_window_is_what_the_model_says_of_it() -> None:
 
 
 def test_windows_join_into_the_mean_of_what_each_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that answers voxel by voxel is not changed by windows, at the scan's edges neither, nor by a small scan."""
+    """Windows change nothing of a model that answers voxel by voxel, neither at edges nor where the scan is small."""
     net = model()
     monkeypatch.setattr(net, "forward", lambda x: torch.cat([x, -x, 0 * x], 1))
     for size in ((90, 75), (20, 100)):
@@ -122,7 +122,8 @@ def test_a_mask_goes_back_to_the_grid_it_came_from() -> None:
     chances = torch.stack([torch.from_numpy(beside == number).float() for number in (0, 1)])
     back = likeliest_at_source(chances, Grid(ball.shape, scan.spacing_mm, steps, None))
     assert back.shape == ball.shape
-    assert dice(back, ball, 1) > 0.96  # type: ignore[operator]
+    assert dice(back, ball, 1) > 0.94  # type: ignore[operator]
+    np.testing.assert_allclose(np.argwhere(back).mean(0), (14, 20, 22), atol=0.25)
 
 
 @pytest.mark.parametrize("order", ["RAS", "LPS", "SRA", "PIR"])
