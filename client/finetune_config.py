@@ -151,8 +151,9 @@ class TrainingConfig(Config):
     """None goes once through the training scans in an epoch."""
     batch: Positive = 8
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """Each layer nearer the input learns at so many times the rate of the one above it; 1 turns it off."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Each layer nearer the input learns at so many times the rate of the one above it. None is 0.75 for pretrained
+    layers, which have less to learn, and 1 from scratch: at 0.75 the first would hardly move."""
     weight_decay: NonNegative = 0.05
     warmup_epochs: NonNegative = 1.0
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -229,6 +230,13 @@ def _contradictions(config: FinetuneConfig) -> list[str]:
     except ValueError as error:
         problems.append(f"device: {error}")
     return problems
+
+
+def layer_decay_of(config: FinetuneConfig) -> float:
+    """`training.layer_decay`, or what None stands for."""
+    if config.training.layer_decay is not None:
+        return config.training.layer_decay
+    return 1.0 if isinstance(config.init, FromScratch) else 0.75
 
 
 def load_finetune(path: Path, *, data_root: Path | None = None, out: Path | None = None) -> FinetuneConfig:

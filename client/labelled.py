@@ -92,7 +92,10 @@ def prepare_cases(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shown = (lambda case: f"line {case.number} ({case.file})") if show_paths else (lambda case: f"line {case.number}")
+
+    def shown(case: Case) -> str:
+        return f"line {case.number} ({case.file})" if show_paths else f"line {case.number}"
+
     unread: dict[str, list[str]] = {}
     wrong: list[str] = []
     parts: dict[Part, list[Labelled]] = {part: [] for part in split}
@@ -242,7 +245,8 @@ def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> ND
         )
     if there[-1] == 0 and not may_be_empty:
         raise MaskError("the mask is empty; leave the scan out, or set allow_empty_masks: true")
-    return values.astype(np.uint8)
+    labels: NDArray[np.uint8] = values.astype(np.uint8)
+    return labels
 
 
 def _apart(scan: Scan, other: NDArray[np.float64]) -> float:
@@ -261,7 +265,7 @@ def _kept(path: Path, array: NDArray[Any]) -> NDArray[Any]:
         np.save(path, array)
     except OSError as error:
         raise ConfigError(f"out: prepared scans cannot be written there ({error.strerror})") from None
-    return np.load(path, mmap_mode="r").view(np.ndarray)  # type: ignore[no-any-return]
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _places(mask: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]:

@@ -7,6 +7,7 @@ witnesses. Each figure takes weights - how often each scan counts -, so that a d
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Figure = Mapping[str, float | None]
 """`value`, and `low` and `high` of its interval; None where it is not defined."""
+_Ranking = Callable[[Floats, NDArray[np.bool_], Floats], Floats]
 
 DRAWS = 1000
 BINS = 15
@@ -110,16 +112,24 @@ def _one_against_rest(
     """Figures of ranking: the mean over columns, and each by its name where there are several."""
     figures: dict[str, Callable[[Floats], Floats]] = {}
     for figure, of in {"auc": auc, "ap": average_precision}.items():
-        each = [lambda w, k=k, of=of: of(scores[:, k], positive[:, k], w) for k in range(len(names))]  # type: ignore[misc]
-        figures[figure] = lambda w, each=each: np.mean([one(w) for one in each], axis=0)  # type: ignore[misc]
+        each = [partial(_of_column, of, scores[:, k], positive[:, k]) for k in range(len(names))]
+        figures[figure] = partial(_mean_of, each)
         if len(names) > 1:
             figures |= {f"{figure}/{name}": one for name, one in zip(names, each, strict=True)}
     return figures
 
 
+def _of_column(of: _Ranking, score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    return of(score, positive, weights)
+
+
+def _mean_of(figures: Sequence[Callable[[Floats], Floats]], weights: Floats) -> Floats:
+    return np.asarray(np.mean([figure(weights) for figure in figures], axis=0))
+
+
 def _with_intervals(figures: Mapping[str, Callable[[Floats], Floats]], patients: Sequence[str]) -> dict[str, Figure]:
     plain, draws = np.ones((1, len(patients))), _draws(patients)
-    found = {}
+    found: dict[str, Figure] = {}
     for name, figure in figures.items():
         value, drawn = float(figure(plain)[0]), figure(draws)
         drawn = drawn[np.isfinite(drawn)]

@@ -233,5 +233,5 @@ def _in_axes_of(
     """The volume with its axes ordered and turned as those of another grid, alike but for that: `canonical` undone."""
     turns = np.linalg.inv(affine[:3, :3]) @ other[:3, :3]  # (own axis, other axis): a permutation with signs
     order = np.abs(turns).argmax(0)
-    backwards = [axis for axis in range(3) if turns[order[axis], axis] < 0]
+    backwards = tuple(axis for axis in range(3) if turns[order[axis], axis] < 0)
     return np.ascontiguousarray(np.flip(volume.transpose(*order), backwards))

@@ -156,6 +156,7 @@ def measures(
 
 def dice(found: NDArray[np.uint8], truth: NDArray[np.uint8], number: int) -> float | None:
     """2 |A and B| / (|A| + |B|) of one class; None where it is in neither mask."""
-    masks = [torch.from_numpy(mask == number)[None, None].float() for mask in (found, truth)]
-    value = float(compute_dice(*masks, include_background=True, ignore_empty=False).item())
-    return value if any(bool(mask.any()) for mask in masks) else None
+    one, other = (torch.from_numpy(mask == number)[None, None].float() for mask in (found, truth))
+    if not one.any() and not other.any():
+        return None
+    return float(compute_dice(one, other, include_background=True, ignore_empty=False).item())

@@ -21,7 +21,7 @@ from client import merit, nifti, pictures
 from client.finetune_config import FinetuneConfig
 from client.label_tables import LabelTable, Part
 from client.labelled import Labelled
-from client.task_training import Score, autocast
+from client.task_training import Score, Standing, autocast
 from unimiss_core import progress
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
 from unimiss_core.tasks import TaskModel
@@ -50,14 +50,19 @@ class Classifying:
         return torch.cat(found).double().numpy()
 
     def score(self, scans: Sequence[Labelled]) -> Score:
-        """The AUC of these scans, over classes on average: what early stopping goes by."""
+        """What early stopping goes by: the AUC of these scans, over classes on average; of equal ones the likelihood.
+
+        Few scans are soon in perfect order, long before a model is sure of them.
+        """
         truth = self._truth(scans)
         once = np.ones((1, len(scans)))
 
-        def of(model: TaskModel) -> float:
+        def of(model: TaskModel) -> Standing:
             chances = self.chances(model, scans)
-            told = [1] if chances.shape[1] == 2 and self._task.kind == "binary" else range(chances.shape[1])
-            return float(np.mean([merit.auc(chances[:, k], truth[:, k] == 1, once)[0] for k in told]))
+            told = [1] if self._task.kind == "binary" else range(chances.shape[1])
+            area = np.mean([merit.auc(chances[:, k], truth[:, k] == 1, once)[0] for k in told])
+            likelihood = np.log(np.where(truth == 1, chances, 1 - chances).clip(1e-7)).mean()
+            return float(area), float(likelihood)
 
         return of
 
@@ -105,14 +110,14 @@ class Segmenting:
     def score(self, scans: Sequence[Labelled]) -> Score:
         """Mean Dice of these scans on the prepared grid, over scans and the classes in them."""
 
-        def of(model: TaskModel) -> float:
+        def of(model: TaskModel) -> Standing:
             found = []
             for one in scans:
                 assert one.mask is not None
                 classes = self._masks.likeliest(self._chances(model, one))
                 found += [self._masks.dice(classes, one.mask, number) for number in self._numbers()]
             known = [value for value in found if value is not None]
-            return float(np.mean(known)) if known else 0.0
+            return (float(np.mean(known)) if known else 0.0), 0.0
 
         return of
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
-from client.finetune_config import FinetuneConfig, TrainingConfig
+from client.finetune_config import FinetuneConfig, TrainingConfig, layer_decay_of
 from client.labelled import Labelled
 from client.training_views import crop_of, window_of
 from unimiss_core import durable, progress
@@ -38,7 +38,9 @@ _LEAST_RATE = 0.01
 Batch = tuple[Tensor, Tensor]
 """What the model sees (B, C, *S), and what it should say: classes (B,), labels (B, K) or masks (B, *S)."""
 Loss = Callable[[Tensor, Tensor], Tensor]
-Score = Callable[[TaskModel], float]
+Standing = tuple[float, float]
+"""How good a model is on the validation scans: the score, higher being better, and what decides between equal ones."""
+Score = Callable[[TaskModel], Standing]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Progress:
 
     curve: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
-    best_score: float = -math.inf
+    best: Standing = (-math.inf, -math.inf)
 
     @property
     def epoch(self) -> int:
@@ -84,7 +86,7 @@ class Training:
         device: torch.device,
         size: Sequence[int],
     ) -> None:
-        """scans: those to train on. score: higher is better, of the validation scans. size: S that the model sees."""
+        """scans: those to train on. score: of the validation scans. size: S that the model sees."""
         self.model = model.to(device)
         self.scans, self.config, self.device, self.size = scans, config, device, tuple(size)
         self._loss, self._score = loss, score
@@ -92,7 +94,7 @@ class Training:
         self.best = tensors_of(model)
         train = config.training
         freeze_(model, train.trains)
-        groups = rate_groups(model, lr=train.lr, decay=train.layer_decay, weight_decay=train.weight_decay)
+        groups = rate_groups(model, lr=train.lr, decay=layer_decay_of(config), weight_decay=train.weight_decay)
         self._optimiser = torch.optim.AdamW(groups)
         self._batch = min(train.batch, len(scans))
         self.steps_per_epoch = train.steps_per_epoch or math.ceil(len(scans) / self._batch)
@@ -112,14 +114,14 @@ class Training:
         epoch = done.epoch
         batches = drawn_batches(self.scans, self.config, epoch, steps=self.steps_per_epoch, batch=self._batch)
         losses = [self._take_step(epoch * self.steps_per_epoch + i, numbers) for i, numbers in enumerate(batches)]
-        loss, score = float(np.mean(losses)), None
+        loss, standing = float(np.mean(losses)), None
         if (epoch + 1) % train.validate_every == 0 or epoch + 1 == train.epochs:
             self.model.eval()
-            score = self._score(self.model)
-        if score is not None and score > done.best_score:
-            done.best_score, done.best_epoch, self.best = score, epoch + 1, tensors_of(self.model)
-        done.curve.append(Epoch(epoch + 1, loss, score))
-        told = "" if score is None else f", validation {score:.4f} (best {done.best_score:.4f} in {done.best_epoch})"
+            standing = self._score(self.model)
+        if standing is not None and standing > done.best:
+            done.best, done.best_epoch, self.best = standing, epoch + 1, tensors_of(self.model)
+        done.curve.append(Epoch(epoch + 1, loss, standing[0] if standing else None))
+        told = f", validation {standing[0]:.4f} (best {done.best[0]:.4f} in {done.best_epoch})" if standing else ""
         progress.report(progress.Note(f"epoch {epoch + 1} of {train.epochs}: loss {loss:.4f}{told}"))
 
     def _take_step(self, step: int, numbers: Sequence[int]) -> float:
@@ -186,7 +188,8 @@ class Training:
                 f"{STATE} is of another fine-tuning: its file, its labels or what it began with have changed; "
                 "put them back, or begin anew in another folder"
             )
-        self.progress = Progress([Epoch(**one) for one in kept["curve"]], kept["best_epoch"], kept["best_score"])
+        curve = [Epoch(**one) for one in kept["curve"]]
+        self.progress = Progress(curve, kept["best_epoch"], (kept["best"][0], kept["best"][1]))
         self.best = _below("best.", tensors)
         set_tensors_(self.model, _below("model.", tensors))
         state: dict[int, dict[str, Tensor]] = {}

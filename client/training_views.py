@@ -85,7 +85,7 @@ def _strengths(chance: float, generator: torch.Generator) -> Strengths:
 
 def _uniform(count: int, generator: torch.Generator) -> list[float]:
     """Random numbers in [0, 1)."""
-    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()  # type: ignore[no-any-return]
+    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
 
 
 def _between(interval: tuple[float, float], share: float) -> float:

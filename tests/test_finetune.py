@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from sklearn.metrics import roc_auc_score
 
 from client.pictures import write_png
 from client.research_command import main
@@ -18,6 +20,7 @@ from unimiss_core.errors import CheckpointError
 from unimiss_core.network import build_network, tensors_of
 
 ROOT = Path(__file__).parents[1]
+PLAIN = {"area": [1.0, 1.0], "intensity": 0.0}
 QUICK = {"epochs": 2, "steps_per_epoch": 2, "batch": 2}
 
 
@@ -28,33 +31,38 @@ def write_config(folder: Path, **settings: Any) -> Path:
     return path
 
 
-def pictures(folder: Path, count: int = 18) -> dict[str, Any]:
-    """Dark and bright noise of as many patients, listed in a table."""
+def pictures(folder: Path, count: int = 30) -> dict[str, Any]:
+    """Fine and coarse noise of as many patients, listed in a table."""
     (folder / "pictures").mkdir()
     lines = ["scan,label,patient"]
     for number in range(count):
-        low = 100 * (number % 2)
-        pixels = np.random.default_rng(number).integers(low, low + 150, (40, 44)).astype(np.uint8)
-        pixels[0, :2] = 0, 255  # equal percentiles, so that brightness survives the plan
+        grain = [1, 8][number % 2]
+        cells = np.random.default_rng(number).integers(0, 255, (48 // grain, 48 // grain)).astype(np.uint8)
+        pixels = np.kron(cells, np.ones((grain, grain), np.uint8))[:40, :44]
         write_png(folder / "pictures" / f"secret{number}.png", pixels)
-        lines.append(f"secret{number}.png,{['dark', 'bright'][number % 2]},miller{number}")
+        lines.append(f"secret{number}.png,{['fine', 'coarse'][number % 2]},miller{number}")
     (folder / "t.csv").write_text("\n".join(lines))
-    task = {"name": "classification", "rank": 2, "classes": ["dark", "bright"], "input_size": [40, 44]}
-    plan = {"percentiles": [0.0, 100.0]}
-    return {"task": task, "plan": plan, "data": {"table": "t.csv", "folder": "pictures"}, "split": {"folds": 3}}
+    task = {"name": "classification", "rank": 2, "classes": ["fine", "coarse"], "input_size": [40, 44]}
+    return {"task": task, "data": {"table": "t.csv", "folder": "pictures"}, "split": {"folds": 3}}
 
 
 def test_a_classification_learns_from_a_checkpoint_and_says_how_well(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nano_checkpoint(tmp_path / "round-0001")
-    training = {"epochs": 8, "batch": 6, "trains": "linear_probe", "lr": 0.05}
+    training = {"epochs": 10, "batch": 6, "lr": 0.003, "layer_decay": 1.0, "augmentation": PLAIN}
     path = write_config(tmp_path, **pictures(tmp_path), init={"folder": "round-0001"}, training=training)
     assert main(["finetune", str(path)]) == 0
     out = tmp_path / "out"
     told = json.loads((out / "metrics.json").read_text())
-    assert told["parts"]["test"]["auc"]["value"] == 1.0
-    assert told["parts"]["test"]["patients"] == 6
+    with (out / "predictions.csv").open() as file:
+        test = [row for row in csv.DictReader(file) if row["part"] == "test"]
+    area = roc_auc_score([int(row["is/coarse"]) for row in test], [float(row["p/coarse"]) for row in test])
+    assert told["parts"]["test"]["auc"]["value"] == pytest.approx(area)
+    with (out / "curves.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < losses[0] / 2
+    assert told["parts"]["test"]["patients"] == 10
     assert {p.name for p in out.iterdir()} == {
         "metrics.json",
         "model.json",
@@ -65,9 +73,15 @@ def test_a_classification_learns_from_a_checkpoint_and_says_how_well(
     written = "".join(p.read_text() for p in out.iterdir() if p.suffix != ".safetensors")
     said = capsys.readouterr()
     assert not any(name in written + said.out + said.err for name in ("miller", "secret"))
-    model, manifest = task_checkpoint.load(out)
-    teacher = checkpoint.load(tmp_path / "round-0001").teacher
-    assert manifest.pretrained_digest == task_checkpoint.digest_of(teacher)
+
+
+def test_a_linear_probe_keeps_the_teachers_backbone_and_says_whose_it_is(tmp_path: Path) -> None:
+    folder = nano_checkpoint(tmp_path / "round-0001")
+    path = write_config(tmp_path, **pictures(tmp_path), training={**QUICK, "trains": "linear_probe"})
+    assert main(["finetune", str(path), "--init", str(folder)]) == 0
+    model, manifest = task_checkpoint.load(tmp_path / "out")
+    teacher = checkpoint.load(folder).teacher
+    assert (manifest.began_with, manifest.pretrained_digest) == ("checkpoint", task_checkpoint.digest_of(teacher))
     for name, parameter in model.backbone.named_parameters():
         assert torch.equal(parameter, teacher[f"backbone.{name}"]), name
 

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def config(task: dict[str, Any] | None = None, **training: Any) -> FinetuneConfi
 def training(settings: FinetuneConfig, found: list[Labelled], score: Any = None) -> Training:
     model = build_task_model(ModelConfig(prototypes=16), 2, outputs=2, dense=False, seed=0, pretrained=None)
     loss = classification_loss(found, settings, CPU)
-    return Training(model, found, settings, loss=loss, score=score or (lambda _: 0.0), device=CPU, size=SIZE)
+    return Training(model, found, settings, loss=loss, score=score or (lambda _: (0.0, 0.0)), device=CPU, size=SIZE)
 
 
 def test_a_training_that_was_killed_ends_bit_for_bit_as_one_that_was_not(tmp_path: Path) -> None:
@@ -71,13 +72,13 @@ def test_a_training_that_was_killed_ends_bit_for_bit_as_one_that_was_not(tmp_pat
         training(settings, found).restore(tmp_path, "other")
 
 
-def test_training_stops_when_its_score_does_not_rise_and_keeps_the_best(tmp_path: Path) -> None:
-    told = iter([0.5, 0.7, 0.6, 0.7, 0.1, 0.1])
+def test_training_stops_when_its_score_does_not_rise_and_keeps_the_best() -> None:
+    told = iter([(0.5, 0.0), (0.7, -2.0), (0.7, -1.0), (0.6, 0.0), (0.7, -1.0), (0.8, 0.0)])
     made = training(config(epochs=9, patience=2, steps_per_epoch=1), scans(4), score=lambda _: next(told))
     seen: list[dict[str, torch.Tensor]] = []
     made.run(lambda now: seen.append(tensors_of(now.model)))
-    assert (made.progress.best_epoch, made.progress.best_score, made.progress.epoch) == (2, 0.7, 4)
-    assert all(torch.equal(made.best[name], tensor) for name, tensor in seen[1].items())
+    assert (made.progress.best_epoch, made.progress.best, made.progress.epoch) == (3, (0.7, -1.0), 5)
+    assert all(torch.equal(made.best[name], tensor) for name, tensor in seen[2].items())
 
 
 def test_what_is_frozen_does_not_move_and_what_is_trained_learns() -> None:
@@ -103,7 +104,7 @@ def test_rates_rise_then_fall_to_a_hundredth() -> None:
     assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert shares[10] == 1.0
     assert shares[-1] == pytest.approx(0.01)
-    assert all(a > b for a, b in zip(shares[10:], shares[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(shares[10:]))
 
 
 def test_everyone_comes_in_turn_or_every_class_as_often() -> None:
