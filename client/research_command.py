@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unimiss {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        left = "go on with --resume" if options.command == "finetune" else "nothing was written"
+        print(f"interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -115,12 +116,13 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _show_note(event: progress.Event) -> None:
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
     if isinstance(event, progress.Note):
-        print(event.text, file=sys.stderr)
-    elif isinstance(event, progress.Preparing) and sys.stderr.isatty():
-        print(f"reading scans {event.done} of {event.total}", end="\r", file=sys.stderr)
-    elif isinstance(event, progress.StepDone) and sys.stderr.isatty():
-        print(f"{event.site}: {event.step} of {event.steps}", end="\r", file=sys.stderr)
+        print(f"{clear}{event.text}", file=sys.stderr)
+    elif clear and isinstance(event, progress.Preparing):
+        print(f"{clear}reading scans: {event.done} of {event.total}", end="", flush=True, file=sys.stderr)
+    elif clear and isinstance(event, progress.StepDone):
+        print(f"{clear}{event.site}: {event.step} of {event.steps}", end="", flush=True, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ def test_a_classification_learns_from_a_checkpoint_and_says_how_well(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nano_checkpoint(tmp_path / "round-0001")
-    training = {"epochs": 10, "batch": 6, "lr": 0.003, "layer_decay": 1.0, "augmentation": PLAIN}
+    training = {"epochs": 5, "batch": 6, "lr": 0.003, "layer_decay": 1.0, "augmentation": PLAIN}
     path = write_config(tmp_path, **pictures(tmp_path), init={"folder": "round-0001"}, training=training)
     assert main(["finetune", str(path)]) == 0
     out = tmp_path / "out"
@@ -164,6 +164,16 @@ def test_a_checkpoint_with_a_changed_tensor_is_refused(tmp_path: Path, capsys: p
     assert "was changed after it was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert tensors_of(build_network(checkpoint.read_manifest(folder).model, seed=0))
+
+
+def test_what_masks_need_is_asked_for_before_scans_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"name": "segmentation", "rank": 3, "classes": ["ball"]}
+    path = write_config(tmp_path, task=task, data={"name": "msd", "folder": "nowhere"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert main(["finetune", str(path)]) == 2
+    assert "federated-unimiss[finetune]" in capsys.readouterr().err
 
 
 @needs(DATA)
