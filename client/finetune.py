@@ -13,7 +13,8 @@ import importlib.util
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,26 +89,35 @@ def finetune(
     table = label_table(config)
     split = split_cases(table.cases, config)
     config.out.mkdir(parents=True, exist_ok=True)
-    parts = prepare_cases(split, table, beginning.plan, config, config.out / _PREPARED, show_paths=show_paths)
-    _tell(parts)
-    size = config.task.size_for(beginning.model)
-    judge = (
-        Classifying(config, chosen, size)
-        if isinstance(config.task, ClassificationConfig)
-        else Segmenting(config, chosen, size, table)
-    )
-    training = _training(config, beginning, parts, judge, chosen, size)
     digest = _digest(config, beginning, split)
-    if resume and (config.out / task_training.STATE).exists():
-        training.restore(config.out, digest)
-        progress.report(progress.Note(f"goes on after epoch {training.progress.epoch}"))
-    training.run(lambda now: now.save(config.out, digest))
-    _write_curves(config.out / "curves.csv", training.progress.curve)
-    _write_model(config, beginning, training)
-    task_training.set_tensors_(training.model, training.best)
-    _write_results(config, judge, training, parts, show_paths=show_paths)
+    with _removed_afterwards(config.out / _PREPARED) as folder:
+        parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
+        _tell(parts)
+        size = config.task.size_for(beginning.model)
+        judge = (
+            Classifying(config, chosen, size)
+            if isinstance(config.task, ClassificationConfig)
+            else Segmenting(config, chosen, size, table)
+        )
+        training = _training(config, beginning, parts, judge, chosen, size)
+        if (config.out / task_training.STATE).exists():
+            training.restore(config.out, digest)
+            progress.report(progress.Note(f"goes on after epoch {training.progress.epoch}"))
+        training.run(lambda now: now.save(config.out, digest))
+        _write_curves(config.out / "curves.csv", training.progress.curve)
+        _write_model(config, beginning, training)
+        task_training.set_tensors_(training.model, training.best)
+        _write_results(config, judge, training, parts, show_paths=show_paths)
     (config.out / task_training.STATE).unlink(missing_ok=True)
-    shutil.rmtree(config.out / _PREPARED, ignore_errors=True)
+
+
+@contextmanager
+def _removed_afterwards(folder: Path) -> Iterator[Path]:
+    """The folder holds images of patients, and is gone when the work ends, however it ends but by a kill."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def begin(config: FinetuneConfig) -> Beginning:

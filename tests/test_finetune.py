@@ -99,6 +99,7 @@ def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
     with monkeypatch.context() as patched:
         patched.setattr("client.finetune._write_model", killed)
         assert main(["finetune", str(path), "--out", str(parts)]) == 130
+    assert not (parts / "prepared").exists()
     assert main(["finetune", str(path), "--out", str(parts)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 0
