@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import math
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -140,6 +141,23 @@ def read(candidate: Candidate) -> Scan:
         return _no_labels(pictures.read_picture(candidate.paths[0], candidate.modality))
     assert candidate.stack is not None
     return assemble(candidate.stack, _frames_of(candidate.folder, candidate.stack), candidate.modality)
+
+
+def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Scan:
+    """The one scan that a file, or the folder of a series, holds; arguments as of `DataSource` and `catalogue`.
+
+    Raises ScanError: there is none, with its reason, or `several_scans`.
+    """
+    secret = secrets.token_bytes(32)
+    source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
+    files = _files_of(source) if path.is_dir() else {path.name: None}
+    looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
+    found = _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False)
+    if len(found.candidates) > 1:
+        raise ScanError("several_scans", f"{len(found.candidates)} scans")
+    if not found.candidates:
+        raise ScanError(next((one.reason for one in (*found.left_out, *found.unreadable)), "not_an_image"))
+    return read(found.candidates[0])
 
 
 def _no_labels(scan: Scan) -> Scan:

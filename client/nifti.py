@@ -201,3 +201,37 @@ def write_nifti(path: Path, scan: Scan) -> None:
     partial = path.with_name(f".{path.name}.partial{suffix}")
     nibabel.save(image, partial)
     partial.replace(path)
+
+
+def write_mask(path: Path, labels: NDArray[np.uint8], affine: NDArray[np.float64], like: Path | None = None) -> None:
+    """Write classes (D, H, W) or (H, W), in canonical axes with their affine, as NIfTI of 8 bits, whole or not at all.
+
+    like: the NIfTI file that the scan was read from: the mask then has its shape, its order of axes and its affine.
+    """
+    volume = labels if labels.ndim == 3 else labels[None]
+    make: Any = nibabel.Nifti1Image
+    if like is None:
+        image = make(volume.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]])
+        image.header.set_xyzt_units("mm")
+    else:
+        with _opened(like) as source:
+            theirs, header = np.array(source.affine, dtype=np.float64), source.header.copy()
+            in_mm, _ = _affine(source)
+        image = make(_in_axes_of(volume, affine, in_mm), theirs)
+        image.set_sform(theirs, code=int(header["sform_code"]) or 1)
+        image.set_qform(theirs, code=int(header["qform_code"]))
+        image.header.set_xyzt_units(*header.get_xyzt_units())
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    partial = path.with_name(f".{path.name}.partial{suffix}")
+    nibabel.save(image, partial)
+    partial.replace(path)
+
+
+def _in_axes_of(
+    volume: NDArray[np.uint8], affine: NDArray[np.float64], other: NDArray[np.float64]
+) -> NDArray[np.uint8]:
+    """The volume with its axes ordered and turned as those of another grid, alike but for that: `canonical` undone."""
+    turns = np.linalg.inv(affine[:3, :3]) @ other[:3, :3]  # (own axis, other axis): a permutation with signs
+    order = np.abs(turns).argmax(0)
+    backwards = tuple(axis for axis in range(3) if turns[order[axis], axis] < 0)
+    return np.ascontiguousarray(np.flip(volume.transpose(*order), backwards))

@@ -23,7 +23,7 @@ from unimiss_core.scan import Modality
 
 _ISSUER = "\x1f"
 
-_MODALITY_NAMES: Mapping[str, Modality] = {
+MODALITY_NAMES: Mapping[str, Modality] = {
     **dict.fromkeys(("CT",), "CT"),
     **dict.fromkeys(("MR", "MRI"), "MR"),
     **dict.fromkeys(("PT", "PET"), "PT"),
@@ -159,9 +159,9 @@ def _table_modality(table: TableConfig, row: Mapping[str, str], number: int) -> 
     text = row[table.modality] or ""
     # The first word decides: 'MR_T1' is MR.
     word = re.split(r"[^A-Z]", text.strip().upper(), maxsplit=1)[0]
-    if word not in _MODALITY_NAMES:
+    if word not in MODALITY_NAMES:
         raise ConfigError(
             f"table {table.path}, line {number}: column '{table.modality}' must hold one of "
-            f"{', '.join(sorted(_MODALITY_NAMES))}"
+            f"{', '.join(sorted(MODALITY_NAMES))}"
         )
-    return _MODALITY_NAMES[word]
+    return MODALITY_NAMES[word]

@@ -49,6 +49,7 @@ REASONS: Mapping[str, str] = {
     "two_patients_in_series": "one series under two patients: whose it is cannot be known",
     # Series and geometry
     "duplicate": "a copy of a file, slice or scan that is used",
+    "several_scans": "holds several scans where one was named",
     "later_time_point": "a later time point of a series whose first one is used",
     "slice_beside_volume": "a lone slice in a study with a volume: test shot or bolus watch",
     "lone_slice": "a single slice of a broken series, or where there are as many volumes of its modality",

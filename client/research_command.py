@@ -3,6 +3,7 @@
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
 unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
 unimiss verify CHECKPOINT_DIR                     whether it is as it was written, and signed by whom it should be
+unimiss finetune CONFIG.yaml [--resume]           a model for a task from an encoder and labelled scans
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
 
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unimiss {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        left = "go on with --resume" if options.command == "finetune" else "nothing was written"
+        print(f"interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -47,9 +49,12 @@ def _run(options: argparse.Namespace) -> None:
 
         verify_command.verify(options.checkpoint, options.key)
         return
-    from client import research
-
     try:
+        if options.command == "finetune":
+            _finetune(options)
+            return
+        from client import research
+
         if options.command == "import":
             research.import_released(options.released, options.out)
         else:
@@ -64,6 +69,20 @@ def _run(options: argparse.Namespace) -> None:
             )
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from client.finetune import finetune
+
+    finetune(
+        options.config,
+        resume=options.resume,
+        data_root=options.data,
+        out=options.out,
+        init=options.init,
+        device=options.device,
+        show_paths=options.show_paths,
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -104,8 +123,13 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _show_note(event: progress.Event) -> None:
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
     if isinstance(event, progress.Note):
-        print(event.text, file=sys.stderr)
+        print(f"{clear}{event.text}", file=sys.stderr)
+    elif clear and isinstance(event, progress.Preparing):
+        print(f"{clear}reading scans: {event.done} of {event.total}", end="", flush=True, file=sys.stderr)
+    elif clear and isinstance(event, progress.StepDone):
+        print(f"{clear}{event.site}: {event.step} of {event.steps}", end="", flush=True, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="of a run, or as it was handed on")
     _add_key(verify)
 
+    _add_finetune(commands)
     plan = commands.add_parser(
         "plan-privacy",
         help="say what a study's privacy costs, or what noise an epsilon needs",
@@ -184,6 +209,22 @@ def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key", type=Path, metavar="FILE.pub", help="refuse a checkpoint that this public key's owner did not sign"
     )
+
+
+def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tune = commands.add_parser(
+        "finetune",
+        help="train a model for a task from an encoder and labelled scans",
+        epilog="docs/finetuning.md says what the file holds and what is written; configs/finetune has examples. Scans "
+        "are called by the line of their table, unless --show-paths names their files.",
+    )
+    tune.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    tune.add_argument("--resume", action="store_true", help="go on after the last epoch that was finished")
+    tune.add_argument("--data", type=Path, metavar="ROOT", help="instead of the file's data_root")
+    tune.add_argument("--out", type=Path, metavar="OUT_DIR", help="instead of the file's out")
+    tune.add_argument("--init", metavar="INIT", help="a checkpoint's folder, a released file, or scratch")
+    tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    tune.add_argument("--show-paths", action="store_true", help="also name each scan's file below its folder")
 
 
 def _above_zero(text: str) -> float:

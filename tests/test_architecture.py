@@ -36,6 +36,8 @@ ONLY_IN = {
     },
     "h11": {"server/front_conversation.py"},
     "opacus": {"client/accounting.py"},
+    "monai": {"client/segmenting.py"},
+    "scipy": {"client/segmenting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
         "unimiss_core/wire.py",

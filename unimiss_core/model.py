@@ -94,11 +94,13 @@ class Features:
     """What MiT knows about B scans.
 
     class_token: (B, width), normalised: the representation that self-distillation and probes use.
+    stem_map: (B, stem, *S / stem stride), the finest that there is (1/2 of H and W, all of D).
     encoder_maps: (B, widths[i], *G_i) of the four encoder stages, finest first (1/4 of H and W, 1/2 of D).
     decoder_map: (B, width, *G_0), as fine as encoder_maps[0].
     """
 
     class_token: Tensor
+    stem_map: Tensor
     encoder_maps: tuple[Tensor, ...]
     decoder_map: Tensor
 
@@ -131,9 +133,10 @@ class MiT(nn.Module):
     def features(self, x: Tensor) -> Features:
         """x (B, C, *S) -> class token and every feature map, for segmentation and reconstruction. Errors as forward."""
         self._check(x)
-        class_token, maps = self.encoder(x)
+        stem_map = self.encoder.stem(x)
+        class_token, maps = self.encoder.of_stem(stem_map)
         class_token, decoder_map = self.decoder(class_token, maps)
-        return Features(class_token, maps, decoder_map)
+        return Features(class_token, stem_map, maps, decoder_map)
 
     def _check(self, x: Tensor) -> None:
         rank = x.ndim - 2
@@ -162,8 +165,11 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, C, *S) -> class token of the last stage (B, widths[3]) and the maps of all, finest first."""
+        return self.of_stem(self.stem(x))
+
+    def of_stem(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The stem's map (B, stem, *S / stem stride) -> what `forward` gives."""
         maps: list[Tensor] = []
-        x = self.stem(x)
         class_token = self.class_token.expand(x.shape[0], -1)
         for stage in self.stages:
             class_token, x = stage(x, class_token)

@@ -61,7 +61,7 @@ def build_network(config: ModelConfig, *, seed: int, ranks: Collection[Rank] = R
     begins with the same values as the whole one. The global random state is neither read nor moved.
     """
     network = empty_network(config, ranks=ranks).to_empty(device="cpu")
-    _initialise_(network, seed)
+    initialise_(network, seed)
     return network
 
 
@@ -112,7 +112,7 @@ def check_tensors(network: Network, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"tensors do not fit the model: {'; '.join(problems[:5])}{more}")
 
 
-def _initialise_(network: Network, seed: int) -> None:
+def initialise_(network: nn.Module, seed: int) -> None:
     """All initialisation: Xavier for linear layers, Kaiming for convolutions, a normal of 0.02 for tokens and tables,
     1 and 0 for norms, random directions for prototypes; biases are 0.
 

@@ -78,6 +78,18 @@ def resample(values: NDArray[np.float32], axis: int, length: int, step: float) -
     return result
 
 
+def resample_labels(labels: NDArray[np.uint8], shape: Sequence[int], steps: Sequence[float]) -> NDArray[np.uint8]:
+    """Labels (*S) on the grid that `prepare` gives their scan: each point takes its nearest old one.
+
+    steps: old points between two new ones along each axis, as in `resample`, whose grid this is.
+    """
+    places = []
+    for old, new, step in zip(labels.shape, shape, steps, strict=True):
+        centres = (np.arange(new) - (new - 1) / 2) * step + (old - 1) / 2
+        places.append(np.clip(np.floor(centres + 0.5), 0, old - 1).astype(int))
+    return labels[np.ix_(*places)]
+
+
 def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """NaN and infinities replaced by the lowest finite value: they stand for 'outside' in files that hold them."""
     finite = np.isfinite(values)

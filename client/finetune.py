@@ -1,0 +1,278 @@
+"""`unimiss finetune`: from a pretrained encoder and labelled scans to a model, its figures and its masks.
+
+OUT/model.json, model.safetensors    the model of the best epoch (`unimiss_core.task_checkpoint`)
+OUT/metrics.json                     figures with intervals, last of all: where it stands, the work is done
+OUT/curves.csv                       loss and validation score by epoch
+OUT/state.safetensors, prepared/     only while it runs: what going on needs, and the prepared scans
+and what `client.task_results` writes
+"""
+
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from client import task_training
+from client.finetune_config import (
+    FinetuneConfig,
+    FromCheckpoint,
+    FromReleased,
+    init_from,
+    load_finetune,
+)
+from client.label_tables import Part, label_table
+from client.labelled import Labelled, prepare_cases
+from client.splits import Split, split_cases
+from client.task_results import Classifying, Segmenting
+from client.task_training import Epoch, Training
+from unimiss_core import checkpoint, durable, progress, task_checkpoint
+from unimiss_core.device import device_of
+from unimiss_core.errors import CheckpointError, ConfigError
+from unimiss_core.network import empty_network
+from unimiss_core.released import read_released
+from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.task_checkpoint import TaskManifest
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
+from unimiss_core.tasks import TaskModel, build_task_model
+
+_METRICS, _PREPARED = "metrics.json", "prepared"
+_RESULTS = ("predictions.csv", "cases.csv", "predictions")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a fine-tuning begins with."""
+
+    name: Literal["checkpoint", "released", "scratch"]
+    model: ModelConfig
+    plan: PlanConfig
+    tensors: Mapping[str, Tensor] | None
+    """The pretrained teacher's; None from scratch."""
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.tensors is None else task_checkpoint.digest_of(self.tensors)
+
+
+def finetune(
+    path: Path,
+    *,
+    resume: bool = False,
+    data_root: Path | None = None,
+    out: Path | None = None,
+    init: str | None = None,
+    device: str | None = None,
+    show_paths: bool = False,
+) -> None:
+    """Do what the fine-tuning's file says; the others stand in the place of its own settings.
+
+    resume: go on where a fine-tuning that was interrupted left off. show_paths: tables and messages name files.
+    Raises ConfigError, CheckpointError, NoUsableScanError, NonFiniteLossError.
+    """
+    config = load_finetune(path, data_root=data_root, out=out)
+    changed = {"init": init_from(init, config.init) if init else config.init, "device": device or config.device}
+    config = config.model_copy(update=changed)
+    chosen = device_of(config.device)
+    _check_extra(config)
+    _check_folder(config.out, resume=resume)
+    beginning = begin(config)
+    table = label_table(config)
+    split = split_cases(table.cases, config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    digest = _digest(config, beginning, split)
+    with _removed_afterwards(config.out / _PREPARED) as folder:
+        parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
+        _tell(parts)
+        size = config.task.size_for(beginning.model)
+        judge = (
+            Classifying(config, chosen, size)
+            if isinstance(config.task, ClassificationConfig)
+            else Segmenting(config, chosen, size, table)
+        )
+        training = _training(config, beginning, parts, judge, chosen, size)
+        if (config.out / task_training.STATE).exists():
+            training.restore(config.out, digest)
+            progress.report(progress.Note(f"goes on after epoch {training.progress.epoch}"))
+        training.run(lambda now: now.save(config.out, digest))
+        _write_curves(config.out / "curves.csv", training.progress.curve)
+        _write_model(config, beginning, training)
+        task_training.set_tensors_(training.model, training.best)
+        _write_results(config, judge, training, parts, show_paths=show_paths)
+    (config.out / task_training.STATE).unlink(missing_ok=True)
+
+
+@contextmanager
+def _removed_afterwards(folder: Path) -> Iterator[Path]:
+    """The folder holds images of patients, and is gone when the work ends, however it ends but by a kill."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin(config: FinetuneConfig) -> Beginning:
+    """Read what the file's `init` names, its plan overruled by the file's own. Raises CheckpointError, ConfigError."""
+    init = config.init
+    if isinstance(init, FromCheckpoint):
+        found = checkpoint.load(init.folder)
+        manifest = found.manifest
+        shapes = {name: tuple(p.shape) for name, p in empty_network(manifest.model).named_parameters()}
+        if shapes != manifest.tensors:
+            raise CheckpointError("the checkpoint's tensors are not those of the model in its manifest")
+        return Beginning("checkpoint", manifest.model, config.plan or manifest.plan, found.teacher)
+    if isinstance(init, FromReleased):
+        released = read_released(init.file)
+        return Beginning("released", released.model, config.plan or PlanConfig(), released.teacher)
+    return Beginning("scratch", init.model, config.plan or PlanConfig(), None)
+
+
+def task_model(config: FinetuneConfig, beginning: Beginning) -> TaskModel:
+    """The task's model as it begins."""
+    task = config.task
+    return build_task_model(
+        beginning.model,
+        task.rank,
+        outputs=task.outputs,
+        dense=task.name == "segmentation",
+        seed=config.seed,
+        pretrained=beginning.tensors,
+    )
+
+
+def _training(
+    config: FinetuneConfig,
+    beginning: Beginning,
+    parts: Mapping[Part, Sequence[Labelled]],
+    judge: Classifying | Segmenting,
+    device: torch.device,
+    size: Sequence[int],
+) -> Training:
+    if isinstance(judge, Classifying):
+        loss = task_training.classification_loss(parts["train"], config, device)
+    else:
+        from client.segmenting import DiceCE
+
+        loss = DiceCE()
+    return Training(
+        task_model(config, beginning),
+        parts["train"],
+        config,
+        loss=loss,
+        score=judge.score(parts["validation"]),
+        device=device,
+        size=size,
+    )
+
+
+def _check_extra(config: FinetuneConfig) -> None:
+    """Before scans are read. Raises ConfigError: what masks need is not installed."""
+    needed = ("monai", "scipy") if isinstance(config.task, SegmentationConfig) else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be installed for masks: pip install 'federated-unimiss[finetune]'"
+        )
+
+
+def _check_folder(out: Path, *, resume: bool) -> None:
+    """Raises ConfigError: a fine-tuning is there that this one would overwrite, or is finished."""
+    if (out / _METRICS).exists():
+        raise ConfigError("out: holds a finished fine-tuning; give another folder with --out")
+    if (out / task_training.STATE).exists() and not resume:
+        raise ConfigError("out: holds a fine-tuning that was interrupted; go on with --resume, or give another --out")
+    if resume and not (out / task_training.STATE).exists():
+        progress.report(progress.Note("there is nothing to go on with yet: begins anew"))
+
+
+def _digest(config: FinetuneConfig, beginning: Beginning, split: Split) -> str:
+    """Of all that decides the result: settings without places, the pretrained tensors, who is in which part."""
+    settings = config.model_dump(mode="json", exclude={"out", "device", "data_root", "data", "init"})
+    cases = [[part, case.number, case.file, case.target, case.mask] for part, found in split.items() for case in found]
+    told = [settings, beginning.plan.canonical(), beginning.model.canonical(), beginning.digest, cases]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _tell(parts: Mapping[Part, Sequence[Labelled]]) -> None:
+    counts = (
+        f"{part} {len(found)} of {len({one.case.patient for one in found})} patients" for part, found in parts.items()
+    )
+    progress.report(progress.Note(f"scans: {', '.join(counts)}"))
+
+
+def _write_curves(path: Path, curve: Sequence[Epoch]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["epoch", "loss", "score"])
+    writer.writeheader()
+    writer.writerows(asdict(one) for one in curve)
+    durable.write_text(path, text.getvalue())
+
+
+def _write_model(config: FinetuneConfig, beginning: Beginning, training: Training) -> None:
+    manifest = TaskManifest(
+        task=config.task,
+        model=beginning.model,
+        plan=beginning.plan,
+        began_with=beginning.name,
+        pretrained_digest=beginning.digest,
+        trained=config.training.trains,
+        seed=config.seed,
+        epoch=training.progress.best_epoch,
+        keep_largest=config.inference.keep_largest,
+    )
+    task_checkpoint.save(config.out, training.best, manifest)
+
+
+def _write_results(
+    config: FinetuneConfig,
+    judge: Classifying | Segmenting,
+    training: Training,
+    parts: Mapping[Part, Sequence[Labelled]],
+    *,
+    show_paths: bool,
+) -> None:
+    for name in _RESULTS:  # of an attempt that was interrupted here
+        shutil.rmtree(config.out / name) if (config.out / name).is_dir() else (config.out / name).unlink(
+            missing_ok=True
+        )
+    judged: list[Part] = ["validation", *(["test"] if parts["test"] else [])]  # type: ignore[list-item]
+    figures = {
+        part: {
+            "scans": len(parts[part]),
+            "patients": len({one.case.patient for one in parts[part]}),
+            **judge.evaluate(training.model, parts[part], part, config.out, show_paths),
+        }
+        for part in judged
+    }
+    told = {
+        "name": config.name,
+        "task": config.task.name,
+        "began_with": config.init.name,
+        "trained": config.training.trains,
+        "seed": config.seed,
+        "epochs": training.progress.epoch,
+        "best_epoch": training.progress.best_epoch,
+        "parts": figures,
+    }
+    durable.write_text(config.out / _METRICS, json.dumps(told, indent=2) + "\n")
+    for part in judged:
+        for line in _lines(figures[part]):
+            print(f"{part}: {line}")
+
+
+def _lines(figures: Mapping[str, object]) -> list[str]:
+    """Figures in words; those of one class alone stand in the file."""
+    lines = []
+    for name, figure in figures.items():
+        if isinstance(figure, Mapping) and "/" not in name:
+            value, low, high = (figure[key] for key in ("value", "low", "high"))
+            lines.append(f"{name} {value:.3f} ({low:.3f} to {high:.3f})" if value is not None else f"{name} undefined")
+    return lines

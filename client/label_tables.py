@@ -1,0 +1,272 @@
+"""Which scans are labelled, and with what: CSV tables, MSD and nnU-Net folders, MedMNIST files. No voxel is read here.
+
+Messages name a table's lines by number and a folder's files by their place, never a patient or a path below a root.
+"""
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from client.finetune_config import CsvData, FinetuneConfig, MedMnistData, MsdData
+from client.patients import MODALITY_NAMES
+from unimiss_core import progress
+from unimiss_core.errors import ConfigError
+from unimiss_core.scan import Modality
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = get_args(Part)
+_SPELLINGS: Mapping[str, Part] = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+_SHOWN = 5
+"""Problems of a table that a message tells; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled scan, before it is read."""
+
+    number: int
+    """Line of the table, or place among the files from 1: what messages and results call it."""
+    file: str
+    """Path below the data's folder; empty in a MedMNIST file. For the researcher's own eyes."""
+    patient: str
+    """As the table says it; never shown or written."""
+    target: tuple[int, ...] = ()
+    """Of a classification: the number of its class; of multi_label one 0 or 1 for each."""
+    mask: str = ""
+    """Of a segmentation: path of its mask below the data's folder."""
+    part: Part | None = None
+    """What the table says it is for."""
+    place: tuple[str, int] | None = None
+    """Of a MedMNIST file: name of the array, row."""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    cases: tuple[Case, ...]
+    folder: Path
+    """What paths of scans and masks begin from."""
+    modality: Modality | None = None
+
+
+def label_table(config: FinetuneConfig) -> LabelTable:
+    """Every labelled scan that the file's `data` names. Raises ConfigError: what is wrong with it, all at once."""
+    data = config.data
+    if isinstance(data, CsvData):
+        given = config.split.name == "given"
+        return LabelTable(_of_csv(data, config.task, given=given), data.folder, data.modality)
+    if isinstance(data, MsdData):
+        assert isinstance(config.task, SegmentationConfig)
+        return _of_msd(data, config.task)
+    assert isinstance(config.task, ClassificationConfig)
+    return LabelTable(_of_medmnist(data, config.task), data.file.parent)
+
+
+# --------------------------------------------------------------------------------------------------------------- CSV
+
+
+def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]:
+    try:
+        with data.table.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError(f"table {data.table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
+    if not rows:
+        raise ConfigError(f"table {data.table.name}: holds no rows")
+    _check_columns(data, task, [str(name) for name in rows[0]], given=given)
+    kept = [
+        (number, {name: (text or "").strip() for name, text in row.items() if isinstance(name, str)})
+        for number, row in enumerate(rows, start=2)
+        if all((row[column] or "").strip() in allowed for column, allowed in data.where.items())
+    ]
+    if not kept:
+        raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
+    problems = [p for number, row in kept for p in _problems(number, row, data, task, given=given)]
+    first: dict[str, int] = {}
+    problems += [
+        f"line {number}: lists the scan of line {first[row[data.scan]]} again"
+        for number, row in kept
+        if first.setdefault(row[data.scan], number) != number
+    ]
+    _refuse(f"table {data.table.name}", problems)
+    return tuple(_case(number, row, data, task, given=given) for number, row in kept)
+
+
+def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
+    labels = task.classes if _is_multi_label(task) else (data.label,)
+    wanted = [data.scan, *labels, data.patient, *([data.split] if given else []), *data.where]
+    problems = []
+    for column in dict.fromkeys(wanted):
+        if column not in known:
+            near = difflib.get_close_matches(column, known, n=1)
+            problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+    if problems:
+        raise ConfigError(
+            f"table {data.table.name}: {'; '.join(problems)}; `data` in the fine-tuning's file names the columns"
+        )
+
+
+def _problems(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Iterable[str]:
+    """What is wrong with one line; no text of the line is told, which could be a patient's."""
+    for column in (data.scan, *((data.label,) if isinstance(task, SegmentationConfig) else ())):
+        path = PurePosixPath(row[column])
+        if not row[column] or path.is_absolute() or ".." in path.parts:
+            yield f"line {number}: '{column}' must be a path that stays below the folder"
+    if not row[data.patient]:
+        yield f"line {number}: '{data.patient}' is empty"
+    if _is_multi_label(task):
+        for column in task.classes:
+            if row[column] not in ("0", "1"):
+                yield f"line {number}: '{column}' must be 0 or 1"
+    elif isinstance(task, ClassificationConfig) and row[data.label] not in task.classes:
+        yield f"line {number}: '{data.label}' is none of {', '.join(task.classes)}"
+    if given and row[data.split].lower() not in _SPELLINGS:
+        yield f"line {number}: '{data.split}' must be train, validation or test"
+
+
+def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Case:
+    target: tuple[int, ...] = ()
+    if _is_multi_label(task):
+        target = tuple(int(row[column]) for column in task.classes)
+    elif isinstance(task, ClassificationConfig):
+        target = (task.classes.index(row[data.label]),)
+    return Case(
+        number=number,
+        file=row[data.scan],
+        patient=row[data.patient],
+        target=target,
+        mask="" if target else row[data.label],
+        part=_SPELLINGS[row[data.split].lower()] if given else None,
+    )
+
+
+def _is_multi_label(task: TaskConfig) -> bool:
+    return isinstance(task, ClassificationConfig) and task.kind == "multi_label"
+
+
+def _refuse(where: str, problems: Sequence[str]) -> None:
+    if problems:
+        more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ConfigError(f"{where}: {len(problems)} problem(s)\n  - " + "\n  - ".join(problems[:_SHOWN]) + more)
+
+
+# --------------------------------------------------------------------------------------------------------------- MSD
+
+
+def _of_msd(data: MsdData, task: SegmentationConfig) -> LabelTable:
+    images, masks = (_files_by_case(data.folder / name) for name in ("imagesTr", "labelsTr"))
+    channels = {case: _channels(names) for case, names in images.items()}
+    masks_of = {case: names[0] for case, names in masks.items()}
+    both = sorted(channels.keys() & masks_of.keys())
+    if lone := len(channels) + len(masks_of) - 2 * len(both):
+        progress.report(progress.Note(f"{lone} image(s) or mask(s) of the folder have no counterpart and are left out"))
+    if lacking := [case for case in both if data.channel not in channels[case]]:
+        raise ConfigError(f"data.channel: {len(lacking)} of {len(both)} cases have no channel {data.channel}")
+    if not both:
+        raise ConfigError("data.folder: imagesTr and labelsTr hold no image with a mask of the same name")
+    cases = tuple(
+        Case(
+            number=number,
+            file=f"imagesTr/{channels[case][data.channel]}",
+            patient=_patient(case, data.patient_pattern, number),
+            mask=f"labelsTr/{masks_of[case]}",
+        )
+        for number, case in enumerate(both, start=1)
+    )
+    return LabelTable(cases, data.folder, data.modality or _modality_told(data, task))
+
+
+def _files_by_case(folder: Path) -> dict[str, list[str]]:
+    """Case -> its files: without the ending, and without nnU-Net's channel, for images and masks alike."""
+    if not folder.is_dir():
+        raise ConfigError(f"data.folder: holds no folder {folder.name}")
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        stem = re.sub(r"\.(nii|nii\.gz|png|tiff?)$", "", path.name)
+        if stem != path.name and not path.name.startswith("."):
+            found.setdefault(re.sub(r"_\d{4}$", "", stem) if folder.name == "imagesTr" else stem, []).append(path.name)
+    return _undone_where_names_alone_end_so(found)
+
+
+def _undone_where_names_alone_end_so(found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """A case whose own name ends in four digits is not a channel: nnU-Net's channels always begin with _0000."""
+    if any(re.search(r"_0000\.", name) for names in found.values() for name in names):
+        return found
+    return {name.split(".")[0]: [name] for names in found.values() for name in names}
+
+
+def _channels(names: Sequence[str]) -> dict[int, str]:
+    numbered = {int(match[1]): name for name in names if (match := re.search(r"_(\d{4})\.", name))}
+    return numbered if len(numbered) == len(names) and 0 in numbered else {0: names[0]}
+
+
+def _patient(case: str, pattern: str | None, number: int) -> str:
+    if pattern is None:
+        return case
+    match = re.search(pattern, case)
+    if match is None or not match["patient"]:
+        raise ConfigError(f"data.patient_pattern: does not match the name of case {number}")
+    return match["patient"]
+
+
+def _modality_told(data: MsdData, task: SegmentationConfig) -> Modality | None:
+    """What dataset.json says of the channel, if it is there. Raises ConfigError: it contradicts the task."""
+    path = data.folder / "dataset.json"
+    if not path.exists():
+        return None
+    try:
+        told: Any = json.loads(path.read_text(encoding="utf-8"))
+        labels, channels = dict(told["labels"]), told.get("channel_names") or told.get("modality") or {}
+        word = str(dict(channels).get(str(data.channel), "")).upper()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError("data.folder: dataset.json is no JSON with 'labels', as MSD and nnU-Net write it") from None
+    if len(labels) != task.outputs:
+        raise ConfigError(
+            f"task.classes: {len(task.classes)} beside the background; dataset.json has {len(labels) - 1}"
+        )
+    return MODALITY_NAMES.get(re.split(r"[^A-Z]", word)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- MedMNIST
+
+_ARRAYS: Mapping[str, Part] = {"train": "train", "val": "validation", "test": "test"}
+
+
+def _of_medmnist(data: MedMnistData, task: ClassificationConfig) -> tuple[Case, ...]:
+    try:
+        with np.load(data.file, allow_pickle=False) as held:
+            labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
+    except (OSError, ValueError, KeyError):
+        raise ConfigError("data.file: is no MedMNIST .npz with train_, val_ and test_images and _labels") from None
+    cases: list[Case] = []
+    for name, part in _ARRAYS.items():
+        rows = labels[name].reshape(len(labels[name]), -1)
+        _check_labels(rows, task, name)
+        for row, target in enumerate(rows):
+            number = len(cases) + 1
+            whole = tuple(int(value) for value in target)
+            cases.append(Case(number, "", f"{name}-{row}", target=whole, part=part, place=(f"{name}_images", row)))
+    return tuple(cases)
+
+
+def _check_labels(rows: np.ndarray[Any, Any], task: ClassificationConfig, name: str) -> None:
+    columns, most = (len(task.classes), 1) if task.kind == "multi_label" else (1, len(task.classes) - 1)
+    if rows.shape[1] != columns or (rows.size and not 0 <= rows.min() <= rows.max() <= most):
+        raise ConfigError(
+            f"data.file: {name}_labels has {rows.shape[1]} column(s) of values up to {rows.max()}; "
+            f"expected {columns} of 0 to {most} for {task.kind} of {len(task.classes)} classes"
+        )

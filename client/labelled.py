@@ -1,0 +1,277 @@
+"""Labelled scans as a task's model takes them: read, laid beside their masks, prepared by the plan, kept on disk.
+
+Legend of shapes: C channels, S spatial axes - (H, W) or (D, H, W).
+
+What is kept (uint16 values and uint8 masks, mapped into memory) lies in the fine-tuning's folder only while it runs.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client import nifti, pictures
+from client.catalogue import read_one
+from client.finetune_config import FinetuneConfig, MedMnistData
+from client.label_tables import Case, LabelTable, Part
+from client.splits import Split, check_parts
+from unimiss_core import progress
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.plan import prepare, resample_labels
+from unimiss_core.scan import Scan
+from unimiss_core.study import PlanConfig
+from unimiss_core.task_config import SegmentationConfig
+
+_FULL = 65535
+_PLACES = 1000
+"""Voxels of a class that are remembered of a scan, to lay training windows about."""
+_AGREE = 0.1
+"""Voxels by which corners of a scan and of its mask may lie apart: what rounding in headers does."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a scan's values lay before it was prepared: to take a mask back there."""
+
+    shape: tuple[int, ...]
+    """S of the source, in canonical axes."""
+    spacing_mm: tuple[float, ...]
+    steps: tuple[float, ...]
+    """Source voxels between two prepared ones, along each axis."""
+    affine: NDArray[np.float64] | None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One prepared scan with its label."""
+
+    case: Case
+    values: NDArray[np.uint16]
+    """(C, *S), mapped: value = stored / 65535, in [0, 1]."""
+    grid: Grid
+    mask: NDArray[np.uint8] | None = None
+    """(*S), beside `values`; None of a classification."""
+    reference: NDArray[np.uint8] | None = None
+    """The mask on the source's own grid, which is what a result is measured by."""
+    places: Mapping[int, NDArray[np.int32]] | None = None
+    """Class that is there -> (n, rank) indices of some of its voxels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, *S)"""
+        return self.values.shape
+
+    def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
+        """Values in [0, 1] of a box along S: (C, *box)."""
+        values = self.values[(slice(None), *box)].astype(np.float32)
+        values *= np.float32(1 / _FULL)
+        return values
+
+    def whole(self) -> NDArray[np.float32]:
+        """(C, *S) in [0, 1]."""
+        return self.crop(tuple(slice(None) for _ in self.shape[1:]))
+
+
+class MaskError(Exception):
+    """A scan and its mask do not go together; the text says why, without a name or path."""
+
+
+def prepare_cases(
+    split: Split, table: LabelTable, plan: PlanConfig, config: FinetuneConfig, folder: Path, *, show_paths: bool = False
+) -> dict[Part, list[Labelled]]:
+    """Read and prepare the scans of every part into `folder`, which is made anew.
+
+    A scan that cannot be read is left out, and a note says which lines. Raises ConfigError: masks that do not go with
+    their scans, or hold nothing, all in one message; a class that no training mask holds. Raises NoUsableScanError.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    def shown(case: Case) -> str:
+        return f"line {case.number} ({case.file})" if show_paths else f"line {case.number}"
+
+    unread: dict[str, list[str]] = {}
+    wrong: list[str] = []
+    parts: dict[Part, list[Labelled]] = {part: [] for part in split}
+    total, done = sum(len(cases) for cases in split.values()), 0
+    for part, cases in split.items():
+        for case, scan, mask in _read(cases, table, config, plan):
+            done += 1
+            progress.report(progress.Preparing(config.name, done, total))
+            if isinstance(scan, ScanError):
+                unread.setdefault(scan.reason, []).append(shown(case))
+                continue
+            try:
+                parts[part].append(_prepared(case, scan, mask, plan, config, folder, keeps_reference=part == "test"))
+            except ScanError as error:
+                unread.setdefault(error.reason, []).append(shown(case))
+            except MaskError as error:
+                wrong.append(f"{shown(case)}: {error}")
+    for reason, lines in unread.items():
+        told = ", ".join(lines[:_SHOWN]) + (" and others" if len(lines) > _SHOWN else "")
+        progress.report(progress.Note(f"left out: {len(lines)} {reason} ({told})"))
+    _check(parts, wrong, config)
+    return parts
+
+
+def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], config: FinetuneConfig) -> None:
+    if wrong:
+        more = f"\n  - and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        listed = "\n  - ".join(wrong[:_SHOWN])
+        raise ConfigError(f"data: {len(wrong)} mask(s) do not go with their scans\n  - {listed}{more}")
+    if not any(parts.values()):
+        raise NoUsableScanError("data: none of the labelled scans can be used; the notes above say why")
+    check_parts({part: tuple(one.case for one in found) for part, found in parts.items()}, config)
+    if isinstance(config.task, SegmentationConfig):
+        held = Counter(number for one in parts["train"] for number in (one.places or {}))
+        if lacking := [name for number, name in enumerate(config.task.classes, start=1) if not held[number]]:
+            raise ConfigError(
+                f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+_Read = tuple[Case, Scan | ScanError, "Scan | MaskError | None"]
+
+
+def _read(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig, plan: PlanConfig) -> Iterator[_Read]:
+    """Each case with its scan, and its mask where the task has them; or what was wrong with either."""
+    if isinstance(config.data, MedMnistData):
+        yield from _of_arrays(cases, config.data.file, config, plan)
+        return
+    interpolate = plan.missing_slices == "interpolate"
+    for case in cases:
+        scan: Scan | ScanError
+        try:
+            scan = read_one(table.folder / case.file, table.modality, interpolate=interpolate)
+        except ScanError as error:
+            scan = error
+        except OSError:
+            scan = ScanError("cannot_open")
+        yield case, scan, _mask_of(table.folder / case.mask) if case.mask else None
+
+
+def _mask_of(path: Path) -> Scan | MaskError:
+    try:
+        with path.open("rb") as file:
+            picture = pictures.looks_like_picture(file.read(8))
+        return pictures.read_picture(path, "OT") if picture else nifti.read_nifti(path, "OT")
+    except ScanError as error:
+        return MaskError(f"the mask cannot be read ({error.reason}); give NIfTI, or 8-bit grey PNG or TIFF")
+    except OSError:
+        return MaskError("there is no such mask, or this user may not read it")
+
+
+def _of_arrays(cases: Sequence[Case], file: Path, config: FinetuneConfig, plan: PlanConfig) -> Iterator[_Read]:
+    """Images of a MedMNIST file, whose spacing nobody knows: each counts as on the plan's own grid."""
+    rank = config.task.rank
+    spacing = plan.volume_spacing_mm if rank == 3 else (1.0, 1.0)
+    with np.load(file, allow_pickle=False) as held:
+        arrays: dict[str, NDArray[Any]] = {}
+        for case in cases:
+            assert case.place is not None
+            name, row = case.place
+            if name not in arrays:
+                arrays[name] = held[name]
+            values = np.asarray(arrays[name][row], dtype=np.float32)
+            coloured = values.ndim == rank + 1 and values.shape[-1] == 3 and rank == 2
+            if values.ndim != rank and not coloured:
+                raise ConfigError(f"task.rank: {rank}, but {name} holds arrays of shape {values.shape}")
+            channels = np.moveaxis(values, -1, 0) if coloured else values[None]
+            yield case, Scan(channels, spacing, "OT", spacing_known=False), None
+
+
+# --------------------------------------------------------------------------------------------------------- preparing
+
+
+def _prepared(
+    case: Case,
+    scan: Scan,
+    mask: Scan | MaskError | None,
+    plan: PlanConfig,
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    keeps_reference: bool,
+) -> Labelled:
+    """Raises ScanError: the scan cannot be used. Raises MaskError."""
+    task = config.task
+    if scan.rank != task.rank:
+        raise MaskError(f"the scan is of rank {scan.rank}, the task of rank {task.rank}")
+    values, spacing = prepare(scan, plan)
+    steps = tuple(new / old for new, old in zip(spacing, scan.spacing_mm, strict=True))
+    kept = _kept(folder / f"{case.number:06d}.npy", np.rint(values * _FULL).astype(np.uint16))
+    found = Labelled(case, kept, Grid(scan.voxels.shape[1:], scan.spacing_mm, steps, scan.affine))
+    if not isinstance(task, SegmentationConfig):
+        return found
+    if isinstance(mask, MaskError):
+        raise mask
+    assert mask is not None
+    labels = labels_of(scan, mask, classes=len(task.classes), may_be_empty=config.allow_empty_masks)
+    beside = resample_labels(labels, values.shape[1:], steps)
+    return replace(
+        found,
+        mask=_kept(folder / f"{case.number:06d}-mask.npy", beside),
+        reference=_kept(folder / f"{case.number:06d}-reference.npy", labels) if keeps_reference else None,
+        places=_places(beside),
+    )
+
+
+def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> NDArray[np.uint8]:
+    """The mask's classes (*S), 0 for background. Raises MaskError: of another geometry, other values, or empty."""
+    if mask.voxels.shape[1:] != scan.voxels.shape[1:]:
+        raise MaskError(f"the scan has {scan.voxels.shape[1:]} voxels, its mask {mask.voxels.shape[1:]}")
+    if scan.affine is not None and mask.affine is not None:
+        apart = _apart(scan, mask.affine)
+        if apart > _AGREE * min(scan.spacing_mm):
+            raise MaskError(
+                f"scan and mask lie up to {apart:.1f} mm apart, as their affines say; resample the mask onto the scan, "
+                "or correct the header that is wrong"
+            )
+    values = mask.voxels[0]
+    there = np.unique(values)
+    if classes == 1 and len(there) == 2 and there[0] == 0:
+        values, there = (values != 0).astype(np.float32), np.array([0, 1])  # 255 is as good a one as 1
+    if not (there == np.rint(there)).all() or there[0] < 0 or there[-1] > classes:
+        raise MaskError(
+            f"the mask holds values from {there[0]:g} to {there[-1]:g}; expected whole ones, 0 to {classes}"
+        )
+    if there[-1] == 0 and not may_be_empty:
+        raise MaskError("the mask is empty; leave the scan out, or set allow_empty_masks: true")
+    labels: NDArray[np.uint8] = values.astype(np.uint8)
+    return labels
+
+
+def _apart(scan: Scan, other: NDArray[np.float64]) -> float:
+    """Largest distance in mm between a corner of the scan by its own affine and by another."""
+    assert scan.affine is not None
+    lengths = scan.voxels.shape[1:] if scan.rank == 3 else (1, *scan.voxels.shape[1:])
+    corners = np.array(
+        [[d, h, w, 1] for d in (0, lengths[0] - 1) for h in (0, lengths[1] - 1) for w in (0, lengths[2] - 1)]
+    )
+    return float(np.linalg.norm(corners @ (scan.affine - other).T, axis=1).max())
+
+
+def _kept(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+    """The array on disk, mapped."""
+    try:
+        np.save(path, array)
+    except OSError as error:
+        raise ConfigError(f"out: prepared scans cannot be written there ({error.strerror})") from None
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _places(mask: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]:
+    """Evenly chosen voxels of each class that is there."""
+    found = {}
+    for number in np.unique(mask[mask > 0]):
+        where = np.argwhere(mask == number)
+        found[int(number)] = where[:: -(-len(where) // _PLACES)].astype(np.int32)
+    return found

@@ -1,0 +1,162 @@
+"""How good a classification is: figures with 95% intervals over patients. Plain numpy.
+
+Legend of shapes: N scans, K classes, R weightings of the scans.
+
+An interval comes from drawing patients, not scans, with replacement (1000 times): two scans of one patient are not two
+witnesses. Each figure takes weights - how often each scan counts -, so that a draw needs no copy of the scans.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Figure = Mapping[str, float | None]
+"""`value`, and `low` and `high` of its interval; None where it is not defined."""
+_Ranking = Callable[[Floats, NDArray[np.bool_], Floats], Floats]
+
+DRAWS = 1000
+BINS = 15
+"""Of the calibration error: equally wide."""
+
+
+def of_classes(
+    scores: Floats, target: NDArray[np.int64], patients: Sequence[str], classes: Sequence[str]
+) -> dict[str, Figure]:
+    """One class of several. scores: probabilities (N, K). target: (N,), numbers of classes.
+
+    auc and ap: of the last class of two; of more the mean over classes, each against the rest (`auc/NAME` is one's).
+    accuracy and balanced_accuracy: of the likeliest class. ece: of its probability.
+    """
+    chosen = scores.argmax(1)
+    told = [1] if len(classes) == 2 else list(range(len(classes)))
+    figures = _one_against_rest(scores[:, told], np.stack([target == k for k in told], 1), [classes[k] for k in told])
+    figures |= {
+        "accuracy": lambda w: _mean(chosen == target, w),
+        "balanced_accuracy": lambda w: np.mean(
+            [_mean(chosen == target, w * (target == k)) for k in range(len(classes))], axis=0
+        ),
+        "ece": lambda w: calibration_error(scores.max(1), chosen == target, w),
+    }
+    return _with_intervals(figures, patients)
+
+
+def of_labels(
+    scores: Floats, target: NDArray[np.int64], patients: Sequence[str], classes: Sequence[str]
+) -> dict[str, Figure]:
+    """Several labels that may each be there. scores: probabilities (N, K). target: (N, K), 0 or 1.
+
+    Each figure is the mean over labels; a label counts as told where its probability is one half or more.
+    """
+    right = (scores >= 0.5) == (target == 1)
+    labels = range(len(classes))
+    figures = _one_against_rest(scores, target == 1, classes)
+    figures |= {
+        "accuracy": lambda w: np.mean([_mean(right[:, k], w) for k in labels], axis=0),
+        "balanced_accuracy": lambda w: np.mean(
+            [_mean(right[:, k], w * (target[:, k] == there)) for k in labels for there in (0, 1)], axis=0
+        ),
+        "ece": lambda w: np.mean([calibration_error(scores[:, k], target[:, k] == 1, w) for k in labels], axis=0),
+    }
+    return _with_intervals(figures, patients)
+
+
+def mean_over_patients(values: Sequence[float | None], patients: Sequence[str]) -> Figure:
+    """The mean of one number per scan, None where a scan has none, with its interval."""
+    known = [i for i, value in enumerate(values) if value is not None and np.isfinite(value)]
+    if not known:
+        return {"value": None, "low": None, "high": None}
+    numbers = np.array([values[i] for i in known], dtype=np.float64)
+    return _with_intervals({"mean": lambda w: _mean(numbers, w)}, [patients[i] for i in known])["mean"]
+
+
+def auc(score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """(R,): chance that a positive scan scores above a negative one, ties counting half; nan without a pair.
+
+    score, positive: (N,). weights: (R, N). By sorting: what lies below a group of equal scores, and half of itself.
+    """
+    order = np.argsort(score, kind="stable")
+    starts = _group_starts(score[order])
+    up = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
+    down = np.add.reduceat(weights[:, order] * ~positive[order], starts, axis=1)
+    below = np.cumsum(down, axis=1) - down / 2
+    return _divided((up * below).sum(1), up.sum(1) * down.sum(1))
+
+
+def average_precision(score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """(R,): precision at each threshold, weighted by the recall that it adds; nan without a positive scan."""
+    order = np.argsort(-score, kind="stable")
+    starts = _group_starts(score[order])
+    hits = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
+    told = np.cumsum(np.add.reduceat(weights[:, order], starts, axis=1), axis=1)
+    precision = np.divide(np.cumsum(hits, axis=1), told, out=np.zeros_like(told), where=told > 0)
+    return _divided((hits * precision).sum(1), hits.sum(1))
+
+
+def calibration_error(confidence: Floats, right: NDArray[np.bool_], weights: Floats) -> Floats:
+    """(R,): how far confidence and share of right answers lie apart, on average over 15 bins of confidence.
+
+    The expected calibration error of Guo et al. 2017 (arXiv:1706.04599), eq. 5.
+    """
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = weights * (confidence - right)
+    apart = sum(np.abs(gaps[:, bins == b].sum(1)) for b in range(BINS))
+    return _divided(np.asarray(apart), weights.sum(1))
+
+
+def _one_against_rest(
+    scores: Floats, positive: NDArray[np.bool_], names: Sequence[str]
+) -> dict[str, Callable[[Floats], Floats]]:
+    """Figures of ranking: the mean over columns, and each by its name where there are several."""
+    figures: dict[str, Callable[[Floats], Floats]] = {}
+    for figure, of in {"auc": auc, "ap": average_precision}.items():
+        each = [partial(_of_column, of, scores[:, k], positive[:, k]) for k in range(len(names))]
+        figures[figure] = partial(_mean_of, each)
+        if len(names) > 1:
+            figures |= {f"{figure}/{name}": one for name, one in zip(names, each, strict=True)}
+    return figures
+
+
+def _of_column(of: _Ranking, score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    return of(score, positive, weights)
+
+
+def _mean_of(figures: Sequence[Callable[[Floats], Floats]], weights: Floats) -> Floats:
+    return np.asarray(np.mean([figure(weights) for figure in figures], axis=0))
+
+
+def _with_intervals(figures: Mapping[str, Callable[[Floats], Floats]], patients: Sequence[str]) -> dict[str, Figure]:
+    plain, draws = np.ones((1, len(patients))), _draws(patients)
+    found: dict[str, Figure] = {}
+    for name, figure in figures.items():
+        value, drawn = float(figure(plain)[0]), figure(draws)
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (None, None)
+        found[name] = {
+            "value": value if np.isfinite(value) else None,
+            "low": None if low is None else float(low),
+            "high": None if high is None else float(high),
+        }
+    return found
+
+
+def _draws(patients: Sequence[str], seed: int = 0) -> Floats:
+    """(DRAWS, N): how often each scan counts when as many patients as there are are drawn with replacement."""
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    chosen = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
+    return chosen[:, owner].astype(np.float64)
+
+
+def _group_starts(ordered: Floats) -> NDArray[np.intp]:
+    """Where each run of equal values begins."""
+    return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+
+
+def _mean(values: NDArray[np.bool_] | Floats, weights: Floats) -> Floats:
+    return _divided((weights * values).sum(1), weights.sum(1))
+
+
+def _divided(above: Floats, below: Floats) -> Floats:
+    return np.asarray(np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0))

@@ -1,0 +1,104 @@
+"""Who trains, who validates, who tests: always whole patients, and the same ones for the same seed."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from client.finetune_config import FinetuneConfig, FoldSplit
+from client.label_tables import PARTS, Case, Part
+from unimiss_core.errors import ConfigError
+from unimiss_core.task_config import ClassificationConfig
+
+Split = Mapping[Part, tuple[Case, ...]]
+
+
+def split_cases(cases: Sequence[Case], config: FinetuneConfig) -> Split:
+    """The cases of each part, in their order. `test` may be empty where the split is given.
+
+    Raises ConfigError: a patient in several parts, an empty part, a class that a part lacks.
+    """
+    split = config.split
+    if isinstance(split, FoldSplit):
+        parts = _of_fold(cases, split, config.seed)
+    else:
+        parts = _as_given(cases)
+        if not parts["validation"]:
+            parts = {**parts, **_with_validation(parts["train"], split.validation, config.seed)}
+    _check_patients(parts)
+    check_parts(parts, config)
+    return parts
+
+
+def _as_given(cases: Sequence[Case]) -> Split:
+    return {part: tuple(case for case in cases if case.part == part) for part in PARTS}
+
+
+def _of_fold(cases: Sequence[Case], split: FoldSplit, seed: int) -> Split:
+    dealt = _dealt(cases, split.folds, seed)
+    test = tuple(case for case in cases if dealt[case.patient] == split.fold)
+    rest = tuple(case for case in cases if dealt[case.patient] != split.fold)
+    return {"test": test, **_with_validation(rest, split.validation, seed + 1)}
+
+
+def _with_validation(cases: Sequence[Case], share: float, seed: int) -> Split:
+    """Every n-th patient of each class validates, n being the nearest to 1 / share."""
+    dealt = _dealt(cases, max(2, round(1 / share)), seed)
+    return {
+        "train": tuple(case for case in cases if dealt[case.patient] != 0),
+        "validation": tuple(case for case in cases if dealt[case.patient] == 0),
+    }
+
+
+def _dealt(cases: Iterable[Case], piles: int, seed: int) -> dict[str, int]:
+    """Patient -> pile. Patients of one kind are dealt in turn, rare kinds first, so that each pile has its share.
+
+    A patient's kind is the rarest target among its scans. The order within a kind is that of sha256(seed, patient).
+    """
+    cases = tuple(cases)
+    often = Counter(case.target for case in cases)
+    kinds: dict[str, tuple[int, ...]] = {}
+    for case in cases:
+        known = kinds.get(case.patient)
+        if known is None or (often[case.target], case.target) < (often[known], known):
+            kinds[case.patient] = case.target
+    order = sorted(kinds, key=lambda p: (often[kinds[p]], kinds[p], hashlib.sha256(f"{seed}/{p}".encode()).digest()))
+    return {patient: place % piles for place, patient in enumerate(order)}
+
+
+def _check_patients(parts: Split) -> None:
+    where: dict[str, set[Part]] = {}
+    for part, cases in parts.items():
+        for case in cases:
+            where.setdefault(case.patient, set()).add(part)
+    if torn := sum(len(found) > 1 for found in where.values()):
+        raise ConfigError(f"split: {torn} patient(s) stand in several parts; a patient's scans must stay together")
+
+
+def check_parts(parts: Split, config: FinetuneConfig) -> None:
+    """Raises ConfigError: a part that needs scans has none, or lacks a class."""
+    needed = [part for part in PARTS if part != "test" or parts["test"] or isinstance(config.split, FoldSplit)]
+    if empty := [part for part in needed if not parts[part]]:
+        raise ConfigError(f"split: nobody is left for {' and '.join(empty)}; give more patients, or other shares")
+    task = config.task
+    if not isinstance(task, ClassificationConfig):
+        return
+    problems = [
+        f"no '{name}' among the {len(parts[part])} scans for {part}"
+        for part in needed
+        for number, name in enumerate(task.classes)
+        if not any(_has(case, number, task) for case in parts[part])
+    ]
+    if task.kind == "multi_label":
+        problems += [
+            f"nothing but '{name}' among the {len(parts[part])} scans for {part}"
+            for part in needed
+            for number, name in enumerate(task.classes)
+            if all(case.target[number] for case in parts[part])
+        ]
+    if problems:
+        fold = f" (fold {config.split.fold})" if isinstance(config.split, FoldSplit) else ""
+        raise ConfigError(f"split{fold}: {'; '.join(problems)}; use fewer folds, or leave the class out of `classes`")
+
+
+def _has(case: Case, number: int, task: ClassificationConfig) -> bool:
+    return bool(case.target[number]) if task.kind == "multi_label" else case.target[0] == number

@@ -1,0 +1,217 @@
+"""What a fine-tuned model is worth on scans it never saw: figures, tables by scan, masks as files.
+
+    metrics.json         figures of the validation and test scans, each with its 95% interval over patients
+    predictions.csv      of a classification: each scan's probabilities
+    cases.csv            of a segmentation: each scan's measures, by class
+    predictions/         masks of the test scans, on the grid of each scan's own file
+
+Scans are called by the line of their table; a patient's name or a path stands in none of them unless asked for.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client import merit, nifti, pictures
+from client.finetune_config import FinetuneConfig
+from client.label_tables import LabelTable, Part
+from client.labelled import Labelled
+from client.task_training import Score, Standing, autocast
+from unimiss_core import progress
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
+from unimiss_core.tasks import TaskModel
+from unimiss_core.views import whole
+
+Figures = dict[str, Any]
+
+
+class Classifying:
+    """Evaluates a classification."""
+
+    def __init__(self, config: FinetuneConfig, device: torch.device, size: Sequence[int]) -> None:
+        assert isinstance(config.task, ClassificationConfig)
+        self._config, self._task, self._device, self._size = config, config.task, device, tuple(size)
+
+    @torch.inference_mode()
+    def chances(self, model: TaskModel, scans: Sequence[Labelled]) -> NDArray[np.float64]:
+        """(N, K): of each scan, seen whole."""
+        found, batch = [], self._config.inference.batch
+        model.eval()
+        for start in range(0, len(scans), batch):
+            x = torch.stack([whole(one.whole(), self._size) for one in scans[start : start + batch]])
+            with autocast(self._device, self._config.training.precision):
+                logits = model(x.to(self._device)).float()
+            found.append((logits.sigmoid() if self._task.kind == "multi_label" else logits.softmax(1)).cpu())
+        return torch.cat(found).double().numpy()
+
+    def score(self, scans: Sequence[Labelled]) -> Score:
+        """What early stopping goes by: the AUC of these scans, over classes on average; of equal ones the likelihood.
+
+        Few scans are soon in perfect order, long before a model is sure of them.
+        """
+        truth = self._truth(scans)
+        once = np.ones((1, len(scans)))
+
+        def of(model: TaskModel) -> Standing:
+            chances = self.chances(model, scans)
+            told = [1] if self._task.kind == "binary" else range(chances.shape[1])
+            area = np.mean([merit.auc(chances[:, k], truth[:, k] == 1, once)[0] for k in told])
+            likelihood = np.log(np.where(truth == 1, chances, 1 - chances).clip(1e-7)).mean()
+            return float(area), float(likelihood)
+
+        return of
+
+    def evaluate(self, model: TaskModel, scans: Sequence[Labelled], part: Part, out: Path, files: bool) -> Figures:
+        """Figures of the scans; their probabilities are added to predictions.csv."""
+        chances, truth, classes = self.chances(model, scans), self._truth(scans), self._task.classes
+        patients = [one.case.patient for one in scans]
+        if self._task.kind == "multi_label":
+            figures = merit.of_labels(chances, truth, patients, classes)
+        else:
+            figures = merit.of_classes(chances, truth.argmax(1), patients, classes)
+        rows = [
+            {
+                **_named(one, part, files),
+                **{f"is/{name}": int(is_it) for name, is_it in zip(classes, there, strict=True)},
+                **{f"p/{name}": f"{chance:.6f}" for name, chance in zip(classes, told, strict=True)},
+            }
+            for one, there, told in zip(scans, truth, chances, strict=True)
+        ]
+        _add_rows(out / "predictions.csv", rows)
+        return dict(figures)
+
+    def _truth(self, scans: Sequence[Labelled]) -> NDArray[np.int64]:
+        """(N, K) of 0 and 1."""
+        targets = np.array([one.case.target for one in scans], dtype=np.int64)
+        return (
+            targets
+            if self._task.kind == "multi_label"
+            else np.eye(len(self._task.classes), dtype=np.int64)[targets[:, 0]]
+        )
+
+
+class Segmenting:
+    """Evaluates a segmentation."""
+
+    def __init__(self, config: FinetuneConfig, device: torch.device, size: Sequence[int], table: LabelTable) -> None:
+        from client import segmenting  # MONAI takes seconds to import, and a classification needs none
+
+        assert isinstance(config.task, SegmentationConfig)
+        self._masks = segmenting
+        self._config, self._task, self._device, self._size = config, config.task, device, tuple(size)
+        self._table = table
+        self._kept = [1 + self._task.classes.index(name) for name in config.inference.keep_largest]
+
+    def score(self, scans: Sequence[Labelled]) -> Score:
+        """Mean Dice of these scans on the prepared grid, over scans and the classes in them."""
+
+        def of(model: TaskModel) -> Standing:
+            found = []
+            for one in scans:
+                assert one.mask is not None
+                classes = self._masks.likeliest(self._chances(model, one))
+                found += [self._masks.dice(classes, one.mask, number) for number in self._numbers()]
+            known = [value for value in found if value is not None]
+            return (float(np.mean(known)) if known else 0.0), 0.0
+
+        return of
+
+    def evaluate(self, model: TaskModel, scans: Sequence[Labelled], part: Part, out: Path, files: bool) -> Figures:
+        """Figures of the scans, on their sources' grids where their masks are known there; the test's are written.
+
+        What each scan measures is added to cases.csv.
+        """
+        rows: list[dict[str, Any]] = []
+        for done, one in enumerate(scans, start=1):
+            chances = self._chances(model, one)
+            at_source = one.reference is not None
+            classes = (
+                self._masks.likeliest_at_source(chances, one.grid) if at_source else self._masks.likeliest(chances)
+            )
+            classes = self._masks.keep_largest(classes, self._kept)
+            rows += self._measured(one, classes, part, files)
+            if at_source:
+                self._write(one, classes, out / "predictions")
+            progress.report(progress.StepDone(part, done, len(scans), float("nan")))
+        _add_rows(out / "cases.csv", [{k: v for k, v in row.items() if k != "patient"} for row in rows])
+        return self._figures(rows)
+
+    def _measured(self, one: Labelled, classes: NDArray[np.uint8], part: Part, files: bool) -> list[dict[str, Any]]:
+        truth, spacing = one.reference, one.grid.spacing_mm
+        if truth is None:
+            truth = one.mask
+            spacing = tuple(step * old for step, old in zip(one.grid.steps, one.grid.spacing_mm, strict=True))
+        assert truth is not None
+        tolerance = self._config.inference.surface_tolerance_mm
+        return [
+            {
+                **_named(one, part, files),
+                "patient": one.case.patient,
+                "class": name,
+                **self._masks.measures(classes, truth, number, spacing_mm=spacing, tolerance_mm=tolerance),
+            }
+            for number, name in enumerate(self._task.classes, start=1)
+        ]
+
+    def _figures(self, rows: Sequence[dict[str, Any]]) -> Figures:
+        figures: Figures = {}
+        for name in ("dice", "hd95_mm", "surface_dice"):
+            figures[name] = merit.mean_over_patients([row[name] for row in rows], [row["patient"] for row in rows])
+            if len(self._task.classes) > 1:
+                for each in self._task.classes:
+                    own = [row for row in rows if row["class"] == each]
+                    values, patients = [row[name] for row in own], [row["patient"] for row in own]
+                    figures[f"{name}/{each}"] = merit.mean_over_patients(values, patients)
+        figures["missed_or_made_up"] = sum(row["dice"] == 0 and row["hd95_mm"] is None for row in rows)
+        return figures
+
+    def _chances(self, model: TaskModel, one: Labelled) -> torch.Tensor:
+        asked = self._config.inference
+        return self._masks.probabilities(
+            model.eval(),
+            one.whole(),
+            self._size,
+            overlap=asked.overlap,
+            windows=asked.batch,
+            device=self._device,
+            autocast=autocast(self._device, self._config.training.precision),
+        )
+
+    def _numbers(self) -> range:
+        return range(1, 1 + len(self._task.classes))
+
+    def _write(self, one: Labelled, classes: NDArray[np.uint8], folder: Path) -> None:
+        """NIfTI on the grid of the scan's own file; PNG where that has no geometry."""
+        folder.mkdir(exist_ok=True)
+        name = f"line-{one.case.number:05d}"
+        if one.grid.affine is None:
+            pictures.write_png(folder / f"{name}.png", classes)
+            return
+        source = self._table.folder / one.case.file
+        like = source if source.is_file() and _is_nifti(source) else None
+        nifti.write_mask(folder / f"{name}.nii.gz", classes, one.grid.affine, like)
+
+
+def _is_nifti(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(348)
+    return start[128:132] != b"DICM" and nifti.looks_like_nifti(start)
+
+
+def _named(one: Labelled, part: Part, files: bool) -> dict[str, Any]:
+    return {"line": one.case.number, "part": part, **({"file": one.case.file} if files else {})}
+
+
+def _add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Below those that stand there already."""
+    begun = path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if not begun:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,193 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn.metrics import roc_auc_score
+
+from client.pictures import write_png
+from client.research_command import main
+from tests.shared_files import DATA, needs
+from tests.test_labelled import SHAPE, ball, write_case
+from tests.test_research_command import nano_checkpoint
+from unimiss_core import checkpoint, task_checkpoint
+from unimiss_core.errors import CheckpointError
+from unimiss_core.network import build_network, tensors_of
+
+ROOT = Path(__file__).parents[1]
+PLAIN = {"area": [1.0, 1.0], "intensity": 0.0}
+QUICK = {"epochs": 2, "steps_per_epoch": 2, "batch": 2}
+
+
+def write_config(folder: Path, **settings: Any) -> Path:
+    raw = {"name": "x", "init": {"name": "scratch"}, "training": QUICK, "device": "cpu", **settings}
+    path = folder / "x.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def pictures(folder: Path, count: int = 30) -> dict[str, Any]:
+    """Fine and coarse noise of as many patients, listed in a table."""
+    (folder / "pictures").mkdir()
+    lines = ["scan,label,patient"]
+    for number in range(count):
+        grain = [1, 8][number % 2]
+        cells = np.random.default_rng(number).integers(0, 255, (48 // grain, 48 // grain)).astype(np.uint8)
+        pixels = np.kron(cells, np.ones((grain, grain), np.uint8))[:40, :44]
+        write_png(folder / "pictures" / f"secret{number}.png", pixels)
+        lines.append(f"secret{number}.png,{['fine', 'coarse'][number % 2]},miller{number}")
+    (folder / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "rank": 2, "classes": ["fine", "coarse"], "input_size": [40, 44]}
+    return {"task": task, "data": {"table": "t.csv", "folder": "pictures"}, "split": {"folds": 3}}
+
+
+def test_a_classification_learns_from_a_checkpoint_and_says_how_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nano_checkpoint(tmp_path / "round-0001")
+    training = {"epochs": 5, "batch": 6, "lr": 0.003, "layer_decay": 1.0, "augmentation": PLAIN}
+    path = write_config(tmp_path, **pictures(tmp_path), init={"folder": "round-0001"}, training=training)
+    assert main(["finetune", str(path)]) == 0
+    out = tmp_path / "out"
+    told = json.loads((out / "metrics.json").read_text())
+    with (out / "predictions.csv").open() as file:
+        test = [row for row in csv.DictReader(file) if row["part"] == "test"]
+    area = roc_auc_score([int(row["is/coarse"]) for row in test], [float(row["p/coarse"]) for row in test])
+    assert told["parts"]["test"]["auc"]["value"] == pytest.approx(area)
+    with (out / "curves.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < losses[0] / 2
+    assert told["parts"]["test"]["patients"] == 10
+    assert {p.name for p in out.iterdir()} == {
+        "metrics.json",
+        "model.json",
+        "model.safetensors",
+        "curves.csv",
+        "predictions.csv",
+    }
+    written = "".join(p.read_text() for p in out.iterdir() if p.suffix != ".safetensors")
+    said = capsys.readouterr()
+    assert not any(name in written + said.out + said.err for name in ("miller", "secret"))
+
+
+def test_a_linear_probe_keeps_the_teachers_backbone_and_says_whose_it_is(tmp_path: Path) -> None:
+    folder = nano_checkpoint(tmp_path / "round-0001")
+    path = write_config(tmp_path, **pictures(tmp_path), training={**QUICK, "trains": "linear_probe"})
+    assert main(["finetune", str(path), "--init", str(folder)]) == 0
+    model, manifest = task_checkpoint.load(tmp_path / "out")
+    teacher = checkpoint.load(folder).teacher
+    assert (manifest.began_with, manifest.pretrained_digest) == ("checkpoint", task_checkpoint.digest_of(teacher))
+    for name, parameter in model.backbone.named_parameters():
+        assert torch.equal(parameter, teacher[f"backbone.{name}"]), name
+
+
+def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path, **pictures(tmp_path))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["finetune", str(path), "--out", str(whole)]) == 0
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("client.finetune._write_model", killed)
+        assert main(["finetune", str(path), "--out", str(parts)]) == 130
+    assert not (parts / "prepared").exists()
+    assert main(["finetune", str(path), "--out", str(parts)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 0
+    for name in ("metrics.json", "model.json", "model.safetensors", "curves.csv", "predictions.csv"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 2
+    assert "finished" in capsys.readouterr().err
+
+
+def test_a_segmentation_writes_its_masks_in_the_geometry_of_the_scans(tmp_path: Path) -> None:
+    for number in range(6):
+        write_case(tmp_path, f"c{number}", number, spacing=(1.0, 0.9, 1.1))
+    task = {"name": "segmentation", "rank": 3, "classes": ["ball"], "input_size": [16, 33, 33]}
+    plan = {"volume_spacing_mm": [1.0, 1.0, 1.0]}
+    training = {**QUICK, "precision": "bf16"}
+    asked = {"keep_largest": ["ball"]}
+    path = write_config(
+        tmp_path,
+        task=task,
+        plan=plan,
+        training=training,
+        inference=asked,
+        data={"name": "msd", "folder": "."},
+        split={"folds": 3, "validation": 0.5},
+    )
+    assert main(["finetune", str(path), "--show-paths"]) == 0
+    out = tmp_path / "out"
+    test = json.loads((out / "metrics.json").read_text())["parts"]["test"]
+    assert 0 <= test["dice"]["value"] <= 1
+    masks = sorted((out / "predictions").iterdir())
+    assert len(masks) == test["scans"] == 2
+    for mask in masks:
+        number = int(mask.name[5:10]) - 1
+        source = nibabel.load(tmp_path / "imagesTr" / f"c{number}.nii.gz")
+        found = nibabel.load(mask)
+        assert found.shape == source.shape
+        np.testing.assert_allclose(found.affine, source.affine)
+    assert "imagesTr/c" in (out / "cases.csv").read_text()
+    assert ball(SHAPE, (10, 11, 8), 5).sum() > 0
+
+
+def test_a_model_whose_tensors_were_changed_is_refused(tmp_path: Path) -> None:
+    path = write_config(tmp_path, **pictures(tmp_path))
+    assert main(["finetune", str(path)]) == 0
+    file = tmp_path / "out" / "model.safetensors"
+    payload = bytearray(file.read_bytes())
+    payload[-1] ^= 1
+    file.write_bytes(payload)
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
+        task_checkpoint.load(tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "model.json").read_text())
+    (tmp_path / "out" / "model.json").write_text(json.dumps({**told, "format_version": 9}))
+    with pytest.raises(CheckpointError, match="format version 9, this program reads 1"):
+        task_checkpoint.load(tmp_path / "out")
+
+
+def test_a_checkpoint_with_a_changed_tensor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = nano_checkpoint(tmp_path / "round-0001")
+    path = write_config(tmp_path, **pictures(tmp_path), init={"folder": "round-0001"})
+    file = folder / "teacher.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert main(["finetune", str(path)]) == 4
+    assert "was changed after it was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert tensors_of(build_network(checkpoint.read_manifest(folder).model, seed=0))
+
+
+def test_what_masks_need_is_asked_for_before_scans_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"name": "segmentation", "rank": 3, "classes": ["ball"]}
+    path = write_config(tmp_path, task=task, data={"name": "msd", "folder": "nowhere"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert main(["finetune", str(path)]) == 2
+    assert "federated-unimiss[finetune]" in capsys.readouterr().err
+
+
+@needs(DATA)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_example_finds_its_scans_and_splits_them(path: Path) -> None:
+    from client.finetune import begin
+    from client.finetune_config import FromScratch, load_finetune
+    from client.label_tables import label_table
+    from client.splits import split_cases
+
+    config = load_finetune(path, data_root=DATA)
+    if not isinstance(config.init, FromScratch):
+        config = config.model_copy(update={"init": FromScratch()})
+    parts = split_cases(label_table(config).cases, config)
+    assert min(len(parts[part]) for part in ("train", "validation", "test")) >= 5
+    assert begin(config).plan == (config.plan or begin(config).plan)

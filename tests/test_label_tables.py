@@ -1,0 +1,166 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.finetune_config import FinetuneConfig
+from client.label_tables import Case, LabelTable, label_table
+from client.splits import split_cases
+from unimiss_core.config import parse
+from unimiss_core.errors import ConfigError
+from unimiss_core.progress import Note, listen
+
+
+def configured(folder: Path, task: dict[str, Any], data: dict[str, Any], **more: Any) -> FinetuneConfig:
+    raw = {"name": "x", "task": task, "init": {"name": "scratch"}, "data": data, **more}
+    config = parse(FinetuneConfig, raw, where="x.yaml")
+    paths = {name: folder / value for name, value in config.data if isinstance(value, Path)}
+    return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+
+
+BINARY = {"name": "classification", "rank": 2, "classes": ["no", "yes"]}
+MASKS = {"name": "segmentation", "rank": 3, "classes": ["front", "back"]}
+
+
+def table(folder: Path, text: str, task: dict[str, Any] = BINARY, **data: Any) -> LabelTable:
+    (folder / "t.csv").write_text(text)
+    given = {"split": {"name": "given"}} if "split" in text else {}
+    return label_table(configured(folder, task, {"table": "t.csv", **data}, **given))
+
+
+def test_a_table_gives_each_scan_its_class_its_patient_and_its_part(tmp_path: Path) -> None:
+    found = table(
+        tmp_path, "scan,label,patient,split,extra\na.png,yes,1,train,x\nb.png,no,2,val,x\nc.png,no,3,Test,x\n"
+    )
+    assert found.cases == (
+        Case(2, "a.png", "1", target=(1,), part="train"),
+        Case(3, "b.png", "2", target=(0,), part="validation"),
+        Case(4, "c.png", "3", target=(0,), part="test"),
+    )
+
+
+def test_several_labels_stand_in_columns_of_their_names_and_lines_may_be_chosen(tmp_path: Path) -> None:
+    task = {"name": "classification", "kind": "multi_label", "rank": 2, "classes": ["Edema", "Mass"]}
+    text = "image,patient,Edema,Mass,view\na.png,1,0,1,PA\nb.png,1,1,1,AP\n"
+    found = table(tmp_path, text, task, scan="image", where={"view": ["AP"]})
+    assert [(case.file, case.target) for case in found.cases] == [("b.png", (1, 1))]
+
+
+def test_a_column_that_is_not_there_is_told_with_the_nearest_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no column 'scan'; no column 'patient' \(did you mean 'patients'\?\)"):
+        table(tmp_path, "file,label,patients\na.png,yes,1\n")
+
+
+def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path) -> None:
+    text = (
+        "scan,label,patient,split\n../Miller.png,no,1,train\na.png,Miller,1,train\nb.png,yes,,often\na.png,no,1,test\n"
+    )
+    with pytest.raises(ConfigError) as told:
+        table(tmp_path, text)
+    for piece in ("line 2: 'scan'", "line 3: 'label'", "line 4: 'patient'", "line 4: 'split'", "line 5: lists"):
+        assert piece in str(told.value)
+    assert "Miller" not in str(told.value)
+
+
+def msd(folder: Path, images: list[str], masks: list[str], told: dict[str, Any] | None = None) -> None:
+    for name, files in {"imagesTr": images, "labelsTr": masks}.items():
+        (folder / name).mkdir()
+        for file in files:
+            (folder / name / file).touch()
+    if told is not None:
+        (folder / "dataset.json").write_text(json.dumps(told))
+
+
+def test_a_decathlon_folder_pairs_images_with_masks_of_the_same_name(tmp_path: Path) -> None:
+    msd(tmp_path, ["h_001.nii.gz", "h_002.nii.gz", "h_1003.nii.gz"], ["h_001.nii.gz", "h_1003.nii.gz"])
+    notes: list[Any] = []
+    with listen(notes.append):
+        found = label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": "."}))
+    assert [(case.file, case.mask) for case in found.cases] == [
+        ("imagesTr/h_001.nii.gz", "labelsTr/h_001.nii.gz"),
+        ("imagesTr/h_1003.nii.gz", "labelsTr/h_1003.nii.gz"),
+    ]
+    assert [note.text.split()[0] for note in notes if isinstance(note, Note)] == ["1"]
+
+
+def test_a_channel_of_an_nnunet_folder_is_chosen_and_its_modality_known(tmp_path: Path) -> None:
+    told = {"labels": {"background": 0, "front": 1, "back": 2}, "channel_names": {"0": "T2", "1": "CT"}}
+    images = [f"c_{case}_{channel:04d}.nii.gz" for case in (1, 2) for channel in (0, 1)]
+    msd(tmp_path, images, ["c_1.nii.gz", "c_2.nii.gz"], told)
+    found = label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": ".", "channel": 1}))
+    assert [case.file for case in found.cases] == ["imagesTr/c_1_0001.nii.gz", "imagesTr/c_2_0001.nii.gz"]
+    assert found.modality == "CT"
+    with pytest.raises(ConfigError, match="have no channel 7"):
+        label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": ".", "channel": 7}))
+    one_class = {**MASKS, "classes": ["all"]}
+    with pytest.raises(ConfigError, match=r"task\.classes: 1 beside the background; dataset\.json has 2"):
+        label_table(configured(tmp_path, one_class, {"name": "msd", "folder": "."}))
+
+
+def test_a_medmnist_file_brings_its_split(tmp_path: Path) -> None:
+    arrays = {f"{n}_images": np.zeros((2, 4, 4), np.uint8) for n in ("train", "val", "test")}
+    labels = {f"{n}_labels": np.array([[0], [1]]) for n in ("train", "val", "test")}
+    np.savez(tmp_path / "m.npz", **arrays, **labels)
+    data = {"name": "medmnist", "file": "m.npz"}
+    found = label_table(configured(tmp_path, BINARY, data))
+    assert [(case.part, case.target) for case in found.cases[2:4]] == [("validation", (0,)), ("validation", (1,))]
+    assert found.cases[5].place == ("test_images", 1)
+    with pytest.raises(ConfigError, match=r"train_labels has 1 column\(s\).* expected 2"):
+        label_table(configured(tmp_path, {**BINARY, "kind": "multi_label"}, data))
+
+
+# ------------------------------------------------------------------------------------------------------------- splits
+
+
+def patients(count: int, *, scans: int = 2, rare: int = 4) -> list[Case]:
+    """Each of `count` patients has `scans` scans; every rare-th patient is of class 1."""
+    return [
+        Case(p * scans + s, f"{p}-{s}", f"p{p}", target=(int(p % rare == 0),))
+        for p in range(count)
+        for s in range(scans)
+    ]
+
+
+def folds(fold: int, **more: Any) -> FinetuneConfig:
+    split = {"name": "folds", "folds": 4, "fold": fold, "validation": 0.25}
+    return configured(Path(), BINARY, {"table": "t.csv"}, split=split, **more)
+
+
+def test_each_patient_tests_once_and_stands_in_one_part_of_each_fold() -> None:
+    cases, tested = patients(40), []
+    for fold in range(4):
+        parts = split_cases(cases, folds(fold))
+        owners = [{case.patient for case in parts[part]} for part in ("train", "validation", "test")]
+        assert sum(len(each) for each in owners) == len(set().union(*owners)) == 40
+        assert [len(each) for each in owners] in ([22, 8, 10], [23, 7, 10])
+        assert all(0.1 < np.mean([case.target[0] for case in parts[p]]) < 0.45 for p in parts)
+        tested += sorted(owners[2])
+    assert sorted(tested) == sorted({case.patient for case in cases})
+
+
+def test_the_seed_alone_says_who_tests() -> None:
+    cases = patients(40)
+    first, again, other = (
+        split_cases(list(order), folds(0, seed=seed))["test"]
+        for order, seed in ((cases, 1), (cases[::-1], 1), (cases, 2))
+    )
+    assert {case.file for case in first} == {case.file for case in again}
+    assert {case.file for case in first} != {case.file for case in other}
+
+
+def test_a_class_that_a_part_lacks_is_told_with_the_fold() -> None:
+    with pytest.raises(ConfigError, match=r"split \(fold 3\): no 'yes' among the \d+ scans for test"):
+        split_cases(patients(12, rare=6), folds(3))
+
+
+def test_a_patient_in_two_given_parts_is_refused_without_a_name() -> None:
+    cases = [Case(1, "a", "Miller", (0,), part="train"), Case(2, "b", "Miller", (1,), part="test")]
+    cases += [
+        Case(3 + i, f"c{i}", f"p{i}", (i % 2,), part=p) for i, p in enumerate(["train", "train", "validation"] * 4)
+    ]
+    config = configured(Path(), BINARY, {"table": "t.csv"}, split={"name": "given"})
+    with pytest.raises(ConfigError, match=r"1 patient\(s\) stand in several parts") as told:
+        split_cases(cases, config)
+    assert "Miller" not in str(told.value)

@@ -1,0 +1,177 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+
+from client.finetune_config import AugmentationConfig, FinetuneConfig
+from client.label_tables import Case, label_table
+from client.labelled import Grid, Labelled, prepare_cases
+from client.nifti import write_nifti
+from client.pictures import write_png
+from client.splits import split_cases
+from client.training_views import crop_of, window_of
+from tests.test_label_tables import configured
+from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.plan import prepare, resample_labels
+from unimiss_core.progress import Note, listen
+from unimiss_core.scan import Scan
+from unimiss_core.study import PlanConfig
+from unimiss_core.views import standardise
+
+PLAN = PlanConfig(volume_spacing_mm=(2.0, 2.0, 2.0))
+TASK = {"name": "segmentation", "rank": 3, "classes": ["ball"]}
+SHAPE = (20, 22, 24)
+
+
+def ball(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np.ndarray:
+    axes = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    return (sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True)) < radius**2).astype(np.uint8)
+
+
+def write_case(
+    folder: Path, name: str, seed: int, *, spacing: tuple[float, ...] = (1.0, 1.0, 1.0), **mask: Any
+) -> None:
+    """A noisy volume with a bright ball, and the ball as its mask. mask: shift_mm or values instead of its own."""
+    inside = ball(SHAPE, (10, 11, 8), 5)
+    noise = np.random.default_rng(seed).normal(0, 0.1, SHAPE)
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    write_nifti(folder / "imagesTr" / f"{name}.nii.gz", Scan((inside + noise)[None].astype(np.float32), spacing, "OT"))
+    labels = mask.get("values", inside).astype(np.float32)
+    affine = None
+    if "shift_mm" in mask:
+        affine = np.array([[0, 0, -1.0, mask["shift_mm"]], [0, -1.0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 1]])
+    write_nifti(folder / "labelsTr" / f"{name}.nii.gz", Scan(labels[None], spacing, "OT", affine))
+
+
+def read(folder: Path, config: FinetuneConfig | None = None, plan: PlanConfig = PLAN, **more: Any) -> dict:
+    config = config or configured(folder, TASK, {"name": "msd", "folder": "."}, split={"folds": 2, "validation": 0.5})
+    config = config.model_copy(update=more)
+    table = label_table(config)
+    return prepare_cases(split_cases(table.cases, config), table, plan, config, folder / "prepared")
+
+
+def test_scan_and_mask_are_prepared_onto_one_grid(tmp_path: Path) -> None:
+    for number in range(8):
+        write_case(tmp_path, f"c{number}", number, spacing=(1.0, 1.5, 0.8))
+    parts = read(tmp_path)
+    assert {part: len(found) for part, found in parts.items()} == {"train": 2, "validation": 2, "test": 4}
+    one = parts["test"][0]
+    assert one.mask.shape == one.shape[1:] == (10, 16, 10)
+    bright = one.whole()[0]
+    assert bright[one.mask == 1].mean() - bright[one.mask == 0].mean() > 0.5
+    np.testing.assert_array_equal(one.reference, ball(SHAPE, (10, 11, 8), 5))
+
+
+def test_labels_are_resampled_to_the_nearest_voxel_of_the_scans_own_grid() -> None:
+    """Oracle: scipy's interpolation of order 0 at the places where the scan's values are taken."""
+    labels = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
+    scan = Scan(labels[None].astype(np.float32), (1.3, 0.7, 2.9), "OT")
+    values, spacing = prepare(scan, PLAN)
+    steps = [new / old for new, old in zip(spacing, scan.spacing_mm, strict=True)]
+    axes = [
+        (np.arange(n) - (n - 1) / 2) * s + (m - 1) / 2 for n, s, m in zip(values.shape[1:], steps, SHAPE, strict=True)
+    ]
+    expected = map_coordinates(labels, np.meshgrid(*axes, indexing="ij"), order=0, mode="nearest")
+    np.testing.assert_array_equal(resample_labels(labels, values.shape[1:], steps), expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        ({"shift_mm": 7.0}, r"lie up to 7\.0 mm apart"),
+        ({"values": np.zeros((20, 22, 23))}, r"has \(20, 22, 24\) voxels, its mask \(20, 22, 23\)"),
+        ({"values": np.zeros(SHAPE)}, "the mask is empty"),
+        ({"values": ball(SHAPE, (10, 11, 8), 5) * 3 - ball(SHAPE, (10, 11, 8), 2)}, "values from 0 to 3; expected"),
+    ],
+)
+def test_a_mask_that_does_not_go_with_its_scan_is_refused(tmp_path: Path, mask: dict[str, Any], told: str) -> None:
+    for number in range(7):
+        write_case(tmp_path, f"c{number}", number)
+    write_case(tmp_path, "miller", 9, **mask)
+    with pytest.raises(ConfigError, match=told) as error:
+        read(tmp_path)
+    assert "1 mask(s)" in str(error.value)
+    assert "line 8" in str(error.value)
+    assert "miller" not in str(error.value)
+
+
+def test_an_empty_mask_may_be_allowed_but_not_a_class_that_nobody_has(tmp_path: Path) -> None:
+    for number in range(8):
+        write_case(tmp_path, f"c{number}", number, values=np.zeros(SHAPE))
+    with pytest.raises(ConfigError, match="no training mask holds ball"):
+        read(tmp_path, allow_empty_masks=True)
+
+
+def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50)).astype(np.uint8)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    lines = ["scan,label,patient,split", "broken.png,no,0,train"]
+    for number in range(8):
+        write_png(tmp_path / f"{number}.png", pixels + number)
+        lines.append(f"{number}.png,{['no', 'yes'][number % 2]},p{number},{['train', 'val'][number // 4]}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "rank": 2, "classes": ["no", "yes"]}
+    config = configured(tmp_path, task, {"table": "t.csv", "folder": "."}, split={"name": "given"})
+    notes: list[Any] = []
+    with listen(notes.append):
+        parts = read(tmp_path, config)
+    assert [len(parts[p]) for p in ("train", "validation", "test")] == [4, 4, 0]
+    assert [n.text for n in notes if isinstance(n, Note)] == ["left out: 1 not_an_image (line 2)"]
+    np.testing.assert_allclose(
+        parts["train"][0].whole(), prepare(Scan(pixels[None].astype(np.float32), (1, 1), "XR"), PLAN)[0], atol=1e-5
+    )
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(b"nothing")
+    with pytest.raises(NoUsableScanError, match="none of the labelled scans"):
+        read(tmp_path, config)
+
+
+def test_a_medmnist_image_counts_as_on_the_plans_grid(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (4, 14, 15, 16)).astype(np.uint8)
+    labels = np.array([[0], [1], [0], [1]])
+    arrays = {f"{n}_{k}": a for n in ("train", "val", "test") for k, a in (("images", images), ("labels", labels))}
+    np.savez(tmp_path / "m.npz", **arrays)
+    task = {"name": "classification", "rank": 3, "classes": ["no", "yes"]}
+    config = configured(tmp_path, task, {"name": "medmnist", "file": "m.npz"}, split={"name": "given"})
+    parts = read(tmp_path, config, PLAN.model_copy(update={"percentiles": (0.0, 100.0)}))
+    low, high = images[2].min(), images[2].max()
+    np.testing.assert_allclose(parts["test"][2].whole()[0], (images[2] - low) / (high - low), atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+def labelled(shape: tuple[int, ...] = (10, 30, 20)) -> Labelled:
+    """Values and mask tell the same: value 1 in class 1, 0 elsewhere; the class is a single voxel's neighbourhood."""
+    mask = ball(shape, (8, 25, 3), 2)
+    places = {1: np.argwhere(mask == 1).astype(np.int32)}
+    values = mask[None].astype(np.uint16) * 65535
+    return Labelled(Case(1, "", ""), values, Grid(shape, (1.0,) * 3, (1.0,) * 3, None), mask, places=places)
+
+
+def test_a_window_holds_scan_and_mask_of_one_place() -> None:
+    plain = AugmentationConfig(flip=(0.5, 0.5, 0.5), intensity=0.0)
+    generator = torch.Generator().manual_seed(0)
+    held = []
+    for _ in range(60):
+        view, classes = window_of(labelled(), (14, 12, 20), plain, generator, foreground=0.5)
+        torch.testing.assert_close(view[0], standardise(classes.float()))
+        held.append(bool(classes.any()))
+    assert 35 < sum(held) < 60
+    always = [window_of(labelled(), (14, 12, 20), plain, generator, foreground=1.0)[1].any() for _ in range(20)]
+    assert all(always)
+
+
+def test_a_crop_without_change_is_the_whole_scan_and_its_draws_follow_the_generator() -> None:
+    still = AugmentationConfig(area=(1.0, 1.0), flip=(0.0, 0.0, 0.0), intensity=0.0)
+    one = labelled()
+    crop = crop_of(one, (10, 30, 20), still, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(crop, standardise(torch.from_numpy(one.whole())))
+    moved = AugmentationConfig(area=(0.3, 0.9), intensity=1.0)
+    first, again, other = (crop_of(one, (13, 20, 20), moved, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -1,0 +1,100 @@
+"""A fine-tuned model as two files that describe themselves:
+
+    model.json          what it answers, of what it was made, how scans are prepared for it: see `TaskManifest`
+    model.safetensors   its tensors, float32, named as in `unimiss_core.tasks`
+
+Whoever has both needs nothing else to use the model. No time, no host and no patient stands in them.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_in
+from safetensors.torch import save as as_bytes
+from torch import Tensor
+
+from unimiss_core import durable
+from unimiss_core.config import Config
+from unimiss_core.errors import CheckpointError
+from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.task_config import TaskConfig
+from unimiss_core.tasks import TaskModel, load_task_model
+
+FORMAT_VERSION = 1
+_TENSORS, _MANIFEST = "model.safetensors", "model.json"
+
+
+class TaskManifest(Config):
+    format_version: int = FORMAT_VERSION
+    task: TaskConfig
+    model: ModelConfig
+    """The backbone's sizes; the head follows from the task."""
+    plan: PlanConfig
+    """How a scan is prepared before the model sees it."""
+    began_with: Literal["checkpoint", "released", "scratch"]
+    pretrained_digest: str | None
+    """sha256 of the pretrained tensors' names and values; None from scratch."""
+    trained: Literal["linear_probe", "frozen", "full"]
+    seed: int
+    epoch: int = Field(ge=0)
+    """Epochs that were trained for these tensors."""
+    keep_largest: tuple[str, ...] = ()
+    """Classes of a mask of which only the largest connected part counts."""
+    tensors: Mapping[str, tuple[int, ...]] = {}
+    sha256: str = ""
+    """Of model.safetensors."""
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], manifest: TaskManifest) -> TaskManifest:
+    """Write both files, the description last; returns it with the tensors' shapes and digest."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    payload = as_bytes(plain)
+    told = manifest.model_copy(
+        update={
+            "tensors": {name: tuple(tensor.shape) for name, tensor in plain.items()},
+            "sha256": hashlib.sha256(payload).hexdigest(),
+        }
+    )
+    durable.write_bytes(folder / _TENSORS, payload)
+    durable.write_text(folder / _MANIFEST, told.model_dump_json(indent=2) + "\n")
+    return told
+
+
+def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
+    """The model and what it says of itself.
+
+    Raises CheckpointError: no model there, of another version, or a tensor changed or missing.
+    """
+    try:
+        manifest = TaskManifest.model_validate_json((folder / _MANIFEST).read_bytes())
+        payload = (folder / _TENSORS).read_bytes()
+    except OSError:
+        raise CheckpointError(f"{folder}: holds no {_MANIFEST} and {_TENSORS}; give a fine-tuning's folder") from None
+    except ValidationError:
+        raise CheckpointError(
+            f"{folder / _MANIFEST}: is no description of a fine-tuned model of this program"
+        ) from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / _MANIFEST}: has format version {manifest.format_version}, this program reads {FORMAT_VERSION}; "
+            "use the version of the program that wrote it"
+        )
+    if hashlib.sha256(payload).hexdigest() != manifest.sha256:
+        raise CheckpointError(f"{folder / _TENSORS}: was changed after it was written; take another copy")
+    try:
+        tensors = tensors_in(payload)
+    except SafetensorError:
+        raise CheckpointError(f"{folder / _TENSORS}: is not a file of tensors; take another copy") from None
+    task = manifest.task
+    dense = task.name == "segmentation"
+    return load_task_model(manifest.model, task.rank, outputs=task.outputs, dense=dense, tensors=tensors), manifest
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names and values, whatever file they stand in."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    return hashlib.sha256(as_bytes(plain)).hexdigest()

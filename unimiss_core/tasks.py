@@ -1,0 +1,203 @@
+"""MiT with a head for a doctor's task: a class for a scan, or one for each of its voxels.
+
+Legend of shapes: B scans, C channels, S spatial axes - (H, W) or (D, H, W) -, G the decoder's grid, K outputs.
+
+The backbone's tensors keep the names that they have in pretraining (`backbone.*`), so a checkpoint's tensors fit
+without a map between names. A task is of one rank: the tensors of the other are left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unimiss_core.errors import CheckpointError
+from unimiss_core.head import at_least_float32
+from unimiss_core.model import ARCHITECTURES, CHANNELS, CONV, CONV_TRANSPOSED, STEM_STRIDE, ConvBlock, MiT
+from unimiss_core.network import initialise_
+from unimiss_core.scan import Rank
+from unimiss_core.study import ModelConfig
+
+Trains = Literal["linear_probe", "frozen", "full"]
+"""What of a model is trained: its new head alone; all but the encoder (the head and MiT's own decoder); everything."""
+
+FULL_WIDTH = 16
+"""Channels of the map at full resolution: the widest of all in memory, so it is kept narrow."""
+
+
+class TaskModel(nn.Module):
+    """A backbone (`backbone.*`) and what makes an answer of its features (`head.*`)."""
+
+    def __init__(self, backbone: MiT, head: "Classifier | Segmenter") -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *S) -> logits in float32: (B, K) of a class, or (B, K, *S) of a mask.
+
+        Raises ValueError: a rank, channels or a size that do not fit the backbone.
+        """
+        logits: Tensor = self.head(self.backbone, x)
+        return at_least_float32(logits)
+
+
+class Classifier(nn.Module):
+    """One linear layer on the normalised class token."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, backbone: MiT, x: Tensor) -> Tensor:
+        """x (B, C, *S) -> (B, K)."""
+        logits: Tensor = self.linear(backbone(x))
+        return logits
+
+
+class Segmenter(nn.Module):
+    """MiT's decoder goes on to full resolution, by a transposed convolution for each halving that is left.
+
+    First to the stem's grid, whose map is added, then to the input's, to which a convolution of the input is added:
+    the U-shape of the published decoder (transposed convolution with kernel = stride, plus the map of that
+    resolution), continued. Odd axes: what doubling adds beyond the finer map is left off, as in MiT's decoder.
+    """
+
+    def __init__(self, rank: Rank, *, width: int, stem: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        up: Any = CONV_TRANSPOSED[rank]
+        self.to_stem = up(width, stem, 2, 2)
+        self.at_stem = ConvBlock(rank, stem, stem, 3, 1)
+        self.to_full = up(stem, FULL_WIDTH, STEM_STRIDE[rank], STEM_STRIDE[rank])
+        self.input = ConvBlock(rank, CHANNELS[rank], FULL_WIDTH, 3, 1)
+        self.at_full = ConvBlock(rank, FULL_WIDTH, FULL_WIDTH, 3, 1)
+        self.classes = CONV[rank](FULL_WIDTH, outputs, 1)
+
+    def forward(self, backbone: MiT, x: Tensor) -> Tensor:
+        """x (B, C, *S) -> (B, K, *S)."""
+        found = backbone.features(x)
+        fine = self.at_stem(_onto(self.to_stem(found.decoder_map), found.stem_map))
+        fine = self.at_full(_onto(self.to_full(fine), self.input(x)))
+        logits: Tensor = self.classes(fine)
+        return logits
+
+
+def _onto(coarse: Tensor, skip: Tensor) -> Tensor:
+    """The sum of `skip` (B, C, *G) and as much of `coarse`, which may be longer by a row along an axis."""
+    for axis, n in enumerate(skip.shape[2:], start=2):
+        coarse = coarse.narrow(axis, 0, n)
+    return coarse + skip
+
+
+def build_task_model(
+    model: ModelConfig, rank: Rank, *, outputs: int, dense: bool, seed: int, pretrained: Mapping[str, Tensor] | None
+) -> TaskModel:
+    """A task's model on the CPU, in float32.
+
+    outputs: K. dense: whether there is an answer for each voxel. pretrained: a whole network's tensors, by the names
+    of pretraining, of which the backbone's of this rank are taken; None begins at random.
+    Every tensor follows from the seed and its name alone; the global random state is neither read nor moved.
+    Raises CheckpointError: a tensor is missing or of another shape.
+    """
+    made = _empty(model, rank, outputs=outputs, dense=dense).to_empty(device="cpu")
+    initialise_(made, seed)
+    if pretrained is not None:
+        _take_backbone_(made, pretrained)
+    return made
+
+
+def load_task_model(
+    model: ModelConfig, rank: Rank, *, outputs: int, dense: bool, tensors: Mapping[str, Tensor]
+) -> TaskModel:
+    """The model that holds exactly these tensors. Raises CheckpointError: they are not those of this model."""
+    made = _empty(model, rank, outputs=outputs, dense=dense)
+    expected = {name: parameter.shape for name, parameter in made.named_parameters()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+        odd = sorted(expected.keys() ^ tensors.keys()) or sorted(n for n in expected if expected[n] != tensors[n].shape)
+        raise CheckpointError(f"the tensors are not those of the model that is described beside them: {odd[:3]}")
+    made = made.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(tensors[name])
+    return made.eval()
+
+
+def _empty(model: ModelConfig, rank: Rank, *, outputs: int, dense: bool) -> TaskModel:
+    architecture = ARCHITECTURES[model.size]
+    size = model.image_size if rank == 2 else model.volume_size
+    with torch.device("meta"):
+        head = (
+            Segmenter(rank, width=architecture.width, stem=architecture.stem, outputs=outputs)
+            if dense
+            else Classifier(architecture.width, outputs)
+        )
+        return TaskModel(MiT(architecture, {rank: size}), head)
+
+
+def _take_backbone_(made: TaskModel, pretrained: Mapping[str, Tensor]) -> None:
+    own = {f"backbone.{name}": parameter for name, parameter in made.backbone.named_parameters()}
+    wrong = [name for name, p in own.items() if name not in pretrained or pretrained[name].shape != p.shape]
+    if wrong:
+        raise CheckpointError(f"the pretrained tensors do not fit the task's model: {wrong[:3]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(pretrained[name])
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def freeze_(model: TaskModel, trains: Trains) -> None:
+    """Let gradients reach only what `trains` names."""
+    model.requires_grad_(True)
+    if trains == "linear_probe":
+        model.backbone.requires_grad_(False)
+    elif trains == "frozen":
+        model.backbone.encoder.requires_grad_(False)
+
+
+def layers_of(model: TaskModel) -> dict[str, int]:
+    """Parameter -> its layer, from 0 at the input; the head's is the highest.
+
+    A layer is what lies between two changes of resolution: the stem with the class token's beginning, four encoder
+    stages, three decoder stages (the last with the final norm), the head.
+    """
+    encoder_stages = len(model.backbone.encoder.stages)
+    top = encoder_stages + len(model.backbone.decoder.stages)
+
+    def layer(name: str) -> int:
+        part, *below = name.split(".")
+        if part == "head":
+            return top + 1
+        coder, what, *rest = below
+        if what == "stages":
+            return 1 + int(rest[0]) + (encoder_stages if coder == "decoder" else 0)
+        return 0 if coder == "encoder" else top
+
+    return {name: layer(name) for name, _ in model.named_parameters()}
+
+
+def rate_groups(model: TaskModel, *, lr: float, decay: float, weight_decay: float) -> Sequence[dict[str, Any]]:
+    """Groups for an optimiser: layer l of L gets lr * decay^(L - l) (BEiT, arXiv:2106.08254, A.3; ELECTRA before it).
+
+    Weight decay spares biases and other tensors of one axis, as in pretraining. Parameters without gradients are left
+    out; each group remembers its rate as `peak`, which a schedule scales.
+    """
+    layers = layers_of(model)
+    top = max(layers.values())
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((layers[name], parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": lr * decay ** (top - layer),
+            "peak": lr * decay ** (top - layer),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
