@@ -405,6 +405,7 @@ def test_errors_of_the_superlink_pass_as_they_are(talk: Callable[..., None], sit
     async def conversation(front: Running) -> None:
         call = await front.connect(site)
         assert await call.ask(request(site)) == (401, b"{}")
+        assert refused(front) == [("not_taken", "alpha")]
 
     talk(conversation, link=StubSuperLink(answer=answer))
 
