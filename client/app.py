@@ -161,8 +161,9 @@ def _reply(message: Message, context: Context, answer: Callable[[], RecordDict])
 
 
 def _written_down(message: Message, context: Context, answer: Callable[[], RecordDict]) -> RecordDict:
-    audit, asked = log_of(site_file(context)), named_by(message.content)
-    audit.record("request", asked, **request_facts(message.metadata.message_type, message.content))
+    came = message.content if message.has_content() else RecordDict()  # Flower's Error in its place asks for nothing
+    audit, asked = log_of(site_file(context)), named_by(came)
+    audit.record("request", asked, **request_facts(message.metadata.message_type, came))
     content = _or_refusal(context, answer)
     audit.record(*answer_entry(content, asked, _spent(message, context, content)))
     return content

@@ -31,6 +31,7 @@ class Line(FleetHttpClient):
         super().__init__(f"https://{address}", interceptors=interceptors, verify=tls)
         self._client.follow_redirects = False
         self._client.headers["accept-encoding"] = "identity"
+        del self._client.headers["user-agent"]  # which version of which library asks is nobody's business
         self._client.event_hooks = {"response": [_bound]}
         self._contact = contact
 

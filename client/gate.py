@@ -45,13 +45,16 @@ from client.tls import tls_of
 from unimiss_core import bundle, tether
 from unimiss_core.errors import AuditError, ConfigError, UnimissError
 from unimiss_core.joining import read_welcome
+from unimiss_core.unfolding import bytes_in_memory
 
 log = logging.getLogger(__name__)
 
 MESSAGE_TYPES = frozenset({"query", "train"})
 """What `client.app` answers: who a site is, and a round of training."""
-MOST_MESSAGE_BYTES = 8 << 30
-"""Of all that a message brings, which the SuperNode holds in memory: a model's student and teacher take far less."""
+BYTES_OF_PARAMETER = 16
+"""Student and teacher at 4 bytes each, which the SuperNode holds in memory in parts, and its ClientApp joined."""
+BYTES_BESIDE = 256 << 20
+"""For all else that a message brings; the last part of each array counts as a whole one."""
 INVALID_FAB = 7
 CLIENT_APP_RAISED = 2
 """Flower's codes of errors."""
@@ -92,9 +95,11 @@ class FleetLine(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """allowed: SHA-256, in hex, of the bundles that may run here. apps: where Flower unpacks them."""
+    """allowed: SHA-256, in hex, of the bundles that may run here. most_bytes: that a message may take in memory. apps:
+    where Flower unpacks bundles."""
 
     allowed: frozenset[str]
+    most_bytes: int
     apps: Path
     contact: ContactBook
     note: Note
@@ -108,7 +113,8 @@ class Gate:
     rules: Rules
     _runs: dict[int, tuple[Run, Fab] | str] = field(default_factory=dict)
     """What was admitted, or why it was not."""
-    _pulled_bytes: int = 0
+    _bytes: int = 0
+    """That the message at work takes in memory."""
 
     def guarded(self) -> FleetLine:
         return self.line._replace(
@@ -135,7 +141,7 @@ class Gate:
             log.error("a message is refused: %s", error)  # what cannot be written down is not done
             self._send_error(Message(Error(CLIENT_APP_RAISED), reply_to=message))
             return None
-        self._pulled_bytes = 0
+        self._bytes = 0
         shutil.rmtree(self.rules.apps, ignore_errors=True)  # unpacked anew: what was edited on the disk is not run
         return received
 
@@ -148,10 +154,11 @@ class Gate:
         return self._admitted(run_id)[1]
 
     def pull_object(self, run_id: int, object_id: str) -> bytes:
+        """Raises ValueError, upon which the SuperNode lets the message go: it is too large, or would be once joined."""
         content = self.line.pull_object(run_id, object_id)
-        self._pulled_bytes += len(content)
-        if self._pulled_bytes > MOST_MESSAGE_BYTES:
-            raise ValueError(f"the message is larger than {MOST_MESSAGE_BYTES} bytes")
+        self._bytes += bytes_in_memory(content)
+        if self._bytes > self.rules.most_bytes:
+            raise ValueError(f"the message takes more than {self.rules.most_bytes} bytes of memory")
         return content
 
     def send(self, message: Message, tree: ObjectTree, runtime_s: float) -> tuple[set[str], str]:
@@ -178,7 +185,7 @@ class Gate:
 
     def _admit(self, message: Message) -> None:
         """Raises Refused."""
-        if message.metadata.message_type not in MESSAGE_TYPES:
+        if message.metadata.message_type not in MESSAGE_TYPES or message.has_error():
             self._decide("message_type", message.metadata.run_id)
             raise Refused("message_type", CLIENT_APP_RAISED)
         run_id = message.metadata.run_id
@@ -266,7 +273,13 @@ def _run_supernode(home: Home, port: int, secret: Path, note: Note) -> None:
 
     site = load_site(home.site)
     contact = ContactBook(site.state)
-    rules = Rules(frozenset({bundle.fab_hash(), *site.policy.bundles}), flower_home() / "apps", contact, note)
+    rules = Rules(
+        allowed=frozenset({bundle.fab_hash(), *site.policy.bundles}),
+        most_bytes=BYTES_BESIDE + BYTES_OF_PARAMETER * site.policy.most_parameters,
+        apps=flower_home() / "apps",
+        contact=contact,
+        note=note,
+    )
     install(Lines(tls_of(home), contact), rules)
     sys.argv = ["flower-supernode", *supernode_arguments(home, read_welcome(home.welcome)[0].address, port, secret)]
     flower_supernode()

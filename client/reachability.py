@@ -42,6 +42,7 @@ def reach(home: Home) -> Reached:
         "content-length": "0",
     }
     with httpx.Client(verify=tls_of(home), timeout=TIMEOUT_S, follow_redirects=False) as client:
+        del client.headers["user-agent"]  # as the gate's line has none
         try:
             with client.stream("POST", f"https://{address}{PATH}", headers=headers) as answer:
                 body = next(answer.iter_raw(4096), b"")

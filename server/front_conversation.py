@@ -19,6 +19,7 @@ from server.front_door import Caller
 from server.front_rules import (
     ANSWER_HEADERS,
     HEAD_BYTES,
+    NOT_TAKEN,
     STATUS,
     Passage,
     Reason,
@@ -140,6 +141,8 @@ class Conversation:
                 await answer.aclose()
 
     async def _return(self, answer: httpx.Response) -> None:
+        if answer.status_code in NOT_TAKEN:
+            self._house.refusals.add("not_taken", self._name)
         headers = [(name, value) for name, value in answer.headers.raw if name.lower() in ANSWER_HEADERS]
         await self._send(h11.Response(status_code=answer.status_code, headers=[*headers, self._date()]))
         try:

@@ -63,7 +63,7 @@ class Door:
             host = str(address[0]).partition("%")[0]  # without the scope of a link-local address
             if self._is_full(host):
                 connection.close()
-                self._refusals.add("busy", host)
+                self._refusals.add("busy", host, is_stranger=True)
                 continue
             task = asyncio.create_task(self._receive(connection, host))
             self._open.add(task)
@@ -89,7 +89,7 @@ class Door:
             with self._counted(host):
                 caller = await self._greet(connection, host)
         except OSError as error:  # ssl.SSLError is one, and what asyncio says of slow handshakes
-            self._refusals.add(_reason_of(error), host)
+            self._refusals.add(_reason_of(error), host, is_stranger=True)
             return
         try:
             await self._talk(caller)

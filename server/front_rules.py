@@ -64,6 +64,7 @@ Reason = Literal[
     "malformed",  # no HTTP/1.1, or headers that can be read in two ways
     "length",  # none told, or one above the limit; an answer of too many objects
     "forged",  # an answer that is not the site's own, or answers nothing
+    "not_taken",  # SuperLink did not: the node's number is another's, the signature is wrong, or it failed over it
     "slow",
     "busy",  # more connections or requests than are allowed at once
 ]
@@ -79,7 +80,11 @@ STATUS: Mapping[Reason, int] = {
     "slow": 408,
     "busy": 503,
 }
-"""HTTP's word for each. A SuperNode ends at 401 and goes on trying at 503. The others are cut off before HTTP."""
+"""HTTP's word for each. A SuperNode ends at 401 and goes on trying at 503. Of the others, those with a certificate get
+SuperLink's own word, and the rest are cut off before HTTP."""
+
+NOT_TAKEN = frozenset({400, 401, 404, 405, 422, 500})
+"""SuperLink's words for what no SuperNode sends. 403 is a run that is over, 412 a node that is held for live still."""
 
 
 class Refused(Exception):  # noqa: N818 - what became of a request, not a fault of ours

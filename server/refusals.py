@@ -16,14 +16,16 @@ Note = Callable[[str, Mapping[str, str | int | float]], None]
 
 EVERY_S = 60.0
 """Of one reason and peer, one line in this time; the next says how many there were since."""
-MOST_PEERS = 500
-"""Pairs of reason and peer that are told apart at a time; all others are one."""
+MOST_STRANGERS = 50
+"""Pairs of reason and address that are told apart at a time; all others are one. So whoever has many addresses adds 20
+MB a day to the log at most. Sites are always told apart: they are few, and known."""
 OTHERS = "others"
 
 
 @dataclass
 class _Kept:
     told_at: float
+    is_stranger: bool
     untold: int = 0
 
 
@@ -38,16 +40,19 @@ class Refusals:
         """Reason -> how often since this process began."""
         self._writer: ThreadPoolExecutor | None = None
 
-    def add(self, reason: str, peer: str) -> None:
-        """peer: a site's name, or an IP address where no key was shown."""
+    def add(self, reason: str, peer: str, *, is_stranger: bool = False) -> None:
+        """peer: a site's name, or of a stranger, who showed no certificate, the IP address."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        if (reason, peer) not in self._kept and len(self._kept) >= MOST_PEERS:
+        if is_stranger and (reason, peer) not in self._kept and self._is_full():
             peer = OTHERS
         if (kept := self._kept.get((reason, peer))) is None:
-            self._kept[reason, peer] = _Kept(self._clock())
+            self._kept[reason, peer] = _Kept(self._clock(), is_stranger)
             self._tell(reason, peer, 1)
         else:
             kept.untold += 1
+
+    def _is_full(self) -> bool:
+        return sum(kept.is_stranger for kept in self._kept.values()) >= MOST_STRANGERS
 
     def tell_due(self, *, all_of_them: bool = False) -> None:
         """Note what was counted since it was last noted, where that is long enough ago; to be called now and then."""
@@ -59,7 +64,7 @@ class Refusals:
                 del self._kept[reason, peer]
                 continue
             self._tell(reason, peer, kept.untold)
-            self._kept[reason, peer] = _Kept(now)
+            self._kept[reason, peer] = _Kept(now, kept.is_stranger)
 
     @contextmanager
     def told_in_background(self) -> Iterator[None]:

@@ -39,13 +39,14 @@ class FrontLimits(Config):
     """For one whole request: a piece of 5 MB then needs 230 kbit/s. Flower gives up an upload after as long."""
     answer_s: Seconds = 60.0
     """How long SuperLink may take to begin an answer."""
-    object_mb: Megabytes = 16.0
+    object_mb: Megabytes = 6.0
     """One piece of an update. Flower cuts arrays into pieces of 5.3 MB (5 MiB)."""
     site_gb_per_hour: Annotated[float, Field(gt=0)] = 50.0
     """Sent by a site, and 1 MB for each object that it announces. SuperLink keeps it on disk until it is fetched; so
     nobody fills the disk quickly, or keeps the database from the others."""
-    objects_of_answer: Count = 512
-    """That one answer is made of: a piece of 5.3 MB each, and some more for an answer's own form."""
+    objects_of_answer: Count = 256
+    """That one answer is made of: a piece of 5.3 MB each, and some ten more for its own form. 200 million parameters in
+    fp32 are 153 pieces. The ServerApp holds all of them in memory."""
     message_mb: Megabytes = 1.0
     """Any other request. Flower's largest announces an answer: some 70 bytes for each object of it."""
 

@@ -11,7 +11,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from server.contacts import AHEAD_S, BEHIND_S
 from server.front_rules import HEADERS, MEDIA_TYPE, MESSAGES, OBJECTS, Refused
 from server.front_shares import Allowance
-from server.refusals import MOST_PEERS, Refusals
+from server.refusals import MOST_STRANGERS, Refusals
 from unimiss_core.errors import AuditError
 
 
@@ -64,9 +64,18 @@ def test_a_scan_of_ports_cannot_fill_the_log() -> None:
     now, noted = 0.0, []
     refusals = Refusals(lambda _, fields: noted.append(fields), clock=lambda: now)
     for count in range(20_000):
-        refusals.add("not_tls", f"10.0.{count // 256 % 256}.{count % 256}")
-    assert len(noted) == MOST_PEERS + 1
+        refusals.add("not_tls", f"10.0.{count // 256 % 256}.{count % 256}", is_stranger=True)
+    assert len(noted) == MOST_STRANGERS + 1
     now = 61.0
     refusals.tell_due()
     assert sum(int(fields["count"]) for fields in noted) == 20_000
-    assert len(noted) == MOST_PEERS + 2
+    assert len(noted) == MOST_STRANGERS + 2
+
+
+def test_a_scan_of_ports_hides_no_site() -> None:
+    noted: list[Mapping[str, object]] = []
+    refusals = Refusals(lambda _, fields: noted.append(fields), clock=lambda: 0.0)
+    for count in range(MOST_STRANGERS + 1):
+        refusals.add("not_tls", f"10.0.0.{count}", is_stranger=True)
+    refusals.add("forged", "alpha")
+    assert noted[-1] == {"reason": "forged", "peer": "alpha", "count": 1}

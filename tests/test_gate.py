@@ -24,6 +24,7 @@ from client import gate
 from client.gate import FleetLine, Gate, Rules
 from client.health import ContactBook, read_contact
 from server.exchange import Reply, content_of
+from tests.unfolding import array_of_one_chunk
 from unimiss_core import bundle
 from unimiss_core.errors import AuditError, WireError
 from unimiss_core.reasons import REASONS
@@ -33,6 +34,9 @@ HASH = hashlib.sha256(FAB).hexdigest()
 RUN_ID = 7
 NODE_ID = 1234
 SECRET_WORDS = "patient Jane Doe in /data/doe_jane.dcm"
+
+MOST_BYTES = 8_000_000
+"""That a message may take in memory."""
 
 
 @dataclass
@@ -122,7 +126,11 @@ def guarded(tmp_path: Path) -> Guarded:
     coordinator = Coordinator()
     notes: list[tuple[str, Mapping[str, str | int | float]]] = []
     rules = Rules(
-        frozenset({HASH}), tmp_path / "apps", ContactBook(tmp_path), lambda kind, facts: notes.append((kind, facts))
+        frozenset({HASH}),
+        MOST_BYTES,
+        tmp_path / "apps",
+        ContactBook(tmp_path),
+        lambda kind, facts: notes.append((kind, facts)),
     )
     return Guarded(coordinator, Gate(coordinator.line(), rules), notes, tmp_path)
 
@@ -186,6 +194,10 @@ def test_what_no_site_answers_is_refused_before_any_code_is_asked_for(guarded: G
     assert not guarded.coordinator.asked
 
 
+def test_an_error_in_the_place_of_a_question_is_refused(guarded: Guarded) -> None:
+    assert_refused(guarded, make_message(request().metadata, error=Error(1)), "message_type", code=2)
+
+
 def assert_refused(guarded: Guarded, message: Message, reason: str, code: int = ErrorCode.INVALID_FAB) -> None:
     guarded.coordinator.inbox.append(message)
     assert guarded.gate.receive() is None
@@ -218,17 +230,26 @@ def test_a_reply_leaves_as_it_is_but_for_how_long_the_work_took(guarded: Guarded
     assert guarded.coordinator.runtimes_s == [0.0]
 
 
-def test_a_message_that_would_fill_the_memory_is_cut_off(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MOST_MESSAGE_BYTES", 10)
-    guarded.coordinator.objects = {"a": b"123456", "b": b"123456"}
+def test_a_message_that_would_fill_the_memory_is_cut_off(guarded: Guarded) -> None:
+    part = ConfigRecord({"a": b"x" * (MOST_BYTES // 2)}).deflate()
+    guarded.coordinator.objects = {"a": part, "b": part}
     guarded.coordinator.inbox += [request(), request()]
     supernode = guarded.gate.guarded()
     supernode.receive()
     supernode.pull_object(RUN_ID, "a")
-    with pytest.raises(ValueError, match="larger than 10 bytes"):
+    with pytest.raises(ValueError, match=f"more than {MOST_BYTES} bytes"):
         supernode.pull_object(RUN_ID, "b")
     supernode.receive()
     supernode.pull_object(RUN_ID, "b")  # counted for each message
+
+
+def test_a_message_that_unfolds_to_more_than_memory_is_cut_off(guarded: Guarded) -> None:
+    guarded.coordinator.objects = {"a": array_of_one_chunk(times=1000)}
+    guarded.coordinator.inbox.append(request())
+    supernode = guarded.gate.guarded()
+    supernode.receive()
+    with pytest.raises(ValueError, match=f"more than {MOST_BYTES} bytes"):
+        supernode.pull_object(RUN_ID, "a")
 
 
 def test_what_was_unpacked_before_is_not_run_again(guarded: Guarded) -> None:

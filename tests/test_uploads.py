@@ -3,7 +3,12 @@
 import time
 
 import pytest
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    pull_objects,
+)
 from flwr.superlink.grid import http_grid
 
 from server import uploads
@@ -13,6 +18,7 @@ from server.exchange import GRACE
 @pytest.fixture(autouse=True)
 def as_flower_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_grid, "pull_objects", pull_objects)
+    monkeypatch.setattr(http_grid, "inflate_object_from_contents", inflate_object_from_contents)
 
 
 def never_there(_object_id: str) -> bytes:
@@ -34,8 +40,9 @@ def test_the_wait_leaves_time_for_the_other_replies() -> None:
 
 
 def test_flowers_grid_asks_by_the_name_that_is_replaced() -> None:
-    assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
+    assert {"pull_objects", "inflate_object_from_contents"} <= set(http_grid.HttpGrid.pull_messages.__code__.co_names)
     uploads.bound(3600.0)
     uploads.bound(7200.0)  # another run in the same process
     assert http_grid.pull_objects.func is pull_objects
     assert http_grid.pull_objects.keywords == {"max_time": 900.0}
+    assert http_grid.inflate_object_from_contents is uploads.joined
