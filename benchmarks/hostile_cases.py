@@ -258,7 +258,7 @@ CASES: Mapping[str, Case] = {
 @contextmanager
 def stage(folder: Path) -> Iterator[Stage]:
     """Two sites that are connected, and a run that waits for a third."""
-    with deployed(folder, ("alpha", "gamma", "ghost")) as federation:
+    with deployed(folder, ("alpha", "gamma", "ghost"), wire={"losses": False}) as federation:
         federation.set_coordinator(min_replies=1, wait_s=36_000.0)
         for name, limits in LIMITS.items():
             federation.set_site(name, **limits)
@@ -353,7 +353,8 @@ def _asked(
     def act() -> str:
         settings = {"coordinator": str(folder / "coordinator.yaml"), "resume": True}
         run = stage.control.submit(settings)
-        if override:
+        if override:  # once the ServerApp has its own, and before the site has asked
+            stage.federation.until((folder / "out" / "study.yaml").exists, "the ServerApp begins")
             _rewrite(stage.federation.home.database, run, {**settings, **override})
         return "the reason alone" if facts["kind"] == "refusal" else "an error without a word"
 
