@@ -42,6 +42,8 @@ STUDY: Mapping[str, Any] = {
 }
 START_S = 240.0
 """How long processes may take to come up; some ten seconds on a machine with nothing else to do."""
+POLL_S = 0.5
+"""Between two looks whether what is waited for has come; some of them read the whole of /proc."""
 TAIL = 1500
 """Characters of each log that a failure shows."""
 
@@ -186,7 +188,7 @@ class Deployment:
         while not condition():
             if time.monotonic() - began > within_s:
                 raise DeploymentError(f"not within {within_s:g} s: {what}\n{self.logs()}")
-            time.sleep(0.2)
+            time.sleep(POLL_S)
         return time.monotonic() - began
 
     def until_ended(self, *, within_s: float = 600.0) -> int:

@@ -26,9 +26,8 @@ class Run:
     def __init__(self, federation: Deployment) -> None:
         self.federation = federation
         self.listened: dict[str, set[Listener]] = {name: set() for name in ("coordinator", *federation.sites)}
-        for name, site in federation.sites.items():
+        for site in federation.sites.values():
             site.starts("run")
-            federation.sites[name] = site
         federation.runs()
         federation.until(self._is_over, "the run ends", within_s=480.0)
         self.code = federation.until_ended()
