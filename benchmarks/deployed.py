@@ -199,10 +199,11 @@ class Deployment:
         return process.returncode
 
     def is_training(self, name: str) -> bool:
-        """Whether a site is at work on a round now: its processes, and what the coordinator was asked last."""
+        """Whether a site is at work on a round that is not finished: by what it was asked last, and its processes."""
         path = self.sites[name].home / "state" / "contact.json"
         with suppress(OSError, ValueError):
-            return json.loads(path.read_text())["round"] is not None and bool(self.sites[name].processes("clientapp"))
+            asked = json.loads(path.read_text())["round"] or 0
+            return asked > len(self.rounds()) and bool(self.sites[name].processes("clientapp"))
         return False
 
     def logs(self) -> str:
