@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from client.health import LASTING, Contact, Health, State
+from client.health import LASTING, Contact, Health, Refused, State
 from unimiss_core.errors import UnimissError
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ def pause_s(failures: int, problem: str | None) -> float:
 @dataclass
 class Supervision:
     """start: begins a life; its processes, in the order in which they are to end. contact: what the gate last heard.
-    wait: sleeps, and says whether the daemon was asked to stop meanwhile. now: seconds since 1970."""
+    wait: sleeps, and says whether the daemon was asked to stop meanwhile. now: seconds since 1970. refused: what the
+    site last refused."""
 
     pid: int
     start: Callable[[], Sequence[Running]]
@@ -59,6 +60,9 @@ class Supervision:
     note: Note
     wait: Callable[[float], bool]
     now: Callable[[], float]
+    refused: Callable[[], Refused | None] = lambda: None
+    _said: str = ""
+    """Of what was refused: once, however often it is asked for."""
     _since: float = 0.0
     _restarts: int = 0
     _ended: str | None = None
@@ -102,6 +106,7 @@ class Supervision:
             self._tell("running")
             while not self.wait(LOOK_EVERY_S):
                 self._watch(began)
+                self._say_what_was_refused()
                 for process in processes:
                     if (ended := process.how_it_ended()) is not None:
                         return ended
@@ -122,6 +127,11 @@ class Supervision:
         elif troubled_s > LOST_AFTER_S and self._is_connected:
             self._is_connected = False
             self._record("lost")
+
+    def _say_what_was_refused(self) -> None:
+        if (refused := self.refused()) is not None and refused.words != self._said:
+            self._said = refused.words
+            log.warning("refused, with the reason `%s`: %s", refused.reason, refused.words)
 
     def _contact_of_life(self, began: float) -> Contact | None:
         """What the gate of this life has heard; not what one before it left in the file."""

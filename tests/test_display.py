@@ -118,7 +118,7 @@ def test_of_a_patient_level_study_no_count_of_scans_and_no_loss_is_shown(termina
     events = [Preparing("alpha", 31, 0, is_secret=True), Preparing("alpha", 47, 47, is_secret=True)]
     text = shown([*events, RoundStarted(1, 2, SITES), StepDone("beta", 3, 9, None)], terminal=terminal)
     assert "alpha" in text
-    assert "scans" in text
+    assert terminal or "alpha: scans are prepared" in text  # of bars only the last that they showed is kept
     assert not {"31", "47", "loss"} & set(text.replace(":", " ").replace(",", " ").split())
 
 

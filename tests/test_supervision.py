@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from client.health import Contact, Health
+from client.health import Contact, Health, Refused
 from client.supervision import PATIENCE_S, Supervision, pause_s
 from unimiss_core.errors import UnimissError
 
@@ -58,10 +58,9 @@ class World:
         assert kind == "daemon"
         self.notes.append(str(facts["event"]))
 
-    def run(self) -> None:
-        Supervision(
-            4711, self.start, lambda: self.contact, self.told.append, self.note, self.wait, lambda: self.time
-        ).run()
+    def run(self, refused: Callable[[], Refused | None] = lambda: None) -> None:
+        at = self.start, lambda: self.contact, self.told.append, self.note, self.wait, lambda: self.time
+        Supervision(4711, *at, refused).run()
 
 
 def life(
@@ -183,6 +182,15 @@ def test_a_life_that_ends_loses_the_coordinator_and_the_next_finds_it() -> None:
     world = World([life(100.0, connects=True)], stop_at=150.0)
     world.run()
     assert world.notes == ["started", "connected", "lost", "connected", "stopped"]
+
+
+def test_what_was_refused_is_said_once_on_the_daemons_screen(caplog: pytest.LogCaptureFixture) -> None:
+    world = World([life(connects=True)], stop_at=60.0)
+    refused = Refused(at=world.time, reason="policy", words="study 'x' is refused:\nit is not in policy.studies")
+    world.run(lambda: refused.model_copy(update={"at": world.time}))
+    assert [message for message in caplog.messages if "refused" in message] == [
+        "refused, with the reason `policy`: study 'x' is refused:\nit is not in policy.studies"
+    ]
 
 
 def test_a_disk_that_takes_no_more_notes_ends_nothing() -> None:
