@@ -20,7 +20,8 @@ from unimiss_core.config import Config
 log = logging.getLogger(__name__)
 
 PROBLEMS: dict[str, str] = {
-    "unreachable": "the coordinator cannot be reached: its machine is off, or the network or a firewall is in between",
+    "unreachable": "the coordinator cannot be reached: its machine is off, or the network or a firewall is in between, "
+    "or no study runs there just now, for its port is open only while one does",
     "proxy": "the proxy that HTTPS_PROXY names cannot be reached, or lets nobody through to the coordinator",
     "tls": "what answers is not the coordinator that this site has joined, or a certificate has run out; "
     "`unimiss-site check` says which",

@@ -186,9 +186,12 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
     server: Typed, alpha: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
-    assert "shut out from its next request on" in server("revoke", "alpha").out
+    unsure = server("revoke", "alpha")
+    assert (unsure.code, "at once and for ever" in unsure.err) == (2, True)
+    assert Home(server.folder).welcome("alpha").exists()
+    assert "shut out from its next request on" in server("revoke", "alpha", "--yes").out
     assert not Home(server.folder).welcome("alpha").exists()
-    assert "was revoked before" in server("revoke", "alpha").out
+    assert "was revoked before" in server("revoke", "alpha", "--yes").out
     anew = begun(tmp_path / "anew", capsys, "alpha")
     for words in (
         ("alpha", "--key", alpha.folder / "alpha.join.yaml"),
@@ -201,9 +204,9 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
 
 
 def test_revoking_an_unknown_site_tells_who_is_known(server: Typed, alpha: Typed) -> None:
-    assert "no site was ever approved here" in server("revoke", "beta").err
+    assert "no site was ever approved here" in server("revoke", "beta", "--yes").err
     server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
-    said = server("revoke", "beta")
+    said = server("revoke", "beta", "--yes")
     assert (said.code, "there are: alpha" in said.err) == (2, True)
 
 

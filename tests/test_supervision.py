@@ -108,7 +108,7 @@ def test_an_end_with_code_0_is_an_end_like_any_other() -> None:
     world = World([life(30.0, "exit code 0", connects=True)], stop_at=100.0)
     world.run()
     assert gaps(world.starts) == [35.0, 35.0]
-    assert world.told[-1].ended == "exit code 0"
+    assert world.told[-1].ended == "the gate, exit code 0 (log/gate.log in the state folder)"
 
 
 def test_whoever_reached_the_coordinator_begins_again_with_short_pauses() -> None:
@@ -182,6 +182,15 @@ def test_a_life_that_ends_loses_the_coordinator_and_the_next_finds_it() -> None:
     world = World([life(100.0, connects=True)], stop_at=150.0)
     world.run()
     assert world.notes == ["started", "connected", "lost", "connected", "stopped"]
+
+
+def test_whoever_was_revoked_reads_so_on_the_daemons_screen(caplog: pytest.LogCaptureFixture) -> None:
+    World([life(1.0, "exit code 0", problem="not_approved", who=1)], stop_at=60.0).run()
+    (said,) = (message for message in caplog.messages if message.startswith("ended"))
+    assert said == (
+        "ended: flower-superexec, exit code 0 (log/training.log in the state folder); the coordinator does not know "
+        "this site's key, or has revoked it; only its operator can mend that; the next try is in 300 s"
+    )
 
 
 def test_what_was_refused_is_said_once_on_the_daemons_screen(caplog: pytest.LogCaptureFixture) -> None:
