@@ -111,7 +111,8 @@ def test_examples_are_right(server: Typed, alpha: Typed) -> None:
 def test_a_folder_is_not_begun_twice(server: Typed, alpha: Typed) -> None:
     before = {path: path.read_bytes() for path in server.folder.rglob("*") if path.is_file()}
     again = server("init", server.folder, "--address", "a.example.org:1", home=False)
-    assert (again.code, "holds something already" in again.err) == (2, True)
+    assert (again.code, "is a coordinator's folder already" in again.err) == (2, True)
+    assert "delete" not in again.err
     assert {path: path.read_bytes() for path in server.folder.rglob("*") if path.is_file()} == before
     key = SiteHome(alpha.folder).private_key.read_bytes()
     again = alpha("init", alpha.folder, "--name", "alpha", home=False)
