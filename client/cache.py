@@ -194,20 +194,14 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
         looked=lambda files: show(files, 0),
     )
     check_known(site, found.assumed if by_patient else {})
-    library = _library(site, found, _built(site, plan, found, secret, evicts=evicts, show=show))
+    library = _library(site, found, _built(site, plan, found, secret, show, evicts))
     if not _PASSING & library.left_out.keys():
         _remember(site, file, state, library)
     return library
 
 
 def _built(
-    site: SiteConfig,
-    plan: PlanConfig,
-    found: Catalogue,
-    secret: bytes,
-    *,
-    evicts: bool,
-    show: Callable[[int, int], None],
+    site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, show: Callable[[int, int], None], evicts: bool
 ) -> list["_Record"]:
     """What became of each candidate; those that no journal knows are read now. show: is told how many of how many."""
     folder = site.cache_folder
