@@ -121,7 +121,7 @@ def unknown_key(stage: Stage) -> tuple[str, str]:
 
 
 def revoked_key(stage: Stage) -> tuple[str, str]:
-    stage.federation.coordinator.types("revoke", "ghost")
+    stage.federation.coordinator.types("revoke", "ghost", "--yes")
     return _at_the_front(stage, stage.tls("ghost"), _request(stage, "ghost"), reason="not_approved")
 
 

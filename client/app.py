@@ -7,18 +7,21 @@ and all that leaves goes through `_reply`, where it is written into the site's a
 
 import logging
 import math
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.audit import answer_entry, is_charged, log_of, named_by, request_facts
 from client.execution import look_over
+from client.health import REFUSED, Refused, write
 from client.ledger import ledger_of
 from client.policy import check_groups, check_policy
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site, site_file
-from client.site_config import load_site
+from client.site_config import load_site, state_folder
 from client.telling import tell_if_heard, tell_of_scans
 from client.terms import check_rounds, check_terms
 from client.trainer import run_round
@@ -41,6 +44,7 @@ from unimiss_core.errors import (
 )
 from unimiss_core.groups import groups_of_ranks
 from unimiss_core.network import empty_network
+from unimiss_core.reasons import REASONS as MEANINGS
 from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import (
@@ -85,6 +89,10 @@ REASONS: dict[type[Exception], str] = {
 }
 """Exception -> what the coordinator is told; a WireError brings its own code, anything else is `failed`. Those that may
 hang on scans do not come here from a patient-level study: `client.private_round.cause_kept_here`."""
+
+
+PASSING = frozenset({"needs_whole", "busy"})
+"""Reasons by which a round goes its way: nobody has to know of them."""
 
 
 @app.query()
@@ -165,7 +173,11 @@ def _written_down(message: Message, context: Context, answer: Callable[[], Recor
     audit, asked = log_of(site_file(context)), named_by(came)
     audit.record("request", asked, **request_facts(message.metadata.message_type, came))
     content = _or_refusal(context, answer)
-    audit.record(*answer_entry(content, asked, _spent(message, context, content)))
+    kind, facts = answer_entry(content, asked, _spent(message, context, content))
+    audit.record(kind, facts)
+    if kind != "refusal":
+        with suppress(Exception):
+            (state_folder(site_file(context)) / REFUSED).unlink(missing_ok=True)
     return content
 
 
@@ -182,12 +194,23 @@ def _or_refusal(context: Context, answer: Callable[[], RecordDict]) -> RecordDic
         return answer()
     except WireError as error:
         log.warning("refused reason=%s", error)
-        return Refusal(error.reason).pack()
+        return _refused(context, error.reason)
     except UnimissError as error:
         name = name_of(context)
         # On the site's own screen; the coordinator gets a code.
         tell_if_heard(name, str(error).removeprefix(f"site '{name}': "))
-        return Refusal(REASONS.get(type(error), "failed")).pack()
+        words = str(error) if isinstance(error, PolicyError | PrivacyBudgetError) else ""
+        return _refused(context, REASONS.get(type(error), "failed"), words)
     except Exception as error:
         log.error("failed: %s", where(error))
-        return Refusal("failed").pack()
+        return _refused(context, "failed")
+
+
+def _refused(context: Context, reason: str, words: str = "") -> RecordDict:
+    """The refusal, which the daemon's screen and `unimiss-site status` tell of, too. words: what no path and no patient
+    stands in; without them it is what the reason means, and the log says more."""
+    if reason not in PASSING:
+        words = words or f"{MEANINGS[reason].means} (log/training.log in the state folder)"
+        with suppress(Exception):  # no such word may keep an answer from leaving
+            write(state_folder(site_file(context)) / REFUSED, Refused(at=time.time(), reason=reason, words=words))
+    return Refusal(reason).pack()

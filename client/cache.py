@@ -19,7 +19,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -174,6 +174,9 @@ def _opened(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: boo
 
 
 def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: bool) -> Library:
+    def show(done: int, total: int) -> None:
+        progress.report(progress.Preparing(site.name, done, total, is_secret=by_patient))
+
     secret = load_secret(site.state)
     folder = site.cache_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -188,17 +191,19 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
         interpolate=plan.missing_slices == "interpolate",
         by_patient=by_patient,
         processes=site.workers,
-        looked=lambda files: progress.report(progress.Preparing(site.name, files, 0)),
+        looked=lambda files: show(files, 0),
     )
     check_known(site, found.assumed if by_patient else {})
-    library = _library(site, found, _built(site, plan, found, secret, evicts=evicts))
+    library = _library(site, found, _built(site, plan, found, secret, show, evicts))
     if not _PASSING & library.left_out.keys():
         _remember(site, file, state, library)
     return library
 
 
-def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, *, evicts: bool) -> list["_Record"]:
-    """What became of each candidate; those that no journal knows are read now."""
+def _built(
+    site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, show: Callable[[int, int], None], evicts: bool
+) -> list["_Record"]:
+    """What became of each candidate; those that no journal knows are read now. show: is told how many of how many."""
     folder = site.cache_folder
     for partial in folder.glob(".*.partial"):
         if time.time() - partial.stat().st_mtime > _STALE_S:
@@ -210,7 +215,7 @@ def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, 
     make_room(site, wanted, plan, kept=_names(site, records, stamps), evicts=evicts)
     tasks = [_Build(found.candidates[index], plan, stamps[index], folder, site.state_key) for index in missing]
     done = len(stamps) - len(tasks)
-    progress.report(progress.Preparing(site.name, done, len(stamps)))
+    show(done, len(stamps))
     with (folder / "built.jsonl").open("a", encoding="utf-8") as journal:
         journal.write("\n")  # ends a line that a crash may have cut
         for index, outcome in _outcomes(tasks, site.workers):
@@ -222,7 +227,7 @@ def _built(site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, 
                 journal.write(json.dumps(asdict(record)) + "\n")
                 journal.flush()
             done += 1
-            progress.report(progress.Preparing(site.name, done, len(stamps)))
+            show(done, len(stamps))
     return [records[stamp] for stamp in stamps]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from client.health import CONTACT, HEALTH, read_contact, write
+from client.health import CONTACT, HEALTH, REFUSED, read_contact, read_refused, write
 from client.home import Home
 from client.site_config import SiteConfig, load_site
 from client.supervision import Note, Supervision
@@ -72,6 +72,7 @@ def run(home: Home, note: Note) -> None:
             note=note,
             wait=stop.wait,
             now=time.time,
+            refused=lambda: read_refused(site.state),
         ).run()
 
 
@@ -125,7 +126,8 @@ def _prepare(site: SiteConfig) -> _Folders:
         folders.empty.mkdir(parents=True)
         folders.log.mkdir(exist_ok=True)
         keys.write_private(folders.secret, secrets.token_hex(32).encode())
-        (site.state / CONTACT).unlink(missing_ok=True)
+        for told_before in (CONTACT, REFUSED):
+            (site.state / told_before).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"site '{site.name}': key 'state': cannot be written to ({error.strerror})") from None
     return folders

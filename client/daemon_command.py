@@ -5,9 +5,13 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from client.home import Home
 from unimiss_core.errors import ConfigError, UnimissError
+
+if TYPE_CHECKING:
+    from client.site_config import SiteConfig
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,9 @@ def _status(options: argparse.Namespace) -> None:
     from client import status
     from client.daemon import is_running
 
+    home = Home.named(options.home)
+    if home.has_left:
+        raise ConfigError(f"{home.path}: this site has left its coordinator, and its keys are gone; nothing runs here")
     state = _state(Home.chosen(options.home))
     print(status.as_json(state) if options.json else "\n".join(status.lines(state, time.time())))
     if not is_running(state):
@@ -59,6 +66,7 @@ def _status(options: argparse.Namespace) -> None:
 def _leave(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
     from client.audit import log_of
+    from client.daemon import is_running
     from client.leaving import leave
     from client.site_config import load_site
 
@@ -69,9 +77,21 @@ def _leave(options: argparse.Namespace) -> None:
             f"{home.path}: leaving stops the daemon and destroys this site's keys, for good; the ledger and the audit "
             "log stay. To do it: unimiss-site leave --yes"
         )
+    if is_running(site.state):
+        print("the daemon is asked to stop; that can take a minute", flush=True)
     leave(home, site, log_of(home.site).record)
     print(f"{site.name}: has left; its keys are gone. Its ledger and audit log stay: `audit` and `ledger` {home.site}")
-    print(f"Tell the coordinator's operator, who then types: unimiss-server revoke {site.name}")
+    print(_what_stays(site))
+    print(f"Tell the coordinator's operator, who then types: unimiss-server revoke {site.name} --yes")
+
+
+def _what_stays(site: "SiteConfig") -> str:
+    """And may be deleted, because nothing needs it any more."""
+    return (
+        f"Left in place, too: prepared scans, which are pixels ({site.cache_folder}); what was learned "
+        f"({site.state / 'runs'}); and {site.state / 'patient_secret'}, by which the prepared scans name patients. "
+        "Nothing needs these three any more; rm -r deletes them."
+    )
 
 
 def show_readiness(home: Home) -> int:

@@ -1,7 +1,8 @@
-"""How the daemon is doing: two small files in the state folder, which `unimiss-site status` reads from any terminal.
+"""How the daemon is doing: three small files in the state folder, which `unimiss-site status` reads from any terminal.
 
 contact.json is the gate's: what it hears from the coordinator. health.json is the daemon's: what it starts and why it
-waits. Each appears whole or not at all, and neither names a patient, a scan or a path.
+waits. refused.json is the ClientApp's: why it last refused what it was asked. Each appears whole or not at all, and
+none names a patient, a scan or a path.
 """
 
 import logging
@@ -19,7 +20,8 @@ from unimiss_core.config import Config
 log = logging.getLogger(__name__)
 
 PROBLEMS: dict[str, str] = {
-    "unreachable": "the coordinator cannot be reached: its machine is off, or the network or a firewall is in between",
+    "unreachable": "the coordinator cannot be reached: its machine is off, or the network or a firewall is in between, "
+    "or no study runs there just now, for its port is open only while one does",
     "proxy": "the proxy that HTTPS_PROXY names cannot be reached, or lets nobody through to the coordinator",
     "tls": "what answers is not the coordinator that this site has joined, or a certificate has run out; "
     "`unimiss-site check` says which",
@@ -41,6 +43,7 @@ HealthT = TypeVar("HealthT", bound=Config)
 
 CONTACT = "contact.json"
 HEALTH = "health.json"
+REFUSED = "refused.json"
 
 
 class Contact(Config):
@@ -71,6 +74,17 @@ class Health(Config):
     ended: str | None = None
     """How the last of them ended."""
     next_try: float | None = None
+
+
+class Refused(Config):
+    """What this site refused; there while it answered nothing since."""
+
+    at: float
+    """Seconds since 1970."""
+    reason: str
+    """As its coordinator was told: a code of `unimiss_core.reasons`."""
+    words: str
+    """For the site's operator, of one or more lines."""
 
 
 class ContactBook:
@@ -123,6 +137,10 @@ def read_contact(folder: Path) -> Contact | None:
 
 def read_health(folder: Path) -> Health | None:
     return _read(Health, folder / HEALTH)
+
+
+def read_refused(folder: Path) -> Refused | None:
+    return _read(Refused, folder / REFUSED)
 
 
 def _read(kind: type[HealthT], path: Path) -> HealthT | None:

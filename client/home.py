@@ -26,16 +26,26 @@ class Home:
     path: Path
 
     @classmethod
+    def named(cls, given: Path | None) -> Self:
+        """The folder that --home or the environment names, else the current one, whatever is in it."""
+        return cls((given or Path(os.environ.get(VARIABLE) or ".")).absolute())
+
+    @classmethod
     def chosen(cls, given: Path | None) -> Self:
         """The folder that --home or the environment names, else the current one. Raises ConfigError: `init` made none
         there."""
-        home = cls((given or Path(os.environ.get(VARIABLE) or ".")).absolute())
+        home = cls.named(given)
         if not home.private_key.is_file():
             raise ConfigError(
                 f"{home.path}: is not a site's folder; make one with `unimiss-site init`, or name it with --home or "
                 f"{VARIABLE}"
             )
         return home
+
+    @property
+    def has_left(self) -> bool:
+        """Whether `leave` destroyed its keys: the public one stays."""
+        return self.public_key.is_file() and not self.private_key.exists()
 
     @property
     def site(self) -> Path:

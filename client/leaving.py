@@ -1,8 +1,8 @@
 """`unimiss-site leave`: stop the daemon and destroy the keys, by which nothing can take part under this site's name.
 
 What stays is what the hospital answers for: the ledger, because what patients have cost is not undone by leaving, and
-would count from zero again in the next study; and the audit log, which says what has left. The scans' cache and what
-was learned stay, too, in the state folder: they may be deleted, and are nobody else's.
+would count from zero again in the next study; and the audit log, which says what has left. The scans' cache, what
+was learned and patient_secret stay, too, in the state folder: they may be deleted, and are nobody else's.
 """
 
 import os

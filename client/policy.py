@@ -29,7 +29,8 @@ def check_policy(config: SiteConfig, study: StudyConfig, run: str) -> None:
     found = [*beyond(config.policy, study), *_no_room(config, study, run)]
     if found:
         raise PolicyError(
-            f"study '{study.name}' ({study.digest()}) is refused by this site's own policy:\n" + "\n".join(found)
+            f"study '{study.name}' ({study.digest()}) is refused by this site's own policy (`policy` in site.yaml):\n"
+            + "\n".join(found)
         )
 
 

@@ -30,6 +30,11 @@ class Reached:
     detail: str = ""
     clock_ahead_s: float | None = None
 
+    @property
+    def nobody_listens(self) -> bool:
+        """The connection was refused at once: as where no study runs, and unlike a firewall that swallows it."""
+        return self.problem == "unreachable" and "connection refused" in self.detail.lower()
+
 
 def reach(home: Home) -> Reached:
     """Ask the coordinator once. Raises ConfigError: the site has not joined, or its keys are damaged."""

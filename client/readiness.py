@@ -133,7 +133,7 @@ def _coordinator(reached: Reached) -> Point:
     if reached.problem is None:
         return Point("good", "coordinator", f"{reached.address} answers, {reached.way}, and knows this site's key")
     detail = f" ({reached.detail})" if reached.detail else ""
-    mark: Mark = "warning" if reached.problem == "no_run" else "bad"
+    mark: Mark = "warning" if reached.problem == "no_run" or reached.nobody_listens else "bad"
     return Point(mark, "coordinator", f"{reached.address}, asked {reached.way}: {PROBLEMS[reached.problem]}{detail}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from client.daemon import is_running
-from client.health import LASTING, PROBLEMS, Contact, Health, read_contact, read_health
+from client.health import LASTING, PROBLEMS, Contact, Health, read_contact, read_health, read_refused
 
 STALE_S = 120.0
 """Longer than this without an answer, and without a word why, a coordinator is told to be silent."""
@@ -15,11 +15,12 @@ STALE_S = 120.0
 
 def as_json(state: Path) -> str:
     """All that is known, for a monitor."""
-    contact, health = read_contact(state), read_health(state)
+    contact, health, refused = read_contact(state), read_health(state), read_refused(state)
     facts: dict[str, Any] = {
         "running": is_running(state),
         "daemon": health.model_dump() if health else None,
         "contact": contact.model_dump() if contact else None,
+        "refused": refused.model_dump() if refused else None,
     }
     return json.dumps(facts, indent=1)
 
@@ -35,6 +36,10 @@ def lines(state: Path, now: float) -> Iterator[str]:
     if contact is not None and contact.asked is not None:
         what = f"for round {contact.round}" if contact.round is not None else "who this site is"
         yield f"last asked   {what}, {at(contact.asked)}"
+    if (refused := read_refused(state)) is not None:
+        first, *more = refused.words.splitlines()
+        yield f"refused      at {at(refused.at)}, with the reason `{refused.reason}`: {first}"
+        yield from (f"             {line}" for line in more)
 
 
 def at(seconds: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from client.health import LASTING, Contact, Health, State
+from client.health import LASTING, PROBLEMS, Contact, Health, Refused, State
 from unimiss_core.errors import UnimissError
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ LONGEST_PAUSE_S = 300.0
 LOOK_EVERY_S = 1.0
 LOST_AFTER_S = 60.0
 """A problem that passes sooner is a word between two networks, and no loss of the coordinator."""
+PROCESSES = (("the gate", "gate.log"), ("flower-superexec", "training.log"))
+"""Of a life, in the order in which they are to end: what each is called, and where it logs."""
 PATIENCE_S = 15.0
 """For a process that was asked to end: the gate signs off at the coordinator, at which others then no longer wait."""
 
@@ -50,7 +52,8 @@ def pause_s(failures: int, problem: str | None) -> float:
 @dataclass
 class Supervision:
     """start: begins a life; its processes, in the order in which they are to end. contact: what the gate last heard.
-    wait: sleeps, and says whether the daemon was asked to stop meanwhile. now: seconds since 1970."""
+    wait: sleeps, and says whether the daemon was asked to stop meanwhile. now: seconds since 1970. refused: what the
+    site last refused."""
 
     pid: int
     start: Callable[[], Sequence[Running]]
@@ -59,6 +62,9 @@ class Supervision:
     note: Note
     wait: Callable[[float], bool]
     now: Callable[[], float]
+    refused: Callable[[], Refused | None] = lambda: None
+    _said: str = ""
+    """Of what was refused: once, however often it is asked for."""
     _since: float = 0.0
     _restarts: int = 0
     _ended: str | None = None
@@ -82,7 +88,8 @@ class Supervision:
             failures = 1 if contact is not None and contact.connected is not None else failures + 1
             self._restarts, self._ended = self._restarts + 1, ended
             pause = pause_s(failures, contact.problem if contact else None)
-            log.warning("ended: %s; the next try is in %.0f s", ended, pause)
+            problem = PROBLEMS.get(contact.problem) if contact is not None and contact.problem is not None else None
+            log.warning("ended: %s%s; the next try is in %.0f s", ended, f"; {problem}" if problem else "", pause)
             self._tell("waiting", next_try=self.now() + pause)
             if self._is_connected:
                 self._is_connected = False
@@ -102,9 +109,10 @@ class Supervision:
             self._tell("running")
             while not self.wait(LOOK_EVERY_S):
                 self._watch(began)
-                for process in processes:
+                self._say_what_was_refused()
+                for process, (name, file) in zip(processes, PROCESSES, strict=True):
                     if (ended := process.how_it_ended()) is not None:
-                        return ended
+                        return f"{name}, {ended} (log/{file} in the state folder)"
             return None
         finally:
             for process in processes:
@@ -122,6 +130,11 @@ class Supervision:
         elif troubled_s > LOST_AFTER_S and self._is_connected:
             self._is_connected = False
             self._record("lost")
+
+    def _say_what_was_refused(self) -> None:
+        if (refused := self.refused()) is not None and refused.words != self._said:
+            self._said = refused.words
+            log.warning("refused, with the reason `%s`: %s", refused.reason, refused.words)
 
     def _contact_of_life(self, began: float) -> Contact | None:
         """What the gate of this life has heard; not what one before it left in the file."""

@@ -162,7 +162,7 @@ def _take_steps(
         for step, batch in upcoming:
             report, skipped = _take_step(learner, batches, step, batch, site=site.config.name)
             figures.add(report, skipped)
-            loss = mean_cross_entropy(report.terms)
+            loss = None if site.is_private else mean_cross_entropy(report.terms)
             progress.report(progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, loss))
             if team.place == 0 and time.monotonic() - saved >= 60 * site.config.checkpoint_minutes:
                 _save_unfinished(site, learner, round, received, figures)

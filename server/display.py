@@ -210,7 +210,7 @@ class Lines:
         match event:
             case Preparing(done=done, total=total) if done == total > 0 and self._prepared.get(event.site) != total:
                 self._prepared[event.site] = total
-                self._line(f"{event.site}: {counted(total, 'scan')} prepared")
+                self._line(f"{event.site}: {'scans are' if event.is_secret else counted(total, 'scan')} prepared")
             case SiteReplied(status=status) if status != "ok":
                 self._line(_refusal(event))
             case RoundDone():
@@ -306,13 +306,16 @@ class _Words(ProgressColumn):
 
 
 def _preparation(event: Preparing) -> str:
+    if event.is_secret:
+        return "looking through files" if event.total == 0 else "preparing scans"
     if event.total == 0:
         return f"looking through files, {event.done}"
     return f"scans prepared: {event.done} of {event.total}"
 
 
 def _step(event: StepDone) -> str:
-    return f"step {event.step} of {event.steps}, loss {significant(event.loss)}"
+    loss = "" if event.loss is None else f", loss {significant(event.loss)}"
+    return f"step {event.step} of {event.steps}{loss}"
 
 
 def _status(event: SiteReplied) -> str:

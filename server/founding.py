@@ -32,6 +32,11 @@ def found(path: Path, address: str, *, now: datetime, note: Note = unnoted) -> H
     home = Home(path.absolute())
     try:
         durable.make_folder(home.path)
+        if home.server.is_file():  # it is written last
+            raise ConfigError(
+                f"{home.path}: is a coordinator's folder already, and every site relies on its keys; use it as it is, "
+                "or give a new folder"
+            )
         if any(home.path.iterdir()):
             raise ConfigError(
                 f"{home.path}: holds something already; give a new folder, or delete what an `init` that was cut off "

@@ -102,7 +102,9 @@ def _end_noted(note: Note, study: str) -> Iterator[None]:
 def _with_children(home: Home, config: ServerConfig, composed: Composed, stop: Stop) -> None:
     children = superlink.family(home, config)
     try:
-        progress.report(progress.Note("starting SuperLink and the public side"))
+        done, rounds = rounds_done(composed.folder), composed.study.schedule.rounds
+        goes_on = f"{composed.study.name}: goes on after round {done} of {rounds}; " if done else ""
+        progress.report(progress.Note(f"{goes_on}starting SuperLink and the public side"))
         children.start(stop)
         _see_through(home, config, composed, children, stop)
     finally:

@@ -219,6 +219,15 @@ class RunFolder:
             return {}
         return facts if isinstance(facts, dict) and facts.get("run") == run else {}
 
+    def why_its_last_try_ended(self) -> str:
+        """Of whichever Flower run; empty where a round was finished since, or no ServerApp said so."""
+        try:
+            if self.metrics.exists() and self.metrics.stat().st_mtime_ns >= self._ended.stat().st_mtime_ns:
+                return ""
+            return str(json.loads(self._ended.read_text(encoding="utf-8"))["error"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
             return []

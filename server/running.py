@@ -98,6 +98,8 @@ def _run_line(folder: RunFolder, running: Running | None) -> str:
         last += f", the last with {', '.join(map(printable, sorted(counting))) or 'no site'}"
     if not is_this and (error := folder.why_it_stopped()):
         last += f"; stopped: {printable(error)}"
+    elif error := folder.why_its_last_try_ended():
+        last += f"; its last try ended: {printable(error)}"
     return last
 
 

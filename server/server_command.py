@@ -103,16 +103,23 @@ def _approve(options: argparse.Namespace) -> None:
 
 def _add_revoke(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("site", metavar="SITE")
+    parser.add_argument("--yes", action="store_true", help="do it: neither this name nor this key is ever given again")
     _add_home(parser)
     parser.set_defaults(act=_revoke)
 
 
 def _revoke(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
     from server.approval import revoke
     from server.audit import coordinator_log
     from server.home import Home
 
     home = Home.chosen(options.home)
+    if not options.yes:
+        raise ConfigError(
+            f"'{options.site}': would be shut out at once and for ever, for neither this name nor its key is given "
+            f"again; see `unimiss-server sites`. To do it: unimiss-server revoke {options.site} --yes"
+        )
     is_new = revoke(home, options.site, note=coordinator_log(home.audit).record)
     said = "shut out from its next request on" if is_new else "was revoked before"
     print(f"{options.site}: {said}")

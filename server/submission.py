@@ -48,6 +48,13 @@ def rounds_done(folder: RunFolder) -> int:
     return 0 if newest is None else checkpoint.round_of(newest)
 
 
+def _without_ways(error: str) -> str:
+    """What a ServerApp says that lacks sites or updates, without what a person could do: `server.quorum`. It is tried
+    again by itself first, and `unimiss-server status` has it whole."""
+    told, _, _ = error.partition("\n")
+    return told.partition(". Mend the sites")[0].partition(". No time mends")[0]
+
+
 @dataclass
 class Submission:
     """coordinator: the coordinator file that the ServerApp reads. rounds: of the study."""
@@ -105,5 +112,5 @@ class Submission:
             raise RunEnded(f"{self.fruitless} tries finished no round; the last: {error}", code, resumes=True)
         pause = min(self.patience.pause_s * 2 ** max(self.fruitless - 1, 0), self.patience.longest_s)
         self.not_before = now + pause
-        log.warning("run=%s ended after round %s (%s); again in %g s", run, done, error, pause)
+        log.warning("run=%s ended after round %s (%s); tried again in %g s", run, done, _without_ways(error), pause)
         return False

@@ -113,6 +113,15 @@ def test_a_log_says_once_that_a_sites_scans_are_ready() -> None:
     assert shown(events) == "alpha: 5 scans prepared\n"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_of_a_patient_level_study_no_count_of_scans_and_no_loss_is_shown(terminal: bool) -> None:
+    events = [Preparing("alpha", 31, 0, is_secret=True), Preparing("alpha", 47, 47, is_secret=True)]
+    text = shown([*events, RoundStarted(1, 2, SITES), StepDone("beta", 3, 9, None)], terminal=terminal)
+    assert "alpha" in text
+    assert terminal or "alpha: scans are prepared" in text  # of bars only the last that they showed is kept
+    assert not {"31", "47", "loss"} & set(text.replace(":", " ").replace(",", " ").split())
+
+
 def test_long_lines_of_a_log_are_not_broken() -> None:
     words = "word " * 60
     assert shown([Note(words)]).splitlines() == [words.rstrip() + " "]

@@ -111,7 +111,8 @@ def test_examples_are_right(server: Typed, alpha: Typed) -> None:
 def test_a_folder_is_not_begun_twice(server: Typed, alpha: Typed) -> None:
     before = {path: path.read_bytes() for path in server.folder.rglob("*") if path.is_file()}
     again = server("init", server.folder, "--address", "a.example.org:1", home=False)
-    assert (again.code, "holds something already" in again.err) == (2, True)
+    assert (again.code, "is a coordinator's folder already" in again.err) == (2, True)
+    assert "delete" not in again.err
     assert {path: path.read_bytes() for path in server.folder.rglob("*") if path.is_file()} == before
     key = SiteHome(alpha.folder).private_key.read_bytes()
     again = alpha("init", alpha.folder, "--name", "alpha", home=False)
@@ -186,9 +187,12 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
     server: Typed, alpha: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
-    assert "shut out from its next request on" in server("revoke", "alpha").out
+    unsure = server("revoke", "alpha")
+    assert (unsure.code, "at once and for ever" in unsure.err) == (2, True)
+    assert Home(server.folder).welcome("alpha").exists()
+    assert "shut out from its next request on" in server("revoke", "alpha", "--yes").out
     assert not Home(server.folder).welcome("alpha").exists()
-    assert "was revoked before" in server("revoke", "alpha").out
+    assert "was revoked before" in server("revoke", "alpha", "--yes").out
     anew = begun(tmp_path / "anew", capsys, "alpha")
     for words in (
         ("alpha", "--key", alpha.folder / "alpha.join.yaml"),
@@ -201,9 +205,9 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
 
 
 def test_revoking_an_unknown_site_tells_who_is_known(server: Typed, alpha: Typed) -> None:
-    assert "no site was ever approved here" in server("revoke", "beta").err
+    assert "no site was ever approved here" in server("revoke", "beta", "--yes").err
     server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
-    said = server("revoke", "beta")
+    said = server("revoke", "beta", "--yes")
     assert (said.code, "there are: alpha" in said.err) == (2, True)
 
 

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from client import policy as policies
 from client import site as sites
+from client.health import read_refused
 from client.policy import beyond, check_groups, in_words
 from client.site_config import SitePolicy, load_site
 from tests.federation import RUN, layout_for, random_tensors, small_study
@@ -77,6 +78,19 @@ def test_what_the_policy_does_not_allow_is_refused_before_anything_is_read(tmp_p
 )
 def test_what_it_allows_takes_part(tmp_path: Path, policy: dict[str, Any]) -> None:
     assert asked(Hospital(tmp_path, policy=policy), QUIET)[0] == [None, None]
+
+
+def test_the_site_keeps_in_words_what_it_last_refused_until_it_answers(tmp_path: Path) -> None:
+    hospital = Hospital(tmp_path, policy={"studies": []})
+    asked(hospital, QUIET)
+    refused = read_refused(tmp_path / "state")
+    assert refused is not None
+    assert refused.reason == "policy"
+    assert f"add '{QUIET.digest()}' to allow it" in refused.words
+    file = tmp_path / "site.yaml"
+    file.write_text(file.read_text().replace("studies: []", f"studies: [{QUIET.digest()}]"))
+    asked(hospital, QUIET)
+    assert read_refused(tmp_path / "state") is None
 
 
 def test_every_breach_is_told_at_once() -> None:

@@ -255,6 +255,15 @@ def test_a_private_federation_runs_and_its_coordinator_learns_no_count_and_no_lo
     assert state.attendance.ledgers["north"].seq == 4
 
 
+def test_a_simulations_screen_which_is_its_coordinators_is_told_no_loss_and_no_count(tmp_path: Path) -> None:
+    study, events = private_study(rounds=1), list[progress.Event]()
+    with Hospital(tmp_path).asked() as ask, progress.listen(events.append):
+        ask(Hello(study, RUN).pack(), "query")
+        ask(request(study), "train")
+    assert {event.is_secret for event in events if isinstance(event, progress.Preparing)} == {True}
+    assert {event.loss for event in events if isinstance(event, progress.StepDone)} == {None}
+
+
 @pytest.mark.parametrize("grown", [False, True])
 def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_path: Path, grown: bool) -> None:
     """grown: the ledger that was put back has grown past the head that is known, by another run's rounds."""

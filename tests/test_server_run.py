@@ -31,7 +31,7 @@ from tests.coordinator_home import approved_site, found_home, write_study
 from tests.run_artefacts import round_records
 from unimiss_core import progress
 from unimiss_core.config import load
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import ConfigError, UnimissError
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -181,6 +181,18 @@ def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: P
         "gamma: not heard since the public side began",
         "refused at the public side since it began: no_certificate 12",
     ]
+
+
+def test_status_tells_why_the_last_try_ended_until_a_round_is_finished(home: Home, tmp_path: Path) -> None:
+    folder = compose(home, write_study(tmp_path / "study.yaml")).folder
+    folder.note_end(1, UnimissError("1 of at least 2 sites are there; beta: policy"))
+    said = "; its last try ended: 1 of at least 2 sites are there; beta: policy"
+    assert f"toy: 0 rounds finished{said}" in status(home, at_work=False, now=NOW)
+    Running("toy", 2, NOW.timestamp() - 60, False, 1, ()).write(home.running)
+    assert f"toy: 0 rounds of 2 finished{said}" in status(home, at_work=True, now=NOW)
+    for row in round_records(1):
+        folder.append_metrics(row)
+    assert not any("its last try" in line for line in status(home, at_work=True, now=NOW))
 
 
 def test_status_tells_why_a_run_was_stopped(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,16 @@ def test_tries_without_a_round_come_to_an_end(trial: Trial) -> None:
     assert (caught.value.exit_code, caught.value.resumes) == (RoundError.exit_code, True)
 
 
+def test_what_is_tried_again_by_itself_is_not_said_to_need_a_person(
+    trial: Trial, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "1 of at least 2 sites are there; beta: policy. No time mends this; a person can:\n  - beta: lower it"
+    trial.ended(trial.begin(), RoundError(told))
+    trial.after(5.0)
+    (said,) = caplog.messages
+    assert said.endswith("(1 of at least 2 sites are there; beta: policy); tried again in 10 s")
+
+
 def test_an_error_that_lasts_ends_it_at_once(trial: Trial) -> None:
     trial.ended(trial.begin(), ConfigError("the study is another"))
     with pytest.raises(RunEnded, match="the study is another") as caught:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from client.health import Contact, Health
+from client.health import Contact, Health, Refused
 from client.supervision import PATIENCE_S, Supervision, pause_s
 from unimiss_core.errors import UnimissError
 
@@ -58,10 +58,9 @@ class World:
         assert kind == "daemon"
         self.notes.append(str(facts["event"]))
 
-    def run(self) -> None:
-        Supervision(
-            4711, self.start, lambda: self.contact, self.told.append, self.note, self.wait, lambda: self.time
-        ).run()
+    def run(self, refused: Callable[[], Refused | None] = lambda: None) -> None:
+        at = self.start, lambda: self.contact, self.told.append, self.note, self.wait, lambda: self.time
+        Supervision(4711, *at, refused).run()
 
 
 def life(
@@ -109,7 +108,7 @@ def test_an_end_with_code_0_is_an_end_like_any_other() -> None:
     world = World([life(30.0, "exit code 0", connects=True)], stop_at=100.0)
     world.run()
     assert gaps(world.starts) == [35.0, 35.0]
-    assert world.told[-1].ended == "exit code 0"
+    assert world.told[-1].ended == "the gate, exit code 0 (log/gate.log in the state folder)"
 
 
 def test_whoever_reached_the_coordinator_begins_again_with_short_pauses() -> None:
@@ -183,6 +182,24 @@ def test_a_life_that_ends_loses_the_coordinator_and_the_next_finds_it() -> None:
     world = World([life(100.0, connects=True)], stop_at=150.0)
     world.run()
     assert world.notes == ["started", "connected", "lost", "connected", "stopped"]
+
+
+def test_whoever_was_revoked_reads_so_on_the_daemons_screen(caplog: pytest.LogCaptureFixture) -> None:
+    World([life(1.0, "exit code 0", problem="not_approved", who=1)], stop_at=60.0).run()
+    (said,) = (message for message in caplog.messages if message.startswith("ended"))
+    assert said == (
+        "ended: flower-superexec, exit code 0 (log/training.log in the state folder); the coordinator does not know "
+        "this site's key, or has revoked it; only its operator can mend that; the next try is in 300 s"
+    )
+
+
+def test_what_was_refused_is_said_once_on_the_daemons_screen(caplog: pytest.LogCaptureFixture) -> None:
+    world = World([life(connects=True)], stop_at=60.0)
+    refused = Refused(at=world.time, reason="policy", words="study 'x' is refused:\nit is not in policy.studies")
+    world.run(lambda: refused.model_copy(update={"at": world.time}))
+    assert [message for message in caplog.messages if "refused" in message] == [
+        "refused, with the reason `policy`: study 'x' is refused:\nit is not in policy.studies"
+    ]
 
 
 def test_a_disk_that_takes_no_more_notes_ends_nothing() -> None:

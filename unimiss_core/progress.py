@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Preparing:
-    """A site reads and caches its scans: `done` of `total` (0 while unknown)."""
+    """A site reads and caches its scans: `done` of `total` (0 while unknown).
+
+    is_secret: in a patient-level study, where whoever watches may be the coordinator: a screen shows neither number.
+    """
 
     site: str
     done: int
     total: int
+    is_secret: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,14 @@ class StepDone:
     """A site finished optimiser step `step` of `steps` in this round.
 
     loss: mean over the objective's cross-entropies (`unimiss_core.loss_terms`), so that images and volumes show on one
-    scale, where log K is the level of a model that tells nothing apart.
+    scale, where log K is the level of a model that tells nothing apart. None in a patient-level study, whose noise does
+    not cover it.
     """
 
     site: str
     step: int
     steps: int
-    loss: float
+    loss: float | None
 
 
 @dataclass(frozen=True)
