@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.loops import MOST_AT_ONCE, add_codes, join_codes
 from server.measured import measured
 from unimiss_core.stretches import AT_ONCE, stretches
 
@@ -129,7 +130,10 @@ class ExactSum:
             if found.high is not None:  # else its low half would tell when it was moved, and so its last bits
                 self._move_high(found)
         result = torch.empty(len(bins[0].codes), dtype=dtype)
-        self._join(bins, result, divisor)
+        if len(bins) == 1 and bins[0].high is None:
+            join_codes(bins[0].codes, _surplus(bins[0]), bins[0].grid, divisor, result)
+        else:
+            self._join(bins, result, divisor)
         for found in bins:
             self._spare.keep(name, found.codes)
         return result
@@ -166,20 +170,14 @@ class ExactSum:
             self._add(found, others)
 
     def _add_codes(self, found: _Bin, summands: Sequence[_Summand]) -> None:
-        """In one pass through the bin's codes."""
+        """Those of one float type in one pass through the bin's codes."""
         cutter = _cutter(found.grid)
-        for codes, *parts in stretches(found.codes, *(summand.flat for summand in summands)):
-            begun = found.added
-            for part, summand in zip(parts, summands, strict=True):
-                x = self._buffers[0][: len(part)].copy_(part)
-                if summand.weight != 1.0:
-                    x.mul_(summand.weight)
-                if begun:
-                    codes.add_(x.add_(cutter).view(torch.int64))
-                else:
-                    torch.add(x, cutter, out=codes.view(torch.float64))
-                begun = True
-        found.added = True
+        for dtype in {summand.flat.dtype for summand in summands}:
+            alike = [summand for summand in summands if summand.flat.dtype == dtype]
+            for some in (alike[begin : begin + MOST_AT_ONCE] for begin in range(0, len(alike), MOST_AT_ONCE)):
+                values, weights = [summand.flat for summand in some], [summand.weight for summand in some]
+                add_codes(found.codes, values, weights, cutter, begun=found.added)
+                found.added = True
 
     def _move_high(self, found: _Bin) -> None:
         """Leave the lowest bits of each sum in the bin's codes, so that MOST_SUMMANDS more fit in."""

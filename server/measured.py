@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from unimiss_core.stretches import AT_ONCE, stretches
+from server.loops import extent
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,4 @@ def measured(tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) 
     held = tensors if names is None else {name: tensors[name] for name in names}
     if isinstance(tensors, Measured):
         return Measured(held, tensors.extents)
-    wide = torch.empty(AT_ONCE, dtype=torch.float64)
-    return Measured(held, {name: _extent_of(tensor, wide) for name, tensor in held.items()})
-
-
-def _extent_of(tensor: Tensor, wide: Tensor) -> Extent:
-    """wide: room for AT_ONCE values."""
-    squares = largest = 0.0
-    for (part,) in stretches(tensor):
-        values = wide[: len(part)].copy_(part)
-        squares += torch.dot(values, values).item()
-        least, most = torch.aminmax(part)  # while it is in the cache
-        largest = max(largest, -least.item(), most.item())
-    return Extent(squares, largest)
+    return Measured(held, {name: Extent(*extent(tensor)) for name, tensor in held.items()})

@@ -1,4 +1,4 @@
-"""A run's audit log as its rounds write it: in a thread of its own, so that no reply waits for a digest or a disk."""
+"""A run's audit log as its rounds write it: in threads of its own, so that no reply waits for a digest or a disk."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class RunAudit:
     def __init__(self, path: Path, study_digest: str) -> None:
         """path: the log's. Nothing is read or written yet."""
         self._log, self._study = coordinator_log(path), study_digest
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer, self._digester = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
         self._unsettled: list[Future[object]] = []
 
     def asked(self, *, run: str, round: int, site: str, bytes: int) -> None:
@@ -27,7 +27,7 @@ class RunAudit:
 
     def digest_of(self, reply: Reply) -> Digest:
         """Begin to work out what a reply is known by at both ends, while the reply is looked at."""
-        return self._writer.submit(_digest, reply)
+        return self._digester.submit(_digest, reply)
 
     def heard(self, digest: Digest, *, run: str, round: int, site: str, bytes: int, reason: str, counts: bool) -> None:
         """What became of a reply. Waits for its digest, so that one reply at most is held in memory for that."""

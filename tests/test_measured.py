@@ -40,6 +40,6 @@ def test_the_squares_of_the_largest_and_smallest_floats_are_seen() -> None:
 
 def test_what_is_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measured({"a": torch.ones(3), "b": torch.ones(4)})
-    monkeypatch.setattr(module, "_extent_of", None)
+    monkeypatch.setattr(module, "extent", None)
     assert measured(found) is not None
     assert measured(found, ["b"]).norm() == 2.0
