@@ -38,6 +38,8 @@ ONLY_IN = {
     "h11": {"server/front_conversation.py"},
     "opacus": {"client/accounting.py"},
     "monai": {"client/segmenting.py"},
+    "onnx": {"client/onnx_export.py"},
+    "onnxruntime": {"client/onnx_export.py"},
     "scipy": {"client/segmenting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
