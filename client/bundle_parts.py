@@ -5,7 +5,8 @@ it lay; `pred`, what was found. Legend of shapes: C channels, S spatial axes, K 
 """
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from client.labelled import as_stored, as_values, grid_of
 from client.masks import write_at_source
 from client.task_training import autocast
 from unimiss_core import task_checkpoint
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import ConfigError, ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel
 from unimiss_core.views import standardise, whole
+
+_log = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 
@@ -56,12 +59,12 @@ class Prepared:
         self._manifest = manifest
 
     def __call__(self, item: Mapping[str, Any]) -> Item:
-        """Raises ScanError: the scan cannot be read; ConfigError: it is of the other rank."""
+        """Raises ScanError: the scan cannot be read, or is of the other rank."""
         plan, task = self._manifest.plan, self._manifest.task
         source = Path(item["image"])
         scan = read_one(source, self._manifest.modality, interpolate=plan.missing_slices == "interpolate")
         if scan.rank != task.rank:
-            raise ConfigError(f"the scan is of rank {scan.rank}, the model of rank {task.rank}")
+            raise ScanError("other_rank", f"the scan is of rank {scan.rank}, the model of rank {task.rank}")
         values, spacing = prepare(scan, plan)
         values = as_values(as_stored(values))
         if isinstance(task, ClassificationConfig):
@@ -72,7 +75,7 @@ class Prepared:
 
 
 class Chances(nn.Module):
-    """The network's answer as probabilities (B, K) or (B, K, *S), in float32."""
+    """The network's answer as probabilities (B, K) or (B, K, *S), in float32; scans are brought to where it is."""
 
     def __init__(self, network: nn.Module, manifest: TaskManifest) -> None:
         super().__init__()
@@ -82,8 +85,9 @@ class Chances(nn.Module):
         self._precision = manifest.precision
 
     def forward(self, x: Tensor) -> Tensor:
-        with autocast(x.device, self._precision):
-            logits: Tensor = self.network(x).float()
+        device = next(self.network.parameters()).device
+        with autocast(device, self._precision):
+            logits: Tensor = self.network(x.to(device)).float()
         return logits.sigmoid() if self._several else logits.softmax(1)
 
 
@@ -127,20 +131,33 @@ class Table:
 
 @torch.inference_mode()
 def run(
-    dataset: Iterable[Item],
+    dataset: Sequence[Item],
     predictor: nn.Module,
     inferer: Callable[[Tensor, nn.Module], Tensor],
     postprocessing: Callable[[Item], Item],
-    device: torch.device,
 ) -> int:
-    """Answer every scan, one at a time; how many there were."""
+    """Answer every scan, one at a time; how many there were. What cannot be read is left out, and logged with its
+    reason."""
     predictor.eval()
     count = 0
-    for item in dataset:
-        found = inferer(item["image"][None].to(device), predictor)
-        postprocessing({**item, "pred": found[0]})
+    for number in range(len(dataset)):
+        try:
+            item = dataset[number]
+        except Exception as error:  # MONAI's own around ours, whatever version of it
+            if (reason := _reason(error)) is None:
+                raise
+            _log.warning("left out: scan %d of %d: %s", number + 1, len(dataset), reason)
+            continue
+        postprocessing({**item, "pred": inferer(item["image"][None], predictor)[0]})
         count += 1
     return count
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Of a scan that could not be used, anywhere among the causes; None where that was not it."""
+    while error is not None and not isinstance(error, ScanError):
+        error = error.__cause__
+    return None if error is None else error.reason
 
 
 def _stem(path: Path) -> str:

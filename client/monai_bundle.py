@@ -24,6 +24,7 @@ from unimiss_core.task_config import ClassificationConfig
 USE = """\
 A MONAI bundle. Each file in `dataset_dir`, or each folder in it with a DICOM series, is a scan; answers go to
 `output_dir`: `predictions.csv`, or masks in the geometry of each scan's own file. Both name a scan by its file's name.
+What cannot be read is left out, and logged. MONAI warns that a bundle's configuration is run as a program: so it is.
 
     pip install 'federated-unimiss[finetune]' fire
     python -m monai.bundle run --bundle_root . --config_file configs/inference.json \\
@@ -82,7 +83,7 @@ def inference(manifest: TaskManifest) -> dict[str, Any]:
                 }
             ],
         },
-        "run": ["$bundle_parts.run(@dataset, @predictor, @inferer, @postprocessing, @device)"],
+        "run": ["$bundle_parts.run(@dataset, @predictor, @inferer, @postprocessing)"],
     }
 
 

@@ -1,16 +1,19 @@
 """Bundles are loaded and run by MONAI itself, and answer as the fine-tuning did that they were made from."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
+from client.nifti import write_nifti
 from client.research_command import main
 from tests.test_finetune import QUICK, pictures, write_config
 from tests.test_labelled import write_case
 from tests.test_research_command import nano_checkpoint
+from unimiss_core.scan import Scan
 
 bundle = pytest.importorskip("monai.bundle")
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")  # MONAI's, of bundles by strangers
@@ -110,6 +113,22 @@ def test_a_bundle_whose_tensors_were_changed_does_not_load(classified: Path, tmp
     with pytest.raises(RuntimeError) as raised:
         parser.get_parsed_content("network_def")
     assert "was changed after it was written" in str(raised.value.__cause__ or raised.value)
+
+
+def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
+    classified: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(classified / "pictures" / "secret3.png", tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    (tmp_path / "notes.txt").write_text("no scan")
+    write_nifti(
+        tmp_path / "volume.nii", Scan(np.random.default_rng(0).random((1, 20, 40, 44), np.float32), (1, 1, 1), "MR")
+    )
+    assert [row["scan"] for row in rows(run(classified, tmp_path) / "predictions.csv")] == ["good.png"]
+    told = [record.getMessage() for record in caplog.records if record.name == "client.bundle_parts"]
+    assert len(told) == 3
+    assert "left out: scan 4 of 4: other_rank" in told
+    assert not any(str(tmp_path) in one for one in told)
 
 
 def test_a_bundle_names_no_patient_and_no_place(classified: Path) -> None:
