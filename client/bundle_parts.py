@@ -64,7 +64,7 @@ class Prepared:
         source = Path(item["image"])
         scan = read_one(source, self._manifest.modality, interpolate=plan.missing_slices == "interpolate")
         if scan.rank != task.rank:
-            raise ScanError("other_rank", f"the scan is of rank {scan.rank}, the model of rank {task.rank}")
+            raise ScanError("other_rank")
         values, spacing = prepare(scan, plan)
         values = as_values(as_stored(values))
         if isinstance(task, ClassificationConfig):

@@ -31,7 +31,7 @@ PUBLISHED_SIZES: tuple[Size, ...] = ("tiny", "small")
 _GAIN = "head.last_layer.weight_g"
 _PROTOTYPES = "head.last_layer.weight_v"
 _OF_PLUS = re.compile(r"backbone\.transformer\.ConvBlock[23]D[01]\.")
-"""Convolutions at full resolution, which only the network of UniMiSS+ begins with."""
+"""Convolutions before the first stage, which only the network of UniMiSS+ has."""
 
 # Ours -> released; {0} is a number counted from 0 in both, {0+1} one that the released code counts from 1.
 _NAMES = {
