@@ -77,8 +77,8 @@ def graph_of(
 def fitted(model: nn.Module, size: Sequence[int], *, channels: int) -> nn.Module:
     """A copy whose position tables are those that scans (B, channels, *size) meet, already resized.
 
-    ONNX has no resizing that samples as torch does where the scale is given; traced as it is, a volume's table would
-    differ by a hundredth.
+    torch's exporter drops the scale of a trilinear resizing, which sets where a table is sampled: traced as it is, a
+    volume's answers would differ by a hundredth (docs/LOG.md).
     """
     made = copy.deepcopy(model)
 
