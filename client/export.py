@@ -52,25 +52,20 @@ def export(
     source = read_source(
         folder, student=student, key=read_signing_public_key(key) if key is not None else None, licence=licence
     )
-    try:
-        if form == "monai":
-            files = monai_bundle.files_of(folder, _task_of(source))
-            use = monai_bundle.USE
-        elif form == "onnx":
-            files, use = {}, _USE_ONNX
-        else:
-            files, use = {TENSORS: as_bytes(source.model.state_dict())}, _use_safetensors(source)
-        graphs = dict(_graphs(source, size, channels or 1)) if form == "onnx" else {}
-        files |= {name: graph.payload for name, graph in graphs.items()}
-        config = source.config.model_copy(
-            update={
-                "graphs": {name: graph.config for name, graph in graphs.items()},
-                "sha256": {name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()},
-            }
-        )
-        _write(out, {**files, CONFIG: _json(config), CARD: card(source, config, use).encode()})
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
+    graphs = dict(_graphs(source, size, channels or 1)) if form == "onnx" else {}
+    if form == "monai":
+        files, use = monai_bundle.files_of(folder, _task_of(source)), monai_bundle.USE
+    elif form == "onnx":
+        files, use = {name: graph.payload for name, graph in graphs.items()}, _USE_ONNX
+    else:
+        files, use = {TENSORS: as_bytes(source.model.state_dict())}, _use_safetensors(source)
+    config = source.config.model_copy(
+        update={
+            "graphs": {name: graph.config for name, graph in graphs.items()},
+            "sha256": {name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()},
+        }
+    )
+    _write(out, {**files, CONFIG: _json(config), CARD: card(source, config, use).encode()})
     for name, graph in graphs.items():
         print(f"{name}: differs from torch by {graph.config.largest_difference:.1e} of the largest value at most")
     print(f"{out}: {', '.join(sorted(files))}, {CONFIG} and {CARD}")
@@ -146,10 +141,13 @@ def _facts(config: ExportedConfig) -> dict[str, str]:
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> None:
-    with durable.new_folder(out.resolve()) as partial:  # "." has no name to write beside
-        for name, payload in files.items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_bytes(payload)
+    try:
+        with durable.new_folder(out.resolve()) as partial:  # "." has no name to write beside
+            for name, payload in files.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(payload)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 def _json(config: ExportedConfig) -> bytes:

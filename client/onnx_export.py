@@ -67,9 +67,16 @@ def graph_of(
     """The model's graph for scans (B, channels, *size), B being free.
 
     outputs: names of what the model answers. facts: what the file itself should say of the model.
-    Raises ExportError: onnxruntime answers otherwise than torch.
+    Raises ExportError: onnxruntime answers otherwise than torch. Raises ConfigError: such scans do not fit into memory.
     """
-    made = fitted(model, size, channels=channels)
+    try:
+        made = fitted(model, size, channels=channels)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise ConfigError(
+            f"scans of {' x '.join(map(str, size))} need more memory than there is; give a smaller --input-size"
+        ) from None
     payload = _traced(made, size, channels=channels, outputs=outputs, facts=facts)
     return Graph(payload, _checked(payload, model, size, channels=channels, outputs=outputs))
 

@@ -51,12 +51,12 @@ def _run(options: argparse.Namespace) -> None:
 
         verify_command.verify(options.checkpoint, options.key)
         return
+    if options.command == "export":
+        export_command.run(options)
+        return
     try:
         if options.command == "finetune":
             _finetune(options)
-            return
-        if options.command == "export":
-            export_command.run(options)
             return
         from client import research
 

@@ -36,10 +36,10 @@ ONLY_IN = {
         "server/front_conversation.py",
     },
     "h11": {"server/front_conversation.py"},
-    "opacus": {"client/accounting.py"},
-    "monai": {"client/segmenting.py"},
     "onnx": {"client/onnx_export.py"},
     "onnxruntime": {"client/onnx_export.py"},
+    "opacus": {"client/accounting.py"},
+    "monai": {"client/segmenting.py"},
     "scipy": {"client/segmenting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
