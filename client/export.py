@@ -156,9 +156,11 @@ def _json(config: ExportedConfig) -> bytes:
 
 _USE_ONNX = """\
 Each ONNX file takes `scan` (batch, channels, ...) of the size in `config.json`, any number at a time, and was held
-against torch when it was written. An encoder answers `features` (batch, width), and `tokens` (batch, 1 + N, width), the
-class token first and then each cell of the finest map; a model for a task answers `logits`: softmax over classes makes
-them probabilities (over the first axis after the batch; of several labels, sigmoid). A grey picture is one channel.
+against torch when it was written. For an encoder or a classification a prepared scan is resized to that size as a
+whole; for a segmentation windows of that size are cut from it. A grey picture is one channel. An encoder answers
+`features` (batch, width), and `tokens` (batch, 1 + N, width), the class token first and then each cell of the finest
+map. A model for a task answers `logits`: softmax over their second axis makes them probabilities; of a multi-label
+classification, sigmoid.
 
     session = onnxruntime.InferenceSession("FILE.onnx")
     session.run(None, {"scan": scans})

@@ -5,6 +5,7 @@ It counts sites and names none, and holds no patient and no path: whoever export
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from client.export_sources import Pretrained, Source, Tuned
@@ -21,7 +22,7 @@ def card(source: Source, config: ExportedConfig, use: str) -> str:
     about = _of_encoder(source) if isinstance(source, Pretrained) else _of_task(source)
     made_from = "manifest.json" if isinstance(source, Pretrained) else "model.json"
     rows = {**about.rows, "checked": _checks(config), made_from: f"sha256 `{config.source_digest}`"}
-    table = "\n".join(f"| {name} | {told} |" for name, told in rows.items() if told)
+    table = "\n".join(f"| {name} | {_cell(told)} |" for name, told in rows.items() if told)
     return f"""\
 ---
 license: {config.licence or "unknown"}
@@ -63,11 +64,20 @@ trained on may be met otherwise. `config.json` and this page are not signed.
 """
 
 
-class _About:
-    """What differs between the two kinds of model."""
+def _cell(text: str) -> str:
+    """Fit for a table of Markdown: names of classes may hold anything."""
+    return " ".join(text.split()).replace("|", "\\|")
 
-    def __init__(self, *, title: str, summary: str, rows: Mapping[str, str], use: str, privacy: str) -> None:
-        self.title, self.summary, self.rows, self.use, self.privacy = title, summary, rows, use, privacy
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What differs between the two kinds of model; a row of which nothing is told is left out."""
+
+    title: str
+    summary: str
+    rows: Mapping[str, str]
+    use: str
+    privacy: str
 
 
 def _of_encoder(source: Pretrained) -> _About:
@@ -138,9 +148,9 @@ def _of_task(source: Tuned) -> _About:
             **_told_figures(source.figures),
         },
         use="Research: comparison with other models of the same task on scans like those that it was tuned on.",
-        privacy="Nothing is promised of the patients whose labelled scans it was tuned on: weights can tell whether a "
-        "scan was trained on; hand them only to those who may know that. What was promised of those whose scans the "
-        "encoder was pretrained on stands in that encoder's card.",
+        privacy="Fine-tuning at one place promises nothing to the patients whose labelled scans it saw: weights can "
+        "tell whether a scan was trained on; hand them only to those who may know that. Where a federation tuned it, "
+        "its study says what was promised; and of the scans that the encoder was pretrained on, that encoder's card.",
     )
 
 

@@ -25,7 +25,7 @@ from unimiss_core.trained_by import TrainedBy
 
 def tuned(folder: Path, **figures: Any) -> Path:
     """A fine-tuned model of three classes of pictures."""
-    task = ClassificationConfig(kind="multi_class", rank=2, classes=("a", "b", "c"), input_size=(40, 44))
+    task = ClassificationConfig(kind="multi_class", rank=2, classes=("a", "b", "c|d"), input_size=(40, 44))
     model = build_task_model(NANO, 2, outputs=3, dense=False, seed=3, pretrained=None)
     manifest = TaskManifest(
         task=task,
@@ -87,7 +87,7 @@ def test_a_fine_tuned_model_comes_back_as_it_was(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(x), task_checkpoint.load(folder)[0](x))
     assert config.task is not None
-    assert (config.holds, config.task.classes, config.licence) == ("classification", ("a", "b", "c"), "CC-BY-NC-4.0")
+    assert (config.holds, config.task.classes, config.licence) == ("classification", ("a", "b", "c|d"), "CC-BY-NC-4.0")
 
 
 def test_the_card_of_a_fine_tuned_model_tells_its_figures(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_card_of_a_fine_tuned_model_tells_its_figures(tmp_path: Path) -> Non
         "license: unknown",
         "# Multi-class classification of images",
         "40 x 44 (H, W)",
-        "| classes | a, b, c |",
+        "| classes | a, b, c\\|d |",
         "ab" * 32,
         "12 scans of 9 patients",
         "| `auc` | 0.812 (0.700 to 0.900) |",
