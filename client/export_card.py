@@ -144,7 +144,7 @@ def _of_task(source: Tuned) -> _About:
             "classes": ", ".join(task.classes),
             "trained": f"`{manifest.trained}`, {manifest.epoch} epochs, seed {manifest.seed}",
             "pretrained": f"sha256 `{manifest.pretrained_digest}` of its tensors" if manifest.pretrained_digest else "",
-            "judged on": _judged(source.figures),
+            "judged on": _judged(source),
             **_told_figures(source.figures),
         },
         use="Research: comparison with other models of the same task on scans like those that it was tuned on.",
@@ -154,9 +154,12 @@ def _of_task(source: Tuned) -> _About:
     )
 
 
-def _judged(figures: Mapping[str, Any]) -> str:
-    scans, patients = figures.get("scans"), figures.get("patients")
-    return f"{scans} scans of {patients} patients that it never saw" if scans and patients else ""
+def _judged(source: Tuned) -> str:
+    scans, patients = source.figures.get("scans"), source.figures.get("patients")
+    if not scans or not patients:
+        return ""
+    which = "that it never saw" if source.judged_on == "test" else "that decided when training stopped"
+    return f"{scans} scans of {patients} patients {which}"
 
 
 def _told_figures(figures: Mapping[str, Any]) -> dict[str, str]:

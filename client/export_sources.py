@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from client import accounting
 from unimiss_core import checkpoint, task_checkpoint, trained_by
@@ -49,9 +49,10 @@ class Tuned:
     model: TaskModel
     config: ExportedConfig
     manifest: TaskManifest
+    judged_on: Literal["test", "validation"] | None
+    """Which scans `figures` are of: validation scans where none tested it; None where nothing says."""
     figures: Mapping[str, Any]
-    """What `metrics.json` beside it says of the test scans, or of the validation scans where none tested it; empty
-    where there is none."""
+    """What `metrics.json` beside it says of them."""
 
 
 Source = Pretrained | Tuned
@@ -116,7 +117,7 @@ def _tuned(folder: Path, licence: str | None) -> Tuned:
         source_digest=_sha256(folder / _MODEL),
         licence=licence,
     )
-    return Tuned(model.requires_grad_(False), config, manifest, _figures(folder / "metrics.json"))
+    return Tuned(model.requires_grad_(False), config, manifest, *_figures(folder / "metrics.json"))
 
 
 def _record_of(folder: Path, manifest: Manifest) -> tuple[StudyConfig | None, TrainedBy | None]:
@@ -146,13 +147,13 @@ def _spent(study: StudyConfig | None, rounds: int, counted: TrainedBy | None) ->
     return None
 
 
-def _figures(path: Path) -> Mapping[str, Any]:
-    try:
+def _figures(path: Path) -> tuple[Literal["test", "validation"] | None, Mapping[str, Any]]:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of a file that anyone may write
         parts = json.loads(path.read_bytes())["parts"]
-        found = parts.get("test") or parts["validation"]
-        return found if isinstance(found, Mapping) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        part: Literal["test", "validation"] = "test" if parts.get("test") else "validation"
+        if isinstance(parts[part], Mapping):
+            return part, parts[part]
+    return None, {}
 
 
 def _architecture(model: ModelConfig) -> dict[str, int | tuple[int, ...]]:

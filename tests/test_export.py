@@ -23,8 +23,8 @@ from unimiss_core.tasks import build_task_model
 from unimiss_core.trained_by import TrainedBy
 
 
-def tuned(folder: Path, **figures: Any) -> Path:
-    """A fine-tuned model of three classes of pictures."""
+def tuned(folder: Path, part: str = "test", **figures: Any) -> Path:
+    """A fine-tuned model of three classes of pictures, judged on scans of this part."""
     task = ClassificationConfig(kind="multi_class", rank=2, classes=("a", "b", "c|d"), input_size=(40, 44))
     model = build_task_model(NANO, 2, outputs=3, dense=False, seed=3, pretrained=None)
     manifest = TaskManifest(
@@ -39,7 +39,7 @@ def tuned(folder: Path, **figures: Any) -> Path:
     )
     folder.mkdir()
     task_checkpoint.save(folder, dict(model.named_parameters()), manifest)
-    (folder / "metrics.json").write_text(json.dumps({"parts": {"validation": {}, "test": figures}}))
+    (folder / "metrics.json").write_text(json.dumps({"parts": {"validation": {"scans": 3}, part: figures}}))
     return folder
 
 
@@ -101,7 +101,7 @@ def test_the_card_of_a_fine_tuned_model_tells_its_figures(tmp_path: Path) -> Non
         "40 x 44 (H, W)",
         "| classes | a, b, c\\|d |",
         "ab" * 32,
-        "12 scans of 9 patients",
+        "12 scans of 9 patients that it never saw",
         "| `auc` | 0.812 (0.700 to 0.900) |",
         "**Not for diagnosis.**",
         "not stated: whoever publishes this must",
@@ -109,6 +109,24 @@ def test_the_card_of_a_fine_tuned_model_tells_its_figures(tmp_path: Path) -> Non
         assert told in card, told
     assert "auc/a" not in card
     assert "`ece`" not in card
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        ('{"parts": {"validation": {"scans": 4, "patients": 2}}}', "4 scans of 2 patients that decided when training"),
+        ('{"parts": [1]}', None),
+        ('{"parts": {"test": 3}}', None),
+        ("no json", None),
+    ],
+)
+def test_what_stopped_the_training_is_not_called_unseen(tmp_path: Path, metrics: str, told: str | None) -> None:
+    folder = tuned(tmp_path / "tuned")
+    (folder / "metrics.json").write_text(metrics)
+    assert export(folder, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (told in card) if told else ("judged on" not in card)
+    assert "never saw" not in card
 
 
 def test_the_card_counts_sites_and_names_none(tmp_path: Path) -> None:
