@@ -40,6 +40,7 @@ from unimiss_core.device import device_of
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.network import empty_network
 from unimiss_core.released import read_released
+from unimiss_core.scan import Modality
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
@@ -105,7 +106,7 @@ def finetune(
             progress.report(progress.Note(f"goes on after epoch {training.progress.epoch}"))
         training.run(lambda now: now.save(config.out, digest))
         _write_curves(config.out / "curves.csv", training.progress.curve)
-        _write_model(config, beginning, training)
+        _write_model(config, beginning, training, table.modality)
         task_training.set_tensors_(training.model, training.best)
         _write_results(config, judge, training, parts, show_paths=show_paths)
     (config.out / task_training.STATE).unlink(missing_ok=True)
@@ -216,7 +217,7 @@ def _write_curves(path: Path, curve: Sequence[Epoch]) -> None:
     durable.write_text(path, text.getvalue())
 
 
-def _write_model(config: FinetuneConfig, beginning: Beginning, training: Training) -> None:
+def _write_model(config: FinetuneConfig, beginning: Beginning, training: Training, modality: Modality | None) -> None:
     manifest = TaskManifest(
         task=config.task,
         model=beginning.model,
@@ -227,6 +228,9 @@ def _write_model(config: FinetuneConfig, beginning: Beginning, training: Trainin
         seed=config.seed,
         epoch=training.progress.best_epoch,
         keep_largest=config.inference.keep_largest,
+        overlap=config.inference.overlap,
+        precision=config.training.precision,
+        modality=modality,
     )
     task_checkpoint.save(config.out, training.best, manifest)
 

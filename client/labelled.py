@@ -69,13 +69,29 @@ class Labelled:
 
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         """Values in [0, 1] of a box along S: (C, *box)."""
-        values = self.values[(slice(None), *box)].astype(np.float32)
-        values *= np.float32(1 / _FULL)
-        return values
+        return as_values(self.values[(slice(None), *box)])
 
     def whole(self) -> NDArray[np.float32]:
         """(C, *S) in [0, 1]."""
         return self.crop(tuple(slice(None) for _ in self.shape[1:]))
+
+
+def as_stored(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Values in [0, 1] as they are kept, and as every model of a task sees them: of 16 bits."""
+    return np.rint(values * _FULL).astype(np.uint16)
+
+
+def as_values(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """`as_stored` undone, up to rounding."""
+    values = stored.astype(np.float32)
+    values *= np.float32(1 / _FULL)
+    return values
+
+
+def grid_of(scan: Scan, spacing_mm: Sequence[float]) -> Grid:
+    """Of a scan that was prepared to this spacing."""
+    steps = tuple(new / old for new, old in zip(spacing_mm, scan.spacing_mm, strict=True))
+    return Grid(scan.voxels.shape[1:], scan.spacing_mm, steps, scan.affine)
 
 
 class MaskError(Exception):
@@ -206,16 +222,15 @@ def _prepared(
     if scan.rank != task.rank:
         raise MaskError(f"the scan is of rank {scan.rank}, the task of rank {task.rank}")
     values, spacing = prepare(scan, plan)
-    steps = tuple(new / old for new, old in zip(spacing, scan.spacing_mm, strict=True))
-    kept = _kept(folder / f"{case.number:06d}.npy", np.rint(values * _FULL).astype(np.uint16))
-    found = Labelled(case, kept, Grid(scan.voxels.shape[1:], scan.spacing_mm, steps, scan.affine))
+    kept = _kept(folder / f"{case.number:06d}.npy", as_stored(values))
+    found = Labelled(case, kept, grid_of(scan, spacing))
     if not isinstance(task, SegmentationConfig):
         return found
     if isinstance(mask, MaskError):
         raise mask
     assert mask is not None
     labels = labels_of(scan, mask, classes=len(task.classes), may_be_empty=config.allow_empty_masks)
-    beside = resample_labels(labels, values.shape[1:], steps)
+    beside = resample_labels(labels, values.shape[1:], found.grid.steps)
     return replace(
         found,
         mask=_kept(folder / f"{case.number:06d}-mask.npy", beside),

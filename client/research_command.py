@@ -3,6 +3,7 @@
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
 unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
 unimiss verify CHECKPOINT_DIR                     whether it is as it was written, and signed by whom it should be
+unimiss export MODEL --to FORM --out OUT_DIR      an encoder or a fine-tuned model, for other programs
 unimiss finetune CONFIG.yaml [--resume]           a model for a task from an encoder and labelled scans
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from client import export_command
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, UnimissError
 
@@ -48,6 +50,9 @@ def _run(options: argparse.Namespace) -> None:
         from client import verify_command
 
         verify_command.verify(options.checkpoint, options.key)
+        return
+    if options.command == "export":
+        export_command.run(options)
         return
     try:
         if options.command == "finetune":
@@ -141,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    released = commands.add_parser("import", help="turn the authors' released weights into a checkpoint")
+    released = commands.add_parser("import", help="turn weights that the authors of UniMiSS released into a checkpoint")
     released.add_argument("released", type=Path, metavar="RELEASED.pth")
     released.add_argument("out", type=Path, metavar="OUT_DIR", help="folder of the checkpoint; must be new or empty")
 
@@ -166,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="of a run, or as it was handed on")
     _add_key(verify)
 
+    _add_key(export_command.add_to(commands))
     _add_finetune(commands)
     plan = commands.add_parser(
         "plan-privacy",

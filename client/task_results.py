@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client import merit, nifti, pictures
+from client import merit
 from client.finetune_config import FinetuneConfig
+from client.inference import Inference
 from client.label_tables import LabelTable, Part
 from client.labelled import Labelled
-from client.task_training import Score, Standing, autocast
+from client.masks import write_at_source
+from client.task_training import Score, Standing
 from unimiss_core import progress
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
 from unimiss_core.tasks import TaskModel
-from unimiss_core.views import whole
 
 Figures = dict[str, Any]
 
@@ -35,19 +36,13 @@ class Classifying:
 
     def __init__(self, config: FinetuneConfig, device: torch.device, size: Sequence[int]) -> None:
         assert isinstance(config.task, ClassificationConfig)
-        self._config, self._task, self._device, self._size = config, config.task, device, tuple(size)
+        self._task, self._inference = config.task, _inference(config, device, size)
 
-    @torch.inference_mode()
     def chances(self, model: TaskModel, scans: Sequence[Labelled]) -> NDArray[np.float64]:
         """(N, K): of each scan, seen whole."""
-        found, batch = [], self._config.inference.batch
-        model.eval()
-        for start in range(0, len(scans), batch):
-            x = torch.stack([whole(one.whole(), self._size) for one in scans[start : start + batch]])
-            with autocast(self._device, self._config.training.precision):
-                logits = model(x.to(self._device)).float()
-            found.append((logits.sigmoid() if self._task.kind == "multi_label" else logits.softmax(1)).cpu())
-        return torch.cat(found).double().numpy()
+        batch = self._inference.batch
+        batches = [scans[start : start + batch] for start in range(0, len(scans), batch)]
+        return np.concatenate([self._inference.chances(model, [one.whole() for one in each]) for each in batches])
 
     def score(self, scans: Sequence[Labelled]) -> Score:
         """What early stopping goes by: the AUC of these scans, over classes on average; of equal ones the likelihood.
@@ -103,9 +98,9 @@ class Segmenting:
 
         assert isinstance(config.task, SegmentationConfig)
         self._masks = segmenting
-        self._config, self._task, self._device, self._size = config, config.task, device, tuple(size)
+        self._task, self._inference = config.task, _inference(config, device, size)
+        self._tolerance_mm = config.inference.surface_tolerance_mm
         self._table = table
-        self._kept = [1 + self._task.classes.index(name) for name in config.inference.keep_largest]
 
     def score(self, scans: Sequence[Labelled]) -> Score:
         """Mean Dice of these scans on the prepared grid, over scans and the classes in them."""
@@ -114,7 +109,7 @@ class Segmenting:
             found = []
             for one in scans:
                 assert one.mask is not None
-                classes = self._masks.likeliest(self._chances(model, one))
+                classes = self._masks.likeliest(self._inference.voxel_chances(model, one.whole()))
                 found += [self._masks.dice(classes, one.mask, number) for number in self._numbers()]
             known = [value for value in found if value is not None]
             return (float(np.mean(known)) if known else 0.0), 0.0
@@ -128,15 +123,12 @@ class Segmenting:
         """
         rows: list[dict[str, Any]] = []
         for done, one in enumerate(scans, start=1):
-            chances = self._chances(model, one)
             at_source = one.reference is not None
-            classes = (
-                self._masks.likeliest_at_source(chances, one.grid) if at_source else self._masks.likeliest(chances)
-            )
-            classes = self._masks.keep_largest(classes, self._kept)
+            classes = self._inference.mask(model, one.whole(), one.grid if at_source else None)
             rows += self._measured(one, classes, part, files)
             if at_source:
-                self._write(one, classes, out / "predictions")
+                source = self._table.folder / one.case.file
+                write_at_source(out / "predictions", f"line-{one.case.number:05d}", classes, one.grid.affine, source)
             progress.report(progress.StepDone(part, done, len(scans), float("nan")))
         _add_rows(out / "cases.csv", [{k: v for k, v in row.items() if k != "patient"} for row in rows])
         return self._figures(rows)
@@ -147,13 +139,12 @@ class Segmenting:
             truth = one.mask
             spacing = tuple(step * old for step, old in zip(one.grid.steps, one.grid.spacing_mm, strict=True))
         assert truth is not None
-        tolerance = self._config.inference.surface_tolerance_mm
         return [
             {
                 **_named(one, part, files),
                 "patient": one.case.patient,
                 "class": name,
-                **self._masks.measures(classes, truth, number, spacing_mm=spacing, tolerance_mm=tolerance),
+                **self._masks.measures(classes, truth, number, spacing_mm=spacing, tolerance_mm=self._tolerance_mm),
             }
             for number, name in enumerate(self._task.classes, start=1)
         ]
@@ -170,37 +161,21 @@ class Segmenting:
         figures["missed_or_made_up"] = sum(row["dice"] == 0 and row["hd95_mm"] is None for row in rows)
         return figures
 
-    def _chances(self, model: TaskModel, one: Labelled) -> torch.Tensor:
-        asked = self._config.inference
-        return self._masks.probabilities(
-            model.eval(),
-            one.whole(),
-            self._size,
-            overlap=asked.overlap,
-            windows=asked.batch,
-            device=self._device,
-            autocast=autocast(self._device, self._config.training.precision),
-        )
-
     def _numbers(self) -> range:
         return range(1, 1 + len(self._task.classes))
 
-    def _write(self, one: Labelled, classes: NDArray[np.uint8], folder: Path) -> None:
-        """NIfTI on the grid of the scan's own file; PNG where that has no geometry."""
-        folder.mkdir(exist_ok=True)
-        name = f"line-{one.case.number:05d}"
-        if one.grid.affine is None:
-            pictures.write_png(folder / f"{name}.png", classes)
-            return
-        source = self._table.folder / one.case.file
-        like = source if source.is_file() and _is_nifti(source) else None
-        nifti.write_mask(folder / f"{name}.nii.gz", classes, one.grid.affine, like)
 
-
-def _is_nifti(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(348)
-    return start[128:132] != b"DICM" and nifti.looks_like_nifti(start)
+def _inference(config: FinetuneConfig, device: torch.device, size: Sequence[int]) -> Inference:
+    asked = config.inference
+    return Inference(
+        task=config.task,
+        size=tuple(size),
+        device=device,
+        precision=config.training.precision,
+        batch=asked.batch,
+        overlap=asked.overlap,
+        keep_largest=asked.keep_largest,
+    )
 
 
 def _named(one: Labelled, part: Part, files: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from server.artefacts import read_artefacts
 from server.founding import Note, unnoted
 from server.home import Home
 from server.model_card import model_card
-from unimiss_core import checkpoint, durable, keys
+from unimiss_core import checkpoint, durable, keys, trained_by
 from unimiss_core.checkpoint import MANIFEST, SIGNATURE, STUDENT, TEACHER
 from unimiss_core.config import load
 from unimiss_core.errors import CheckpointError, ConfigError
@@ -18,8 +18,8 @@ STUDY, CARD = "study.yaml", "README.md"
 
 
 def export(home: Home, study: str, out: Path, *, round: int | None = None, note: Note = unnoted) -> checkpoint.Manifest:
-    """Write the student and the teacher of a round, the newest where none is named, with manifest, signature, study and
-    model card, as the folder `out`.
+    """Write the student and the teacher of a round, the newest where none is named, with manifest, signature, study,
+    model card and the number of sites, as the folder `out`.
 
     study: its name, as its folder below `runs` is called. Raises ConfigError: no such study or `out` is not empty;
     CheckpointError: no such round, damaged, or not signed by this coordinator.
@@ -40,6 +40,8 @@ def export(home: Home, study: str, out: Path, *, round: int | None = None, note:
             shutil.copyfile(run / STUDY, partial / STUDY)
             card = model_card(found, told, read_artefacts(run), signed_by=keys.fingerprint(key))
             (partial / CARD).write_text(card, encoding="utf-8")
+            if (counted := trained_by.of_run(run, found.round)) is not None:
+                trained_by.write(partial, counted)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
     digest = hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()

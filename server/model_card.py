@@ -3,12 +3,11 @@ trained by, what is promised of the patients, and how to check and use it."""
 
 import math
 
-import yaml
-
 from server.artefacts import Artefacts
 from server.wording import counted
+from unimiss_core.card_wording import plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.checkpoint import Manifest
-from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
+from unimiss_core.study import StudyConfig
 
 
 def model_card(manifest: Manifest, study: StudyConfig, run: Artefacts, *, signed_by: str) -> str:
@@ -28,7 +27,7 @@ UniMiSS. No image left a site.
 | | |
 |---|---|
 | model | `{manifest.model.size}`, {values:,} values in {len(manifest.tensors)} tensors, float32 |
-| images, volumes | {_sizes(manifest.model)} |
+| images, volumes | {sizes_in_words(manifest.model)} |
 | prototypes | {manifest.model.prototypes:,} |
 | objective | `{study.objective.name}` |
 | rounds | {manifest.round} of {study.schedule.rounds}, {study.schedule.local_steps} steps each |
@@ -55,7 +54,7 @@ files shows nothing.
 
 ## How scans must be prepared
 
-{_plan(manifest.plan)}
+{plan_in_words(manifest.plan)}
 
 ## Limits
 
@@ -67,31 +66,5 @@ publishes it must.
 
 def privacy_in_words(study: StudyConfig, round: int, run: Artefacts) -> str:
     """What the study promises of the patients or sites that it was trained on."""
-    promise = study.privacy
-    if promise.mode == "none":
-        return (
-            "Nothing is promised. Weights can tell whether a scan was trained on, and more, to whoever asks them well; "
-            "hand them only to those who may know that."
-        )
-    at_most = f"epsilon of at most {promise.max_epsilon:g} at delta {promise.delta:g} over all rounds of the study"
-    if promise.mode == "patient":
-        return (
-            "Patient-level differential privacy (local DP-SGD): whoever has these weights, and all else that sites "
-            f"sent, can hardly tell whether any one patient's scans were used: {at_most}, by each site's own ledger."
-        )
     paid = [one.whole.site_epsilon for one in run.rounds if one.round <= round and one.whole.site_epsilon is not None]
-    so_far = f" By this round a site has paid {max(paid):.3g}." if paid else ""
-    return (
-        "Site-level differential privacy (DP-FedAvg): whoever has these weights can hardly tell whether any one site's "
-        f"archive was used: {at_most}.{so_far} It is no promise to a single patient beyond that of their site."
-    )
-
-
-def _sizes(model: ModelConfig) -> str:
-    image, volume = (" x ".join(map(str, size)) for size in (model.image_size, model.volume_size))
-    return f"position tables for {image} and {volume} (D, H, W)"
-
-
-def _plan(plan: PlanConfig) -> str:
-    lines = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False).splitlines()
-    return "\n".join(f"    {line}" for line in lines)
+    return promise_in_words(study, max(paid, default=None))

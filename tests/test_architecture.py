@@ -36,6 +36,8 @@ ONLY_IN = {
         "server/front_conversation.py",
     },
     "h11": {"server/front_conversation.py"},
+    "onnx": {"client/onnx_export.py"},
+    "onnxruntime": {"client/onnx_export.py"},
     "opacus": {"client/accounting.py"},
     "monai": {"client/segmenting.py"},
     "numba": {"server/loops.py"},

@@ -1,5 +1,6 @@
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +71,24 @@ def test_forward_is_the_class_token_of_features_in_value_and_gradient(size: tupl
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(40, 57), (14, 40, 57)])
+def test_features_and_head_are_the_two_halves_that_timm_knows(size: tuple[int, ...]) -> None:
+    backbone = build_network(NANO, seed=1).backbone.double()
+    x = torch.rand(2, 1, *size, dtype=torch.float64)
+    with torch.no_grad():
+        tokens, grid, maps = backbone.forward_features(x), token_grids(size)[0], backbone.features(x)
+        torch.testing.assert_close(backbone.forward_head(tokens, pre_logits=True), backbone(x))
+    assert tokens.shape == (2, 1 + int(np.prod(grid)), backbone.num_features)
+    for number, cell in enumerate(np.ndindex(*grid), start=1):
+        assert torch.equal(tokens[:, number], maps.decoder_map[(..., *cell)])
+
+
+@needs_reference
+def test_the_first_token_is_the_published_feature() -> None:
+    tokens = _in_float64("tiny").forward_features(image("x2d").double())
+    torch.testing.assert_close(tokens[:, 0].float(), golden("tiny")["features2d"], atol=1e-5, rtol=0)
 
 
 def test_a_grey_image_counts_as_three_equal_channels() -> None:

@@ -131,6 +131,16 @@ def test_a_file_without_teacher_gives_its_student_in_both_places_and_says_so(tmp
     assert all(torch.equal(found.student[name], found.teacher[name]) for name in found.student)
 
 
+def test_a_file_of_unimiss_plus_is_known_and_refused_as_another_network(tmp_path: Path) -> None:
+    """By names and shapes of the published MiTplus: it has convolutions before its first stage."""
+    first = {"backbone.transformer.ConvBlock2D0.0.conv.weight": torch.zeros(32, 3, 3, 3)}
+    of_blocks = {f"backbone.transformer.block{i}.0.norm1.weight": torch.ones(128) for i in range(1, 5)}
+    content = {"student": {f"module.{n}": t for n, t in {**first, **of_blocks}.items()}, "teacher": {}}
+    torch.save(content, path := tmp_path / "plus.pth")
+    with pytest.raises(CheckpointError, match=r"holds MiTplus, the network of UniMiSS\+, .* import weights of UniMiSS"):
+        read_released(path)
+
+
 def test_what_is_no_released_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent\.pth: cannot be read \(No such file or directory\)"):
         read_released(tmp_path / "absent.pth")

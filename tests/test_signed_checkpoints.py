@@ -248,7 +248,7 @@ def test_what_is_handed_on_is_verified_by_the_coordinators_key_and_holds_nothing
     assert export(home, tmp_path / "out") == 0
     files = {path.name for path in (tmp_path / "out").iterdir()}
     weights = {"student.safetensors", "teacher.safetensors"}
-    assert files == weights | {"manifest.json", "manifest.sig", "study.yaml", "README.md"}
+    assert files == weights | {"manifest.json", "manifest.sig", "study.yaml", "README.md", "trained_by.json"}
     key = home.signing_public_key
     assert research_command.main(["verify", str(tmp_path / "out"), "--key", str(key)]) == 0
     newest = RunFolder(home.run("toy")).checkpoint_of(2)

@@ -62,13 +62,18 @@ def append(file: BinaryIO, payload: bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; it becomes `path` (replacing an older one) only when the block ends well."""
+    """Yield a folder to fill; it becomes `path` (replacing an older one) only when the block ends well. Where the block
+    raises, nothing of it stays."""
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    for file in partial.iterdir():
-        sync(file)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for below in partial.rglob("*"):
+        sync_folder(below) if below.is_dir() else sync(below)
     sync_folder(partial)
     if path.exists():
         shutil.rmtree(path)

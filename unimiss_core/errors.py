@@ -15,6 +15,7 @@ UnimissError            1  anything below that has no code of its own
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
 ├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
 ├── MemoryTooSmallError 1  a device cannot hold a training step on a single scan
+├── ExportError         1  an exported model does not answer as the one that it was made of; nothing of it was left
 ├── WireError           1  a message of the peer breaks the contract; it costs that peer its round
 └── ScanError           1  one scan cannot be used; it is left out with a reason code, never fatal
 
@@ -97,6 +98,10 @@ class DeviceError(UnimissError):
 
 class MemoryTooSmallError(UnimissError):
     """A device cannot hold a training step on a single scan; nothing was changed by it."""
+
+
+class ExportError(UnimissError):
+    """An exported model does not answer as the one that it was made of; nothing of it was left on the disk."""
 
 
 class WireError(UnimissError):

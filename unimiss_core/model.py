@@ -138,6 +138,24 @@ class MiT(nn.Module):
         class_token, decoder_map = self.decoder(class_token, maps)
         return Features(class_token, stem_map, maps, decoder_map)
 
+    @property
+    def num_features(self) -> int:
+        """Width of a token, as timm's models call it."""
+        return self.architecture.width
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """x (B, C, *S) -> normalised tokens (B, 1 + N, width), the class token first, then the decoder's map cell by
+        cell. With `forward_head` the two halves that timm's models have; errors as forward."""
+        found = self.features(x)
+        return torch.cat([found.class_token[:, None], found.decoder_map.flatten(2).mT], dim=1)
+
+    def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:  # noqa: ARG002
+        """tokens (B, 1 + N, width) -> class token (B, width): what `forward` gives of the same x, up to rounding.
+
+        pre_logits: as in timm, whose classifier it leaves out; there is none here.
+        """
+        return tokens[:, 0]
+
     def _check(self, x: Tensor) -> None:
         rank = x.ndim - 2
         if rank not in self.ranks:

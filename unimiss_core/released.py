@@ -2,6 +2,9 @@
 
 Released files are dicts with `student`, `teacher` and training state, written by torch.save; only tensors, plain
 containers and one class, `argparse.Namespace`, are accepted from them.
+
+Files of UniMiSS+ (TPAMI 2024) are laid out alike, but hold another network, MiTplus, with which MiT shares no tensor:
+they are known by its first convolutions, and refused in words. docs/export.md says what differs.
 """
 
 import argparse
@@ -27,6 +30,8 @@ PUBLISHED_SIZES: tuple[Size, ...] = ("tiny", "small")
 
 _GAIN = "head.last_layer.weight_g"
 _PROTOTYPES = "head.last_layer.weight_v"
+_OF_PLUS = re.compile(r"backbone\.transformer\.ConvBlock[23]D[01]\.")
+"""Convolutions before the first stage, which only the network of UniMiSS+ has."""
 
 # Ours -> released; {0} is a number counted from 0 in both, {0+1} one that the released code counts from 1.
 _NAMES = {
@@ -135,6 +140,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _recognise(tensors: Mapping[str, Tensor], path: Path) -> ModelConfig:
+    if any(_OF_PLUS.match(name) for name in tensors):
+        raise CheckpointError(
+            f"{path}: holds MiTplus, the network of UniMiSS+, whose widths and layers are others than those of MiT, "
+            "the one network of this program; import weights of UniMiSS, or pretrain by the objective unimiss_plus"
+        )
     depths = tuple(
         len({name.split(".")[3] for name in tensors if name.startswith(f"backbone.transformer.block{i}.")})
         for i in range(1, 5)

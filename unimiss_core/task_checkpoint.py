@@ -7,19 +7,21 @@ Whoever has both needs nothing else to use the model. No time, no host and no pa
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
-from unimiss_core import durable
+from unimiss_core import checkpoint, durable
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
+from unimiss_core.scan import Modality
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tasks import TaskModel, load_task_model
@@ -44,6 +46,11 @@ class TaskManifest(Config):
     """Epochs that were trained for these tensors."""
     keep_largest: tuple[str, ...] = ()
     """Classes of a mask of which only the largest connected part counts."""
+    overlap: float = Field(0.5, ge=0, lt=1)
+    """Of neighbouring windows of a mask, as a share of their sides; with `precision` as the model was judged."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    modality: Modality | None = None
+    """What scans were taken for whose files do not say it; None goes by the kind of file."""
     tensors: Mapping[str, tuple[int, ...]] = {}
     sha256: str = ""
     """Of model.safetensors."""
@@ -70,19 +77,13 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
     Raises CheckpointError: no model there, of another version, or a tensor changed or missing.
     """
     try:
-        manifest = TaskManifest.model_validate_json((folder / _MANIFEST).read_bytes())
+        manifest = _manifest_in(folder / _MANIFEST)
         payload = (folder / _TENSORS).read_bytes()
     except OSError:
-        raise CheckpointError(f"{folder}: holds no {_MANIFEST} and {_TENSORS}; give a fine-tuning's folder") from None
-    except ValidationError:
+        what = "is a checkpoint of pretraining, which answers no task" if _is_pretrained(folder) else "holds no model"
         raise CheckpointError(
-            f"{folder / _MANIFEST}: is no description of a fine-tuned model of this program"
+            f"{folder}: {what}; give the folder that `unimiss finetune` wrote, with {_MANIFEST} and {_TENSORS}"
         ) from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / _MANIFEST}: has format version {manifest.format_version}, this program reads {FORMAT_VERSION}; "
-            "use the version of the program that wrote it"
-        )
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise CheckpointError(f"{folder / _TENSORS}: was changed after it was written; take another copy")
     try:
@@ -92,6 +93,25 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
     task = manifest.task
     dense = task.name == "segmentation"
     return load_task_model(manifest.model, task.rank, outputs=task.outputs, dense=dense, tensors=tensors), manifest
+
+
+def _manifest_in(path: Path) -> TaskManifest:
+    """Raises OSError, CheckpointError. The version comes first: what a later one says more of is no mistake."""
+    try:
+        written = path.read_bytes()
+        version = json.loads(written)["format_version"]
+        if version == FORMAT_VERSION:
+            return TaskManifest.model_validate_json(written)
+    except (ValueError, KeyError, TypeError):  # pydantic's own is a ValueError
+        raise CheckpointError(f"{path}: is no description of a fine-tuned model of this program") from None
+    raise CheckpointError(
+        f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; "
+        "use the version of the program that wrote it"
+    )
+
+
+def _is_pretrained(folder: Path) -> bool:
+    return (folder / checkpoint.MANIFEST).exists()
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,166 @@
+"""What the configuration of a MONAI bundle of ours names (`client.monai_bundle`): callables around our own pieces.
+
+A scan goes through as a dict: `image`, its path and then the tensor that the network takes; `source` and `grid`, where
+it lay; `pred`, what was found. Legend of shapes: C channels, S spatial axes, K outputs.
+"""
+
+import csv
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from client.catalogue import read_one
+from client.labelled import as_stored, as_values, grid_of
+from client.masks import write_at_source
+from client.task_training import autocast
+from unimiss_core import task_checkpoint
+from unimiss_core.errors import ConfigError, ScanError
+from unimiss_core.plan import prepare
+from unimiss_core.task_checkpoint import TaskManifest
+from unimiss_core.task_config import ClassificationConfig
+from unimiss_core.tasks import TaskModel
+from unimiss_core.views import standardise, whole
+
+_log = logging.getLogger(__name__)
+
+Item = dict[str, Any]
+
+_ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
+
+
+def network(folder: str) -> TaskModel:
+    """The model in the bundle: scans (B, C, *S) -> logits. Raises CheckpointError: its tensors were changed, ..."""
+    return task_checkpoint.load(Path(folder))[0]
+
+
+def manifest(folder: str) -> TaskManifest:
+    """What the model says of itself. Raises CheckpointError."""
+    return task_checkpoint.load(Path(folder))[1]
+
+
+def scans_in(folder: str) -> list[Item]:
+    """Each file of a folder, and each folder in it, which should hold a DICOM series; those that begin with a dot are
+    left out. Raises ConfigError: there is none."""
+    path = Path(folder)
+    found = sorted(one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else []
+    if not found:
+        raise ConfigError("dataset_dir: is no folder that holds scans; each file in it is one, or each folder a series")
+    return [{"image": str(one)} for one in found]
+
+
+class Prepared:
+    """Reads a scan and prepares it by the model's plan, for a mask on the plan's grid, for a class seen whole."""
+
+    def __init__(self, manifest: TaskManifest) -> None:
+        self._manifest = manifest
+
+    def __call__(self, item: Mapping[str, Any]) -> Item:
+        """Raises ScanError: the scan cannot be read, or is of the other rank."""
+        plan, task = self._manifest.plan, self._manifest.task
+        source = Path(item["image"])
+        scan = read_one(source, self._manifest.modality, interpolate=plan.missing_slices == "interpolate")
+        if scan.rank != task.rank:
+            raise ScanError("other_rank")
+        values, spacing = prepare(scan, plan)
+        values = as_values(as_stored(values))
+        if isinstance(task, ClassificationConfig):
+            image = whole(values, task.size_for(self._manifest.model))
+        else:
+            image = standardise(torch.from_numpy(values))
+        return {**item, "image": image, "source": source, "grid": grid_of(scan, spacing)}
+
+
+class Chances(nn.Module):
+    """The network's answer as probabilities (B, K) or (B, K, *S), in float32; scans are brought to where it is."""
+
+    def __init__(self, network: nn.Module, manifest: TaskManifest) -> None:
+        super().__init__()
+        self.network = network
+        task = manifest.task
+        self._several = isinstance(task, ClassificationConfig) and task.kind == "multi_label"
+        self._precision = manifest.precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = next(self.network.parameters()).device
+        with autocast(device, self._precision):
+            logits: Tensor = self.network(x.to(device)).float()
+        return logits.sigmoid() if self._several else logits.softmax(1)
+
+
+class MaskAtSource:
+    """Writes the likeliest class of each voxel in the geometry of the scan's own file, post-processed as judged."""
+
+    def __init__(self, manifest: TaskManifest, folder: str) -> None:
+        self._folder = Path(folder)
+        self._kept = [1 + manifest.task.classes.index(name) for name in manifest.keep_largest]
+
+    def __call__(self, item: Item) -> Item:
+        """`pred` (K, *S) of the prepared scan -> `pred` (*S) of its source, and `mask`, where it was written."""
+        from client import segmenting  # MONAI takes seconds to import, and a classification needs none
+
+        classes = segmenting.keep_largest(segmenting.likeliest_at_source(item["pred"].cpu(), item["grid"]), self._kept)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"{_stem(item['source'])}_seg"
+        path = write_at_source(self._folder, name, classes, item["grid"].affine, item["source"])
+        return {**item, "pred": classes, "mask": path}
+
+
+class Table:
+    """Writes each scan's probabilities as a line of predictions.csv, which the first call begins anew."""
+
+    def __init__(self, manifest: TaskManifest, folder: str) -> None:
+        assert isinstance(manifest.task, ClassificationConfig)
+        self._classes, self._folder, self._begun = manifest.task.classes, Path(folder), False
+
+    def __call__(self, item: Item) -> Item:
+        """`pred` (K,) -> the same as numbers by class."""
+        chances = dict(zip(self._classes, item["pred"].tolist(), strict=True))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "predictions.csv").open("a" if self._begun else "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if not self._begun:
+                writer.writerow(["scan", *(f"p/{name}" for name in self._classes)])
+            writer.writerow([item["source"].name, *(f"{chance:.6f}" for chance in chances.values())])
+        self._begun = True
+        return {**item, "pred": chances}
+
+
+@torch.inference_mode()
+def run(
+    dataset: Sequence[Item],
+    predictor: nn.Module,
+    inferer: Callable[[Tensor, nn.Module], Tensor],
+    postprocessing: Callable[[Item], Item],
+) -> int:
+    """Answer every scan, one at a time; how many there were. What cannot be read is left out, and logged with its
+    reason."""
+    predictor.eval()
+    count = 0
+    for number in range(len(dataset)):
+        try:
+            item = dataset[number]
+        except Exception as error:  # MONAI's own around ours, whatever version of it
+            if (reason := _reason(error)) is None:
+                raise
+            _log.warning("left out: scan %d of %d: %s", number + 1, len(dataset), reason)
+            continue
+        postprocessing({**item, "pred": inferer(item["image"][None], predictor)[0]})
+        count += 1
+    return count
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Of a scan that could not be used, anywhere among the causes; None where that was not it."""
+    while error is not None and not isinstance(error, ScanError):
+        error = error.__cause__
+    return None if error is None else error.reason
+
+
+def _stem(path: Path) -> str:
+    """A file's name without the ending of its format."""
+    ending = next((one for one in _ENDINGS if path.name.lower().endswith(one)), "")
+    return path.name[: len(path.name) - len(ending)]

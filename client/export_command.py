@@ -1,0 +1,53 @@
+"""`unimiss export`: its options. The work is in `client.export`, which is imported once they are known to be right."""
+
+import argparse
+from pathlib import Path
+
+from unimiss_core.errors import ConfigError
+
+FORMS = ("safetensors", "onnx", "monai")
+
+
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "export",
+        help="write an encoder, or a fine-tuned model, for other programs",
+        epilog="Each folder also holds a model card, README.md, and config.json. onnx is held against torch with "
+        "onnxruntime before it is written, and needs the extra: pip install 'federated-unimiss[export]'. monai takes a "
+        "fine-tuned model. docs/export.md says more. Exit codes: 0 done, 1 the ONNX answers otherwise than torch, 2 "
+        "wrong option, missing extra or an OUT that is not empty, 4 bad checkpoint or model, 130 interrupted; nothing "
+        "is written but by 0.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint, or of a fine-tuning")
+    parser.add_argument("--to", choices=FORMS, required=True, dest="form", metavar="FORM", help=", ".join(FORMS))
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="must be new or empty")
+    parser.add_argument("--student", action="store_true", help="of a checkpoint, instead of its teacher")
+    parser.add_argument(
+        "--input-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of onnx: H W or D H W; of an encoder that rank alone (default: the model's own, both ranks)",
+    )
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="of onnx for images (default: 1, grey)")
+    parser.add_argument("--licence", metavar="SPDX", help="for the card, such as CC-BY-NC-4.0 (default: not stated)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises as `client.export.export`; ConfigError also where a path on the command line cannot be looked at."""
+    from client.export import export
+
+    try:
+        export(
+            options.model,
+            options.form,
+            options.out,
+            student=options.student,
+            size=options.input_size,
+            channels=options.channels,
+            licence=options.licence,
+            key=options.key,
+        )
+    except OSError as error:
+        raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None

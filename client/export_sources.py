@@ -1,0 +1,164 @@
+"""What `unimiss export` is given: a checkpoint of pretraining, or a fine-tuned model, and all that is known of it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from client import accounting
+from unimiss_core import checkpoint, task_checkpoint, trained_by
+from unimiss_core.checkpoint import Manifest
+from unimiss_core.config import load
+from unimiss_core.embedding import encoder_of
+from unimiss_core.errors import CheckpointError, ConfigError
+from unimiss_core.exported import ExportedConfig
+from unimiss_core.keys import SigningPublicKey
+from unimiss_core.model import ARCHITECTURES, HEADS, REDUCTIONS, MiT
+from unimiss_core.network import check_tensors, empty_network
+from unimiss_core.privacy import mechanisms
+from unimiss_core.scan import RANKS
+from unimiss_core.study import ModelConfig, StudyConfig
+from unimiss_core.task_checkpoint import TaskManifest
+from unimiss_core.tasks import TaskModel
+from unimiss_core.trained_by import TrainedBy
+
+_MODEL = "model.json"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An encoder of pretraining."""
+
+    model: MiT
+    config: ExportedConfig
+    manifest: Manifest
+    study: StudyConfig | None
+    """None where its file lies neither in the folder nor in that of the run."""
+    trained_by: TrainedBy | None
+    spent: float | None
+    """Epsilon of what the study promises it to, a patient or a site, after the checkpoint's round."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model for a task."""
+
+    model: TaskModel
+    config: ExportedConfig
+    manifest: TaskManifest
+    judged_on: Literal["test", "validation"] | None
+    """Which scans `figures` are of: validation scans where none tested it; None where nothing says."""
+    figures: Mapping[str, Any]
+    """What `metrics.json` beside it says of them."""
+
+
+Source = Pretrained | Tuned
+
+
+def read_source(folder: Path, *, student: bool, key: SigningPublicKey | None, licence: str | None) -> Source:
+    """Read and check what lies in `folder`.
+
+    student: take the student of a checkpoint in its teacher's place. key: of who must have signed a checkpoint.
+    Raises CheckpointError: nothing there that can be exported, damaged, of another version, or not signed by that key.
+    Raises ConfigError: `student` or `key` with a fine-tuned model, which has neither.
+    """
+    if (folder / checkpoint.MANIFEST).is_file():
+        return _pretrained(folder, student=student, key=key, licence=licence)
+    if (folder / _MODEL).is_file():
+        if student or key is not None:
+            raise ConfigError(f"{folder}: is a fine-tuned model: it has no student and no signature; leave both out")
+        return _tuned(folder, licence)
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; turn released weights into a checkpoint first: unimiss import")
+    raise CheckpointError(
+        f"{folder}: holds neither a checkpoint ({checkpoint.MANIFEST}) nor a fine-tuned model ({_MODEL})"
+    )
+
+
+def _pretrained(folder: Path, *, student: bool, key: SigningPublicKey | None, licence: str | None) -> Pretrained:
+    found = checkpoint.load(folder, key=key)
+    manifest = found.manifest
+    shapes = {name: tuple(p.shape) for name, p in empty_network(manifest.model).named_parameters()}
+    if shapes != manifest.tensors:  # before any memory is taken: the manifest itself has no checksum
+        raise CheckpointError(f"{folder}: its tensors are not those of the model in its manifest; take another copy")
+    tensors = found.student if student else found.teacher
+    check_tensors(empty_network(manifest.model), tensors)
+    encoder = encoder_of(manifest.model, tensors)
+    study, counted = _record_of(folder, manifest)
+    config = ExportedConfig(
+        holds="encoder",
+        part="student" if student else "teacher",
+        model=manifest.model,
+        architecture=_architecture(manifest.model),
+        num_features=encoder.num_features,
+        ranks=RANKS,
+        plan=manifest.plan,
+        study_digest=manifest.study_digest,
+        source_digest=_sha256(folder / checkpoint.MANIFEST),
+        licence=licence,
+    )
+    return Pretrained(encoder, config, manifest, study, counted, _spent(study, manifest.round, counted))
+
+
+def _tuned(folder: Path, licence: str | None) -> Tuned:
+    model, manifest = task_checkpoint.load(folder)
+    config = ExportedConfig(
+        holds=manifest.task.name,
+        part=None,
+        model=manifest.model,
+        architecture=_architecture(manifest.model),
+        num_features=model.backbone.num_features,
+        ranks=(manifest.task.rank,),
+        plan=manifest.plan,
+        task=manifest.task,
+        source_digest=_sha256(folder / _MODEL),
+        licence=licence,
+    )
+    return Tuned(model.requires_grad_(False), config, manifest, *_figures(folder / "metrics.json"))
+
+
+def _record_of(folder: Path, manifest: Manifest) -> tuple[StudyConfig | None, TrainedBy | None]:
+    """The study, and by whom it was trained: beside a checkpoint that was handed on, or in its run's folder."""
+    if manifest.study_digest is None:
+        return None, None
+    run = folder.absolute().parent.parent
+    for place in (folder, run):
+        with suppress(ConfigError):
+            study = load(StudyConfig, place / "study.yaml")
+            if study.digest() == manifest.study_digest:
+                counted = trained_by.read(folder) if place == folder else trained_by.of_run(run, manifest.round)
+                return study, counted
+    return None, None
+
+
+def _spent(study: StudyConfig | None, rounds: int, counted: TrainedBy | None) -> float | None:
+    """Of a patient the dearest that a site's can have cost, by the study's own numbers; of a site what its run says."""
+    if study is None or study.privacy.mode == "none":
+        return None
+    if study.privacy.mode == "site":
+        return None if counted is None else counted.site_epsilon
+    taken = range(1, rounds + 1)
+    with suppress(ConfigError):  # too much to be told
+        delta = study.privacy.delta
+        return max(accounting.epsilon(mechanisms(study, ranks, taken), delta) for ranks in accounting.ALL_RANKS)
+    return None
+
+
+def _figures(path: Path) -> tuple[Literal["test", "validation"] | None, Mapping[str, Any]]:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of a file that anyone may write
+        parts = json.loads(path.read_bytes())["parts"]
+        part: Literal["test", "validation"] = "test" if parts.get("test") else "validation"
+        if isinstance(parts[part], Mapping):
+            return part, parts[part]
+    return None, {}
+
+
+def _architecture(model: ModelConfig) -> dict[str, int | tuple[int, ...]]:
+    return {**asdict(ARCHITECTURES[model.size]), "heads": HEADS, "reductions": REDUCTIONS}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

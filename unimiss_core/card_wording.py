@@ -1,0 +1,42 @@
+"""What all model cards say alike (Mitchell et al. 2019, arXiv:1810.03993): of privacy, sizes and preprocessing."""
+
+import yaml
+
+from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
+
+
+def promise_in_words(study: StudyConfig, spent: float | None = None) -> str:
+    """What the study promises of the patients or sites that it was trained on.
+
+    spent: epsilon that the promised unit, a patient or a site, has cost by now; None where that is not known.
+    """
+    promise = study.privacy
+    if promise.mode == "none":
+        return (
+            "Nothing is promised. Weights can tell whether a scan was trained on, and more, to whoever asks them well; "
+            "hand them only to those who may know that."
+        )
+    at_most = f"epsilon of at most {promise.max_epsilon:g} at delta {promise.delta:g} over all rounds of the study"
+    if promise.mode == "patient":
+        so_far = "" if spent is None else f" By this round a patient has cost {spent:.3g} at most."
+        return (
+            "Patient-level differential privacy (local DP-SGD): whoever has these weights, and all else that sites "
+            f"sent, can hardly tell whether any one patient's scans were used: {at_most}, by each site's own ledger."
+            f"{so_far}"
+        )
+    so_far = "" if spent is None else f" By this round a site has paid {spent:.3g}."
+    return (
+        "Site-level differential privacy (DP-FedAvg): whoever has these weights can hardly tell whether any one site's "
+        f"archive was used: {at_most}.{so_far} It is no promise to a single patient beyond that of their site."
+    )
+
+
+def sizes_in_words(model: ModelConfig) -> str:
+    image, volume = (" x ".join(map(str, size)) for size in (model.image_size, model.volume_size))
+    return f"position tables for {image} and {volume} (D, H, W)"
+
+
+def plan_in_words(plan: PlanConfig) -> str:
+    """An indented block of Markdown."""
+    lines = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False).splitlines()
+    return "\n".join(f"    {line}" for line in lines)
