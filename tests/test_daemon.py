@@ -129,7 +129,7 @@ def test_a_site_waits_for_a_coordinator_that_is_not_there_and_ends_when_asked(tm
         assert (health.state, health.restarts) == ("running", 0)  # it asks again and again, and nothing is started anew
         assert process.poll() is None
         assert stop(state)
-        assert process.wait(timeout=5) == 0
+        assert process.wait(timeout=30) == 0
         assert not processes_of(pair)
         assert (health := read_health(state)) is not None
         assert health.state == "stopped"
