@@ -148,16 +148,21 @@ def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool 
 
     Raises ScanError: there is none, with its reason, or `several_scans`.
     """
-    secret = secrets.token_bytes(32)
-    source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
-    files = _files_of(source) if path.is_dir() else {path.name: None}
-    looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
-    found = _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False)
+    found = catalogue_one(path, modality, interpolate=interpolate)
     if len(found.candidates) > 1:
         raise ScanError("several_scans", f"{len(found.candidates)} scans")
     if not found.candidates:
         raise ScanError(next((one.reason for one in (*found.left_out, *found.unreadable)), "not_an_image"))
     return read(found.candidates[0])
+
+
+def catalogue_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Catalogue:
+    """What one file, or the folder of one series, holds; lone slices stay, for somebody asks for them."""
+    secret = secrets.token_bytes(32)
+    source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
+    files = _files_of(source) if path.is_dir() else {path.name: None}
+    looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
+    return _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False)
 
 
 def _no_labels(scan: Scan) -> Scan:

@@ -31,6 +31,7 @@ REASONS: Mapping[str, str] = {
     "label_map": "has at most 16 different values: a mask or segmentation, not a picture",
     "blank": "shows one value everywhere",
     "not_finite": "more than half of its values are no numbers",
+    "other_rank": "an image where volumes are asked for, or a volume where images are",
     # Objects that are no plain pictures of a body
     "unsupported_object": "an object other than CT, MR, PET or X-ray: ultrasound, segmentation, dose, slide, ...",
     "secondary_capture": "a secondary capture: screen shots and scanned papers, often with names burned in",

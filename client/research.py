@@ -12,7 +12,7 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from client.cache import read_scans
+from client.reading import read_scans
 from client.site_config import DataSource
 from unimiss_core import checkpoint, durable, progress
 from unimiss_core.checkpoint import Manifest

@@ -23,9 +23,10 @@ import yaml
 from flwr.app import Context, RecordDict, UserConfig
 from pydantic import Field, model_validator
 
-from client.cache import open_library, read_scans
+from client.cache import open_library
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
+from client.reading import read_scans
 from client.site import simulation_folder
 from client.site_config import DataSource, SiteConfig, SiteTraining, TableConfig, load_site
 from server.app import app as server_app
