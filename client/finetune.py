@@ -9,7 +9,6 @@ and what `client.task_results` writes
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import shutil
@@ -30,6 +29,7 @@ from client.finetune_config import (
     init_from,
     load_finetune,
 )
+from client.inference import check_extra
 from client.label_tables import Part, label_table
 from client.labelled import Labelled, prepare_cases
 from client.splits import Split, split_cases
@@ -43,7 +43,7 @@ from unimiss_core.released import read_released
 from unimiss_core.scan import Modality
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_checkpoint import TaskManifest
-from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
+from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 
 _METRICS, _PREPARED = "metrics.json", "prepared"
@@ -84,7 +84,7 @@ def finetune(
     changed = {"init": init_from(init, config.init) if init else config.init, "device": device or config.device}
     config = config.model_copy(update=changed)
     chosen = device_of(config.device)
-    _check_extra(config)
+    check_extra(config.task)
     _check_folder(config.out, resume=resume)
     beginning = begin(config)
     table = label_table(config)
@@ -173,15 +173,6 @@ def _training(
         device=device,
         size=size,
     )
-
-
-def _check_extra(config: FinetuneConfig) -> None:
-    """Before scans are read. Raises ConfigError: what masks need is not installed."""
-    needed = ("monai", "scipy") if isinstance(config.task, SegmentationConfig) else ()
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"{' and '.join(missing)} must be installed for masks: pip install 'federated-unimiss[finetune]'"
-        )
 
 
 def _check_folder(out: Path, *, resume: bool) -> None:

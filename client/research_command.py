@@ -4,6 +4,7 @@ unimiss import RELEASED.pth OUT_DIR               the authors' released weights 
 unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
 unimiss verify CHECKPOINT_DIR                     whether it is as it was written, and signed by whom it should be
 unimiss finetune CONFIG.yaml [--resume]           a model for a task from an encoder and labelled scans
+unimiss predict MODEL_DIR SCANS --out OUT_DIR     what such a model says about scans that nobody labelled
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
 
@@ -19,6 +20,10 @@ from unimiss_core import progress
 from unimiss_core.errors import ConfigError, UnimissError
 
 INTERRUPTED = 130
+_MODALITIES = ("CT", "MR", "PT", "XR", "OT")
+"""`unimiss_core.scan.Modality`, which cannot be read without importing NumPy."""
+_LEFT = {"finetune": "go on with --resume", "predict": "the table in --out has what was predicted so far"}
+"""What there is of a command's work when it is interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unimiss {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        left = "go on with --resume" if options.command == "finetune" else "nothing was written"
-        print(f"interrupted; {left}", file=sys.stderr)
+        print(f"interrupted; {_LEFT.get(options.command, 'nothing was written')}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -52,6 +56,9 @@ def _run(options: argparse.Namespace) -> None:
     try:
         if options.command == "finetune":
             _finetune(options)
+            return
+        if options.command == "predict":
+            _predict(options)
             return
         from client import research
 
@@ -80,6 +87,20 @@ def _finetune(options: argparse.Namespace) -> None:
         data_root=options.data,
         out=options.out,
         init=options.init,
+        device=options.device,
+        show_paths=options.show_paths,
+    )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from client.predicting import predict
+
+    predict(
+        options.model,
+        options.scans,
+        options.out,
+        modality=options.modality,
+        batch=options.batch,
         device=options.device,
         show_paths=options.show_paths,
     )
@@ -157,9 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "input", type=Path, metavar="INPUT", help="folder of scans, or .npy array (N, C, *S) already preprocessed"
     )
     embed.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
-    embed.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
-    embed.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    embed.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
+    _add_asking(embed)
     _add_key(embed)
 
     verify = commands.add_parser("verify", help="check a checkpoint's files, and who signed it")
@@ -167,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_key(verify)
 
     _add_finetune(commands)
+    _add_predict(commands)
     plan = commands.add_parser(
         "plan-privacy",
         help="say what a study's privacy costs, or what noise an epsilon needs",
@@ -225,6 +245,36 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     tune.add_argument("--init", metavar="INIT", help="a checkpoint's folder, a released file, or scratch")
     tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     tune.add_argument("--show-paths", action="store_true", help="also name each scan's file below its folder")
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="ask a fine-tuned model about scans",
+        epilog="OUT_DIR/predictions.csv has a line for each scan, OUT_DIR/masks what a segmentation draws, on the grid "
+        "of each scan's own file. What cannot be read is counted and left out. --show-paths says which line is of "
+        "which file. docs/finetuning.md has more. Exit codes: 0 done, 2 wrong input or an output that cannot be "
+        "written, 3 no usable scan, 4 bad model, 130 interrupted.",
+    )
+    predict.add_argument("model", type=Path, metavar="MODEL_DIR", help="as `unimiss finetune` wrote it")
+    predict.add_argument("scans", type=Path, metavar="SCANS", help="folder of DICOM, NIfTI, PNG, ..., or one file")
+    predict.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="new or empty")
+    _add_modality(predict)
+    _add_asking(predict)
+
+
+def _add_modality(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--modality",
+        choices=_MODALITIES,
+        help="of NIfTI and pictures, which do not say it: CT makes values HU (default: what the model knows)",
+    )
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
 
 
 def _above_zero(text: str) -> float:
