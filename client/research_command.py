@@ -1,7 +1,7 @@
 """`unimiss`: what a researcher does with a pretrained encoder.
 
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
-unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
+unimiss embed CHECKPOINT_DIR INPUT --out FILE     features of scans, or of an array that is already preprocessed
 unimiss verify CHECKPOINT_DIR                     whether it is as it was written, and signed by whom it should be
 unimiss finetune CONFIG.yaml [--resume]           a model for a task from an encoder and labelled scans
 unimiss predict MODEL_DIR SCANS --out OUT_DIR     what such a model says about scans that nobody labelled
@@ -60,20 +60,12 @@ def _run(options: argparse.Namespace) -> None:
         if options.command == "predict":
             _predict(options)
             return
+        if options.command == "embed":
+            _embed(options)
+            return
         from client import research
 
-        if options.command == "import":
-            research.import_released(options.released, options.out)
-        else:
-            research.embed_input(
-                options.checkpoint,
-                options.input,
-                options.out,
-                batch=options.batch,
-                device=options.device,
-                show_paths=options.show_paths,
-                key=options.key,
-            )
+        research.import_released(options.released, options.out)
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
 
@@ -89,6 +81,22 @@ def _finetune(options: argparse.Namespace) -> None:
         init=options.init,
         device=options.device,
         show_paths=options.show_paths,
+        key=options.key,
+    )
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from client.embedding import embed_input
+
+    embed_input(
+        options.checkpoint,
+        options.input,
+        options.out,
+        batch=options.batch,
+        device=options.device,
+        show_paths=options.show_paths,
+        key=options.key,
+        modality=options.modality,
     )
 
 
@@ -169,15 +177,20 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser(
         "embed",
         help="write one feature vector for each scan",
-        epilog="FILE.npz holds features (N, width) and ranks (N,). Rows stand in the array's order; of a folder, "
-        "pictures and NIfTI volumes by path, a folder's files before its subfolders, then DICOM series by the path "
-        "of their first file. --show-paths says which row is which.",
+        epilog="FILE.npz holds features (N, width), ranks (N,) and, but of an array, keys (N,); FILE.parquet the same "
+        "as columns. Rows stand in the array's order; of a folder, pictures and NIfTI volumes by path, a folder's "
+        "files before its subfolders, then DICOM series by the path of their first file. --show-paths says which row "
+        "is which. docs/after-pretraining.md has more.",
     )
     embed.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="such as OUT/checkpoints/round-0007")
     embed.add_argument(
-        "input", type=Path, metavar="INPUT", help="folder of scans, or .npy array (N, C, *S) already preprocessed"
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="folder of scans, one file, or .npy array (N, C, *S) already preprocessed",
     )
-    embed.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.npz or FILE.parquet")
+    _add_modality(embed)
     _add_asking(embed)
     _add_key(embed)
 
@@ -245,6 +258,7 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     tune.add_argument("--init", metavar="INIT", help="a checkpoint's folder, a released file, or scratch")
     tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     tune.add_argument("--show-paths", action="store_true", help="also name each scan's file below its folder")
+    _add_key(tune)
 
 
 def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

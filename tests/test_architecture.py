@@ -38,6 +38,7 @@ ONLY_IN = {
     "h11": {"server/front_conversation.py"},
     "opacus": {"client/accounting.py"},
     "monai": {"client/segmenting.py"},
+    "pyarrow": {"client/feature_files.py"},
     "scipy": {"client/segmenting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {
