@@ -15,20 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
-from unimiss_core.embedding import embed, encoder_of
+from unimiss_core.embedding import bare_pixels, embed, encoder_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.model import MiT
 from unimiss_core.probe import Probe, gain, plane, probe
 from unimiss_core.study import ModelConfig
 
 BATCH = 32
-FLOOR_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def measure(
         found = read_probe_set(path)
         old, new = (_features(encoder, found.scans) for encoder in encoders)
         probed = [probe(features, found.labels, found.patients) for features in (old, new)]
-        floor = probe(_pixels(found.scans), found.labels, found.patients)
+        floor = probe(bare_pixels(found.scans), found.labels, found.patients)
         before[found.name] = _figures(found, probed[0], floor)
         after[found.name] = _figures(found, probed[1], floor) | _gained(*probed)
         planes |= {f"{found.name}/before": plane(old), f"{found.name}/after": plane(new)}
@@ -81,12 +79,6 @@ def measure(
 
 def _features(encoder: MiT, scans: Tensor) -> NDArray[np.float32]:
     return torch.cat([embed(encoder, part) for part in scans.split(BATCH)]).numpy()
-
-
-def _pixels(scans: Tensor) -> NDArray[np.float32]:
-    """(N, 256): each scan, or the middle slice of each volume, as 16 x 16 averages."""
-    x = scans.float() if scans.ndim == 4 else scans[:, :, scans.shape[2] // 2].float()
-    return F.adaptive_avg_pool2d(x, FLOOR_SIDE).flatten(1).numpy()
 
 
 def _figures(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
