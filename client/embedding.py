@@ -10,7 +10,8 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from client.feature_files import Labels, check_file, feature_file
+from client.feature_files import Labels, check_ending, feature_file
+from client.outputs import check_file
 from client.reading import Reading
 from unimiss_core import progress
 from unimiss_core.checkpoint import Manifest
@@ -56,7 +57,8 @@ def embed_input(
     """
     encoder, manifest = load_encoder(checkpoint, key=read_signing_public_key(key) if key else None)
     encoder.to(device_of(device))
-    check_file(out)
+    check_ending(out)
+    check_file("--out", out)
     is_array = source.suffix == ".npy"
     scans = _array_scans(source) if is_array else _read_scans(source, manifest, modality, show_paths=show_paths)
     try:

@@ -43,8 +43,8 @@ class FeatureFile(Protocol):
         """Nothing half written stays."""
 
 
-def check_file(path: Path) -> None:
-    """Before hours of work; makes no folder yet. Raises ConfigError."""
+def check_ending(path: Path) -> None:
+    """Raises ConfigError: no file of these, or what it needs is not installed."""
     if path.suffix not in ENDINGS:
         raise ConfigError(f"--out {path}: the result is an {ENDINGS[0]} or a {ENDINGS[1]} file; give it that ending")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -52,14 +52,6 @@ def check_file(path: Path) -> None:
             f"--out {path}: pyarrow must be installed for parquet: pip install 'federated-unimiss[parquet]'; "
             "or give a name that ends in .npz"
         )
-    try:
-        if path.is_dir():
-            raise ConfigError(f"--out {path}: is a folder; give the name of a file")
-        nearest = next(folder for folder in path.absolute().parents if folder.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 
 def feature_file(path: Path) -> FeatureFile:

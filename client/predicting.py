@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from client.inference import Inference, check_extra
 from client.labelled import Grid, as_stored, as_values, grid_of
 from client.masks import write_at_source
+from client.outputs import make_new_folder
 from client.reading import Origin, Reading
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of, is_out_of_memory
-from unimiss_core.errors import CheckpointError, ConfigError, ScanError
+from unimiss_core.errors import CheckpointError, ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_checkpoint import TaskManifest
@@ -71,7 +72,7 @@ def predict(
     chosen = device_of(device)
     network, manifest = task_checkpoint.load(model)
     check_extra(manifest.task)
-    _check_new(out)
+    make_new_folder("--out", out)
     reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
     answers = _Answers(network.to(chosen), _inference(manifest, chosen, batch), reading, out, show_paths)
     done = _write_table(out / _TABLE, answers.lines(_asked(reading, manifest)))
@@ -89,16 +90,6 @@ def predict(
     durable.write_text(out / _DONE, json.dumps(told, indent=2) + "\n")
     left = len(reading.left_out)
     print(f"{out}: {done} scan(s) predicted" + (f", {left} scan(s) or file(s) left out" if left else ""))
-
-
-def _check_new(out: Path) -> None:
-    """Make the folder. Raises ConfigError: it holds something, or cannot be made."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"--out {out}: exists and is not empty; give a new folder")
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Inference:

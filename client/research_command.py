@@ -5,6 +5,7 @@ unimiss embed CHECKPOINT_DIR INPUT --out FILE     features of scans, or of an ar
 unimiss verify CHECKPOINT_DIR                     whether it is as it was written, and signed by whom it should be
 unimiss finetune CONFIG.yaml [--resume]           a model for a task from an encoder and labelled scans
 unimiss predict MODEL_DIR SCANS --out OUT_DIR     what such a model says about scans that nobody labelled
+unimiss probe CHECKPOINT --data DATA              how well labelled scans separate by an encoder's features
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
 
@@ -60,6 +61,9 @@ def _run(options: argparse.Namespace) -> None:
         if options.command == "predict":
             _predict(options)
             return
+        if options.command == "probe":
+            _probe(options)
+            return
         if options.command == "embed":
             _embed(options)
             return
@@ -111,6 +115,34 @@ def _predict(options: argparse.Namespace) -> None:
         batch=options.batch,
         device=options.device,
         show_paths=options.show_paths,
+    )
+
+
+def _probe(options: argparse.Namespace) -> None:
+    try:
+        from client.probe_sources import source_of
+        from client.probing import run_probe
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        raise ConfigError("a probe needs scikit-learn: pip install 'federated-unimiss[research]'") from None
+
+    source = source_of(
+        options.data,
+        root=options.root,
+        label=options.label,
+        patient_pattern=options.patient_pattern,
+        modality=options.modality,
+    )
+    run_probe(
+        options.checkpoint,
+        source,
+        out=options.out,
+        set_out=options.set_out,
+        study=options.study,
+        batch=options.batch,
+        device=options.device,
+        key=options.key,
     )
 
 
@@ -200,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_finetune(commands)
     _add_predict(commands)
+    _add_probe(commands)
     plan = commands.add_parser(
         "plan-privacy",
         help="say what a study's privacy costs, or what noise an epsilon needs",
@@ -277,6 +310,35 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_asking(predict)
 
 
+def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    probe = commands.add_parser(
+        "probe",
+        help="say how well labelled scans separate by an encoder's features",
+        epilog="DATA is a folder with a folder of scans for each label; a CSV with scan, label, patient and perhaps "
+        "split; a MedMNIST .npz; or the file of a fine-tuning, whose split is taken. Patients stay together: without a "
+        "split each scan is judged by a model of other patients. docs/after-pretraining.md has more. Exit codes: 0 "
+        "done, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad checkpoint, 130 interrupted.",
+    )
+    probe.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, a released file, or scratch")
+    probe.add_argument("--data", type=Path, required=True, metavar="DATA", help="labelled scans")
+    probe.add_argument("--root", type=Path, metavar="FOLDER", help="where a table's paths begin (default: its own)")
+    probe.add_argument("--label", default="label", metavar="COLUMN", help="of a table (default: label)")
+    probe.add_argument(
+        "--patient-pattern",
+        metavar="REGEX",
+        help="of a folder: a group named patient, searched in the path; without it NIfTI files and pictures are of a "
+        "patient each",
+    )
+    _add_modality(probe)
+    probe.add_argument("--study", type=Path, metavar="STUDY.yaml", help="whose model and plan scratch has")
+    probe.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
+    probe.add_argument(
+        "--set-out", type=Path, metavar="FILE.npz", help="also write the scans as a coordinator's `probe` takes them"
+    )
+    _add_batch_and_device(probe)
+    _add_key(probe)
+
+
 def _add_modality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--modality",
@@ -286,9 +348,13 @@ def _add_modality(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_asking(parser: argparse.ArgumentParser) -> None:
+    _add_batch_and_device(parser)
+    parser.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
+
+
+def _add_batch_and_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
 
 
 def _above_zero(text: str) -> float:
