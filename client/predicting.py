@@ -2,6 +2,7 @@
 
 OUT/predictions.csv   a line for each scan: of a classification its probabilities, of a segmentation its mask's volumes
 OUT/masks/            of a segmentation: a mask for each scan, on the grid and in the axes of the scan's own file
+OUT/masks/*.dcm       of DICOM series the same as DICOM SEG, where that is asked for
 OUT/left_out.csv      only with --show-paths: what was not used, by file
 OUT/predicted.json    what was asked of which model, last of all: where it stands, the work is done
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from client.dicom_seg import check_highdicom, write_dicom_seg
 from client.inference import Inference, check_extra
 from client.labelled import Grid, as_stored, as_values, grid_of
 from client.masks import write_at_source
@@ -27,11 +29,11 @@ from client.outputs import make_new_folder
 from client.reading import Origin, Reading
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of, is_out_of_memory
-from unimiss_core.errors import CheckpointError, ScanError
+from unimiss_core.errors import CheckpointError, ConfigError, ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_checkpoint import TaskManifest
-from unimiss_core.task_config import ClassificationConfig
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
 from unimiss_core.tasks import TaskModel
 
 _TABLE, _LEFT_OUT, _DONE = "predictions.csv", "left_out.csv", "predicted.json"
@@ -62,19 +64,23 @@ def predict(
     batch: int = 8,
     device: str = "auto",
     show_paths: bool = False,
+    dicom_seg: bool = False,
 ) -> None:
     """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file.
 
     modality: of scans whose files do not say it; None takes what the model was trained with. batch: scans, or windows
-    of one, at a time. show_paths: the tables name files.
+    of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG.
     Raises CheckpointError, ConfigError, NoUsableScanError.
     """
     chosen = device_of(device)
     network, manifest = task_checkpoint.load(model)
     check_extra(manifest.task)
+    if dicom_seg:
+        _check_dicom_seg(manifest)
     make_new_folder("--out", out)
     reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
-    answers = _Answers(network.to(chosen), _inference(manifest, chosen, batch), reading, out, show_paths)
+    inference = _inference(manifest, chosen, batch)
+    answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
     done = _write_table(out / _TABLE, answers.lines(_asked(reading, manifest)))
     reading.explain()
     if show_paths:
@@ -90,6 +96,12 @@ def predict(
     durable.write_text(out / _DONE, json.dumps(told, indent=2) + "\n")
     left = len(reading.left_out)
     print(f"{out}: {done} scan(s) predicted" + (f", {left} scan(s) or file(s) left out" if left else ""))
+
+
+def _check_dicom_seg(manifest: TaskManifest) -> None:
+    if not isinstance(manifest.task, SegmentationConfig) or manifest.task.rank != 3:
+        raise ConfigError("--dicom-seg: the model draws no masks of volumes; leave the option out")
+    check_highdicom()
 
 
 def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Inference:
@@ -130,10 +142,12 @@ class _Answers:
     """What the model says, line by line of the table."""
 
     model: TaskModel
+    manifest: TaskManifest
     inference: Inference
     reading: Reading
     out: Path
     show_paths: bool
+    dicom_seg: bool
 
     def lines(self, scans: Iterable[Asked]) -> Iterator[Line]:
         """Of each scan, in their order; masks are written on the way."""
@@ -167,6 +181,8 @@ class _Answers:
         classes = self.inference.mask(self.model, one.values, one.grid)
         name, (source, *_) = f"scan-{one.number:05d}", one.origin.paths
         path = write_at_source(self.out / "masks", name, classes, one.grid.affine, source)
+        if self.dicom_seg:
+            self._write_dicom_seg(path.with_name(f"{name}.dcm"), classes, one)
         names = self.inference.task.classes
         counts = np.bincount(classes.ravel(), minlength=1 + len(names))[1:]
         ml = float(np.prod(one.grid.spacing_mm)) / 1000
@@ -177,6 +193,14 @@ class _Answers:
             **{f"voxels/{name}": int(n) for name, n in zip(names, counts, strict=True)},
             **(volumes if classes.ndim == 3 else {}),
         }
+
+    def _write_dicom_seg(self, path: Path, classes: NDArray[np.uint8], one: Asked) -> None:
+        affine, origin = one.grid.affine, one.origin
+        if affine is None or origin.format != "dicom":
+            return
+        if not write_dicom_seg(path, classes, affine, origin.paths, self.manifest):
+            told = f"scan {one.number}: no DICOM SEG, for its files lack what that must repeat; the NIfTI is there"
+            progress.report(progress.Note(told))
 
     def _named(self, one: Asked) -> Line:
         origin = one.origin

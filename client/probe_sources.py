@@ -10,7 +10,7 @@ import csv
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,6 +46,17 @@ class Known:
     """Whether the split keeps it for judging; where it keeps none, all are judged in turn."""
 
 
+class Columns(NamedTuple):
+    """What a table's columns are called."""
+
+    scan: str = "scan"
+    label: str = "label"
+    patient: str = "patient"
+
+
+USUAL = Columns()
+
+
 class Source(Protocol):
     questions: tuple[str, ...]
     """What is asked of each scan: one thing, or each label of several that may be there."""
@@ -60,11 +71,11 @@ def source_of(
     data: Path,
     *,
     root: Path | None = None,
-    label: str = "label",
+    columns: Columns = USUAL,
     patient_pattern: str | None = None,
     modality: Modality | None = None,
 ) -> Source:
-    """What --data names. root: where a table's paths begin; None takes the table's own folder. label: column of a
+    """What --data names. root: where a table's paths begin; None takes the table's own folder. columns: of a
     table. patient_pattern: as of a site's data folder. Raises ConfigError."""
     if data.is_dir():
         return _Folders(data, patient_pattern, modality)
@@ -75,7 +86,7 @@ def source_of(
         return _Table(config, config.name, _tested_by(config))
     if data.suffix == ".npz":
         return _Table(_of_medmnist(data), data.stem)
-    return _Table(_of_csv(data, root or data.parent, label, modality), label)
+    return _Table(_of_csv(data, root or data.parent, columns, modality), columns.label)
 
 
 class _Folders:
@@ -147,22 +158,23 @@ def _tested_by(config: FinetuneConfig) -> Set[int]:
     return {case.number for case in split_cases(label_table(config).cases, config)["test"]}
 
 
-def _of_csv(table: Path, root: Path, label: str, modality: Modality | None) -> FinetuneConfig:
+def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None) -> FinetuneConfig:
     """What a fine-tuning's file would say of the table. Raises ConfigError."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(f"table {table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
-    columns = list(rows[0]) if rows else []
-    if missing := [name for name in ("scan", label, "patient") if name not in columns]:
+    there = list(rows[0]) if rows else []
+    if missing := [name for name in columns if name not in there]:
         raise ConfigError(
-            f"table {table.name}: has no column {', '.join(missing)}; expected scan, {label}, patient, perhaps split "
-            "(--label names another label); for tables with other columns give a fine-tuning's file"
+            f"table {table.name}: has no column {', '.join(missing)}; give --scan, --label or --patient "
+            "where they are called otherwise"
         )
-    classes = sorted({(row[label] or "").strip() for row in rows})
-    data = {"table": str(table.absolute()), "folder": str(root.absolute()), "label": label, "modality": modality}
-    return _config(classes, data, where=f"table {table.name}", is_given="split" in columns)
+    classes = sorted({(row[columns.label] or "").strip() for row in rows})
+    data = {"table": str(table.absolute()), "folder": str(root.absolute()), "modality": modality}
+    data |= columns._asdict()
+    return _config(classes, data, where=f"table {table.name}", is_given="split" in there)
 
 
 def _of_medmnist(file: Path) -> FinetuneConfig:

@@ -115,12 +115,13 @@ def _predict(options: argparse.Namespace) -> None:
         batch=options.batch,
         device=options.device,
         show_paths=options.show_paths,
+        dicom_seg=options.dicom_seg,
     )
 
 
 def _probe(options: argparse.Namespace) -> None:
     try:
-        from client.probe_sources import source_of
+        from client.probe_sources import Columns, source_of
         from client.probing import run_probe
     except ModuleNotFoundError as error:
         if error.name != "sklearn":
@@ -130,7 +131,7 @@ def _probe(options: argparse.Namespace) -> None:
     source = source_of(
         options.data,
         root=options.root,
-        label=options.label,
+        columns=Columns(options.scan, options.label, options.patient),
         patient_pattern=options.patient_pattern,
         modality=options.modality,
     )
@@ -308,6 +309,9 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="new or empty")
     _add_modality(predict)
     _add_asking(predict)
+    predict.add_argument(
+        "--dicom-seg", action="store_true", help="masks of DICOM series also as DICOM SEG, which names the patient"
+    )
 
 
 def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -322,7 +326,8 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     probe.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, a released file, or scratch")
     probe.add_argument("--data", type=Path, required=True, metavar="DATA", help="labelled scans")
     probe.add_argument("--root", type=Path, metavar="FOLDER", help="where a table's paths begin (default: its own)")
-    probe.add_argument("--label", default="label", metavar="COLUMN", help="of a table (default: label)")
+    for column in ("scan", "label", "patient"):
+        probe.add_argument(f"--{column}", default=column, metavar="COLUMN", help=f"of a table (default: {column})")
     probe.add_argument(
         "--patient-pattern",
         metavar="REGEX",

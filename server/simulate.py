@@ -97,6 +97,8 @@ class SimulationConfig(Config):
     """A checkpoint folder to begin from, as in a coordinator file."""
     sites: Annotated[tuple[SimulatedSite, ...], Field(min_length=1)]
     probe: tuple[SimulatedProbe, ...] = ()
+    probe_every: Annotated[int, Field(gt=0)] | None = None
+    """As in a coordinator file."""
     quorum: Quorum = Quorum()
     forget_ledgers: tuple[Name, ...] = ()
     """Sites whose ledger was begun anew, as in a coordinator file."""
@@ -105,6 +107,8 @@ class SimulationConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.probe_every and not self.probe:
+            raise ValueError("probe_every has no meaning without probe; leave it out, or give labelled scans")
         for kind, names in {"sites": [s.name for s in self.sites], "probe": [p.name for p in self.probe]}.items():
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{kind}: the name {', '.join(sorted(twice))} stands twice")
@@ -208,6 +212,7 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
             "retry_s": 0.0,  # and nobody mends it while it is waited for
             "forget_ledgers": list(config.forget_ledgers),
             "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
+            "probe_every": config.probe_every,
         }
         durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
     return out / "coordinator.yaml"

@@ -37,6 +37,7 @@ ONLY_IN = {
     },
     "h11": {"server/front_conversation.py"},
     "opacus": {"client/accounting.py"},
+    "highdicom": {"client/dicom_seg.py"},
     "monai": {"client/segmenting.py"},
     "pyarrow": {"client/feature_files.py"},
     "scipy": {"client/segmenting.py"},

@@ -1,14 +1,17 @@
 """`unimiss predict`: a fine-tuning's own answers again, in each scan's own geometry, whatever lies beside the scans."""
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, get_args
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
+from pydicom.uid import generate_uid
 
 from client import research_command
 from client.nifti import write_nifti
@@ -121,6 +124,60 @@ def test_a_mask_of_a_dicom_series_lies_where_its_slices_lie(tmp_path: Path) -> N
         tuple(np.round(mask.affine @ [a, b, c, 1.0], 3)[:3].tolist()) for a in ends[0] for b in ends[1] for c in ends[2]
     }
     assert found == corners
+
+
+def test_a_dicom_seg_says_the_same_of_each_place_as_the_nifti(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read back by pydicom alone: each voxel that is set, taken to millimetres by the standard's formula."""
+    pytest.importorskip("highdicom")
+    model, row, column = untrained(tmp_path / "model", BALL), (0.0, 1.0, 0.0), (0.0, 0.0, -1.0)
+    uids = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
+    facts = {"PatientName": "Miller", "PatientBirthDate": "", "PatientSex": "", "AccessionNumber": "", "StudyID": ""}
+    facts |= {"StudyDate": "", "StudyTime": "", "ReferringPhysicianName": "", "SliceThickness": 2, **uids}
+    positions = [[10.0 - 2 * k, -40.0, 70.0] for k in range(30)]
+    volume = noise((30, 40, 36))
+    axes = {"positions": positions, "gap_mm": 2.0, "orientation": (*row, *column)}
+    write_series(tmp_path / "scans", volume, attributes=facts, **axes)
+    out = tmp_path / "out"
+    assert main(["predict", str(model), str(tmp_path / "scans"), "--out", str(out), "--dicom-seg"]) == 0
+    said = capsys.readouterr()
+    assert "no DICOM SEG" not in said.err
+    mask = nibabel.load(out / "masks" / "scan-00001.nii.gz")
+    drawn, to_voxels = np.asarray(mask.dataobj), np.linalg.inv(mask.affine)
+    seg = pydicom.dcmread(out / "masks" / "scan-00001.dcm")
+    assert (seg.Modality, seg.StudyInstanceUID) == ("SEG", uids["StudyInstanceUID"])
+    assert seg.FrameOfReferenceUID == uids["FrameOfReferenceUID"]
+    assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["ball", "cube"]
+    assert list(seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient) == [
+        *row,
+        *column,
+    ]
+    found = {1: 0, 2: 0}
+    for frame, about in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        number = int(about.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        corner = np.array(about.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
+        i, j = np.nonzero(frame)
+        places = corner + np.outer(0.7 * j, row) + np.outer(0.9 * i, column)
+        voxels = np.rint(np.c_[places * [-1, -1, 1], np.ones(len(i))] @ to_voxels.T)[:, :3].astype(int)
+        assert (drawn[tuple(voxels.T)] == number).all()
+        found[number] += len(i)
+    assert found == {number: int((drawn == number).sum()) for number in (1, 2)}
+    assert min(found.values()) > 0
+
+
+def test_dicom_seg_without_highdicom_or_masks_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, drawer = untrained(tmp_path / "classifier", LABELS), untrained(tmp_path / "drawer", BALL)
+    asked = [str(tmp_path), "--out", str(tmp_path / "out"), "--dicom-seg"]
+    assert main(["predict", str(classifier), *asked]) == 2
+    assert "--dicom-seg: the model draws no masks of volumes" in capsys.readouterr().err
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "highdicom" else find(name))
+    assert main(["predict", str(drawer), *asked]) == 2
+    assert "pip install 'federated-unimiss[dicomseg]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_used_is_counted_with_its_reason_and_the_rest_goes_on(

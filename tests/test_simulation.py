@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 
+from server.probing import read_probe_set
 from server.simulate_command import INTERRUPTED, main
 from unimiss_core import checkpoint
-from unimiss_core.embedding import load_encoder
+from unimiss_core.embedding import embed, load_encoder
+from unimiss_core.probe import probe
 
 STUDY = {
     "name": "toy",
@@ -79,7 +81,7 @@ def finished(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole run with a probe, which several tests look at."""
     folder = tmp_path_factory.mktemp("finished")
     probe = {"name": "lesion", "rank": 2, "label": "lesion", "positive": ["1"], "data": [_source(hospitals / "cr")]}
-    assert run(simulation(folder, hospitals, probe=[probe]), folder / "out") == 0
+    assert run(simulation(folder, hospitals, probe=[probe], probe_every=1), folder / "out") == 0
     return folder / "out"
 
 
@@ -153,7 +155,20 @@ def test_artefacts_are_all_there(finished: Path) -> None:
     assert not list(finished.rglob("*.partial"))
     probed = json.loads((finished / "report" / "probe-after.json").read_text())
     assert "lesion" in probed
-    assert [row["global"].get("probe") for row in rows(finished)] == [None, probed]
+    assert rows(finished)[1]["global"]["probe"] == probed
+
+
+def test_a_probe_between_rounds_is_of_that_rounds_teacher(finished: Path) -> None:
+    (path,) = finished.glob("probe/*/lesion.npz")
+    found = read_probe_set(path)
+    aucs = []
+    for number in (0, 1):
+        encoder, _ = load_encoder(finished / "checkpoints" / f"round-000{number}")
+        aucs.append(probe(embed(encoder, found.scans).numpy(), found.labels, found.patients).auc())
+    told = rows(finished)[0]["global"]["probe"]["lesion"]
+    assert told["auc"] == pytest.approx(aucs[1], abs=0.02)
+    assert told["gain"] == pytest.approx(aucs[1] - aucs[0], abs=0.03)
+    assert "Area under the ROC curve, over rounds" in (finished / "report.html").read_text()
 
 
 def test_no_invented_identifier_or_path_of_a_scan_is_in_any_artefact(finished: Path, hospitals: Path) -> None:
