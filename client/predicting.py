@@ -119,13 +119,17 @@ def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Infe
 
 def _asked(reading: Reading, manifest: TaskManifest) -> Iterator[Asked]:
     """The scans that the model can be asked about; the others are counted."""
-    for number, (origin, scan) in enumerate(reading, start=1):
+    number = 0
+    for origin, scan in reading:
+        number += 1  # noqa: SIM113  # `enumerate` would hold on to the scan
         try:
             values, grid = _prepared(scan, manifest)
         except ScanError as error:
             reading.leave_out(origin, error.reason)
         else:
+            del scan
             yield Asked(number, origin, values, grid)
+            del values
         progress.report(progress.StepDone("scans", number, len(reading), None))
 
 

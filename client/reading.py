@@ -101,8 +101,10 @@ class Reading:
             origin = _origin(candidates[index])
             if isinstance(outcome, ScanError):
                 self.leave_out(origin, outcome.reason)
-            else:
-                yield origin, outcome
+                continue
+            held = [outcome]
+            del outcome  # a large scan must be gone as soon as whoever asked for it has no more use for it
+            yield origin, held.pop()
 
     def leave_out(self, origin: Origin, reason: str) -> None:
         """Count a scan that was read as one that could not be used after all."""
