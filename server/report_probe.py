@@ -116,7 +116,7 @@ def _over_rounds(run: Artefacts) -> list[Html]:
         return []
     chance = Reference("coin toss", 0.5)
     bounds = charts.bounds_of(series, include=[chance.value])
-    panel = charts.line_panel("Area under the ROC curve, over rounds", series, reference=chance, bounds=bounds)
+    panel = charts.line_panel("AUC of the probe", series, reference=chance, bounds=bounds)
     return [legend([(charts.swatch(one.style), one.name) for one in series]), grid([panel])]
 
 
