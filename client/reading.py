@@ -73,15 +73,19 @@ class Reading:
         self.left_out += [(entry.files, entry.reason) for entry in (*self.found.left_out, *self.found.unreadable)]
 
     @classmethod
-    def of_sources(cls, sources: Sequence[DataSource], plan: PlanConfig | None = None) -> "Reading":
-        """plan: says whether missing slices may be made up. Raises ConfigError for a wrong table."""
-        return cls(catalogue(sources, secrets.token_bytes(32), interpolate=_interpolates(plan)))
+    def of_sources(
+        cls, sources: Sequence[DataSource], plan: PlanConfig | None = None, *, nameless: bool = False
+    ) -> "Reading":
+        """plan: says whether missing slices may be made up. nameless: DICOM that says no patient is read, too, for it
+        does not matter whose it is. Raises ConfigError for a wrong table."""
+        return cls(catalogue(sources, secrets.token_bytes(32), interpolate=_interpolates(plan), nameless=nameless))
 
     @classmethod
     def of_path(cls, path: Path, plan: PlanConfig, modality: Modality | None = None) -> "Reading":
-        """Of a folder, or of one file. modality: of files that do not say it. Raises ConfigError: there is neither."""
+        """Of a folder, or of one file, whosever scans they are. modality: of files that do not say it. Raises
+        ConfigError: there is neither."""
         if path.is_dir():
-            return cls.of_sources([DataSource(folder=path, modality=modality)], plan)
+            return cls.of_sources([DataSource(folder=path, modality=modality)], plan, nameless=True)
         if not path.is_file():
             raise ConfigError(f"{path}: is neither a folder of scans nor a file")
         return cls(catalogue_one(path, modality, interpolate=_interpolates(plan)))

@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of scans, one file, or .npy array (N, C, *S) already preprocessed",
     )
     embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.npz or FILE.parquet")
-    _add_modality(embed)
+    _add_modality(embed, "NIfTI is OT, pictures are XR")
     _add_asking(embed)
     _add_key(embed)
 
@@ -301,13 +301,13 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="ask a fine-tuned model about scans",
         epilog="OUT_DIR/predictions.csv has a line for each scan, OUT_DIR/masks what a segmentation draws, on the grid "
         "of each scan's own file. What cannot be read is counted and left out. --show-paths says which line is of "
-        "which file. docs/finetuning.md has more. Exit codes: 0 done, 2 wrong input or an output that cannot be "
+        "which file. docs/after-pretraining.md has more. Exit codes: 0 done, 2 wrong input or an output that cannot be "
         "written, 3 no usable scan, 4 bad model, 130 interrupted.",
     )
     predict.add_argument("model", type=Path, metavar="MODEL_DIR", help="as `unimiss finetune` wrote it")
     predict.add_argument("scans", type=Path, metavar="SCANS", help="folder of DICOM, NIfTI, PNG, ..., or one file")
     predict.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="new or empty")
-    _add_modality(predict)
+    _add_modality(predict, "what the model was trained with")
     _add_asking(predict)
     predict.add_argument(
         "--dicom-seg", action="store_true", help="masks of DICOM series also as DICOM SEG, which names the patient"
@@ -334,7 +334,7 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="of a folder: a group named patient, searched in the path; without it NIfTI files and pictures are of a "
         "patient each",
     )
-    _add_modality(probe)
+    _add_modality(probe, "NIfTI is OT, pictures are XR")
     probe.add_argument("--study", type=Path, metavar="STUDY.yaml", help="whose model and plan scratch has")
     probe.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
     probe.add_argument(
@@ -344,11 +344,11 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_key(probe)
 
 
-def _add_modality(parser: argparse.ArgumentParser) -> None:
+def _add_modality(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--modality",
         choices=_MODALITIES,
-        help="of NIfTI and pictures, which do not say it: CT makes values HU (default: what the model knows)",
+        help=f"of NIfTI and pictures, which do not say it: CT makes values HU (default: {default})",
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from client.nifti import write_nifti
 from client.reading import Reading
+from client.site_config import DataSource
 from tests.series_files import write_series
 from unimiss_core.errors import ConfigError, NoUsableScanError
 from unimiss_core.scan import Scan
@@ -44,6 +45,16 @@ def test_the_key_of_a_series_follows_the_order_of_its_slices_and_not_its_files_n
     assert keys[0] == keys[1]
     (tmp_path / "a" / "file004").unlink()
     assert next(iter(Reading.of_path(tmp_path / "a", PLAN)))[0].key != keys[0]
+
+
+def test_dicom_of_nobody_is_read_where_it_does_not_matter_whose_it_is(tmp_path: Path) -> None:
+    volume = np.random.default_rng(0).integers(0, 900, (5, 12, 13)).astype(np.int16)
+    write_series(tmp_path, volume, attributes={"PatientID": ""})
+    (found,) = list(Reading.of_path(tmp_path, PLAN))
+    np.testing.assert_array_equal(found[1].voxels[0], volume)
+    training = Reading.of_sources([DataSource(folder=tmp_path)], PLAN)
+    assert len(training) == 0
+    assert training.reasons == {"no_patient_id": 1}
 
 
 def test_what_is_left_out_on_the_way_counts_with_what_was_left_out_before(tmp_path: Path) -> None:
