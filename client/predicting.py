@@ -74,6 +74,8 @@ def predict(
     """
     chosen = device_of(device)
     network, manifest = task_checkpoint.load(model)
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):  # a mask would be all background
+        raise CheckpointError(f"{model}: its weights are not all numbers: its training diverged; fine-tune it again")
     check_extra(manifest.task)
     if dicom_seg:
         _check_dicom_seg(manifest)
@@ -171,8 +173,6 @@ class _Answers:
         task = self.inference.task
         assert isinstance(task, ClassificationConfig)
         chances = self.inference.chances(self.model, [one.values for one in scans])
-        if not np.isfinite(chances).all():
-            raise CheckpointError("the model's answer is no number: its training diverged; fine-tune it again")
         for one, told in zip(scans, chances, strict=True):
             there = told >= LIKELY if task.kind == "multi_label" else np.arange(len(told)) == told.argmax()
             yield {

@@ -36,7 +36,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def untrained(folder: Path, task: TaskConfig, **more: Any) -> Path:
+def untrained(folder: Path, task: TaskConfig, *, diverged: bool = False, **more: Any) -> Path:
     """A model of this task that never saw a scan, as fine-tuning would write it."""
     model, dense = ModelConfig(prototypes=16), task.name == "segmentation"
     made = build_task_model(model, task.rank, outputs=task.outputs, dense=dense, seed=0, pretrained=None)
@@ -51,6 +51,8 @@ def untrained(folder: Path, task: TaskConfig, **more: Any) -> Path:
         epoch=0,
         **more,
     )
+    if diverged:
+        next(made.parameters()).data[0] = float("nan")
     folder.mkdir()
     task_checkpoint.save(folder, dict(made.named_parameters()), manifest)
     return folder
@@ -271,6 +273,7 @@ def test_what_is_no_model_of_this_program_is_refused_in_one_message(
 
     refused(tmp_path / "nowhere", "holds no model; give the folder that `unimiss finetune` wrote")
     refused(nano_checkpoint(tmp_path / "round-0001"), "is a checkpoint of pretraining, which answers no task")
+    refused(untrained(tmp_path / "diverged", BALL, diverged=True), "its weights are not all numbers")
     model = untrained(tmp_path / "model", LABELS)
     refused(model, "no scan that can be used: there is none", 3)
     described = model / "model.json"
