@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.cache import read_scans
 from client.nifti import read_nifti
+from client.reading import read_scans
 from client.site_config import DataSource, TableConfig
 from unimiss_core.embedding import embed
 from unimiss_core.model import MiT

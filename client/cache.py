@@ -33,11 +33,11 @@ from client.cache_room import check_spare, make_room, prepared_bytes
 from client.candidates import Candidate
 from client.catalogue import FEW_BYTES, Catalogue, catalogue, read, safe_here, state_of
 from client.patients import check_known, load_secret
-from client.site_config import DataSource, SiteConfig
+from client.site_config import SiteConfig
 from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.plan import prepare
-from unimiss_core.scan import RANKS, Modality, Rank, Scan
+from unimiss_core.scan import RANKS, Modality, Rank
 from unimiss_core.sealing import Damaged, Seal, read_seal
 from unimiss_core.study import PlanConfig
 
@@ -119,17 +119,6 @@ class Library:
     @property
     def ranks(self) -> frozenset[Rank]:
         return frozenset(rank for rank in RANKS if self.of_rank(rank))
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a scan came from: for joining labels at the site; never to be sent or logged."""
-
-    folder: Path
-    files: tuple[str, ...]
-    """Paths below the folder, in slice order."""
-    patient: str
-    """Key of the patient, comparable within one call of `read_scans`."""
 
 
 def open_library(site: SiteConfig, plan: PlanConfig) -> Library:
@@ -229,30 +218,6 @@ def _built(
             done += 1
             show(done, len(stamps))
     return [records[stamp] for stamp in stamps]
-
-
-def read_scans(sources: Sequence[DataSource], plan: PlanConfig | None = None) -> Iterator[tuple[Origin, Scan]]:
-    """Every usable scan of `sources`, one at a time and in a fixed order, not cached and not yet prepared.
-
-    plan: says whether missing slices may be made up. What is left out is reported as a `progress.Note`.
-    """
-    interpolate = plan is not None and plan.missing_slices == "interpolate"
-    found = catalogue(sources, secrets.token_bytes(32), interpolate=interpolate)
-    reasons = Counter(entry.reason for entry in (*found.left_out, *found.unreadable))
-    outcomes = (
-        workers.run_here(read, found.candidates)
-        if safe_here(found.candidates)
-        else workers.run(read, found.candidates, workers=1)  # one keeps the order
-    )
-    for index, outcome in outcomes:
-        candidate = found.candidates[index]
-        if isinstance(outcome, ScanError):
-            reasons[outcome.reason] += 1
-        else:
-            yield Origin(candidate.folder, candidate.files, candidate.patient), outcome
-    if reasons:
-        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        progress.report(progress.Note(f"left out: {said}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- building

@@ -68,6 +68,7 @@ def catalogue(
     *,
     interpolate: bool = False,
     by_patient: bool = False,
+    nameless: bool = False,
     processes: int | None = None,
     isolate: bool = False,
     looked: Callable[[int], None] | None = None,
@@ -76,8 +77,9 @@ def catalogue(
 
     secret: makes patient keys. interpolate: whether a few missing slices may be made up. by_patient: sort out each
     patient's files as if there were no others, so that none decides about another's scans: a promise of what a patient
-    may change rests on it. processes: readers; None takes one for each core. isolate: read in other processes even
-    where there is little to read. looked: called with the number of files looked at as the work goes on.
+    may change rests on it. nameless: DICOM without a PatientID counts, all as of one patient. processes: readers; None
+    takes one for each core. isolate: read in other processes even where there is little to read. looked: called with
+    the number of files looked at as the work goes on.
     Raises ConfigError for a wrong table.
     """
     parts: list[Catalogue] = []
@@ -91,7 +93,8 @@ def catalogue(
             if looked is not None:
                 looked(done)
         outcomes = {file: (found[file], files[file]) for file in files}
-        parts.append(_sorted_out(source, outcomes, secret, interpolate=interpolate, by_patient=by_patient))
+        how = {"interpolate": interpolate, "by_patient": by_patient, "nameless": nameless}
+        parts.append(_sorted_out(source, outcomes, secret, **how))
     candidates = [candidate for part in parts for candidate in part.candidates]
     together = of_each_patient(candidates, lambda one: one.patient) if by_patient else [candidates]
     sifted = [without_lone_slices(members) for members in together]
@@ -148,16 +151,21 @@ def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool 
 
     Raises ScanError: there is none, with its reason, or `several_scans`.
     """
-    secret = secrets.token_bytes(32)
-    source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
-    files = _files_of(source) if path.is_dir() else {path.name: None}
-    looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
-    found = _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False)
+    found = catalogue_one(path, modality, interpolate=interpolate)
     if len(found.candidates) > 1:
         raise ScanError("several_scans", f"{len(found.candidates)} scans")
     if not found.candidates:
         raise ScanError(next((one.reason for one in (*found.left_out, *found.unreadable)), "not_an_image"))
     return read(found.candidates[0])
+
+
+def catalogue_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Catalogue:
+    """What one file, or the folder of one series, holds: whoever names it knows whose it is, and wants lone slices."""
+    secret = secrets.token_bytes(32)
+    source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
+    files = _files_of(source) if path.is_dir() else {path.name: None}
+    looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
+    return _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False, nameless=True)
 
 
 def _no_labels(scan: Scan) -> Scan:
@@ -277,6 +285,7 @@ def _sorted_out(
     *,
     interpolate: bool,
     by_patient: bool,
+    nameless: bool,
 ) -> Catalogue:
     """Candidates and left-outs among the files of one source, in the order of the files; as `catalogue`."""
     headers: list[Header] = []
@@ -288,7 +297,7 @@ def _sorted_out(
         if isinstance(outcome, ScanError):
             unreadable.append(LeftOut(source.folder, (file,), outcome.reason))
         elif isinstance(outcome, Header):
-            header = _owned(outcome, source, listed, secret)
+            header = _owned(outcome, source, listed, secret, nameless=nameless)
             if header.patient is not None and not _in_range(header.patient, source):
                 continue
             headers.append(header)
@@ -314,7 +323,7 @@ def _in_range(patient: Patient, source: DataSource) -> bool:
     return source.patient_range[0] <= patient.place < source.patient_range[1]
 
 
-def _owned(header: Header, source: DataSource, listed: Listed | None, secret: bytes) -> Header:
+def _owned(header: Header, source: DataSource, listed: Listed | None, secret: bytes, *, nameless: bool) -> Header:
     """The header with the patient that the site file's rules give it; left out where there is none."""
     try:
         text = ruled_patient(source, PurePosixPath(header.file), listed)
@@ -322,6 +331,8 @@ def _owned(header: Header, source: DataSource, listed: Listed | None, secret: by
         return replace(header, patient=None, reason=header.reason or error.reason)
     if text is not None:
         return replace(header, patient=patient_of(text, secret))
+    if header.patient is None and nameless:
+        return replace(header, patient=patient_of("", secret))
     if header.patient is None:
         return replace(header, reason=header.reason or "no_patient_id")
     return header

@@ -9,60 +9,35 @@ and what `client.task_results` writes
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
 from client import task_training
-from client.finetune_config import (
-    FinetuneConfig,
-    FromCheckpoint,
-    FromReleased,
-    init_from,
-    load_finetune,
-)
+from client.beginning import Beginning, begin
+from client.finetune_config import FinetuneConfig, init_from, load_finetune, signed_by
+from client.inference import check_extra
 from client.label_tables import Part, label_table
 from client.labelled import Labelled, prepare_cases
 from client.splits import Split, split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
-from unimiss_core import checkpoint, durable, progress, task_checkpoint
+from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of
-from unimiss_core.errors import CheckpointError, ConfigError
-from unimiss_core.network import empty_network
-from unimiss_core.released import read_released
+from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
-from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_checkpoint import TaskManifest
-from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
+from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 
 _METRICS, _PREPARED = "metrics.json", "prepared"
 _RESULTS = ("predictions.csv", "cases.csv", "predictions")
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What a fine-tuning begins with."""
-
-    name: Literal["checkpoint", "released", "scratch"]
-    model: ModelConfig
-    plan: PlanConfig
-    tensors: Mapping[str, Tensor] | None
-    """The pretrained teacher's; None from scratch."""
-
-    @property
-    def digest(self) -> str | None:
-        return None if self.tensors is None else task_checkpoint.digest_of(self.tensors)
 
 
 def finetune(
@@ -74,19 +49,22 @@ def finetune(
     init: str | None = None,
     device: str | None = None,
     show_paths: bool = False,
+    key: Path | None = None,
 ) -> None:
     """Do what the fine-tuning's file says; the others stand in the place of its own settings.
 
-    resume: go on where a fine-tuning that was interrupted left off. show_paths: tables and messages name files.
+    resume: go on where a fine-tuning that was interrupted left off. show_paths: tables and messages name files. key: of
+    who must have signed the checkpoint.
     Raises ConfigError, CheckpointError, NoUsableScanError, NonFiniteLossError.
     """
     config = load_finetune(path, data_root=data_root, out=out)
-    changed = {"init": init_from(init, config.init) if init else config.init, "device": device or config.device}
+    begins_with = init_from(init, config.init) if init else config.init
+    changed = {"init": signed_by(key, begins_with) if key else begins_with, "device": device or config.device}
     config = config.model_copy(update=changed)
     chosen = device_of(config.device)
-    _check_extra(config)
+    check_extra(config.task)
     _check_folder(config.out, resume=resume)
-    beginning = begin(config)
+    beginning = begin(config.init, config.plan)
     table = label_table(config)
     split = split_cases(table.cases, config)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -119,22 +97,6 @@ def _removed_afterwards(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def begin(config: FinetuneConfig) -> Beginning:
-    """Read what the file's `init` names, its plan overruled by the file's own. Raises CheckpointError, ConfigError."""
-    init = config.init
-    if isinstance(init, FromCheckpoint):
-        found = checkpoint.load(init.folder)
-        manifest = found.manifest
-        shapes = {name: tuple(p.shape) for name, p in empty_network(manifest.model).named_parameters()}
-        if shapes != manifest.tensors:
-            raise CheckpointError("the checkpoint's tensors are not those of the model in its manifest")
-        return Beginning("checkpoint", manifest.model, config.plan or manifest.plan, found.teacher)
-    if isinstance(init, FromReleased):
-        released = read_released(init.file)
-        return Beginning("released", released.model, config.plan or PlanConfig(), released.teacher)
-    return Beginning("scratch", init.model, config.plan or PlanConfig(), None)
 
 
 def task_model(config: FinetuneConfig, beginning: Beginning) -> TaskModel:
@@ -173,15 +135,6 @@ def _training(
         device=device,
         size=size,
     )
-
-
-def _check_extra(config: FinetuneConfig) -> None:
-    """Before scans are read. Raises ConfigError: what masks need is not installed."""
-    needed = ("monai", "scipy") if isinstance(config.task, SegmentationConfig) else ()
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"{' and '.join(missing)} must be installed for masks: pip install 'federated-unimiss[finetune]'"
-        )
 
 
 def _check_folder(out: Path, *, resume: bool) -> None:

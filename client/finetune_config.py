@@ -26,6 +26,8 @@ class FromCheckpoint(Config):
 
     name: Literal["checkpoint"] = "checkpoint"
     folder: Path
+    key: Path | None = None
+    """The public key (.pub) that must have signed it; None asks for no signature."""
 
 
 class FromReleased(Config):
@@ -257,15 +259,23 @@ def load_finetune(path: Path, *, data_root: Path | None = None, out: Path | None
 
 
 def init_from(text: str, otherwise: InitConfig) -> InitConfig:
-    """What a command line's --init says: scratch, a checkpoint's folder or a released file. Raises ConfigError."""
+    """What a command line's --init says: scratch, a checkpoint's folder or a released file. A key that the file asks
+    for holds of another checkpoint, too. Raises ConfigError."""
     path = Path(text).absolute()
     if text == "scratch":
         return otherwise if isinstance(otherwise, FromScratch) else FromScratch()
     if path.is_dir():
-        return FromCheckpoint(folder=path)
+        return FromCheckpoint(folder=path, key=otherwise.key if isinstance(otherwise, FromCheckpoint) else None)
     if path.is_file():
         return FromReleased(file=path)
     raise ConfigError(f"--init {text}: is neither 'scratch', nor a checkpoint's folder, nor a released file")
+
+
+def signed_by(key: Path, init: InitConfig) -> FromCheckpoint:
+    """`init`, which must have been signed by the key. Raises ConfigError: nobody signs it."""
+    if not isinstance(init, FromCheckpoint):
+        raise ConfigError(f"--key: begins with '{init.name}', which nobody signs; give a checkpoint, or no key")
+    return init.model_copy(update={"key": key.absolute()})
 
 
 def _with_paths_below(base: Path, config: InitConfig | DataConfig) -> InitConfig | DataConfig:

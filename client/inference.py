@@ -3,6 +3,7 @@
 Legend of shapes: N scans, K outputs of the model, C channels, S spatial axes - (H, W) or (D, H, W).
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from client.labelled import Grid
 from client.task_training import autocast
-from unimiss_core.task_config import ClassificationConfig, TaskConfig
+from unimiss_core.errors import ConfigError
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
 from unimiss_core.tasks import TaskModel
 from unimiss_core.views import whole
 
@@ -68,3 +70,12 @@ class Inference:
         chances = self.voxel_chances(model, values)
         found = segmenting.likeliest(chances) if grid is None else segmenting.likeliest_at_source(chances, grid)
         return segmenting.keep_largest(found, [1 + self.task.classes.index(name) for name in self.keep_largest])
+
+
+def check_extra(task: TaskConfig) -> None:
+    """Before scans are read. Raises ConfigError: what masks need is not installed."""
+    needed = ("monai", "scipy") if isinstance(task, SegmentationConfig) else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be installed for masks: pip install 'federated-unimiss[finetune]'"
+        )

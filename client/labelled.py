@@ -117,7 +117,7 @@ def prepare_cases(
     parts: dict[Part, list[Labelled]] = {part: [] for part in split}
     total, done = sum(len(cases) for cases in split.values()), 0
     for part, cases in split.items():
-        for case, scan, mask in _read(cases, table, config, plan):
+        for case, scan, mask in read_cases(cases, table, config, plan):
             done += 1
             progress.report(progress.Preparing(config.name, done, total))
             if isinstance(scan, ScanError):
@@ -154,10 +154,10 @@ def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], confi
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
-_Read = tuple[Case, Scan | ScanError, "Scan | MaskError | None"]
+Read = tuple[Case, Scan | ScanError, "Scan | MaskError | None"]
 
 
-def _read(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig, plan: PlanConfig) -> Iterator[_Read]:
+def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig, plan: PlanConfig) -> Iterator[Read]:
     """Each case with its scan, and its mask where the task has them; or what was wrong with either."""
     if isinstance(config.data, MedMnistData):
         yield from _of_arrays(cases, config.data.file, config, plan)
@@ -185,7 +185,7 @@ def _mask_of(path: Path) -> Scan | MaskError:
         return MaskError("there is no such mask, or this user may not read it")
 
 
-def _of_arrays(cases: Sequence[Case], file: Path, config: FinetuneConfig, plan: PlanConfig) -> Iterator[_Read]:
+def _of_arrays(cases: Sequence[Case], file: Path, config: FinetuneConfig, plan: PlanConfig) -> Iterator[Read]:
     """Images of a MedMNIST file, whose spacing nobody knows: each counts as on the plan's own grid."""
     rank = config.task.rank
     spacing = plan.volume_spacing_mm if rank == 3 else (1.0, 1.0)

@@ -40,7 +40,7 @@ def of_classes(
         ),
         "ece": lambda w: calibration_error(scores.max(1), chosen == target, w),
     }
-    return _with_intervals(figures, patients)
+    return with_intervals(figures, patients)
 
 
 def of_labels(
@@ -60,7 +60,7 @@ def of_labels(
         ),
         "ece": lambda w: np.mean([calibration_error(scores[:, k], target[:, k] == 1, w) for k in labels], axis=0),
     }
-    return _with_intervals(figures, patients)
+    return with_intervals(figures, patients)
 
 
 def mean_over_patients(values: Sequence[float | None], patients: Sequence[str]) -> Figure:
@@ -69,7 +69,7 @@ def mean_over_patients(values: Sequence[float | None], patients: Sequence[str]) 
     if not known:
         return {"value": None, "low": None, "high": None}
     numbers = np.array([values[i] for i in known], dtype=np.float64)
-    return _with_intervals({"mean": lambda w: _mean(numbers, w)}, [patients[i] for i in known])["mean"]
+    return with_intervals({"mean": lambda w: _mean(numbers, w)}, [patients[i] for i in known])["mean"]
 
 
 def auc(score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
@@ -127,7 +127,12 @@ def _mean_of(figures: Sequence[Callable[[Floats], Floats]], weights: Floats) -> 
     return np.asarray(np.mean([figure(weights) for figure in figures], axis=0))
 
 
-def _with_intervals(figures: Mapping[str, Callable[[Floats], Floats]], patients: Sequence[str]) -> dict[str, Figure]:
+def with_intervals(figures: Mapping[str, Callable[[Floats], Floats]], patients: Sequence[str]) -> dict[str, Figure]:
+    """Each figure of all scans, with its interval; every call for the same patients draws the same of them.
+
+    figures: name -> what it is for weightings (R, N). A difference of two figures is a figure: the pairing takes out
+    the luck of the draw. patients: of each of the N scans.
+    """
     plain, draws = np.ones((1, len(patients))), _draws(patients)
     found: dict[str, Figure] = {}
     for name, figure in figures.items():

@@ -1,10 +1,12 @@
 """`unimiss`: what a researcher does with a pretrained encoder.
 
 unimiss import RELEASED.pth OUT_DIR               the authors' released weights as a checkpoint of ours
-unimiss embed CHECKPOINT_DIR INPUT --out FILE.npz features of scans, or of an array that is already preprocessed
+unimiss embed CHECKPOINT_DIR INPUT --out FILE     features of scans, or of an array that is already preprocessed
 unimiss verify CHECKPOINT_DIR                     whether it is as it was written, and signed by whom it should be
 unimiss export MODEL --to FORM --out OUT_DIR      an encoder or a fine-tuned model, for other programs
 unimiss finetune CONFIG.yaml [--resume]           a model for a task from an encoder and labelled scans
+unimiss predict MODEL_DIR SCANS --out OUT_DIR     what such a model says about scans that nobody labelled
+unimiss probe CHECKPOINT --data DATA              how well labelled scans separate by an encoder's features
 unimiss plan-privacy ...                          what a study's privacy costs, or the noise that an epsilon needs
 unimiss audit-privacy ...                         what the private engine releases, or whether a run tells its patients
 
@@ -21,6 +23,10 @@ from unimiss_core import progress
 from unimiss_core.errors import ConfigError, UnimissError
 
 INTERRUPTED = 130
+_MODALITIES = ("CT", "MR", "PT", "XR", "OT")
+"""`unimiss_core.scan.Modality`, which cannot be read without importing NumPy."""
+_LEFT = {"finetune": "go on with --resume", "predict": "the table in --out has what was predicted so far"}
+"""What there is of a command's work when it is interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unimiss {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        left = "go on with --resume" if options.command == "finetune" else "nothing was written"
-        print(f"interrupted; {left}", file=sys.stderr)
+        print(f"interrupted; {_LEFT.get(options.command, 'nothing was written')}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -58,20 +63,18 @@ def _run(options: argparse.Namespace) -> None:
         if options.command == "finetune":
             _finetune(options)
             return
+        if options.command == "predict":
+            _predict(options)
+            return
+        if options.command == "probe":
+            _probe(options)
+            return
+        if options.command == "embed":
+            _embed(options)
+            return
         from client import research
 
-        if options.command == "import":
-            research.import_released(options.released, options.out)
-        else:
-            research.embed_input(
-                options.checkpoint,
-                options.input,
-                options.out,
-                batch=options.batch,
-                device=options.device,
-                show_paths=options.show_paths,
-                key=options.key,
-            )
+        research.import_released(options.released, options.out)
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
 
@@ -87,6 +90,65 @@ def _finetune(options: argparse.Namespace) -> None:
         init=options.init,
         device=options.device,
         show_paths=options.show_paths,
+        key=options.key,
+    )
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from client.embedding import embed_input
+
+    embed_input(
+        options.checkpoint,
+        options.input,
+        options.out,
+        batch=options.batch,
+        device=options.device,
+        show_paths=options.show_paths,
+        key=options.key,
+        modality=options.modality,
+    )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from client.predicting import predict
+
+    predict(
+        options.model,
+        options.scans,
+        options.out,
+        modality=options.modality,
+        batch=options.batch,
+        device=options.device,
+        show_paths=options.show_paths,
+        dicom_seg=options.dicom_seg,
+    )
+
+
+def _probe(options: argparse.Namespace) -> None:
+    try:
+        from client.probe_sources import Columns, source_of
+        from client.probing import run_probe
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        raise ConfigError("a probe needs scikit-learn: pip install 'federated-unimiss[research]'") from None
+
+    source = source_of(
+        options.data,
+        root=options.root,
+        columns=Columns(options.scan, options.label, options.patient),
+        patient_pattern=options.patient_pattern,
+        modality=options.modality,
+    )
+    run_probe(
+        options.checkpoint,
+        source,
+        out=options.out,
+        set_out=options.set_out,
+        study=options.study,
+        batch=options.batch,
+        device=options.device,
+        key=options.key,
     )
 
 
@@ -153,18 +215,21 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser(
         "embed",
         help="write one feature vector for each scan",
-        epilog="FILE.npz holds features (N, width) and ranks (N,). Rows stand in the array's order; of a folder, "
-        "pictures and NIfTI volumes by path, a folder's files before its subfolders, then DICOM series by the path "
-        "of their first file. --show-paths says which row is which.",
+        epilog="FILE.npz holds features (N, width), ranks (N,) and, but of an array, keys (N,); FILE.parquet the same "
+        "as columns. Rows stand in the array's order; of a folder, pictures and NIfTI volumes by path, a folder's "
+        "files before its subfolders, then DICOM series by the path of their first file. --show-paths says which row "
+        "is which. docs/after-pretraining.md has more.",
     )
     embed.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="such as OUT/checkpoints/round-0007")
     embed.add_argument(
-        "input", type=Path, metavar="INPUT", help="folder of scans, or .npy array (N, C, *S) already preprocessed"
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="folder of scans, one file, or .npy array (N, C, *S) already preprocessed",
     )
-    embed.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
-    embed.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
-    embed.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    embed.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.npz or FILE.parquet")
+    _add_modality(embed, "NIfTI is OT, pictures are XR")
+    _add_asking(embed)
     _add_key(embed)
 
     verify = commands.add_parser("verify", help="check a checkpoint's files, and who signed it")
@@ -173,6 +238,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_key(export_command.add_to(commands))
     _add_finetune(commands)
+    _add_predict(commands)
+    _add_probe(commands)
     plan = commands.add_parser(
         "plan-privacy",
         help="say what a study's privacy costs, or what noise an epsilon needs",
@@ -231,6 +298,74 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     tune.add_argument("--init", metavar="INIT", help="a checkpoint's folder, a released file, or scratch")
     tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     tune.add_argument("--show-paths", action="store_true", help="also name each scan's file below its folder")
+    _add_key(tune)
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="ask a fine-tuned model about scans",
+        epilog="OUT_DIR/predictions.csv has a line for each scan, OUT_DIR/masks what a segmentation draws, on the grid "
+        "of each scan's own file. What cannot be read is counted and left out. --show-paths says which line is of "
+        "which file. docs/after-pretraining.md has more. Exit codes: 0 done, 2 wrong input or an output that cannot be "
+        "written, 3 no usable scan, 4 bad model, 130 interrupted.",
+    )
+    predict.add_argument("model", type=Path, metavar="MODEL_DIR", help="as `unimiss finetune` wrote it")
+    predict.add_argument("scans", type=Path, metavar="SCANS", help="folder of DICOM, NIfTI, PNG, ..., or one file")
+    predict.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="new or empty")
+    _add_modality(predict, "what the model was trained with")
+    _add_asking(predict)
+    predict.add_argument(
+        "--dicom-seg", action="store_true", help="masks of DICOM series also as DICOM SEG, which names the patient"
+    )
+
+
+def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    probe = commands.add_parser(
+        "probe",
+        help="say how well labelled scans separate by an encoder's features",
+        epilog="DATA is a folder with a folder of scans for each label; a CSV with scan, label, patient and perhaps "
+        "split; a MedMNIST .npz; or the file of a fine-tuning, whose split is taken. Patients stay together: without a "
+        "split each scan is judged by a model of other patients. docs/after-pretraining.md has more. Exit codes: 0 "
+        "done, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad checkpoint, 130 interrupted.",
+    )
+    probe.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, a released file, or scratch")
+    probe.add_argument("--data", type=Path, required=True, metavar="DATA", help="labelled scans")
+    probe.add_argument("--root", type=Path, metavar="FOLDER", help="where a table's paths begin (default: its own)")
+    for column in ("scan", "label", "patient"):
+        probe.add_argument(f"--{column}", default=column, metavar="COLUMN", help=f"of a table (default: {column})")
+    probe.add_argument(
+        "--patient-pattern",
+        metavar="REGEX",
+        help="of a folder: a group named patient, searched in the path; without it NIfTI files and pictures are of a "
+        "patient each",
+    )
+    _add_modality(probe, "NIfTI is OT, pictures are XR")
+    probe.add_argument("--study", type=Path, metavar="STUDY.yaml", help="whose model and plan scratch has")
+    probe.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
+    probe.add_argument(
+        "--set-out", type=Path, metavar="FILE.npz", help="also write the scans as a coordinator's `probe` takes them"
+    )
+    _add_batch_and_device(probe)
+    _add_key(probe)
+
+
+def _add_modality(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--modality",
+        choices=_MODALITIES,
+        help=f"of NIfTI and pictures, which do not say it: CT makes values HU (default: {default})",
+    )
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    _add_batch_and_device(parser)
+    parser.add_argument("--show-paths", action="store_true", help="also write each scan's file below the folder")
+
+
+def _add_batch_and_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
 def _above_zero(text: str) -> float:

@@ -9,7 +9,6 @@ Run configuration (`flwr run . --run-config 'key="value"'`):
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -74,7 +73,7 @@ def _to_resume(context: Context) -> dict[str, str]:
 
 
 def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:
-    """Run the study of a coordinator file over `grid`, with the probe before and after, and write the report."""
+    """Run the study of a coordinator file over `grid`, with the probe, and write the report."""
     study = load(StudyConfig, config.study)
     Federation(grid, study, config, _probe_of(config, study), write_report).run(resume=resume)
 
@@ -83,10 +82,10 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
     if not config.probe:
         return None
     try:
-        from server.probing import measure
+        from server.probing import Yardstick
     except ModuleNotFoundError:
         raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
-    return partial(measure, folder_of(config), config.probe, study.model)
+    return Yardstick(folder_of(config), config.probe, study.model)
 
 
 def coordinator_file(grid: Grid, context: Context) -> Path:

@@ -76,7 +76,7 @@ class GlobalRecord(_Record):
     site_epsilon: Annotated[float, Field(ge=0)] | None = None
     """Only under site-level privacy: what a site has paid that took part in every release so far."""
     probe: Mapping[str, Any] = {}
-    """Figures by task, in the last round; the report takes them from their own files."""
+    """Figures by task, in rounds that were probed; the report takes those of the last from their own files."""
 
 
 class RoundRecord(_Record):

@@ -66,7 +66,10 @@ class CoordinatorConfig(Config):
     keep_checkpoints: Annotated[int, Field(gt=0)] = 10
     """Newest rounds whose checkpoints stay; the initial weights, round 0, always do."""
     probe: tuple[Path, ...] = ()
-    """Labelled, already preprocessed public sets (.npz, see `server.probing`), measured before and after the run."""
+    """Labelled, already preprocessed public sets (.npz, as `unimiss probe --set-out` writes them), measured before and
+    after the run."""
+    probe_every: Annotated[int, Field(gt=0)] | None = None
+    """Also after so many rounds, each time; sites wait meanwhile. None: at the end alone."""
     forget_ledgers: tuple[Name, ...] = ()
     """Sites whose ledger of private rounds was begun anew, as those answer for who protect their patients' data
     (docs/privacy.md, 'The ledger'): what was known of it is forgotten whenever this coordinator starts."""
@@ -89,8 +92,14 @@ class CoordinatorConfig(Config):
         """A setting of the quorum, as that file has it."""
         return f"quorum.{quorum}" if self.is_simulated else quorum
 
+    def is_probed(self, round: int, last: int) -> bool:
+        """Whether a probe is due after this round."""
+        return round == last or (self.probe_every is not None and round % self.probe_every == 0)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.probe_every and not self.probe:
+            raise ValueError("probe_every has no meaning without probe; leave it out, or name the labelled sets")
         if self.min_replies > self.min_sites:
             raise ValueError(f"min_replies={self.min_replies} must not be above min_sites={self.min_sites}")
         if self.start_key and not self.start:

@@ -15,20 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
-from unimiss_core.embedding import embed, encoder_of
+from unimiss_core.embedding import bare_pixels, embed, encoder_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.model import MiT
 from unimiss_core.probe import Probe, gain, plane, probe
 from unimiss_core.study import ModelConfig
 
 BATCH = 32
-FLOOR_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -52,41 +50,58 @@ def read_probe_set(path: Path) -> ProbeSet:
     return found
 
 
-def measure(
-    folder: RunFolder, paths: Sequence[Path], model: ModelConfig, teacher: Mapping[str, Tensor]
-) -> dict[str, dict[str, Any]]:
-    """Probe the teacher of round 0 and this one, write the figures for the report, return those of this one."""
-    first = folder.load(0).teacher
-    encoders = [encoder_of(model, tensors) for tensors in (first, teacher)]
-    before: dict[str, dict[str, Any]] = {}
-    after: dict[str, dict[str, Any]] = {}
-    planes: dict[str, NDArray[Any]] = {}
-    for path in paths:
-        progress.report(progress.Note(f"probing {path.stem}"))
-        found = read_probe_set(path)
-        old, new = (_features(encoder, found.scans) for encoder in encoders)
-        probed = [probe(features, found.labels, found.patients) for features in (old, new)]
-        floor = probe(_pixels(found.scans), found.labels, found.patients)
-        before[found.name] = _figures(found, probed[0], floor)
-        after[found.name] = _figures(found, probed[1], floor) | _gained(*probed)
-        planes |= {f"{found.name}/before": plane(old), f"{found.name}/after": plane(new)}
-        planes[f"{found.name}/labels"] = found.labels
-    durable.write_text(folder.report / "probe-before.json", json.dumps(before, indent=2, sort_keys=True))
-    durable.write_text(folder.report / "probe-after.json", json.dumps(after, indent=2, sort_keys=True))
-    packed = io.BytesIO()
-    np.savez(packed, allow_pickle=False, **planes)
-    durable.write_bytes(folder.report / "probe-projection.npz", packed.getvalue())
-    return after
+class Yardstick:
+    """Probes the teachers of a run, each beside the one of round 0, whose features are kept."""
+
+    def __init__(self, folder: RunFolder, paths: Sequence[Path], model: ModelConfig) -> None:
+        self._folder, self._paths, self._model = folder, paths, model
+        self._first: dict[Path, NDArray[np.float32]] = {}
+
+    def __call__(self, teacher: Mapping[str, Tensor], *, is_last: bool) -> dict[str, dict[str, Any]]:
+        """Figures of this teacher by task, which are told; where it is the last, the report's files are written, too.
+
+        Raises ConfigError: a file is no probe set.
+        """
+        encoder = encoder_of(self._model, teacher)
+        before: dict[str, dict[str, Any]] = {}
+        after: dict[str, dict[str, Any]] = {}
+        planes: dict[str, NDArray[Any]] = {}
+        for path in self._paths:
+            progress.report(progress.Note(f"probing {path.stem}"))
+            found = read_probe_set(path)
+            old, new = self._of_first(path, found), _features(encoder, found.scans)
+            probed = [probe(features, found.labels, found.patients) for features in (old, new)]
+            floor = probe(bare_pixels(found.scans), found.labels, found.patients)
+            before[found.name] = _figures(found, probed[0], floor)
+            after[found.name] = _figures(found, probed[1], floor) | _gained(*probed)
+            progress.report(progress.Note(_in_words(after[found.name])))
+            planes |= {f"{found.name}/before": plane(old), f"{found.name}/after": plane(new)}
+            planes[f"{found.name}/labels"] = found.labels
+        if is_last:
+            self._write(before, after, planes)
+        return after
+
+    def _of_first(self, path: Path, found: ProbeSet) -> NDArray[np.float32]:
+        if path not in self._first:
+            self._first[path] = _features(encoder_of(self._model, self._folder.load(0).teacher), found.scans)
+        return self._first[path]
+
+    def _write(
+        self,
+        before: Mapping[str, Mapping[str, Any]],
+        after: Mapping[str, Mapping[str, Any]],
+        planes: Mapping[str, NDArray[Any]],
+    ) -> None:
+        report = self._folder.report
+        durable.write_text(report / "probe-before.json", json.dumps(before, indent=2, sort_keys=True))
+        durable.write_text(report / "probe-after.json", json.dumps(after, indent=2, sort_keys=True))
+        packed = io.BytesIO()
+        np.savez(packed, allow_pickle=False, **planes)
+        durable.write_bytes(report / "probe-projection.npz", packed.getvalue())
 
 
 def _features(encoder: MiT, scans: Tensor) -> NDArray[np.float32]:
     return torch.cat([embed(encoder, part) for part in scans.split(BATCH)]).numpy()
-
-
-def _pixels(scans: Tensor) -> NDArray[np.float32]:
-    """(N, 256): each scan, or the middle slice of each volume, as 16 x 16 averages."""
-    x = scans.float() if scans.ndim == 4 else scans[:, :, scans.shape[2] // 2].float()
-    return F.adaptive_avg_pool2d(x, FLOOR_SIDE).flatten(1).numpy()
 
 
 def _figures(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
@@ -106,3 +121,15 @@ def _figures(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
 def _gained(before: Probe, after: Probe) -> dict[str, Any]:
     found = gain(before, after)
     return {"gain": found[0], "gain_interval": found[1]} if found else {"gain": None, "gain_interval": None}
+
+
+def _in_words(figures: Mapping[str, Any]) -> str:
+    """probe pneumonia: AUC 0.701 (0.640 to 0.759), +0.089 (+0.020 to +0.151) since round 0"""
+    if figures["auc"] is None:
+        return f"probe {figures['task']}: no figure: {figures['reason']}"
+    low, high = figures["interval"]
+    said = f"probe {figures['task']}: AUC {figures['auc']:.3f} ({low:.3f} to {high:.3f})"
+    if figures["gain"] is None:
+        return said
+    low, high = figures["gain_interval"]
+    return f"{said}, {figures['gain']:+.3f} ({low:+.3f} to {high:+.3f}) since round 0"

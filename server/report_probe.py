@@ -2,11 +2,11 @@
 
 import base64
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from server import charts
 from server.artefacts import Artefacts, ProbeRecord
-from server.charts import Compared, Estimate
+from server.charts import Compared, Estimate, Reference, Series
 from server.markup import Html, joined, tag
 from server.report_pieces import card_table, caution, grid, in_words, legend, note, section, whole
 from server.wording import listed
@@ -61,7 +61,7 @@ def probe(run: Artefacts) -> Html:
     if missing := [kind for kind, found in kinds.items() if not found]:
         said += f" The probe {listed(missing)} was not made."
     rows = [_row(task, pair) for task, pair in records.items()]
-    picture = _intervals(records)
+    picture = [*_intervals(records), *_over_rounds(run)]
     return section("Probe", note(said), *_too_short(run), *picture, card_table(_COLUMNS, rows))
 
 
@@ -96,6 +96,28 @@ def _intervals(records: dict[str, Pair]) -> Sequence[Html]:
         grid([charts.interval_panel("Area under the ROC curve", drawn, chance=0.5)]),
         tag("p", {"class": "fine"}, said),
     ]
+
+
+def _over_rounds(run: Artefacts) -> list[Html]:
+    """The AUC after each round that was probed, where more than the last one was; at 0 that of the first teacher."""
+    points: dict[str, list[charts.Point]] = {}
+    for one in run.rounds:
+        for task, told in one.whole.probe.items():
+            auc = told.get("auc") if isinstance(told, Mapping) else None
+            if isinstance(auc, float):
+                points.setdefault(task, []).append((one.round, auc))
+    begun = {task: [(0.0, one.auc)] for task, one in run.before.items() if one.auc is not None}
+    series = [
+        Series(in_words(task), [*begun.get(task, []), *found], style)
+        for style, (task, found) in enumerate(points.items())
+        if len(found) > 1
+    ]
+    if not series:
+        return []
+    chance = Reference("coin toss", 0.5)
+    bounds = charts.bounds_of(series, include=[chance.value])
+    panel = charts.line_panel("AUC of the probe", series, reference=chance, bounds=bounds)
+    return [legend([(charts.swatch(one.style), one.name) for one in series]), grid([panel])]
 
 
 def _compared(task: str, pair: Pair) -> Compared:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -44,15 +44,19 @@ from unimiss_core.wire import Hello
 
 log = logging.getLogger(__name__)
 
-Probe = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
-"""The teacher's tensors -> figures by task."""
+
+class Probe(Protocol):
+    """What tells how good a teacher is."""
+
+    def __call__(self, teacher: Mapping[str, Tensor], *, is_last: bool) -> Mapping[str, Any]:
+        """Figures by task. is_last: of the last round's teacher, which the report shows."""
 
 
 class Federation:
     """One study, run over a grid of sites, into one folder.
 
-    probe: measures the last round's teacher; its figures stand in that round's metrics. report: writes the report of a
-    run's folder, while no other coordinator is at work in it.
+    probe: measures the last round's teacher, and others as the config says; its figures stand in the round's metrics.
+    report: writes the report of a run's folder, while no other coordinator is at work in it.
     """
 
     def __init__(
@@ -222,13 +226,16 @@ class Federation:
         )
 
     def _probed(self, state: GlobalState) -> dict[str, Any]:
-        """{"probe": figures}, or nothing where the probe fails: a round that was trained is not lost for that."""
-        assert self._probe is not None
+        """{"probe": figures}; nothing where none is due, or it fails: a trained round is not lost for that."""
+        if self._probe is None or not self._config.is_probed(state.round, self._study.schedule.rounds):
+            return {}
         try:
-            return {"probe": self._probe(state.teacher)}
+            return {"probe": self._probe(state.teacher, is_last=state.round == self._study.schedule.rounds)}
         except Exception as error:
             log.error("the probe failed: %s", where(error))
-            progress.report(progress.Note("the probe of the last round failed; the log says where. The model is saved"))
+            progress.report(
+                progress.Note(f"the probe of round {state.round} failed; the log says where. Nothing is lost")
+            )
             return {}
 
     def _close(
@@ -246,8 +253,7 @@ class Federation:
         }
         if self._record is not None:
             row["global"]["site_epsilon"] = self._record.epsilon()
-        if self._probe is not None and state.round == self._study.schedule.rounds:
-            row["global"] |= self._probed(state)
+        row["global"] |= self._probed(state)
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
         self._audit.released(run=self._folder.run, round=state.round, manifest=self._folder.manifest_of(state.round))

@@ -23,9 +23,10 @@ import yaml
 from flwr.app import Context, RecordDict, UserConfig
 from pydantic import Field, model_validator
 
-from client.cache import open_library, read_scans
+from client.cache import open_library
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
+from client.reading import read_scans
 from client.site import simulation_folder
 from client.site_config import DataSource, SiteConfig, SiteTraining, TableConfig, load_site
 from server.app import app as server_app
@@ -96,6 +97,8 @@ class SimulationConfig(Config):
     """A checkpoint folder to begin from, as in a coordinator file."""
     sites: Annotated[tuple[SimulatedSite, ...], Field(min_length=1)]
     probe: tuple[SimulatedProbe, ...] = ()
+    probe_every: Annotated[int, Field(gt=0)] | None = None
+    """As in a coordinator file."""
     quorum: Quorum = Quorum()
     forget_ledgers: tuple[Name, ...] = ()
     """Sites whose ledger was begun anew, as in a coordinator file."""
@@ -104,6 +107,8 @@ class SimulationConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.probe_every and not self.probe:
+            raise ValueError("probe_every has no meaning without probe; leave it out, or give labelled scans")
         for kind, names in {"sites": [s.name for s in self.sites], "probe": [p.name for p in self.probe]}.items():
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{kind}: the name {', '.join(sorted(twice))} stands twice")
@@ -207,6 +212,7 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
             "retry_s": 0.0,  # and nobody mends it while it is waited for
             "forget_ledgers": list(config.forget_ledgers),
             "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
+            "probe_every": config.probe_every,
         }
         durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
     return out / "coordinator.yaml"

@@ -39,8 +39,10 @@ ONLY_IN = {
     "onnx": {"client/onnx_export.py"},
     "onnxruntime": {"client/onnx_export.py"},
     "opacus": {"client/accounting.py"},
+    "highdicom": {"client/dicom_seg.py"},
     "monai": {"client/segmenting.py"},
     "numba": {"server/loops.py"},
+    "pyarrow": {"client/feature_files.py"},
     "scipy": {"client/segmenting.py"},
     "sklearn": {"unimiss_core/probe.py"},
     "flwr": {

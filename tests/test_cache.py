@@ -10,10 +10,11 @@ import pytest
 
 from client import cache, cache_room
 from client import catalogue as look_module
-from client.cache import open_library, open_private_library, read_scans
+from client.cache import open_library, open_private_library
 from client.cache_room import prepared_bytes
 from client.catalogue import catalogue, read
 from client.pictures import write_png
+from client.reading import read_scans
 from client.site_config import DataSource, SiteConfig
 from tests.series_files import pattern, write_radiograph, write_series
 from unimiss_core import progress

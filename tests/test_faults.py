@@ -525,14 +525,20 @@ def test_registered_sites_that_never_came_stand_in_the_metrics(tmp_path: Path) -
 
 
 def test_a_probe_that_fails_costs_no_round(tmp_path: Path) -> None:
-    def broken(_: object) -> dict[str, float]:
-        raise MemoryError
+    asked = []
 
-    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1)
+    def broken(_: object, *, is_last: bool) -> dict[str, float]:
+        asked.append(is_last)
+        if len(asked) == 1:
+            raise MemoryError
+        return {"x": 0.5}
+
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1, probe=(Path("x"),), probe_every=2)
     with Grid(stub_app({"a": site("a")}), {"a": {"name": "a"}}, run_config={}) as grid:
-        state = Federation(grid, exact_study(rounds=1), config, broken).run()
-    assert state.round == 1
-    assert "probe" not in metric_rows(tmp_path)[0]["global"]
+        state = Federation(grid, exact_study(rounds=5), config, broken).run()
+    assert state.round == 5
+    assert [row["global"].get("probe") for row in metric_rows(tmp_path)] == [None, None, None, {"x": 0.5}, {"x": 0.5}]
+    assert asked == [False, False, True]
 
 
 def test_a_full_disk_is_told_and_what_was_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

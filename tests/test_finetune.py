@@ -15,9 +15,10 @@ from client.research_command import main
 from tests.shared_files import DATA, needs
 from tests.test_labelled import SHAPE, ball, write_case
 from tests.test_research_command import nano_checkpoint
-from unimiss_core import checkpoint, task_checkpoint
+from unimiss_core import checkpoint, keys, task_checkpoint
 from unimiss_core.errors import CheckpointError
 from unimiss_core.network import build_network, tensors_of
+from unimiss_core.study import PlanConfig
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {"area": [1.0, 1.0], "intensity": 0.0}
@@ -167,6 +168,25 @@ def test_a_checkpoint_with_a_changed_tensor_is_refused(tmp_path: Path, capsys: p
     assert tensors_of(build_network(checkpoint.read_manifest(folder).model, seed=0))
 
 
+def test_a_checkpoint_of_whom_it_should_be_and_no_other_is_begun_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, other = keys.new_signing_key(), keys.new_signing_key()
+    for name, key in {"theirs": theirs, "other": other}.items():
+        (tmp_path / f"{name}.pub").write_text(keys.public_line(key.public_key()))
+    nano_checkpoint(tmp_path / "round-0001", theirs)
+    nano_checkpoint(tmp_path / "round-0002")
+    begins = {"folder": "round-0001", "key": "theirs.pub"}
+    path = write_config(tmp_path, **pictures(tmp_path, 12), init=begins, training={**QUICK, "epochs": 1})
+    assert main(["finetune", str(path), "--key", str(tmp_path / "other.pub")]) == 4
+    assert "is not of the key" in capsys.readouterr().err
+    assert main(["finetune", str(path), "--init", str(tmp_path / "round-0002")]) == 4
+    assert "should be signed by" in capsys.readouterr().err
+    assert main(["finetune", str(path), "--init", "scratch", "--key", str(tmp_path / "other.pub")]) == 2
+    assert "--key: begins with 'scratch', which nobody signs" in capsys.readouterr().err
+    assert main(["finetune", str(path)]) == 0
+
+
 def test_what_masks_need_is_asked_for_before_scans_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +200,7 @@ def test_what_masks_need_is_asked_for_before_scans_are_read(
 @needs(DATA)
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_example_finds_its_scans_and_splits_them(path: Path) -> None:
-    from client.finetune import begin
+    from client.beginning import begin
     from client.finetune_config import FromScratch, load_finetune
     from client.label_tables import label_table
     from client.splits import split_cases
@@ -190,4 +210,4 @@ def test_each_example_finds_its_scans_and_splits_them(path: Path) -> None:
         config = config.model_copy(update={"init": FromScratch()})
     parts = split_cases(label_table(config).cases, config)
     assert min(len(parts[part]) for part in ("train", "validation", "test")) >= 5
-    assert begin(config).plan == (config.plan or begin(config).plan)
+    assert begin(config.init, config.plan).plan == (config.plan or PlanConfig())

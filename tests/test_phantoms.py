@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from client.anatomy import AIR_HU, Ellipsoid, Grid, Tube, draw_body, render
-from client.cache import read_scans
 from client.phantoms import WATER_PER_MM, PhantomConfig, ct, project, radiograph, write_hospital
+from client.reading import read_scans
 from client.site_config import DataSource
 from unimiss_core.scan import Scan
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from unimiss_core.probe import Probe, gain, neighbours, plane, probe
@@ -59,6 +60,41 @@ def test_many_classes_count_alike_each_against_the_rest() -> None:
     assert found.scores is not None
     each = [roc_auc_score(found.labels == k, found.scores[:, k]) for k in range(3)]
     assert found.auc() == pytest.approx(np.mean(each))
+
+
+def voted(features: NDArray[np.float32], labels: NDArray[np.str_], bank: list[int], one: int) -> NDArray[np.float64]:
+    """Scan `one`'s vote by the definition, neighbour by neighbour."""
+    x = features.astype(np.float64)
+    cosine = {k: float(x[k] @ x[one] / np.sqrt((x[k] @ x[k]) * (x[one] @ x[one]))) for k in bank}
+    nearest = sorted(bank, key=lambda k: (-cosine[k], k))[:10]
+    shares = np.array([sum(np.exp(cosine[k] / 0.07) for k in nearest if labels[k] == c) for c in np.unique(labels)])
+    return shares / shares.sum()
+
+
+def test_neighbours_vote_as_by_brute_force_also_where_a_split_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unimiss_core.probe._AT_ONCE", 7)
+    x, labels, patients = cohort(patients=24, classes=3, shift=1.0, scans=2)
+    found = neighbours(x, labels, patients)
+    for one in range(48):
+        bank = [k for k in range(48) if patients[k] != patients[one]]
+        np.testing.assert_allclose(found.scores[one], voted(x, labels, bank, one), atol=1e-9)  # type: ignore[index]
+    scored = np.arange(48) >= 30
+    found = neighbours(x, labels, patients, scored=scored)
+    assert found.patients.tolist() == patients[30:].tolist()
+    for place, one in enumerate(range(30, 48)):
+        expected = voted(x, labels, list(range(30)), one)
+        np.testing.assert_allclose(found.scores[place], expected, atol=1e-9)  # type: ignore[index]
+
+
+def test_where_a_split_is_given_the_others_alone_are_fitted() -> None:
+    x, labels, patients = cohort(patients=40, shift=1.0)
+    scored = np.arange(40) % 3 == 0
+    found = probe(x, labels, patients, scored=scored)
+    mean, spread = x[~scored].mean(0), x[~scored].std(0)
+    model = LogisticRegression(C=0.1, max_iter=2000).fit((x[~scored] - mean) / spread, labels[~scored])
+    expected = model.predict_proba((x[scored] - mean) / spread)
+    np.testing.assert_allclose(found.scores, expected, atol=1e-4)  # type: ignore[arg-type]
+    assert found.auc() == pytest.approx(roc_auc_score(labels[scored], expected[:, 1].round(6)), abs=1e-6)
 
 
 @pytest.mark.parametrize("score", [probe, neighbours])

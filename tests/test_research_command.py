@@ -16,6 +16,7 @@ from tests.published import golden, image, needs_reference, recipe_weights, volu
 from tests.series_files import write_series
 from tests.test_released import released_file
 from unimiss_core import checkpoint
+from unimiss_core.keys import SigningKey
 from unimiss_core.model import ARCHITECTURES
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.scan import Scan
@@ -26,7 +27,7 @@ NANO = ModelConfig(prototypes=16)
 WIDTH = ARCHITECTURES["nano"].width
 
 
-def nano_checkpoint(folder: Path) -> Path:
+def nano_checkpoint(folder: Path, signing_key: SigningKey | None = None) -> Path:
     """A checkpoint whose student differs from its teacher."""
     student, teacher = (tensors_of(build_network(NANO, seed=seed)) for seed in (0, 1))
     checkpoint.save(
@@ -38,6 +39,7 @@ def nano_checkpoint(folder: Path) -> Path:
         plan=PlanConfig(image_longest_side=80),
         student=student,
         teacher=teacher,
+        signing_key=signing_key,
     )
     return folder
 

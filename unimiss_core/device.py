@@ -55,3 +55,8 @@ def devices_of(names: Sequence[str]) -> "list[torch.device]":
         there = ", ".join(["cpu", *map(str, gpus)])
         raise ConfigError(f"device {', '.join(missing)} is not on this machine, which has {there}")
     return [present[name] for name in names]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of whichever device; torch says so by a RuntimeError and its text."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error))

@@ -6,7 +6,10 @@ Legend of shapes: N scans, C channels, S spatial axes - (H, W) or (D, H, W).
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unimiss_core import checkpoint
@@ -16,6 +19,8 @@ from unimiss_core.keys import SigningPublicKey
 from unimiss_core.model import MiT
 from unimiss_core.network import empty_network, load_tensors_
 from unimiss_core.study import ModelConfig
+
+_FLOOR_SIDE = 16
 
 
 def load_encoder(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[MiT, Manifest]:
@@ -48,3 +53,12 @@ def embed(encoder: MiT, scans: Tensor) -> Tensor:
     device = next(encoder.parameters()).device
     features: Tensor = encoder(scans.to(device, torch.float32))
     return features.cpu()
+
+
+def bare_pixels(scans: Tensor) -> NDArray[np.float32]:
+    """scans (N, C, *S) -> (N, C * 256): each image, or the middle slice of each volume, as 16 x 16 averages.
+
+    What can be told of a scan without any encoder.
+    """
+    flat = scans if scans.ndim == 4 else scans[:, :, scans.shape[2] // 2]
+    return F.adaptive_avg_pool2d(flat.float(), _FLOOR_SIDE).flatten(1).numpy()

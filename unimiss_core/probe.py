@@ -1,6 +1,6 @@
 """How well labelled scans separate by an encoder's features: linear probe and nearest neighbours, with intervals.
 
-Legend of shapes: N scans, E features, K classes, R weightings of the scans.
+Legend of shapes: N scans, T of them scored, E features, K classes, R weightings of the scans.
 
 Every scan is scored by a model that saw no scan of its patient, and intervals come from drawing patients, not scans,
 with replacement: two scans of one patient are not two witnesses. Scores of different folds come from different models,
@@ -28,6 +28,8 @@ LEAST_PATIENTS = 5
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.07
 DRAWS = 1000
 """Bootstrap draws of an interval."""
+_AT_ONCE = 1024
+"""Scans whose neighbours are looked for together."""
 
 
 @dataclass(frozen=True)
@@ -62,40 +64,64 @@ class Probe:
 
 
 def probe(
-    features: NDArray[np.float32], labels: NDArray[np.str_], patients: NDArray[np.str_], *, seed: int = 0
+    features: NDArray[np.float32],
+    labels: NDArray[np.str_],
+    patients: NDArray[np.str_],
+    *,
+    seed: int = 0,
+    scored: NDArray[np.bool_] | None = None,
 ) -> Probe:
-    """Ridge-penalised logistic regression on standardised features: features (N, E), labels (N,), patients (N,)."""
+    """Ridge-penalised logistic regression on standardised features: features (N, E), labels (N,), patients (N,).
+
+    scored: (N,), the scans that are judged, by a model of all others; None judges each by a model of other patients.
+    """
     found = _unscored(features, labels, patients)
     if found.reason:
         return found
+    if scored is None:
+        splits = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed)
+        parts = list(splits.split(features, found.labels, patients))
+    else:
+        parts = [(np.flatnonzero(~scored), np.flatnonzero(scored))]
     scores, folds = np.zeros((len(labels), len(found.classes))), np.zeros(len(labels), dtype=np.int64)
-    splits = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed)
-    for fold, (train, test) in enumerate(splits.split(features, found.labels, patients)):
+    for fold, (train, test) in enumerate(parts):
         if len(np.unique(found.labels[train])) < len(found.classes):
             return _refused(found, "too few patients to leave some out of every class")
         model = make_pipeline(StandardScaler(), LogisticRegression(C=RIDGE, max_iter=2000))
         model.fit(features[train].astype(np.float64), found.labels[train])
         scores[test], folds[test] = model.predict_proba(features[test].astype(np.float64)), fold
-    return Probe(found.labels, patients, found.classes, scores, folds)
+    return _scored(found, scores, folds, scored)
 
 
-def neighbours(features: NDArray[np.float32], labels: NDArray[np.str_], patients: NDArray[np.str_]) -> Probe:
+def neighbours(
+    features: NDArray[np.float32],
+    labels: NDArray[np.str_],
+    patients: NDArray[np.str_],
+    *,
+    scored: NDArray[np.bool_] | None = None,
+) -> Probe:
     """Vote of the ten scans of other patients with the most similar features, weighted by exp(cosine / 0.07).
 
-    The k-NN evaluation of DINO (arXiv:2104.14294), without a model to fit; arguments as of `probe`.
+    The k-NN evaluation of DINO (arXiv:2104.14294), without a model to fit; arguments as of `probe`: where some scans
+    are `scored`, the others alone are neighbours.
     """
     found = _unscored(features, labels, patients)
     if found.reason:
         return found
     directions = features.astype(np.float64)
     directions /= np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-12)
-    similar = directions @ directions.T
-    similar[patients[:, None] == patients] = -np.inf
-    nearest = np.argsort(-similar, axis=1, kind="stable")[:, :NEIGHBOURS]
-    weights = np.exp((np.take_along_axis(similar, nearest, 1) - 1) / NEIGHBOUR_TEMPERATURE)
-    votes = np.eye(len(found.classes))[found.labels[nearest]]  # (N, neighbours, K)
-    scores = (weights[..., None] * votes).sum(1) / np.maximum(weights.sum(1, keepdims=True), 1e-300)
-    return Probe(found.labels, patients, found.classes, scores, np.zeros(len(labels), dtype=np.int64))
+    judged = np.arange(len(labels)) if scored is None else np.flatnonzero(scored)
+    pool = np.arange(len(labels)) if scored is None else np.flatnonzero(~scored)
+    scores = np.zeros((len(labels), len(found.classes)))
+    for start in range(0, len(judged), _AT_ONCE):
+        some = judged[start : start + _AT_ONCE]
+        similar = directions[some] @ directions[pool].T
+        similar[patients[some, None] == patients[pool]] = -np.inf
+        nearest = np.argsort(-similar, axis=1, kind="stable")[:, :NEIGHBOURS]
+        weights = np.exp((np.take_along_axis(similar, nearest, 1) - 1) / NEIGHBOUR_TEMPERATURE)
+        votes = np.eye(len(found.classes))[found.labels[pool[nearest]]]  # (T, neighbours, K)
+        scores[some] = (weights[..., None] * votes).sum(1) / np.maximum(weights.sum(1, keepdims=True), 1e-300)
+    return _scored(found, scores, np.zeros(len(labels), dtype=np.int64), scored)
 
 
 def gain(before: Probe, after: Probe, seed: int = 0) -> tuple[float, tuple[float, float]] | None:
@@ -142,18 +168,30 @@ def _unscored(features: NDArray[np.float32], labels: NDArray[np.str_], patients:
     return found
 
 
+def _scored(found: Probe, scores: Floats, folds: NDArray[np.int64], scored: NDArray[np.bool_] | None) -> Probe:
+    """The scans that were judged, with their scores."""
+    kept = slice(None) if scored is None else scored
+    return Probe(found.labels[kept], found.patients[kept], found.classes, scores[kept], folds[kept])
+
+
 def _refused(found: Probe, reason: str) -> Probe:
     return Probe(found.labels, found.patients, found.classes, reason=reason)
 
 
 def _weighted_auc(positive: NDArray[np.bool_], score: Floats, folds: NDArray[np.int64], weights: Floats) -> Floats:
-    """(R,): share of pairs (positive, negative) of one fold that stand in the right order; ties count half."""
+    """(R,): share of pairs (positive, negative) of one fold that stand in the right order; ties count half.
+
+    By sorting, so that memory holds no pairs: what lies below a group of equal scores, and half of itself.
+    """
     right, pairs = np.zeros(len(weights)), np.zeros(len(weights))
     for fold in np.unique(folds):
-        above, below = np.flatnonzero(positive & (folds == fold)), np.flatnonzero(~positive & (folds == fold))
-        higher = np.sign(score[above, None] - score[below]) / 2 + 0.5
-        right += ((weights[:, above] @ higher) * weights[:, below]).sum(1)
-        pairs += weights[:, above].sum(1) * weights[:, below].sum(1)
+        inside = np.flatnonzero(folds == fold)
+        order = inside[np.argsort(score[inside], kind="stable")]
+        starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
+        up = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
+        down = np.add.reduceat(weights[:, order] * ~positive[order], starts, axis=1)
+        right += (up * (np.cumsum(down, axis=1) - down / 2)).sum(1)
+        pairs += up.sum(1) * down.sum(1)
     return np.asarray(np.divide(right, pairs, out=np.full(len(weights), np.nan), where=pairs > 0))
 
 

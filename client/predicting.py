@@ -1,0 +1,234 @@
+"""`unimiss predict`: what a fine-tuned model says about scans that nobody labelled.
+
+OUT/predictions.csv   a line for each scan: of a classification its probabilities, of a segmentation its mask's volumes
+OUT/masks/            of a segmentation: a mask for each scan, on the grid and in the axes of the scan's own file
+OUT/masks/*.dcm       of DICOM series the same as DICOM SEG, where that is asked for
+OUT/left_out.csv      only with --show-paths: what was not used, by file
+OUT/predicted.json    what was asked of which model, last of all: where it stands, the work is done
+
+Scans are read, prepared and asked about one after the other, in the order of `client.reading`, so that memory holds a
+few of them at most. Lines are written as they come: what was done before a crash stays.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.dicom_seg import check_highdicom, write_dicom_seg
+from client.inference import Inference, check_extra
+from client.labelled import Grid, as_stored, as_values, grid_of
+from client.masks import write_at_source
+from client.outputs import make_new_folder
+from client.reading import Origin, Reading
+from unimiss_core import durable, progress, task_checkpoint
+from unimiss_core.device import device_of, is_out_of_memory
+from unimiss_core.errors import CheckpointError, ConfigError, ScanError
+from unimiss_core.plan import prepare
+from unimiss_core.scan import Modality, Scan
+from unimiss_core.task_checkpoint import TaskManifest
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
+from unimiss_core.tasks import TaskModel
+
+_TABLE, _LEFT_OUT, _DONE = "predictions.csv", "left_out.csv", "predicted.json"
+LIKELY = 0.5
+"""Probability from which a label of several counts as there."""
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A scan as the model sees it."""
+
+    number: int
+    """Its place in the order of reading, from 1; those that are left out have theirs, too."""
+    origin: Origin
+    values: NDArray[np.float32]
+    """(C, *S) in [0, 1]"""
+    grid: Grid
+
+
+def predict(
+    model: Path,
+    scans: Path,
+    out: Path,
+    *,
+    modality: Modality | None = None,
+    batch: int = 8,
+    device: str = "auto",
+    show_paths: bool = False,
+    dicom_seg: bool = False,
+) -> None:
+    """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file.
+
+    modality: of scans whose files do not say it; None takes what the model was trained with. batch: scans, or windows
+    of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG.
+    Raises CheckpointError, ConfigError, NoUsableScanError.
+    """
+    chosen = device_of(device)
+    network, manifest = task_checkpoint.load(model)
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):  # a mask would be all background
+        raise CheckpointError(f"{model}: its weights are not all numbers: its training diverged; fine-tune it again")
+    check_extra(manifest.task)
+    if dicom_seg:
+        _check_dicom_seg(manifest)
+    make_new_folder("--out", out)
+    reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
+    inference = _inference(manifest, chosen, batch)
+    answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
+    done = _write_table(out / _TABLE, answers.lines(_asked(reading, manifest)))
+    reading.explain()
+    if show_paths:
+        _write_table(out / _LEFT_OUT, ({"file": files[0], "reason": reason} for files, reason in reading.left_out))
+    reading.require(done)
+    told = {
+        "model": manifest.sha256,
+        "task": manifest.task.name,
+        "classes": manifest.task.classes,
+        "scans": done,
+        "left_out": reading.reasons,
+    }
+    durable.write_text(out / _DONE, json.dumps(told, indent=2) + "\n")
+    left = len(reading.left_out)
+    print(f"{out}: {done} scan(s) predicted" + (f", {left} scan(s) or file(s) left out" if left else ""))
+
+
+def _check_dicom_seg(manifest: TaskManifest) -> None:
+    if not isinstance(manifest.task, SegmentationConfig) or manifest.task.rank != 3:
+        raise ConfigError("--dicom-seg: the model draws no masks of volumes; leave the option out")
+    check_highdicom()
+
+
+def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Inference:
+    """As the model was judged when it was fine-tuned."""
+    return Inference(
+        task=manifest.task,
+        size=manifest.task.size_for(manifest.model),
+        device=device,
+        precision=manifest.precision,
+        batch=batch,
+        overlap=manifest.overlap,
+        keep_largest=manifest.keep_largest,
+    )
+
+
+def _asked(reading: Reading, manifest: TaskManifest) -> Iterator[Asked]:
+    """The scans that the model can be asked about; the others are counted."""
+    number = 0
+    for origin, scan in reading:
+        number += 1  # noqa: SIM113  # `enumerate` would hold on to the scan
+        try:
+            values, grid = _prepared(scan, manifest)
+        except ScanError as error:
+            reading.leave_out(origin, error.reason)
+        else:
+            del scan
+            yield Asked(number, origin, values, grid)
+            del values
+        progress.report(progress.StepDone("scans", number, len(reading), None))
+
+
+def _prepared(scan: Scan, manifest: TaskManifest) -> tuple[NDArray[np.float32], Grid]:
+    """To the last bit as fine-tuning prepares it. Raises ScanError."""
+    if scan.rank != manifest.task.rank:
+        raise ScanError("other_rank")
+    values, spacing = prepare(scan, manifest.plan)
+    return as_values(as_stored(values)), grid_of(scan, spacing)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the model says, line by line of the table."""
+
+    model: TaskModel
+    manifest: TaskManifest
+    inference: Inference
+    reading: Reading
+    out: Path
+    show_paths: bool
+    dicom_seg: bool
+
+    def lines(self, scans: Iterable[Asked]) -> Iterator[Line]:
+        """Of each scan, in their order; masks are written on the way."""
+        if isinstance(self.inference.task, ClassificationConfig):
+            for batch in _batches(scans, self.inference.batch):
+                yield from self._classified(batch)
+            return
+        for one in scans:
+            try:
+                yield self._segmented(one)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.reading.leave_out(one.origin, "out_of_memory")
+
+    def _classified(self, scans: Sequence[Asked]) -> Iterator[Line]:
+        task = self.inference.task
+        assert isinstance(task, ClassificationConfig)
+        chances = self.inference.chances(self.model, [one.values for one in scans])
+        for one, told in zip(scans, chances, strict=True):
+            there = told >= LIKELY if task.kind == "multi_label" else np.arange(len(told)) == told.argmax()
+            yield {
+                **self._named(one),
+                **{f"p/{name}": f"{chance:.6f}" for name, chance in zip(task.classes, told, strict=True)},
+                "predicted": ";".join(name for name, is_it in zip(task.classes, there, strict=True) if is_it),
+            }
+
+    def _segmented(self, one: Asked) -> Line:
+        classes = self.inference.mask(self.model, one.values, one.grid)
+        name, (source, *_) = f"scan-{one.number:05d}", one.origin.paths
+        path = write_at_source(self.out / "masks", name, classes, one.grid.affine, source)
+        if self.dicom_seg:
+            self._write_dicom_seg(path.with_name(f"{name}.dcm"), classes, one)
+        names = self.inference.task.classes
+        counts = np.bincount(classes.ravel(), minlength=1 + len(names))[1:]
+        ml = float(np.prod(one.grid.spacing_mm)) / 1000
+        volumes = {f"ml/{name}": f"{n * ml:.3f}" for name, n in zip(names, counts, strict=True)}
+        return {
+            **self._named(one),
+            "mask": path.relative_to(self.out).as_posix(),
+            **{f"voxels/{name}": int(n) for name, n in zip(names, counts, strict=True)},
+            **(volumes if classes.ndim == 3 else {}),
+        }
+
+    def _write_dicom_seg(self, path: Path, classes: NDArray[np.uint8], one: Asked) -> None:
+        affine, origin = one.grid.affine, one.origin
+        if affine is None or origin.format != "dicom":
+            return
+        if not write_dicom_seg(path, classes, affine, origin.paths, self.manifest):
+            told = f"scan {one.number}: no DICOM SEG, for its files lack what that must repeat; the NIfTI is there"
+            progress.report(progress.Note(told))
+
+    def _named(self, one: Asked) -> Line:
+        origin = one.origin
+        return {"scan": one.number, "key": origin.key, **({"file": origin.files[0]} if self.show_paths else {})}
+
+
+def _batches(scans: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
+    held: list[Asked] = []
+    for one in scans:
+        held.append(one)
+        if len(held) == size:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _write_table(path: Path, lines: Iterable[Line]) -> int:
+    """Each line as it comes; how many there were. No file where there was none."""
+    count = 0
+    for count, line in enumerate(lines, start=1):
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(line))
+            if count == 1:
+                writer.writeheader()
+            writer.writerow(line)
+    return count

@@ -1,0 +1,214 @@
+"""Labelled scans to probe an encoder with: folders by label, a table, a MedMNIST file, or a fine-tuning's own file.
+
+FOLDER/LABEL/...       a folder's name labels all scans below it
+TABLE.csv              scan, label, patient, perhaps split, as fine-tuning reads them
+FILE.npz               MedMNIST; each image counts as a patient
+FINETUNE.yaml          a classification's labels and its own split
+"""
+
+import csv
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from client.finetune_config import FinetuneConfig, load_finetune
+from client.label_tables import label_table
+from client.labelled import read_cases
+from client.reading import Reading
+from client.reasons import REASONS
+from client.site_config import DataSource
+from client.splits import split_cases
+from unimiss_core import progress
+from unimiss_core.config import parse
+from unimiss_core.errors import ConfigError, ScanError
+from unimiss_core.scan import Modality, Rank, Scan
+from unimiss_core.study import PlanConfig
+from unimiss_core.task_config import ClassificationConfig
+
+_SHOWN = 5
+"""Lines of a table that a note names for one reason."""
+_THERE = ("no", "yes")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A scan of which something is known."""
+
+    scan: Scan
+    labels: tuple[str, ...]
+    """One for each of the source's `questions`."""
+    patient: str
+    """Not to be shown or written."""
+    is_scored: bool
+    """Whether the split keeps it for judging; where it keeps none, all are judged in turn."""
+
+
+class Columns(NamedTuple):
+    """What a table's columns are called."""
+
+    scan: str = "scan"
+    label: str = "label"
+    patient: str = "patient"
+
+
+USUAL = Columns()
+
+
+class Source(Protocol):
+    questions: tuple[str, ...]
+    """What is asked of each scan: one thing, or each label of several that may be there."""
+    classes: tuple[str, ...] | None
+    """Possible answers, of two the one looked for last; None takes what labels there are, in their order as texts."""
+
+    def scans(self, plan: PlanConfig) -> Iterator[Known]:
+        """What cannot be read is left out, and told."""
+
+
+def source_of(
+    data: Path,
+    *,
+    root: Path | None = None,
+    columns: Columns = USUAL,
+    patient_pattern: str | None = None,
+    modality: Modality | None = None,
+) -> Source:
+    """What --data names. root: where a table's paths begin; None takes the table's own folder. columns: of a
+    table. patient_pattern: as of a site's data folder. Raises ConfigError."""
+    if data.is_dir():
+        return _Folders(data, patient_pattern, modality)
+    if not data.is_file():
+        raise ConfigError(f"--data {data}: is neither a folder nor a file")
+    if data.suffix in (".yaml", ".yml"):
+        config = load_finetune(data, data_root=root)
+        return _Table(config, config.name, _tested_by(config))
+    if data.suffix == ".npz":
+        return _Table(_of_medmnist(data), data.stem)
+    return _Table(_of_csv(data, root or data.parent, columns, modality), columns.label)
+
+
+class _Folders:
+    """Scans below folders that are called by their label."""
+
+    def __init__(self, folder: Path, patient_pattern: str | None, modality: Modality | None) -> None:
+        self.questions: tuple[str, ...] = (folder.resolve().name,)
+        self.classes: tuple[str, ...] | None = None
+        raw = {"folder": str(folder), "patient_pattern": patient_pattern, "modality": modality}
+        self._source = parse(DataSource, raw, where="--patient-pattern")
+
+    def scans(self, plan: PlanConfig) -> Iterator[Known]:
+        reading = Reading.of_sources([self._source], plan)
+        bare = 0
+        for number, (origin, scan) in enumerate(reading, start=1):
+            label, _, below = origin.files[0].partition("/")
+            bare += not below
+            if below:
+                yield Known(scan, (label,), origin.patient, is_scored=False)
+            progress.report(progress.StepDone("scans", number, len(reading), None))
+        if bare:
+            progress.report(progress.Note(f"left out: {bare} scan(s) that lie in no label's folder"))
+        reading.explain()
+
+
+class _Table:
+    """Scans that a table names, or the arrays of a MedMNIST file."""
+
+    def __init__(self, config: FinetuneConfig, question: str, tested: Set[int] | None = None) -> None:
+        """question: what is asked where it is one thing. tested: numbers of the cases that are judged; None asks the
+        table. Raises ConfigError."""
+        if not isinstance(config.task, ClassificationConfig):
+            raise ConfigError("--data: names masks; a probe is of classes, so give a classification's file")
+        self._config, self._task = config, config.task
+        self._table = label_table(config)
+        cases = self._table.cases
+        self._tested = {case.number for case in cases if case.part == "test"} if tested is None else tested
+        both = {c.patient for c in cases if c.number in self._tested} & {
+            c.patient for c in cases if c.number not in self._tested
+        }
+        if both:
+            raise ConfigError(
+                f"--data: {len(both)} patient(s) stand in the test part and in another; keep them together"
+            )
+        several = self._task.kind == "multi_label"
+        self.questions = self._task.classes if several else (question,)
+        self.classes: tuple[str, ...] | None = _THERE if several else self._task.classes
+
+    def scans(self, plan: PlanConfig) -> Iterator[Known]:
+        cases, left_out = self._table.cases, dict[str, list[int]]()
+        for number, (case, scan, _) in enumerate(read_cases(cases, self._table, self._config, plan), start=1):
+            if isinstance(scan, ScanError):
+                left_out.setdefault(scan.reason, []).append(case.number)
+            else:
+                yield Known(scan, self._labels(case.target), case.patient, case.number in self._tested)
+            progress.report(progress.StepDone("scans", number, len(cases), None))
+        for reason, lines in left_out.items():
+            told = ", ".join(map(str, lines[:_SHOWN])) + (" and others" if len(lines) > _SHOWN else "")
+            progress.report(progress.Note(f"left out: {len(lines)} {reason} (line {told}): {REASONS[reason]}"))
+
+    def _labels(self, target: Sequence[int]) -> tuple[str, ...]:
+        if self._task.kind == "multi_label":
+            return tuple(_THERE[there] for there in target)
+        return (self._task.classes[target[0]],)
+
+
+def _tested_by(config: FinetuneConfig) -> Set[int]:
+    """Numbers of the cases that this fine-tuning would test on. Raises ConfigError."""
+    return {case.number for case in split_cases(label_table(config).cases, config)["test"]}
+
+
+def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None) -> FinetuneConfig:
+    """What a fine-tuning's file would say of the table. Raises ConfigError."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError(f"table {table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
+    there = list(rows[0]) if rows else []
+    if missing := [name for name in columns if name not in there]:
+        raise ConfigError(
+            f"table {table.name}: has no column {', '.join(missing)}; give --scan, --label or --patient "
+            "where they are called otherwise"
+        )
+    classes = sorted({(row[columns.label] or "").strip() for row in rows})
+    data = {"table": str(table.absolute()), "folder": str(root.absolute()), "modality": modality}
+    data |= columns._asdict()
+    return _config(classes, data, where=f"table {table.name}", is_given="split" in there)
+
+
+def _of_medmnist(file: Path) -> FinetuneConfig:
+    """Classes are called by their numbers. Raises ConfigError."""
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            labels = [np.asarray(held[f"{part}_labels"]) for part in ("train", "val", "test")]
+            shape = held["test_images"].shape
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(f"--data {file}: is no MedMNIST .npz with train_, val_ and test_images and _labels") from None
+    columns = {each.reshape(len(each), -1).shape[1] for each in labels}
+    several = max(columns) if columns != {1} else 0
+    classes = several or 1 + max(int(each.max()) for each in labels)
+    data = {"name": "medmnist", "file": str(file.absolute())}
+    return _config(
+        [str(number) for number in range(classes)],
+        data,
+        where=f"--data {file}",
+        is_given=True,
+        rank=3 if len(shape) == 4 and shape[-1] != 3 else 2,
+        several=bool(several),
+    )
+
+
+def _config(
+    classes: Sequence[str], data: dict[str, Any], *, where: str, is_given: bool, rank: Rank = 3, several: bool = False
+) -> FinetuneConfig:
+    if len(classes) < 2:
+        raise ConfigError(f"{where}: holds one class alone; a probe tells at least two apart")
+    task = {
+        "kind": "multi_label" if several else "binary" if len(classes) == 2 else "multi_class",
+        "rank": rank,
+        "classes": list(classes),
+    }
+    split = {"name": "given" if is_given else "folds"}
+    raw = {"name": "probe", "task": task, "init": {"name": "scratch"}, "data": data, "split": split}
+    return parse(FinetuneConfig, raw, where=where)

@@ -1,0 +1,272 @@
+"""`unimiss probe`: how well labelled scans separate by an encoder's features, beside a random one's and bare pixels.
+
+Legend of shapes: N scans, C channels, S spatial axes - (H, W) or (D, H, W) -, E features, R weightings of the scans.
+
+Nothing is trained but a linear layer on frozen features; the other judge, nearest neighbours, trains nothing. All
+encoders are judged on the same patients, so that a difference is not their luck (`unimiss_core.probe`).
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client import merit
+from client.beginning import Beginning, begin
+from client.finetune_config import FromScratch, init_from, signed_by
+from client.outputs import check_file
+from client.probe_sources import Known, Source
+from client.reasons import REASONS
+from unimiss_core import durable, progress
+from unimiss_core.config import load
+from unimiss_core.device import device_of
+from unimiss_core.embedding import bare_pixels, embed
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.model import MiT
+from unimiss_core.plan import prepare
+from unimiss_core.probe import Probe, neighbours, probe
+from unimiss_core.scan import Rank
+from unimiss_core.study import StudyConfig
+from unimiss_core.views import whole
+
+Floats = NDArray[np.float64]
+Features = NDArray[np.float32]
+Figure = Callable[[Floats], Floats]
+"""Of weightings (R, N): (R,)."""
+
+THIS, RANDOM, PIXELS = "this encoder", "random encoder", "bare pixels"
+_IN_WORDS = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
+_HEADS = {"gain": "this minus random"}
+_JUDGES = {"linear": "linear probe", "neighbours": "nearest neighbours"}
+
+
+@dataclass
+class Seen:
+    """All scans of one rank: what is known of them, and what each encoder says."""
+
+    labels: list[tuple[str, ...]] = field(default_factory=list)
+    patients: list[str] = field(default_factory=list)
+    scored: list[bool] = field(default_factory=list)
+    features: dict[str, list[Features]] = field(default_factory=dict)
+    """Name of an encoder -> batches (n, E)."""
+    scans: list[NDArray[np.float16]] = field(default_factory=list)
+    """Batches (n, C, *S), where they are asked for."""
+
+
+def run_probe(
+    checkpoint: str,
+    source: Source,
+    *,
+    out: Path | None = None,
+    set_out: Path | None = None,
+    study: Path | None = None,
+    batch: int = 8,
+    device: str = "auto",
+    key: Path | None = None,
+) -> None:
+    """Print what linear probe and nearest neighbours make of the scans of `source`, and write it to `out` (JSON).
+
+    checkpoint: its folder, a released file, or `scratch`; key: of who must have signed it. study: whose model and plan
+    `scratch` has. set_out: where the prepared scans go as a coordinator's probe set (`server.probing`).
+    Raises CheckpointError, ConfigError, NoUsableScanError.
+    """
+    for option, path in {"--out": out, "--set-out": set_out}.items():
+        if path is not None:
+            check_file(option, path)
+    beginning = _beginning(checkpoint, study, key)
+    chosen = device_of(device)
+    encoders = {THIS: beginning.encoder()}
+    if beginning.tensors is not None:
+        encoders[RANDOM] = beginning.random_encoder()
+    for encoder in encoders.values():
+        encoder.to(chosen)
+    seen = _look(source, beginning, encoders, batch, keeps_scans=set_out is not None)
+    if set_out is not None:
+        _write_set(set_out, source, seen)
+    told = [
+        _judged(question, rank, [labels[place] for labels in found.labels], found, source.classes)
+        for rank, found in sorted(seen.items())
+        for place, question in enumerate(source.questions)
+    ]
+    for one in told:
+        print(_in_words(one), end="")
+    if out is not None:
+        durable.write_text(out, json.dumps(told, indent=2) + "\n")
+
+
+def _beginning(checkpoint: str, study: Path | None, key: Path | None) -> Beginning:
+    asked = None if study is None else load(StudyConfig, study)
+    init = init_from(checkpoint, FromScratch() if asked is None else FromScratch(model=asked.model))
+    if asked is not None and not isinstance(init, FromScratch):
+        raise ConfigError("--study: says what 'scratch' is; a checkpoint knows its model and plan itself")
+    return begin(signed_by(key, init) if key else init, None if asked is None else asked.plan)
+
+
+# ---------------------------------------------------------------------------------------------------------- features
+
+
+def _look(
+    source: Source, beginning: Beginning, encoders: Mapping[str, MiT], batch: int, *, keeps_scans: bool
+) -> dict[Rank, Seen]:
+    """Rank -> its scans. Raises NoUsableScanError: there is none."""
+    seen: dict[Rank, Seen] = {}
+    waiting: dict[Rank, list[NDArray[np.float32]]] = {}
+    left_out = Counter[str]()
+    for known in source.scans(beginning.plan):
+        rank = known.scan.rank
+        try:
+            x = _seen_whole(known, beginning)
+        except ScanError as error:
+            left_out[error.reason] += 1
+            continue
+        found = seen.setdefault(rank, Seen())
+        found.labels.append(known.labels)
+        found.patients.append(known.patient)
+        found.scored.append(known.is_scored)
+        waiting.setdefault(rank, []).append(x)
+        if len(waiting[rank]) == batch:
+            _embed(found, waiting.pop(rank), encoders, keeps_scans=keeps_scans)
+    for rank, held in waiting.items():
+        _embed(seen[rank], held, encoders, keeps_scans=keeps_scans)
+    for reason, count in sorted(left_out.items()):
+        progress.report(progress.Note(f"left out: {count} {reason}: {REASONS[reason]}"))
+    if not seen:
+        raise NoUsableScanError(
+            "--data: holds no labelled scan that can be used; notes above say why, if there was any"
+        )
+    return seen
+
+
+def _seen_whole(known: Known, beginning: Beginning) -> NDArray[np.float32]:
+    """(C, *S) as the encoder takes it. Raises ScanError."""
+    values, _ = prepare(known.scan, beginning.plan)
+    model = beginning.model
+    return whole(values, model.image_size if known.scan.rank == 2 else model.volume_size).numpy()
+
+
+def _embed(found: Seen, held: Sequence[NDArray[np.float32]], encoders: Mapping[str, MiT], *, keeps_scans: bool) -> None:
+    x = torch.from_numpy(np.stack(held))
+    for name, encoder in encoders.items():
+        found.features.setdefault(name, []).append(embed(encoder, x).numpy())
+    found.features.setdefault(PIXELS, []).append(bare_pixels(x))
+    if keeps_scans:
+        found.scans.append(x.numpy().astype(np.float16))
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def _judged(
+    question: str, rank: Rank, labels: Sequence[str], found: Seen, classes: Sequence[str] | None
+) -> dict[str, Any]:
+    """Figures of one question: judge -> encoder -> figure, each with its interval."""
+    there = [name for name in classes or sorted(set(labels)) if name in labels]
+    place = {name: f"{number:03}" for number, name in enumerate(there)}  # `probe` takes classes in the order of texts
+    known = np.array([place[label] for label in labels]), np.array(found.patients)
+    scored = np.array(found.scored) if any(found.scored) else None
+    judges: dict[str, dict[str, Probe]] = {name: {} for name in _JUDGES}
+    for name, batches in found.features.items():
+        features = np.concatenate(batches)
+        judges["linear"][name] = probe(features, *known, scored=scored)
+        judges["neighbours"][name] = neighbours(features, *known, scored=scored)
+    one = judges["linear"][THIS]
+    return {
+        "question": question,
+        "rank": rank,
+        "scans": len(labels),
+        "patients": len(set(found.patients)),
+        "judged": len(one.labels),
+        "classes": {name: labels.count(name) for name in there},
+        "reason": one.reason or None,
+        "figures": {} if one.reason else {name: _figures(of) for name, of in judges.items()},
+    }
+
+
+def _figures(probed: Mapping[str, Probe]) -> dict[str, dict[str, merit.Figure]]:
+    """Encoder -> figure -> value and interval; and under `gain` how much this one's exceed the random one's."""
+    each = {encoder: _of_probe(found) for encoder, found in probed.items()}
+    if RANDOM in each:
+        each["gain"] = {name: partial(_difference, of, each[RANDOM][name]) for name, of in each[THIS].items()}
+    patients = probed[THIS].patients.tolist()
+    return {encoder: merit.with_intervals(figures, patients) for encoder, figures in each.items()}
+
+
+def _of_probe(found: Probe) -> dict[str, Figure]:
+    return {"auc": found.aucs, "ap": partial(_precisions, found), "accuracy": partial(_accuracies, found)}
+
+
+def _precisions(found: Probe, weights: Floats) -> Floats:
+    """(R,): average precision, as `Probe.aucs` has the AUC: of the last of two classes, of more the mean over classes,
+    and scores of different folds, which are of different models, are not compared."""
+    assert found.scores is not None
+    assert found.folds is not None
+    each = []
+    for k in [1] if len(found.classes) == 2 else range(len(found.classes)):
+        positive, total, hits = found.labels == k, np.zeros(len(weights)), np.zeros(len(weights))
+        for fold in np.unique(found.folds):
+            there = found.folds == fold
+            count = weights[:, there & positive].sum(1)
+            precision = merit.average_precision(found.scores[there, k], positive[there], weights[:, there])
+            total += np.where(count > 0, count * np.nan_to_num(precision), 0)
+            hits += count
+        each.append(np.divide(total, hits, out=np.full(len(weights), np.nan), where=hits > 0))
+    return np.asarray(np.mean(each, axis=0))
+
+
+def _accuracies(found: Probe, weights: Floats) -> Floats:
+    """(R,): share of scans whose likeliest class is theirs."""
+    assert found.scores is not None
+    right = found.scores.argmax(1) == found.labels
+    return np.asarray((weights * right).sum(1) / weights.sum(1))
+
+
+def _difference(of: Figure, floor: Figure, weights: Floats) -> Floats:
+    return of(weights) - floor(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def _in_words(told: Mapping[str, Any]) -> str:
+    kind = "images" if told["rank"] == 2 else "volumes"
+    classes = ", ".join(f"{name} {count}" for name, count in told["classes"].items())
+    lines = [f"{told['question']}: {told['scans']} {kind} of {told['patients']} patients ({classes})"]
+    if told["reason"]:
+        return f"{lines[0]}\n  no figure: {told['reason']}\n"
+    if told["judged"] < told["scans"]:
+        lines.append(f"  {told['judged']} of them judged, by the split given; the others teach")
+    for judge, figures in told["figures"].items():
+        columns = list(figures)
+        lines.append(f"  {_JUDGES[judge]:20}" + "".join(f"{_HEADS.get(name, name):26}" for name in columns).rstrip())
+        for name, said in _IN_WORDS.items():
+            cells = [_cell(figures[column][name], signed=column == "gain") for column in columns]
+            lines.append(f"    {said:18}" + "".join(f"{cell:26}" for cell in cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figure: merit.Figure, *, signed: bool) -> str:
+    value, low, high = (figure[name] for name in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return "undefined"
+    sign = "+" if signed else ""
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def _write_set(path: Path, source: Source, seen: Mapping[Rank, Seen]) -> None:
+    """The prepared scans as a coordinator takes them, patients as numbers. Raises ConfigError: more than one set."""
+    if len(seen) > 1 or len(source.questions) > 1:
+        raise ConfigError("--set-out: a set is of one rank, and asks one thing; give --data that holds no more")
+    ((_, found),) = seen.items()
+    _, patients = np.unique(np.array(found.patients), return_inverse=True)
+    packed = io.BytesIO()
+    labels = np.array([labels[0] for labels in found.labels])
+    np.savez(packed, scans=np.concatenate(found.scans), labels=labels, patients=patients)
+    durable.write_bytes(path, packed.getvalue())

@@ -1,0 +1,153 @@
+"""Every usable scan of some folders, one at a time: what a researcher's commands go through.
+
+Scans are read as they are asked for, so that memory holds one or two, however many there are.
+"""
+
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from client import workers
+from client.candidates import Candidate, Format
+from client.catalogue import Catalogue, catalogue, catalogue_one, read, safe_here
+from client.reasons import REASONS
+from client.site_config import DataSource
+from unimiss_core import progress
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.scan import Modality, Scan
+from unimiss_core.study import PlanConfig
+
+_TIME_LIMIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a scan came from: for joining labels at the site; never to be sent or logged."""
+
+    folder: Path
+    files: tuple[str, ...]
+    """Paths below the folder, in slice order."""
+    patient: str
+    """Key of the patient, comparable within one `Reading`."""
+    format: Format
+    frames: tuple[int, ...] = ()
+    """Of DICOM: which frames of the files, in the order of slices."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / file for file in self.files)
+
+    @cached_property
+    def key(self) -> str:
+        """What the scan is called wherever its files lie: 32 hex digits.
+
+        Of NIfTI and pictures the first half of the file's sha256; of DICOM, of the sha256 of all files in the order of
+        slices, and the numbers of their frames.
+        """
+        digests = []
+        for path in self.paths:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        if self.format != "dicom":
+            return digests[0][:32]
+        return hashlib.sha256(repr((digests, self.frames)).encode()).hexdigest()[:32]
+
+
+@dataclass
+class Reading:
+    """The scans of folders, in a fixed order, not cached and not yet prepared; and the account of what is left out.
+
+    Pictures and NIfTI volumes come by path, a folder's files before its subfolders, then DICOM series by the path of
+    their first file.
+    """
+
+    found: Catalogue
+    left_out: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+    """Files that belong together, below their folder, and the reason why they are not used."""
+
+    def __post_init__(self) -> None:
+        self.left_out += [(entry.files, entry.reason) for entry in (*self.found.left_out, *self.found.unreadable)]
+
+    @classmethod
+    def of_sources(
+        cls, sources: Sequence[DataSource], plan: PlanConfig | None = None, *, nameless: bool = False
+    ) -> "Reading":
+        """plan: says whether missing slices may be made up. nameless: DICOM that says no patient is read, too, for it
+        does not matter whose it is. Raises ConfigError for a wrong table."""
+        return cls(catalogue(sources, secrets.token_bytes(32), interpolate=_interpolates(plan), nameless=nameless))
+
+    @classmethod
+    def of_path(cls, path: Path, plan: PlanConfig, modality: Modality | None = None) -> "Reading":
+        """Of a folder, or of one file, whosever scans they are. modality: of files that do not say it. Raises
+        ConfigError: there is neither."""
+        if path.is_dir():
+            return cls.of_sources([DataSource(folder=path, modality=modality)], plan, nameless=True)
+        if not path.is_file():
+            raise ConfigError(f"{path}: is neither a folder of scans nor a file")
+        return cls(catalogue_one(path, modality, interpolate=_interpolates(plan)))
+
+    def __len__(self) -> int:
+        """Scans that look usable by their headers."""
+        return len(self.found.candidates)
+
+    def __iter__(self) -> Iterator[tuple[Origin, Scan]]:
+        candidates = self.found.candidates
+        outcomes = (
+            workers.run_here(read, candidates)
+            if safe_here(candidates)
+            else workers.run(read, candidates, workers=1, time_limit_s=_TIME_LIMIT_S)  # one keeps the order
+        )
+        for index, outcome in outcomes:
+            origin = _origin(candidates[index])
+            if isinstance(outcome, ScanError):
+                self.leave_out(origin, outcome.reason)
+                continue
+            held = [outcome]
+            del outcome  # a large scan must be gone as soon as whoever asked for it has no more use for it
+            yield origin, held.pop()
+
+    def leave_out(self, origin: Origin, reason: str) -> None:
+        """Count a scan that was read as one that could not be used after all."""
+        self.left_out.append((origin.files, reason))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Reason -> how many scans or files were left out for it so far."""
+        return dict(sorted(Counter(reason for _, reason in self.left_out).items()))
+
+    def tell(self) -> None:
+        """Report what was left out as a `progress.Note`, if anything was."""
+        if reasons := self.reasons:
+            said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            progress.report(progress.Note(f"left out: {said}"))
+
+    def explain(self) -> None:
+        """`tell`, with each reason in words."""
+        for reason, count in self.reasons.items():
+            progress.report(progress.Note(f"left out: {count} {reason}: {REASONS.get(reason, 'not known')}"))
+
+    def require(self, used: int) -> None:
+        """Raises NoUsableScanError: nothing was used."""
+        if not used:
+            why = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items()) or "there is none"
+            raise NoUsableScanError(f"no scan that can be used: {why}; docs/reading.md explains each reason")
+
+
+def read_scans(sources: Sequence[DataSource], plan: PlanConfig | None = None) -> Iterator[tuple[Origin, Scan]]:
+    """Every usable scan of `sources`, as `Reading` has them; at the end, what was left out is told."""
+    reading = Reading.of_sources(sources, plan)
+    yield from reading
+    reading.tell()
+
+
+def _interpolates(plan: PlanConfig | None) -> bool:
+    return plan is not None and plan.missing_slices == "interpolate"
+
+
+def _origin(candidate: Candidate) -> Origin:
+    frames = () if candidate.stack is None else tuple(frame.number for frame in candidate.stack.frames)
+    return Origin(candidate.folder, candidate.files, candidate.patient, candidate.format, frames)

@@ -1,0 +1,301 @@
+"""`unimiss predict`: a fine-tuning's own answers again, in each scan's own geometry, whatever lies beside the scans."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.uid import generate_uid
+
+from client import research_command
+from client.nifti import write_nifti
+from client.research_command import main
+from tests.series_files import write_series
+from tests.test_finetune import QUICK, pictures, write_config
+from tests.test_labelled import write_case
+from tests.test_research_command import nano_checkpoint
+from unimiss_core import task_checkpoint
+from unimiss_core.scan import Modality, Scan
+from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.task_checkpoint import TaskManifest
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
+from unimiss_core.tasks import build_task_model
+
+LABELS = ClassificationConfig(kind="multi_label", rank=2, classes=("a", "b", "c"), input_size=(40, 44))
+BALL = SegmentationConfig(classes=("ball", "cube"), input_size=(16, 33, 33))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def untrained(folder: Path, task: TaskConfig, *, diverged: bool = False, **more: Any) -> Path:
+    """A model of this task that never saw a scan, as fine-tuning would write it."""
+    model, dense = ModelConfig(prototypes=16), task.name == "segmentation"
+    made = build_task_model(model, task.rank, outputs=task.outputs, dense=dense, seed=0, pretrained=None)
+    manifest = TaskManifest(
+        task=task,
+        model=model,
+        plan=PlanConfig(volume_spacing_mm=(2.0, 2.0, 2.0)),
+        began_with="scratch",
+        pretrained_digest=None,
+        trained="full",
+        seed=0,
+        epoch=0,
+        **more,
+    )
+    if diverged:
+        next(made.parameters()).data[0] = float("nan")
+    folder.mkdir()
+    task_checkpoint.save(folder, dict(made.named_parameters()), manifest)
+    return folder
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(100, 30, shape).astype(np.int16)
+
+
+def test_a_classification_answers_what_it_answered_when_it_was_measured(tmp_path: Path) -> None:
+    path = write_config(tmp_path, **pictures(tmp_path, 18), training={**QUICK, "precision": "bf16"})
+    assert main(["finetune", str(path), "--show-paths"]) == 0
+    out = tmp_path / "predicted"
+    asked = ["predict", str(tmp_path / "out"), str(tmp_path / "pictures"), "--out", str(out), "--show-paths"]
+    assert main([*asked, "--batch", "5"]) == 0
+    found = {row["file"]: row for row in rows_of(out / "predictions.csv")}
+    assert len(found) == 18
+    for row in rows_of(tmp_path / "out" / "predictions.csv"):
+        again = found[row["file"]]
+        for name in ("p/fine", "p/coarse"):
+            assert float(again[name]) == pytest.approx(float(row[name]), abs=2e-5)  # another batch, other last bits
+        assert again["predicted"] == max(("fine", "coarse"), key=lambda name: float(again[f"p/{name}"]))
+
+
+def test_a_segmentation_draws_what_it_drew_when_it_was_measured(tmp_path: Path) -> None:
+    for number in range(6):
+        write_case(tmp_path, f"c{number}", number, spacing=(1.0, 0.9, 1.1))
+    path = write_config(
+        tmp_path,
+        task={"name": "segmentation", "rank": 3, "classes": ["ball"], "input_size": [16, 33, 33]},
+        plan={"volume_spacing_mm": [1.0, 1.0, 1.0]},
+        inference={"keep_largest": ["ball"], "overlap": 0.25},
+        data={"name": "msd", "folder": ".", "modality": "MR"},
+        split={"folds": 3, "validation": 0.5},
+    )
+    assert main(["finetune", str(path)]) == 0
+    out = tmp_path / "predicted"
+    assert main(["predict", str(tmp_path / "out"), str(tmp_path / "imagesTr"), "--out", str(out), "--show-paths"]) == 0
+    lines = {row["file"]: row for row in rows_of(out / "predictions.csv")}
+    measured = sorted((tmp_path / "out" / "predictions").iterdir())
+    assert len(measured) == 2
+    for mask in measured:
+        name = f"c{int(mask.name[5:10]) - 1}.nii.gz"
+        source, again = nibabel.load(tmp_path / "imagesTr" / name), nibabel.load(out / lines[name]["mask"])
+        drawn = np.asarray(again.dataobj)
+        np.testing.assert_array_equal(drawn, np.asarray(nibabel.load(mask).dataobj))
+        np.testing.assert_allclose(again.affine, source.affine)
+        assert again.shape == source.shape
+        assert int(lines[name]["voxels/ball"]) == (drawn == 1).sum()
+        assert float(lines[name]["ml/ball"]) == pytest.approx((drawn == 1).sum() * 0.99 / 1000, abs=1e-3)
+
+
+def test_a_mask_of_a_dicom_series_lies_where_its_slices_lie(tmp_path: Path) -> None:
+    """Oracle: the position of each slice's corner, by the DICOM standard's own formula (C.7.6.2.1.1)."""
+    model = untrained(tmp_path / "model", BALL)
+    row, column, positions = (0.0, 1.0, 0.0), (0.0, 0.0, -1.0), [[10.0 - 2 * k, -40.0, 70.0] for k in range(30)]
+    write_series(tmp_path / "scans", noise((30, 40, 36)), positions=positions, gap_mm=2.0, orientation=(*row, *column))
+    assert main(["predict", str(model), str(tmp_path / "scans"), "--out", str(tmp_path / "out")]) == 0
+    (line,) = rows_of(tmp_path / "out" / "predictions.csv")
+    mask = nibabel.load(tmp_path / "out" / line["mask"])
+    corners = set()
+    for k in (0, 29):
+        for i in (0, 39):
+            for j in (0, 35):
+                x, y, z = (
+                    positions[k][a] + row[a] * 0.7 * j + column[a] * 0.9 * i for a in range(3)
+                )  # rows 0.9 mm apart, columns 0.7
+                corners.add((round(-x, 3), round(-y, 3), round(z, 3)))  # LPS to NIfTI's RAS
+    ends = [(0, n - 1) for n in mask.shape]
+    found = {
+        tuple(np.round(mask.affine @ [a, b, c, 1.0], 3)[:3].tolist()) for a in ends[0] for b in ends[1] for c in ends[2]
+    }
+    assert found == corners
+
+
+def test_a_dicom_seg_says_the_same_of_each_place_as_the_nifti(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read back by pydicom alone: each voxel that is set, taken to millimetres by the standard's formula."""
+    pytest.importorskip("highdicom")
+    model, row, column = untrained(tmp_path / "model", BALL), (0.0, 1.0, 0.0), (0.0, 0.0, -1.0)
+    uids = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
+    facts = {"PatientName": "Miller", "PatientBirthDate": "", "PatientSex": "", "AccessionNumber": "", "StudyID": ""}
+    facts |= {"StudyDate": "", "StudyTime": "", "ReferringPhysicianName": "", "SliceThickness": 2, **uids}
+    positions = [[10.0 - 2 * k, -40.0, 70.0] for k in range(30)]
+    volume = noise((30, 40, 36))
+    axes = {"positions": positions, "gap_mm": 2.0, "orientation": (*row, *column)}
+    write_series(tmp_path / "scans", volume, attributes=facts, **axes)
+    out = tmp_path / "out"
+    assert main(["predict", str(model), str(tmp_path / "scans"), "--out", str(out), "--dicom-seg"]) == 0
+    said = capsys.readouterr()
+    assert "no DICOM SEG" not in said.err
+    mask = nibabel.load(out / "masks" / "scan-00001.nii.gz")
+    drawn, to_voxels = np.asarray(mask.dataobj), np.linalg.inv(mask.affine)
+    seg = pydicom.dcmread(out / "masks" / "scan-00001.dcm")
+    assert (seg.Modality, seg.StudyInstanceUID) == ("SEG", uids["StudyInstanceUID"])
+    assert seg.FrameOfReferenceUID == uids["FrameOfReferenceUID"]
+    assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["ball", "cube"]
+    assert list(seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient) == [
+        *row,
+        *column,
+    ]
+    found = {1: 0, 2: 0}
+    for frame, about in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        number = int(about.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        corner = np.array(about.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
+        i, j = np.nonzero(frame)
+        places = corner + np.outer(0.7 * j, row) + np.outer(0.9 * i, column)
+        voxels = np.rint(np.c_[places * [-1, -1, 1], np.ones(len(i))] @ to_voxels.T)[:, :3].astype(int)
+        assert (drawn[tuple(voxels.T)] == number).all()
+        found[number] += len(i)
+    assert found == {number: int((drawn == number).sum()) for number in (1, 2)}
+    assert min(found.values()) > 0
+
+
+def test_dicom_seg_without_highdicom_or_masks_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, drawer = untrained(tmp_path / "classifier", LABELS), untrained(tmp_path / "drawer", BALL)
+    asked = [str(tmp_path), "--out", str(tmp_path / "out"), "--dicom-seg"]
+    assert main(["predict", str(classifier), *asked]) == 2
+    assert "--dicom-seg: the model draws no masks of volumes" in capsys.readouterr().err
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "highdicom" else find(name))
+    assert main(["predict", str(drawer), *asked]) == 2
+    assert "pip install 'federated-unimiss[dicomseg]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_used_is_counted_with_its_reason_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, scans, out = untrained(tmp_path / "model", LABELS), tmp_path / "scans", tmp_path / "out"
+    (scans / "miller").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(noise((50, 60), number).astype(np.uint8)).save(scans / "miller" / f"{number}.png")
+    Image.fromarray(np.full((50, 60), 7, np.uint8)).save(scans / "miller" / "blank.png")
+    (scans / "miller" / "cut.png").write_bytes((scans / "miller" / "0.png").read_bytes()[:900])
+    write_nifti(scans / "volume.nii.gz", Scan(noise((9, 30, 30))[None].astype(np.float32), (1.0, 1.0, 1.0), "MR"))
+    (scans / "notes.txt").write_text("no scan")
+    assert main(["predict", str(model), str(scans), "--out", str(out)]) == 0
+    told = json.loads((out / "predicted.json").read_text())
+    assert told["scans"] == 3
+    assert told["left_out"] == {"blank": 1, "cannot_decode": 1, "not_an_image": 1, "other_rank": 1}
+    lines = rows_of(out / "predictions.csv")
+    for line in lines:
+        likely = [name for name in "abc" if float(line[f"p/{name}"]) >= 0.5]
+        assert line["predicted"] == ";".join(likely)
+    said = capsys.readouterr()
+    assert "left out: 1 cannot_decode: its compressed pixels cannot be decoded" in said.err
+    assert "miller" not in said.out + said.err + "".join(p.read_text() for p in out.iterdir())
+    keys = [line["key"] for line in lines]
+    assert len(set(keys)) == 3
+    alone = tmp_path / "alone"
+    assert main(["predict", str(model), str(scans / "miller" / "1.png"), "--out", str(alone), "--show-paths"]) == 0
+    (again,) = rows_of(alone / "predictions.csv")
+    assert (again["key"], again["file"]) == (keys[1], "1.png")
+    assert float(again["p/a"]) == pytest.approx(float(lines[1]["p/a"]), abs=2e-6)
+    assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "told"), "--show-paths"]) == 0
+    assert {"file": "miller/blank.png", "reason": "blank"} in rows_of(tmp_path / "told" / "left_out.csv")
+
+
+def test_what_a_model_took_values_for_is_remembered(tmp_path: Path) -> None:
+    """CT by the model's own word is windowed in HU; a mask of an MR would be another."""
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    values = np.random.default_rng(0).normal(0, 900, (20, 34, 36)).astype(np.float32)
+    write_nifti(scans / "a.nii.gz", Scan(values[None], (2.0, 2.0, 2.0), "CT"))
+    drawn = []
+    for name, more, asked in (
+        ("known", {"modality": "CT"}, []),
+        ("said", {}, ["--modality", "CT"]),
+        ("other", {}, []),
+    ):
+        model, out = untrained(tmp_path / name, BALL, **more), tmp_path / f"{name}-out"
+        assert main(["predict", str(model), str(scans), "--out", str(out), *asked]) == 0
+        drawn.append(np.asarray(nibabel.load(out / "masks" / "scan-00001.nii.gz").dataobj))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+
+
+def test_a_scan_that_does_not_fit_into_memory_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from client import inference
+
+    model, scans = untrained(tmp_path / "model", BALL), tmp_path / "scans"
+    scans.mkdir()
+    for number in range(2):
+        values = noise((20, 34, 36), number)[None].astype(np.float32)
+        write_nifti(scans / f"{number}.nii.gz", Scan(values, (2.0, 2.0, 2.0), "MR"))
+    mask, calls = inference.Inference.mask, []
+
+    def first_too_large(*arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return mask(*arguments)
+
+    monkeypatch.setattr(inference.Inference, "mask", first_too_large)
+    assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "predicted.json").read_text())
+    assert (told["scans"], told["left_out"]) == (1, {"out_of_memory": 1})
+    assert [line["scan"] for line in rows_of(tmp_path / "out" / "predictions.csv")] == ["2"]
+
+
+def test_what_is_no_model_of_this_program_is_refused_in_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+
+    def refused(model: Path, told: str, code: int = 4) -> None:
+        assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out")]) == code
+        said = capsys.readouterr().err
+        assert told in said, said
+        assert said.count("\n") == 1
+
+    refused(tmp_path / "nowhere", "holds no model; give the folder that `unimiss finetune` wrote")
+    refused(nano_checkpoint(tmp_path / "round-0001"), "is a checkpoint of pretraining, which answers no task")
+    refused(untrained(tmp_path / "diverged", BALL, diverged=True), "its weights are not all numbers")
+    model = untrained(tmp_path / "model", LABELS)
+    refused(model, "no scan that can be used: there is none", 3)
+    described = model / "model.json"
+    told = json.loads(described.read_text())
+    described.write_text(json.dumps({**told, "format_version": 2, "new": True}))
+    refused(model, "has format version 2, this program reads 1")
+    described.write_text(json.dumps({**told, "task": 7}))
+    refused(model, "is no description of a fine-tuned model")
+    described.write_text(json.dumps(told))
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1] + b"\x01")
+    refused(model, "was changed after it was written")
+
+
+def test_the_command_line_knows_every_modality() -> None:
+    assert get_args(Modality) == research_command._MODALITIES
+
+
+def test_an_output_that_holds_something_and_scans_that_are_nowhere_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = untrained(tmp_path / "model", LABELS)
+    assert main(["predict", str(model), str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert "is neither a folder of scans nor a file" in capsys.readouterr().err
+    assert main(["predict", str(model), str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "exists and is not empty; give a new folder" in capsys.readouterr().err

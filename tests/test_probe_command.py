@@ -1,0 +1,181 @@
+"""`unimiss probe`: its figures against scikit-learn's on the features of `unimiss embed`, from every kind of DATA."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from client.pictures import write_png
+from client.research_command import main
+from server.probing import read_probe_set
+from tests.series_files import write_series
+from tests.test_finetune import QUICK, pictures
+from tests.test_research_command import nano_checkpoint
+from unimiss_core.network import build_network
+from unimiss_core.probe import neighbours, probe
+from unimiss_core.study import ModelConfig
+
+
+def figures_of(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    out = tmp_path / "figures.json"
+    assert main(["probe", *arguments, "--out", str(out)]) == 0
+    return json.loads(out.read_text())  # type: ignore[no-any-return]
+
+
+def table_with_split(tmp_path: Path) -> Path:
+    """36 pictures of fine and coarse noise; the last 12 lines test. Class 'fine' comes last of both by its name."""
+    pictures(tmp_path, 36)
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    told = [f"{line},{'train' if number < 24 else 'test'}" for number, line in enumerate(lines[1:])]
+    (tmp_path / "pictures" / "kinds.csv").write_text("\n".join([f"{lines[0]},split", *told]))
+    return tmp_path / "pictures" / "kinds.csv"
+
+
+def embedded(tmp_path: Path, checkpoint: Path) -> NDArray[np.float32]:
+    """Features of secret0.png, secret1.png, ..., as `unimiss embed` writes them."""
+    out = tmp_path / "features.npz"
+    assert main(["embed", str(checkpoint), str(tmp_path / "pictures"), "--out", str(out), "--show-paths"]) == 0
+    found = np.load(out)
+    order = {str(file): row for row, file in enumerate(found["files"])}
+    return found["features"][[order[f"secret{k}.png"] for k in range(len(order))]]  # type: ignore[no-any-return]
+
+
+def test_the_figures_are_scikit_learns_on_the_features_that_embed_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, table = nano_checkpoint(tmp_path / "round-0001"), table_with_split(tmp_path)
+    (told,) = figures_of(tmp_path, str(folder), "--data", str(table))
+    said = capsys.readouterr()
+    x, fine = embedded(tmp_path, folder), np.arange(36) % 2 == 0
+    scaler = StandardScaler().fit(x[:24].astype(np.float64))
+    model = LogisticRegression(C=0.1, max_iter=2000).fit(scaler.transform(x[:24].astype(np.float64)), fine[:24])
+    chances = model.predict_proba(scaler.transform(x[24:].astype(np.float64)))[:, 1]
+    linear = told["figures"]["linear"]["this encoder"]
+    assert linear["auc"]["value"] == pytest.approx(roc_auc_score(fine[24:], chances))
+    assert linear["ap"]["value"] == pytest.approx(average_precision_score(fine[24:], chances))
+    assert linear["accuracy"]["value"] == pytest.approx(((chances > 0.5) == fine[24:]).mean())
+    each = told["figures"]["linear"]
+    difference = linear["auc"]["value"] - each["random encoder"]["auc"]["value"]
+    assert each["gain"]["auc"]["value"] == pytest.approx(difference)
+    assert each["gain"]["auc"]["low"] <= difference <= each["gain"]["auc"]["high"]
+    assert (told["scans"], told["judged"], told["patients"]) == (36, 12, 36)
+    assert f"{linear['auc']['value']:.3f} (" in said.out
+    assert not any(name in said.out + said.err + json.dumps(told) for name in ("miller", "secret"))
+
+
+def test_without_a_split_each_scan_is_judged_by_a_model_of_other_patients(tmp_path: Path) -> None:
+    """Oracle: the core's probe, which tests hold to that, on the features of `unimiss embed`."""
+    folder, told = nano_checkpoint(tmp_path / "round-0001"), pictures(tmp_path)
+    assert told
+    (one,) = figures_of(tmp_path, str(folder), "--data", str(tmp_path / "t.csv"), "--root", str(tmp_path / "pictures"))
+    x, labels = embedded(tmp_path, folder), np.array(["fine", "coarse"] * 15)
+    patients = np.array([f"miller{k}" for k in range(30)])
+    for name, of in {"linear": probe, "neighbours": neighbours}.items():
+        found = of(x, labels, patients)  # type: ignore[operator]
+        assert one["figures"][name]["this encoder"]["auc"]["value"] == pytest.approx(found.auc(), abs=0.02)
+    assert one["judged"] == 30
+
+
+def test_folders_label_what_lies_below_them_and_dicom_says_whose_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, chance = tmp_path / "data", np.random.default_rng(0)
+    for number in range(14):
+        label, size = ["plain", "rough"][number % 2], [1, 8][number % 2]
+        cells = chance.integers(0, 900, (14, 40 // size, 40 // size)).astype(np.int16)
+        voxels = np.kron(cells, np.ones((1, size, size), np.int16))
+        whose = {"PatientID": f"Miller-{number if number < 12 else number - 2}"}  # two have two series
+        write_series(data / label / f"s{number}", voxels, attributes=whose)
+    for number in range(12):
+        write_png(data / ["plain", "rough"][number % 2] / f"p{number // 2}-{number}.png", noise((40, 44), number))
+    write_png(data / "astray.png", noise((40, 44), 99))
+    (data / "rough" / "notes.txt").write_text("no scan")
+    told = figures_of(tmp_path, "scratch", "--data", str(data))
+    said = capsys.readouterr()
+    assert [(one["rank"], one["scans"], one["patients"]) for one in told] == [(2, 12, 12), (3, 14, 12)]
+    assert told[1]["classes"] == {"plain": 7, "rough": 7}
+    assert "gain" not in told[1]["figures"]["linear"]  # scratch is the random encoder
+    assert "left out: 1 scan(s) that lie in no label's folder" in said.err
+    assert "left out: 1 not_an_image" in said.err
+    assert "Miller" not in said.out + said.err
+    named = figures_of(tmp_path, "scratch", "--data", str(data), "--patient-pattern", "/(?P<patient>p[0-9]+)-")
+    assert [(one["rank"], one["scans"], one["patients"]) for one in named] == [(2, 12, 6)]
+
+
+def noise(shape: tuple[int, ...], seed: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+def test_a_medmnist_file_and_a_fine_tunings_file_are_judged_by_their_own_split(tmp_path: Path) -> None:
+    arrays = {}
+    for seed, (part, count) in enumerate({"train": 16, "val": 8, "test": 10}.items()):
+        arrays[f"{part}_images"] = noise((count, 34, 35), seed)
+        arrays[f"{part}_labels"] = (np.arange(count) % 2)[:, None]
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    (one,) = figures_of(tmp_path, "scratch", "--data", str(tmp_path / "mnist.npz"))
+    assert (one["question"], one["rank"], one["scans"], one["judged"]) == ("mnist", 2, 34, 10)
+    assert one["classes"] == {"0": 17, "1": 17}
+    (tmp_path / "p").mkdir()
+    lines = ["scan,patient,Edema,Mass"]
+    for number in range(30):
+        write_png(tmp_path / "p" / f"{number}.png", noise((40, 44), number))
+        lines.append(f"{number}.png,{number},{number % 2},{int(number % 3 == 0)}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "kind": "multi_label", "rank": 2, "classes": ["Edema", "Mass"]}
+    raw = {"name": "x", "task": task, "data": {"table": "t.csv", "folder": "p"}, "split": {"folds": 3}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({**raw, "init": {"name": "scratch"}, "training": QUICK}))
+    told = figures_of(tmp_path, "scratch", "--data", str(tmp_path / "x.yaml"))
+    assert [(one["question"], one["judged"], one["classes"]) for one in told] == [
+        ("Edema", 10, {"no": 15, "yes": 15}),
+        ("Mass", 10, {"no": 20, "yes": 10}),
+    ]
+
+
+def test_what_a_coordinator_probes_with_is_what_was_probed(tmp_path: Path) -> None:
+    folder, _ = nano_checkpoint(tmp_path / "round-0001"), pictures(tmp_path)
+    asked = ("--data", str(tmp_path / "t.csv"), "--root", str(tmp_path / "pictures"))
+    (one,) = figures_of(tmp_path, str(folder), *asked, "--set-out", str(tmp_path / "noise.npz"))
+    found = read_probe_set(tmp_path / "noise.npz")
+    assert found.scans.shape == (30, 1, *ModelConfig().image_size)
+    assert not any("miller" in patient for patient in found.patients)
+    features = build_network(ModelConfig(prototypes=16), seed=1).backbone(found.scans.float()).detach().numpy()
+    expected = probe(features, found.labels, found.patients).auc()
+    assert one["figures"]["linear"]["this encoder"]["auc"]["value"] == pytest.approx(expected, abs=0.03)
+
+
+def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures(tmp_path, 6)
+    table, root = str(tmp_path / "t.csv"), str(tmp_path / "pictures")
+
+    def refused(told: str, *arguments: str, code: int = 2) -> None:
+        assert main(["probe", *arguments]) == code
+        said = capsys.readouterr().err
+        assert told in said, said
+
+    refused("is neither 'scratch', nor a checkpoint's folder", str(tmp_path / "nowhere"), "--data", root)
+    refused("--data", "scratch", "--data", str(tmp_path / "nowhere"))
+    refused("has no column kind; give --scan, --label or --patient", "scratch", "--data", table, "--label", "kind")
+    refused("holds one class alone", "scratch", "--data", write(tmp_path / "one.csv", "scan,label,patient\na.png,x,1"))
+    torn = "scan,label,patient,split\na.png,x,1,train\nb.png,y,1,test"
+    refused("1 patient(s) stand in the test part and in another", "scratch", "--data", write(tmp_path / "b.csv", torn))
+    refused("needs a group named patient", "scratch", "--data", root, "--patient-pattern", "x")
+    refused("is a folder; give the name of a file", "scratch", "--data", root, "--out", str(tmp_path))
+    refused("--key: begins with 'scratch'", "scratch", "--data", root, "--key", "x.pub")
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    refused("holds no labelled scan", "scratch", "--data", str(tmp_path / "empty"), code=3)
+    write(tmp_path / "x.npz", "no archive")
+    refused("is no MedMNIST .npz", "scratch", "--data", str(tmp_path / "x.npz"))
+    assert main(["probe", "scratch", "--data", table, "--root", root]) == 0
+    assert "no figure: a class has only 3 patients, at least 5 are needed" in capsys.readouterr().out
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
