@@ -15,8 +15,13 @@ from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
 from unimiss_core.study import Fraction, ModelConfig, NonNegative, PlanConfig, Positive
-from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
-from unimiss_core.tasks import Trains
+from unimiss_core.task_config import (
+    AugmentationConfig,
+    ClassificationConfig,
+    SegmentationConfig,
+    TaskConfig,
+    Trains,
+)
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -124,23 +129,6 @@ class FoldSplit(Config):
 SplitConfig = Annotated[
     Annotated[GivenSplit, Tag("given")] | Annotated[FoldSplit, Tag("folds")], chosen_by_name(default="folds")
 ]
-
-
-class AugmentationConfig(Config):
-    """Random changes of training scans; the recipe of pretraining (`unimiss_core.views`), more gently."""
-
-    area: tuple[Fraction, Fraction] = (0.6, 1.0)
-    """Share of an image's area that a classification's crop covers; of a volume also the root of it in depth."""
-    flip: tuple[Fraction, Fraction, Fraction] = (0.0, 0.0, 0.5)
-    """Chance of a mirror image along (D, H, W); an image has the last two. 0 where left and right are classes."""
-    intensity: Fraction = 0.5
-    """Chance of each: noise, another brightness and contrast, another gamma."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not 0 < self.area[0] <= self.area[1]:
-            raise ValueError(f"area: the bounds {list(self.area)} must rise, from above 0")
-        return self
 
 
 class TrainingConfig(Config):

@@ -41,7 +41,7 @@ class Site:
     @property
     def ranks(self) -> frozenset[Rank]:
         """What it trains: the ranks of its scans; in a patient-level study those that its site file declares."""
-        return self.config.privacy.ranks if self.is_private else self.library.ranks
+        return self.config.privacy.ranks.intersection(self.study.ranks) if self.is_private else self.library.ranks
 
     @cached_property
     def ledger(self) -> Ledger:

@@ -39,7 +39,7 @@ def check_rounds(config: SiteConfig, study: StudyConfig, run: str, ledger: Ledge
     """
     if ledger.was_charged_for(run):
         return
-    ranks, rounds = config.privacy.ranks, study.schedule.rounds
+    ranks, rounds = config.privacy.ranks.intersection(study.ranks), study.schedule.rounds
     if (why := ledger.first_refused(study, ranks)) is not None:
         raise PrivacyBudgetError(f"study '{study.name}' is refused before its first round: {why}")
     if (left := ledger.rounds_left(study, ranks)) < rounds:

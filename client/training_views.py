@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.finetune_config import AugmentationConfig
 from client.labelled import Labelled
+from unimiss_core.task_config import AugmentationConfig
 from unimiss_core.views import Strengths, resize, shade_, standardise
 
 _NOISE_SIGMA, _BRIGHTNESS, _CONTRAST, _GAMMA = (0.0, 0.05), (0.8, 1.2), (0.75, 1.25), (0.8, 1.25)
