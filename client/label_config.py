@@ -8,7 +8,7 @@ from pydantic import Field, Tag, model_validator
 
 from unimiss_core.config import Config, chosen_by_name
 from unimiss_core.scan import Modality
-from unimiss_core.task_config import ClassName
+from unimiss_core.task_config import MOST_CLASSES, ClassName
 
 
 def check_patient_pattern(pattern: str | None) -> None:
@@ -61,7 +61,7 @@ class LabelsConfig(Config):
     """A site's labelled scans, for studies of `task: finetune`; nothing of it leaves the site (docs/finetuning.md)."""
 
     data: LabelData
-    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=256)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MOST_CLASSES)]
     """What the labels mean, in the words of the study. Of masks, value i is the i-th. A study of other classes is not
     for these labels, and is refused."""
     allow_empty_masks: bool = False

@@ -15,6 +15,7 @@ from client.batches import Batch, Batches
 from client.devices import run_team
 from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
+from client.own_model import keep_own_model
 from client.patient_draws import PatientDraw, PatientDraws
 from client.site import Site
 from client.site_state import Remembered
@@ -130,6 +131,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     if team.place > 0:
         return None
     update = _remembered_update(site, learner, request.round, start, student, teacher, memory)
+    keep_own_model(site, learner.student, student, request.round)
     own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,

@@ -66,9 +66,9 @@ def measure(
         found = read_probe_set(path)
         old, new = (_features(encoder, found.scans) for encoder in encoders)
         probed = [probe(features, found.labels, found.patients) for features in (old, new)]
-        floor = probe(_pixels(found.scans), found.labels, found.patients)
-        before[found.name] = _figures(found, probed[0], floor)
-        after[found.name] = _figures(found, probed[1], floor) | _gained(*probed)
+        floor = probe(pixels(found.scans), found.labels, found.patients)
+        before[found.name] = figures_of(found, probed[0], floor)
+        after[found.name] = figures_of(found, probed[1], floor) | gained(*probed)
         planes |= {f"{found.name}/before": plane(old), f"{found.name}/after": plane(new)}
         planes[f"{found.name}/labels"] = found.labels
     durable.write_text(folder.report / "probe-before.json", json.dumps(before, indent=2, sort_keys=True))
@@ -83,13 +83,13 @@ def _features(encoder: MiT, scans: Tensor) -> NDArray[np.float32]:
     return torch.cat([embed(encoder, part) for part in scans.split(BATCH)]).numpy()
 
 
-def _pixels(scans: Tensor) -> NDArray[np.float32]:
+def pixels(scans: Tensor) -> NDArray[np.float32]:
     """(N, 256): each scan, or the middle slice of each volume, as 16 x 16 averages."""
     x = scans.float() if scans.ndim == 4 else scans[:, :, scans.shape[2] // 2].float()
     return F.adaptive_avg_pool2d(x, FLOOR_SIDE).flatten(1).numpy()
 
 
-def _figures(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
+def figures_of(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
     binary = len(probed.classes) == 2
     return {
         "task": found.name,
@@ -103,6 +103,6 @@ def _figures(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
     }
 
 
-def _gained(before: Probe, after: Probe) -> dict[str, Any]:
+def gained(before: Probe, after: Probe) -> dict[str, Any]:
     found = gain(before, after)
     return {"gain": found[0], "gain_interval": found[1]} if found else {"gain": None, "gain_interval": None}

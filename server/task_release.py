@@ -1,7 +1,7 @@
 """What a fine-tuning federation ends in: a model that `unimiss predict` and everyone else can use, OUT/model."""
 
 from server.run_folder import RunFolder
-from unimiss_core import progress, task_checkpoint
+from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.groups import group_of
 from unimiss_core.study import StudyConfig
 from unimiss_core.task_checkpoint import TaskManifest
@@ -29,5 +29,6 @@ def release_model(folder: RunFolder, study: StudyConfig, *, round: int, from_sta
         seed=study.seed,
         epoch=round,
     )
+    durable.make_folder(folder.path / MODEL)
     task_checkpoint.save(folder.path / MODEL, last, manifest)
     progress.report(progress.Note(f"the fine-tuned model: {folder.path / MODEL}"))

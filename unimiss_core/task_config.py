@@ -14,6 +14,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Trains = Literal["linear_probe", "frozen", "full"]
 """What of a model is trained: its new head alone; all but the encoder (the head and MiT's own decoder); everything."""
 
+MOST_CLASSES = 256
+
 ClassName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -23,7 +25,7 @@ class _Task(Config):
     name: str
     rank: Rank = 3
     """2 for images, 3 for volumes."""
-    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=256)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MOST_CLASSES)]
     input_size: Annotated[tuple[Axis, ...], Field(min_length=2, max_length=3)] | None = None
     """(H, W) or (D, H, W) that the network sees; None takes the size that its position tables are made for."""
 
