@@ -15,7 +15,7 @@ import hmac
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,27 @@ def _lacking(config: SiteConfig, asked: SupervisionConfig) -> str | None:
             + (", in its order" if task.name == "segmentation" else "")
         )
     return None
+
+
+def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
+    """For whoever answers for the site: which studies that fine-tune may come; of such a study, what the site's table
+    has for it. Reads no scan. Raises ConfigError: what is wrong with the table."""
+    labels = config.labels
+    if labels is None:
+        yield "Studies that fine-tune: none; the site file has no `labels`."
+    elif study is None or study.finetune is None:
+        yield f"Studies that fine-tune: those for {', '.join(labels.classes)} (labels)."
+    elif (lacking := _lacking(config, study.finetune)) is not None:
+        yield f"Study '{study.name}': no; {lacking}."
+    else:
+        cases = labels_in(labels.data, task := study.finetune.task).cases
+        patients = len({case.patient for case in cases})
+        told = f"Study '{study.name}': {len(cases)} labelled scans of {patients} patients"
+        several = task.name == "classification" and task.kind == "multi_label"
+        for number, name in enumerate(task.classes if task.name == "classification" else ()):
+            count = sum(bool(case.target[number]) if several else case.target[0] == number for case in cases)
+            told += f"{':' if number == 0 else ','} {name} {count}"
+        yield f"{told}."
 
 
 def open_labelled(site: SiteConfig, study: StudyConfig) -> Library:

@@ -55,7 +55,7 @@ def test_what_no_task_could_use_is_told(initial: Checkpoint, change: Change, tol
 
 def test_a_run_that_would_fit_no_task_asks_no_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where one file of another version of the program was installed."""
-    monkeypatch.setattr(tasks, "FULL_WIDTH", 0)
+    monkeypatch.setattr(tasks, "STEM_STRIDE", {2: (1, 1), 3: (1, 1, 1)})
     site = StubSite("a", {2: 3})
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path, retry_s=0.0, round_tries=1)
     told = pytest.raises(CheckpointError, match=r"fit no 2D segmentation.*Nothing was trained")

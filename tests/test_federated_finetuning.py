@@ -14,6 +14,7 @@ from client.app import app
 from client.audited_engine import Silence
 from client.drawing import draw_views
 from client.pictures import read_picture, write_png
+from client.site_command import main
 from client.site_labels import LabelledScan, check_labels, open_labelled
 from client.trainer import run_round
 from server.coordinator_config import CoordinatorConfig
@@ -24,7 +25,7 @@ from server.run_folder import RunFolder
 from tests.federation import RUN, metric_rows, small_study
 from tests.labelled_hospitals import CLASSES, hospital, masks_study, opened, task_study
 from unimiss_core import progress, task_checkpoint
-from unimiss_core.config import parse
+from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError, UnknownPatientError, WireError
 from unimiss_core.execution import Execution
 from unimiss_core.groups import group_of
@@ -307,3 +308,11 @@ def test_what_a_task_contradicts_is_refused(finetune: dict[str, Any], told: str)
 def test_studies_of_pretraining_say_nothing_of_tasks_and_keep_their_digests() -> None:
     assert not {"task", "finetune"} & json.loads(small_study().canonical()).keys()
     assert CLASSES == list(json.loads(task_study().canonical())["finetune"]["task"]["classes"])
+
+
+def test_check_says_what_the_table_has_for_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = hospital(tmp_path / "north", "north", pictures=3)
+    asked = tmp_path / "study.yaml"
+    asked.write_text(dump_yaml(task_study()))
+    assert main(["check", str(path), "--study", str(asked)]) == 0
+    assert "Study 'toy': 3 labelled scans of 3 patients: clear 2, lesion 1." in capsys.readouterr().out
