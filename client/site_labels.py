@@ -155,19 +155,18 @@ def _opened(site: SiteConfig, study: StudyConfig, table: LabelTable) -> tuple[tu
     site.seal()  # a key that cannot be read is told before hours of reading scans
     tasks = [_task(site, study, table, case, secret, folder) for case in table.cases]
     records = _records(site, tasks, is_secret=study.privacy.mode == "patient")
-    left_out = {case.number: record for case, record in zip(table.cases, records, strict=True) if record.reason}
-    _tell_of_left_out(site, left_out)
     scans = (
         _scan(site, task, record, case, secret)
         for task, record, case in zip(tasks, records, table.cases, strict=True)
         if not record.reason
     )
-    return tuple(scans), dict(sorted(Counter(record.reason for record in left_out.values()).items()))
+    return tuple(scans), dict(sorted(Counter(record.reason for record in records if record.reason).items()))
 
 
-def _tell_of_left_out(site: SiteConfig, left_out: Mapping[int, "_Record"]) -> None:
+def _tell_of_left_out(site: SiteConfig, tasks: Sequence["_Task"], records: Sequence["_Record"]) -> None:
     """On the site's own screen: lines of its table, never a patient or a path."""
-    shown = [f"line {number}: {one.detail or one.reason}" for number, one in sorted(left_out.items())[:_TOLD]]
+    left_out = [(task.number, record) for task, record in zip(tasks, records, strict=True) if record.reason]
+    shown = [f"line {number}: {one.detail or one.reason}" for number, one in left_out[:_TOLD]]
     if shown:
         more = f"; and {len(left_out) - _TOLD} more" if len(left_out) > _TOLD else ""
         tell_if_heard(site.name, f"labelled scans left out: {'; '.join(shown)}{more}")
@@ -180,6 +179,8 @@ def _tell_of_left_out(site: SiteConfig, left_out: Mapping[int, "_Record"]) -> No
 class _Task:
     """One scan to be read and prepared, in a process of its own."""
 
+    number: int
+    """As of `Case`."""
     scan: Path
     mask: Path | None
     modality: Modality | None
@@ -217,6 +218,7 @@ def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, s
         facts += [len(study.finetune.task.classes), site.labels.allow_empty_masks, *_files(mask)]
     stamp = hmac.new(secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()[:32]
     return _Task(
+        number=case.number,
         scan=scan,
         mask=mask,
         modality=table.modality,
@@ -256,7 +258,9 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], *, is_secret: bool) -> li
         found[missing[place]] = record
         done += 1
         progress.report(progress.Preparing(site.name, done, len(tasks), is_secret=is_secret))
-    return [record for record in found if record is not None]
+    whole = [record for record in found if record is not None]
+    _tell_of_left_out(site, [tasks[place] for place in missing], [whole[place] for place in missing])
+    return whole
 
 
 def _kept(task: _Task) -> _Record | None:

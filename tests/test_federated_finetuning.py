@@ -1,6 +1,7 @@
 """Federated fine-tuning by the real site over the in-process grid: what is learned, what leaves, what is refused."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from client.app import app
@@ -17,14 +19,16 @@ from client.pictures import read_picture, write_png
 from client.site_command import main
 from client.site_labels import LabelledScan, check_labels, open_labelled
 from client.trainer import run_round
+from server.beginning import first_student
 from server.coordinator_config import CoordinatorConfig
 from server.global_state import GlobalState
+from server.judging import judge
 from server.local_grid import LocalGrid
 from server.rounds import Federation
 from server.run_folder import RunFolder
 from tests.federation import RUN, metric_rows, small_study
 from tests.labelled_hospitals import CLASSES, hospital, masks_study, opened, task_study
-from unimiss_core import progress, task_checkpoint
+from unimiss_core import checkpoint, progress, task_checkpoint
 from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError, UnknownPatientError, WireError
 from unimiss_core.execution import Execution
@@ -140,6 +144,54 @@ def test_masks_are_laid_beside_their_pictures(tmp_path: Path) -> None:
     again = open_labelled(site.config, study).scans
     assert [scan.path for scan in again] == [scan.path for scan in scans]
     assert run_round(site, request_of(study)).losses.keys() == {"cross_entropy", "dice"}
+
+
+def test_the_model_is_judged_on_public_scans_as_its_own_probabilities_say(
+    one_round: tuple[Path, list[Path], StudyConfig], tmp_path: Path
+) -> None:
+    out, _, study = one_round
+    generator = torch.Generator().manual_seed(3)
+    scans, names = torch.randn(12, 1, 64, 64, generator=generator), np.array([f"P{n}" for n in range(12)])
+    labels = np.array(CLASSES * 6)
+    np.savez(tmp_path / "public.npz", scans=scans.numpy(), labels=labels, patients=names)
+    model, _ = task_checkpoint.load(out / "model")
+    with torch.no_grad():
+        expected = roc_auc_score(labels == "lesion", model(scans).softmax(-1)[:, 1])
+    folder = RunFolder(out)
+    figures = judge(folder, [tmp_path / "public.npz"], study, folder.load(1).teacher)["public"]
+    assert figures["auc"] == pytest.approx(expected)
+    np.savez(tmp_path / "other.npz", scans=scans.numpy(), labels=np.array(["ill"] * 12), patients=names)
+    with pytest.raises(ConfigError, match="no class of the study, as 'ill'"):
+        judge(folder, [tmp_path / "other.npz"], study, folder.load(1).teacher)
+
+
+def test_a_start_gives_its_encoder_and_nothing_else(tmp_path: Path) -> None:
+    """Prototypes may be of another number; a checkpoint of a task, which lacks them, starts no pretraining."""
+    pretrained = small_study(model={"prototypes": 8})
+    begun = tensors_of(build_student(pretrained))
+    checkpoint.save(tmp_path / "round-0001", **saved(pretrained, begun))
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, start=tmp_path / "round-0001")
+    study = task_study()
+    found = first_student(study, config)
+    assert all(torch.equal(found[name], begun[name]) for name in found if name.startswith("backbone."))
+    plain = tensors_of(build_student(study))
+    assert all(torch.equal(found[name], plain[name]) for name in found if name.startswith("head."))
+    assert found.keys() == plain.keys()
+    checkpoint.save(tmp_path / "round-0002", **saved(study, found))
+    config = config.model_copy(update={"start": tmp_path / "round-0002"})
+    with pytest.raises(ConfigError, match="give a checkpoint of pretraining"):
+        first_student(small_study(model=json.loads(study.model.model_dump_json())), config)
+
+
+def saved(study: StudyConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    said = {
+        "origin": "federation",
+        "round": 1,
+        "study_digest": study.digest(),
+        "model": study.model,
+        "plan": study.plan,
+    }
+    return {**said, "student": tensors, "teacher": tensors}
 
 
 # ---------------------------------------------------------------------------------------------------------- own heads
@@ -272,9 +324,12 @@ def test_a_label_that_is_no_class_is_told_by_its_line(tmp_path: Path) -> None:
 def test_a_mask_of_another_shape_is_left_out_and_told(tmp_path: Path) -> None:
     path = hospital(tmp_path / "north", "north", masks=True)
     write_png(tmp_path / "north" / "scans" / "mask-1.png", np.ones((32, 64), dtype=np.uint8))
-    library = open_labelled(opened(path, masks_study()).config, masks_study())
+    heard: list[str] = []
+    with progress.listen(lambda event: heard.append(str(event))):
+        library = open_labelled(opened(path, masks_study()).config, masks_study())
     assert library.left_out == {"mask_unfit": 1}
     assert len(library.scans) == 3
+    assert any("line 3: the scan has (64, 64) voxels, its mask (32, 64)" in told for told in heard)
 
 
 @pytest.mark.parametrize(
