@@ -8,6 +8,7 @@ from server.coordinator_config import CoordinatorConfig
 from unimiss_core import checkpoint, progress
 from unimiss_core.checkpoint import Checkpoint
 from unimiss_core.errors import ConfigError
+from unimiss_core.groups import group_of
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.network import tensors_of
 from unimiss_core.students import build_student, travelling_layout
@@ -20,23 +21,19 @@ def first_student(study: StudyConfig, config: CoordinatorConfig) -> Mapping[str,
 
     Raises CheckpointError, and ConfigError where it is of another model.
     """
-    names = [spec.name for specs in travelling_layout(study).values() for spec in specs]
-    found = {} if (start := _start(study, config)) is None else start.teacher
-    begun = tensors_of(build_student(study))
-    taken = {name: tensor for name, tensor in found.items() if study.finetune is None or name.startswith("backbone.")}
-    wrong = [
-        name
-        for name in names
-        if start is not None
-        and (study.finetune is None or name.startswith("backbone."))
-        and (name not in taken or taken[name].shape != begun[name].shape)
-    ]
-    if wrong:
+    specs = [spec for specs in travelling_layout(study).values() for spec in specs]
+    if (start := _start(study, config)) is None:
+        begun = tensors_of(build_student(study))
+        return {spec.name: begun[spec.name] for spec in specs}
+    shapes = {name: tuple(tensor.shape) for name, tensor in start.teacher.items()}
+    taken = [spec for spec in specs if study.finetune is None or group_of(spec.name) != "head"]
+    if wrong := [spec.name for spec in taken if shapes.get(spec.name) != spec.shape]:
         raise ConfigError(
             f"start: {config.start} lacks {len(wrong)} tensors that the study needs, {wrong[0]} among them; give a "
             "checkpoint of pretraining, of the study's model"
         )
-    return {name: taken.get(name, begun[name]) for name in names}
+    random = {} if study.finetune is None else tensors_of(build_student(study))
+    return {spec.name: start.teacher[spec.name] if spec in taken else random[spec.name] for spec in specs}
 
 
 def _start(study: StudyConfig, config: CoordinatorConfig) -> Checkpoint | None:
