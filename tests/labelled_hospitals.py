@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
+from client.nifti import write_nifti
 from client.pictures import write_png
 from client.site import Site
 from client.site_config import load_site
 from tests.federation import RUN, small_study
+from unimiss_core.scan import Rank, Scan
 from unimiss_core.study import StudyConfig
 
 CLASSES = ["clear", "lesion"]
@@ -38,20 +41,18 @@ def masks_study(**changes: Any) -> StudyConfig:
 
 
 def hospital(
-    folder: Path, name: str, *, pictures: int = 4, seed: int = 0, masks: bool = False, **settings: Any
+    folder: Path, name: str, *, pictures: int = 4, seed: int = 0, masks: bool = False, rank: Rank = 2, **settings: Any
 ) -> Path:
-    """Write a site with labelled pictures, each of another patient; its site file."""
+    """Write a site with labelled pictures, or volumes, each of another patient; its site file."""
     (folder / "scans").mkdir(parents=True)
     rows = []
     for number in range(pictures):
-        rng = np.random.default_rng([seed, number])
-        pixels = rng.integers(0, 255, (64, 64)).astype(np.uint8)
-        label = CLASSES[number % 2]
+        noise = np.random.default_rng([seed, number]).integers(0, 255, (64, 64) if rank == 2 else (16, 64, 64))
+        disc = np.broadcast_to(np.add.outer(np.arange(64), np.arange(64)) < 40 + 8 * number, noise.shape)
+        scan, label = _written(folder, f"scans/{number}", noise), CLASSES[number % 2]
         if masks:
-            label = f"scans/mask-{number}.png"
-            write_png(folder / label, (np.add.outer(np.arange(64), np.arange(64)) < 40 + 8 * number).astype(np.uint8))
-        write_png(folder / "scans" / f"{number}.png", pixels)
-        rows.append({"scan": f"scans/{number}.png", "label": label, "patient": f"P{number}"})
+            label = _written(folder, f"scans/mask-{number}", disc)
+        rows.append({"scan": scan, "label": label, "patient": f"P{number}"})
     with (folder / "labels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["scan", "label", "patient"])
         writer.writeheader()
@@ -61,6 +62,15 @@ def hospital(
     path = folder / "site.yaml"
     path.write_text(yaml.safe_dump(raw | {"workers": 1} | settings))
     return path
+
+
+def _written(folder: Path, stem: str, values: NDArray[Any]) -> str:
+    """A PNG of an image, a NIfTI file of a volume; its path below the folder."""
+    if values.ndim == 2:
+        write_png(folder / f"{stem}.png", values.astype(np.uint8))
+        return f"{stem}.png"
+    write_nifti(folder / f"{stem}.nii.gz", Scan(values[None].astype(np.float32), (3.0, 1.0, 1.0), "OT"))
+    return f"{stem}.nii.gz"
 
 
 def opened(path: Path, study: StudyConfig, *, run: str = RUN) -> Site:

@@ -194,12 +194,26 @@ def saved(study: StudyConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**said, "student": tensors, "teacher": tensors}
 
 
+def test_a_task_of_volumes_trains_volumes_alone(tmp_path: Path) -> None:
+    """Its model has no tensor of images, and the site's images are not asked for."""
+    study = task_study(
+        finetune={"task": {"name": "segmentation", "rank": 3, "classes": ["disc"]}}, batch={"volumes": 2}
+    )
+    federate(tmp_path / "out", [hospital(tmp_path / "north", "north", pictures=2, masks=True, rank=3)], study)
+    line = metric_rows(tmp_path / "out")[0]
+    assert line["sites"]["north"]["scans"] == {"2d": 0, "3d": 2}
+    assert {group for group, norm in line["global"]["update_norm"].items() if norm > 0} == {"shared", "3d", "head"}
+    model, _ = task_checkpoint.load(tmp_path / "out" / "model")
+    assert model(torch.zeros(1, 1, *study.size_of(3))).shape == (1, 2, *study.size_of(3))
+
+
 # ---------------------------------------------------------------------------------------------------------- own heads
 
 
 def test_a_local_head_stays_learns_on_and_never_leaves(tmp_path: Path) -> None:
     study = task_study(2, finetune={"head": "local"})
-    sites = [hospital(tmp_path / name, name, seed=seed) for seed, name in enumerate(("north", "south"))]
+    often = {"checkpoint_minutes": 0}  # a round at work is kept, too
+    sites = [hospital(tmp_path / name, name, seed=seed, **often) for seed, name in enumerate(("north", "south"))]
     federate(tmp_path / "out", sites, study)
     folder = RunFolder(tmp_path / "out")
     assert not [name for name in folder.load(2).manifest.tensors if group_of(name) == "head"]

@@ -200,17 +200,17 @@ class Learner:
         self._move_teacher(rank, teacher_momentum(self.study, step))
 
     def state(self, *, weights: bool = False) -> LearnerState:
-        """Optimiser moments and step counts, and the centre; with `weights` also student, teacher and the round's
+        """Optimiser moments and step counts, centre, and a local head; with `weights` student, teacher and the round's
         collapse figures, so that a round can be gone on with in its middle.
 
         Tensors share memory with the learner: save them before a step.
         """
         tensors = {f"centre.{name}": centre for name, centre in self.centre.items()}
-        tensors |= {f"own.{name}": tensor for name, tensor in self._own().items()}
         for name, parameter in self.student.named_parameters():
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{_OPTIMISER_KEYS[key]}.{name}"] = value
         if not weights:
+            tensors |= {f"own.{name}": tensor for name, tensor in self._own().items()}
             return LearnerState(tensors, {**self._identity(), "weights": False})
         watched, steps = self._watch.state()
         for prefix, more in (
