@@ -246,7 +246,8 @@ class Learner:
             watch = RoundWatch.restored(watched, state.facts.get("watched_steps", {}))
             self.start_round(below("student.", state.tensors), below("teacher.", state.tensors))
             self._watch = watch
-        load_tensors_(self.student, tensors_of(self.student) | own)
+        if own:
+            load_tensors_(self.student, tensors_of(self.student) | own)
         self.centre = {name: centre[name].to(self.device, copy=True) for name in self.centre}
         self._optimiser.state.clear()
         for name, parameter in self.student.named_parameters():
