@@ -47,9 +47,9 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def federate(out: Path, sites: list[Path], study: StudyConfig) -> GlobalState:
+def federate(out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1) -> GlobalState:
     nodes = {path.parent.name: {"site": str(path)} for path in sites}
-    quorum = {"min_sites": 1, "min_replies": 1, "wait_s": 0.1, "retry_s": 0.0, "deadline_s": 60.0}
+    quorum = {"min_sites": least, "min_replies": least, "wait_s": 0.1, "retry_s": 0.0, "deadline_s": 600.0}
     config = CoordinatorConfig(study=Path("unused"), out=out, **quorum)
     with LocalGrid(app, nodes, run_config={}) as grid:
         return Federation(grid, study, config).run()
@@ -77,7 +77,7 @@ def one_round(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
     folder, study = tmp_path_factory.mktemp("one-round"), task_study()
     sites = [hospital(folder / name, name, seed=seed) for seed, name in enumerate(("north", "south"))]
     sites.append(hospital(folder / "mute", "mute", labels=None))
-    federate(folder / "out", sites, study)
+    federate(folder / "out", [sites[2], *sites[:2]], study, least=2)  # asked in turn: who says no has said so by then
     return folder / "out", sites, study
 
 
@@ -214,7 +214,7 @@ def test_a_local_head_stays_learns_on_and_never_leaves(tmp_path: Path) -> None:
     study = task_study(2, finetune={"head": "local"})
     often = {"checkpoint_minutes": 0}  # a round at work is kept, too
     sites = [hospital(tmp_path / name, name, seed=seed, **often) for seed, name in enumerate(("north", "south"))]
-    federate(tmp_path / "out", sites, study)
+    federate(tmp_path / "out", sites, study, least=2)
     folder = RunFolder(tmp_path / "out")
     assert not [name for name in folder.load(2).manifest.tensors if group_of(name) == "head"]
     assert not (tmp_path / "out" / "model").exists()
