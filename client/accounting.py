@@ -293,7 +293,8 @@ def _promise(study: StudyConfig) -> PatientPrivacyConfig | SitePrivacyConfig:
 
 def _kinds(study: StudyConfig) -> list[list[Mechanism]]:
     """The history of each kind of site that there may be."""
-    return [study_history(study, ranks) for ranks in (ALL_RANKS if study.privacy.mode == "patient" else ALL_RANKS[:1])]
+    kinds = [ranks for ranks in ALL_RANKS if ranks.issubset(study.ranks)]
+    return [study_history(study, ranks) for ranks in (kinds if study.privacy.mode == "patient" else kinds[:1])]
 
 
 def _way_out(study: StudyConfig) -> str:

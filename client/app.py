@@ -22,10 +22,10 @@ from client.policy import check_groups, check_policy
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site, site_file
 from client.site_config import load_site, state_folder
+from client.site_labels import check_labels
 from client.telling import tell_if_heard, tell_of_scans
 from client.terms import check_rounds, check_terms
 from client.trainer import run_round
-from unimiss_core.codec import layout_of
 from unimiss_core.errors import (
     AuditError,
     ConfigError,
@@ -43,9 +43,9 @@ from unimiss_core.errors import (
     where,
 )
 from unimiss_core.groups import groups_of_ranks
-from unimiss_core.network import empty_network
 from unimiss_core.reasons import REASONS as MEANINGS
 from unimiss_core.scan import RANKS
+from unimiss_core.students import travelling_layout
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import (
     Hello,
@@ -108,7 +108,7 @@ def introduce(message: Message, context: Context) -> Message:
         if site.is_private:
             check_rounds(site.config, site.study, site.run, site.ledger)
         introduction = private_introduction(site) if site.is_private else _introduction(site)
-        check_groups(site.config, groups_of_ranks(introduction.ranks))
+        check_groups(site.config, groups_of_ranks(introduction.ranks).intersection(travelling_layout(site.study)))
         return introduction.pack()
 
     return _reply(message, context, answer)
@@ -122,8 +122,8 @@ def train(message: Message, context: Context) -> Message:
         study = study_of(message.content)
         site = _admitted(context, study, run_of(message.content))
         check_groups(site.config, {group for part in arrays_in(message.content).values() for group in part})
-        layout = layout_of(empty_network(study.model))
-        trained = {group: layout[group] for group in groups_of_ranks(site.ranks)}
+        layout, groups = travelling_layout(study), groups_of_ranks(site.ranks)
+        trained = {group: specs for group, specs in layout.items() if group in groups}
         request = TrainRequest.unpack(message.content, trained)
         if site.is_private:
             payload, head = private_round(site, request, trained)
@@ -156,6 +156,7 @@ def _admitted(context: Context, study: StudyConfig, run: str) -> Site:
     site = open_site(context, study, run)
     check_policy(site.config, study, run)
     check_terms(site.config, study, site.ledger)
+    check_labels(site.config, study)
     return site
 
 

@@ -19,7 +19,6 @@ from unimiss_core.config import load
 from unimiss_core.device import device_of
 from unimiss_core.errors import CheckpointError, ConfigError, PrivacyClaimError
 from unimiss_core.keys import read_signing_public_key
-from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig
 
 MOST_STEPS = 1000
@@ -40,7 +39,7 @@ def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: 
             f"{path}: its privacy mode is {study.privacy.mode}; only mode: patient has an engine to audit"
         )
     contradicted = 0
-    for rank in RANKS:
+    for rank in study.ranks:
         engine = Engine(study, rank, patients_at_once=patients_at_once)
         findings = check_engine(engine)
         taken = steps or _steps(engine)
@@ -63,6 +62,8 @@ def of_run(run: Path, members: Path, others: Path, *, device: str = "auto", key:
     UnknownPatientError, CheckpointError, NoUsableScanError.
     """
     study = load(StudyConfig, run / "study.yaml")
+    if study.finetune is not None:
+        raise ConfigError(f"{run}: its study fine-tunes; members are told by the loss of pretraining alone, as yet")
     newest = checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{run}: holds no checkpoint")

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from client.cache import CachedScan
+from client.drawing import draw_views
 from client.site import Site
 from unimiss_core.learner import Learner, StepReport
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import rank_of_step
 from unimiss_core.study import BatchConfig
 from unimiss_core.team import Team, part_of
-from unimiss_core.views import draw_batch, generator_for
+from unimiss_core.views import generator_for
 
 T = TypeVar("T")
 DrawnT = TypeVar("DrawnT")
@@ -53,7 +54,7 @@ class Batches:
         generator = generator_for(study.seed, self._site.config.name, *place)
         scans = sample(library.of_rank(rank), study.batch, rank, generator)
         part = part_of(self._team, len(scans))
-        return Batch(draw_batch(scans, study.views, generator, self._device, part=part.scans), part.share)
+        return Batch(draw_views(scans, study, generator, self._device, part=part.scans), part.share)
 
     def drawn_ahead(self, steps: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Batch]]]:
         """(step, batch) of each step in turn; the next batch is drawn while the current one is trained on."""

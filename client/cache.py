@@ -43,7 +43,7 @@ from unimiss_core.study import PlanConfig
 
 _VERSION = 4
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
-_FULL = 65535
+FULL = 65535
 _STALE_S = 86_400.0
 """Age at which a file that is still being written was left behind by a crash."""
 _PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
@@ -82,7 +82,7 @@ class CachedScan:
         else:
             stored = _unsealed(self.path, read_seal(self.key_file), self.shape)
         values = stored[(slice(None), *box)].astype(np.float32)  # apart from the product: NumPy is quicker so
-        values *= np.float32(1 / _FULL)
+        values *= np.float32(1 / FULL)
         return values
 
 
@@ -255,18 +255,18 @@ def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[
 def build(task: _Build) -> _Record:
     """Read and prepare one scan and put it into the cache, unless its content is there already."""
     key = content_key(task.candidate, task.plan)
-    path = _scan_file(task.folder, key, task.key_file)
+    path = scan_file(task.folder, key, task.key_file)
     values, spacing = prepare(read(task.candidate), task.plan)
     seal = None if task.key_file is None else read_seal(task.key_file)
-    offset = _write(path, np.rint(values * _FULL).astype(np.uint16), seal)
+    offset = write_scan(path, np.rint(values * FULL).astype(np.uint16), seal)
     return _Record(task.stamp, key, values.shape, spacing, offset)
 
 
-def _scan_file(folder: Path, key: str, key_file: Path | None) -> Path:
+def scan_file(folder: Path, key: str, key_file: Path | None) -> Path:
     return folder / f"{key}{'.npy' if key_file is None else '.sealed'}"
 
 
-def _write(path: Path, stored: NDArray[np.uint16], seal: Seal | None) -> int:
+def write_scan(path: Path, stored: NDArray[np.uint16], seal: Seal | None) -> int:
     """Write an .npy file, or its values sealed, whole or not at all; returns the bytes before its first value.
 
     Raises ScanError(cannot_write), which is the cache's fault and not the scan's.
@@ -344,12 +344,12 @@ def _read_records(folder: Path) -> dict[str, _Record]:
 def _is_done(record: _Record | None, site: SiteConfig) -> bool:
     if record is None or (record.offset == 0 and not record.reason and site.state_key is None):  # it was sealed then
         return False
-    return bool(record.reason) or _scan_file(site.cache_folder, record.key, site.state_key).exists()
+    return bool(record.reason) or scan_file(site.cache_folder, record.key, site.state_key).exists()
 
 
 def _names(site: SiteConfig, records: Mapping[str, _Record], stamps: Sequence[str]) -> set[str]:
     found = (records[stamp].key for stamp in stamps if stamp in records)
-    return {_scan_file(site.cache_folder, key, site.state_key).name for key in found}
+    return {scan_file(site.cache_folder, key, site.state_key).name for key in found}
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -379,7 +379,7 @@ def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
             return None
         scans = tuple(
             CachedScan(
-                path=_scan_file(folder, raw["key"], site.state_key),
+                path=scan_file(folder, raw["key"], site.state_key),
                 key_file=site.state_key,
                 **raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm")},
             )
@@ -407,7 +407,7 @@ def _library(site: SiteConfig, found: Catalogue, records: Sequence[_Record]) -> 
                 modality=candidate.modality,
                 shape=record.shape,
                 spacing_mm=record.spacing_mm,
-                path=_scan_file(site.cache_folder, record.key, site.state_key),
+                path=scan_file(site.cache_folder, record.key, site.state_key),
                 offset=record.offset,
                 key_file=site.state_key,
             )

@@ -7,23 +7,27 @@ else. Everything else - drawing patients, their views, gradients, clip, noise, d
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.cache import CachedScan, Library
+from client.cache import Library
 from client.site import Site
 from client.site_config import DataSource, SiteConfig
+from client.site_labels import LabelledScan
 from unimiss_core.groups import group_of
 from unimiss_core.network import Network
 from unimiss_core.objective import Centre, Loss, Objective, Observed
 from unimiss_core.scan import SMALLEST, Rank
+from unimiss_core.students import Student
 from unimiss_core.study import StudyConfig
+from unimiss_core.task_config import MOST_CLASSES
 from unimiss_core.views import intensities, standardise
 
 MOST = 2**14
@@ -43,11 +47,15 @@ def audited(study: StudyConfig) -> StudyConfig:
     """
     plain = {"blur": 0.0, "noise": 0.0, "brightness": 0.0, "contrast": 0.0, "gamma": 0.0}
     smallest = {"image_size": SMALLEST[2], "volume_size": SMALLEST[3]}
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "optimiser": {"clip_norm": None, "freeze_prototypes_steps": 0},
         "objective": {"centre_momentum": 0.5},
         "views": plain | smallest,
     }
+    if study.finetune is not None:
+        task = study.finetune.task.model_copy(update={"input_size": SMALLEST[study.finetune.task.rank]})
+        untouched = study.finetune.augmentation.model_copy(update={"intensity": 0.0})
+        parts["finetune"] = {"task": task, "augmentation": untouched}
     return study.model_copy(
         update={name: getattr(study, name).model_copy(update=changes) for name, changes in parts.items()}
     )
@@ -68,12 +76,14 @@ class CanaryObjective:
     def representations(self, rank: Rank) -> tuple[str, ...]:
         return self.like.representations(rank)
 
-    def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:  # noqa: ARG002
+    def __call__(self, student: Student, teacher: Any, views: Tensor, centre: Centre) -> Loss:  # noqa: ARG002
         numbers = numbers_of(views)
         gain = torch.where(numbers == BROKEN, math.nan, GAIN * self.clip_norm)
         found = dict(student.named_parameters())
         values = [found[name].flatten()[numbers % found[name].numel()] for name in self.tensors]
         total = (gain * torch.stack(values).sum(0)).mean()
+        if not isinstance(student, Network):  # a task's model, which has no teacher to be taught by
+            return Loss({"canary": total.detach()}, total)
         axes = next(iter(centre.values())).numel()
         bottleneck = (numbers[:, None] % axes == torch.arange(axes)).float().mean(0)
         # The engine expects a product with the prototypes in every loss; this one counts nought.
@@ -86,7 +96,7 @@ class CanaryObjective:
 
 def numbers_of(views: Tensor) -> Tensor:
     """views (B, V, C, *S) of canaries -> their numbers (B,)."""
-    return (intensities(views.flatten(1).mean(1)) * MOST).long()
+    return (intensities(views[:, :, 0].flatten(1).mean(1)) * MOST).long()  # the other channel may be a label
 
 
 def canary_views(number: int, scans: int, rank: Rank) -> Tensor:
@@ -107,14 +117,17 @@ def largest_of_groups(names: Sequence[str], shapes: Mapping[str, Tensor]) -> lis
 
 
 @dataclass(frozen=True, eq=False)
-class CanaryScan(CachedScan):
-    """A flat scan that is on no disk."""
+class CanaryScan(LabelledScan):
+    """A flat scan that is on no disk, of no class that counts."""
 
-    brightness: float
+    brightness: float = field(kw_only=True)
 
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         lengths = [len(range(*axis.indices(length))) for axis, length in zip(box, self.shape[1:], strict=True)]
         return np.full((1, *lengths), self.brightness, dtype=np.float32)
+
+    def classes_in(self, box: tuple[slice, ...]) -> NDArray[np.int64]:
+        return np.zeros([len(range(*axis.indices(n))) for axis, n in zip(box, self.shape[1:], strict=True)], np.int64)
 
 
 def canary_scans(number: int, scans: int, rank: Rank) -> list[CanaryScan]:
@@ -128,6 +141,7 @@ def canary_scans(number: int, scans: int, rank: Rank) -> list[CanaryScan]:
             spacing_mm=(1.0,) * rank,
             path=Path(),
             offset=0,
+            target=(0,) * MOST_CLASSES,
             brightness=_brightness(number),
         )
         for index in range(scans)

@@ -19,6 +19,7 @@ from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import Rank
+from unimiss_core.students import shape_of_views
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Team
 
@@ -136,8 +137,8 @@ def _circumstances(learner: Learner, rank: Rank) -> str:
         "compile": execution.compile,
         "ranks": list(learner.ranks),
         "model": study.model.model_dump(mode="json"),
-        "views": [study.views.views, *study.views.size_of(rank)],
-        "objective": study.objective.model_dump(mode="json"),
+        "views": shape_of_views(study, rank),
+        "objective": (study.finetune or study.objective).model_dump(mode="json"),
         "batch": learner.most_scans(rank),
     }
     return json.dumps(facts, sort_keys=True)

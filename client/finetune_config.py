@@ -3,20 +3,25 @@
 Paths of scans and tables lie below `data_root`; that, and the others, below the file's own folder unless absolute.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, Tag, model_validator
 
-from client.site_config import DataSource
+from client.label_config import CsvData as CsvData
+from client.label_config import MsdData as MsdData
+from client.label_config import check_patient_pattern
 from unimiss_core.config import Config, Name, chosen_by_name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
-from unimiss_core.scan import Modality
 from unimiss_core.study import Fraction, ModelConfig, NonNegative, PlanConfig, Positive
-from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
-from unimiss_core.tasks import Trains
+from unimiss_core.task_config import (
+    AugmentationConfig,
+    ClassificationConfig,
+    SegmentationConfig,
+    TaskConfig,
+    Trains,
+)
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -50,40 +55,6 @@ InitConfig = Annotated[
     | Annotated[FromScratch, Tag("scratch")],
     chosen_by_name(default="checkpoint"),
 ]
-
-
-class CsvData(Config):
-    """A table with a line for each labelled scan; other columns than those named here are not looked at."""
-
-    name: Literal["csv"] = "csv"
-    table: Path
-    folder: Path = Path()
-    """What the table's paths begin from."""
-    scan: str = "scan"
-    """Column with the path of a file, or of the folder of a DICOM series."""
-    label: str = "label"
-    """Column with the class, or with the path of the mask. Not read for multi_label: there each class has a column of
-    its name that holds 0 or 1."""
-    patient: str = "patient"
-    split: str = "split"
-    """Column with train, validation or test; read only where the split is `given`."""
-    where: Mapping[str, tuple[str, ...]] = {}
-    """Only lines whose column holds one of these texts are used, for each column named."""
-    modality: Modality | None = None
-    """For formats that do not say it; CT is what makes values HU."""
-
-
-class MsdData(Config):
-    """A folder of the Medical Segmentation Decathlon or of nnU-Net: imagesTr, labelsTr, perhaps dataset.json."""
-
-    name: Literal["msd"] = "msd"
-    folder: Path
-    patient_pattern: str | None = None
-    """A regular expression with a group `patient`, searched in the file's name; without it a file is a patient."""
-    channel: Annotated[int, Field(ge=0, le=9999)] = 0
-    """Which of nnU-Net's CASE_0000, CASE_0001, ... is read; of names without such an end, the one file."""
-    modality: Modality | None = None
-    """None takes what dataset.json says, if it says anything."""
 
 
 class MedMnistData(Config):
@@ -126,23 +97,6 @@ class FoldSplit(Config):
 SplitConfig = Annotated[
     Annotated[GivenSplit, Tag("given")] | Annotated[FoldSplit, Tag("folds")], chosen_by_name(default="folds")
 ]
-
-
-class AugmentationConfig(Config):
-    """Random changes of training scans; the recipe of pretraining (`unimiss_core.views`), more gently."""
-
-    area: tuple[Fraction, Fraction] = (0.6, 1.0)
-    """Share of an image's area that a classification's crop covers; of a volume also the root of it in depth."""
-    flip: tuple[Fraction, Fraction, Fraction] = (0.0, 0.0, 0.5)
-    """Chance of a mirror image along (D, H, W); an image has the last two. 0 where left and right are classes."""
-    intensity: Fraction = 0.5
-    """Chance of each: noise, another brightness and contrast, another gamma."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not 0 < self.area[0] <= self.area[1]:
-            raise ValueError(f"area: the bounds {list(self.area)} must rise, from above 0")
-        return self
 
 
 class TrainingConfig(Config):
@@ -220,9 +174,9 @@ def _contradictions(config: FinetuneConfig) -> list[str]:
         problems.append("split: an msd folder's imagesTr says of none what it is for; use folds")
     if isinstance(data, MsdData) and data.patient_pattern is not None:
         try:
-            DataSource(folder=data.folder, patient_pattern=data.patient_pattern)
-        except ValueError:
-            problems.append("data.patient_pattern: needs a group named patient, as in '(?P<patient>[0-9]+)_'")
+            check_patient_pattern(data.patient_pattern)
+        except ValueError as error:
+            problems.append(f"data.{error}")
     if isinstance(task, ClassificationConfig) and task.kind == "multi_label" and config.training.balance == "sampling":
         problems.append("training.balance: a scan of several labels cannot be drawn for one of them; use loss or none")
     if unknown := [name for name in config.inference.keep_largest if name not in task.classes]:

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from client.finetune_config import CsvData, FinetuneConfig, MedMnistData, MsdData
+from client.finetune_config import FinetuneConfig, MedMnistData
+from client.label_config import CsvData, LabelData, MsdData
 from client.patients import MODALITY_NAMES
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError
@@ -66,14 +67,19 @@ class LabelTable:
 def label_table(config: FinetuneConfig) -> LabelTable:
     """Every labelled scan that the file's `data` names. Raises ConfigError: what is wrong with it, all at once."""
     data = config.data
+    if isinstance(data, MedMnistData):
+        assert isinstance(config.task, ClassificationConfig)
+        return LabelTable(_of_medmnist(data, config.task), data.file.parent)
+    return labels_in(data, config.task, given=config.split.name == "given")
+
+
+def labels_in(data: LabelData, task: TaskConfig, *, given: bool = False) -> LabelTable:
+    """given: the table says which part each scan is for. Raises ConfigError, as `label_table`."""
     if isinstance(data, CsvData):
-        given = config.split.name == "given"
-        return LabelTable(_of_csv(data, config.task, given=given), data.folder, data.modality)
-    if isinstance(data, MsdData):
-        assert isinstance(config.task, SegmentationConfig)
-        return _of_msd(data, config.task)
-    assert isinstance(config.task, ClassificationConfig)
-    return LabelTable(_of_medmnist(data, config.task), data.file.parent)
+        return LabelTable(_of_csv(data, task, given=given), data.folder, data.modality)
+    if not isinstance(task, SegmentationConfig):
+        raise ConfigError("data: an msd folder holds masks; the task must be segmentation")
+    return _of_msd(data, task)
 
 
 # --------------------------------------------------------------------------------------------------------------- CSV
@@ -115,9 +121,7 @@ def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, giv
             near = difflib.get_close_matches(column, known, n=1)
             problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
     if problems:
-        raise ConfigError(
-            f"table {data.table.name}: {'; '.join(problems)}; `data` in the fine-tuning's file names the columns"
-        )
+        raise ConfigError(f"table {data.table.name}: {'; '.join(problems)}; `data` names the columns")
 
 
 def _problems(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Iterable[str]:

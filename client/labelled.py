@@ -8,7 +8,7 @@ What is kept (uint16 values and uint8 masks, mapped into memory) lies in the fin
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Labelled:
     """(*S), beside `values`; None of a classification."""
     reference: NDArray[np.uint8] | None = None
     """The mask on the source's own grid, which is what a result is measured by."""
-    places: Mapping[int, NDArray[np.int32]] | None = None
+    places: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
     """Class that is there -> (n, rank) indices of some of its voxels."""
 
     @property
@@ -70,6 +70,11 @@ class Labelled:
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         """Values in [0, 1] of a box along S: (C, *box)."""
         return as_values(self.values[(slice(None), *box)])
+
+    def classes_in(self, box: tuple[slice, ...]) -> NDArray[np.uint8]:
+        """Of a mask's box along S: (*box)."""
+        assert self.mask is not None
+        return self.mask[box]
 
     def whole(self) -> NDArray[np.float32]:
         """(C, *S) in [0, 1]."""
@@ -145,7 +150,7 @@ def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], confi
         raise NoUsableScanError("data: none of the labelled scans can be used; the notes above say why")
     check_parts({part: tuple(one.case for one in found) for part, found in parts.items()}, config)
     if isinstance(config.task, SegmentationConfig):
-        held = Counter(number for one in parts["train"] for number in (one.places or {}))
+        held = Counter(number for one in parts["train"] for number in one.places)
         if lacking := [name for number, name in enumerate(config.task.classes, start=1) if not held[number]]:
             raise ConfigError(
                 f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class"
@@ -171,10 +176,10 @@ def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig,
             scan = error
         except OSError:
             scan = ScanError("cannot_open")
-        yield case, scan, _mask_of(table.folder / case.mask) if case.mask else None
+        yield case, scan, mask_at(table.folder / case.mask) if case.mask else None
 
 
-def _mask_of(path: Path) -> Scan | MaskError:
+def mask_at(path: Path) -> Scan | MaskError:
     try:
         with path.open("rb") as file:
             picture = pictures.looks_like_picture(file.read(8))
@@ -235,7 +240,7 @@ def _prepared(
         found,
         mask=_kept(folder / f"{case.number:06d}-mask.npy", beside),
         reference=_kept(folder / f"{case.number:06d}-reference.npy", labels) if keeps_reference else None,
-        places=_places(beside),
+        places=places_in(beside),
     )
 
 
@@ -283,7 +288,7 @@ def _kept(path: Path, array: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
-def _places(mask: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]:
+def places_in(mask: NDArray[np.integer[Any]]) -> dict[int, NDArray[np.int32]]:
     """Evenly chosen voxels of each class that is there."""
     found = {}
     for number in np.unique(mask[mask > 0]):

@@ -31,7 +31,7 @@ def show(site_file: Path, study_file: Path | None, console: Console) -> None:
     console.print(_accounts(site.name, ledger))
     console.print(*terms(site, ledger), sep="\n", markup=False, highlight=False)
     if study is not None:
-        console.print(_rounds_left(ledger, study, site.privacy.ranks))
+        console.print(_rounds_left(ledger, study, site.privacy.ranks.intersection(study.ranks)))
 
 
 def _accounts(site: str, ledger: Ledger) -> Table:

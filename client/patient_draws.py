@@ -16,6 +16,7 @@ from torch import Tensor
 
 from client.batches import drawn_ahead
 from client.cache import CachedScan
+from client.drawing import draw_views
 from client.site import Site
 from unimiss_core.learner import Learner, StepReport
 from unimiss_core.noise import secret_generator
@@ -23,9 +24,8 @@ from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import rank_of_step
-from unimiss_core.study import ViewConfig
+from unimiss_core.study import StudyConfig
 from unimiss_core.team import Team
-from unimiss_core.views import draw_batch
 
 _WORD = 2**32
 
@@ -44,7 +44,7 @@ class PatientDraw:
 
     rank: Rank
     patients: Sequence[_Drawn]
-    config: ViewConfig
+    study: StudyConfig
     device: torch.device
 
     def train(self, learner: Learner, step: int) -> StepReport:
@@ -60,7 +60,7 @@ class PatientDraw:
 
     def _views_of(self, patient: _Drawn) -> Tensor:
         generator = torch.Generator().manual_seed(patient.seed)
-        return draw_batch(patient.scans, self.config, generator, self.device)
+        return draw_views(patient.scans, self.study, generator, self.device)
 
 
 class PatientDraws:
@@ -83,7 +83,7 @@ class PatientDraws:
         rank = rank_of_step(self._ranks, step, self._study.schedule.alternate)
         taking_part = self._generator.random(len(self._patients[rank])) < self._privacy.sampling_rate.of(rank)
         drawn = [self._some_of(scans) for scans, is_in in zip(self._patients[rank], taking_part, strict=True) if is_in]
-        return PatientDraw(rank, drawn[self._team.place :: self._team.size], self._study.views, self._device)
+        return PatientDraw(rank, drawn[self._team.place :: self._team.size], self._study, self._device)
 
     @contextmanager
     def drawn_ahead(self, steps: Sequence[int]) -> Iterator[Iterator[tuple[int, PatientDraw]]]:

@@ -20,11 +20,10 @@ from client.accounting import (
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.groups import group_of, groups_of_ranks
-from unimiss_core.network import empty_network
 from unimiss_core.privacy import Mechanism
 from unimiss_core.privacy_config import NoPrivacyConfig, PatientPrivacyConfig, SitePrivacyConfig
 from unimiss_core.private_learner import is_trained
-from unimiss_core.scan import RANKS
+from unimiss_core.students import empty_student
 from unimiss_core.study import StudyConfig
 
 DROWNED = 1.0
@@ -46,7 +45,8 @@ def of_study(path: Path, patients: int | None = None) -> None:
         table.add_column(heading, justify="left" if heading == "site with" else "right")
     kept = True
     words = dict(zip(ALL_RANKS, ("images", "volumes", "both"), strict=True))
-    for ranks in ALL_RANKS[-1:] if by_site else ALL_RANKS:
+    kinds = [ranks for ranks in ALL_RANKS if ranks.issubset(study.ranks)]
+    for ranks in kinds[-1:] if by_site else kinds:
         history = study_history(study, ranks)
         reached = epsilon(history, privacy.delta)
         kept = kept and reached <= privacy.max_epsilon
@@ -73,16 +73,23 @@ def _steps_of(study: StudyConfig, privacy: PatientPrivacyConfig, patients: int |
     table = Table(title="a step" if patients is None else f"a step at a site of {patients:,} patients")
     for heading in ("on", "values trained", "divided by", "drawn", "noise / clip norm", "what to expect"):
         table.add_column(heading, justify="left" if heading in ("on", "what to expect") else "right")
-    for rank, name in zip(RANKS, ("images", "volumes"), strict=True):
+    for rank in study.ranks:
         values = sum(
             parameter.numel()
-            for key, parameter in empty_network(study.model).named_parameters()
-            if group_of(key) in groups_of_ranks({rank}) and is_trained(key, parameter, privacy.trained)
+            for key, parameter in empty_student(study).named_parameters()
+            if group_of(key) in groups_of_ranks({rank}) and is_trained(study, key, parameter)
         )
         batch = study.batch.of(rank)
         drowned = privacy.noise_multiplier * math.sqrt(values) / batch
         drawn = "" if patients is None else f"{privacy.sampling_rate.of(rank) * patients:.3g}"
-        table.add_row(name, f"{values:,}", f"{batch:,}", drawn, f"{drowned:.3g}", _expected(drowned))
+        table.add_row(
+            "images" if rank == 2 else "volumes",
+            f"{values:,}",
+            f"{batch:,}",
+            drawn,
+            f"{drowned:.3g}",
+            _expected(drowned),
+        )
     return table
 
 

@@ -6,6 +6,7 @@ as a whole, in words on the site's own screen and with the reason `policy` to it
 silence.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -13,10 +14,8 @@ from pathlib import Path
 
 from client.site_config import SiteConfig, SitePolicy
 from client.site_state import run_folder
-from unimiss_core.codec import layout_of
 from unimiss_core.errors import PolicyError
-from unimiss_core.network import empty_network
-from unimiss_core.scan import RANKS
+from unimiss_core.students import empty_student, shape_of_views
 from unimiss_core.study import StudyConfig
 
 REMEMBERED_BYTES = 40
@@ -93,7 +92,7 @@ def _unknown(policy: SitePolicy, study: StudyConfig) -> str | None:
 
 def _parameters(study: StudyConfig) -> int:
     """Of the whole network, told without memory for it."""
-    return sum(spec.size for specs in layout_of(empty_network(study.model)).values() for spec in specs)
+    return sum(parameter.numel() for parameter in empty_student(study).parameters())
 
 
 def _voxels(study: StudyConfig) -> int:
@@ -102,14 +101,7 @@ def _voxels(study: StudyConfig) -> int:
     def scans(rank_batch: int) -> int:
         return study.privacy.scans_per_patient if study.privacy.mode == "patient" else rank_batch
 
-    sizes = {2: study.views.image_size, 3: study.views.volume_size}
-    most = 0
-    for rank in RANKS:
-        voxels = study.views.views * scans(study.batch.of(rank))
-        for side in sizes[rank]:
-            voxels *= side
-        most = max(most, voxels)
-    return most
+    return max(scans(study.batch.of(rank)) * math.prod(shape_of_views(study, rank)) for rank in study.ranks)
 
 
 def _finest(study: StudyConfig) -> float:

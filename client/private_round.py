@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from client.cache import open_private_library
 from client.hold import Hold
 from client.ledger import Asked
 from client.ledger_entries import Request
@@ -104,7 +103,7 @@ def _read_untold(site: Site) -> None:
     """Raises UnknownPatientError."""
     try:
         with cause_kept_here(site.config.name):
-            tell_of_scans(site, open_private_library(site.config, site.study.plan, evicts=False))
+            tell_of_scans(site, site.read(evicts=False))
     except WireError as untold:
         log.warning("introduced all the same: %s", untold)
 

@@ -9,6 +9,7 @@ from flwr.app import Context
 from client.cache import Library, open_library, open_private_library
 from client.ledger import Ledger, ledger_of
 from client.site_config import SiteConfig, load_site
+from client.site_labels import open_labelled
 from client.site_state import SiteState
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
@@ -26,12 +27,21 @@ class Site:
 
     @cached_property
     def library(self) -> Library:
-        """The preprocessed scans; reading what is new can take long.
+        """What `read` gives."""
+        return self.read()
 
-        Raises NoUsableScanError; in a patient-level study there may be none, and UnknownPatientError is raised instead
-        where it would have to guess whose they are.
+    def read(self, *, evicts: bool = True) -> Library:
+        """The preprocessed scans, in fine-tuning the labelled ones; reading what is new can take long.
+
+        evicts: whether scans of other plans may go for these. Raises NoUsableScanError; in a patient-level study there
+        may be none, and UnknownPatientError is raised instead where it would have to guess whose they are; WireError
+        `no_labels`.
         """
-        return (open_private_library if self.is_private else open_library)(self.config, self.study.plan)
+        if self.study.finetune is not None:
+            return open_labelled(self.config, self.study)
+        if self.is_private:
+            return open_private_library(self.config, self.study.plan, evicts=evicts)
+        return open_library(self.config, self.study.plan)
 
     @property
     def is_private(self) -> bool:
@@ -41,7 +51,7 @@ class Site:
     @property
     def ranks(self) -> frozenset[Rank]:
         """What it trains: the ranks of its scans; in a patient-level study those that its site file declares."""
-        return self.config.privacy.ranks if self.is_private else self.library.ranks
+        return self.config.privacy.ranks.intersection(self.study.ranks) if self.is_private else self.library.ranks
 
     @cached_property
     def ledger(self) -> Ledger:

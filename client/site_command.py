@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # readers take a second to import: not for a wrong command li
 
     from client.site_check import CheckReport
     from client.site_config import DataSource
+    from unimiss_core.study import StudyConfig
 
 
 COMMANDS: Mapping[str, str] = {
@@ -182,7 +183,7 @@ def _check(options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
     if data.is_file():
-        _say_terms(data, console, report)
+        _say_terms(data, console, report, study)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
@@ -194,17 +195,20 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"{amiss} of what stands above the scans must be mended before this site can take part")
 
 
-def _say_terms(site_file: Path, console: "Console", report: "CheckReport") -> None:
-    """Which studies a site takes part in, and what its file says otherwise than was found. Raises LedgerError."""
+def _say_terms(site_file: Path, console: "Console", report: "CheckReport", study: "StudyConfig | None") -> None:
+    """Which studies a site takes part in, and what its file says otherwise than was found. Raises LedgerError, and
+    ConfigError where its table of labels is wrong."""
     from client import policy
     from client.ledger import ledger_of
     from client.site_check import otherwise_declared
     from client.site_config import load_site
+    from client.site_labels import labels_told
     from client.terms import terms
 
     site = load_site(site_file)
     said = [
         *policy.in_words(site.policy),
+        *labels_told(site, study),
         *terms(site, ledger_of(site), unowned=report.unowned),
         *otherwise_declared(report, site.privacy),
     ]

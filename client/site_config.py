@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from client.label_config import LabelData, LabelsConfig, check_patient_pattern
 from unimiss_core.config import NAME, Config, Name, load, read_yaml
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
@@ -51,8 +52,7 @@ class DataSource(Config):
     def _check(self) -> Self:
         if self.patient_range[0] >= self.patient_range[1]:
             raise ValueError(f"patient_range: {self.patient_range} is empty")
-        if self.patient_pattern is not None and "(?P<patient>" not in self.patient_pattern:
-            raise ValueError("patient_pattern: needs a group named patient, as in '(?P<patient>[0-9]+)_'")
+        check_patient_pattern(self.patient_pattern)
         if self.file_is_patient and (self.patient_pattern or (self.table and self.table.patient)):
             raise ValueError("file_is_patient: patient_pattern or the table says otherwise; leave out one of the two")
         return self
@@ -190,6 +190,9 @@ class SiteTraining(Config):
 
 class SiteConfig(SiteTraining):
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    labels: LabelsConfig | None = None
+    """Labelled scans, for studies of `task: finetune`; without them this site takes part in none. Such a study reads
+    these alone, and one of pretraining reads `data` alone."""
     state: Path
     """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
     state_key: Path | None = None
@@ -241,9 +244,20 @@ def anchored(site: SiteConfig, base: Path) -> SiteConfig:
         table = source.table and source.table.model_copy(update={"path": base / source.table.path})
         sources.append(source.model_copy(update={"folder": base / source.folder, "table": table}))
     placed = {"state": base / site.state, "cache": site.cache and base / site.cache}
+    labels = site.labels and site.labels.model_copy(update={"data": below_base(site.labels.data, base)})
     return site.model_copy(
-        update={"data": tuple(sources), "state_key": site.state_key and base / site.state_key, **placed}
+        update={
+            "data": tuple(sources),
+            "labels": labels,
+            "state_key": site.state_key and base / site.state_key,
+            **placed,
+        }
     )
+
+
+def below_base(data: LabelData, base: Path) -> LabelData:
+    """`data` with every relative path taken from `base`."""
+    return data.model_copy(update={name: base / value for name, value in data if isinstance(value, Path)})
 
 
 def _require_data(site: SiteConfig) -> None:
@@ -254,6 +268,9 @@ def _require_data(site: SiteConfig) -> None:
             problems.append(f"'data.{index}.folder': {source.folder} is not a folder")
         if source.table and not source.table.path.is_file():
             problems.append(f"'data.{index}.table.path': {source.table.path} is not a file")
+    for name, path in site.labels.data if site.labels else ():
+        if isinstance(path, Path) and not path.exists():
+            problems.append(f"'labels.data.{name}': {path} is not there")
     if problems:
         raise ConfigError(
             f"site '{site.name}': its file names what is not there\n" + "\n".join(f"  - {line}" for line in problems)

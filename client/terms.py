@@ -22,6 +22,11 @@ def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
     if study.privacy.mode == "patient":
         if (lacking := _lacking(config.privacy)) is not None:
             raise ConfigError(f"site '{config.name}': takes part in no patient-level study: {lacking}")
+        if not config.privacy.ranks.intersection(study.ranks):
+            kind = " or ".join("images" if rank == 2 else "volumes" for rank in study.ranks)
+            raise ConfigError(
+                f"site '{config.name}': study '{study.name}' learns from {kind}, which privacy.holds does not declare"
+            )
     elif (why := _protected(config.privacy, ledger)) is not None:
         raise PrivacyBudgetError(
             f"study '{study.name}' has the privacy mode {study.privacy.mode}, which charges patients nothing, and this "
@@ -39,7 +44,7 @@ def check_rounds(config: SiteConfig, study: StudyConfig, run: str, ledger: Ledge
     """
     if ledger.was_charged_for(run):
         return
-    ranks, rounds = config.privacy.ranks, study.schedule.rounds
+    ranks, rounds = config.privacy.ranks.intersection(study.ranks), study.schedule.rounds
     if (why := ledger.first_refused(study, ranks)) is not None:
         raise PrivacyBudgetError(f"study '{study.name}' is refused before its first round: {why}")
     if (left := ledger.rounds_left(study, ranks)) < rounds:

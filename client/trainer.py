@@ -15,6 +15,7 @@ from client.batches import Batch, Batches
 from client.devices import run_team
 from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
+from client.own_model import keep_own_model
 from client.patient_draws import PatientDraw, PatientDraws
 from client.site import Site
 from client.site_state import Remembered
@@ -27,6 +28,7 @@ from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import below, tensors_of
+from unimiss_core.objectives import has_teacher
 from unimiss_core.scan import RANKS
 from unimiss_core.schedule import steps_of_round
 from unimiss_core.teacher import advance_teacher
@@ -129,6 +131,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     if team.place > 0:
         return None
     update = _remembered_update(site, learner, request.round, start, student, teacher, memory)
+    keep_own_model(site, learner.student, student, request.round)
     own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
@@ -179,13 +182,16 @@ def _remembered_update(
     memory: Remembered | None,
 ) -> dict[str, Tensor]:
     """What training changed of the received `student`, as it may leave; all that the next round needs is remembered."""
-    update = {name: tensor.cpu() - student[name] for name, tensor in tensors_of(learner.student).items()}
-    kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher}
+    trained = tensors_of(learner.student)
+    update = {name: trained[name].cpu() - tensor for name, tensor in student.items()}
+    kept: dict[str, Mapping[str, Tensor]] = {_TEACHER: teacher} if has_teacher(site.study) else {}
     if FORMATS[site.study.wire.dtype].carries_over:
         lost_before = {} if memory is None else below(_LOST, memory.tensors)
         update, lost = with_feedback(update, lost_before, study=site.study, ranks=site.ranks, round=round)
         # Copied, because in round 1 the teacher is the student, and no file takes the same memory twice.
         kept |= {_RELEASED: {name: tensor.clone() for name, tensor in student.items()}, _LOST: lost}
+    if site.study.local.divergence_scale is not None:
+        kept |= {_STUDENT: {name: trained[name] for name in student}}
     _remember(site, learner, round, start, kept)
     return update
 
@@ -196,7 +202,6 @@ def _remember(site: Site, learner: Learner, round: int, start: Start, kept: dict
     parts = {_LEARNER: state.tensors, **kept}
     facts = dict(state.facts)
     if site.study.local.divergence_scale is not None:
-        parts[_STUDENT] = tensors_of(learner.student)
         facts[_SCALE] = start.scale
     tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
     site.memory.remember(Remembered(round, tensors, facts))
@@ -228,7 +233,7 @@ def _round_teacher(
     """
     if request.teacher is not None:
         return request.teacher
-    if request.round == 1:
+    if request.round == 1 or not has_teacher(request.study):
         return student
     before = _held(_TEACHER, student.keys(), request.round, memory)
     retention: dict[str, float] = {name: request.teacher_retention.get(group_of(name), 1.0) for name in before}

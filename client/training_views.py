@@ -4,21 +4,33 @@ Legend of shapes: C channels, S spatial axes of the input - (H, W) or (D, H, W).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from client.finetune_config import AugmentationConfig
-from client.labelled import Labelled
-from unimiss_core.views import Strengths, resize, shade_, standardise
+from unimiss_core.task_config import AugmentationConfig
+from unimiss_core.views import Box, Croppable, Strengths, resize, shade_, standardise
 
 _NOISE_SIGMA, _BRIGHTNESS, _CONTRAST, _GAMMA = (0.0, 0.05), (0.8, 1.2), (0.75, 1.25), (0.8, 1.25)
 """Milder than in pretraining: what is shaded away here may be what the label is about."""
 
 
-def crop_of(one: Labelled, size: Sequence[int], config: AugmentationConfig, generator: torch.Generator) -> Tensor:
+class Masked(Croppable, Protocol):
+    """A scan with a class for each voxel."""
+
+    @property
+    def places(self) -> Mapping[int, NDArray[np.int32]]:
+        """Class that is there -> (n, rank) indices of some of its voxels."""
+
+    def classes_in(self, box: Box) -> NDArray[np.integer[Any]]:
+        """Of a box along S: (*box)."""
+
+
+def crop_of(one: Croppable, size: Sequence[int], config: AugmentationConfig, generator: torch.Generator) -> Tensor:
     """A random crop of the scan, shrunk to `size`, perhaps mirrored and shaded, as the model takes it: (C, *size)."""
     lengths = one.shape[1:]
     share = math.sqrt(_between(config.area, _uniform(1, generator)[0]))
@@ -36,14 +48,13 @@ def crop_of(one: Labelled, size: Sequence[int], config: AugmentationConfig, gene
 
 
 def window_of(
-    one: Labelled, size: Sequence[int], config: AugmentationConfig, generator: torch.Generator, *, foreground: float
+    one: Masked, size: Sequence[int], config: AugmentationConfig, generator: torch.Generator, *, foreground: float
 ) -> tuple[Tensor, Tensor]:
     """A window of the scan and of its mask, not stretched: (C, *size) as the model takes it, and (*size) of classes.
 
     foreground: the chance that the window is laid about a voxel of a class, each class being as likely as another.
     Beyond the scan there is 0 and background, as in inference.
     """
-    assert one.mask is not None
     lengths, rank = one.shape[1:], len(size)
     about = _foreground_voxel(one, generator) if _uniform(1, generator)[0] < foreground else None
     starts = []
@@ -57,7 +68,7 @@ def window_of(
     values = np.zeros((one.shape[0], *size), dtype=np.float32)
     values[(slice(None), *into)] = one.crop(box)
     classes = np.zeros(tuple(size), dtype=np.int64)
-    classes[into] = one.mask[box]
+    classes[into] = one.classes_in(box)
     view, truth = torch.from_numpy(values), torch.from_numpy(classes)
     turned = [a for a, draw in enumerate(_uniform(rank, generator)) if draw < config.flip[-rank:][a]]
     view, truth = view.flip([a + 1 for a in turned]), truth.flip(turned)
@@ -65,7 +76,7 @@ def window_of(
     return standardise(view), truth
 
 
-def _foreground_voxel(one: Labelled, generator: torch.Generator) -> list[int] | None:
+def _foreground_voxel(one: Masked, generator: torch.Generator) -> list[int] | None:
     if not one.places:
         return None
     which, where = _uniform(2, generator)

@@ -9,6 +9,7 @@ Run configuration (`flwr run . --run-config 'key="value"'`):
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -82,10 +83,18 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
     if not config.probe:
         return None
     try:
+        from server.judging import can_judge, judge
         from server.probing import Yardstick
     except ModuleNotFoundError:
         raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
-    return Yardstick(folder_of(config), config.probe, study.model)
+    if study.finetune is None:
+        return Yardstick(folder_of(config), config.probe, study.model)
+    if not can_judge(study.finetune):
+        raise ConfigError(
+            f"'probe': the model of study '{study.name}' cannot be judged by sets of classes: only one that sorts "
+            "whole scans into single classes, by a head that sites share, can; leave 'probe' out"
+        )
+    return partial(judge, folder_of(config), config.probe, study)
 
 
 def coordinator_file(grid: Grid, context: Context) -> Path:

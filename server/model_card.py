@@ -21,7 +21,7 @@ def model_card(manifest: Manifest, study: StudyConfig, run: Artefacts, *, signed
     return f"""\
 # {study.name}, round {manifest.round}
 
-An encoder for 2D and 3D medical images, pretrained without labels at {counted(len(sites), "site")} by Federated
+{_what_it_is(study)} at {counted(len(sites), "site")} by Federated
 UniMiSS. No image left a site.
 
 | | |
@@ -29,7 +29,7 @@ UniMiSS. No image left a site.
 | model | `{manifest.model.size}`, {values:,} values in {len(manifest.tensors)} tensors, float32 |
 | images, volumes | {sizes_in_words(manifest.model)} |
 | prototypes | {manifest.model.prototypes:,} |
-| objective | `{study.objective.name}` |
+| objective | `{study.finetune.task.name if study.finetune else study.objective.name}` |
 | rounds | {manifest.round} of {study.schedule.rounds}, {study.schedule.local_steps} steps each |
 | study | sha256 `{manifest.study_digest}`, in full in `study.yaml` |
 | signed by | `{signed_by}` |
@@ -62,6 +62,14 @@ A research model, not a medical device. Its features carry whatever tells the si
 were judged by the probes of the run's report alone. Nothing here says under which licence it is handed on: who
 publishes it must.
 """
+
+
+def _what_it_is(study: StudyConfig) -> str:
+    if study.finetune is None:
+        return "An encoder for 2D and 3D medical images, pretrained without labels"
+    task, whole = study.finetune.task, study.finetune.head == "shared"
+    what = f"A model for the {task.name} of {'images' if task.rank == 2 else 'volumes'} ({', '.join(task.classes)})"
+    return f"{what if whole else f'The encoder of {what[0].lower()}{what[1:]}'}, fine-tuned by labels"
 
 
 def privacy_in_words(study: StudyConfig, round: int, run: Artefacts) -> str:

@@ -72,9 +72,9 @@ class Yardstick:
             old, new = self._of_first(path, found), _features(encoder, found.scans)
             probed = [probe(features, found.labels, found.patients) for features in (old, new)]
             floor = probe(bare_pixels(found.scans), found.labels, found.patients)
-            before[found.name] = _figures(found, probed[0], floor)
-            after[found.name] = _figures(found, probed[1], floor) | _gained(*probed)
-            progress.report(progress.Note(_in_words(after[found.name])))
+            before[found.name] = figures_of(found, probed[0], floor)
+            after[found.name] = figures_of(found, probed[1], floor) | gained(*probed)
+            progress.report(progress.Note(in_words(after[found.name])))
             planes |= {f"{found.name}/before": plane(old), f"{found.name}/after": plane(new)}
             planes[f"{found.name}/labels"] = found.labels
         if is_last:
@@ -104,7 +104,7 @@ def _features(encoder: MiT, scans: Tensor) -> NDArray[np.float32]:
     return torch.cat([embed(encoder, part) for part in scans.split(BATCH)]).numpy()
 
 
-def _figures(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
+def figures_of(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
     binary = len(probed.classes) == 2
     return {
         "task": found.name,
@@ -118,12 +118,12 @@ def _figures(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
     }
 
 
-def _gained(before: Probe, after: Probe) -> dict[str, Any]:
+def gained(before: Probe, after: Probe) -> dict[str, Any]:
     found = gain(before, after)
     return {"gain": found[0], "gain_interval": found[1]} if found else {"gain": None, "gain_interval": None}
 
 
-def _in_words(figures: Mapping[str, Any]) -> str:
+def in_words(figures: Mapping[str, Any]) -> str:
     """probe pneumonia: AUC 0.701 (0.640 to 0.759), +0.089 (+0.020 to +0.151) since round 0"""
     if figures["auc"] is None:
         return f"probe {figures['task']}: no figure: {figures['reason']}"

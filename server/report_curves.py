@@ -9,7 +9,7 @@ from server.charts import Reference, Series
 from server.markup import Html, joined
 from server.report_pieces import caution, grid, in_words, legend, note, section, site_legend
 from unimiss_core.collapse import WAY_OUT
-from unimiss_core.loss_terms import is_reconstruction
+from unimiss_core.loss_terms import DICE, is_reconstruction
 
 _GROUPS = {"shared": "shared", "2d": "2D only", "3d": "3D only", "head": "head"}
 
@@ -39,8 +39,8 @@ def losses(run: Artefacts) -> Html:
             )
         return section("Loss", note(said))
     level = _uniform_level(run)
-    compared = {term: group for term, group in curves.items() if not is_reconstruction(term)}
-    drawn = {term: group for term, group in curves.items() if is_reconstruction(term)}
+    compared = {term: group for term, group in curves.items() if not is_reconstruction(term) and term != DICE}
+    drawn = {term: group for term, group in curves.items() if term not in compared}
     everything = [one for group in compared.values() for one in group]
     bounds = charts.bounds_of(everything, include=[level.value] if level else [])
     panels = [
@@ -52,8 +52,12 @@ def losses(run: Artefacts) -> Html:
         said += (
             f" The dashed line is log K for K = {run.study.model.prototypes:,} prototypes: what a model scores"
             " that tells nothing apart. Learning shows as falling below it."
+            if level
+            else " Each is a mean over what the sites trained on, and says nothing of scans they did not."
         )
-    if drawn:
+    if DICE in drawn:
+        said += " Dice is 1 minus the Dice coefficient, over the classes that a window's mask holds."
+    elif drawn:
         said += " A reconstruction is the mean squared error of intensities between 0 and 1."
     return section("Loss", note(said), site_legend(run), grid(panels))
 
@@ -119,7 +123,9 @@ def _from_zero(title: str, series: Sequence[Series]) -> Html:
 
 def _uniform_level(run: Artefacts) -> Reference | None:
     """The cross-entropy, and the entropy, of a model that gives each of K prototypes the same probability."""
-    return Reference("log K", math.log(run.study.model.prototypes)) if run.study else None
+    if run.study is None or run.study.finetune is not None:
+        return None
+    return Reference("log K", math.log(run.study.model.prototypes))
 
 
 def _update_norms(run: Artefacts) -> list[Series]:

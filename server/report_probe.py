@@ -57,6 +57,11 @@ def probe(run: Artefacts) -> Html:
         "A linear classifier on the frozen features, judged on patients that it was not fitted to, beside the same"
         " classifier on the scans' own pixels, shrunk to a few. Intervals are 95%, over patients."
     )
+    if run.study and run.study.finetune:
+        said = (
+            "The model's own answers on scans that no site trained on, beside a linear classifier on the scans' pixels,"
+            " shrunk to a few, which was fitted to other patients of the same set. Intervals are 95%, over patients."
+        )
     kinds = {"before the first round": run.before, "after the last round": run.after}
     if missing := [kind for kind, found in kinds.items() if not found]:
         said += f" The probe {listed(missing)} was not made."
@@ -74,6 +79,8 @@ def _sheet(site: str, picture: bytes) -> Html:
 def _too_short(run: Artefacts) -> list[Html]:
     """The sentence that keeps a reader from reading learning into a run that was too short for it."""
     steps = [total for name in run.sites if (total := sum(one.steps for one in run.records(name)))]
+    if run.study and run.study.finetune:  # from labels far fewer are enough
+        return []
     if not steps or (mean := sum(steps) / len(steps)) >= STEPS_THAT_TEACH:
         return []
     return [

@@ -5,6 +5,7 @@ from flwr.app import RecordDict
 from server.global_state import GlobalState
 from server.round_sum import layout_for
 from unimiss_core.codec import Layout
+from unimiss_core.objectives import has_teacher
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Introduction, TrainRequest, with_ledger
@@ -20,6 +21,7 @@ class Requests:
         self._run = run
         self._layout = layout
         self._state = state
+        self._has_teacher = has_teacher(study)
         self._packed: dict[tuple[frozenset[Rank], bool], RecordDict] = {}
         self._forgetful: set[str] = set()
 
@@ -49,7 +51,7 @@ class Requests:
                 run=self._run,
                 round=state.round + 1,
                 student=release.held() if anew else None,
-                teacher=None if holds_last or state.round == 0 else state.teacher,
+                teacher=None if holds_last or state.round == 0 or not self._has_teacher else state.teacher,
                 teacher_retention=state.retention,
             ).pack(
                 layout_for(site.ranks, self._layout),

@@ -11,7 +11,7 @@ from server.global_state import GlobalState
 from server.optimisers import build_optimiser
 from server.site_level import public_retention
 from unimiss_core.codec import Layout
-from unimiss_core.groups import GROUPS, Group, groups_of_ranks
+from unimiss_core.groups import GROUPS, Group, group_of, groups_of_ranks
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import teacher_retention, trained_steps
 from unimiss_core.study import StudyConfig
@@ -21,7 +21,7 @@ from unimiss_core.wire import TrainReply
 
 def layout_for(ranks: frozenset[Rank], layout: Layout) -> Layout:
     """The part of a network's layout that a site with scans of `ranks` receives and sends."""
-    return {group: layout[group] for group in GROUPS if group in groups_of_ranks(ranks)}
+    return {group: specs for group, specs in layout.items() if group in groups_of_ranks(ranks)}
 
 
 class RoundSum:
@@ -44,7 +44,8 @@ class RoundSum:
         study = self._study
         ranks = frozenset(rank for rank in RANKS if answer.scans[rank] > 0)
         trained = trained_steps(ranks, study.schedule, answer.round)
-        groups = [group for group, steps in trained.items() if steps > 0]
+        held = {group_of(name) for name in answer.update}
+        groups = [group for group, steps in trained.items() if steps > 0 and group in held]
         whole = group_weights(answer.scans, groups, study.aggregation.weighting)
         weights = {group: share * weight for group, weight in whole.items()}
         self._aggregate.fold(answer.update, weights)

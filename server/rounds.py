@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from server.aggregation import Aggregate
+from server.beginning import first_student
 from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import SpareMemory
 from server.exchange import Exchange
@@ -32,13 +33,13 @@ from server.run_folder import folder_of
 from server.site_level import check_site_level, what_it_is_worth, who_is_believed
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
-from unimiss_core import checkpoint, progress
-from unimiss_core.codec import layout_of
-from unimiss_core.errors import ConfigError, PrivacyBudgetError, RoundError, RunFolderError, where
+from server.task_release import release_model
+from unimiss_core import progress
+from unimiss_core.adaptation import check_adaptation
+from unimiss_core.errors import PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
-from unimiss_core.keys import read_signing_public_key
 from unimiss_core.loss_terms import mean_cross_entropy
-from unimiss_core.network import build_network, empty_network, tensors_of
+from unimiss_core.students import travelling_layout
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -74,7 +75,7 @@ class Federation:
         self._config = config
         self._folder = folder_of(config)
         self._record = record_of(config.out, study)
-        self._layout = layout_of(empty_network(study.model))
+        self._layout = travelling_layout(study)
         self._roster = Roster(grid, config)
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
@@ -94,10 +95,14 @@ class Federation:
         """
         with self._as_config_error(), self._folder.alone(), self._reported():
             state = self._restore_or_start(resume=resume)
+            if state.round == 0 and self._study.task == "pretrain":
+                check_adaptation(self._folder.load(0))
             self._tell_of_site_level()
             hello = Hello(self._study, self._folder.run)
             while state.round < self._study.schedule.rounds:
                 state = self._next_round(state, hello)
+            begun = self._config.start is not None
+            release_model(self._folder, self._study, round=state.round, from_start=begun)
         return state
 
     def _tell_of_site_level(self) -> None:
@@ -189,27 +194,13 @@ class Federation:
             progress.report(progress.Note("there was no finished round to resume: a new run begins"))
         if (told := _untrained_for_ever(self._study, self._config)) is not None:
             progress.report(progress.Note(told))
-        state = GlobalState.initial(self._first_student(), self._study, self._layout)
+        state = GlobalState.initial(first_student(self._study, self._config), self._study, self._layout)
         state.save(self._folder, self._study)
         return state
 
     def _note_release_gone_on_with(self, round: int) -> None:
         if round > 0:
             self._audit.gone_on_with(run=self._folder.run, round=round, manifest=self._folder.manifest_of(round))
-
-    def _first_student(self) -> Mapping[str, Tensor]:
-        """Random, or the teacher of the checkpoint to start from. Raises CheckpointError, and ConfigError where it is
-        of another model."""
-        model, start, key = self._study.model, self._config.start, self._config.start_key
-        if start is None:
-            return tensors_of(build_network(model, seed=self._study.seed))
-        found = checkpoint.load(start, key=read_signing_public_key(key) if key else None)
-        if found.manifest.model != model:
-            raise ConfigError(
-                f"start: {start} holds another model ({found.manifest.model.canonical()}) than the study asks for "
-                f"({model.canonical()}); give a checkpoint of that model, or change the study"
-            )
-        return found.teacher
 
     def _round_after(self, state: GlobalState, aggregate: Aggregate) -> OneRound:
         return OneRound(

@@ -12,7 +12,7 @@ and the artefacts of any run (docs/artefacts.md).
 import csv
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -24,11 +24,12 @@ from flwr.app import Context, RecordDict, UserConfig
 from pydantic import Field, model_validator
 
 from client.cache import open_library
+from client.label_config import LabelsConfig
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.reading import read_scans
 from client.site import simulation_folder
-from client.site_config import DataSource, SiteConfig, SiteTraining, TableConfig, load_site
+from client.site_config import DataSource, SiteConfig, SiteTraining, TableConfig, below_base, load_site
 from server.app import app as server_app
 from server.local_grid import LocalGrid
 from server.run_folder import RunFolder
@@ -53,6 +54,9 @@ class SimulatedSite(SiteTraining):
     data: tuple[DataSource, ...] = ()
     """As in a site file; folders count from the simulation file's folder."""
     phantom: PhantomConfig | None = None
+    labels: LabelsConfig | None = None
+    """As in a site file; its paths count from the simulation file's folder, those of a phantom hospital from its own,
+    where `labels.csv` is (`client.phantoms`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -269,7 +273,8 @@ def _write_site(site: SimulatedSite, base: Path, out: Path) -> None:
     own = {key: getattr(site, key) for key in SiteTraining.model_fields}
     if site.phantom is not None and site.privacy.holds is None:
         own["privacy"] = site.privacy.model_copy(update={"holds": _KINDS[site.phantom.kind]})
-    config = SiteConfig(data=_sources(site, base, out), state=Path("state"), **own)
+    sources = _sources(site, base, out)
+    config = SiteConfig(data=sources, labels=_labels(site, sources, base), state=Path("state"), **own)
     durable.write_text(path, GENERATED + dump_yaml(config))
 
 
@@ -285,6 +290,13 @@ def _sources(entry: SimulatedSite | SimulatedProbe, base: Path, out: Path) -> tu
     return (DataSource(folder=folder, table=TableConfig(path=folder / "labels.csv", patient="patient")),)
 
 
+def _labels(site: SimulatedSite, sources: Sequence[DataSource], base: Path) -> LabelsConfig | None:
+    if site.labels is None:
+        return None
+    root = base.resolve() if site.phantom is None else sources[0].folder
+    return site.labels.model_copy(update={"data": below_base(site.labels.data, root)})
+
+
 def _anchored(source: DataSource, base: Path) -> DataSource:
     table = source.table and source.table.model_copy(update={"path": (base / source.table.path).resolve()})
     return source.model_copy(update={"folder": (base / source.folder).resolve(), "table": table})
@@ -295,13 +307,13 @@ def _anchored(source: DataSource, base: Path) -> DataSource:
 
 def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path) -> Path:
     """Read the labelled scans once, through the ordinary readers, and keep them as the coordinator takes them."""
-    settings = hashlib.sha256(f"{probe.canonical()} {study.plan.canonical()} {study.views.canonical()}".encode())
+    size = study.size_of(probe.rank)
+    settings = hashlib.sha256(f"{probe.canonical()} {study.plan.canonical()} {study.views.canonical()} {size}".encode())
     path = out / "probe" / settings.hexdigest()[:8] / f"{probe.name}.npz"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     progress.report(progress.Note(f"reading the labelled scans of {probe.name}"))
-    size = study.views.size_of(probe.rank)
     scans, labels, patients = [], [], []
     for source in _sources(probe, base, out):
         column = _label_column(probe, source)
@@ -341,9 +353,9 @@ def _label_column(probe: SimulatedProbe, source: DataSource) -> dict[str, str]:
 
 def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:
     """A contact sheet of what the site trains on: a column for each scan, its views below each other. None in a
-    patient-level study: a picture of a patient is in no epsilon."""
+    patient-level study: a picture of a patient is in no epsilon; nor in fine-tuning, whose views are one of each."""
     path = out / "report" / f"views-{site.name}.png"
-    if path.exists() or study.privacy.mode == "patient":
+    if path.exists() or study.privacy.mode == "patient" or study.finetune is not None:
         return
     path.parent.mkdir(exist_ok=True)
     try:

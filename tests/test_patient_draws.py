@@ -122,10 +122,10 @@ def test_the_views_of_a_patient_do_not_hang_on_who_else_was_drawn(monkeypatch: p
     def traced(scans: Any, _: object, generator: torch.Generator, __: object) -> torch.Tensor:
         return torch.cat([torch.tensor([float(scans[0].number)]), torch.rand(3, generator=generator)])
 
-    monkeypatch.setattr(patient_draws, "draw_batch", traced)
+    monkeypatch.setattr(patient_draws, "draw_views", traced)
     draw = PatientDraws(site(with_rates(1.0), {f"p{n}": 1 for n in range(5)}), Placed(0, 1), CPU).draw(0)
     every = list(draw.views())
-    without = list(type(draw)(draw.rank, [*draw.patients[:1], *draw.patients[2:]], draw.config, draw.device).views())
+    without = list(type(draw)(draw.rank, [*draw.patients[:1], *draw.patients[2:]], draw.study, draw.device).views())
     assert all(torch.equal(a, b) for a, b in zip([*every[:1], *every[2:]], without, strict=True))
 
 

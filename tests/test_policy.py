@@ -28,7 +28,7 @@ QUIET = small_study(wire={"losses": False})
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(*_: object) -> None:
+    def read(*_: object, **__: object) -> None:
         raise AssertionError("read")  # which the site answers with `failed`
 
     for name in ("open_library", "open_private_library"):

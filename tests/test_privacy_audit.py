@@ -261,7 +261,7 @@ def test_noise_is_measured_where_few_parameters_are_trained_by_any_optimiser(opt
 def test_a_study_is_audited_and_a_broken_engine_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_command, "RANKS", (2,))
+    monkeypatch.setattr(StudyConfig, "ranks", (2,))
     monkeypatch.setattr(audit_command, "check_engine", lambda engine: list(noise_is_as_claimed(engine, releases=2)))
     path = tmp_path / "study.yaml"
     path.write_text(dump_yaml(private_study()))
@@ -284,7 +284,7 @@ def test_each_stage_is_told_before_it_begins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first table comes after half of all the time that an audit takes."""
-    monkeypatch.setattr(audit_command, "RANKS", (2,))
+    monkeypatch.setattr(StudyConfig, "ranks", (2,))
     for check in CHECKS:
         monkeypatch.setattr(privacy_audit, check, lambda *_, **__: iter(()))
     (tmp_path / "study.yaml").write_text(dump_yaml(private_study()))

@@ -193,7 +193,7 @@ def test_what_would_overspend_is_refused_before_a_scan_is_read(tmp_path: Path, m
     with progress.listen(heard.append), hospital.asked() as ask:
         ask(Hello(study, RUN).pack(), "query")
         assert facts_of(ask(request(study), "train"))["status"] == "ok"
-        monkeypatch.setattr(sites, "open_private_library", lambda *_: pytest.fail("read"))
+        monkeypatch.setattr(sites, "open_private_library", lambda *_, **__: pytest.fail("read"))
         monkeypatch.setattr(private_round, "run_round", lambda *_: pytest.fail("trained"))
         assert Refusal.found_in(ask(request(study, 2), "train")) == Refusal("budget")
     assert len(hospital.entries) == 2
@@ -387,7 +387,7 @@ def test_what_a_site_declares_it_trains_with_or_without_such_scans(tmp_path: Pat
 def test_whatever_goes_wrong_with_scans_looks_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(private_round, "run_round", fails)

@@ -252,14 +252,14 @@ def test_a_site_that_raises_in_mid_round_costs_that_site_its_round(
 ) -> None:
     from client import batches
 
-    draw = batches.draw_batch
+    draw = batches.draw_views
 
     def fails_on_images(scans, *rest, **named):  # type: ignore[no-untyped-def]
         if scans[0].rank == 2:
             raise RuntimeError("cannot read /archive/JANE-DOE.dcm")
         return draw(scans, *rest, **named)
 
-    monkeypatch.setattr(batches, "draw_batch", fails_on_images)
+    monkeypatch.setattr(batches, "draw_views", fails_on_images)
     out = tmp_path / "out"
     assert run(simulation(tmp_path, hospitals), out) == 0
     for row in rows(out):

@@ -4,7 +4,7 @@ to choose could be a patient's, and would stand in metrics and report.
 
 from collections.abc import Callable
 
-from unimiss_core.loss_terms import cross_entropy_name, reconstruction_name
+from unimiss_core.loss_terms import CROSS_ENTROPY, DICE, cross_entropy_name, reconstruction_name
 
 REPRESENTATIONS = ("image", "volume", "slices", "radiograph")
 """The ways in which any objective looks at a scan."""
@@ -17,6 +17,7 @@ OF_STEPS = ("grad_norm", "skipped_batches", "global_distance", "own_share")
 _LOSSES = frozenset(
     [cross_entropy_name(student, teacher) for student in REPRESENTATIONS for teacher in REPRESENTATIONS]
     + [reconstruction_name(representation) for representation in REPRESENTATIONS]
+    + [CROSS_ENTROPY, DICE]
 )
 _DIAGNOSTICS = frozenset(
     [*OF_STEPS, *(f"{figure}_{representation}" for figure in OF_TARGETS for representation in REPRESENTATIONS)]

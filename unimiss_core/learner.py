@@ -33,11 +33,14 @@ from unimiss_core.local_optimiser import (
     kept_by,
     set_rates_,
 )
-from unimiss_core.network import below, build_network, check_tensors, load_tensors_, tensors_of
+from unimiss_core.network import Network, below, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
-from unimiss_core.objectives import build_objective
+from unimiss_core.objectives import build_objective, has_teacher
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_momentum
+from unimiss_core.step_report import StepReport as StepReport
+from unimiss_core.step_report import report_of
+from unimiss_core.students import Student, build_student, gathering, shape_of_views, staying_names
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone, Team, largest_part
 
@@ -47,21 +50,6 @@ STATE_FORMAT = 1
 
 PROTOTYPES = "head.prototypes.weight"
 _OPTIMISER_KEYS = {"step": "adam_step", "exp_avg": "adam_moment1", "exp_avg_sq": "adam_moment2"}
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimiser step cost and showed.
-
-    terms: the loss terms by name; total: their sum by weight, without FedProx's term; diagnostics: `grad_norm` before
-    clipping, where that term is on `global_distance` (`Learner.stay_near`), and by representation the entropy of the
-    teacher's targets and of their mean over the batch, in nats (log K says: no information).
-    """
-
-    rank: Rank
-    terms: dict[str, float]
-    total: float
-    diagnostics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -107,10 +95,10 @@ class Learner:
         self.micro_batch = dict(execution.micro_batch)
         self.team = team or Alone()
         self._tell = tell
-        held = ranks_needed(self.ranks)
-        self.student = build_network(study.model, seed=study.seed, ranks=held).to(self.device)
-        self.teacher = build_network(study.model, seed=study.seed, ranks=held).to(self.device).requires_grad_(False)
+        self.student = self._as_it_begins()
+        self.teacher = self._as_it_begins().requires_grad_(False) if has_teacher(study) else None
         self.objective = build_objective(study)
+        self._staying = staying_names(study, tensors_of(self.student))
         bottleneck = self.student.backbone.architecture.bottleneck
         names = [name for rank in self.ranks for name in self.objective.representations(rank)]
         self.centre = new_centre(names, bottleneck, self.device)
@@ -121,17 +109,20 @@ class Learner:
             checkpoint_activations_(self.student.backbone)
         self._compiled = execution.compile
         if self._compiled:
-            compile_(self.student.backbone)
-            compile_(self.teacher.backbone)
+            for network in self._networks():
+                compile_(network.backbone)
 
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
-        """Begin from the global student and teacher; centre and optimiser state go on from the last round.
+        """Begin from the global student and teacher; centre, optimiser state and what stays here go on from the last
+        round. teacher: not looked at where there is none.
 
         Raises CheckpointError: names or shapes are not exactly those of this site's networks; nothing has changed then.
         """
-        check_tensors(self.teacher, teacher)
-        load_tensors_(self.student, student)
-        load_tensors_(self.teacher, teacher)
+        if self.teacher is not None:
+            check_tensors(self.teacher, teacher)
+        load_tensors_(self.student, {**self._own(), **student})
+        if self.teacher is not None:
+            load_tensors_(self.teacher, teacher)
         self._watch = RoundWatch()
 
     def stay_near(self, received: Mapping[str, Tensor]) -> None:
@@ -172,7 +163,7 @@ class Learner:
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
         distance = self._pull_back_()
         of_blocks = [prototypes.norm()] if prototypes else []
-        report, norms = _report(rank, loss, torch.stack([*torch._foreach_norm(grads), *of_blocks]), distance)
+        report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *of_blocks]), distance)
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
             self._optimiser.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
@@ -209,7 +200,7 @@ class Learner:
         self._move_teacher(rank, teacher_momentum(self.study, step))
 
     def state(self, *, weights: bool = False) -> LearnerState:
-        """Optimiser moments and step counts, and the centre; with `weights` also student, teacher and the round's
+        """Optimiser moments and step counts, centre, and a local head; with `weights` student, teacher and the round's
         collapse figures, so that a round can be gone on with in its middle.
 
         Tensors share memory with the learner: save them before a step.
@@ -219,11 +210,12 @@ class Learner:
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{_OPTIMISER_KEYS[key]}.{name}"] = value
         if not weights:
+            tensors |= {f"own.{name}": tensor for name, tensor in self._own().items()}
             return LearnerState(tensors, {**self._identity(), "weights": False})
         watched, steps = self._watch.state()
         for prefix, more in (
             ("student", tensors_of(self.student)),
-            ("teacher", tensors_of(self.teacher)),
+            ("teacher", {} if self.teacher is None else tensors_of(self.teacher)),
             ("watch", watched),
         ):
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in more.items()}
@@ -247,11 +239,15 @@ class Learner:
         kept = kept_by(self.study.optimiser)
         moments = {key: below(f"{_OPTIMISER_KEYS[key]}.", state.tensors) for key in kept}
         self._check_state(centre, moments)
+        own = below("own.", state.tensors)
+        check_tensors(self.student, tensors_of(self.student) | own)
         if state.facts["weights"]:
             watched = {name: tensor.to(self.device) for name, tensor in below("watch.", state.tensors).items()}
             watch = RoundWatch.restored(watched, state.facts.get("watched_steps", {}))
             self.start_round(below("student.", state.tensors), below("teacher.", state.tensors))
             self._watch = watch
+        if own:
+            load_tensors_(self.student, tensors_of(self.student) | own)
         self.centre = {name: centre[name].to(self.device, copy=True) for name in self.centre}
         self._optimiser.state.clear()
         for name, parameter in self.student.named_parameters():
@@ -287,8 +283,7 @@ class Learner:
 
         Two parts are enough, and needed: the second finds the first's gradients in memory.
         """
-        views = self.study.views
-        shape = (self.most_scans(rank), views.views, 1, *views.size_of(rank))
+        shape = (self.most_scans(rank), *shape_of_views(self.study, rank))
         batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         without = [p for p in self.student.parameters() if p not in self._optimiser.state]
         moments = [torch.empty_like(p) for p in without for _ in range(2)]
@@ -325,7 +320,7 @@ class Learner:
                 raise
             told = " ".join(f"{type(error).__name__}: {error}".split("\n")[:2])  # the cause stands in the second
             self._tell(f"compilation failed, going on without it: {told[:300]}")
-        for network in (self.student, self.teacher):
+        for network in self._networks():
             uncompile_(network.backbone)
         self._compiled = False
         return self._gather_gradients(views, rank, share)
@@ -342,14 +337,14 @@ class Learner:
         self._optimiser.zero_grad(set_to_none=True)
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
-        with out_of_memory_by_its_name(), self.student.head.gradients_at_the_end() as prototypes:
+        with out_of_memory_by_its_name(), gathering(self.student) as prototypes:
             for part in parts:
                 weight = share * len(part) / len(views)
                 for loss in self._losses_of(part):
                     torch.autograd.backward(loss.total * weight)
                     losses.append((weight, loss.detached()))
             in_blocks = self._moves_prototypes_in_blocks()
-            if not in_blocks:
+            if prototypes is not None and not in_blocks:
                 prototypes.write()
         return Gathered(weighted_sum(losses), prototypes if in_blocks else None)
 
@@ -358,7 +353,8 @@ class Learner:
 
         It must where it is summed over a team or takes FedProx's pull.
         """
-        return isinstance(self._optimiser, BlockwiseAdamW) and self.team.size == 1 and not self._near
+        is_large, alone = isinstance(self.student, Network), self.team.size == 1 and not self._near
+        return is_large and alone and isinstance(self._optimiser, BlockwiseAdamW)
 
     def _losses_of(self, views: Tensor) -> Iterator[Loss]:
         """views (B, V, C, *S) -> losses with graph that add up to theirs: one, or where memory is to be saved one for
@@ -391,12 +387,25 @@ class Learner:
         """Add FedProx's gradient; `global_distance`, the norm of w - w_received over what this step trains."""
         if not self._near:
             return {}
-        trained = [(name, p, p.grad) for name, p in self.student.named_parameters() if p.grad is not None]
+        moved = [(name, p, p.grad) for name, p in self.student.named_parameters() if p.grad is not None]
+        trained = [each for each in moved if each[0] in self._near]  # what stays here was received from nobody
         apart = torch._foreach_sub([p.detach() for _, p, _ in trained], [self._near[name] for name, _, _ in trained])
         torch._foreach_add_([grad for _, _, grad in trained], apart, alpha=self.study.local.proximal)
         return {"global_distance": torch.linalg.vector_norm(torch.stack(torch._foreach_norm(apart)))}
 
+    def _as_it_begins(self) -> Student:
+        return build_student(self.study, ranks=ranks_needed(self.ranks)).to(self.device)
+
+    def _networks(self) -> list[Student]:
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    def _own(self) -> dict[str, Tensor]:
+        """What of the student stays here for ever, and no round brings."""
+        return {name: tensor for name, tensor in tensors_of(self.student).items() if name in self._staying}
+
     def _move_teacher(self, rank: Rank, momentum: float) -> None:
+        if self.teacher is None:
+            return
         groups = groups_of_ranks({rank})
         names = [name for name, _ in self.student.named_parameters() if group_of(name) in groups]
         students = [self.student.get_parameter(name).detach() for name in names]
@@ -407,7 +416,7 @@ class Learner:
         return {
             "format": STATE_FORMAT,
             "model": self.study.model.model_dump(mode="json"),
-            "objective": self.study.objective.name,
+            "objective": self.study.objective.name if self.study.finetune is None else self.study.task,
             "ranks": list(self.ranks),
         }
 
@@ -436,15 +445,3 @@ def _rank_of_views(views: Tensor) -> Rank:
     if views.ndim == 6:
         return 3
     raise ValueError(f"expected views (B, V, C, H, W) or (B, V, C, D, H, W); got shape {tuple(views.shape)}")
-
-
-def _report(rank: Rank, loss: Loss, norms: Tensor, distance: Mapping[str, Tensor]) -> tuple[StepReport, list[float]]:
-    """The report, and the norm of each gradient: all scalars in one transfer, the step's one wait for the device."""
-    diagnostics = {"grad_norm": torch.linalg.vector_norm(norms), **distance}
-    for name, observed in loss.observed.items():
-        diagnostics[f"target_entropy_{name}"] = observed.target_entropy
-        diagnostics[f"mean_target_entropy_{name}"] = torch.special.entr(observed.target).sum()
-    scalars = torch.stack([loss.total, *loss.terms.values(), *diagnostics.values()])
-    total, *values = torch.cat([scalars, norms]).tolist()
-    terms = {name: values.pop(0) for name in loss.terms}
-    return StepReport(rank, terms, total, {name: values.pop(0) for name in diagnostics}), values

@@ -76,7 +76,7 @@ def empty_network(config: ModelConfig, *, ranks: Collection[Rank] = RANKS) -> Ne
         return Network(backbone, head, reconstruction)
 
 
-def tensors_of(network: Network) -> dict[str, Tensor]:
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """Every parameter by name, detached, sharing memory with the network."""
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
@@ -86,7 +86,7 @@ def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def load_tensors_(network: Network, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the network's parameters, after every name and shape was seen to agree.
 
     Raises CheckpointError: a name too many or too few, or another shape; the network is then unchanged.
@@ -97,7 +97,7 @@ def load_tensors_(network: Network, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def check_tensors(network: Network, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError: a name too many or too few, or another shape than the network's."""
     own = dict(network.named_parameters())
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]

@@ -67,11 +67,13 @@ class Objective(Protocol):
     """What a learner minimises; the learner knows neither terms nor representations."""
 
     def representations(self, rank: Rank) -> tuple[str, ...]:
-        """The teacher's representations of scans of this rank, each with a centre of its own."""
+        """The teacher's representations of scans of this rank, each with a centre of its own. None of any rank: there
+        is no teacher."""
         ...
 
-    def __call__(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Loss:
-        """views (B, V, C, *S), V at least 2; centre: from before this step, and not moved here."""
+    def __call__(self, student: Any, teacher: Any, views: Tensor, centre: Centre) -> Loss:
+        """views (B, V, C, *S); student, teacher: the networks that the objective is of (`unimiss_core.students`),
+        teacher None where there is none; centre: from before this step, and not moved here."""
         ...
 
 
@@ -79,7 +81,7 @@ class Objective(Protocol):
 class PiecewiseObjective(Objective, Protocol):
     """An objective that can be met in less memory."""
 
-    def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
+    def pieces(self, student: Any, teacher: Any, views: Tensor, centre: Centre) -> Iterator[Loss]:
         """The same loss as a sum, in terms and total, of losses that share no graph. Whoever is done with one before
         asking for the next holds the activations of one.
 

@@ -2,12 +2,16 @@
 
 from unimiss_core.objective import Objective, UniMiSS
 from unimiss_core.radiograph import Radiographer
+from unimiss_core.scan import RANKS
 from unimiss_core.study import StudyConfig, UniMiSSConfig
+from unimiss_core.supervised import Supervised
 from unimiss_core.unimiss_plus import UniMiSSPlus
 
 
 def build_objective(study: StudyConfig) -> Objective:
     """What a learner of this study minimises."""
+    if study.finetune is not None:
+        return Supervised(study.finetune)
     if isinstance(study.objective, UniMiSSConfig):
         return UniMiSS(study.objective)
     radiographer = Radiographer(
@@ -17,3 +21,9 @@ def build_objective(study: StudyConfig) -> Objective:
         angle_deg=study.objective.radiograph_angle_deg,
     )
     return UniMiSSPlus(study.objective, radiographer)
+
+
+def has_teacher(study: StudyConfig) -> bool:
+    """Whether anything is learned from a teacher; where not, none is kept, sent or moved."""
+    objective = build_objective(study)
+    return any(objective.representations(rank) for rank in RANKS)

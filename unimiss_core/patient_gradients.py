@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unimiss_core.network import Network
 from unimiss_core.objective import Loss, Observed
+from unimiss_core.students import Student
 
 Found = tuple[Loss, Mapping[str, Tensor]]
 """One patient's loss, without graph, and its gradients by name."""
@@ -35,7 +35,7 @@ def grouped(patients: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
 
 
 def gradients_of_each(
-    student: Network, loss_of: Callable[[Tensor], Loss], patients: Tensor, names: Collection[str]
+    student: Student, loss_of: Callable[[Tensor], Loss], patients: Tensor, names: Collection[str]
 ) -> list[Found]:
     """Of each of P patients: its loss, without graph, and the gradients of the student's parameters `names`.
 
@@ -60,7 +60,7 @@ def gradients_of_each(
 class _Called(nn.Module):
     """A loss as a module that holds the student, so that it can be called with other parameters."""
 
-    def __init__(self, student: Network, loss_of: Callable[[Tensor], Loss]) -> None:
+    def __init__(self, student: Student, loss_of: Callable[[Tensor], Loss]) -> None:
         super().__init__()
         self.student = student
         self._loss_of = loss_of

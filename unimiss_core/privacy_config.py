@@ -10,6 +10,7 @@ What else a study sets, in the two modes; `contradictions` refuses what is marke
 |---|---|---|
 | model, plan, views, seed | each scan alone, or public; noise never draws from the seed | within a site |
 | objective | couples scans by the centre alone; **its noise must be small enough** (`_centre`) | within a site |
+| finetune | each scan's loss is its own, class weights are the study's; no centre | within a site |
 | optimiser, schedule | public, or applied to what is noised already | within a site |
 | batch | the divisor of sums; sampling is not used, `sampling_rate` is | within a site |
 | local | made of what was released before | within a site |
@@ -89,12 +90,13 @@ class PatientPrivacyConfig(Config):
     noise_multiplier: Multiplier
     """Standard deviation of the noise on the sum of gradients, in clip norms (s)."""
     centre_noise: Multiplier = 10.0
-    """Standard deviation of the noise on the sum of the patients' mean bottlenecks, each of norm 1 at most."""
+    """Standard deviation of the noise on the sum of the patients' mean bottlenecks, each of norm 1 at most. Not used in
+    fine-tuning, which has none."""
     trained: Literal["all", "norms_and_biases", "last_stages"] = "all"
     """What is trained; the rest stays as the run began. The noise on a step is as long as the square root of their
     number says, a patient's gradient is not: from a start that was trained on public scans, few are the way.
     norms_and_biases: every bias and norm of the backbone. last_stages: those, and all of the encoder's last stage and
-    the decoder's first."""
+    the decoder's first. A task's head, which begins at random, is trained in each case."""
 
 
 class SitePrivacyConfig(Config):
@@ -125,7 +127,8 @@ def contradictions(study: "StudyConfig") -> list[str]:
     """What in the study breaks the promise of its privacy mode, or makes it worthless; each with the way out."""
     privacy = study.privacy
     if privacy.mode == "patient":
-        return [*_weighting(study), *(told for rank in RANKS for told in _centre(study, privacy, rank))]
+        centred = RANKS if study.finetune is None else ()
+        return [*_weighting(study), *(told for rank in centred for told in _centre(study, privacy, rank))]
     if privacy.mode == "site":
         return [*_weighting(study), *_sums_of_clipped_updates(study, privacy)]
     return []

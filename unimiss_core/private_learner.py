@@ -95,7 +95,7 @@ class PrivateLearner(Learner):
         return [
             name
             for name, parameter in self.student.named_parameters()
-            if group_of(name) in groups and name not in frozen and is_trained(name, parameter, self._privacy.trained)
+            if group_of(name) in groups and name not in frozen and is_trained(self.study, name, parameter)
         ]
 
     def most_scans(self, rank: Rank) -> int:  # noqa: ARG002 - the same for both
@@ -182,8 +182,12 @@ def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
     return say
 
 
-def is_trained(name: str, parameter: Tensor, trained: str) -> bool:
-    """trained: as the study says it (`PatientPrivacyConfig.trained`)."""
+def is_trained(study: StudyConfig, name: str, parameter: Tensor) -> bool:
+    """Whether a private study trains it: `PatientPrivacyConfig.trained`, and of a task's model what `finetune.trains`
+    does, its head in each case."""
+    trained = study.privacy.trained if study.privacy.mode == "patient" else "all"
+    if study.finetune is not None and (group_of(name) == "head" or not parameter.requires_grad):
+        return parameter.requires_grad
     if trained == "all":
         return True
     is_last = trained == "last_stages" and name.startswith(_LAST_STAGES)

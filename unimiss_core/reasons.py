@@ -26,6 +26,11 @@ REASONS: Mapping[str, Reason] = {
         "the site's folders hold nothing that can be trained on",
         "its own operator alone can mend it: `unimiss-site check` there says what is left out, and why",
     ),
+    "no_labels": Reason(
+        "the site has no labels for the study's task, or for other classes: its screen says which",
+        "nothing is wrong with it: it takes part where its own operator adds `labels` for these classes to its site "
+        "file, and the run goes on without it (lower min_sites, where that waits for it)",
+    ),
     "study": Reason("the site does not understand the study: another version of the program", _BOTH_VERSIONS),
     "bundle": Reason(
         "the site runs no code but what it has installed, and the coordinator's is another", _BOTH_VERSIONS

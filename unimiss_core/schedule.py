@@ -36,7 +36,10 @@ def weight_decay(study: StudyConfig, step: int) -> float:
 
 
 def teacher_momentum(study: StudyConfig, step: int) -> float:
-    """Cosine from the first to the second value of `objective.teacher_momentum`."""
+    """Cosine from the first to the second value of `objective.teacher_momentum`. In fine-tuning, which has no teacher,
+    0: what stands in its place is the student."""
+    if study.finetune is not None:
+        return 0.0
     return _cosine(*study.objective.teacher_momentum, step, total_steps(study.schedule))
 
 

@@ -7,50 +7,25 @@ update must carry to count. Nothing here depends on how much data a site holds.
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, Tag, model_serializer, model_validator
+from pydantic import Field, Tag, model_serializer, model_validator
 
 from unimiss_core.config import NAME_ALONE, Config, Mistakes, Name, chosen_by_name
+from unimiss_core.model_config import Axis as Axis
+from unimiss_core.model_config import ImageSize, VolumeSize
+from unimiss_core.model_config import ModelConfig as ModelConfig
 from unimiss_core.optimiser_config import AdamWConfig, LocalOptimiserConfig
 from unimiss_core.privacy_config import NoPrivacyConfig, PrivacyConfig, contradictions
-from unimiss_core.scan import SMALLEST, Rank
-
-
-def _large_enough(size: tuple[int, ...]) -> tuple[int, ...]:
-    least = SMALLEST[2 if len(size) == 2 else 3]
-    if any(have < need for have, need in zip(size, least, strict=True)):
-        raise ValueError(f"{list(size)} is too small for the network; every axis needs at least {list(least)}")
-    return size
-
+from unimiss_core.scan import RANKS, Rank
+from unimiss_core.task_config import Fraction as Fraction
+from unimiss_core.task_config import SupervisionConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Length = Annotated[int, Field(gt=0, le=10**6)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Weight = Annotated[float, Field(gt=0)]
 TermWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 """Of a term of the loss, beside one that counts 1. A sum in float32 has 24 bits: much further apart than this, one of
 the two rounds to nothing; and much larger products overflow, in bf16 as well."""
-Axis = Annotated[int, Field(gt=0, le=4096)]
-ImageSize = Annotated[tuple[Axis, Axis], AfterValidator(_large_enough)]
-"""(H, W) that the network takes."""
-VolumeSize = Annotated[tuple[Axis, Axis, Axis], AfterValidator(_large_enough)]
-"""(D, H, W) that the network takes."""
-
-
-class ModelConfig(Config):
-    """Which MiT is trained; see `unimiss_core.model` for the architecture."""
-
-    size: Literal["nano", "tiny", "small"] = "nano"
-    """nano is for laptops and tests; tiny and small are as published."""
-    image_size: ImageSize = (64, 64)
-    """(H, W) that the 2D position tables are made for; published: (224, 224)."""
-    volume_size: VolumeSize = (16, 64, 64)
-    """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
-    prototypes: Annotated[int, Field(ge=2, le=2**20)] = 512
-    """Rows of the last layer; 65,536 as published, 512-1,024 for small archives."""
-    reconstruction: Annotated[bool, Field(exclude_if=lambda on: not on)] = False
-    """Whether the network can draw its input again, as the objective `unimiss_plus` asks for. Not written out where it
-    is off, so that studies and checkpoints older than this setting keep their digests."""
 
 
 class PlanConfig(Config):
@@ -357,6 +332,10 @@ class StudyConfig(Config):
     name: Name
     """Lower-case letters, digits, '-' and '_'."""
     seed: Annotated[int, Field(ge=0)] = 0
+    task: Annotated[Literal["pretrain", "finetune"], Field(exclude_if=lambda task: task == "pretrain")] = "pretrain"
+    """pretrain: `objective` and `views` say what is learned. finetune: the section `finetune` does, from the labels of
+    each site. Neither is written out in a study of pretraining, so that older ones keep their digests."""
+    finetune: Annotated[SupervisionConfig | None, Field(exclude_if=lambda section: section is None)] = None
     model: ModelConfig = ModelConfig()
     plan: PlanConfig = PlanConfig()
     views: ViewConfig = ViewConfig()
@@ -373,9 +352,31 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if found := [*_of_objective(self), *_of_optimiser(self), *contradictions(self)]:
+        if found := [*_of_task(self), *_of_objective(self), *_of_optimiser(self), *contradictions(self)]:
             raise Mistakes(found)
         return self
+
+    @property
+    def ranks(self) -> tuple[Rank, ...]:
+        """Of the scans that it is learned from; a site may have some of them."""
+        return RANKS if self.finetune is None else (self.finetune.task.rank,)
+
+    def size_of(self, rank: Rank) -> tuple[int, ...]:
+        """S of what a step's network sees of a scan of this rank."""
+        return self.views.size_of(rank) if self.finetune is None else self.finetune.task.size_for(self.model)
+
+
+def _of_task(study: StudyConfig) -> Iterator[str]:
+    """What the task asks of other sections, and does not find; and what of them would not be looked at."""
+    if (study.task == "finetune") != (study.finetune is not None):
+        yield "`task: finetune` and the section `finetune` need each other; give both, or neither"
+    if study.finetune is None:
+        return
+    for name, default in {"objective": UniMiSSConfig(), "views": ViewConfig()}.items():
+        if getattr(study, name) != default:
+            yield f"{name}: is of pretraining, and not looked at in a study of task: finetune; leave the section out"
+    if study.optimiser.freeze_prototypes_steps:
+        yield "optimiser.freeze_prototypes_steps: a model for a task has no prototypes; leave it out"
 
 
 def _of_objective(study: StudyConfig) -> Iterator[str]:

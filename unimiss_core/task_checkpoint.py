@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from safetensors import SafetensorError
@@ -46,7 +46,7 @@ class TaskManifest(Config):
     """Epochs that were trained for these tensors."""
     keep_largest: tuple[str, ...] = ()
     """Classes of a mask of which only the largest connected part counts."""
-    overlap: float = Field(0.5, ge=0, lt=1)
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Of neighbouring windows of a mask, as a share of their sides; with `precision` as the model was judged."""
     precision: Literal["fp32", "bf16"] = "fp32"
     modality: Modality | None = None

@@ -1,12 +1,20 @@
-"""A doctor's task: what a fine-tuned model is asked. It stands in a fine-tuning's file, and in the model's own."""
+"""A doctor's task: what a fine-tuned model is asked. It stands in a fine-tuning's file, in a study of `task: finetune`,
+and in the model's own."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, Tag, model_validator
 
 from unimiss_core.config import Config, chosen_by_name
+from unimiss_core.model_config import Axis, ModelConfig
 from unimiss_core.scan import SMALLEST, Rank
-from unimiss_core.study import Axis, ModelConfig
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Trains = Literal["linear_probe", "frozen", "full"]
+"""What of a model is trained: its new head alone; all but the encoder (the head and MiT's own decoder); everything."""
+
+MOST_CLASSES = 256
 
 ClassName = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -17,7 +25,7 @@ class _Task(Config):
     name: str
     rank: Rank = 3
     """2 for images, 3 for volumes."""
-    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=256)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MOST_CLASSES)]
     input_size: Annotated[tuple[Axis, ...], Field(min_length=2, max_length=3)] | None = None
     """(H, W) or (D, H, W) that the network sees; None takes the size that its position tables are made for."""
 
@@ -75,3 +83,53 @@ TaskConfig = Annotated[
     Annotated[ClassificationConfig, Tag("classification")] | Annotated[SegmentationConfig, Tag("segmentation")],
     chosen_by_name(default="classification"),
 ]
+
+
+class AugmentationConfig(Config):
+    """Random changes of training scans; the recipe of pretraining (`unimiss_core.views`), more gently."""
+
+    area: tuple[Fraction, Fraction] = (0.6, 1.0)
+    """Share of an image's area that a classification's crop covers; of a volume also the root of it in depth."""
+    flip: tuple[Fraction, Fraction, Fraction] = (0.0, 0.0, 0.5)
+    """Chance of a mirror image along (D, H, W); an image has the last two. 0 where left and right are classes."""
+    intensity: Fraction = 0.5
+    """Chance of each: noise, another brightness and contrast, another gamma."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 < self.area[0] <= self.area[1]:
+            raise ValueError(f"area: the bounds {list(self.area)} must rise, from above 0")
+        return self
+
+
+class SupervisionConfig(Config):
+    """What a federation fine-tunes for: the section `finetune` of a study (docs/finetuning.md, 'By a federation').
+
+    Nothing here follows from what a site or a batch holds, so that each scan's loss is its own: what privacy rests on.
+    """
+
+    task: TaskConfig
+    head: Literal["shared", "local"] = "shared"
+    """shared: one head, joined like the encoder. local: each site keeps its own, which never leaves it."""
+    trains: Trains = "full"
+    """As in a fine-tuning's file. What it leaves alone stays as the run began, at every site."""
+    class_weights: Annotated[tuple[Annotated[float, Field(gt=0, le=1e3)], ...] | None, Field(min_length=1)] = None
+    """How much each of the model's answers counts in the cross-entropy (of multi_label: a class that is there), in the
+    order of the classes, with the background first; None counts all alike."""
+    foreground: Fraction = 0.5
+    """Share of a segmentation's windows that are laid about a voxel of a class."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.class_weights is not None and len(self.class_weights) != self.task.outputs:
+            background = ", the background first" if isinstance(self.task, SegmentationConfig) else ""
+            raise ValueError(
+                f"class_weights: expected {self.task.outputs}{background}, one for each of the task's classes; got "
+                f"{len(self.class_weights)}"
+            )
+        if self.head == "local" and self.trains == "linear_probe":
+            raise ValueError(
+                "head: local, trains: linear_probe: nothing would be joined; share the head, or train more"
+            )
+        return self

@@ -7,7 +7,7 @@ without a map between names. A task is of one rank: the tensors of the other are
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from unimiss_core.errors import CheckpointError
 from unimiss_core.head import at_least_float32
 from unimiss_core.model import ARCHITECTURES, CHANNELS, CONV, CONV_TRANSPOSED, STEM_STRIDE, ConvBlock, MiT
+from unimiss_core.model_config import ModelConfig
 from unimiss_core.network import initialise_
 from unimiss_core.scan import Rank
-from unimiss_core.study import ModelConfig
-
-Trains = Literal["linear_probe", "frozen", "full"]
-"""What of a model is trained: its new head alone; all but the encoder (the head and MiT's own decoder); everything."""
+from unimiss_core.task_config import Trains
 
 FULL_WIDTH = 16
 """Channels of the map at full resolution: the widest of all in memory, so it is kept narrow."""
@@ -102,7 +100,7 @@ def build_task_model(
     Every tensor follows from the seed and its name alone; the global random state is neither read nor moved.
     Raises CheckpointError: a tensor is missing or of another shape.
     """
-    made = _empty(model, rank, outputs=outputs, dense=dense).to_empty(device="cpu")
+    made = empty_task_model(model, rank, outputs=outputs, dense=dense).to_empty(device="cpu")
     initialise_(made, seed)
     if pretrained is not None:
         _take_backbone_(made, pretrained)
@@ -113,7 +111,7 @@ def load_task_model(
     model: ModelConfig, rank: Rank, *, outputs: int, dense: bool, tensors: Mapping[str, Tensor]
 ) -> TaskModel:
     """The model that holds exactly these tensors. Raises CheckpointError: they are not those of this model."""
-    made = _empty(model, rank, outputs=outputs, dense=dense)
+    made = empty_task_model(model, rank, outputs=outputs, dense=dense)
     expected = {name: parameter.shape for name, parameter in made.named_parameters()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         odd = sorted(expected.keys() ^ tensors.keys()) or sorted(n for n in expected if expected[n] != tensors[n].shape)
@@ -125,7 +123,8 @@ def load_task_model(
     return made.eval()
 
 
-def _empty(model: ModelConfig, rank: Rank, *, outputs: int, dense: bool) -> TaskModel:
+def empty_task_model(model: ModelConfig, rank: Rank, *, outputs: int, dense: bool) -> TaskModel:
+    """A task's model on torch's meta device: names and shapes without values, memory or time."""
     architecture = ARCHITECTURES[model.size]
     size = model.image_size if rank == 2 else model.volume_size
     with torch.device("meta"):

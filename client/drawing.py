@@ -1,0 +1,52 @@
+"""What a step sees of scans: views of them in pretraining, a view and its label in fine-tuning."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from client.cache import CachedScan
+from client.site_labels import LabelledScan
+from client.training_views import crop_of, window_of
+from unimiss_core.labelled_views import with_mask, with_shares
+from unimiss_core.study import StudyConfig
+from unimiss_core.task_config import ClassificationConfig, SupervisionConfig
+from unimiss_core.views import draw_batch, split
+
+
+def draw_views(
+    scans: Sequence[CachedScan],
+    study: StudyConfig,
+    generator: torch.Generator,
+    device: torch.device,
+    *,
+    part: slice | None = None,
+) -> Tensor:
+    """(B, V, C, *S) on `device`; in fine-tuning (B, 1, C + 1, *S), as `unimiss_core.labelled_views` has them.
+
+    part: as of `draw_batch`.
+    """
+    if study.finetune is None:
+        return draw_batch(scans, study.views, generator, device, part=part)
+    size = study.size_of(study.finetune.task.rank)
+    generators = [split(generator) for _ in scans]  # of all scans: a place in the batch keeps its own
+    wanted = part or slice(None)
+    views = [
+        labelled_view(scan, study.finetune, size, own)
+        for scan, own in zip(scans[wanted], generators[wanted], strict=True)
+    ]
+    return torch.stack(views)[:, None].to(device)
+
+
+def labelled_view(
+    scan: CachedScan, asked: SupervisionConfig, size: Sequence[int], generator: torch.Generator
+) -> Tensor:
+    """A random crop of a whole scan with its class, or a window of it with its mask: (C + 1, *size)."""
+    assert isinstance(scan, LabelledScan), "a study of fine-tuning opens labelled scans"
+    task = asked.task
+    if not isinstance(task, ClassificationConfig):
+        return with_mask(*window_of(scan, size, asked.augmentation, generator, foreground=asked.foreground))
+    view = crop_of(scan, size, asked.augmentation, generator)
+    if task.kind == "multi_label":
+        return with_shares(view, scan.target)
+    return with_shares(view, [float(number == scan.target[0]) for number in range(task.outputs)])

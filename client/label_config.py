@@ -1,0 +1,81 @@
+"""Where labelled scans stand: in a CSV, or a folder of masks. In a fine-tuning's file, and in a site's own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, Tag, model_validator
+
+from unimiss_core.config import Config, chosen_by_name
+from unimiss_core.scan import Modality
+from unimiss_core.task_config import MOST_CLASSES, ClassName
+
+
+def check_patient_pattern(pattern: str | None) -> None:
+    """Raises ValueError: it has no group that names the patient."""
+    if pattern is not None and "(?P<patient>" not in pattern:
+        raise ValueError("patient_pattern: needs a group named patient, as in '(?P<patient>[0-9]+)_'")
+
+
+class CsvData(Config):
+    """A table with a line for each labelled scan; other columns than those named here are not looked at."""
+
+    name: Literal["csv"] = "csv"
+    table: Path
+    folder: Path = Path()
+    """What the table's paths begin from."""
+    scan: str = "scan"
+    """Column with the path of a file, or of the folder of a DICOM series."""
+    label: str = "label"
+    """Column with the class, or with the path of the mask. Not read for multi_label: there each class has a column of
+    its name that holds 0 or 1."""
+    patient: str = "patient"
+    split: str = "split"
+    """Column with train, validation or test; read only where the split is `given`."""
+    where: Mapping[str, tuple[str, ...]] = {}
+    """Only lines whose column holds one of these texts are used, for each column named."""
+    modality: Modality | None = None
+    """For formats that do not say it; CT is what makes values HU."""
+
+
+class MsdData(Config):
+    """A folder of the Medical Segmentation Decathlon or of nnU-Net: imagesTr, labelsTr, perhaps dataset.json."""
+
+    name: Literal["msd"] = "msd"
+    folder: Path
+    patient_pattern: str | None = None
+    """A regular expression with a group `patient`, searched in the file's name; without it a file is a patient."""
+    channel: Annotated[int, Field(ge=0, le=9999)] = 0
+    """Which of nnU-Net's CASE_0000, CASE_0001, ... is read; of names without such an end, the one file."""
+    modality: Modality | None = None
+    """None takes what dataset.json says, if it says anything."""
+
+
+LabelData = Annotated[
+    Annotated[CsvData, Tag("csv")] | Annotated[MsdData, Tag("msd")],
+    chosen_by_name(default="csv"),
+]
+
+
+class LabelsConfig(Config):
+    """A site's labelled scans, for studies of `task: finetune`; nothing of it leaves the site (docs/finetuning.md)."""
+
+    data: LabelData
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MOST_CLASSES)]
+    """What the labels mean, in the words of the study. Of masks, value i is the i-th. A study of other classes is not
+    for these labels, and is refused."""
+    allow_empty_masks: bool = False
+    """Whether a mask may hold no class at all: a patient in whom there is nothing to find."""
+    file_is_patient: bool = False
+    """Of `msd` without `patient_pattern`: each file is of another patient. This site vouches for it, as in `data`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.data, MsdData):
+            check_patient_pattern(self.data.patient_pattern)
+        return self
+
+    @property
+    def knows_patients(self) -> bool:
+        """Whether each scan says whose it is, and nobody has to guess."""
+        return isinstance(self.data, CsvData) or self.data.patient_pattern is not None or self.file_is_patient

@@ -1,0 +1,323 @@
+"""A site's labelled scans for a study of `task: finetune`: read and prepared once, kept beside the cache.
+
+    CACHE/labelled/
+      3f6c...b2.json         what became of one scan: shape and spacing, or the reason why it is left out
+      3f6c...b2.npy          its values, as in the cache (`client.cache`); .sealed where the site has a key
+      3f6c...b2-mask.npy     of a segmentation, its classes on the same grid
+
+Each scan is read by itself, so that no patient's decides about another's, and is named by an HMAC of its files' paths,
+sizes and times, the plan and the rules for masks: what changes is read again. Labels stand in the site's own table
+alone, which is read anew each time.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client import workers
+from client.cache import FULL, CachedScan, Library, scan_file, write_scan
+from client.catalogue import read_one
+from client.label_tables import Case, LabelTable, labels_in
+from client.labelled import MaskError, labels_of, mask_at, places_in
+from client.patients import load_secret, patient_of
+from client.site_config import SiteConfig
+from client.telling import tell_if_heard
+from unimiss_core import durable, progress
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError, UnknownPatientError, WireError
+from unimiss_core.plan import prepare, resample_labels
+from unimiss_core.scan import Modality
+from unimiss_core.sealing import read_seal
+from unimiss_core.study import PlanConfig, StudyConfig
+from unimiss_core.task_config import SegmentationConfig, SupervisionConfig
+
+_VERSION = 1
+"""Of what is kept; a change of rules, readers or `prepare` moves it."""
+_PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
+_TOLD = 5
+"""Lines of a table that are told of; the others are counted."""
+
+
+@dataclass(frozen=True)
+class LabelledScan(CachedScan):
+    """A prepared scan of the site, with its label."""
+
+    target: tuple[int, ...] = field(default=(), kw_only=True)
+    """As of `Case`."""
+    mask: CachedScan | None = field(default=None, kw_only=True)
+    """Its values are classes / 65535."""
+
+    def classes_in(self, box: tuple[slice, ...]) -> NDArray[np.int64]:
+        """Of a mask's box along S: (*box)."""
+        assert self.mask is not None
+        classes: NDArray[np.int64] = np.rint(self.mask.crop(box)[0] * FULL).astype(np.int64)
+        return classes
+
+    @cached_property
+    def places(self) -> Mapping[int, NDArray[np.int32]]:
+        """Class that is there -> (n, rank) indices of some of its voxels."""
+        return places_in(self.classes_in(tuple(slice(None) for _ in self.shape[1:])))
+
+
+def check_labels(config: SiteConfig, study: StudyConfig) -> None:
+    """By the site file alone, before a scan or a table is read.
+
+    Raises WireError `no_labels`: it has none for this study; why, the site's own screen says. UnknownPatientError: a
+    patient-level study counts patients, and nothing says whose they are.
+    """
+    if study.finetune is None:
+        return
+    if (lacking := _lacking(config, study.finetune)) is not None:
+        tell_if_heard(config.name, f"takes no part in study '{study.name}': {lacking}")
+        raise WireError("no_labels", "the site has no labels for the study's task")
+    assert config.labels is not None
+    if study.privacy.mode == "patient" and not config.labels.knows_patients:
+        raise UnknownPatientError(
+            f"site '{config.name}': a patient-level study counts patients, and nothing says whose these masks are; "
+            "give labels.data a patient_pattern, or labels.file_is_patient: true where every file is of another patient"
+        )
+
+
+def _lacking(config: SiteConfig, asked: SupervisionConfig) -> str | None:
+    labels, task = config.labels, asked.task
+    if labels is None:
+        return f"it asks for a {task.name} into {', '.join(task.classes)}, and the site file has no `labels`"
+    if labels.data.name == "msd" and not isinstance(task, SegmentationConfig):
+        return "it asks for classes, and labels.data is a folder of masks"
+    same = labels.classes == task.classes if task.name == "segmentation" else {*labels.classes} == {*task.classes}
+    if not same:
+        return (
+            f"it asks for the classes {', '.join(task.classes)}, and labels.classes of the site file is "
+            f"{', '.join(labels.classes)}; where they mean the same, name them as the study does"
+            + (", in its order" if task.name == "segmentation" else "")
+        )
+    return None
+
+
+def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
+    """For whoever answers for the site: which studies that fine-tune may come; of such a study, what the site's table
+    has for it. Reads no scan. Raises ConfigError: what is wrong with the table."""
+    labels = config.labels
+    if labels is None:
+        yield "Studies that fine-tune: none; the site file has no `labels`."
+    elif study is None or study.finetune is None:
+        yield f"Studies that fine-tune: those for {', '.join(labels.classes)} (labels)."
+    elif (lacking := _lacking(config, study.finetune)) is not None:
+        yield f"Study '{study.name}': no; {lacking}."
+    else:
+        cases = labels_in(labels.data, task := study.finetune.task).cases
+        patients = len({case.patient for case in cases})
+        told = f"Study '{study.name}': {len(cases)} labelled scans of {patients} patients"
+        several = task.name == "classification" and task.kind == "multi_label"
+        for number, name in enumerate(task.classes if task.name == "classification" else ()):
+            count = sum(bool(case.target[number]) if several else case.target[0] == number for case in cases)
+            told += f"{':' if number == 0 else ','} {name} {count}"
+        yield f"{told}."
+
+
+def open_labelled(site: SiteConfig, study: StudyConfig) -> Library:
+    """The site's labelled scans of the task's rank; reads what is new, in parallel. Labels of a scan that cannot be
+    read, or of a mask that does not go with its scan, are left out, and the site's screen says which lines.
+
+    Raises as `check_labels`; NoUsableScanError, but not in a patient-level study; ConfigError: what is wrong with the
+    table, or that the cache cannot be written.
+    """
+    check_labels(site, study)
+    assert site.labels is not None
+    assert study.finetune is not None
+    try:
+        table = labels_in(site.labels.data, study.finetune.task)
+        scans, reasons = _opened(site, study, table)
+    except ConfigError as error:
+        raise ConfigError(f"site '{site.name}': labels: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"site '{site.name}': its cache cannot be used: {error.strerror or 'unknown error'}; make room, or point "
+            "'cache' to another disk"
+        ) from None
+    if not scans and study.privacy.mode != "patient":
+        said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise NoUsableScanError(f"site '{site.name}': none of its labelled scans can be used: {said}")
+    return Library(scans, reasons)
+
+
+def _opened(site: SiteConfig, study: StudyConfig, table: LabelTable) -> tuple[tuple[LabelledScan, ...], dict[str, int]]:
+    secret, folder = load_secret(site.state), site.cache_folder / "labelled"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    site.seal()  # a key that cannot be read is told before hours of reading scans
+    tasks = [_task(site, study, table, case, secret, folder) for case in table.cases]
+    records = _records(site, tasks, is_secret=study.privacy.mode == "patient")
+    scans = (
+        _scan(site, task, record, case, secret)
+        for task, record, case in zip(tasks, records, table.cases, strict=True)
+        if not record.reason
+    )
+    return tuple(scans), dict(sorted(Counter(record.reason for record in records if record.reason).items()))
+
+
+def _tell_of_left_out(site: SiteConfig, tasks: Sequence["_Task"], records: Sequence["_Record"]) -> None:
+    """On the site's own screen: lines of its table, never a patient or a path."""
+    left_out = [(task.number, record) for task, record in zip(tasks, records, strict=True) if record.reason]
+    shown = [f"line {number}: {one.detail or one.reason}" for number, one in left_out[:_TOLD]]
+    if shown:
+        more = f"; and {len(left_out) - _TOLD} more" if len(left_out) > _TOLD else ""
+        tell_if_heard(site.name, f"labelled scans left out: {'; '.join(shown)}{more}")
+
+
+# ---------------------------------------------------------------------------------------------------------- preparing
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One scan to be read and prepared, in a process of its own."""
+
+    number: int
+    """As of `Case`."""
+    scan: Path
+    mask: Path | None
+    modality: Modality | None
+    plan: PlanConfig
+    asked: SupervisionConfig
+    may_be_empty: bool
+    folder: Path
+    stamp: str
+    key_file: Path | None
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"{self.stamp}.json"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What became of one scan; the content of its .json."""
+
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    modality: Modality = "OT"
+    offset: int = 0
+    mask_offset: int = 0
+    reason: str = ""
+    detail: str = ""
+
+
+def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, secret: bytes, folder: Path) -> _Task:
+    assert site.labels is not None
+    assert study.finetune is not None
+    scan, mask = table.folder / case.file, table.folder / case.mask if case.mask else None
+    facts = [_VERSION, table.modality, study.plan.canonical(), study.finetune.task.rank, *_files(scan)]
+    if mask is not None:
+        facts += [len(study.finetune.task.classes), site.labels.allow_empty_masks, *_files(mask)]
+    stamp = hmac.new(secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()[:32]
+    return _Task(
+        number=case.number,
+        scan=scan,
+        mask=mask,
+        modality=table.modality,
+        plan=study.plan,
+        asked=study.finetune,
+        may_be_empty=site.labels.allow_empty_masks,
+        folder=folder,
+        stamp=stamp,
+        key_file=site.state_key,
+    )
+
+
+def _files(path: Path) -> list[object]:
+    """Path, size and time of a file, or of each in a series' folder."""
+    found: list[object] = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        try:
+            status = file.stat()
+            found.append([os.fspath(file), status.st_size, status.st_mtime_ns])
+        except OSError:
+            found.append([os.fspath(file), -1, -1])
+    return found
+
+
+def _records(site: SiteConfig, tasks: Sequence[_Task], *, is_secret: bool) -> list[_Record]:
+    """Of each scan; those that nothing is kept of are read now."""
+    found = [_kept(task) for task in tasks]
+    missing = [place for place, record in enumerate(found) if record is None]
+    done = len(tasks) - len(missing)
+    for place, outcome in workers.run(build, [tasks[place] for place in missing], workers=site.workers):
+        if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
+            raise ConfigError(f"the cache cannot be written: {outcome.detail}")
+        task = tasks[missing[place]]
+        record = _Record(reason=outcome.reason, detail=outcome.detail) if isinstance(outcome, ScanError) else outcome
+        if record.reason not in _PASSING:
+            durable.write_text(task.record, json.dumps(asdict(record)))
+        found[missing[place]] = record
+        done += 1
+        progress.report(progress.Preparing(site.name, done, len(tasks), is_secret=is_secret))
+    whole = [record for record in found if record is not None]
+    _tell_of_left_out(site, [tasks[place] for place in missing], [whole[place] for place in missing])
+    return whole
+
+
+def _kept(task: _Task) -> _Record | None:
+    try:
+        raw = json.loads(task.record.read_text(encoding="utf-8"))
+        record = _Record(**raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm")})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    files = [] if record.reason else _names(task)
+    sealed = task.key_file is not None
+    if record.reason or (all(file.exists() for file in files) and (record.offset == 0) == sealed):
+        return record
+    return None
+
+
+def _names(task: _Task) -> list[Path]:
+    """Where values, and classes where there are any, are kept."""
+    stems = [task.stamp] if task.mask is None else [task.stamp, f"{task.stamp}-mask"]
+    return [scan_file(task.folder, stem, task.key_file) for stem in stems]
+
+
+def build(task: _Task) -> _Record:
+    """Read and prepare one scan, lay its mask beside it, and keep both. Raises ScanError."""
+    scan = read_one(task.scan, task.modality, interpolate=task.plan.missing_slices == "interpolate")
+    if scan.rank != task.asked.task.rank:
+        raise ScanError("other_rank", f"the scan is of rank {scan.rank}, the task of rank {task.asked.task.rank}")
+    values, spacing = prepare(scan, task.plan)
+    stored = [np.rint(values * FULL).astype(np.uint16)]
+    if task.mask is not None:
+        try:
+            mask = mask_at(task.mask)
+            if isinstance(mask, MaskError):
+                raise mask
+            labels = labels_of(scan, mask, classes=len(task.asked.task.classes), may_be_empty=task.may_be_empty)
+        except MaskError as error:
+            raise ScanError("mask_unfit", str(error)) from None
+        steps = tuple(new / old for new, old in zip(spacing, scan.spacing_mm, strict=True))
+        stored.append(resample_labels(labels, values.shape[1:], steps)[None].astype(np.uint16))
+    seal = None if task.key_file is None else read_seal(task.key_file)
+    offsets = [write_scan(path, array, seal) for path, array in zip(_names(task), stored, strict=True)]
+    return _Record(values.shape, spacing, scan.modality, offsets[0], offsets[-1] if task.mask else 0)
+
+
+def _scan(site: SiteConfig, task: _Task, record: _Record, case: Case, secret: bytes) -> LabelledScan:
+    """What was kept, under the patient that the table names."""
+    patient = patient_of(case.patient, secret).key
+    values, *masks = (
+        CachedScan(
+            key=path.name.split(".")[0],
+            patient=patient,
+            modality=record.modality,
+            shape=record.shape if place == 0 else (1, *record.shape[1:]),
+            spacing_mm=record.spacing_mm,
+            path=path,
+            offset=record.offset if place == 0 else record.mask_offset,
+            key_file=site.state_key,
+        )
+        for place, path in enumerate(_names(task))
+    )
+    return LabelledScan(**vars(values), target=case.target, mask=masks[0] if masks else None)

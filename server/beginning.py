@@ -1,0 +1,56 @@
+"""What a run begins from: random weights, or a checkpoint's."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from server.coordinator_config import CoordinatorConfig
+from unimiss_core import checkpoint, progress
+from unimiss_core.checkpoint import Checkpoint
+from unimiss_core.errors import ConfigError
+from unimiss_core.groups import group_of
+from unimiss_core.keys import read_signing_public_key
+from unimiss_core.network import tensors_of
+from unimiss_core.students import build_student, travelling_layout
+from unimiss_core.study import StudyConfig
+
+
+def first_student(study: StudyConfig, config: CoordinatorConfig) -> Mapping[str, Tensor]:
+    """What travels of the student before the first round: random, or the teacher of the checkpoint to start from; in
+    fine-tuning its backbone, beside a random head.
+
+    Raises CheckpointError, and ConfigError where it is of another model.
+    """
+    specs = [spec for specs in travelling_layout(study).values() for spec in specs]
+    if (start := _start(study, config)) is None:
+        begun = tensors_of(build_student(study))
+        return {spec.name: begun[spec.name] for spec in specs}
+    shapes = {name: tuple(tensor.shape) for name, tensor in start.teacher.items()}
+    taken = [spec for spec in specs if study.finetune is None or group_of(spec.name) != "head"]
+    if wrong := [spec.name for spec in taken if shapes.get(spec.name) != spec.shape]:
+        raise ConfigError(
+            f"start: {config.start} lacks {len(wrong)} tensors that the study needs, {wrong[0]} among them; give a "
+            "checkpoint of pretraining, of the study's model"
+        )
+    random = {} if study.finetune is None else tensors_of(build_student(study))
+    return {spec.name: start.teacher[spec.name] if spec in taken else random[spec.name] for spec in specs}
+
+
+def _start(study: StudyConfig, config: CoordinatorConfig) -> Checkpoint | None:
+    """The checkpoint to start from, of the study's model; in fine-tuning of its backbone."""
+    if config.start is None:
+        return None
+    found = checkpoint.load(config.start, key=read_signing_public_key(config.start_key) if config.start_key else None)
+    held, asked = found.manifest.model, study.model
+    if study.finetune is not None:  # prototypes and reconstruction stay behind
+        held = held.model_copy(update={"prototypes": asked.prototypes, "reconstruction": asked.reconstruction})
+    if held != asked:
+        raise ConfigError(
+            f"start: {config.start} holds another model ({found.manifest.model.canonical()}) than the study asks for "
+            f"({asked.canonical()}); give a checkpoint of that model, or change the study"
+        )
+    if study.finetune is not None and found.manifest.plan != study.plan:
+        progress.report(
+            progress.Note("WARNING: the start was trained on scans prepared by another plan than this study's `plan`")
+        )
+    return found

@@ -1,0 +1,38 @@
+"""Which network is trained: its sizes, which everything that holds its weights must state."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from unimiss_core.config import Config
+from unimiss_core.scan import SMALLEST
+
+
+def _large_enough(size: tuple[int, ...]) -> tuple[int, ...]:
+    least = SMALLEST[2 if len(size) == 2 else 3]
+    if any(have < need for have, need in zip(size, least, strict=True)):
+        raise ValueError(f"{list(size)} is too small for the network; every axis needs at least {list(least)}")
+    return size
+
+
+Axis = Annotated[int, Field(gt=0, le=4096)]
+ImageSize = Annotated[tuple[Axis, Axis], AfterValidator(_large_enough)]
+"""(H, W) that the network takes."""
+VolumeSize = Annotated[tuple[Axis, Axis, Axis], AfterValidator(_large_enough)]
+"""(D, H, W) that the network takes."""
+
+
+class ModelConfig(Config):
+    """Which MiT is trained; see `unimiss_core.model` for the architecture."""
+
+    size: Literal["nano", "tiny", "small"] = "nano"
+    """nano is for laptops and tests; tiny and small are as published."""
+    image_size: ImageSize = (64, 64)
+    """(H, W) that the 2D position tables are made for; published: (224, 224)."""
+    volume_size: VolumeSize = (16, 64, 64)
+    """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
+    prototypes: Annotated[int, Field(ge=2, le=2**20)] = 512
+    """Rows of the last layer; 65,536 as published, 512-1,024 for small archives."""
+    reconstruction: Annotated[bool, Field(exclude_if=lambda on: not on)] = False
+    """Whether the network can draw its input again, as the objective `unimiss_plus` asks for. Not written out where it
+    is off, so that studies and checkpoints older than this setting keep their digests."""

@@ -1,0 +1,75 @@
+"""Which network a study trains, and what of it travels between coordinator and sites.
+
+In pretraining it is a whole `Network`, of which a site holds the ranks that it needs. In fine-tuning it is the model of
+the study's task, which is of one rank; its head stays at each site where the study says so.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+from unimiss_core.codec import Layout, layout_of
+from unimiss_core.groups import group_of
+from unimiss_core.head import PrototypesGradient
+from unimiss_core.network import Network, build_network, empty_network
+from unimiss_core.scan import RANKS, Rank
+from unimiss_core.study import StudyConfig
+from unimiss_core.tasks import TaskModel, build_task_model, empty_task_model, freeze_
+
+Student = Network | TaskModel
+
+
+def empty_student(study: StudyConfig, *, ranks: Collection[Rank] = RANKS) -> Student:
+    """`build_student` on torch's meta device: names and shapes without values, memory or time."""
+    if study.finetune is None:
+        return empty_network(study.model, ranks=ranks)
+    task = study.finetune.task
+    made = empty_task_model(study.model, task.rank, outputs=task.outputs, dense=task.name == "segmentation")
+    freeze_(made, study.finetune.trains)
+    return made
+
+
+def build_student(study: StudyConfig, *, ranks: Collection[Rank] = RANKS) -> Student:
+    """As the study begins, on the CPU, in float32: every tensor follows from the study's seed and its own name. What
+    the study leaves alone has no gradient.
+
+    ranks: of which tensors are needed; a task's are of its own rank, whatever stands here.
+    """
+    if study.finetune is None:
+        return build_network(study.model, seed=study.seed, ranks=ranks)
+    task = study.finetune.task
+    dense = task.name == "segmentation"
+    made = build_task_model(study.model, task.rank, outputs=task.outputs, dense=dense, seed=study.seed, pretrained=None)
+    freeze_(made, study.finetune.trains)
+    return made
+
+
+def travelling_layout(study: StudyConfig) -> Layout:
+    """What travels of the whole network, by parameter group: groups without a tensor, and what stays at the sites, are
+    not in it."""
+    layout = layout_of(empty_student(study))
+    staying = staying_names(study, (spec.name for specs in layout.values() for spec in specs))
+    kept = {group: tuple(spec for spec in specs if spec.name not in staying) for group, specs in layout.items()}
+    return {group: specs for group, specs in kept.items() if specs}
+
+
+def staying_names(study: StudyConfig, names: Iterable[str]) -> frozenset[str]:
+    """Of these parameters, those that never leave a site: of a local head."""
+    if study.finetune is None or study.finetune.head == "shared":
+        return frozenset()
+    return frozenset(name for name in names if group_of(name) == "head")
+
+
+@contextmanager
+def gathering(student: Student) -> Iterator[PrototypesGradient | None]:
+    """Of a whole network, whose last layer has most of all gradients, `Head.gradients_at_the_end`."""
+    if not isinstance(student, Network):
+        yield None
+        return
+    with student.head.gradients_at_the_end() as prototypes:
+        yield prototypes
+
+
+def shape_of_views(study: StudyConfig, rank: Rank) -> tuple[int, ...]:
+    """(V, C, *S) of one scan in a step; a label is a channel more (`unimiss_core.labelled_views`)."""
+    views, channels = (study.views.views, 1) if study.finetune is None else (1, 2)
+    return views, channels, *study.size_of(rank)
