@@ -124,6 +124,11 @@ class Home:
         return self.flower / "front.json"
 
     @property
+    def passage(self) -> Path:
+        """Of the front: what each site is given, and what is on its way from it."""
+        return self.flower / "passage"
+
+    @property
     def lock(self) -> Path:
         """Held by the one `unimiss-server run` of this folder; holds its process number."""
         return self.flower / "run.lock"
