@@ -101,6 +101,15 @@ class Children:
                 child.restarts += 1
                 self._start(child)
 
+    def is_running(self, name: str) -> bool:
+        return any(child.recipe.name == name and child.is_running for child in self.members)
+
+    def end_one(self, name: str) -> None:
+        """End one that no longer does what it is for; `look_after` starts it again."""
+        for child in self.members:
+            if child.recipe.name == name and child.process is not None:
+                child.process.end(END_S)
+
     def end(self) -> None:
         """End all, the last first; each is killed, with what it started, where it does not end."""
         for child in reversed(self.members):

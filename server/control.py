@@ -37,6 +37,10 @@ class ControlError(UnimissError):
     resumes = True
 
 
+class SilentError(ControlError):
+    """It does not answer."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """As Flower tells it. how: completed, failed or stopped, once it is finished."""
@@ -110,4 +114,4 @@ def _told(what: str) -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         raise ControlError(f"{what}: SuperLink says {error.response.status_code}; its log says why") from None
     except (httpx.HTTPError, OSError) as error:
-        raise ControlError(f"{what}: SuperLink does not answer ({type(error).__name__})") from None
+        raise SilentError(f"{what}: SuperLink does not answer ({type(error).__name__})") from None

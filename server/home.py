@@ -109,6 +109,10 @@ class Home:
     def run(self, study: str) -> Path:
         return self.runs / study
 
+    def run_file(self, study: str) -> Path:
+        """The coordinator file of a study's run."""
+        return self.run(study) / "coordinator.yaml"
+
     @property
     def flower(self) -> Path:
         """FLWR_HOME of everything that is started here."""
