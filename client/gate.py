@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from flwr.supernode import fleet_http_connection, start_client_internal
 
 from client.audit import log_of
 from client.fleet import Lines
-from client.health import ContactBook
+from client.health import ContactBook, tell_of_refusal
 from client.home import Home
 from client.site_config import load_site
 from client.tls import tls_of
@@ -61,6 +62,15 @@ CLIENT_APP_RAISED = 2
 _ERROR_CODES = range(1, 9)
 UNSAID = "the site's own log says why"
 """The text of every error that leaves."""
+BUNDLE = "bundle"
+"""By which reason of `unimiss_core.reasons` the coordinator knows INVALID_FAB."""
+REFUSED_WORDS: Mapping[str, str] = {
+    "bundle": "the coordinator's run is of other code than this site has installed; install the same version at both, "
+    "or list its sha256, which `unimiss-site audit` shows, under policy.bundles",
+    "run_config": "the coordinator's run is submitted with settings that ours never have; ask its operator",
+    "run": "the coordinator's run is not what it says of itself; ask its operator",
+}
+"""For this site's own operator, of a run that is refused."""
 
 KEPT_RUNS = 16
 """Runs whose decision is remembered; an older one is looked at again."""
@@ -96,13 +106,14 @@ class FleetLine(NamedTuple):
 @dataclass(frozen=True)
 class Rules:
     """allowed: SHA-256, in hex, of the bundles that may run here. most_bytes: that a message may take in memory. apps:
-    where Flower unpacks bundles."""
+    where Flower unpacks bundles. tell: a reason and words, to whoever asks how this site is doing."""
 
     allowed: frozenset[str]
     most_bytes: int
     apps: Path
     contact: ContactBook
     note: Note
+    tell: Callable[[str, str], None]
 
 
 @dataclass
@@ -135,6 +146,8 @@ class Gate:
             self._admit(message)
         except Refused as refused:
             log.warning("a message is refused: %s", refused.reason)
+            if words := REFUSED_WORDS.get(refused.reason):
+                self.rules.tell(BUNDLE, words)
             self._send_error(Message(Error(refused.code), reply_to=message))
             return None
         except AuditError as error:
@@ -279,6 +292,7 @@ def _run_supernode(home: Home, port: int, secret: Path, note: Note) -> None:
         apps=flower_home() / "apps",
         contact=contact,
         note=note,
+        tell=partial(tell_of_refusal, site.state),
     )
     install(Lines(tls_of(home), contact), rules)
     sys.argv = ["flower-supernode", *supernode_arguments(home, read_welcome(home.welcome)[0].address, port, secret)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from server.aggregation import Aggregate
 from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import SpareMemory
-from server.exchange import Exchange
+from server.exchange import Exchange, Reply, bytes_of
 from server.global_state import GlobalState
 from server.one_round import OneRound
 from server.quorum import TooFew
@@ -71,7 +71,7 @@ class Federation:
         self._folder = folder_of(config)
         self._record = record_of(config.out, study)
         self._layout = layout_of(empty_network(study.model))
-        self._roster = Roster(grid, config)
+        self._roster = Roster(grid, config, self._note_refused)
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
         self._slow = SlowSites(config.deadline_s)
@@ -206,6 +206,18 @@ class Federation:
                 f"({model.canonical()}); give a checkpoint of that model, or change the study"
             )
         return found.teacher
+
+    def _note_refused(self, site: str, introduction: Reply, reason: str) -> None:
+        """In the run's audit log, where an introduction is of round 0."""
+        self._audit.heard(
+            self._audit.digest_of(introduction),
+            run=self._folder.run,
+            round=0,
+            site=site,
+            bytes=bytes_of(introduction),
+            reason=reason,
+            counts=False,
+        )
 
     def _round_after(self, state: GlobalState, aggregate: Aggregate) -> OneRound:
         return OneRound(

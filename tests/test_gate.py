@@ -4,6 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from flwr.supernode import fleet_http_connection, start_client_internal
 
 from client import gate
 from client.gate import FleetLine, Gate, Rules
-from client.health import ContactBook, read_contact
+from client.health import ContactBook, read_contact, read_refused, tell_of_refusal
 from server.exchange import Reply, content_of
 from tests.unfolding import array_of_one_chunk
 from unimiss_core import bundle
@@ -131,6 +132,7 @@ def guarded(tmp_path: Path) -> Guarded:
         tmp_path / "apps",
         ContactBook(tmp_path),
         lambda kind, facts: notes.append((kind, facts)),
+        partial(tell_of_refusal, tmp_path),
     )
     return Guarded(coordinator, Gate(coordinator.line(), rules), notes, tmp_path)
 
@@ -176,6 +178,9 @@ def test_a_run_that_is_not_as_it_should_be_is_refused_without_a_word(
 ) -> None:
     guarded.coordinator.run = replace(guarded.coordinator.run, **change)  # type: ignore[arg-type]
     assert_refused(guarded, request(), reason)
+    told = read_refused(guarded.state)  # what `unimiss-site status` shows
+    assert told is not None
+    assert (told.reason, told.words) == ("bundle", gate.REFUSED_WORDS[reason])
 
 
 def test_another_bundle_is_refused_and_each_time_again(guarded: Guarded) -> None:
