@@ -10,7 +10,6 @@ from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from server import patience
 from server.coordinator_config import CoordinatorConfig
 from server.exchange import Reply, introduction_of, pulled, pushed, status_of
 from server.patience import Called, Patience
@@ -87,12 +86,10 @@ class Roster:
         """
         began = time.monotonic()
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
-        self.unfit, again = {}, began + patience.AGAIN_S
+        self.unfit = {}
         self._patience.begin()
         content = hello.pack()
         while True:
-            if time.monotonic() >= again:
-                self.unfit, again = {}, time.monotonic() + patience.AGAIN_S
             self._greet_new_nodes(content)
             self._hear_introductions()
             now = time.monotonic()
@@ -135,7 +132,7 @@ class Roster:
                 self._tell_of_stranger(node)
                 continue
             called = self.registration.called(node)
-            if node_id not in self.sites and node_id not in waiting and called.name not in self.unfit:
+            if node_id not in self.sites and node_id not in waiting and not self._patience.is_put_off(called):
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
                 if (taken := pushed(self._grid, message)) is None:
                     continue  # it left since the nodes were listed
@@ -168,6 +165,7 @@ class Roster:
             else:
                 self.sites[greeted.node.node_id] = introduction
                 self._patience.note_introduced(greeted.called)
+                self.unfit.pop(greeted.called.name, None)
                 self._told.pop(self.registration.name_of(greeted.node), None)
 
     def _tell_of_stranger(self, node: NodeInfo) -> None:
