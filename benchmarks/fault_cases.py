@@ -132,7 +132,7 @@ class FaultCase:
     orders: Mapping[str, object] | None = None
     """Of sabotage.py, to beta."""
     small_disk: str = ""
-    """Whose folder lies on a disk of DISK_MB."""
+    """Whose folder lies on a disk of DISK_MB. Of a site without its cache, which leaves a gigabyte free."""
 
 
 CASES: Mapping[str, FaultCase] = {
@@ -151,7 +151,7 @@ DISK_MB = 400
 def run_case(name: str, folder: Path) -> Outcome:
     """Raises NotRunError; DeploymentError, where neither of the two good ends was reached."""
     case = CASES[name]
-    with deployed(folder, SITES, schedule={"rounds": ROUNDS, "local_steps": 2}) as federation, _disk(folder, case):
+    with deployed(folder, SITES, schedule={"rounds": ROUNDS, "local_steps": 2}) as federation, _disk(federation, case):
         federation.set_coordinator(**{"min_replies": 1, **case.coordinator})
         if case.orders is not None:
             federation.sites["beta"].extra.update(sabotage.place(folder / "sabotage", **case.orders))
@@ -201,12 +201,16 @@ def _events(site: Operator, event: str) -> Sequence[object]:
 
 
 @contextmanager
-def _disk(folder: Path, case: FaultCase) -> Iterator[None]:
+def _disk(federation: Deployment, case: FaultCase) -> Iterator[None]:
     """Puts a folder on a disk of its own: a tmpfs, which needs a namespace in which mounting is allowed."""
     if not case.small_disk:
         yield
         return
+    folder = federation.folder
     place = folder / case.small_disk
+    if place.name == "state":
+        federation.set_site(place.parent.name, cache=str(folder / "cache"))
+        place.mkdir(exist_ok=True)
     moved = place.rename(place.with_name(f"{place.name}-moved"))
     place.mkdir(mode=0o700)
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m,mode=0700", "tmpfs", str(place)]
