@@ -221,9 +221,10 @@ def _clear(options: argparse.Namespace) -> None:
     from client.hold import Hold
     from client.site_config import load_site
 
-    site = load_site(_site_file(options), reads_scans=False)
+    site_file = _site_file(options)
+    site = load_site(site_file, reads_scans=False)
     is_cleared = Hold(site).clear()
-    log_of(options.site).record("clear")
+    log_of(site_file).record("clear")
     if is_cleared:
         print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
     else:

@@ -166,6 +166,8 @@ class _Loop:
         """The last that SuperLink failed with: said once, not every second."""
         self._silent_since: float | None = None
         """Since when SuperLink has not answered."""
+        self._can_write = True
+        """Whether the last note of how it stands could be written: that it cannot is said once."""
         self._is_tidy = False
         """Whether runs that an earlier `run` left at SuperLink are stopped."""
 
@@ -239,7 +241,11 @@ class _Loop:
         try:
             running.write(self._home.running)
         except OSError as error:  # a full disk: the round at work may still be lost, but not by this
-            log.warning("%s cannot be written (%s)", self._home.running.name, error.strerror)
+            if self._can_write:
+                log.warning("%s cannot be written to (%s); make room", self._home.path, error.strerror)
+            self._can_write = False
+        else:
+            self._can_write = True
 
 
 @contextmanager

@@ -104,6 +104,27 @@ def test_a_superlink_that_hangs_is_started_again(
     assert step_at(2 * longest + 2.0, 3 * longest) == []
 
 
+def test_a_full_disk_is_told_once_until_there_is_room(
+    home: Home, composed: Composed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, is_full = loop_of(home, composed, Link(), Processes()), True
+    monkeypatch.setattr(run_command, "WRITE_S", 0.0)
+
+    def write(_path: Path, _text: str) -> None:
+        if is_full:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("server.running.durable.write_text", write)
+    for _ in range(3):
+        loop._write()
+    assert len(caplog.messages) == 1
+    is_full = False
+    loop._write()
+    is_full = True
+    loop._write()
+    assert len(caplog.messages) == 2
+
+
 def test_a_run_that_is_stopped_says_so_afterwards(home: Home, composed: Composed) -> None:
     stop = Stop()
     stop.is_set = True
