@@ -6,6 +6,7 @@ Each case has a federation of its own (benchmarks/deployed.py): two sites, of wh
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,6 +92,15 @@ def coordinator_killed(federation: Deployment) -> str:
     return "coordinator killed in mid-round, the same command again"
 
 
+def superlink_hangs(federation: Deployment) -> str:
+    """SIGSTOP: Flower's SuperLink is there, and answers nothing."""
+    _until_mid_round(federation)
+    (stopped,) = federation.coordinator.processes("flower-superlink")
+    os.kill(stopped, signal.SIGSTOP)
+    took = federation.until(lambda: stopped not in federation.coordinator.processes(), "it is ended", within_s=CASE_S)
+    return f"SuperLink stopped in mid-round; ended, and another started, after {took:.0f} s"
+
+
 def network_cut(federation: Deployment) -> str:
     """Nothing passes between sites and coordinator."""
     _until_mid_round(federation)
@@ -152,6 +162,7 @@ CASES: Mapping[str, FaultCase] = {
     "site-killed": FaultCase(site_killed),
     "site-restarted": FaultCase(site_restarted, rounds=2 * ROUNDS),
     "coordinator-killed": FaultCase(coordinator_killed),
+    "superlink-hangs": FaultCase(superlink_hangs),
     "network-cut": FaultCase(network_cut),
     "slow-site": FaultCase(slow_site, {"deadline_s": DEADLINE_S}, {"slow_s": {"2": SLOW_S}}),
     "site-disk-full": FaultCase(site_disk_full, small_disk="beta/state"),

@@ -101,8 +101,11 @@ class Children:
                 child.restarts += 1
                 self._start(child)
 
-    def is_running(self, name: str) -> bool:
-        return any(child.recipe.name == name and child.is_running for child in self.members)
+    def runs_s(self, name: str) -> float:
+        """For how long one has run since it was last started; 0 where it does not."""
+        return sum(
+            self.clock() - child.started_at for child in self.members if child.recipe.name == name and child.is_running
+        )
 
     def end_one(self, name: str) -> None:
         """End one that no longer does what it is for; `look_after` starts it again."""

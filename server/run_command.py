@@ -164,8 +164,6 @@ class _Loop:
         self._nodes_at = self._written_at = float("-inf")
         self._told = ""
         """The last that SuperLink failed with: said once, not every second."""
-        self._silent_since: float | None = None
-        """Since when SuperLink has not answered."""
         self._can_write = True
         """Whether the last note of how it stands could be written: that it cannot is said once."""
         self._is_tidy = False
@@ -189,13 +187,13 @@ class _Loop:
     def _note_stop(self) -> None:
         """For the run's report and `status`, where the ServerApp had no time to say more."""
         folder = self._composed.folder
-        with suppress(OSError):  # there may be no folder yet, or no room in it
+        with suppress(OSError, UnimissError):  # there may be no room, or a checkpoint that is damaged
             if not folder.why_it_stopped():
                 round = rounds_done(folder) + 1
                 folder.note_stop({"round": round, "error": "its operator stopped it", "sites": {}})
 
     def _step(self) -> bool:
-        from server.control import ControlError, SilentError
+        from server.control import ControlError
 
         try:
             if not self._is_tidy:
@@ -204,25 +202,17 @@ class _Loop:
             if (now := time.monotonic()) - self._nodes_at >= NODES_S:
                 self._nodes_at = now
                 _agree_on_nodes(self._control, self._registry)
-            finished = self._submission.step()
+            return self._submission.step()
         except ControlError as error:  # it may be starting again
             if str(error) != self._told:
                 self._told = str(error)
                 log.warning("%s", error)
-            self._end_where_it_hangs(isinstance(error, SilentError))
+            self._end_where_it_hangs()
             return False
-        self._silent_since = None
-        return finished
 
-    def _end_where_it_hangs(self, is_silent: bool) -> None:
-        """A SuperLink that answers nothing for long is started again; one that is not running is so already."""
-        now = time.monotonic()
-        if not is_silent or not self._children.is_running(superlink.SUPERLINK):
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = now
-        elif now - self._silent_since > HANGS_S:
-            self._silent_since = None
+    def _end_where_it_hangs(self) -> None:
+        """A SuperLink that runs and answers nothing for long is ended, upon which it is started again."""
+        if min(self._control.silent_s(), self._children.runs_s(superlink.SUPERLINK)) > HANGS_S:
             log.warning("SuperLink has not answered for %g s; it is started again", HANGS_S)
             self._children.end_one(superlink.SUPERLINK)
 

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from flwr.app import Context, RecordDict
 
 from server import app, run_command, superlink
 from server.composition import Composed, compose
-from server.control import RunState, SilentError
+from server.control import Control, ControlError, RunState
 from server.home import VARIABLE, Home
 from server.registry import Registry
 from server.run_command import Interrupted, Stop
@@ -27,18 +28,22 @@ from unimiss_core.keys import pem_of_public, site_public_key
 
 @dataclass
 class Link:
-    """A SuperLink that is asked for nothing but runs and nodes. is_silent: it does not answer."""
+    """A SuperLink that is asked for nothing but runs and nodes. is_silent: it does not answer, for so many seconds."""
 
     is_silent: bool = False
+    silent: float = 0.0
     nodes: Mapping[bytes, str] = field(default_factory=dict)
 
     def stop_all(self) -> None:
         if self.is_silent:
-            raise SilentError("SuperLink does not answer")
+            raise ControlError("SuperLink does not answer")
 
     def agree_on_nodes(self, approved: Mapping[bytes, str]) -> None:
         self.stop_all()
         self.nodes = approved
+
+    def silent_s(self) -> float:
+        return self.silent
 
     def submit(self, _run_config: Mapping[str, str | bool]) -> int:
         return 1
@@ -49,13 +54,14 @@ class Link:
 
 @dataclass
 class Processes:
-    """Of a coordinator. ended: in this order."""
+    """Of a coordinator. ended: in this order. ran: for so many seconds."""
 
     ended: list[str] = field(default_factory=list)
+    ran: float = 0.0
     members: tuple[Any, ...] = ()
 
-    def is_running(self, name: str) -> bool:
-        return name == "superlink"
+    def runs_s(self, name: str) -> float:
+        return self.ran if name == "superlink" else 0.0
 
     def end_one(self, name: str) -> None:
         self.ended.append(name)
@@ -81,27 +87,30 @@ def loop_of(home: Home, composed: Composed, link: Link, processes: Processes) ->
     return run_command._Loop(home, composed, processes, link, Registry(home), submission)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("silent", "ran", "ended"),
+    [(181.0, 181.0, ["superlink"]), (181.0, 179.0, []), (179.0, 1000.0, []), (1000.0, 0.0, [])],
+    ids=["hangs", "is starting", "is busy", "does not run"],
+)
 def test_a_superlink_that_hangs_is_started_again(
-    home: Home, composed: Composed, monkeypatch: pytest.MonkeyPatch
+    home: Home, composed: Composed, silent: float, ran: float, ended: list[str]
 ) -> None:
-    link, processes, clock = Link(is_silent=True), Processes(), [0.0]
-    monkeypatch.setattr(run_command.time, "monotonic", lambda: clock[0])
-    loop = loop_of(home, composed, link, processes)
+    processes = Processes(ran=ran)
+    loop_of(home, composed, Link(is_silent=True, silent=silent), processes)._step()
+    assert processes.ended == ended
 
-    def step_at(*seconds: float) -> list[str]:
-        for clock[0] in seconds:
-            loop._step()
-        return processes.ended
 
-    longest = run_command.HANGS_S
-    assert step_at(1.0, 100.0, longest) == []
-    assert step_at(longest + 2.0) == ["superlink"]
-    processes.ended.clear()
-    assert step_at(longest + 3.0, 2 * longest) == []  # it is given as long again
-    link.is_silent = False
-    assert step_at(2 * longest + 1.0) == []
-    link.is_silent = True
-    assert step_at(2 * longest + 2.0, 3 * longest) == []
+def test_a_control_knows_how_long_nothing_has_answered(home: Home) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        control = Control(taken.getsockname()[1], home.authority_certificate)
+        assert control.silent_s() == 0.0
+        for _ in range(2):
+            with pytest.raises(ControlError, match="does not answer"):
+                control.state(1)
+            time.sleep(0.05)
+        assert control.silent_s() >= 0.1
+        control.close()
 
 
 def test_a_full_disk_is_told_once_until_there_is_room(
