@@ -34,7 +34,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import fleet_http_connection, start_client_internal
 
 from client.audit import log_of
@@ -134,6 +134,7 @@ class Gate:
             get_run=self.get_run,
             get_fab=self.get_fab,
             pull_object=self.pull_object,
+            confirm=self.confirm,
         )
 
     def receive(self) -> Received | None:
@@ -167,12 +168,19 @@ class Gate:
         return self._admitted(run_id)[1]
 
     def pull_object(self, run_id: int, object_id: str) -> bytes:
-        """Raises ValueError, upon which the SuperNode lets the message go: it is too large, or would be once joined."""
-        content = self.line.pull_object(run_id, object_id)
+        """Raises ValueError, upon which the SuperNode lets the message go: its run is over, it is too large, or would
+        be once joined."""
+        with _let_go_where_a_run_is_over():
+            content = self.line.pull_object(run_id, object_id)
         self._bytes += bytes_in_memory(content)
         if self._bytes > self.rules.most_bytes:
             raise ValueError(f"the message takes more than {self.rules.most_bytes} bytes of memory")
         return content
+
+    def confirm(self, run_id: int, message_id: str) -> None:
+        """Raises ValueError, as above."""
+        with _let_go_where_a_run_is_over():
+            self.line.confirm(run_id, message_id)
 
     def send(self, message: Message, tree: ObjectTree, runtime_s: float) -> tuple[set[str], str]:
         """Errors leave without their text, and nothing tells how long the site worked.
@@ -233,6 +241,16 @@ class Gate:
         found = self._runs[run_id]
         assert not isinstance(found, str)  # the SuperNode asks about runs whose message `receive` gave it
         return found
+
+
+@contextmanager
+def _let_go_where_a_run_is_over() -> Iterator[None]:
+    """By Flower's own word for it the SuperNode drops a message at this point only in part: its ClientApp works on, and
+    from then on each reply leaves when the next message comes, which may be never."""
+    try:
+        yield
+    except RunNotRunningException:
+        raise ValueError("its run is over") from None
 
 
 def _is_declared(override: Mapping[str, object]) -> bool:

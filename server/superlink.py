@@ -73,7 +73,8 @@ def prepare(home: Home, config: ServerConfig) -> None:
         if any(home.workplace.iterdir()):
             raise ConfigError(f"{home.workplace}: must be empty, SuperLink would run what lies there; empty it")
         home.front_status.unlink(missing_ok=True)  # that it is written again says that the front has begun
-        for left in (home.flower / "apps", home.passage):  # code that Flower unpacked; answers to runs that are over
+        # Code that Flower unpacked, and answers to runs that are over. What a site was given it may still ask for.
+        for left in (home.flower / "apps", *home.passage.glob("*/answer")):
             shutil.rmtree(left, ignore_errors=True)
         bundle.write(home.bundle)
         durable.write_text(home.flower / "config.toml", connection(home, config))

@@ -107,11 +107,11 @@ def test_what_was_on_its_way_in_a_run_before_is_gone(home: Home) -> None:
         for one in (first, second):
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in (first, second)]
-    (home.passage / "alpha").mkdir(parents=True)
-    (home.passage / "alpha" / "given.json").write_text("{}")
+    (home.passage / "alpha" / "answer").mkdir(parents=True)
+    (home.passage / "alpha" / "answer" / "part").write_text("of an update")
     config = ServerConfig(address=f"localhost:{ports[0]}", listen="127.0.0.1", superlink_port=ports[1])
     superlink.prepare(home, config)
-    assert not home.passage.exists()
+    assert not (home.passage / "alpha" / "answer").exists()
 
 
 def test_flwr_commands_find_the_superlink(home: Home) -> None:
