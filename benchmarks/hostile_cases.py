@@ -132,8 +132,9 @@ def key_of_another_site(stage: Stage) -> tuple[str, str]:
 
 def object_of_another_site(stage: Stage) -> tuple[str, str]:
     """The coordinator's message to alpha, by the very name that SuperLink has it under."""
-    given = json.loads((stage.federation.home.passage / "alpha" / "given.json").read_text())
-    body = PullObjectRequest(object_id=list(given)[-1]).SerializeToString()
+    file = stage.federation.home.passage / "alpha" / "given.json"
+    stage.federation.until(file.exists, "alpha is asked", within_s=WAIT_S)
+    body = PullObjectRequest(object_id=list(json.loads(file.read_text()))[-1]).SerializeToString()
     request = _request(stage, "gamma", path="/v1/fleet/pull-object", length=len(body)) + body
     return _at_the_front(stage, stage.tls("gamma"), request, reason="not_given")
 
