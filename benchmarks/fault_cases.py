@@ -3,8 +3,10 @@
 Each case has a federation of its own (benchmarks/deployed.py): two sites, of which one is enough to close a round.
 """
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,11 +66,22 @@ def site_restarted(federation: Deployment) -> str:
 
 
 def _refused_starts(federation: Deployment) -> str:
-    """How often the daemon had to start the SuperNode anew before the coordinator let it in."""
-    beta = federation.sites["beta"]
+    """How long it took until the coordinator let it in, and how often the daemon had to start the SuperNode anew."""
+    beta, run = federation.sites["beta"], federation.coordinator.process
     before = len(_events(beta, "connected"))
-    took = federation.until(lambda: len(_events(beta, "connected")) > before, "beta is let in", within_s=CASE_S)
-    return f"let in after {took:.0f} s"
+    assert run is not None
+
+    def is_over() -> bool:
+        return len(_events(beta, "connected")) > before or run.poll() is not None
+
+    took = federation.until(is_over, "beta is let in", within_s=CASE_S)
+    if len(_events(beta, "connected")) == before:
+        return "the run was over before it was let in"
+    return f"let in after {took:.0f} s, in try {json.loads(_health_of(beta))['restarts'] + 1}"
+
+
+def _health_of(site: Operator) -> str:
+    return (site.home / "state" / "health.json").read_text()
 
 
 def coordinator_killed(federation: Deployment) -> str:
@@ -77,6 +90,15 @@ def coordinator_killed(federation: Deployment) -> str:
     federation.coordinator.loses_power()
     federation.runs()
     return "coordinator killed in mid-round, the same command again"
+
+
+def superlink_hangs(federation: Deployment) -> str:
+    """SIGSTOP: Flower's SuperLink is there, and answers nothing."""
+    _until_mid_round(federation)
+    (stopped,) = federation.coordinator.processes("flower-superlink")
+    os.kill(stopped, signal.SIGSTOP)
+    took = federation.until(lambda: stopped not in federation.coordinator.processes(), "it is ended", within_s=CASE_S)
+    return f"SuperLink stopped in mid-round; ended, and another started, after {took:.0f} s"
 
 
 def network_cut(federation: Deployment) -> str:
@@ -131,14 +153,16 @@ class FaultCase:
     """Other settings of coordinator.yaml."""
     orders: Mapping[str, object] | None = None
     """Of sabotage.py, to beta."""
+    rounds: int = ROUNDS
     small_disk: str = ""
-    """Whose folder lies on a disk of DISK_MB."""
+    """Whose folder lies on a disk of DISK_MB. Of a site without its cache, which leaves a gigabyte free."""
 
 
 CASES: Mapping[str, FaultCase] = {
     "site-killed": FaultCase(site_killed),
-    "site-restarted": FaultCase(site_restarted),
+    "site-restarted": FaultCase(site_restarted, rounds=2 * ROUNDS),
     "coordinator-killed": FaultCase(coordinator_killed),
+    "superlink-hangs": FaultCase(superlink_hangs),
     "network-cut": FaultCase(network_cut),
     "slow-site": FaultCase(slow_site, {"deadline_s": DEADLINE_S}, {"slow_s": {"2": SLOW_S}}),
     "site-disk-full": FaultCase(site_disk_full, small_disk="beta/state"),
@@ -151,7 +175,8 @@ DISK_MB = 400
 def run_case(name: str, folder: Path) -> Outcome:
     """Raises NotRunError; DeploymentError, where neither of the two good ends was reached."""
     case = CASES[name]
-    with deployed(folder, SITES, schedule={"rounds": ROUNDS, "local_steps": 2}) as federation, _disk(folder, case):
+    schedule = {"rounds": case.rounds, "local_steps": 2}
+    with deployed(folder, SITES, schedule=schedule) as federation, _disk(federation, case):
         federation.set_coordinator(**{"min_replies": 1, **case.coordinator})
         if case.orders is not None:
             federation.sites["beta"].extra.update(sabotage.place(folder / "sabotage", **case.orders))
@@ -201,12 +226,16 @@ def _events(site: Operator, event: str) -> Sequence[object]:
 
 
 @contextmanager
-def _disk(folder: Path, case: FaultCase) -> Iterator[None]:
+def _disk(federation: Deployment, case: FaultCase) -> Iterator[None]:
     """Puts a folder on a disk of its own: a tmpfs, which needs a namespace in which mounting is allowed."""
     if not case.small_disk:
         yield
         return
+    folder = federation.folder
     place = folder / case.small_disk
+    if place.name == "state":
+        federation.set_site(place.parent.name, cache=str(folder / "cache"))
+        place.mkdir(exist_ok=True)
     moved = place.rename(place.with_name(f"{place.name}-moved"))
     place.mkdir(mode=0o700)
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m,mode=0700", "tmpfs", str(place)]

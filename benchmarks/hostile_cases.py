@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from flwr.proto.message_pb2 import PullObjectRequest
 
 from benchmarks import sabotage
 from benchmarks.deployed import STUDY, Deployment, Operator, audit_of, deployed
@@ -129,6 +130,15 @@ def key_of_another_site(stage: Stage) -> tuple[str, str]:
     return _at_the_front(stage, stage.tls("gamma"), _request(stage, "alpha"), reason="wrong_key")
 
 
+def object_of_another_site(stage: Stage) -> tuple[str, str]:
+    """The coordinator's message to alpha, by the very name that SuperLink has it under."""
+    file = stage.federation.home.passage / "alpha" / "given.json"
+    stage.federation.until(file.exists, "alpha is asked", within_s=WAIT_S)
+    body = PullObjectRequest(object_id=list(json.loads(file.read_text()))[-1]).SerializeToString()
+    request = _request(stage, "gamma", path="/v1/fleet/pull-object", length=len(body)) + body
+    return _at_the_front(stage, stage.tls("gamma"), request, reason="not_given")
+
+
 def control_api(stage: Stage) -> tuple[str, str]:
     request = _request(stage, "gamma", path="/v1/control/start-run")
     return _at_the_front(stage, stage.tls("gamma"), request, reason="path")
@@ -220,6 +230,7 @@ def tampered_checkpoint(stage: Stage) -> tuple[str, str]:
     federation = stage.federation
     federation.coordinator.types("stop")
     federation.until_ended()
+    federation.set_coordinator(min_sites=1)  # the third was revoked in another case
     newest = sorted((federation.run_folder / "checkpoints").glob("round-*[0-9]"))[-1]
     student = newest / "student.safetensors"
     content = student.read_bytes()
@@ -238,6 +249,7 @@ CASES: Mapping[str, Case] = {
     "unknown-key": unknown_key,
     "revoked-key": revoked_key,
     "key-of-another-site": key_of_another_site,
+    "object-of-another-site": object_of_another_site,
     "control-api": control_api,
     "5-gb-claimed": five_gigabytes,
     "front-scanned": front_scanned,
@@ -297,7 +309,7 @@ def _is_connected(contact: Path) -> bool:
 
 
 def _request(stage: Stage, key_of: str, *, path: str = "/v1/fleet/pull-messages", length: int = 0) -> bytes:
-    """As a SuperNode of that site would write it. length: as claimed; nothing follows."""
+    """The head of what a SuperNode of that site would write. length: of a body, as claimed."""
     private = keys.read_site_key(stage.site(key_of).tls_key)
     headers = {
         "host": "127.0.0.1",

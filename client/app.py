@@ -7,7 +7,6 @@ and all that leaves goes through `_reply`, where it is written into the site's a
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -16,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from client.audit import answer_entry, is_charged, log_of, named_by, request_facts
 from client.execution import look_over
-from client.health import REFUSED, Refused, write
+from client.health import REFUSED, tell_of_refusal
 from client.ledger import ledger_of
 from client.policy import check_groups, check_policy
 from client.private_round import private_introduction, private_round
@@ -212,6 +211,6 @@ def _refused(context: Context, reason: str, words: str = "") -> RecordDict:
     stands in; without them it is what the reason means, and the log says more."""
     if reason not in PASSING:
         words = words or f"{MEANINGS[reason].means} (log/training.log in the state folder)"
-        with suppress(Exception):  # no such word may keep an answer from leaving
-            write(state_folder(site_file(context)) / REFUSED, Refused(at=time.time(), reason=reason, words=words))
+        with suppress(Exception):  # the site file may be what is wrong
+            tell_of_refusal(state_folder(site_file(context)), reason, words)
     return Refusal(reason).pack()

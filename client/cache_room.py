@@ -52,7 +52,7 @@ def make_room(
     if need > most_free:
         raise ConfigError(
             f"site '{site.name}': the cache needs about {need / 1e9:.1f} GB more, and its disk has "
-            f"{max(0, most_free) / 1e9:.1f} GB to spare; point 'cache' to a larger disk"
+            f"{max(0, most_free) / 1e9:.1f} GB to spare beyond the 1 GB that stays free; point 'cache' to a larger disk"
         )
     for path, size in old.items():
         if used + need <= limit and need <= free:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -33,12 +34,12 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import fleet_http_connection, start_client_internal
 
 from client.audit import log_of
 from client.fleet import Lines
-from client.health import ContactBook
+from client.health import ContactBook, tell_of_refusal
 from client.home import Home
 from client.site_config import load_site
 from client.tls import tls_of
@@ -61,6 +62,15 @@ CLIENT_APP_RAISED = 2
 _ERROR_CODES = range(1, 9)
 UNSAID = "the site's own log says why"
 """The text of every error that leaves."""
+BUNDLE = "bundle"
+"""By which reason of `unimiss_core.reasons` the coordinator knows INVALID_FAB."""
+REFUSED_WORDS: Mapping[str, str] = {
+    "bundle": "the coordinator's run is of other code than this site has installed; install the same version at both, "
+    "or list its sha256, which `unimiss-site audit` shows, under policy.bundles",
+    "run_config": "the coordinator's run is submitted with settings that ours never have; ask its operator",
+    "run": "the coordinator's run is not what it says of itself; ask its operator",
+}
+"""For this site's own operator, of a run that is refused."""
 
 KEPT_RUNS = 16
 """Runs whose decision is remembered; an older one is looked at again."""
@@ -96,13 +106,14 @@ class FleetLine(NamedTuple):
 @dataclass(frozen=True)
 class Rules:
     """allowed: SHA-256, in hex, of the bundles that may run here. most_bytes: that a message may take in memory. apps:
-    where Flower unpacks bundles."""
+    where Flower unpacks bundles. tell: a reason and words, to whoever asks how this site is doing."""
 
     allowed: frozenset[str]
     most_bytes: int
     apps: Path
     contact: ContactBook
     note: Note
+    tell: Callable[[str, str], None]
 
 
 @dataclass
@@ -123,6 +134,7 @@ class Gate:
             get_run=self.get_run,
             get_fab=self.get_fab,
             pull_object=self.pull_object,
+            confirm=self.confirm,
         )
 
     def receive(self) -> Received | None:
@@ -135,6 +147,8 @@ class Gate:
             self._admit(message)
         except Refused as refused:
             log.warning("a message is refused: %s", refused.reason)
+            if words := REFUSED_WORDS.get(refused.reason):
+                self.rules.tell(BUNDLE, words)
             self._send_error(Message(Error(refused.code), reply_to=message))
             return None
         except AuditError as error:
@@ -154,12 +168,19 @@ class Gate:
         return self._admitted(run_id)[1]
 
     def pull_object(self, run_id: int, object_id: str) -> bytes:
-        """Raises ValueError, upon which the SuperNode lets the message go: it is too large, or would be once joined."""
-        content = self.line.pull_object(run_id, object_id)
+        """Raises ValueError, upon which the SuperNode lets the message go: its run is over, it is too large, or would
+        be once joined."""
+        with _let_go_where_a_run_is_over():
+            content = self.line.pull_object(run_id, object_id)
         self._bytes += bytes_in_memory(content)
         if self._bytes > self.rules.most_bytes:
             raise ValueError(f"the message takes more than {self.rules.most_bytes} bytes of memory")
         return content
+
+    def confirm(self, run_id: int, message_id: str) -> None:
+        """Raises ValueError, as above."""
+        with _let_go_where_a_run_is_over():
+            self.line.confirm(run_id, message_id)
 
     def send(self, message: Message, tree: ObjectTree, runtime_s: float) -> tuple[set[str], str]:
         """Errors leave without their text, and nothing tells how long the site worked.
@@ -222,6 +243,16 @@ class Gate:
         return found
 
 
+@contextmanager
+def _let_go_where_a_run_is_over() -> Iterator[None]:
+    """By Flower's own word for it the SuperNode drops a message at this point only in part: its ClientApp works on, and
+    from then on each reply leaves when the next message comes, which may be never."""
+    try:
+        yield
+    except RunNotRunningException:
+        raise ValueError("its run is over") from None
+
+
 def _is_declared(override: Mapping[str, object]) -> bool:
     """Whether a run's configuration sets only what a submission may: a site reads none of it."""
     declared = bundle.RUN_CONFIG
@@ -279,6 +310,7 @@ def _run_supernode(home: Home, port: int, secret: Path, note: Note) -> None:
         apps=flower_home() / "apps",
         contact=contact,
         note=note,
+        tell=partial(tell_of_refusal, site.state),
     )
     install(Lines(tls_of(home), contact), rules)
     sys.argv = ["flower-supernode", *supernode_arguments(home, read_welcome(home.welcome)[0].address, port, secret)]

@@ -1,14 +1,15 @@
 """How the daemon is doing: three small files in the state folder, which `unimiss-site status` reads from any terminal.
 
 contact.json is the gate's: what it hears from the coordinator. health.json is the daemon's: what it starts and why it
-waits. refused.json is the ClientApp's: why it last refused what it was asked. Each appears whole or not at all, and
-none names a patient, a scan or a path.
+waits. refused.json is the ClientApp's and the gate's: why this site last refused what it was asked. Each appears whole
+or not at all, and none names a patient, a scan or a path.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -129,6 +130,13 @@ def write(path: Path, facts: Config) -> None:
         durable.write_bytes(path, facts.model_dump_json().encode())
     except OSError as error:
         log.warning("%s cannot be written: %s", path.name, error.strerror or "unknown error")
+
+
+def tell_of_refusal(folder: Path, reason: str, words: str) -> None:
+    """`unimiss-site run` and `status` say so until this site answers something. words: which name no path, no patient.
+    Never raises: no such word may keep an answer from leaving."""
+    with suppress(Exception):
+        write(folder / REFUSED, Refused(at=time.time(), reason=reason, words=words))
 
 
 def read_contact(folder: Path) -> Contact | None:

@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client import daemon_command
-from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
+from unimiss_core.commands import Command, Program
+from unimiss_core.errors import ConfigError, NoUsableScanError
 
 if TYPE_CHECKING:  # readers take a second to import: not for a wrong command line, and only where Ctrl-C is handled
     from rich.console import Console
@@ -19,58 +20,9 @@ if TYPE_CHECKING:  # readers take a second to import: not for a wrong command li
     from unimiss_core.study import StudyConfig
 
 
-COMMANDS: Mapping[str, str] = {
-    "init": "make a site's folder, with a key pair that never leaves it",
-    "join": "trust the coordinator that sent this welcome",
-    "check": "look at this machine, its line to the coordinator and its scans; no scan leaves",
-    "ledger": "say what patients have cost, and what is left; verifies the ledger",
-    "audit": "say what was asked of this site and what left it; verifies the log",
-    "make-key": "make a key to seal this site's own files with (state_key)",
-    "clear": "let private rounds begin again after one has failed; where nothing is held, there is nothing to do",
-    "run": "take part: the daemon, until it is told to stop",
-    "status": "how the daemon is doing, and whether it reaches the coordinator",
-    "leave": "stop, and destroy this site's keys",
-}
-EXIT_CODES: Mapping[int, tuple[str, Collection[str]]] = {
-    0: ("done", COMMANDS),
-    1: ("another error", COMMANDS),
-    2: ("a file or the command line is wrong", COMMANDS),
-    3: ("no scan can be used", {"check"}),
-    6: ("the ledger is damaged", {"check", "ledger"}),
-    8: ("the audit log is damaged or full", {"init", "join", "audit", "clear", "run", "leave"}),
-    130: ("interrupted", COMMANDS),
-}
-"""Code -> (meaning, of which commands); docs/artefacts.md has those of every program."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (EXIT_CODES)."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.act(options)
-    except UnimissError as error:
-        print(f"unimiss-site: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("unimiss-site: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unimiss-site", description="Run a site of a federated study.", epilog=_exit_codes(COMMANDS)
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, add in _ARGUMENTS.items():
-        said = COMMANDS[name]
-        add(commands.add_parser(name, help=said, description=said, epilog=_exit_codes({name})))
-    return parser
-
-
-def _exit_codes(commands: Collection[str]) -> str:
-    told = [f"{code} {meaning}" for code, (meaning, of) in EXIT_CODES.items() if set(commands) & set(of)]
-    return f"Exit codes: {', '.join(told)}."
+    """Run the command; returns its exit code (`unimiss_core.commands`)."""
+    return Program("unimiss-site", "Run a site of a federated study.", COMMANDS).run(arguments)
 
 
 def _add_site_file(parser: argparse.ArgumentParser) -> None:
@@ -273,9 +225,10 @@ def _clear(options: argparse.Namespace) -> None:
     from client.hold import Hold
     from client.site_config import load_site
 
-    site = load_site(_site_file(options), reads_scans=False)
+    site_file = _site_file(options)
+    site = load_site(site_file, reads_scans=False)
     is_cleared = Hold(site).clear()
-    log_of(options.site).record("clear")
+    log_of(site_file).record("clear")
     if is_cleared:
         print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
     else:
@@ -316,19 +269,24 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-_ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
-    "init": _add_init,
-    "join": _add_join,
-    "check": _add_check,
-    "ledger": _add_ledger,
-    "audit": _add_audit,
-    "make-key": _add_make_key,
-    "clear": _add_clear,
-    "run": daemon_command.add_run,
-    "status": daemon_command.add_status,
-    "leave": daemon_command.add_leave,
+COMMANDS: Mapping[str, Command] = {
+    "init": Command("make a site's folder, with a key pair that never leaves it", _add_init, {8}),
+    "join": Command("trust the coordinator that sent this welcome", _add_join, {8}),
+    "check": Command(
+        "look at this machine, its line to the coordinator and its scans; no scan leaves", _add_check, {3, 6}
+    ),
+    "ledger": Command("say what patients have cost, and what is left; verifies the ledger", _add_ledger, {6}),
+    "audit": Command("say what was asked of this site and what left it; verifies the log", _add_audit, {8}),
+    "make-key": Command("make a key to seal this site's own files with (state_key)", _add_make_key),
+    "clear": Command(
+        "let private rounds begin again after one has failed; where nothing is held, there is nothing to do",
+        _add_clear,
+        {8},
+    ),
+    "run": Command("take part: the daemon, until it is told to stop", daemon_command.add_run, {8}),
+    "status": Command("how the daemon is doing, and whether it reaches the coordinator", daemon_command.add_status),
+    "leave": Command("stop, and destroy this site's keys", daemon_command.add_leave, {8}),
 }
-"""By command, what its command line takes."""
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """The ServerApp: from Flower's run configuration to a finished run.
 
 Run configuration (`flwr run . --run-config 'key="value"'`):
-    coordinator   path of a coordinator file; its study is run into its folder
+    coordinator   path of a coordinator file; its study is run into its folder. Or a study's name: the file that
+                  `unimiss-server run` wrote for it, in the coordinator's folder of UNIMISS_SERVER_HOME. Sites are told
+                  what stands here, and a name tells them no path
     simulation    or: path of a simulation file; sites and coordinator file are made first, then run
     out           folder of a simulated run; default ~/.unimiss/runs/<run id>
     resume        go on with an unfinished run
 """
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,11 +23,12 @@ from server import uploads
 from server.coordinator_config import CoordinatorConfig, load_coordinator
 from server.display import Display
 from server.failure import told_by_flower
+from server.home import VARIABLE, Home
 from server.report import write_report
 from server.rounds import Federation, Probe
 from server.run_folder import RunFolder, folder_of
 from unimiss_core import progress
-from unimiss_core.config import load
+from unimiss_core.config import NAME, load
 from unimiss_core.errors import ConfigError, UnimissError
 from unimiss_core.study import StudyConfig
 
@@ -100,7 +105,8 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
 def coordinator_file(grid: Grid, context: Context) -> Path:
     """The coordinator file that the run configuration names, or that the simulation it names makes."""
     if named := str(context.run_config.get("coordinator", "")):
-        return Path(named).expanduser()
+        is_study = re.fullmatch(NAME, named) and VARIABLE in os.environ
+        return Home.chosen(None).run_file(named) if is_study else Path(named).expanduser()
     if simulation := str(context.run_config.get("simulation", "")):
         from server.simulate import prepare_for_engine  # the only way from the coordinator to a site's code
 

@@ -53,11 +53,12 @@ def approve(home: Home, name: str, key_file: Path, *, now: datetime, note: Note 
 def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
     """Shut the site `name` out, from its next request on; False where it was already. Raises ConfigError: no such
     site."""
-    known = Registry(home).sites()
+    registry = Registry(home)
+    known = registry.sites()
     if (site := known.get(name)) is None:
         there = f"there are: {', '.join(known)}" if known else "no site was ever approved here"
         raise ConfigError(f"'{name}' is no site of {home.path}; {there}")
-    if site.status == "revoked":
+    if site.status == "revoked" and name not in registry.put_back():
         return False
     key = keys.site_public_key(site.public_key, name)
     _write(home, site.model_copy(update={"status": "revoked"}), key)

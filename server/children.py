@@ -101,6 +101,18 @@ class Children:
                 child.restarts += 1
                 self._start(child)
 
+    def runs_s(self, name: str) -> float:
+        """For how long one has run since it was last started; 0 where it does not."""
+        return sum(
+            self.clock() - child.started_at for child in self.members if child.recipe.name == name and child.is_running
+        )
+
+    def end_one(self, name: str) -> None:
+        """End one that no longer does what it is for; `look_after` starts it again."""
+        for child in self.members:
+            if child.recipe.name == name and child.process is not None:
+                child.process.end(END_S)
+
     def end(self) -> None:
         """End all, the last first; each is killed, with what it started, where it does not end."""
         for child in reversed(self.members):

@@ -32,7 +32,7 @@ def compose(home: Home, study_file: Path) -> Composed:
     study = load(StudyConfig, study_file)
     folder = RunFolder(home.run(study.name))
     folder.check(study, resume=True)
-    asked, file = folder.path / "study-requested.yaml", folder.path / "coordinator.yaml"
+    asked, file = folder.path / "study-requested.yaml", home.run_file(study.name)
     sites = Registry(home).approved()
     if not sites:  # an empty list would mean every node
         raise ConfigError(f"{home.path}: no site is approved; unimiss-server approve SITE --key SITE.join.yaml")

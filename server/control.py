@@ -5,6 +5,7 @@ imports Flower for seconds at each. Flower's client for them is no public interf
 tests/test_superlink.py holds it to what is used here.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Control:
 
     def __init__(self, port: int, authority: Path) -> None:
         """authority: the certificate that signed SuperLink's, PEM."""
+        self._silent_since: float | None = None
         self._client = ControlHttpClient.from_server_address(
             f"127.0.0.1:{port}",
             insecure=False,
@@ -62,7 +64,7 @@ class Control:
         """Start a run of the installed package's own code; its id."""
         fab = Fab(bundle.fab_hash(), bundle.fab(), {})
         request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config)))
-        with _told("the run was not taken"):
+        with self._told("the run was not taken"):
             answer = self._client.StartRun(request)
         if not answer.HasField("run_id"):
             raise ControlError("SuperLink did not take the run; flower/superlink.log says why")
@@ -70,7 +72,7 @@ class Control:
 
     def state(self, run: int) -> RunState | None:
         """None where SuperLink knows no such run: it has lost its database."""
-        with _told("runs are not told"):
+        with self._told("runs are not told"):
             runs = self._client.ListRuns(ListRunsRequest()).run_dict
         if run not in runs:
             return None
@@ -79,7 +81,7 @@ class Control:
 
     def stop_all(self) -> None:
         """End every run that is not finished."""
-        with _told("runs are not stopped"):
+        with self._told("runs are not stopped"):
             for run, told in self._client.ListRuns(ListRunsRequest()).run_dict.items():
                 if told.status.status != "finished":
                     self._client.StopRun(StopRunRequest(run_id=run))
@@ -87,7 +89,7 @@ class Control:
     def agree_on_nodes(self, approved: Mapping[bytes, str]) -> None:
         """Let SuperLink know the approved sites and no others. approved: public key (PEM) -> name."""
         known = self.nodes()
-        with _told("sites are not registered"):
+        with self._told("sites are not registered"):
             for key in known.keys() - approved.keys():
                 self._client.UnregisterNode(UnregisterNodeRequest(node_id=known[key]))
             for key in approved.keys() - known.keys():
@@ -95,19 +97,26 @@ class Control:
 
     def nodes(self) -> dict[bytes, int]:
         """Public key (PEM) -> the node's id, of those that SuperLink lets in."""
-        with _told("sites are not told"):
+        with self._told("sites are not told"):
             nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
         return {node.public_key: node.node_id for node in nodes if node.status != GONE}
+
+    def silent_s(self) -> float:
+        """How long SuperLink has answered nothing, though it was asked; 0 where it answered last."""
+        return 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
 
     def close(self) -> None:
         self._client.close()
 
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    try:
-        yield
-    except httpx.HTTPStatusError as error:
-        raise ControlError(f"{what}: SuperLink says {error.response.status_code}; its log says why") from None
-    except (httpx.HTTPError, OSError) as error:
-        raise ControlError(f"{what}: SuperLink does not answer ({type(error).__name__})") from None
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            self._silent_since = None
+            raise ControlError(f"{what}: SuperLink says {error.response.status_code}; its log says why") from None
+        except (httpx.HTTPError, OSError) as error:
+            if self._silent_since is None:
+                self._silent_since = time.monotonic()
+            raise ControlError(f"{what}: SuperLink does not answer ({type(error).__name__})") from None
+        self._silent_since = None

@@ -142,7 +142,7 @@ async def serve(home: Home, config: ServerConfig, note: Note) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with upstream_client(config.superlink_port, home.authority_certificate, config.limits) as upstream:
-        house = House(Registry(home), upstream, config.limits, Refusals(note))
+        house = House(Registry(home), upstream, config.limits, Refusals(note), home.passage)
         await Front(house, tls, identity, home.front_status).run(listener, stop)
 
 

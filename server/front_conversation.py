@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from pathlib import Path
 
 import h11
 import httpx
@@ -16,9 +17,12 @@ import httpx
 from server.contacts import Contacts
 from server.front_answers import PUSH_MESSAGES, announced
 from server.front_door import Caller
+from server.front_given import CONFIRM, PULL_MESSAGES, PULL_OBJECT, Given
+from server.front_replies import PUSH_OBJECT, NoRoom, NotTaken, Replies
 from server.front_rules import (
     ANSWER_HEADERS,
     HEAD_BYTES,
+    MEDIA_TYPE,
     NOT_TAKEN,
     STATUS,
     Passage,
@@ -48,12 +52,14 @@ class Broken(Exception):  # noqa: N818 - of a connection
 
 @dataclass
 class House:
-    """What all conversations share. upstream: a client whose base is SuperLink."""
+    """What all conversations share. upstream: a client whose base is SuperLink. folder: of what sites are given, and
+    of what is on its way from them."""
 
     registry: Registry
     upstream: httpx.AsyncClient
     limits: FrontLimits
     refusals: Refusals
+    folder: Path
     contacts: Contacts = field(default_factory=Contacts)
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     connections: Counter[bytes] = field(default_factory=Counter)
@@ -61,9 +67,13 @@ class House:
     requests: Counter[str] = field(default_factory=Counter)
     """Site -> requests in work."""
     allowance: Allowance = field(init=False)
+    given: Given = field(init=False)
+    replies: Replies = field(init=False)
 
     def __post_init__(self) -> None:
         self.allowance = Allowance(self.limits.site_gb_per_hour * 1e9)
+        self.given = Given(self.folder)
+        self.replies = Replies(self.upstream, self.folder, most_objects=self.limits.objects_of_answer)
 
 
 class Conversation:
@@ -111,42 +121,63 @@ class Conversation:
         with counted(self._house.requests, site, self._limits.requests_of_site):
             try:
                 async with asyncio.timeout(self._limits.body_s + self._limits.answer_s):
-                    body = await self._own_answer(site) if passed.path == PUSH_MESSAGES else self._body()
-                    await self._pass_on(passed, body)
+                    await self._serve(site, passed)
             except TimeoutError:
                 raise Refused("slow") from None
 
-    async def _own_answer(self, site: str) -> bytes:
-        """The body of a request that pushes an answer. Raises Refused, Gone."""
-        body = b"".join([piece async for piece in self._body()])
-        objects = announced(body, most=self._limits.objects_of_answer)
-        self._house.allowance.take(site, objects * OBJECT_BYTES)
-        return body
-
-    async def _pass_on(self, passed: Passage, body: bytes | AsyncIterator[bytes]) -> None:
-        upstream = self._house.upstream
-        request = upstream.build_request("POST", passed.path, headers=passed.headers, content=body)
+    async def _serve(self, site: str, passed: Passage) -> None:
         try:
-            answer = await upstream.send(request, stream=True)
+            await self._as_its_kind_asks(site, passed)
+        except NoRoom:
+            await self._say(503, "coordinator_full")
+        except NotTaken as not_taken:
+            await self._return(not_taken.word)
         except (httpx.ConnectError, httpx.ConnectTimeout):
             await self._say(503, "coordinator_down")
         except httpx.ReadTimeout:
             await self._say(504, "coordinator_slow")
         except httpx.TransportError:
             await self._say(502, "coordinator_down")
+
+    async def _as_its_kind_asks(self, site: str, passed: Passage) -> None:
+        """Raises Refused, Gone, Broken, NoRoom, NotTaken, and httpx's errors."""
+        house, path = self._house, passed.path
+        if path == PUSH_MESSAGES:
+            answer = announced(await self._whole_body(), most=self._limits.objects_of_answer)
+            house.allowance.take(site, len(answer.objects) * OBJECT_BYTES)
+            await self._reply(await house.replies.announce(site, answer, passed.headers))
+        elif path == PUSH_OBJECT:
+            await self._reply(await house.replies.take(site, await self._whole_body(), passed.headers))
+        elif path in (PULL_OBJECT, CONFIRM):
+            house.given.require(site, path, body := await self._whole_body())
+            await self._pass_on(site, passed, body)
         else:
-            try:
-                await self._return(answer)
-            finally:
-                await answer.aclose()
+            await self._pass_on(site, passed, self._body())
+
+    async def _pass_on(self, site: str, passed: Passage, body: bytes | AsyncIterator[bytes]) -> None:
+        upstream = self._house.upstream
+        request = upstream.build_request("POST", passed.path, headers=passed.headers, content=body)
+        answer = await upstream.send(request, stream=True)
+        try:
+            if passed.path == PULL_MESSAGES and answer.is_success and (content := await answer.aread()):
+                await asyncio.to_thread(self._house.given.note, site, content)
+            await self._return(answer)
+        finally:
+            await answer.aclose()
+
+    async def _reply(self, content: bytes) -> None:
+        """As SuperLink would answer."""
+        headers = [(b"content-type", MEDIA_TYPE), (b"content-length", b"%d" % len(content))]
+        await self._return(httpx.Response(200, headers=headers, content=content))
 
     async def _return(self, answer: httpx.Response) -> None:
         if answer.status_code in NOT_TAKEN:
             self._house.refusals.add("not_taken", self._name)
         headers = [(name, value) for name, value in answer.headers.raw if name.lower() in ANSWER_HEADERS]
         await self._send(h11.Response(status_code=answer.status_code, headers=[*headers, self._date()]))
+        pieces = answer.aiter_bytes(PIECE) if answer.is_stream_consumed else answer.aiter_raw(PIECE)
         try:
-            async for piece in answer.aiter_raw(PIECE):
+            async for piece in pieces:
                 await self._send(h11.Data(data=piece))
             await self._send(h11.EndOfMessage())
         except (httpx.TransportError, h11.LocalProtocolError):
@@ -156,6 +187,10 @@ class Conversation:
         """The request's body as it comes. Raises Refused, Gone."""
         while isinstance(event := await self._event(self._limits.stall_s), h11.Data):
             yield bytes(event.data)
+
+    async def _whole_body(self) -> bytes:
+        """Raises as `_body`."""
+        return b"".join([piece async for piece in self._body()])
 
     async def _next_request(self) -> h11.Request | None:
         """None where the caller has closed, or asked nothing for long."""

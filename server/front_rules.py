@@ -63,7 +63,8 @@ Reason = Literal[
     "method",
     "malformed",  # no HTTP/1.1, or headers that can be read in two ways
     "length",  # none told, or one above the limit; an answer of too many objects
-    "forged",  # an answer that is not the site's own, or answers nothing
+    "forged",  # an answer that is not the site's own, or answers nothing; a part that is not the one announced
+    "not_given",  # an object, or the receipt of a message, that was not for this site
     "not_taken",  # SuperLink did not: the node's number is another's, the signature is wrong, or it failed over it
     "slow",
     "busy",  # more connections or requests than are allowed at once
@@ -74,6 +75,7 @@ STATUS: Mapping[Reason, int] = {
     "wrong_key": 401,
     "path": 403,
     "forged": 403,
+    "not_given": 403,
     "method": 405,
     "malformed": 400,
     "length": 413,

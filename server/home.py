@@ -109,6 +109,10 @@ class Home:
     def run(self, study: str) -> Path:
         return self.runs / study
 
+    def run_file(self, study: str) -> Path:
+        """The coordinator file of a study's run."""
+        return self.run(study) / "coordinator.yaml"
+
     @property
     def flower(self) -> Path:
         """FLWR_HOME of everything that is started here."""
@@ -122,6 +126,11 @@ class Home:
     def front_status(self) -> Path:
         """What the front last wrote of sites and refusals."""
         return self.flower / "front.json"
+
+    @property
+    def passage(self) -> Path:
+        """Of the front: what each site is given, and what is on its way from it."""
+        return self.flower / "passage"
 
     @property
     def lock(self) -> Path:

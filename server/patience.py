@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 AGAIN_S = 30.0
 """How long a node that introduced itself before is waited for when it is asked again, for it has read its archive; and
-how long after a node could not take part it is asked again, while others are waited for."""
+how long after a node could not take part it is asked again, while others are waited for: twice as long each time, for
+what it is asked costs it work, and lines of its audit log."""
+
+LONGEST_AGAIN_S = 960.0
 
 MOST_UNHEARD = 3
 """How often a node may leave before it answered, or let its time pass, and still be waited for as if it were new."""
@@ -40,8 +43,8 @@ class Patience:
         """Let their time to answer pass, and have not answered since."""
         self._known: set[str] = set()
         """Introduced themselves once."""
-        self._refused: set[str] = set()
-        """Answered in this gathering, and could not take part."""
+        self._refused: dict[str, tuple[int, float]] = {}
+        """Answered in this gathering, and could not take part: how often, and when it is asked again."""
         self._unheard: Counter[str] = Counter()
         self._passing: set[str] = set()
         """Names that do not last, of nodes that are there."""
@@ -56,7 +59,7 @@ class Patience:
         now, often = time.monotonic(), self._unheard[node.counted_as] >= MOST_UNHEARD
         if not node.lasts:
             self._passing.add(node.name)
-        if node.name in self._silent | self._refused or (often and node.lasts):
+        if node.name in self._silent or node.name in self._refused or (often and node.lasts):
             return now
         if often:  # it may be any of those that came and went: all together cost a round no more than this
             return min(self._began + AGAIN_S, now + self._introduction_s)
@@ -68,7 +71,13 @@ class Patience:
         self._unheard.pop(node.name, None)
 
     def note_refused(self, node: Called) -> None:
-        self._refused.add(node.name)
+        often, _ = self._refused.get(node.name, (0, 0.0))
+        pause_s = min(AGAIN_S * 2.0**often, LONGEST_AGAIN_S)
+        self._refused[node.name] = often + 1, time.monotonic() + pause_s
+
+    def is_put_off(self, node: Called) -> bool:
+        """Whether it said a short while ago that it cannot take part."""
+        return node.name in self._refused and time.monotonic() < self._refused[node.name][1]
 
     def note_silent(self, node: Called) -> None:
         """It let its time to answer pass."""
@@ -82,6 +91,8 @@ class Patience:
     def forget_all_but(self, nodes: Iterable[Called]) -> set[str]:
         """Forget nodes whose name does not last that are not among those that are there; what they were called."""
         gone = self._passing - {node.name for node in nodes}
-        for names in (self._passing, self._silent, self._known, self._refused):
+        for names in (self._passing, self._silent, self._known):
             names -= gone
+        for name in gone & self._refused.keys():
+            del self._refused[name]
         return gone

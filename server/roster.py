@@ -1,22 +1,23 @@
 """Who takes part: every node is asked who it is before it is asked to train."""
 
 import logging
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from server import patience
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import introduction_of, pulled, pushed, status_of
+from server.exchange import Reply, introduction_of, pulled, pushed, status_of
 from server.patience import Called, Patience
 from server.quorum import is_in_vain, too_few_sites
 from server.registration import Registration
 from server.site_round import SiteRound
 from unimiss_core import progress
+from unimiss_core.config import NAME
 from unimiss_core.errors import WireError
 from unimiss_core.wire import Hello, Introduction
 
@@ -43,10 +44,17 @@ class Roster:
     sites: node -> who it is, for the sites that can take part. unfit: the others by name, and why.
     """
 
-    def __init__(self, grid: Grid, config: CoordinatorConfig) -> None:
-        """Raises ConfigError: a registered key that cannot be read."""
+    def __init__(
+        self, grid: Grid, config: CoordinatorConfig, note: Callable[[str, Reply, str], None] = lambda *_: None
+    ) -> None:
+        """note: writes down a site's name, the introduction that was refused, and the reason: once, until the site
+        comes in, or is refused for another.
+
+        Raises ConfigError: a registered key that cannot be read.
+        """
         self._grid = grid
         self._config = config
+        self._note = note
         self.sites: dict[int, Introduction] = {}
         self.unfit: dict[str, SiteRound] = {}
         self._greeted: dict[str, _Greeted] = {}
@@ -78,12 +86,10 @@ class Roster:
         """
         began = time.monotonic()
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
-        self.unfit, again = {}, began + patience.AGAIN_S
+        self.unfit = {}
         self._patience.begin()
         content = hello.pack()
         while True:
-            if time.monotonic() >= again:
-                self.unfit, again = {}, time.monotonic() + patience.AGAIN_S
             self._greet_new_nodes(content)
             self._hear_introductions()
             now = time.monotonic()
@@ -126,7 +132,7 @@ class Roster:
                 self._tell_of_stranger(node)
                 continue
             called = self.registration.called(node)
-            if node_id not in self.sites and node_id not in waiting and called.name not in self.unfit:
+            if node_id not in self.sites and node_id not in waiting and not self._patience.is_put_off(called):
                 message = Message(hello, node_id, "query", ttl=self._config.introduction_s)
                 if (taken := pushed(self._grid, message)) is None:
                     continue  # it left since the nodes were listed
@@ -154,10 +160,12 @@ class Roster:
                     raise WireError("name_taken", "another connected site goes by the same name")
             except WireError as error:
                 self._patience.note_refused(greeted.called)
-                self._mark_unfit(greeted.node, SiteRound(status_of(error.reason), error.reason))
+                if self._mark_unfit(greeted.node, SiteRound(status_of(error.reason), error.reason)):
+                    self._note(self._written_name_of(greeted.node), reply, error.reason)
             else:
                 self.sites[greeted.node.node_id] = introduction
                 self._patience.note_introduced(greeted.called)
+                self.unfit.pop(greeted.called.name, None)
                 self._told.pop(self.registration.name_of(greeted.node), None)
 
     def _tell_of_stranger(self, node: NodeInfo) -> None:
@@ -167,10 +175,18 @@ class Roster:
             log.warning("node=%s status=refused reason=not_registered", called.name)
             progress.report(progress.Note(f"{called.name} is not asked: the coordinator file does not name it"))
 
-    def _mark_unfit(self, node: NodeInfo, line: SiteRound) -> None:
+    def _written_name_of(self, node: NodeInfo) -> str:
+        """As an audit log takes it: without a key, Flower may have been told any name."""
+        name = self.registration.name_of(node)
+        return name if re.fullmatch(NAME, name) else f"node-{node.node_id}"
+
+    def _mark_unfit(self, node: NodeInfo, line: SiteRound) -> bool:
+        """Whether that is new."""
         name = self.registration.name_of(node)
         self.unfit[name] = line
         log.warning("site=%s status=%s reason=%s", name, line.status, line.reason)
-        if self._told.get(name) != line.reason:
-            self._told[name] = line.reason
-            progress.report(progress.Note(f"{name} cannot take part: {line.reason}"))
+        if self._told.get(name) == line.reason:
+            return False
+        self._told[name] = line.reason
+        progress.report(progress.Note(f"{name} cannot take part: {line.reason}"))
+        return True

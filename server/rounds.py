@@ -20,7 +20,7 @@ from server.aggregation import Aggregate
 from server.beginning import first_student
 from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import SpareMemory
-from server.exchange import Exchange
+from server.exchange import Exchange, Reply, bytes_of
 from server.global_state import GlobalState
 from server.one_round import OneRound
 from server.quorum import TooFew
@@ -76,7 +76,7 @@ class Federation:
         self._folder = folder_of(config)
         self._record = record_of(config.out, study)
         self._layout = travelling_layout(study)
-        self._roster = Roster(grid, config)
+        self._roster = Roster(grid, config, self._note_refused)
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
         self._slow = SlowSites(config.deadline_s)
@@ -201,6 +201,18 @@ class Federation:
     def _note_release_gone_on_with(self, round: int) -> None:
         if round > 0:
             self._audit.gone_on_with(run=self._folder.run, round=round, manifest=self._folder.manifest_of(round))
+
+    def _note_refused(self, site: str, introduction: Reply, reason: str) -> None:
+        """In the run's audit log, where an introduction is of round 0."""
+        self._audit.heard(
+            self._audit.digest_of(introduction),
+            run=self._folder.run,
+            round=0,
+            site=site,
+            bytes=bytes_of(introduction),
+            reason=reason,
+            counts=False,
+        )
 
     def _round_after(self, state: GlobalState, aggregate: Aggregate) -> OneRound:
         return OneRound(

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 NODES_S = 10.0
 """Between two looks whether a site was approved or revoked meanwhile."""
+HANGS_S = 180.0
+"""A SuperLink that is silent for so long does not come back by itself; a busy machine starts one within that."""
 WRITE_S = 5.0
 """Between two notes of how it stands, for `status`."""
 STOP_S = 90.0
@@ -100,36 +102,56 @@ def _end_noted(note: Note, study: str) -> Iterator[None]:
 
 
 def _with_children(home: Home, config: ServerConfig, composed: Composed, stop: Stop) -> None:
-    children = superlink.family(home, config)
+    from server.control import Control
+
+    control, registry = Control(config.superlink_port, home.authority_certificate), Registry(home)
+    children = superlink.family(home, config, lambda: _knows_sites(control, registry))
     try:
         done, rounds = rounds_done(composed.folder), composed.study.schedule.rounds
         goes_on = f"{composed.study.name}: goes on after round {done} of {rounds}; " if done else ""
         progress.report(progress.Note(f"{goes_on}starting SuperLink and the public side"))
         children.start(stop)
-        _see_through(home, config, composed, children, stop)
+        submission = Submission(control, composed.folder, rounds, config.patience)
+        _Loop(home, composed, children, control, registry, submission).until_the_end(stop)
     finally:
         progress.report(progress.Note("ending SuperLink and the public side"))
         children.end()
+        control.close()
         home.running.unlink(missing_ok=True)
 
 
-def _see_through(home: Home, config: ServerConfig, composed: Composed, children: Children, stop: Stop) -> None:
-    from server.control import Control
+def _knows_sites(control: "Control", registry: Registry) -> bool:
+    """Whether SuperLink, which has just begun, lets in the approved sites."""
+    from server.control import ControlError
 
-    control = Control(config.superlink_port, home.authority_certificate)
     try:
-        rounds = composed.study.schedule.rounds
-        submission = Submission(control, composed.folder, composed.file, rounds, config.patience)
-        _Loop(home, composed, children, control, submission).until_the_end(stop)
-    finally:
-        control.close()
+        _agree_on_nodes(control, registry)
+    except ControlError:
+        return False
+    return True
+
+
+def _agree_on_nodes(control: "Control", registry: Registry) -> None:
+    """Raises ControlError."""
+    try:
+        sites = registry.approved()
+    except ConfigError as error:
+        log.warning("%s", error)  # somebody may be editing it: no reason to end a run. The front refuses that site
+        return
+    control.agree_on_nodes({pem_of_public(site_public_key(s.public_key, s.name)): s.name for s in sites})
 
 
 class _Loop:
     """What `run` does every second, beside waiting."""
 
     def __init__(
-        self, home: Home, composed: Composed, children: Children, control: "Control", submission: Submission
+        self,
+        home: Home,
+        composed: Composed,
+        children: Children,
+        control: "Control",
+        registry: Registry,
+        submission: Submission,
     ) -> None:
         self._home = home
         self._composed = composed
@@ -137,11 +159,13 @@ class _Loop:
         self._control = control
         self._submission = submission
         self._watching = Watching(composed.folder, submission.rounds)
-        self._registry = Registry(home)
+        self._registry = registry
         self._since = time.time()
         self._nodes_at = self._written_at = float("-inf")
         self._told = ""
         """The last that SuperLink failed with: said once, not every second."""
+        self._can_write = True
+        """Whether the last note of how it stands could be written: that it cannot is said once."""
         self._is_tidy = False
         """Whether runs that an earlier `run` left at SuperLink are stopped."""
 
@@ -157,7 +181,16 @@ class _Loop:
             time.sleep(TICK_S)
         with suppress(UnimissError):
             self._control.stop_all()
+        self._note_stop()
         raise Interrupted("stopped; what was finished is saved")
+
+    def _note_stop(self) -> None:
+        """For the run's report and `status`, where the ServerApp had no time to say more."""
+        folder = self._composed.folder
+        with suppress(OSError, UnimissError):  # there may be no room, or a checkpoint that is damaged
+            if not folder.why_it_stopped():
+                round = rounds_done(folder) + 1
+                folder.note_stop({"round": round, "error": "its operator stopped it", "sites": {}})
 
     def _step(self) -> bool:
         from server.control import ControlError
@@ -166,24 +199,22 @@ class _Loop:
             if not self._is_tidy:
                 self._control.stop_all()
                 self._is_tidy = True
-            self._agree_on_nodes()
+            if (now := time.monotonic()) - self._nodes_at >= NODES_S:
+                self._nodes_at = now
+                _agree_on_nodes(self._control, self._registry)
             return self._submission.step()
         except ControlError as error:  # it may be starting again
             if str(error) != self._told:
                 self._told = str(error)
                 log.warning("%s", error)
+            self._end_where_it_hangs()
             return False
 
-    def _agree_on_nodes(self) -> None:
-        if (now := time.monotonic()) - self._nodes_at < NODES_S:
-            return
-        self._nodes_at = now
-        try:
-            sites = self._registry.approved()
-        except ConfigError as error:
-            log.warning("%s", error)  # somebody may be editing it: no reason to end a run. The front refuses that site
-            return
-        self._control.agree_on_nodes({pem_of_public(site_public_key(s.public_key, s.name)): s.name for s in sites})
+    def _end_where_it_hangs(self) -> None:
+        """A SuperLink that runs and answers nothing for long is ended, upon which it is started again."""
+        if min(self._control.silent_s(), self._children.runs_s(superlink.SUPERLINK)) > HANGS_S:
+            log.warning("SuperLink has not answered for %g s; it is started again", HANGS_S)
+            self._children.end_one(superlink.SUPERLINK)
 
     def _write(self) -> None:
         if (now := time.monotonic()) - self._written_at < WRITE_S:
@@ -200,7 +231,11 @@ class _Loop:
         try:
             running.write(self._home.running)
         except OSError as error:  # a full disk: the round at work may still be lost, but not by this
-            log.warning("%s cannot be written (%s)", self._home.running.name, error.strerror)
+            if self._can_write:
+                log.warning("%s cannot be written to (%s); make room", self._home.path, error.strerror)
+            self._can_write = False
+        else:
+            self._can_write = True
 
 
 @contextmanager

@@ -4,55 +4,22 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.commands import Command, Program
+from unimiss_core.errors import ConfigError
 
 COMPARE = (
     "Before you rely on it, read the fingerprint to the other side by telephone, on a number that you know from "
     "elsewhere: who could change the file on its way could have put in another key."
 )
 
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 another error, 2 a file or the command line is wrong, 4 no good checkpoint, 5 a round could "
-    "not be completed, 8 an audit log is damaged, 130 interrupted."
-)
-"""docs/artefacts.md has those of every program."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.act(options)
-    except UnimissError as error:
-        way_on = "\nThe same command goes on from there." if error.resumes else ""
-        print(f"unimiss-server: {error}{way_on}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("unimiss-server: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unimiss-server", description="Coordinate federated studies.", epilog=EXIT_CODES
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_init(commands.add_parser("init", help="make a coordinator's folder, with keys and certificates of its own"))
-    _add_approve(commands.add_parser("approve", help="let a site take part, by its key"))
-    _add_revoke(commands.add_parser("revoke", help="shut a site out, at once and for ever"))
-    _add_sites(commands.add_parser("sites", help="list who was approved or revoked"))
-    _add_audit(commands.add_parser("audit", help="say what was done here, or in a study's run; verifies the log"))
-    _add_renew(commands.add_parser("renew", help="make certificates anew that will soon run out"))
-    _add_run(commands.add_parser("run", help="run a study to its last round, or go on with it"))
-    _add_status(commands.add_parser("status", help="say how runs, processes and sites stand; from any terminal"))
-    _add_stop(commands.add_parser("stop", help="end the run at work; `run` goes on with it later"))
-    _add_export(commands.add_parser("export", help="write a study's model as a folder to hand on"))
-    return parser
+    """Run the command; returns its exit code (`unimiss_core.commands`)."""
+    return Program("unimiss-server", "Coordinate federated studies.", COMMANDS).run(arguments)
 
 
 def _add_home(parser: argparse.ArgumentParser) -> None:
@@ -250,6 +217,20 @@ def _export(options: argparse.Namespace) -> None:
     exported = export(home, options.study, options.out, round=options.round, note=note)
     print(f"{options.out}: round {exported.round} of {options.study}; README.md is its model card")
     print(f"Who receives it needs {home.signing_public_key}, by another way: unimiss verify {options.out} --key FILE")
+
+
+COMMANDS: Mapping[str, Command] = {
+    "init": Command("make a coordinator's folder, with keys and certificates of its own", _add_init, {8}),
+    "approve": Command("let a site take part, by its key", _add_approve, {8}),
+    "revoke": Command("shut a site out, at once and for ever", _add_revoke, {8}),
+    "sites": Command("list who was approved or revoked", _add_sites),
+    "audit": Command("say what was done here, or in a study's run; verifies the log", _add_audit, {8}),
+    "renew": Command("make certificates anew that will soon run out", _add_renew, {8}),
+    "run": Command("run a study to its last round, or go on with it", _add_run, {4, 5, 8}),
+    "status": Command("say how runs, processes and sites stand; from any terminal", _add_status),
+    "stop": Command("end the run at work; `run` goes on with it later", _add_stop, {8}),
+    "export": Command("write a study's model as a folder to hand on", _add_export, {4, 8}),
+}
 
 
 if __name__ == "__main__":

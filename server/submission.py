@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from server.run_folder import RunFolder
@@ -57,11 +56,10 @@ def _without_ways(error: str) -> str:
 
 @dataclass
 class Submission:
-    """coordinator: the coordinator file that the ServerApp reads. rounds: of the study."""
+    """folder: of the run, called as the study is. rounds: of the study."""
 
     superlink: SuperLink
     folder: RunFolder
-    coordinator: Path
     rounds: int
     patience: Patience = field(default_factory=Patience)
     clock: Callable[[], float] = time.monotonic
@@ -95,7 +93,8 @@ class Submission:
 
     def _submit(self, now: float) -> None:
         self._began_with, self._asked_at = rounds_done(self.folder), now
-        self.run = self.superlink.submit({"coordinator": str(self.coordinator), "resume": True})
+        # The study's name, which sites know, and no path of this machine's: what is submitted, every site is told.
+        self.run = self.superlink.submit({"coordinator": self.folder.path.name, "resume": True})
         log.info("run=%s submitted after round %s", self.run, self._began_with)
 
     def _judge(self, run: int, now: float, details: str) -> bool:

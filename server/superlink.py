@@ -10,16 +10,18 @@ import shutil
 import socket
 import sqlite3
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from server.children import Children, Recipe
-from server.home import Home
+from server.home import VARIABLE, Home
 from server.server_config import ServerConfig
 from unimiss_core import bundle, durable
 from unimiss_core.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+SUPERLINK = "superlink"
+"""What it is called among the processes."""
 SHRINK_BYTES = 1e8
 """A database below this is left as it is."""
 
@@ -40,14 +42,15 @@ packages, unless told not to."""
 def environment(home: Home) -> dict[str, str]:
     """Of all children. PATH: Flower starts its own commands by name."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home.flower), "PATH": path}
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home.flower), VARIABLE: str(home.path), "PATH": path}
 
 
-def family(home: Home, config: ServerConfig) -> Children:
-    """The coordinator's processes, in the order in which they are started."""
+def family(home: Home, config: ServerConfig, knows_sites: Callable[[], bool] = lambda: True) -> Children:
+    """The coordinator's processes, in the order in which they are started. knows_sites: whether SuperLink lets in those
+    that are approved; it may be told in being asked. Before that the front does not open."""
     return Children(
         [
-            Recipe("superlink", _superlink(home, config), lambda: listens(config.superlink_port)),
+            Recipe(SUPERLINK, _superlink(home, config), lambda: listens(config.superlink_port) and knows_sites()),
             Recipe("superexec", _superexec(home, config)),
             Recipe("front", _front(home), home.front_status.exists),
         ],
@@ -70,7 +73,9 @@ def prepare(home: Home, config: ServerConfig) -> None:
         if any(home.workplace.iterdir()):
             raise ConfigError(f"{home.workplace}: must be empty, SuperLink would run what lies there; empty it")
         home.front_status.unlink(missing_ok=True)  # that it is written again says that the front has begun
-        shutil.rmtree(home.flower / "apps", ignore_errors=True)  # code that Flower unpacked; it does so anew
+        # Code that Flower unpacked, and answers to runs that are over. What a site was given it may still ask for.
+        for left in (home.flower / "apps", *home.passage.glob("*/answer")):
+            shutil.rmtree(left, ignore_errors=True)
         bundle.write(home.bundle)
         durable.write_text(home.flower / "config.toml", connection(home, config))
         shrink(home.database)

@@ -3,8 +3,9 @@
 A site announces a reply, then sends its parts. Flower hands the announced reply to the ServerApp and waits there for
 the parts, up to two hours, while no other reply is taken: one site that is slow, or wants to be, would so cost a round
 all others' replies, whose time runs out meanwhile. Then Flower joins the parts as they say themselves, to whatever
-size. It has no setting for either, so that two names of its module are replaced; the version is pinned, and
-tests/test_uploads.py holds it to what is relied upon.
+size. Where our front stands before SuperLink, replies come whole (`server.front_replies`); elsewhere the wait is
+bounded here. Flower has no setting for either, so that two names of its module are replaced; the version is pinned,
+and tests/test_uploads.py holds it to what is relied upon.
 """
 
 from collections.abc import Mapping

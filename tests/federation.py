@@ -10,6 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from unimiss_core import checkpoint
 from unimiss_core.codec import Layout, layout_of
 from unimiss_core.config import parse
 from unimiss_core.errors import WireError
@@ -43,6 +44,23 @@ def layout_for(ranks: frozenset[Rank]) -> Layout:
 def random_tensors(layout: Layout, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {spec.name: torch.randn(spec.shape, generator=generator) for specs in layout.values() for spec in specs}
+
+
+def saved_checkpoint(folder: Path, round: int = 7, seed: int = 0, **more: Any) -> Path:
+    """A checkpoint of `small_study` in `folder`, of tensors drawn from `seed`. more: of `checkpoint.save`."""
+    study, layout = small_study(), whole_layout()
+    checkpoint.save(
+        folder,
+        origin="federation",
+        round=round,
+        study_digest=study.digest(),
+        model=study.model,
+        plan=study.plan,
+        student=random_tensors(layout, seed),
+        teacher=random_tensors(layout, seed + 1),
+        **more,
+    )
+    return folder
 
 
 class Placed(Alone):

@@ -138,12 +138,17 @@ class StubSuperLink:
                 )
                 self.bodies.append(await reader.readexactly(length))
                 await asyncio.sleep(self.slow_s)
-                writer.write(self.answer)
+                writer.write(self.answered(head.split()[1], self.bodies[-1]))
                 await writer.drain()
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
             writer.transport.abort()
+
+    def answered(self, path: bytes, body: bytes) -> bytes:
+        """What is said to a request."""
+        del path, body
+        return self.answer
 
 
 @dataclass
@@ -241,7 +246,7 @@ async def running_front(
     noted: list[dict[str, str | int | float]] = []
     refusals = Refusals(lambda kind, fields: noted.append({"kind": kind, **fields}))
     async with upstream_client(up_port, authority.file, allowed) as client:
-        house = House(approved := Approved(), client, allowed, refusals)
+        house = House(approved := Approved(), client, allowed, refusals, folder / "passage")
         tls = coordinator_side(certificate=server.certificate, key=server.private, authority=authority.file)
         listener = bound_socket("127.0.0.1", 0)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # what is sent waits in the front itself

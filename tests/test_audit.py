@@ -183,6 +183,14 @@ def test_a_run_writes_down_requests_replies_and_releases(tmp_path: Path) -> None
             assert release["manifest"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
+def test_a_refused_introduction_is_written_down_once(tmp_path: Path) -> None:
+    """As of round 0. It is asked for in every round; the second says nothing new."""
+    federation(tmp_path / "out", [StubSite("good", {2: 3}), StubSite("empty", {})])()
+    (refused,) = (line for line in lines(tmp_path / "out") if line["kind"] == "refused")
+    assert refused.items() >= {"site": "empty", "round": 0, "bytes": 0, "reason": "no_usable_scans"}.items()
+    assert len(refused["sha256"]) == 64
+
+
 def test_both_ends_know_an_update_by_the_same_digest(tmp_path: Path) -> None:
     hospital = Hospital(tmp_path / "north")
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out", retry_s=0)

@@ -1,29 +1,17 @@
 """A checkpoint comes back whole, equal runs give equal bytes, and any change is noticed."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.federation import random_tensors, small_study, whole_layout
+from tests.federation import random_tensors, saved_checkpoint, small_study, whole_layout
 from unimiss_core import checkpoint
 from unimiss_core.errors import CheckpointError
 
-
-def save(folder: Path, round: int = 7, seed: int = 0) -> None:
-    study = small_study()
-    checkpoint.save(
-        folder,
-        origin="federation",
-        round=round,
-        study_digest=study.digest(),
-        model=study.model,
-        plan=study.plan,
-        student=random_tensors(whole_layout(), seed),
-        teacher=random_tensors(whole_layout(), seed + 1),
-        server_json='{"taught": {}}',
-    )
+save = partial(saved_checkpoint, server_json='{"taught": {}}')
 
 
 def test_round_trip(tmp_path: Path) -> None:

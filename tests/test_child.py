@@ -1,5 +1,6 @@
 """Processes of a daemon, as stand-ins: what they print, how they end, and that none outlives the daemon."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from unimiss_core.child import KEPT_LOGS, LOG_BYTES, LONGEST_LINE, Child
+from unimiss_core.child import KEPT_LOGS, LOG_BYTES, LONGEST_LINE, Child, rotating
 
 ROOT = Path(__file__).parents[1]
 LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to see what runs")
@@ -51,6 +52,15 @@ def test_what_it_prints_stands_in_a_log_with_the_time(tmp_path: Path) -> None:
     until(lambda: "trouble" in printed(tmp_path))
     assert [line.split(maxsplit=2)[2] for line in printed(tmp_path).splitlines()] == ["hello", "trouble"]
     child.end(1.0)
+
+
+@LINUX
+def test_a_log_on_a_full_disk_loses_lines_and_ends_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    log = rotating(Path("/dev/full"))
+    for _ in range(2):
+        log.emit(logging.makeLogRecord({"msg": "x" * 10_000}))
+    log.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_log_stays_small_whatever_is_printed(tmp_path: Path) -> None:

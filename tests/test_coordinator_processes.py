@@ -99,6 +99,22 @@ def test_a_child_that_stayed_is_started_again_soon(family: Callable[..., Childre
     assert child.pause_s == children.FIRST_PAUSE_S
 
 
+def test_a_child_that_is_ended_alone_is_started_again(family: Callable[..., Children]) -> None:
+    now = 0.0
+    one = family(recipe("a", "input()"), recipe("b", "input()"), clock=lambda: now)
+    one.start()
+    now = 7.0
+    first, second = (member.process.pid for member in one.members if member.process is not None)
+    one.end_one("a")
+    assert (one.runs_s("a"), one.runs_s("b")) == (0.0, 7.0)
+    one.look_after()
+    now += children.FIRST_PAUSE_S
+    one.look_after()
+    again = [member.process.pid for member in one.members if member.process is not None]
+    assert again[0] != first
+    assert again[1] == second
+
+
 def test_a_child_that_will_not_end_is_killed_with_what_it_started(
     tmp_path: Path, family: Callable[..., Children], monkeypatch: pytest.MonkeyPatch
 ) -> None:

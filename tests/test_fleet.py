@@ -16,24 +16,11 @@ from client import fleet
 from client.fleet import Line, Lines, problem_told
 from client.health import PROBLEMS, ContactBook, read_contact
 from client.tls import tls_of
-from tests.flower_deployment import free_port
 from tests.joined_site import Joined, joined
 from tests.tls_coordinator import Answer, answering
 from unimiss_core.errors import ConfigError
 
 OK: Answer = (200, {}, ActivateNodeResponse(node_id=5).SerializeToString())
-
-
-@pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    return free_port()
-
-
-@pytest.fixture
-def pair(tmp_path: Path, port: int) -> Joined:
-    return joined(tmp_path, address=f"127.0.0.1:{port}")
 
 
 @contextmanager

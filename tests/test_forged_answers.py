@@ -12,6 +12,7 @@ from flwr.app.metadata import Metadata
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
@@ -104,6 +105,25 @@ def test_flower_gives_the_coordinator_what_nobody_was_asked_for(superlink: Super
     assert [told.metadata.reply_to_message_id for told in superlink.pull_messages([question])] == [""]
 
 
+def test_flower_believes_what_an_object_is_announced_to_be_made_of(superlink: SuperLink) -> None:
+    """The reason for `server.front_replies`, as above: the coordinator could then not send its own message."""
+    question = superlink.message(src=SUPERLINK_NODE_ID, dst=superlink.victim)
+    own, (content,) = get_object_tree(question), get_object_tree(question).children
+    poison = superlink.message(
+        src=superlink.attacker, dst=SUPERLINK_NODE_ID, reply_to=superlink.asks(superlink.attacker)
+    )
+    content.CopyFrom(ObjectTree(object_id=content.object_id, children=[ObjectTree(object_id="e" * 64)]))
+    request = PushMessagesRequest(
+        node=Node(node_id=superlink.attacker),
+        messages_list=[message_to_proto(poison)],
+        message_object_trees=[ObjectTree(object_id=poison.object_id, children=[content])],
+    )
+    fleet_handlers.push_messages(request, superlink.state)
+    session = superlink.state.start_session(superlink.run)
+    with pytest.raises(ValueError, match="different children"):
+        superlink.state.store_message_and_object_tree(question, own, session)
+
+
 def test_the_coordinator_waits_on_for_the_reply_that_it_asked_for(superlink: SuperLink) -> None:
     question = superlink.asks(superlink.victim)
     superlink.pushes(superlink.attacker, superlink.message(src=1, dst=1, site="victim"))
@@ -126,6 +146,6 @@ def test_the_front_lets_an_own_answer_by_and_no_forged_one(superlink: SuperLink)
         with pytest.raises(Refused, match="forged"):
             announced(superlink.pushes(superlink.attacker, forged), most=256)
     own = superlink.pushes(superlink.victim, superlink.message(src=superlink.victim, dst=1, reply_to=question))
-    assert announced(own, most=256) == 3  # the message, its content, and the facts in that
+    assert len(announced(own, most=256).objects) == 3  # the message, its content, and the facts in that
     with pytest.raises(Refused, match="length"):
         announced(own, most=2)

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import TaskType
 from flwr.supercore.date import now
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
-from flwr.supercore.run import Run
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.nodestate import NodeStateFactory
 
 from client import gate
 from client.gate import FleetLine, Gate, Rules
-from client.health import ContactBook, read_contact
+from client.health import ContactBook, read_contact, read_refused, tell_of_refusal
 from server.exchange import Reply, content_of
 from tests.unfolding import array_of_one_chunk
 from unimiss_core import bundle
@@ -131,6 +134,7 @@ def guarded(tmp_path: Path) -> Guarded:
         tmp_path / "apps",
         ContactBook(tmp_path),
         lambda kind, facts: notes.append((kind, facts)),
+        partial(tell_of_refusal, tmp_path),
     )
     return Guarded(coordinator, Gate(coordinator.line(), rules), notes, tmp_path)
 
@@ -176,6 +180,9 @@ def test_a_run_that_is_not_as_it_should_be_is_refused_without_a_word(
 ) -> None:
     guarded.coordinator.run = replace(guarded.coordinator.run, **change)  # type: ignore[arg-type]
     assert_refused(guarded, request(), reason)
+    told = read_refused(guarded.state)  # what `unimiss-site status` shows
+    assert told is not None
+    assert (told.reason, told.words) == ("bundle", gate.REFUSED_WORDS[reason])
 
 
 def test_another_bundle_is_refused_and_each_time_again(guarded: Guarded) -> None:
@@ -250,6 +257,36 @@ def test_a_message_that_unfolds_to_more_than_memory_is_cut_off(guarded: Guarded)
     supernode.receive()
     with pytest.raises(ValueError, match=f"more than {MOST_BYTES} bytes"):
         supernode.pull_object(RUN_ID, "a")
+
+
+@pytest.mark.parametrize("at", ["pull_object", "confirm"])
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_a_message_whose_run_ends_while_it_comes_is_let_go_whole(guarded: Guarded, at: str, is_guarded: bool) -> None:
+    """By Flower's own loop, which otherwise keeps the message, and sends each reply one message late from then on."""
+
+    def is_over(*_: object) -> None:
+        raise RunNotRunningException
+
+    message = request()
+    guarded.coordinator.objects = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+    guarded.coordinator.inbox.append(message)
+    line = guarded.coordinator.line()._replace(**{at: is_over})
+    stored = ObjectStoreFactory()
+    state, gated = NodeStateFactory(objectstore_factory=stored).state(), Gate(line, guarded.gate.rules).guarded()
+    state.set_node_id(NODE_ID)
+    taken = start_client_internal._pull_and_store_message(
+        state,
+        stored.store(),
+        {},
+        gated.receive,
+        gated.get_run,
+        gated.get_fab,
+        gated.pull_object if is_guarded else line.pull_object,
+        gated.confirm if is_guarded else line.confirm,
+        None,
+    )
+    assert taken is None
+    assert bool(state.get_messages_legacy(is_reply=False)) is not is_guarded
 
 
 def test_what_was_unpacked_before_is_not_run_again(guarded: Guarded) -> None:

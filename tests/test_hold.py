@@ -15,6 +15,7 @@ from flwr.app import RecordDict
 
 from client import accounting, hold, private_round
 from client.hold import Hold
+from client.home import Home
 from client.ledger_entries import Request
 from client.site import Site
 from client.site_command import main
@@ -123,6 +124,10 @@ def test_the_request_that_failed_is_not_looked_at_again_before_a_person_has_look
     assert len(said) == 2  # when it failed, and when it was held
     assert clear(hospital) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("north: nothing is held")
+    key = Home(hospital.folder).private_key
+    key.parent.mkdir(exist_ok=True)
+    key.touch()
+    assert main(["clear", "--home", str(hospital.folder)]) == 0
 
 
 def test_a_reply_that_was_recorded_is_sent_again_while_the_site_is_held(

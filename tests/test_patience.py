@@ -70,7 +70,23 @@ def test_of_nameless_nodes_only_those_that_are_there_are_remembered() -> None:
         held.note_introduced(node)
         gone = held.forget_all_but([node, Called("a", lasts=True)])
         assert gone == ({f"node-{number - 1}"} if number else set())
-    assert held._known == held._refused == held._passing == {"node-49"}
+    assert held._known == held._refused.keys() == held._passing == {"node-49"}
+
+
+def test_who_goes_on_refusing_is_asked_ever_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a day of a gathering 96 times, not 2,880; in the next gathering at once."""
+    held, node, now = patience(), Called("a", lasts=True), [0.0]
+    monkeypatch.setattr("server.patience.time.monotonic", lambda: now[0])
+    asked = []
+    while now[0] < 86_400.0:
+        if not held.is_put_off(node):
+            asked.append(now[0])
+            held.note_refused(node)
+        now[0] += 1.0
+    assert asked[:6] == [0.0, 30.0, 90.0, 210.0, 450.0, 930.0]
+    assert len(asked) < 100
+    held.begin()
+    assert not held.is_put_off(node)
 
 
 class Flapping(LocalGrid):

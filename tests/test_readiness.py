@@ -29,18 +29,6 @@ UNSIGNED: Answer = (401, {}, b'{"detail": "Missing signature"}')
 """As SuperLink answers whom its front lets through."""
 
 
-@pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    return free_port()
-
-
-@pytest.fixture
-def pair(tmp_path: Path, port: int) -> Joined:
-    return joined(tmp_path, address=f"127.0.0.1:{port}")
-
-
 def found(pair: Joined) -> dict[str, Point]:
     return {point.what: point for point in points(pair.site, load_site(pair.site.site))}
 

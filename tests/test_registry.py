@@ -2,10 +2,13 @@
 
 import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from server.approval import approve, revoke
+from server.audit import coordinator_log
 from server.home import Home
 from server.registry import ApprovedSite, Registry, registered
 from unimiss_core import keys
@@ -119,3 +122,53 @@ def test_a_coordinator_file_lists_what_was_registered() -> None:
     listed = registered(site)
     assert (listed.name, listed.public_key, listed.max_images) == ("alpha", site.public_key, 7)
     assert "status" not in listed.model_dump()
+
+
+def test_a_file_from_before_its_site_was_revoked_lets_nobody_in(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    """A backup of sites/ was put back; the audit log remembers. Said once, and mended by the command that it names."""
+    (alpha, alpha_pem), (beta, beta_pem) = a_key(), a_key()
+    note = coordinator_log(home.audit).record
+    for name, key in (("alpha", alpha), ("beta", beta)):
+        write(home, name, key)
+        note("approve", {"site": name, "fingerprint": keys.fingerprint(key)})
+    before = home.site("alpha").read_bytes()
+    registry = Registry(home)
+    assert registry.holder_of(alpha_pem) == "alpha"
+    assert revoke(home, "alpha", note=note)
+    home.site("alpha").write_bytes(before)
+    for asked in (registry, Registry(home)):
+        caplog.clear()
+        assert [asked.holder_of(alpha_pem), asked.holder_of(beta_pem)] == [None, "beta"]
+        assert [site.name for site in asked.approved()] == ["beta"]
+        (said,) = caplog.messages
+        assert "`unimiss-server revoke alpha --yes` mends it" in said
+    (home.path / "alpha.pub").write_text(keys.public_line(alpha) + "\n")
+    with pytest.raises(ConfigError, match="was revoked and is not given again"):
+        approve(home, "alpha", home.path / "alpha.pub", now=datetime.now(UTC))
+    assert revoke(home, "alpha", note=note)
+    assert "revoked" in home.site("alpha").read_text()
+    assert not Registry(home).put_back()
+    assert not revoke(home, "alpha", note=note)
+
+
+def test_what_was_done_with_a_key_last_is_what_counts(home: Home) -> None:
+    """Also where the line comes after the file, as `approve` writes them."""
+    alpha, pem = a_key()
+    note, told = coordinator_log(home.audit).record, {"site": "alpha", "fingerprint": keys.fingerprint(alpha)}
+    note("approve", told)
+    note("revoke", told)
+    write(home, "alpha", alpha)
+    registry = Registry(home)
+    assert registry.holder_of(pem) is None
+    note("approve", told)
+    assert registry.holder_of(pem) == "alpha"
+
+
+def test_a_log_that_is_moved_away_leaves_what_the_files_say(home: Home) -> None:
+    alpha, pem = a_key()
+    coordinator_log(home.audit).record("revoke", {"site": "alpha", "fingerprint": keys.fingerprint(alpha)})
+    write(home, "alpha", alpha)
+    registry = Registry(home)
+    assert registry.holder_of(pem) is None
+    home.audit.unlink()
+    assert registry.holder_of(pem) == "alpha"

@@ -101,6 +101,19 @@ def test_a_port_that_is_taken_is_told_before_anything_begins(home: Home, key: st
             superlink.prepare(home, config)
 
 
+def test_what_was_on_its_way_in_a_run_before_is_gone(home: Home) -> None:
+    """Updates in plain form, for a SuperLink that expects none of them any more."""
+    with socket.socket() as first, socket.socket() as second:
+        for one in (first, second):
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in (first, second)]
+    (home.passage / "alpha" / "answer").mkdir(parents=True)
+    (home.passage / "alpha" / "answer" / "part").write_text("of an update")
+    config = ServerConfig(address=f"localhost:{ports[0]}", listen="127.0.0.1", superlink_port=ports[1])
+    superlink.prepare(home, config)
+    assert not (home.passage / "alpha" / "answer").exists()
+
+
 def test_flwr_commands_find_the_superlink(home: Home) -> None:
     """As Flower documents its config.toml; tests/test_superlink.py uses it."""
     told = tomllib.loads(superlink.connection(home, load(ServerConfig, home.server)))

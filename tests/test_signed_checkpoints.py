@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from server.local_grid import LocalGrid
 from server.model_card import privacy_in_words
 from server.rounds import Federation
 from server.run_folder import RunFolder
-from tests.federation import StubSite, random_tensors, small_study, stub_app, whole_layout
+from tests.federation import StubSite, saved_checkpoint, small_study, stub_app
 from tests.test_certificates import NOW
 from unimiss_core import checkpoint, keys
 from unimiss_core.embedding import load_encoder
@@ -33,20 +34,7 @@ KEY = keys.new_signing_key()
 OTHER = keys.new_signing_key()
 
 
-def save(folder: Path, round: int = 7, signing_key: keys.SigningKey | None = KEY) -> Path:
-    study = small_study()
-    checkpoint.save(
-        folder,
-        origin="federation",
-        round=round,
-        study_digest=study.digest(),
-        model=study.model,
-        plan=study.plan,
-        student=random_tensors(whole_layout(), 0),
-        teacher=random_tensors(whole_layout(), 1),
-        signing_key=signing_key,
-    )
-    return folder
+save = partial(saved_checkpoint, signing_key=KEY)
 
 
 def put_in_other_weights(folder: Path) -> None:

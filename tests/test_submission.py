@@ -44,8 +44,7 @@ class Trial:
             lambda _: folder / checkpoint.folder_name(self.rounds_done) if self.rounds_done else None,
         )
         patience = Patience(pause_s=10.0, longest_s=25.0, tries=4)
-        coordinator = folder / "coordinator.yaml"
-        self.submission = Submission(self.link, self.folder, coordinator, 3, patience, clock=lambda: self.now)
+        self.submission = Submission(self.link, self.folder, 3, patience, clock=lambda: self.now)
 
     def after(self, seconds: float) -> bool:
         self.now += seconds
@@ -69,7 +68,7 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
 
 def test_a_run_that_finishes_is_submitted_once(trial: Trial) -> None:
     run = trial.begin()
-    assert trial.link.submitted == [{"coordinator": str(trial.folder.path / "coordinator.yaml"), "resume": True}]
+    assert trial.link.submitted == [{"coordinator": "run", "resume": True}]  # no path: every site is told
     assert not trial.after(60)
     trial.rounds_done = 3
     assert not trial.after(60)  # its report is still being written

@@ -201,9 +201,12 @@ def test_flwr_commands_find_the_run_of_the_installed_code(coordinator: Coordinat
 
 
 def test_status_is_told_from_another_terminal(coordinator: Coordinator) -> None:
-    said = "\n".join(status(coordinator.home, at_work=runner(coordinator.home) is not None, now=datetime.now(UTC)))
-    assert all(f"{name} works" in said for name in ("superlink", "superexec", "front"))
-    assert "alpha: heard" in said
+    def said() -> str:
+        at_work = runner(coordinator.home) is not None
+        return "\n".join(status(coordinator.home, at_work=at_work, now=datetime.now(UTC)))
+
+    coordinator.until(lambda: "alpha: heard" in said(), "the front writes down whom it heard")
+    assert all(f"{name} works" in said() for name in ("superlink", "superexec", "front"))
 
 
 def test_a_revoked_site_is_out_at_once_and_unknown_to_superlink_soon(coordinator: Coordinator, alpha: SiteLink) -> None:

@@ -97,6 +97,10 @@ class _Rotating(logging.handlers.RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
         """Say nothing: the place to say it is full, or gone."""
 
+    def close(self) -> None:
+        with suppress(OSError):  # what was not written yet, and cannot be
+            super().close()
+
 
 def _plain(line: bytes) -> str:
     """Without colours, and without what could move a terminal: some of it is told by a coordinator."""

@@ -1,0 +1,27 @@
+"""Fixtures that several files of tests ask for. What they need is imported when one does."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.joined_site import Joined
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A free one of loopback, to which no proxy is asked the way."""
+    from tests.flower_deployment import free_port
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return free_port()
+
+
+@pytest.fixture
+def pair(tmp_path: Path, port: int) -> "Joined":
+    """A site that has joined a coordinator at `port`."""
+    from tests.joined_site import joined
+
+    return joined(tmp_path, address=f"127.0.0.1:{port}")

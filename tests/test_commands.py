@@ -1,0 +1,62 @@
+"""What the programs of several commands say of themselves."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from client import site_command
+from server import server_command
+from unimiss_core.commands import OF_EVERY_COMMAND, Command, Program
+from unimiss_core.errors import AuditError, RoundError
+
+ROOT = Path(__file__).parents[1]
+MAINS = {"unimiss-site": site_command.main, "unimiss-server": server_command.main}
+COMMANDS = [
+    *(("unimiss-site", command) for command in site_command.COMMANDS),
+    *(("unimiss-server", command) for command in server_command.COMMANDS),
+]
+
+
+@pytest.mark.parametrize(("program", "command"), COMMANDS)
+def test_each_commands_help_says_what_it_does_and_lists_its_exit_codes_as_the_documentation_does(
+    program: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        MAINS[program]([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    table = site_command.COMMANDS if program == "unimiss-site" else server_command.COMMANDS
+    assert table[command].does in said
+    (told,) = re.findall(r"Exit codes: (.*)\.", said)
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "docs" / "artefacts.md").read_text(), re.MULTILINE)
+    documented = [code for code, whose in rows if whose == "every command" or f"`{program} {command}`" in whose]
+    assert [part.split(" ", 1)[0] for part in told.split(", ")] == documented
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (None, 0, ""),
+        (AuditError("line 3 is damaged"), 8, "x: line 3 is damaged\n"),
+        (RoundError("too few"), 5, "x: too few\nThe same command goes on from there.\n"),
+        (KeyboardInterrupt(), 130, "x: interrupted\n"),
+    ],
+)
+def test_an_error_is_one_message_and_its_exit_code(
+    raised: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(_options: object) -> None:
+        if raised is not None:
+            raised.resumes = isinstance(raised, RoundError)  # type: ignore[attr-defined]
+            raise raised
+
+    program = Program("x", "", {"do": Command("do it", lambda parser: parser.set_defaults(act=act))})
+    assert program.run(["do"]) == code
+    assert capsys.readouterr().err == said
+
+
+def test_what_every_command_may_end_with_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        server_command.main(["no such command"])
+    assert ended.value.code in OF_EVERY_COMMAND
+    assert "invalid choice" in capsys.readouterr().err
