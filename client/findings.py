@@ -167,8 +167,8 @@ def likeness(what: str, rows: Tensor) -> Finding:
 
 
 def _spaced(values: Tensor) -> Tensor:
-    """(..., n) -> (..., about MOST_VALUES at most)."""
-    return values[..., :: max(1, values.shape[-1] // MOST_VALUES)]
+    """(..., n) -> (..., MOST_VALUES at most): of more, a share that grows with their number comes again by chance."""
+    return values[..., :: -(-values.shape[-1] // MOST_VALUES) or 1]
 
 
 def _normal(chance: float) -> float:

@@ -144,7 +144,7 @@ def a_patient_moves_a_release_by_its_bound(engine: Engine) -> Iterator[Finding]:
     for claimed in LENGTHS:
         length, centres = engine.watched(noise=Silence(), length=claimed, reach=3.0).release(_one(engine)).lengths()
         yield equals(f"gradient of a canary {claimed:g} clip norms long", min(1.0, claimed), length, ROUNDING)
-        yield at_most("bottleneck of a canary that is 3 long", 1 + ROUNDING, *centres)
+    yield at_most("bottleneck of a canary that is 3 long", 1 + ROUNDING, *centres)
 
 
 def patients_do_not_touch_each_other(engine: Engine) -> Iterator[Finding]:

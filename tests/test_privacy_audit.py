@@ -108,6 +108,7 @@ def test_noise_is_told_from_what_only_has_its_size() -> None:
     assert [normality("", each).agrees for each in (values, uniform)] == [True, False]
     assert [repetition("", each).agrees for each in (values, values.bfloat16().float())] == [True, False]
     assert [repetition("", torch.cat([values, sign * normal(100_000)])).agrees for sign in (1, -1)] == [False, False]
+    assert repetition("", normal(799_999)).measured < 0.007  # of all of them 0.011 come again
     assert [furthest("", [each, each]).agrees for each in (values, values.clamp(-3.5, 3.5))] == [True, False]
     again = torch.stack([values, normal(100_000, seed=1), 0.05 * values + normal(100_000, seed=2)])
     assert [likeness("", rows).agrees for rows in (again[:2], again)] == [True, False]
