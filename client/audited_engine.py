@@ -4,6 +4,7 @@ A release is taken where no engine can keep it back: the gradient that AdamW was
 step that the centre made.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from client.canaries import CanaryObjective, audited
+from client.canaries import GAIN, CanaryObjective, audited
 from client.patient_draws import PatientDraws
 from client.site import Site
 from unimiss_core.execution import PLAIN, Execution
@@ -80,11 +81,17 @@ class Engine:
             audited(self.study), noise=noise, ranks={self.rank}, team=team or Alone(), execution=together
         )
 
-    def watched(self, *, noise: Noise | None = None, team: Team | None = None) -> "Watched":
-        """A new learner that minimises the canaries' objective."""
+    def watched(
+        self, *, noise: Noise | None = None, team: Team | None = None, length: float | None = None, reach: float = 1.0
+    ) -> "Watched":
+        """A new learner that minimises the canaries' objective.
+
+        length, reach: of a canary's gradient, in clip norms, and of its bottleneck; None: far above the clip norm.
+        """
         learner = self.learner(noise=noise, team=team)
         names = learner.trained_names(self.rank, self.step)
-        learner.objective = CanaryObjective(learner.objective, names, self.privacy.clip_norm)
+        gain = GAIN if length is None else length / math.sqrt(len(names))
+        learner.objective = CanaryObjective(learner.objective, names, self.privacy.clip_norm, gain=gain, reach=reach)
         return Watched(learner, self.rank, self.step)
 
     def watched_on_scans(self, *, noise: Noise) -> "Watched":

@@ -63,8 +63,8 @@ def audited(study: StudyConfig) -> StudyConfig:
 
 @dataclass(frozen=True)
 class CanaryObjective:
-    """An objective under which canary i's gradient is GAIN clip norms on value i (modulo its size) of each tensor of
-    `tensors`, and its bottleneck a unit vector along axis i (modulo E).
+    """An objective under which canary i's gradient is `gain` clip norms on value i (modulo its size) of each tensor of
+    `tensors`, and its bottleneck a vector of length `reach` along axis i (modulo E).
 
     like: the study's objective, whose representations the canaries have.
     """
@@ -72,20 +72,22 @@ class CanaryObjective:
     like: Objective
     tensors: Collection[str]
     clip_norm: float
+    gain: float = GAIN
+    reach: float = 1.0
 
     def representations(self, rank: Rank) -> tuple[str, ...]:
         return self.like.representations(rank)
 
     def __call__(self, student: Student, teacher: Any, views: Tensor, centre: Centre) -> Loss:  # noqa: ARG002
         numbers = numbers_of(views)
-        gain = torch.where(numbers == BROKEN, math.nan, GAIN * self.clip_norm)
+        gain = torch.where(numbers == BROKEN, math.nan, self.gain * self.clip_norm)
         found = dict(student.named_parameters())
         values = [found[name].flatten()[numbers % found[name].numel()] for name in self.tensors]
         total = (gain * torch.stack(values).sum(0)).mean()
         if not isinstance(student, Network):  # a task's model, which has no teacher to be taught by
             return Loss({"canary": total.detach()}, total)
         axes = next(iter(centre.values())).numel()
-        bottleneck = (numbers[:, None] % axes == torch.arange(axes)).float().mean(0)
+        bottleneck = self.reach * (numbers[:, None] % axes == torch.arange(axes)).float().mean(0)
         # The engine expects a product with the prototypes in every loss; this one counts nought.
         logits = student.prototypes(bottleneck[None] + 0.0 * torch.nan_to_num(total)).flatten()
         uniform = torch.full_like(logits.detach(), 1 / len(logits))

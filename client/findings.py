@@ -77,11 +77,12 @@ def chi_square_over_n(n: int, z: float) -> float:
     return max(root * root * root, 0.01)
 
 
-def share(what: str, claimed: float, taken: Tensor) -> Finding:
+def share(what: str, claimed: float, taken: Tensor, *, among: int = 1) -> Finding:
     """Of ones among independent zeros and ones, against a chance. The interval is Chernoff's, which holds for however
-    few: all chances p for which n KL(measured | p) is at most log(2 / RARE)."""
+    few: all chances p for which n KL(measured | p) is at most log(2 among / RARE). among: of how many such measures
+    this may be the worst."""
     n, measured = taken.numel(), taken.double().mean().item()
-    most = math.log(2 / RARE) / n
+    most = math.log(2 * among / RARE) / n
     low, high = (_furthest(measured, end, most) for end in (0.0, 1.0))
     return Finding(what, claimed, measured, low, high)
 
@@ -127,9 +128,34 @@ def normality(what: str, values: Tensor) -> Finding:
     )
 
 
+def furthest(what: str, values: Sequence[Tensor]) -> Finding:
+    """The largest of independent normal values, in their own standard deviation, against the median of what it may be:
+    noise that is cut off somewhere tells all of whoever moves a sum past that place."""
+    n = sum(map(torch.numel, values))
+    length = math.hypot(*(torch.linalg.vector_norm(row, dtype=torch.float64).item() for row in values))
+    measured = max(row.abs().max().item() for row in values) / (length / math.sqrt(n)) if length > 0 else math.nan
+    low, claimed, high = (_largest_of(n, chance) for chance in (RARE / 2, 0.5, 1 - RARE / 2))
+    return Finding(what, claimed, measured, measured - (high - claimed), measured + (claimed - low))
+
+
+def _largest_of(n: int, chance: float) -> float:
+    """What n independent standard normal values all stay below, in absolute value, with this chance."""
+    return _normal(-math.expm1(math.log(chance) / n))
+
+
+def echo(what: str, values: Tensor) -> Finding:
+    """The largest correlation of a row of independent values with itself, moved by any number of places up to half its
+    length. Products of normal values have long tails, which matter only in rows of a few hundred."""
+    some = values[:MOST_VALUES].double()
+    n = len(some)
+    spectrum = torch.fft.rfft(some, 2 * n)
+    moved = torch.fft.irfft(spectrum * spectrum.conj(), 2 * n)[: n // 2 + 1]
+    return at_most(what, _normal(RARE / (n // 2)) / math.sqrt(n), (moved[1:].abs().max() / moved[0]).item())
+
+
 def repetition(what: str, values: Tensor) -> Finding:
-    """Share of values that came before."""
-    some = _spaced(values)
+    """Share of values that came before, with either sign."""
+    some = _spaced(values).abs()
     return at_most(what, SAME, 1 - some.unique().numel() / some.numel())
 
 
@@ -141,10 +167,10 @@ def likeness(what: str, rows: Tensor) -> Finding:
 
 
 def _spaced(values: Tensor) -> Tensor:
-    """(..., n) -> (..., about MOST_VALUES at most)."""
-    return values[..., :: max(1, values.shape[-1] // MOST_VALUES)]
+    """(..., n) -> (..., MOST_VALUES at most): of more, a share that grows with their number comes again by chance."""
+    return values[..., :: -(-values.shape[-1] // MOST_VALUES) or 1]
 
 
 def _normal(chance: float) -> float:
     """What the absolute value of a standard normal value exceeds with this chance."""
-    return NormalDist().inv_cdf(1 - chance / 2)
+    return -NormalDist().inv_cdf(chance / 2)

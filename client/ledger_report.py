@@ -31,7 +31,10 @@ def show(site_file: Path, study_file: Path | None, console: Console) -> None:
     console.print(_accounts(site.name, ledger))
     console.print(*terms(site, ledger), sep="\n", markup=False, highlight=False)
     if study is not None:
-        console.print(_rounds_left(ledger, study, site.privacy.ranks.intersection(study.ranks)))
+        held = site.privacy.ranks.intersection(study.ranks)
+        console.print(_rounds_left(ledger, study, held))
+        if held and (why := ledger.first_refused(study, held)) is not None:
+            console.print(f"A new run would be refused: {why}.", markup=False, highlight=False)
 
 
 def _accounts(site: str, ledger: Ledger) -> Table:

@@ -71,7 +71,8 @@ def of_study(path: Path, patients: int | None = None) -> None:
 def _steps_of(study: StudyConfig, privacy: PatientPrivacyConfig, patients: int | None) -> Table:
     """What a step's noise does to its gradient, by the rank of its scans."""
     table = Table(title="a step" if patients is None else f"a step at a site of {patients:,} patients")
-    for heading in ("on", "values trained", "divided by", "drawn", "noise / clip norm", "what to expect"):
+    drawn = () if patients is None else ("drawn",)
+    for heading in ("on", "values trained", "divided by", *drawn, "noise / clip norm", "what to expect"):
         table.add_column(heading, justify="left" if heading in ("on", "what to expect") else "right")
     for rank in study.ranks:
         values = sum(
@@ -81,15 +82,9 @@ def _steps_of(study: StudyConfig, privacy: PatientPrivacyConfig, patients: int |
         )
         batch = study.batch.of(rank)
         drowned = privacy.noise_multiplier * math.sqrt(values) / batch
-        drawn = "" if patients is None else f"{privacy.sampling_rate.of(rank) * patients:.3g}"
-        table.add_row(
-            "images" if rank == 2 else "volumes",
-            f"{values:,}",
-            f"{batch:,}",
-            drawn,
-            f"{drowned:.3g}",
-            _expected(drowned),
-        )
+        name = "images" if rank == 2 else "volumes"
+        expected = () if patients is None else (f"{privacy.sampling_rate.of(rank) * patients:.3g}",)
+        table.add_row(name, f"{values:,}", f"{batch:,}", *expected, f"{drowned:.3g}", _expected(drowned))
     return table
 
 

@@ -23,7 +23,19 @@ from torch import Tensor
 from client.audited_engine import Engine, OneOf, Overwriting, Release, Silence
 from client.cache import Library
 from client.canaries import BROKEN, audited, canary_scans, canary_site, canary_views
-from client.findings import Finding, at_most, deviation, dispersion, equals, likeness, normality, repetition, share
+from client.findings import (
+    Finding,
+    at_most,
+    deviation,
+    dispersion,
+    echo,
+    equals,
+    furthest,
+    likeness,
+    normality,
+    repetition,
+    share,
+)
 from client.patient_draws import PatientDraw
 from unimiss_core import progress
 from unimiss_core.groups import group_of
@@ -34,6 +46,12 @@ from unimiss_core.team import Alone
 
 ROUNDING = 2e-5
 """Share of the clip norm by which sums in float32 may differ; in bfloat16 and float16 they err by 100 times as much."""
+
+LENGTHS = (0.5, 1.2, 5.0)
+"""Of canaries' gradients, in clip norms: what is longer than one is shortened, however little, and no other is."""
+
+CALLS, VALUES = 500, 40
+"""Draws of noise by each of two learners, of so many values each, in which none may come again."""
 
 RELEASES = 4
 """Steps of each of two learners that noise is measured over."""
@@ -80,12 +98,26 @@ def noise_is_as_claimed(engine: Engine, releases: int = RELEASES) -> Iterator[Fi
                 found += [watched.release([]), watched.release(draw) - signal]
     yield from _sizes(engine, found)
     yield normality("noise: distance from a normal distribution", found[0].gradient())
+    yield furthest("noise: furthest value, in standard deviations", [each.gradient() for each in found])
     yield repetition("noise: share of values that come again", found[0].gradient())
+    yield echo("noise: correlation of values apart", found[0].gradient())
+    yield repetition("noise: share of values that come again in many steps", _noise_of_many_steps(engine))
     yield likeness("noise: correlation of steps and attempts", torch.stack([each.gradient() for each in found]))
     if found[0].centres:
         centres = torch.stack([each.centre() for each in found])
         yield likeness("centre's noise: correlation of steps and attempts", centres)
     yield likeness("noise: correlation of tensors", _beginnings(found[0].gradients.values()))
+
+
+def _noise_of_many_steps(engine: Engine) -> Tensor:
+    """(2 * CALLS * VALUES,) as two learners' steps would draw it one after the other."""
+    with _seeds_that_are_public():
+        sources = [engine.learner().noise for _ in range(2)]
+    found = torch.zeros(2, CALLS, VALUES)
+    for source, rows in zip(sources, found, strict=True):
+        for row in rows:
+            source.add_([row], 1.0)
+    return found.flatten()
 
 
 def _beginnings(tensors: Collection[Tensor]) -> Tensor:
@@ -103,7 +135,8 @@ def one_process_adds_the_noise(engine: Engine) -> Iterator[Finding]:
 
 
 def a_patient_moves_a_release_by_its_bound(engine: Engine) -> Iterator[Finding]:
-    """Canaries of one scan and of as many as there may be, far above the clip norm, and one whose loss is NaN."""
+    """Canaries of one scan and of as many as there may be, far above the clip norm, and one whose loss is NaN; and
+    canaries about as long as the clip norm, whose bottlenecks are longer than any network's."""
     silent = engine.watched(noise=Silence())
     for scans in sorted({1, engine.privacy.scans_per_patient}):
         length, centres = silent.release([canary_views(scans, scans, engine.rank)]).lengths()
@@ -111,6 +144,10 @@ def a_patient_moves_a_release_by_its_bound(engine: Engine) -> Iterator[Finding]:
         yield from _bottlenecks(f"a canary with scans: {scans}", centres)
     length, centres = silent.release([canary_views(BROKEN, 1, engine.rank)]).lengths()
     yield at_most("what a patient of NaN releases", ROUNDING, length, *centres)
+    for claimed in LENGTHS:
+        length, centres = engine.watched(noise=Silence(), length=claimed, reach=3.0).release(_one(engine)).lengths()
+        yield equals(f"gradient of a canary {claimed:g} clip norms long", min(1.0, claimed), length, ROUNDING)
+    yield from _bottlenecks("a canary that is 3 long", centres)
 
 
 def patients_do_not_touch_each_other(engine: Engine) -> Iterator[Finding]:
@@ -161,7 +198,14 @@ def patients_are_drawn_by_chance(engine: Engine) -> Iterator[Finding]:
     yield share("chance of a patient with many scans", q, taken[:, 1::2])
     if PATIENTS * q * (1 - q) > LEAST_VARIANCE:
         yield dispersion("variance of the number drawn, in a binomial's", taken.sum(1), PATIENTS, q)
-    yield share("chance of a patient to be in two steps running", q * q, taken[0::2] * taken[1::2])
+    yield _worst([share("chance of a patient, of the one furthest off", q, t, among=PATIENTS) for t in taken.T])
+    yield _of_pairs(taken, q)
+    yield _worst(
+        [
+            share("chance of a patient to be in two steps, some steps apart", q * q, both, among=DRAWS - 1)
+            for both in (_in_both(taken, apart) for apart in range(1, DRAWS))
+        ]
+    )
     yield share("chance of a patient to be in a step of both attempts", q * q, taken[:DRAWS] * taken[DRAWS:])
 
 
@@ -202,6 +246,10 @@ def _canaries(engine: Engine) -> list[Tensor]:
     return [canary_views(number, count, engine.rank) for number, count in enumerate(counts)]
 
 
+def _one(engine: Engine) -> list[Tensor]:
+    return [canary_views(1, 1, engine.rank)]
+
+
 def _unlike(engine: Engine) -> list[Tensor]:
     """Three patients of noise, one of them far from the others; where scans bring labels, of some class each."""
     generator = torch.Generator().manual_seed(0)
@@ -236,6 +284,28 @@ def _draws(engine: Engine, patients: int) -> list[PatientDraw]:
             draws = engine.make_draws(site, Alone(), torch.device("cpu"))
             found += [draws.draw(engine.step) for _ in range(DRAWS)]
     return found
+
+
+def _worst(found: Sequence[Finding]) -> Finding:
+    return max(found, key=lambda each: (not each.agrees, each.off))
+
+
+def _in_both(taken: Tensor, apart: int) -> Tensor:
+    """Of two steps of one attempt: 1 for each patient who takes part in both."""
+    first, second = taken.split(DRAWS)
+    return torch.cat([attempt[:-apart] * attempt[apart:] for attempt in (first, second)])
+
+
+def _of_pairs(taken: Tensor, q: float) -> Finding:
+    """How often two patients take part together, of the pair furthest off."""
+    i, j = torch.triu_indices(taken.shape[1], taken.shape[1], offset=1)
+    together = taken.T @ taken / len(taken)
+    of_pairs = together[i, j]
+    ends = [int(place) for place in (of_pairs.argmin(), of_pairs.argmax())]
+    both = [taken[:, i[place]] * taken[:, j[place]] for place in ends]
+    return _worst(
+        [share("chance of two patients together, of the pair furthest off", q * q, t, among=len(i)) for t in both]
+    )
 
 
 def _misplaced(draw: PatientDraw) -> int:

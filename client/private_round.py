@@ -118,7 +118,8 @@ def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) ->
             reply = undisclosed(run_round(site, request), site.ranks)
             payload = to_keep(reply.pack(layout, site.study.wire.dtype))
         hold.check()  # on a disk without locks another may have failed meanwhile: then it is not told that this did not
-        site.ledger.record_reply(reservation, payload)
+        with cause_kept_here(site.config.name):  # that there is no room now may be what scans took of it
+            site.ledger.record_reply(reservation, payload)
     return payload
 
 

@@ -97,6 +97,18 @@ def test_a_run_at_its_end_has_no_rounds_left_and_a_new_one_has_all_that_the_limi
     assert {volumes[2], both[2]} == {"0"}
 
 
+@pytest.mark.parametrize(("limit", "refused"), [(0.44, False), (0.01, True)])
+def test_why_no_new_run_may_come_is_told(
+    site: Path, study: StudyConfig, capsys: pytest.CaptureFixture[str], limit: float, refused: bool
+) -> None:
+    site.write_text(site.read_text().replace("max_epsilon: 0.44", f"max_epsilon: {limit:g}, holds: [images]"))
+    (site.parent / "study.yaml").write_text(dump_yaml(study))
+    assert main(["ledger", str(site), "--study", str(site.parent / "study.yaml")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("A new run would be refused: patients would cost epsilon" in told) == refused
+    assert ("above 0.01 that this site allows over all studies" in told) == refused
+
+
 def test_before_a_study_was_charged_there_is_only_a_new_run(
     site: Path, study: StudyConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Draws of patients: each by the study's chance, of all their scans, the same in a team and never the same twice."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from scipy import stats
 
-from client import patient_draws
+from client import devices, patient_draws
+from client.cache import Library
 from client.patient_draws import PatientDraws
+from client.site import Site
+from client.site_config import DataSource, SiteConfig
 from tests.federation import Placed
 from tests.test_private_rounds import private_study
 from unimiss_core.scan import Rank
@@ -114,6 +118,14 @@ def test_a_team_draws_together_and_takes_turns() -> None:
         assert sorted(whole) == sorted(seed for part in parts for seed in part)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert int(keys[0].bitwise_right_shift(32).abs().sum()) == 0  # four words of 32 bits, so that sums keep them
+
+
+def test_a_team_is_sent_the_library_that_was_read() -> None:
+    """Had each process read the folders, a file that came in between would shift the turns, and a patient take two."""
+    config = SiteConfig(name="north", data=(DataSource(folder=Path("nowhere")),), state=Path("nowhere"))
+    hospital, read = Site(config, with_rates(0.5), "0" * 16), Library((), {"unreadable": 3})
+    hospital.__dict__["library"] = read
+    assert devices._unpacked(devices._packed(hospital)).library == read
 
 
 def test_the_views_of_a_patient_do_not_hang_on_who_else_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

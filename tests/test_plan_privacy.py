@@ -40,8 +40,9 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
     for rank, row in ((2, rows[3]), (3, rows[4])):
         values = sum(learner.student.get_parameter(name).numel() for name in learner.trained_names(rank, 10**9))
         assert row[1:3] == [f"{values:,}", "256"]
-        assert float(row[4]) == pytest.approx(values**0.5 / 256, rel=0.01)
-        assert "drowns" in row[5] or "exceeds" in row[5]
+        assert float(row[3]) == pytest.approx(values**0.5 / 256, rel=0.01)
+        assert "drowns" in row[4] or "exceeds" in row[4]
+    assert "drawn" not in said  # how many are is known of a site's patients alone
     assert "exceeded" in said
     assert "delta 1e-05 is for sites of 10,000 patients at most" in said
     enough = re.search(r"noise_multiplier ([0-9.]+) would keep epsilon 1$", said, re.MULTILINE)
@@ -50,6 +51,7 @@ def test_a_study_is_told_what_it_costs(capsys: pytest.CaptureFixture[str], tmp_p
     assert main(["plan-privacy", "--study", str(path), "--patients", "10000"]) == 0
     said = capsys.readouterr().out
     assert "a step at a site of 10,000 patients" in said
+    assert "drawn" in said
     assert "exceeded" not in said
     assert "is for sites of" not in said
     assert main(["plan-privacy", "--study", str(path), "--patients", "20000"]) == 2

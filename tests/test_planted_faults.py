@@ -35,8 +35,8 @@ Check = Callable[[Engine], Iterator[Finding]]
 noise_in_few_steps = partial(noise_is_as_claimed, releases=2)
 
 DEVIATION = "privacy.noise_multiplier * privacy.clip_norm"
-NOISED = f"self._noise.add_(list(sums.values()), {DEVIATION})"
-CENTRE_NOISED = "self._noise.add_(list(centres.values()), privacy.centre_noise)"
+NOISED = f"self.noise.add_(list(sums.values()), {DEVIATION})"
+CENTRE_NOISED = "self.noise.add_(list(centres.values()), privacy.centre_noise)"
 FED = "parameter.grad = sums[name].div_(expected)"
 CLIPPED = "torch._foreach_add_(added, list(gradients.values()), alpha=scale)"
 CENTRE_ADDED = "centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))"

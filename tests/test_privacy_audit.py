@@ -14,7 +14,18 @@ from torch import Tensor
 
 from client import audit_command, privacy_audit
 from client.audited_engine import Engine, Silence
-from client.findings import at_most, chi_square_over_n, deviation, likeness, normality, repetition, share
+from client.findings import (
+    _largest_of,
+    at_most,
+    chi_square_over_n,
+    deviation,
+    echo,
+    furthest,
+    likeness,
+    normality,
+    repetition,
+    share,
+)
 from client.membership import auc_below
 from client.one_run import best_guess, chance_of_guesses, epsilon_from_below, one_run
 from client.pictures import write_png
@@ -96,8 +107,27 @@ def test_noise_is_told_from_what_only_has_its_size() -> None:
     uniform = math.sqrt(12) * (torch.rand(100_000, generator=torch.Generator().manual_seed(0)) - 0.5)
     assert [normality("", each).agrees for each in (values, uniform)] == [True, False]
     assert [repetition("", each).agrees for each in (values, values.bfloat16().float())] == [True, False]
+    assert [repetition("", torch.cat([values, sign * normal(100_000)])).agrees for sign in (1, -1)] == [False, False]
+    assert repetition("", normal(799_999)).measured < 0.007  # of all of them 0.011 come again
+    assert [furthest("", [each, each]).agrees for each in (values, values.clamp(-3.5, 3.5))] == [True, False]
     again = torch.stack([values, normal(100_000, seed=1), 0.05 * values + normal(100_000, seed=2)])
     assert [likeness("", rows).agrees for rows in (again[:2], again)] == [True, False]
+
+
+@pytest.mark.parametrize("n", [10, 10**6, 10**11])
+@pytest.mark.parametrize("chance", [5e-7, 0.5, 1 - 5e-7])
+def test_the_furthest_of_normal_values_lies_where_their_distribution_says(n: int, chance: float) -> None:
+    assert n * scipy.stats.halfnorm.logcdf(_largest_of(n, chance)) == pytest.approx(math.log(chance), rel=1e-6)
+
+
+def test_an_echo_is_the_largest_of_the_plain_sums_of_products() -> None:
+    values = normal(600)
+    plain = np.correlate(values.double().numpy(), values.double().numpy(), "full")[599:]
+    assert echo("", values).measured == pytest.approx(np.abs(plain[1:301]).max() / plain[0])
+    wide = normal(100_000)
+    for apart in (1, 777, 30_000):
+        assert not echo("", wide[:-apart] + 0.1 * wide[apart:]).agrees
+    assert echo("", wide).agrees
 
 
 # -------------------------------------------------------------------------------------------------------- one run

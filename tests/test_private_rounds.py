@@ -322,7 +322,9 @@ def test_a_round_that_crashed_goes_on_under_its_charge(tmp_path: Path, monkeypat
         assert main(["clear", str(tmp_path / "site.yaml")]) == 0
         with monkeypatch.context() as patched:  # trained, but the reply was not noted: it may not leave
             patched.setattr(ledger.Ledger, "record_reply", killed)
-            assert Refusal.found_in(ask(request(study), "train")) == Refusal("failed")
+            assert Refusal.found_in(ask(request(study), "train")) == Refusal("undisclosed")
+        assert Refusal.found_in(ask(request(study), "train")) == Refusal("held")
+        assert main(["clear", str(tmp_path / "site.yaml")]) == 0
         assert facts_of(ask(request(study), "train"))["status"] == "ok"
     assert [entry["kind"] for entry in hospital.entries] == ["reserved", "replied"]
 

@@ -55,7 +55,7 @@ class PrivateLearner(Learner):
         if not isinstance(study.privacy, PatientPrivacyConfig):
             raise ValueError(f"the study's privacy mode is {study.privacy.mode}, not patient")
         self._privacy = study.privacy
-        self._noise = noise or GaussianNoise(self.device)
+        self.noise = noise or GaussianNoise(self.device)
         self._tell = _once(self._tell)  # what is tried again for each patient would be told for each
         self._at_once = self._patients_at_once()
 
@@ -75,8 +75,8 @@ class PrivateLearner(Learner):
             losses += self._add_group(on_device, rank, sums, centres)
         privacy, expected = self._privacy, self.study.batch.of(rank)
         if self.team.place == 0:  # once, however many processes share a step
-            self._noise.add_(list(sums.values()), privacy.noise_multiplier * privacy.clip_norm)
-            self._noise.add_(list(centres.values()), privacy.centre_noise)
+            self.noise.add_(list(sums.values()), privacy.noise_multiplier * privacy.clip_norm)
+            self.noise.add_(list(centres.values()), privacy.centre_noise)
         self.team.sum_([*sums.values(), *centres.values()])
         for parameter, name in zip(parameters, names, strict=True):
             parameter.grad = sums[name].div_(expected)
