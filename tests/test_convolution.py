@@ -14,6 +14,8 @@ Case = tuple[Callable[[], nn.Module], nn.Module, tuple[int, ...]]
 CASES: dict[str, Case] = {
     "reducing, 2d": (lambda: reducing(2, 4, 3), nn.Conv2d(4, 4, 3, 3), (2, 4, 10, 12)),
     "reducing, 3d": (lambda: reducing(3, 4, 2), nn.Conv3d(4, 4, 2, 2), (2, 4, 4, 7, 5)),
+    "many patches": (lambda: reducing(2, 4, 2), nn.Conv2d(4, 4, 2, 2), (3, 4, 8, 9)),
+    "many cells": (lambda: doubling(2, 4, 3), nn.ConvTranspose2d(4, 3, 2, 2), (3, 4, 3, 5)),
     "reducing what is no patch": (lambda: reducing(2, 4, 3), nn.Conv2d(4, 4, 3, 3), (2, 4, 11, 3)),
     "doubling, 2d": (lambda: doubling(2, 4, 3), nn.ConvTranspose2d(4, 3, 2, 2), (2, 4, 3, 5)),
     "doubling, 3d": (lambda: doubling(3, 4, 3), nn.ConvTranspose3d(4, 3, 2, 2), (2, 4, 2, 1, 3)),

@@ -13,7 +13,7 @@ from unimiss_core.execution import Execution
 from unimiss_core.head import Head
 from unimiss_core.learner import Learner
 from unimiss_core.model import attend
-from unimiss_core.precision import FewRowsLinear, in_bf16_on_cpu
+from unimiss_core.precision import FEW_ROWS, Linear, in_bf16_on_cpu
 
 
 def bf16(*, enabled: bool = True) -> torch.autocast:
@@ -32,13 +32,16 @@ def test_bf16_is_what_autocast_or_the_tensor_says() -> None:
 
 
 def test_few_rows_are_multiplied_in_float32() -> None:
-    layer, plain = FewRowsLinear(5, 3), nn.Linear(5, 3)
+    layer, plain = Linear(5, 3), nn.Linear(5, 3)
     plain.load_state_dict(layer.state_dict())
-    x = torch.randn(4, 5).to(torch.bfloat16)
+    few, many = torch.randn(2, FEW_ROWS // 2, 5), torch.randn(3, FEW_ROWS // 2, 5)
     with bf16():
-        assert torch.equal(layer(x), layer(x.float()))
-        assert plain(x).dtype == torch.bfloat16
-    assert torch.equal(layer(x.float()), plain(x.float()))
+        assert torch.equal(layer(many), plain(many))
+        found, rounded = layer(few), plain(few)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, plain(few).to(torch.bfloat16))
+    assert not torch.equal(found, rounded)
+    assert torch.equal(layer(few), plain(few))
 
 
 def test_a_head_is_in_float32_and_its_gradient_with_it() -> None:
@@ -80,11 +83,12 @@ class Casts(TorchDispatchMode):
 def test_a_students_weights_are_cast_once_a_step_however_many_parts_it_has(recompute: bool) -> None:
     execution = Execution(precision="bf16", micro_batch={2: 1}, activation_checkpointing=recompute)
     learner = apart(Learner(study(), ranks={2}, execution=execution))
-    weight = learner.student.backbone.encoder.stages[3].blocks[0].mlp[0].weight
-    assert [p.shape for p in learner.student.parameters()].count(weight.shape) == 1
+    shape = tuple(learner.student.backbone.encoder.stages[1].blocks[0].mlp[0].weight.shape)
+    layers = [tuple(p.shape) for p in learner.student.parameters()].count(shape)
+    assert layers == 2  # the decoder's stage of as many tokens
     with Casts() as casts:
         learner.step(images(scans=3), step=0)
-    assert casts.of_shape[tuple(weight.shape)] == 1 + 3  # a teacher's have no place in autocast's cache
+    assert casts.of_shape[shape] == layers * (1 + 3)  # a teacher's have no place in autocast's cache
 
 
 @pytest.mark.parametrize("batch", [images(), volumes()], ids=["images", "volumes"])
@@ -94,7 +98,7 @@ def test_bf16_in_parts_is_nearly_the_whole_batch_and_autocast_ends_with_the_step
     ours = apart(Learner(study(), ranks={2, 3}, execution=parts))
     expected, report = whole.step(batch, step=0), ours.step(batch, step=0)
     assert not torch.is_autocast_enabled("cpu")
-    assert report.terms == pytest.approx(expected.terms, rel=1e-3)
+    assert report.terms == pytest.approx(expected.terms, rel=5e-3)
     assert report.diagnostics["grad_norm"] == pytest.approx(expected.diagnostics["grad_norm"], rel=0.02)
     moments, right = ours.state().tensors, whole.state().tensors
     assert moments.keys() == right.keys()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimiss_core.precision import in_bf16_on_cpu
+from unimiss_core.precision import in_bf16_on_cpu, is_few
 from unimiss_core.scan import Rank
 
 CONV: dict[Rank, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -118,19 +118,18 @@ class _PatchProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         patches = _patches(x, weight.shape[2:])
-        y = torch.addmm(bias.to(torch.bfloat16), patches.flatten(0, -2), _matrix(weight).mT)
-        by_patch: Tensor = y.unflatten(0, patches.shape[:-1])
+        y = torch.addmm(bias.to(patches.dtype), _rows(patches), _matrix(weight, patches.dtype).mT)
+        by_patch: Tensor = y.to(torch.bfloat16).unflatten(0, patches.shape[:-1])
         return by_patch.movedim(-1, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].movedim(1, -1)  # (B, *G, O)
-        rows = grad.flatten(0, -2)
-        of_weight = _as_weight(rows.mT @ _patches(x, weight.shape[2:]).flatten(0, -2), weight)
-        of_patches = (rows @ _matrix(weight)).unflatten(0, grad.shape[:-1])
-        of_x = _joined(of_patches, x.shape[2:], weight.shape[2:]).to(x.dtype)
-        return of_x, of_weight, rows.sum(0, dtype=torch.float32)
+        patches = _patches(x, weight.shape[2:])
+        rows = _rows(grads[0].movedim(1, -1)).to(patches.dtype)  # (B N, O)
+        of_weight = _as_weight(rows.mT @ _rows(patches), weight)
+        of_patches = (rows @ _matrix(weight, rows.dtype)).view_as(patches)
+        return _joined(of_patches, x.shape[2:], weight.shape[2:]).to(x.dtype), of_weight, _sum(rows)
 
 
 class _ProductInPatches(torch.autograd.Function):
@@ -139,24 +138,25 @@ class _ProductInPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        cells, kernel = _channels_last(x), weight.shape[2:]
-        shifts = bias.to(torch.bfloat16).repeat(kernel.numel())
-        y = torch.addmm(shifts, cells.flatten(0, -2), _matrix(weight)).unflatten(0, cells.shape[:-1])
-        return _joined(y, torch.Size(n * k for n, k in zip(x.shape[2:], kernel, strict=True)), kernel)
+        cells, kernel = _cells(x), weight.shape[2:]
+        shifts = bias.to(cells.dtype).repeat(kernel.numel())
+        y = torch.addmm(shifts, _rows(cells), _matrix(weight, cells.dtype)).to(torch.bfloat16)
+        size = torch.Size(n * k for n, k in zip(x.shape[2:], kernel, strict=True))
+        return _joined(y.unflatten(0, cells.shape[:-1]), size, kernel)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        cells = _channels_last(x)
-        rows = _patches(grads[0], weight.shape[2:]).flatten(0, -2)  # (B N, k O)
-        of_weight = _as_weight(cells.flatten(0, -2).mT @ rows, weight)
-        of_x = (rows @ _matrix(weight).mT).unflatten(0, cells.shape[:-1]).movedim(-1, 1).to(x.dtype)
-        return of_x, of_weight, rows.unflatten(1, (-1, weight.shape[1])).sum((0, 1), dtype=torch.float32)
+        cells = _cells(x)
+        rows = _rows(_patches(grads[0], weight.shape[2:])).to(cells.dtype)  # (B N, k O)
+        of_x = (rows @ _matrix(weight, rows.dtype).mT).view_as(cells).movedim(-1, 1).to(x.dtype)
+        of_weight = _as_weight(_rows(cells).mT @ rows, weight)
+        return of_x, of_weight, _sum(_rows(rows.unflatten(1, (-1, weight.shape[1]))))
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """A kernel (P, Q, *k) -> (P, k Q) in bfloat16."""
-    return weight.to(torch.bfloat16).movedim(1, -1).flatten(1)
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A kernel (P, Q, *k) -> (P, k Q)."""
+    return weight.to(dtype).movedim(1, -1).flatten(1)
 
 
 def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
@@ -166,13 +166,14 @@ def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
 
 
 def _patches(x: Tensor, kernel: torch.Size) -> Tensor:
-    """x (B, C, *S) -> (B, *G, k C) in bfloat16; what is left over at an axis's end is in none."""
-    x = _channels_last(x)
+    """x (B, C, *S) -> (B, *G, k C), few in float32; what is left over at an axis's end is in none."""
+    x = x.movedim(1, -1)
     for axis, k in enumerate(kernel):
         at = 1 + 2 * axis
         x = x.narrow(at, 0, x.shape[at] // k * k).unflatten(at, (-1, k))
     axes = len(kernel)
-    return x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), -1).flatten(1 + axes)
+    x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), -1)
+    return _in_fitting_precision(x.to(torch.bfloat16).flatten(1 + axes))
 
 
 def _joined(patches: Tensor, size: torch.Size, kernel: torch.Size) -> Tensor:
@@ -188,6 +189,20 @@ def _joined(patches: Tensor, size: torch.Size, kernel: torch.Size) -> Tensor:
     return x.movedim(-1, 1)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """(B, C, *S) -> (B, *S, C) in bfloat16, as channels lie in a sequence of tokens."""
-    return x.movedim(1, -1).to(torch.bfloat16)
+def _cells(x: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, *S, C), as channels lie in a sequence of tokens; few in float32."""
+    return _in_fitting_precision(x.movedim(1, -1).to(torch.bfloat16))
+
+
+def _in_fitting_precision(x: Tensor) -> Tensor:
+    return x.float() if is_few(x) else x
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) -> (R, C)."""
+    return x.flatten(0, -2)
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """(R, C) -> (C), in float32."""
+    return rows.sum(0, dtype=torch.float32)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimiss_core.convolution import GreyConv3d, GreyOrColourConv2d, doubling, reducing
-from unimiss_core.precision import FewRowsLinear
+from unimiss_core.precision import Linear, in_bf16_on_cpu
 from unimiss_core.scan import RANKS, SMALLEST, Rank
 
 INSTANCE_NORM: dict[Rank, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
@@ -313,7 +313,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, ratio, bias=qkv_bias, ranks=ranks)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
         """tokens (B, 1 + N, C) -> the same shape, or (B, 1, C) where only the class token's outcome is wanted."""
@@ -332,9 +332,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, ratio: int, *, bias: bool, ranks: Collection[Rank]) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key_value = nn.Linear(width, 2 * width, bias=bias)
-        self.project = nn.Linear(width, width)
+        self.query = Linear(width, width, bias=bias)
+        self.key_value = Linear(width, 2 * width, bias=bias)
+        self.project = Linear(width, width)
         self.reduces = ratio > 1
         if self.reduces:
             self.reduce = Switched(lambda rank: reducing(rank, width, ratio), ranks)
@@ -364,7 +364,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     In float32 on CPUs: few keys are left after reduction, and there the fused kernel's backward takes 3 to 10 times as
     long in bfloat16, while plain products take as long and half a megabyte for each shape (docs/performance.md).
     """
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    if in_bf16_on_cpu(query):
         with torch.autocast("cpu", enabled=False):
             return attend(query.float(), key.float(), value.float()).to(torch.bfloat16)
     return F.scaled_dot_product_attention(query, key, value)
@@ -391,7 +391,7 @@ def _cropped(x: Tensor, grid: torch.Size) -> Tensor:
 def _encoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank, tuple[int, ...]]) -> Stage:
     return Stage(
         embed=Switched(lambda rank: ConvBlock(rank, before, width, 3, 2), grids),
-        class_token=FewRowsLinear(before, width) if i > 0 else nn.Identity(),
+        class_token=Linear(before, width) if i > 0 else nn.Identity(),
         position=Switched(lambda rank: PositionTable(grids[rank], width), grids),
         blocks=[Block(width, HEADS[i], REDUCTIONS[i], qkv_bias=True, norm_eps=1e-6, ranks=grids) for _ in range(depth)],
     )
@@ -400,7 +400,7 @@ def _encoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank
 def _decoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank, tuple[int, ...]]) -> Stage:
     return Stage(
         embed=Switched(lambda rank: doubling(rank, before, width), grids),
-        class_token=FewRowsLinear(before, width),
+        class_token=Linear(before, width),
         position=Switched(lambda rank: PositionTable(grids[rank], width), grids),
         blocks=[
             Block(width, HEADS[i + 1], REDUCTIONS[i], qkv_bias=False, norm_eps=1e-5, ranks=grids) for _ in range(depth)

@@ -3,11 +3,15 @@
 Every shape of product in bfloat16 costs the CPU's library half a megabyte for its kernels, and every pass a copy of the
 weights. Few rows do not earn that back: such a product reads its weights once, whatever their type.
 
-Legend of shapes: R rows, O outputs and I inputs of a layer.
+Legend of shapes: O outputs and I inputs of a layer.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
+
+FEW_ROWS = 32
 
 
 def in_bf16_on_cpu(x: Tensor) -> bool:
@@ -18,11 +22,16 @@ def in_bf16_on_cpu(x: Tensor) -> bool:
     return autocast or x.dtype == torch.bfloat16
 
 
-class FewRowsLinear(nn.Linear):
-    """A linear layer that meets one row for each scan or slice: (R, I) -> (R, O), on a CPU never in bfloat16."""
+def is_few(x: Tensor) -> bool:
+    """Whether x (..., I) has so few rows that a product with them is bound by reading the weights."""
+    return math.prod(x.shape[:-1]) <= FEW_ROWS
+
+
+class Linear(nn.Linear):
+    """A linear layer, (..., I) -> (..., O), that meets few rows in float32 where it would in bfloat16 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not in_bf16_on_cpu(x):
+        if not (in_bf16_on_cpu(x) and is_few(x)):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.float()).to(torch.bfloat16)
