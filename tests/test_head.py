@@ -5,7 +5,7 @@ import torch
 
 from tests.published import SIZES, Published, golden, needs_reference, network
 from unimiss_core import gathering
-from unimiss_core.head import Head, Prototypes
+from unimiss_core.head import Head, Prototypes, PrototypesGradient
 
 
 def head() -> Head:
@@ -106,6 +106,23 @@ def test_blocks_of_the_prototypes_gradient_are_the_whole(monkeypatch: pytest.Mon
     assert [(rows.start, len(block)) for rows, block in gradient.blocks()] == [(0, 3), (3, 3), (6, 1)]
     torch.testing.assert_close(torch.cat([block for _, block in gradient.blocks()]), whole)
     torch.testing.assert_close(gradient.norm(), whole.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_of_few_rows_is_that_of_the_gradient_which_they_make(dtype: torch.dtype) -> None:
+    """Rows nearly along the prototypes, where most of each product is taken off again."""
+    prototypes = Prototypes(6, 300).to(dtype)
+    torch.nn.init.normal_(prototypes.weight, mean=2.0)
+    prototypes.gathered = gradient = PrototypesGradient(prototypes.weight)
+    for rows in (1, 3):
+        h = torch.nn.functional.normalize(torch.randn(rows, 6, dtype=dtype) + 2.0, dim=-1)
+        torch.autograd.backward(prototypes(h.requires_grad_()).pow(3).sum())
+    assert gradient._products._whole is None
+    norm = gradient.norm()
+    assert norm.dtype == dtype
+    torch.testing.assert_close(norm, torch.cat([block for _, block in gradient.blocks()]).norm())
+    gradient._along[0] = torch.nan
+    assert gradient.norm().isnan()
 
 
 def test_few_rows_stay_rows_and_many_become_their_product() -> None:

@@ -26,7 +26,8 @@ COMPILER = "inductor"
 class Execution:
     """What a site's hardware asks for.
 
-    precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32.
+    precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32, and
+        on a CPU what does not gain by it (`unimiss_core.precision`).
     activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass; and go
         backward from each representation of each view of volumes before looking at the next.
     compile: compile both backbones; where that fails, the step is computed without.

@@ -42,9 +42,19 @@ class OuterProducts:
         whole = None if self._whole is None else self._whole[rows]
         if not self._left:
             return torch.zeros_like(self._like[rows]) if whole is None else whole.clone()
-        self._left, self._right = [torch.cat(self._left)], [torch.cat(self._right)]
+        if len(self._left) > 1:
+            self._left, self._right = [torch.cat(self._left)], [torch.cat(self._right)]
         left, right = self._left[0][:, rows], self._right[0]
         return left.mT @ right if whole is None else torch.addmm(whole, left.mT, right)
+
+    def square_norm(self) -> Tensor:
+        """The sum of all squares, a scalar in float64: from the R x R products of rows, where rows are what is kept."""
+        if self._whole is not None or not self._left:
+            of_blocks = [self.rows(rows).square().sum(dtype=torch.float64) for rows in blocks_of(self._like)]
+            return torch.stack(of_blocks).sum()
+        left, right = torch.cat(self._left), torch.cat(self._right)
+        squares: Tensor = ((left @ left.mT).double() * (right @ right.mT)).sum()
+        return squares
 
 
 def blocks_of(weight: Tensor) -> Iterator[slice]:

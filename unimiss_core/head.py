@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimiss_core.gathering import GatheringLinear, OuterProducts, blocks_of
+from unimiss_core.precision import in_bf16_on_cpu
 
 
 class Head(nn.Module):
@@ -29,7 +30,10 @@ class Head(nn.Module):
         self.prototypes = Prototypes(bottleneck, prototypes)
 
     def bottleneck(self, features: Tensor) -> Tensor:
-        """features (B, width) -> (B, E), each of length 1."""
+        """features (B, width) -> (B, E), each of length 1; in float32 on CPUs (`unimiss_core.precision`)."""
+        if in_bf16_on_cpu(features):
+            with torch.autocast("cpu", enabled=False):
+                return self.bottleneck(features.float())
         return F.normalize(at_least_float32(self.mlp(features)), dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -132,10 +136,11 @@ class PrototypesGradient:
         return ((rows, self._rows(rows)) for rows in blocks_of(self._lengths))
 
     def norm(self) -> Tensor:
-        """L2 norm, a scalar."""
-        of_blocks = torch.stack([torch.linalg.vector_norm(block) for _, block in self.blocks()])
-        norm: Tensor = torch.linalg.vector_norm(of_blocks)
-        return norm
+        """L2 norm, a scalar; the gradient is not made for it. Each row of s^T h has c l along its row of W, and the
+        gradient is what is left of it, so the squares of the one are those of the other less (c l)^2."""
+        along = (self._along.double() / self._lengths).square().sum()
+        norm: Tensor = (self._products.square_norm() - along).clamp(min=0.0).sqrt()
+        return norm.to(self._lengths.dtype)
 
     def write(self) -> None:
         """Add the whole to the weight's `grad`."""

@@ -338,11 +338,13 @@ class Learner:
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
         with out_of_memory_by_its_name(), gathering(self.student) as prototypes:
-            for part in parts:
-                weight = share * len(part) / len(views)
-                for loss in self._losses_of(part):
-                    torch.autograd.backward(loss.total * weight)
-                    losses.append((weight, loss.detached()))
+            with self._autocast():  # around all parts, so that the student's weights are cast once
+                for part in parts:
+                    weight = share * len(part) / len(views)
+                    for loss in self._losses_of(part):
+                        with torch.autocast(self.device.type, enabled=False):
+                            torch.autograd.backward(loss.total * weight)
+                        losses.append((weight, loss.detached()))
             in_blocks = self._moves_prototypes_in_blocks()
             if prototypes is not None and not in_blocks:
                 prototypes.write()
@@ -358,17 +360,11 @@ class Learner:
 
     def _losses_of(self, views: Tensor) -> Iterator[Loss]:
         """views (B, V, C, *S) -> losses with graph that add up to theirs: one, or where memory is to be saved one for
-        each thing that the student looks at, made when the one before is done with."""
+        each thing that the student looks at, made when the one before is done with. Call it under `_autocast`."""
         if not (self.execution.activation_checkpointing and isinstance(self.objective, PiecewiseObjective)):
             yield self._loss_of(views)
             return
-        pieces = self.objective.pieces(self.student, self.teacher, views, self.centre)
-        while True:
-            with self._autocast():
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        yield from self.objective.pieces(self.student, self.teacher, views, self.centre)
 
     def _loss_of(self, views: Tensor) -> Loss:
         """views (B, V, C, *S) -> their loss, with graph."""

@@ -17,13 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimiss_core.convolution import GreyConv3d, GreyOrColourConv2d, doubling, reducing
+from unimiss_core.precision import Linear, in_bf16_on_cpu
 from unimiss_core.scan import RANKS, SMALLEST, Rank
 
-CONV: dict[Rank, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
-CONV_TRANSPOSED: dict[Rank, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
-    2: nn.ConvTranspose2d,
-    3: nn.ConvTranspose3d,
-}
 INSTANCE_NORM: dict[Rank, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
     2: nn.InstanceNorm2d,
     3: nn.InstanceNorm3d,
@@ -273,26 +270,13 @@ class ConvBlock(nn.Module):
         self, rank: Rank, channels_in: int, channels_out: int, kernel: int, stride: int | tuple[int, ...]
     ) -> None:
         super().__init__()
-        conv: Any = GreyOrColourConv2d if rank == 2 else nn.Conv3d
+        conv: Any = GreyOrColourConv2d if rank == 2 else GreyConv3d
         self.conv = conv(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = INSTANCE_NORM[rank](channels_out, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(self.conv(x))
         return F.leaky_relu(y, 0.01, inplace=True)
-
-
-class GreyOrColourConv2d(nn.Conv2d):
-    """A 2D convolution that also takes one channel where it was made for several.
-
-    A grey image repeated over all channels, as the released code feeds it, meets the sum of the kernel over its
-    input channels: the sum is taken first, which is the same function for a third of the multiplications.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        grey = x.shape[1] == 1 < self.in_channels
-        weight = self.weight.sum(1, keepdim=True) if grey else self.weight
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 class PositionTable(nn.Module):
@@ -329,7 +313,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, ratio, bias=qkv_bias, ranks=ranks)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
         """tokens (B, 1 + N, C) -> the same shape, or (B, 1, C) where only the class token's outcome is wanted."""
@@ -348,12 +332,12 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, ratio: int, *, bias: bool, ranks: Collection[Rank]) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key_value = nn.Linear(width, 2 * width, bias=bias)
-        self.project = nn.Linear(width, width)
+        self.query = Linear(width, width, bias=bias)
+        self.key_value = Linear(width, 2 * width, bias=bias)
+        self.project = Linear(width, width)
         self.reduces = ratio > 1
         if self.reduces:
-            self.reduce = Switched(lambda rank: CONV[rank](width, width, ratio, ratio), ranks)
+            self.reduce = Switched(lambda rank: reducing(rank, width, ratio), ranks)
             self.reduce_norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
@@ -377,12 +361,12 @@ class Attention(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: query (B, heads, N, d), key and value (B, heads, M, d) -> (B, heads, N, d).
 
-    The fused kernel, except for bfloat16 on a CPU: with the few keys that are left after reduction its backward
-    takes 3 to 10 times as long as the plain products (docs/performance.md).
+    In float32 on CPUs: few keys are left after reduction, and there the fused kernel's backward takes 3 to 10 times as
+    long in bfloat16, while plain products take as long and half a megabyte for each shape (docs/performance.md).
     """
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
-        scores = (query * query.shape[-1] ** -0.5) @ key.mT
-        return torch.softmax(scores, -1) @ value
+    if in_bf16_on_cpu(query):
+        with torch.autocast("cpu", enabled=False):
+            return attend(query.float(), key.float(), value.float()).to(torch.bfloat16)
     return F.scaled_dot_product_attention(query, key, value)
 
 
@@ -407,7 +391,7 @@ def _cropped(x: Tensor, grid: torch.Size) -> Tensor:
 def _encoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank, tuple[int, ...]]) -> Stage:
     return Stage(
         embed=Switched(lambda rank: ConvBlock(rank, before, width, 3, 2), grids),
-        class_token=nn.Linear(before, width) if i > 0 else nn.Identity(),
+        class_token=Linear(before, width) if i > 0 else nn.Identity(),
         position=Switched(lambda rank: PositionTable(grids[rank], width), grids),
         blocks=[Block(width, HEADS[i], REDUCTIONS[i], qkv_bias=True, norm_eps=1e-6, ranks=grids) for _ in range(depth)],
     )
@@ -415,8 +399,8 @@ def _encoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank
 
 def _decoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank, tuple[int, ...]]) -> Stage:
     return Stage(
-        embed=Switched(lambda rank: CONV_TRANSPOSED[rank](before, width, 2, 2), grids),
-        class_token=nn.Linear(before, width),
+        embed=Switched(lambda rank: doubling(rank, before, width), grids),
+        class_token=Linear(before, width),
         position=Switched(lambda rank: PositionTable(grids[rank], width), grids),
         blocks=[
             Block(width, HEADS[i + 1], REDUCTIONS[i], qkv_bias=False, norm_eps=1e-5, ranks=grids) for _ in range(depth)

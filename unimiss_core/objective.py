@@ -114,7 +114,7 @@ class UniMiSS:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre)
+        targets, observed = self._taught(teacher, views, centre, view_by_view=True)
         for name, view in product(targets, range(views.shape[1])):
             h = look(student, views[:, [view]], name, slices=self.config.slices_per_volume)
             terms = cross_entropies_of_view(student, name, h[:, 0], view, targets, self.config.student_temperature)
@@ -122,12 +122,16 @@ class UniMiSS:
             del h, terms
             observed = {}
 
-    def _taught(self, teacher: Network, views: Tensor, centre: Centre) -> tuple[dict[str, Tensor], dict[str, Observed]]:
+    def _taught(
+        self, teacher: Network, views: Tensor, centre: Centre, *, view_by_view: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) by representation, and what it did."""
-        temperature = self.config.teacher_temperature_of(2 if views.ndim == 5 else 3)
+        rank: Rank = 2 if views.ndim == 5 else 3
+        see = look_in_turn if view_by_view else look
         with torch.no_grad():
-            seen = representations(teacher, views, slices=self.config.slices_per_volume)
-            targets = targets_of(teacher, seen, centre, temperature)
+            slices = self.config.slices_per_volume
+            seen = {name: see(teacher, views, name, slices=slices) for name in self.representations(rank)}
+            targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
         return targets, {name: observe(h, targets[name]) for name, h in seen.items()}
 
 
@@ -151,6 +155,12 @@ def look(network: Network, views: Tensor, name: str, *, slices: int | None = Non
     seen = mean_of_slices(network, _evenly_spaced(scans, slices)) if name == "slices" else network.bottleneck(scans)
     by_view: Tensor = seen.unflatten(0, views.shape[:2])
     return by_view
+
+
+def look_in_turn(network: Network, views: Tensor, name: str, *, slices: int | None = None) -> Tensor:
+    """`look`, at one view after the other: for a teacher whose student does so, since a CPU's library keeps half a
+    megabyte for each shape of product in bfloat16."""
+    return torch.cat([look(network, view, name, slices=slices) for view in views.split(1, dim=1)], dim=1)
 
 
 def mean_of_slices(network: Network, volumes: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unimiss_core.convolution import CONV_TRANSPOSED
 from unimiss_core.head import at_least_float32
-from unimiss_core.model import CHANNELS, CONV_TRANSPOSED, STEM_STRIDE, Switched
+from unimiss_core.model import CHANNELS, STEM_STRIDE, Switched
 from unimiss_core.scan import RANKS, Rank
 
 _PATCH: dict[Rank, tuple[int, ...]] = {rank: tuple(2 * stride for stride in STEM_STRIDE[rank]) for rank in RANKS}

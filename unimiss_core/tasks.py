@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unimiss_core.convolution import CONV, CONV_TRANSPOSED
 from unimiss_core.errors import CheckpointError
 from unimiss_core.head import at_least_float32
-from unimiss_core.model import ARCHITECTURES, CHANNELS, CONV, CONV_TRANSPOSED, STEM_STRIDE, ConvBlock, MiT
+from unimiss_core.model import ARCHITECTURES, CHANNELS, STEM_STRIDE, ConvBlock, MiT
 from unimiss_core.model_config import ModelConfig
 from unimiss_core.network import initialise_
 from unimiss_core.scan import Rank

@@ -23,6 +23,7 @@ from unimiss_core.objective import (
     cross_entropies,
     cross_entropies_of_view,
     look,
+    look_in_turn,
     mean_of_slices,
     observe,
     targets_of,
@@ -61,7 +62,7 @@ class UniMiSSPlus:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre)
+        targets, observed = self._taught(teacher, views, centre, view_by_view=True)
         count = views.shape[1]
         for name, view in product(self._looks(views), range(count)):
             h, errors = self._look(student, views[:, [view]], name)
@@ -71,12 +72,14 @@ class UniMiSSPlus:
             del h, errors, terms
             observed = {}
 
-    def _taught(self, teacher: Network, views: Tensor, centre: Centre) -> tuple[dict[str, Tensor], dict[str, Observed]]:
+    def _taught(
+        self, teacher: Network, views: Tensor, centre: Centre, *, view_by_view: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) of the scans as they are, by representation, and what it did."""
         rank: Rank = 2 if views.ndim == 5 else 3
         (own,) = self.representations(rank)
         with torch.no_grad():
-            seen = {own: look(teacher, views, own)}
+            seen = {own: (look_in_turn if view_by_view else look)(teacher, views, own)}
             targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
         return targets, {own: observe(seen[own], targets[own])}
 

@@ -1,0 +1,105 @@
+"""What stays in float32 where a step runs in bfloat16 on a CPU, and what is done once."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.test_learner import apart, images, study, volumes
+from unimiss_core.execution import Execution
+from unimiss_core.head import Head
+from unimiss_core.learner import Learner
+from unimiss_core.model import attend
+from unimiss_core.precision import FEW_ROWS, Linear, in_bf16_on_cpu
+
+
+def bf16(*, enabled: bool = True) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def test_bf16_is_what_autocast_or_the_tensor_says() -> None:
+    x = torch.ones(2)
+    assert not in_bf16_on_cpu(x)
+    assert in_bf16_on_cpu(x.to(torch.bfloat16))
+    with bf16():
+        assert in_bf16_on_cpu(x)
+        assert not in_bf16_on_cpu(x.to("meta"))
+    with torch.autocast("cpu", torch.float16):
+        assert not in_bf16_on_cpu(x)
+
+
+def test_few_rows_are_multiplied_in_float32() -> None:
+    layer, plain = Linear(5, 3), nn.Linear(5, 3)
+    plain.load_state_dict(layer.state_dict())
+    few, many = torch.randn(2, FEW_ROWS // 2, 5), torch.randn(3, FEW_ROWS // 2, 5)
+    with bf16():
+        assert torch.equal(layer(many), plain(many))
+        found, rounded = layer(few), plain(few)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, plain(few).to(torch.bfloat16))
+    assert not torch.equal(found, rounded)
+    assert torch.equal(layer(few), plain(few))
+
+
+def test_a_head_is_in_float32_and_its_gradient_with_it() -> None:
+    head = Head(4, 8, 5, 6)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    features = torch.randn(3, 4).to(torch.bfloat16)
+    found: list[list[Tensor]] = []
+    for enabled in (False, True):
+        with bf16(enabled=enabled):
+            h = head.bottleneck(features.float() if not enabled else features)
+        found.append([h, *torch.autograd.grad(h.pow(3).sum(), list(head.mlp.parameters()))])
+    assert all(map(torch.equal, *found))
+
+
+def test_attention_in_bf16_rounds_its_outcome_alone() -> None:
+    query, key, value = (torch.randn(2, 3, n, 8).to(torch.bfloat16) for n in (7, 4, 4))
+    exact = attend(query.float(), key.float(), value.float())
+    with bf16():
+        found = attend(query, key, value)
+    assert torch.equal(found, exact.to(torch.bfloat16))
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts from float32 to bfloat16 by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_shape: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and (args[0].dtype, found.dtype) == (torch.float32, torch.bfloat16):
+            self.of_shape[tuple(args[0].shape)] += 1
+        return found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_students_weights_are_cast_once_a_step_however_many_parts_it_has(recompute: bool) -> None:
+    execution = Execution(precision="bf16", micro_batch={2: 1}, activation_checkpointing=recompute)
+    learner = apart(Learner(study(), ranks={2}, execution=execution))
+    shape = tuple(learner.student.backbone.encoder.stages[1].blocks[0].mlp[0].weight.shape)
+    layers = [tuple(p.shape) for p in learner.student.parameters()].count(shape)
+    assert layers == 2  # the decoder's stage of as many tokens
+    with Casts() as casts:
+        learner.step(images(scans=3), step=0)
+    assert casts.of_shape[shape] == layers * (1 + 3)  # a teacher's have no place in autocast's cache
+
+
+@pytest.mark.parametrize("batch", [images(), volumes()], ids=["images", "volumes"])
+def test_bf16_in_parts_is_nearly_the_whole_batch_and_autocast_ends_with_the_step(batch: Tensor) -> None:
+    whole = apart(Learner(study(), ranks={2, 3}, execution=Execution(precision="bf16")))
+    parts = Execution(precision="bf16", micro_batch={2: 1, 3: 1}, activation_checkpointing=True)
+    ours = apart(Learner(study(), ranks={2, 3}, execution=parts))
+    expected, report = whole.step(batch, step=0), ours.step(batch, step=0)
+    assert not torch.is_autocast_enabled("cpu")
+    assert report.terms == pytest.approx(expected.terms, rel=5e-3)
+    assert report.diagnostics["grad_norm"] == pytest.approx(expected.diagnostics["grad_norm"], rel=0.02)
+    moments, right = ours.state().tensors, whole.state().tensors
+    assert moments.keys() == right.keys()
+    assert all(moments[name].dtype == torch.float32 for name in moments)

@@ -1,0 +1,208 @@
+"""The convolutions of MiT, each in the form that is cheapest where it runs: the same function, parameters and names.
+
+In bfloat16 on a CPU a matrix product reaches several times the rate of a convolution, most of all backward
+(docs/performance.md). A convolution whose stride is its kernel's size is one product: no input meets two patches.
+Elsewhere, and in any other precision, all of these are torch's own layers, bit for bit.
+
+Legend of shapes: B scans, C channels in, O channels out, S spatial axes of the input, k the kernel's size, which is the
+same along all of them, G = S // k the patches, N = prod(G).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimiss_core.precision import in_bf16_on_cpu, is_few
+from unimiss_core.scan import Rank
+
+CONV: dict[Rank, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSED: dict[Rank, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
+
+
+class ReducingConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel's size, without padding: (B, C, *S) -> (B, O, *G)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _reduced(x, self) if in_bf16_on_cpu(x) else super().forward(x)
+
+
+class ReducingConv3d(nn.Conv3d):
+    """As `ReducingConv2d`, of volumes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _reduced(x, self) if in_bf16_on_cpu(x) else super().forward(x)
+
+
+class EnlargingConv2d(nn.ConvTranspose2d):
+    """A transposed convolution whose stride is its kernel's size: (B, C, *S) -> (B, O, *(k S))."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        assert output_size is None
+        return _enlarged(x, self) if in_bf16_on_cpu(x) else super().forward(x)
+
+
+class EnlargingConv3d(nn.ConvTranspose3d):
+    """As `EnlargingConv2d`, of volumes."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        assert output_size is None
+        return _enlarged(x, self) if in_bf16_on_cpu(x) else super().forward(x)
+
+
+def reducing(rank: Rank, width: int, ratio: int) -> nn.Module:
+    """(B, width, *S) -> (B, width, *(S // ratio))."""
+    made: Any = {2: ReducingConv2d, 3: ReducingConv3d}[rank]
+    layer: nn.Module = made(width, width, ratio, ratio)
+    return layer
+
+
+def doubling(rank: Rank, before: int, width: int) -> nn.Module:
+    """(B, before, *S) -> (B, width, *(2 S))."""
+    made: Any = {2: EnlargingConv2d, 3: EnlargingConv3d}[rank]
+    layer: nn.Module = made(before, width, 2, 2)
+    return layer
+
+
+class GreyOrColourConv2d(nn.Conv2d):
+    """A 2D convolution that also takes one channel where it was made for several.
+
+    A grey image repeated over all channels, as the released code feeds it, meets the sum of the kernel over its
+    input channels: the sum is taken first, which is the same function for a third of the multiplications.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        grey = x.shape[1] == 1 < self.in_channels
+        weight = self.weight.sum(1, keepdim=True) if grey else self.weight
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class GreyConv3d(nn.Conv3d):
+    """A 3D convolution without bias that, over one channel, can count the kernel's planes as channels: a 2D convolution
+    of each plane with its neighbours. Kernels for bfloat16 leave most of their width empty over a single channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 1 or not in_bf16_on_cpu(x):
+            return super().forward(x)
+        (along, *step), (planes, *_) = self.stride, self.kernel_size
+        assert not isinstance(self.padding, str)
+        before, *around = self.padding
+        stacks = F.pad(x[:, 0].to(torch.bfloat16), (0, 0, 0, 0, before, before)).unfold(1, planes, along)
+        images = stacks.movedim(-1, 2).flatten(0, 1)  # (B x D', planes, H, W)
+        y = F.conv2d(images, self.weight[:, 0].to(torch.bfloat16), None, step, around)
+        by_plane: Tensor = y.unflatten(0, (len(x), -1))
+        return by_plane.transpose(1, 2)
+
+
+def _reduced(x: Tensor, layer: ReducingConv2d | ReducingConv3d) -> Tensor:
+    y: Tensor = _PatchProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _enlarged(x: Tensor, layer: EnlargingConv2d | EnlargingConv3d) -> Tensor:
+    y: Tensor = _ProductInPatches.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _PatchProduct(torch.autograd.Function):
+    """x (B, C, *S), weight (O, C, *k), bias (O) -> (B, O, *G) in bfloat16, as the product (B N, k C) (k C, O).
+
+    Of what it works with only x and the weight are kept for the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        patches = _patches(x, weight.shape[2:])
+        y = torch.addmm(bias.to(patches.dtype), _rows(patches), _matrix(weight, patches.dtype).mT)
+        by_patch: Tensor = y.to(torch.bfloat16).unflatten(0, patches.shape[:-1])
+        return by_patch.movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        patches = _patches(x, weight.shape[2:])
+        rows = _rows(grads[0].movedim(1, -1)).to(patches.dtype)  # (B N, O)
+        of_weight = _as_weight(rows.mT @ _rows(patches), weight)
+        of_patches = (rows @ _matrix(weight, rows.dtype)).view_as(patches)
+        return _joined(of_patches, x.shape[2:], weight.shape[2:]).to(x.dtype), of_weight, _sum(rows)
+
+
+class _ProductInPatches(torch.autograd.Function):
+    """x (B, C, *S), weight (C, O, *k), bias (O) -> (B, O, *(k S)) in bfloat16, as the product (B N, C) (C, k O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        cells, kernel = _cells(x), weight.shape[2:]
+        shifts = bias.to(cells.dtype).repeat(kernel.numel())
+        y = torch.addmm(shifts, _rows(cells), _matrix(weight, cells.dtype)).to(torch.bfloat16)
+        size = torch.Size(n * k for n, k in zip(x.shape[2:], kernel, strict=True))
+        return _joined(y.unflatten(0, cells.shape[:-1]), size, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        cells = _cells(x)
+        rows = _rows(_patches(grads[0], weight.shape[2:])).to(cells.dtype)  # (B N, k O)
+        of_x = (rows @ _matrix(weight, rows.dtype).mT).view_as(cells).movedim(-1, 1).to(x.dtype)
+        of_weight = _as_weight(_rows(cells).mT @ rows, weight)
+        return of_x, of_weight, _sum(_rows(rows.unflatten(1, (-1, weight.shape[1]))))
+
+
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A kernel (P, Q, *k) -> (P, k Q)."""
+    return weight.to(dtype).movedim(1, -1).flatten(1)
+
+
+def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """`_matrix`, undone: (P, k Q) -> (P, Q, *k), in the weight's type and layout."""
+    kernel = matrix.unflatten(1, (*weight.shape[2:], weight.shape[1])).movedim(-1, 1)
+    return torch.empty_like(weight).copy_(kernel)
+
+
+def _patches(x: Tensor, kernel: torch.Size) -> Tensor:
+    """x (B, C, *S) -> (B, *G, k C), few in float32; what is left over at an axis's end is in none."""
+    x = x.movedim(1, -1)
+    for axis, k in enumerate(kernel):
+        at = 1 + 2 * axis
+        x = x.narrow(at, 0, x.shape[at] // k * k).unflatten(at, (-1, k))
+    axes = len(kernel)
+    x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), -1)
+    return _in_fitting_precision(x.to(torch.bfloat16).flatten(1 + axes))
+
+
+def _joined(patches: Tensor, size: torch.Size, kernel: torch.Size) -> Tensor:
+    """`_patches`, undone: (B, *G, k C) -> (B, C, *S) of this size; zero where there was no patch."""
+    axes = len(kernel)
+    x: Tensor = patches.unflatten(-1, (*kernel, -1))  # (B, *G, *k, C)
+    x = x.permute(0, *(axis for g in range(1, 1 + axes) for axis in (g, g + axes)), -1)
+    for axis in range(1, 1 + axes):
+        x = x.flatten(axis, axis + 1)
+    left_over = [n - m for n, m in zip(size, x.shape[1:-1], strict=True)]
+    if any(left_over):
+        x = F.pad(x, (0, 0, *(n for left in reversed(left_over) for n in (0, left))))
+    return x.movedim(-1, 1)
+
+
+def _cells(x: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, *S, C), as channels lie in a sequence of tokens; few in float32."""
+    return _in_fitting_precision(x.movedim(1, -1).to(torch.bfloat16))
+
+
+def _in_fitting_precision(x: Tensor) -> Tensor:
+    return x.float() if is_few(x) else x
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) -> (R, C)."""
+    return x.flatten(0, -2)
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """(R, C) -> (C), in float32."""
+    return rows.sum(0, dtype=torch.float32)
