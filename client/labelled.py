@@ -19,6 +19,7 @@ from client import nifti, pictures
 from client.catalogue import read_one
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_tables import Case, LabelTable, Part
+from client.reasons import REASONS
 from client.splits import Split, check_parts
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
@@ -115,7 +116,7 @@ def prepare_cases(
                 wrong.append(f"{shown(case)}: {error}")
     for reason, lines in unread.items():
         told = ", ".join(lines[:_SHOWN]) + (" and others" if len(lines) > _SHOWN else "")
-        progress.report(progress.Note(f"left out: {len(lines)} {reason} ({told})"))
+        progress.report(progress.Note(f"left out: {len(lines)} scan(s), {reason}: {REASONS[reason]} ({told})"))
     _check(parts, wrong, config)
     return parts
 
@@ -132,7 +133,8 @@ def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], confi
         held = Counter(number for one in parts["train"] for number in (one.places or {}))
         if lacking := [name for number, name in enumerate(config.task.classes, start=1) if not held[number]]:
             raise ConfigError(
-                f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class"
+                f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class. If so "
+                "few patients have it, take another fold or seed of the split, or leave it out of `classes`"
             )
 
 

@@ -120,7 +120,8 @@ def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
     with listen(notes.append):
         parts = read(tmp_path, config)
     assert [len(parts[p]) for p in ("train", "validation", "test")] == [4, 4, 0]
-    assert [n.text for n in notes if isinstance(n, Note)] == ["left out: 1 not_an_image (line 2)"]
+    told = "left out: 1 scan(s), not_an_image: neither DICOM nor NIfTI, PNG, JPEG or TIFF (line 2)"
+    assert [n.text for n in notes if isinstance(n, Note)] == [told]
     np.testing.assert_allclose(
         parts["train"][0].whole(), prepare(Scan(pixels[None].astype(np.float32), (1, 1), "XR"), PLAN)[0], atol=1e-5
     )

@@ -18,6 +18,7 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from unimiss_core import durable
+from unimiss_core.checkpoint import require_version
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
 from unimiss_core.study import ModelConfig, PlanConfig
@@ -70,7 +71,9 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
     Raises CheckpointError: no model there, of another version, or a tensor changed or missing.
     """
     try:
-        manifest = TaskManifest.model_validate_json((folder / _MANIFEST).read_bytes())
+        written = (folder / _MANIFEST).read_bytes()
+        require_version(written, folder / _MANIFEST, FORMAT_VERSION)
+        manifest = TaskManifest.model_validate_json(written)
         payload = (folder / _TENSORS).read_bytes()
     except OSError:
         raise CheckpointError(f"{folder}: holds no {_MANIFEST} and {_TENSORS}; give a fine-tuning's folder") from None
@@ -78,11 +81,6 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
         raise CheckpointError(
             f"{folder / _MANIFEST}: is no description of a fine-tuned model of this program"
         ) from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / _MANIFEST}: has format version {manifest.format_version}, this program reads {FORMAT_VERSION}; "
-            "use the version of the program that wrote it"
-        )
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise CheckpointError(f"{folder / _TENSORS}: was changed after it was written; take another copy")
     try:
