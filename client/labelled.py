@@ -133,8 +133,8 @@ def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], confi
         held = Counter(number for one in parts["train"] for number in (one.places or {}))
         if lacking := [name for number, name in enumerate(config.task.classes, start=1) if not held[number]]:
             raise ConfigError(
-                f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class. If so "
-                "few patients have it, take another fold or seed of the split, or leave it out of `classes`"
+                f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class. "
+                "If few patients have it, take another fold or seed of the split, or leave it out of `classes`"
             )
 
 

@@ -84,12 +84,13 @@ def _place(patient: str) -> float:
 
 
 def test_a_large_volume_gets_the_mask_of_the_plain_way() -> None:
+    """Windows side by side: where they overlap, the one joins probabilities, the other logits."""
     from inference import Case, ours, plain, volume
 
     from unimiss_core.study import ModelConfig
     from unimiss_core.tasks import build_task_model
 
-    case = Case("ours", "nano", (24, 50, 61), (16, 40, 40), 0.25, 2, 2, 1)
+    case = Case("ours", "nano", (16, 40, 80), (16, 40, 40), 0.0, 2, 2, 1)
     model = build_task_model(ModelConfig(prototypes=16), 3, outputs=3, dense=True, seed=0, pretrained=None).eval()
     with torch.no_grad():
         model.head.classes.weight.mul_(50)  # type: ignore[union-attr, operator]
@@ -97,4 +98,4 @@ def test_a_large_volume_gets_the_mask_of_the_plain_way() -> None:
     assert values.shape == (1, *case.shape)
     mine, theirs = ours(model, values.copy(), case), plain(model, values.copy(), case)
     assert len(np.unique(theirs)) > 1
-    assert (mine == theirs).mean() > 0.99
+    assert (mine == theirs).mean() > 0.999
