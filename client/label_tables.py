@@ -254,6 +254,8 @@ def _of_medmnist(data: MedMnistData, task: ClassificationConfig) -> tuple[Case, 
     try:
         with np.load(data.file, allow_pickle=False) as held:
             labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
+    except FileNotFoundError:
+        raise ConfigError(f"data.file: {data.file.name} is not there; it counts from the data's root") from None
     except (OSError, ValueError, KeyError):
         raise ConfigError("data.file: is no MedMNIST .npz with train_, val_ and test_images and _labels") from None
     cases: list[Case] = []

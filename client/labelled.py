@@ -80,7 +80,7 @@ class Labelled:
 
 
 class MaskError(Exception):
-    """A scan and its mask do not go together; the text says why, without a name or path."""
+    """A scan does not fit its mask, or the task; the text says why, without a name or path."""
 
 
 def prepare_cases(
@@ -125,7 +125,7 @@ def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], confi
     if wrong:
         more = f"\n  - and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         listed = "\n  - ".join(wrong[:_SHOWN])
-        raise ConfigError(f"data: {len(wrong)} mask(s) do not go with their scans\n  - {listed}{more}")
+        raise ConfigError(f"data: {len(wrong)} labelled scan(s) do not fit their masks or the task\n  - {listed}{more}")
     if not any(parts.values()):
         raise NoUsableScanError("data: none of the labelled scans can be used; the notes above say why")
     check_parts({part: tuple(one.case for one in found) for part, found in parts.items()}, config)
@@ -206,7 +206,10 @@ def _prepared(
     """Raises ScanError: the scan cannot be used. Raises MaskError."""
     task = config.task
     if scan.rank != task.rank:
-        raise MaskError(f"the scan is of rank {scan.rank}, the task of rank {task.rank}")
+        kinds = {2: "an image (rank 2)", 3: "a volume (rank 3)"}
+        raise MaskError(
+            f"the scan is {kinds[scan.rank]}, expected {kinds[task.rank]}; correct task.rank, or leave it out"
+        )
     values, spacing = prepare(scan, plan)
     steps = tuple(new / old for new, old in zip(spacing, scan.spacing_mm, strict=True))
     kept = _kept(folder / f"{case.number:06d}.npy", np.rint(values * _FULL).astype(np.uint16))

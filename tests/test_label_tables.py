@@ -123,6 +123,8 @@ def test_a_medmnist_file_brings_its_split(tmp_path: Path) -> None:
     found = label_table(configured(tmp_path, BINARY, data))
     assert [(case.part, case.target) for case in found.cases[2:4]] == [("validation", (0,)), ("validation", (1,))]
     assert found.cases[5].place == ("test_images", 1)
+    with pytest.raises(ConfigError, match=r"data\.file: gone\.npz is not there"):
+        label_table(configured(tmp_path, BINARY, {"name": "medmnist", "file": "gone.npz"}))
     with pytest.raises(ConfigError, match=r"train_labels has 1 column\(s\).* expected 2"):
         label_table(configured(tmp_path, {**BINARY, "kind": "multi_label"}, data))
 
