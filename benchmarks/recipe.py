@@ -94,7 +94,7 @@ def main() -> None:
 def _measured(options: argparse.Namespace) -> tuple[list[Run], dict[str, float]]:
     """(a run for each seed, each task's floor)."""
     torch.set_num_threads(options.threads)
-    study = parse(StudyConfig, _study(options.steps), where="nano")
+    study = parse(StudyConfig, nano(options.steps), where="nano")
     with tempfile.TemporaryDirectory() as scratch:
         library = open_library(pooled(options.data, Path(scratch)), study.plan)
         tasks = {name: task(name, options.data, study) for name in TASKS}
@@ -105,7 +105,7 @@ def _measured(options: argparse.Namespace) -> tuple[list[Run], dict[str, float]]
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    raw = _study(None)
+    raw = nano(None)
     most, warm_up = raw["schedule"]["rounds"] * raw["schedule"]["local_steps"], raw["optimiser"]["warmup_steps"]
     parser.add_argument(
         "--steps",
@@ -124,7 +124,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _study(steps: int | None) -> dict[str, Any]:
+def nano(steps: int | None) -> dict[str, Any]:
+    """The shipped study, of so many steps."""
     raw = dict(read_yaml(ROOT / "configs" / "study" / "nano.yaml"))
     if steps is not None:
         raw["schedule"] = dict(raw["schedule"]) | {"rounds": 1, "local_steps": steps}
@@ -143,17 +144,8 @@ def train_pooled(study: StudyConfig, library: Library, tasks: Mapping[str, Task]
     """Train on all scans of `library`, with the probes before and after."""
     learner = Learner(study, ranks=library.ranks)
     before = {name: tensor.clone() for name, tensor in tensors_of(learner.teacher).items()}
-    steps = total_steps(study.schedule)
     began, cpu = time.monotonic(), time.process_time()
-    for step in range(steps):
-        if (steps - step) % WINDOW == 0 and step > 0:
-            _say(step, _shares_of_log_k(learner))
-            learner.start_round(tensors_of(learner.student), tensors_of(learner.teacher))  # figures begin anew
-        rank: Rank = rank_of_step(library.ranks, step, study.schedule.alternate)
-        generator = generator_for(study.seed, "pooled", step)
-        scans = library.of_rank(rank)
-        chosen = torch.randperm(len(scans), generator=generator)[: study.batch.of(rank)]
-        learner.step(draw_batch([scans[i] for i in chosen.tolist()], study.views, generator), step=step)
+    train(learner, library)
     run = Run(
         seed=study.seed,
         cpu_s=time.process_time() - cpu,
@@ -163,6 +155,21 @@ def train_pooled(study: StudyConfig, library: Library, tasks: Mapping[str, Task]
     )
     print(json.dumps(asdict(run)), flush=True)
     return run
+
+
+def train(learner: Learner, library: Library) -> None:
+    """All steps of the learner's study."""
+    study = learner.study
+    steps = total_steps(study.schedule)
+    for step in range(steps):
+        if (steps - step) % WINDOW == 0 and step > 0:
+            _say(step, _shares_of_log_k(learner))
+            learner.start_round(tensors_of(learner.student), tensors_of(learner.teacher))  # figures begin anew
+        rank: Rank = rank_of_step(library.ranks, step, study.schedule.alternate)
+        generator = generator_for(study.seed, "pooled", step)
+        scans = library.of_rank(rank)
+        chosen = torch.randperm(len(scans), generator=generator)[: study.batch.of(rank)]
+        learner.step(draw_batch([scans[i] for i in chosen.tolist()], study.views, generator), step=step)
 
 
 def _shares_of_log_k(learner: Learner) -> dict[str, float]:

@@ -24,6 +24,7 @@ from unimiss_core.task_config import (
 )
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class FromCheckpoint(Config):
@@ -76,16 +77,20 @@ class GivenSplit(Config):
     name: Literal["given"] = "given"
     validation: OpenFraction = 0.2
     """Share of the training patients that validate, where none are given for that."""
+    seed: Seed | None = None
+    """By which those are drawn; None takes the file's."""
 
 
 class FoldSplit(Config):
-    """By patient, at random by the file's seed: one of k parts tests, a share of the others validates."""
+    """By patient, at random: one of k parts tests, a share of the others validates."""
 
     name: Literal["folds"] = "folds"
     folds: Annotated[int, Field(ge=2, le=100)] = 5
     fold: Annotated[int, Field(ge=0, le=99)] = 0
     """From 0."""
     validation: OpenFraction = 0.2
+    seed: Seed | None = None
+    """Of who is in which part. None takes the file's; one of its own keeps the patients where several seeds train."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -140,7 +145,7 @@ class InferenceConfig(Config):
 
 class FinetuneConfig(Config):
     name: Name
-    seed: Annotated[int, Field(ge=0, le=2**31)] = 0
+    seed: Seed = 0
     task: TaskConfig
     init: InitConfig
     plan: PlanConfig | None = None

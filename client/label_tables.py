@@ -89,6 +89,8 @@ def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]
     try:
         with data.table.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise ConfigError(f"table {data.table.name}: is not there; `data.table` counts from the data's root") from None
     except (OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(f"table {data.table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
     if not rows:
@@ -120,6 +122,8 @@ def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, giv
         if column not in known:
             near = difflib.get_close_matches(column, known, n=1)
             problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+    if problems and len(known) == 1 and any(mark in known[0] for mark in ";\t|"):
+        raise ConfigError(f"table {data.table.name}: its header is a single column; separate columns by commas")
     if problems:
         raise ConfigError(f"table {data.table.name}: {'; '.join(problems)}; `data` names the columns")
 
@@ -254,6 +258,8 @@ def _of_medmnist(data: MedMnistData, task: ClassificationConfig) -> tuple[Case, 
     try:
         with np.load(data.file, allow_pickle=False) as held:
             labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
+    except FileNotFoundError:
+        raise ConfigError(f"data.file: {data.file.name} is not there; it counts from the data's root") from None
     except (OSError, ValueError, KeyError):
         raise ConfigError("data.file: is no MedMNIST .npz with train_, val_ and test_images and _labels") from None
     cases: list[Case] = []

@@ -19,6 +19,7 @@ from client import nifti, pictures
 from client.catalogue import read_one
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_tables import Case, LabelTable, Part
+from client.reasons import REASONS
 from client.splits import Split, check_parts
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
@@ -100,7 +101,7 @@ def grid_of(scan: Scan, spacing_mm: Sequence[float]) -> Grid:
 
 
 class MaskError(Exception):
-    """A scan and its mask do not go together; the text says why, without a name or path."""
+    """A scan does not fit its mask, or the task; the text says why, without a name or path."""
 
 
 def prepare_cases(
@@ -136,7 +137,7 @@ def prepare_cases(
                 wrong.append(f"{shown(case)}: {error}")
     for reason, lines in unread.items():
         told = ", ".join(lines[:_SHOWN]) + (" and others" if len(lines) > _SHOWN else "")
-        progress.report(progress.Note(f"left out: {len(lines)} {reason} ({told})"))
+        progress.report(progress.Note(f"left out: {len(lines)} scan(s), {reason}: {REASONS[reason]} ({told})"))
     _check(parts, wrong, config)
     return parts
 
@@ -145,7 +146,7 @@ def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], confi
     if wrong:
         more = f"\n  - and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         listed = "\n  - ".join(wrong[:_SHOWN])
-        raise ConfigError(f"data: {len(wrong)} mask(s) do not go with their scans\n  - {listed}{more}")
+        raise ConfigError(f"data: {len(wrong)} labelled scan(s) do not fit their masks or the task\n  - {listed}{more}")
     if not any(parts.values()):
         raise NoUsableScanError("data: none of the labelled scans can be used; the notes above say why")
     check_parts({part: tuple(one.case for one in found) for part, found in parts.items()}, config)
@@ -153,7 +154,8 @@ def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], confi
         held = Counter(number for one in parts["train"] for number in one.places)
         if lacking := [name for number, name in enumerate(config.task.classes, start=1) if not held[number]]:
             raise ConfigError(
-                f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class"
+                f"task.classes: no training mask holds {', '.join(lacking)}; value i of a mask is the i-th class. "
+                "If few patients have it, take another fold or seed of the split, or leave it out of `classes`"
             )
 
 
@@ -225,7 +227,10 @@ def _prepared(
     """Raises ScanError: the scan cannot be used. Raises MaskError."""
     task = config.task
     if scan.rank != task.rank:
-        raise MaskError(f"the scan is of rank {scan.rank}, the task of rank {task.rank}")
+        kinds = {2: "an image (rank 2)", 3: "a volume (rank 3)"}
+        raise MaskError(
+            f"the scan is {kinds[scan.rank]}, expected {kinds[task.rank]}; correct task.rank, or leave it out"
+        )
     values, spacing = prepare(scan, plan)
     kept = _kept(folder / f"{case.number:06d}.npy", as_stored(values))
     found = Labelled(case, kept, grid_of(scan, spacing))

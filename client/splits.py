@@ -18,12 +18,13 @@ def split_cases(cases: Sequence[Case], config: FinetuneConfig) -> Split:
     Raises ConfigError: a patient in several parts, an empty part, a class that a part lacks.
     """
     split = config.split
+    seed = config.seed if split.seed is None else split.seed
     if isinstance(split, FoldSplit):
-        parts = _of_fold(cases, split, config.seed)
+        parts = _of_fold(cases, split, seed)
     else:
         parts = _as_given(cases)
         if not parts["validation"]:
-            parts = {**parts, **_with_validation(parts["train"], split.validation, config.seed)}
+            parts = {**parts, **_with_validation(parts["train"], split.validation, seed)}
     _check_patients(parts)
     check_parts(parts, config)
     return parts
@@ -66,12 +67,15 @@ def _dealt(cases: Iterable[Case], piles: int, seed: int) -> dict[str, int]:
 
 
 def _check_patients(parts: Split) -> None:
-    where: dict[str, set[Part]] = {}
+    first: dict[str, dict[Part, int]] = {}
     for part, cases in parts.items():
         for case in cases:
-            where.setdefault(case.patient, set()).add(part)
-    if torn := sum(len(found) > 1 for found in where.values()):
-        raise ConfigError(f"split: {torn} patient(s) stand in several parts; a patient's scans must stay together")
+            first.setdefault(case.patient, {}).setdefault(part, case.number)
+    if torn := sorted(sorted(lines.values()) for lines in first.values() if len(lines) > 1):
+        raise ConfigError(
+            f"split: {len(torn)} patient(s) stand in several parts, as in lines {torn[0][0]} and {torn[0][1]}; "
+            "a patient's scans must stay together"
+        )
 
 
 def check_parts(parts: Split, config: FinetuneConfig) -> None:

@@ -92,7 +92,7 @@ def test_other_version_no_manifest_and_outside_file_are_told(tmp_path: Path) -> 
     save(tmp_path / "c")
     path = tmp_path / "c" / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"format_version": 99}))
+    path.write_text(json.dumps(manifest | {"format_version": 99, "of_a_later_version": True}))
     with pytest.raises(CheckpointError, match="has format version 99, this program reads 1"):
         checkpoint.load(tmp_path / "c")
     path.write_text(json.dumps(manifest | {"sha256": {"../secret": "00"}}))

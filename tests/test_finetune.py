@@ -152,7 +152,7 @@ def test_a_model_whose_tensors_were_changed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was changed after it was written"):
         task_checkpoint.load(tmp_path / "out")
     told = json.loads((tmp_path / "out" / "model.json").read_text())
-    (tmp_path / "out" / "model.json").write_text(json.dumps({**told, "format_version": 9}))
+    (tmp_path / "out" / "model.json").write_text(json.dumps({**told, "format_version": 9, "of_a_later_version": 1}))
     with pytest.raises(CheckpointError, match="format version 9, this program reads 1"):
         task_checkpoint.load(tmp_path / "out")
 

@@ -53,6 +53,22 @@ def test_a_column_that_is_not_there_is_told_with_the_nearest_one(tmp_path: Path)
         table(tmp_path, "file,label,patients\na.png,yes,1\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("scan;label;patient\na.png;yes;1\n", "a single column; separate columns by commas"),
+        ("", "holds no rows"),
+        ("scan,label,patient\na.png,yes\n", "line 2: 'patient' is empty"),
+    ],
+)
+def test_what_is_no_table_is_told_by_what_it_is(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        table(tmp_path, text)
+    (tmp_path / "t.csv").unlink()
+    with pytest.raises(ConfigError, match=r"table t\.csv: is not there"):
+        label_table(configured(tmp_path, BINARY, {"table": "t.csv"}))
+
+
 def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path) -> None:
     text = (
         "scan,label,patient,split\n../Miller.png,no,1,train\na.png,Miller,1,train\nb.png,yes,,often\na.png,no,1,test\n"
@@ -107,6 +123,8 @@ def test_a_medmnist_file_brings_its_split(tmp_path: Path) -> None:
     found = label_table(configured(tmp_path, BINARY, data))
     assert [(case.part, case.target) for case in found.cases[2:4]] == [("validation", (0,)), ("validation", (1,))]
     assert found.cases[5].place == ("test_images", 1)
+    with pytest.raises(ConfigError, match=r"data\.file: gone\.npz is not there"):
+        label_table(configured(tmp_path, BINARY, {"name": "medmnist", "file": "gone.npz"}))
     with pytest.raises(ConfigError, match=r"train_labels has 1 column\(s\).* expected 2"):
         label_table(configured(tmp_path, {**BINARY, "kind": "multi_label"}, data))
 
@@ -123,8 +141,8 @@ def patients(count: int, *, scans: int = 2, rare: int = 4) -> list[Case]:
     ]
 
 
-def folds(fold: int, **more: Any) -> FinetuneConfig:
-    split = {"name": "folds", "folds": 4, "fold": fold, "validation": 0.25}
+def folds(fold: int, *, drawn_by: int | None = None, **more: Any) -> FinetuneConfig:
+    split = {"name": "folds", "folds": 4, "fold": fold, "validation": 0.25, "seed": drawn_by}
     return configured(Path(), BINARY, {"table": "t.csv"}, split=split, **more)
 
 
@@ -150,6 +168,13 @@ def test_the_seed_alone_says_who_tests() -> None:
     assert {case.file for case in first} != {case.file for case in other}
 
 
+def test_several_seeds_may_train_on_the_patients_of_one_split() -> None:
+    cases = patients(40)
+    one, other = (split_cases(cases, folds(0, seed=seed, drawn_by=1)) for seed in (2, 3))
+    assert one == other == split_cases(cases, folds(0, seed=1))
+    assert one != split_cases(cases, folds(0, seed=2))
+
+
 def test_a_class_that_a_part_lacks_is_told_with_the_fold() -> None:
     with pytest.raises(ConfigError, match=r"split \(fold 3\): no 'yes' among the \d+ scans for test"):
         split_cases(patients(12, rare=6), folds(3))
@@ -161,6 +186,6 @@ def test_a_patient_in_two_given_parts_is_refused_without_a_name() -> None:
         Case(3 + i, f"c{i}", f"p{i}", (i % 2,), part=p) for i, p in enumerate(["train", "train", "validation"] * 4)
     ]
     config = configured(Path(), BINARY, {"table": "t.csv"}, split={"name": "given"})
-    with pytest.raises(ConfigError, match=r"1 patient\(s\) stand in several parts") as told:
+    with pytest.raises(ConfigError, match=r"1 patient\(s\) stand in several parts, as in lines 1 and 2") as told:
         split_cases(cases, config)
     assert "Miller" not in str(told.value)

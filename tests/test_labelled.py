@@ -94,7 +94,7 @@ def test_a_mask_that_does_not_go_with_its_scan_is_refused(tmp_path: Path, mask: 
     write_case(tmp_path, "miller", 9, **mask)
     with pytest.raises(ConfigError, match=told) as error:
         read(tmp_path)
-    assert "1 mask(s)" in str(error.value)
+    assert "1 labelled scan(s) do not fit" in str(error.value)
     assert "line 8" in str(error.value)
     assert "miller" not in str(error.value)
 
@@ -104,6 +104,20 @@ def test_an_empty_mask_may_be_allowed_but_not_a_class_that_nobody_has(tmp_path: 
         write_case(tmp_path, f"c{number}", number, values=np.zeros(SHAPE))
     with pytest.raises(ConfigError, match="no training mask holds ball"):
         read(tmp_path, allow_empty_masks=True)
+
+
+def test_a_scan_of_another_rank_than_the_task_is_refused(tmp_path: Path) -> None:
+    lines = ["scan,label,patient"]
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 50)).astype(np.uint8)
+        write_png(tmp_path / f"{number}.png", pixels)
+        lines.append(f"{number}.png,{['no', 'yes'][number // 4]},p{number}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "rank": 3, "classes": ["no", "yes"]}
+    split = {"folds": 2, "validation": 0.5}
+    config = configured(tmp_path, task, {"table": "t.csv", "folder": "."}, split=split)
+    with pytest.raises(ConfigError, match=r"8 labelled scan\(s\)[\s\S]*is an image \(rank 2\), expected a volume"):
+        read(tmp_path, config)
 
 
 def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
@@ -120,7 +134,8 @@ def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
     with listen(notes.append):
         parts = read(tmp_path, config)
     assert [len(parts[p]) for p in ("train", "validation", "test")] == [4, 4, 0]
-    assert [n.text for n in notes if isinstance(n, Note)] == ["left out: 1 not_an_image (line 2)"]
+    told = "left out: 1 scan(s), not_an_image: neither DICOM nor NIfTI, PNG, JPEG or TIFF (line 2)"
+    assert [n.text for n in notes if isinstance(n, Note)] == [told]
     np.testing.assert_allclose(
         parts["train"][0].whole(), prepare(Scan(pixels[None].astype(np.float32), (1, 1), "XR"), PLAN)[0], atol=1e-5
     )

@@ -16,6 +16,7 @@ Nothing is ever unpickled. No time and no host stands in a checkpoint, so that e
 import base64
 import binascii
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,7 @@ def read_manifest(folder: Path, *, key: SigningPublicKey | None = None) -> Manif
         written = path.read_bytes()
         if key is not None:
             _require_signature(folder, written, key)
+        require_version(written, path, FORMAT_VERSION)
         manifest = Manifest.model_validate_json(written)
     except OSError:
         raise CheckpointError(
@@ -185,12 +187,23 @@ def read_manifest(folder: Path, *, key: SigningPublicKey | None = None) -> Manif
         ) from None
     except ValidationError:
         raise CheckpointError(f"{path}: is not a manifest of this program; take another copy") from None
-    if manifest.format_version != FORMAT_VERSION:
+    return manifest
+
+
+def require_version(written: bytes, path: Path, version: int) -> None:
+    """Before the rest of a description is looked at, which another version may spell otherwise.
+
+    written: its JSON; what is none, or says no version, is left to who reads the rest. Raises CheckpointError.
+    """
+    try:
+        told = json.loads(written)["format_version"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if told != version:
         raise CheckpointError(
-            f"{path}: has format version {manifest.format_version}, this program reads {FORMAT_VERSION}; "
+            f"{path}: has format version {told}, this program reads {version}; "
             "use the version of the program that wrote it"
         )
-    return manifest
 
 
 def numbered(checkpoints: Path) -> dict[int, Path]:

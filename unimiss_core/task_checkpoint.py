@@ -7,12 +7,11 @@ Whoever has both needs nothing else to use the model. No time, no host and no pa
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from safetensors.torch import save as as_bytes
@@ -96,18 +95,13 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
 
 
 def _manifest_in(path: Path) -> TaskManifest:
-    """Raises OSError, CheckpointError. The version comes first: what a later one says more of is no mistake."""
+    """Raises OSError, CheckpointError."""
+    written = path.read_bytes()
+    checkpoint.require_version(written, path, FORMAT_VERSION)
     try:
-        written = path.read_bytes()
-        version = json.loads(written)["format_version"]
-        if version == FORMAT_VERSION:
-            return TaskManifest.model_validate_json(written)
-    except (ValueError, KeyError, TypeError):  # pydantic's own is a ValueError
+        return TaskManifest.model_validate_json(written)
+    except ValidationError:
         raise CheckpointError(f"{path}: is no description of a fine-tuned model of this program") from None
-    raise CheckpointError(
-        f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; "
-        "use the version of the program that wrote it"
-    )
 
 
 def _is_pretrained(folder: Path) -> bool:
