@@ -19,7 +19,7 @@ from unimiss_core.chain import Head
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
-UPDATE = "tensor.cpu() - student[name]"
+UPDATE = "trained[name].cpu() - tensor"
 STEPS = "steps_of_round(study.schedule, round)[figures.steps :]"
 
 
