@@ -16,6 +16,7 @@ import numpy as np
 
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
+from client.medmnist import opened_arrays
 from client.patients import MODALITY_NAMES
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError
@@ -102,11 +103,11 @@ def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]
     if not kept:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
     problems = [p for number, row in kept for p in _problems(number, row, data, task, given=given)]
-    first: dict[str, int] = {}
+    first: dict[PurePosixPath, int] = {}  # as paths: ./A and A are one scan, and may not be of two patients
     problems += [
-        f"line {number}: lists the scan of line {first[row[data.scan]]} again"
+        f"line {number}: lists the scan of line {first[PurePosixPath(row[data.scan])]} again"
         for number, row in kept
-        if first.setdefault(row[data.scan], number) != number
+        if first.setdefault(PurePosixPath(row[data.scan]), number) != number
     ]
     _refuse(f"table {data.table.name}", problems)
     return tuple(_case(number, row, data, task, given=given) for number, row in kept)
@@ -200,17 +201,22 @@ def _files_by_case(folder: Path) -> dict[str, list[str]]:
         raise ConfigError(f"data.folder: holds no folder {folder.name}")
     found: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
-        stem = re.sub(r"\.(nii|nii\.gz|png|tiff?)$", "", path.name)
+        stem = _stem(path.name)
         if stem != path.name and not path.name.startswith("."):
             found.setdefault(re.sub(r"_\d{4}$", "", stem) if folder.name == "imagesTr" else stem, []).append(path.name)
     return _undone_where_names_alone_end_so(found)
+
+
+def _stem(name: str) -> str:
+    """Without the format's ending; all other dots are the case's own, as those of a DICOM UID."""
+    return re.sub(r"\.(nii|nii\.gz|png|tiff?)$", "", name)
 
 
 def _undone_where_names_alone_end_so(found: dict[str, list[str]]) -> dict[str, list[str]]:
     """A case whose own name ends in four digits is not a channel: nnU-Net's channels always begin with _0000."""
     if any(re.search(r"_0000\.", name) for names in found.values() for name in names):
         return found
-    return {name.split(".")[0]: [name] for names in found.values() for name in names}
+    return {_stem(name): [name] for names in found.values() for name in names}
 
 
 def _channels(names: Sequence[str]) -> dict[int, str]:
@@ -242,7 +248,22 @@ def _modality_told(data: MsdData, task: SegmentationConfig) -> Modality | None:
         raise ConfigError(
             f"task.classes: {len(task.classes)} beside the background; dataset.json has {len(labels) - 1}"
         )
+    _check_order(labels, task)
     return MODALITY_NAMES.get(re.split(r"[^A-Z]", word)[0])
+
+
+def _check_order(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
+    """labels: value -> name as MSD writes them, or name -> value as nnU-Net does. Raises ConfigError: they give the
+    task's own names to other values; of names that are not the task's nothing can be said."""
+    if not all(value.isdecimal() for value in labels):
+        labels = {str(value): name for name, value in labels.items()}
+    values = {str(name).strip().lower(): value for value, name in labels.items() if value.isdecimal()}
+    for number, name in enumerate(task.classes, start=1):
+        if (told := values.get(name.strip().lower(), str(number))) != str(number):
+            raise ConfigError(
+                f"task.classes: '{name}' is value {number}, and dataset.json says it is {told}; value i of a mask is "
+                "the i-th class, so put the classes in the order of dataset.json"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- MedMNIST
@@ -251,11 +272,8 @@ _ARRAYS: Mapping[str, Part] = {"train": "train", "val": "validation", "test": "t
 
 
 def _of_medmnist(data: MedMnistData, task: ClassificationConfig) -> tuple[Case, ...]:
-    try:
-        with np.load(data.file, allow_pickle=False) as held:
-            labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
-    except (OSError, ValueError, KeyError):
-        raise ConfigError("data.file: is no MedMNIST .npz with train_, val_ and test_images and _labels") from None
+    with opened_arrays(data.file, "data.file") as held:
+        labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
     cases: list[Case] = []
     for name, part in _ARRAYS.items():
         rows = labels[name].reshape(len(labels[name]), -1)

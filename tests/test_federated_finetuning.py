@@ -367,6 +367,7 @@ def test_what_a_study_of_a_task_contradicts_is_refused(changes: dict[str, Any], 
     [
         ({"head": "local", "trains": "linear_probe"}, "nothing would be joined"),
         ({"class_weights": [1.0, 2.0, 3.0]}, "expected 2"),
+        ({"task": {"name": "segmentation", "classes": [str(n) for n in range(256)]}}, "masks have 8 bits, so 255"),
     ],
 )
 def test_what_a_task_contradicts_is_refused(finetune: dict[str, Any], told: str) -> None:
