@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from client.site import Site
+from client.site_state import models_folder
 from unimiss_core import durable, task_checkpoint
 from unimiss_core.errors import ConfigError
 from unimiss_core.students import Student
@@ -32,7 +33,7 @@ def keep_own_model(site: Site, trained: Student, received: Mapping[str, Tensor],
         seed=study.seed,
         epoch=round,
     )
-    folder = site.config.state / "models" / site.run
+    folder = models_folder(site.config.state) / site.run
     try:
         durable.make_folder(folder)
         task_checkpoint.save(folder, dict(trained.named_parameters()), manifest)
