@@ -52,7 +52,7 @@ class Case:
     mask: str = ""
     """Of a segmentation: path of its mask below the data's folder."""
     part: Part | None = None
-    """What the table says it is for."""
+    """What the table says it is for, whether or not anyone goes by it."""
     place: tuple[str, int] | None = None
     """Of a MedMNIST file: name of the array, row."""
 
@@ -110,7 +110,7 @@ def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]
         if first.setdefault(PurePosixPath(row[data.scan]), number) != number
     ]
     _refuse(f"table {data.table.name}", problems)
-    return tuple(_case(number, row, data, task, given=given) for number, row in kept)
+    return tuple(_case(number, row, data, task) for number, row in kept)
 
 
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
@@ -143,7 +143,7 @@ def _problems(number: int, row: Mapping[str, str], data: CsvData, task: TaskConf
         yield f"line {number}: '{data.split}' must be train, validation or test"
 
 
-def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Case:
+def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) -> Case:
     target: tuple[int, ...] = ()
     if _is_multi_label(task):
         target = tuple(int(row[column]) for column in task.classes)
@@ -155,7 +155,7 @@ def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, 
         patient=row[data.patient],
         target=target,
         mask="" if target else row[data.label],
-        part=_SPELLINGS[row[data.split].lower()] if given else None,
+        part=_SPELLINGS.get(row.get(data.split, "").lower()),
     )
 
 

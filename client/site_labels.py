@@ -121,6 +121,18 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
             count = sum(bool(case.target[number]) if several else case.target[0] == number for case in cases)
             told += f"{':' if number == 0 else ','} {name} {count}"
         yield f"{told}."
+        if (meant := _meant_for_judging(cases)) is not None:
+            yield f"{meant.capitalize()}."
+
+
+def _meant_for_judging(cases: Sequence[Case]) -> str | None:
+    """Lines that the table's own split keeps from training, which a federation does not ask for."""
+    if not (count := sum(case.part in ("validation", "test") for case in cases)):
+        return None
+    return (
+        f"the table's split keeps {count} of {len(cases)} labelled scans for validation or test, and a federation "
+        "trains on all of them; leave them out by labels.data.where, or nobody can judge the model by them"
+    )
 
 
 def open_labelled(site: SiteConfig, study: StudyConfig) -> Library:
@@ -154,6 +166,8 @@ def _opened(site: SiteConfig, study: StudyConfig, table: LabelTable) -> tuple[tu
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     site.seal()  # a key that cannot be read is told before hours of reading scans
     tasks = [_task(site, study, table, case, secret, folder) for case in table.cases]
+    if (meant := _meant_for_judging(table.cases)) is not None and not all(task.record.exists() for task in tasks):
+        tell_if_heard(site.name, meant)
     records = _records(site, tasks, is_secret=study.privacy.mode == "patient")
     scans = (
         _scan(site, task, record, case, secret)

@@ -380,6 +380,21 @@ def test_studies_of_pretraining_say_nothing_of_tasks_and_keep_their_digests() ->
     assert CLASSES == list(json.loads(task_study().canonical())["finetune"]["task"]["classes"])
 
 
+def test_scans_that_a_table_keeps_for_judging_are_told_once_and_may_be_left_out(tmp_path: Path) -> None:
+    site, study, heard = hospital(tmp_path / "north", "north"), task_study(), list[str]()
+    lines = (tmp_path / "north" / "labels.csv").read_text().splitlines()
+    parts = ["split", "train", "train", "val", "test"]
+    split = "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True))
+    (tmp_path / "north" / "labels.csv").write_text(split)
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        assert len(opened(site, study).library.scans) == 4
+        assert len(opened(site, study).library.scans) == 4
+    assert len([told for told in heard if "keeps 2 of 4 labelled scans for validation or test" in told]) == 1
+    chosen = site.read_text().replace("table: labels.csv", "table: labels.csv\n    where: {split: [train]}")
+    site.write_text(chosen)
+    assert len(opened(site, study).library.scans) == 2
+
+
 def test_check_says_what_the_table_has_for_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = hospital(tmp_path / "north", "north", pictures=3)
     asked = tmp_path / "study.yaml"
