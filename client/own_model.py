@@ -32,6 +32,7 @@ def keep_own_model(site: Site, trained: Student, received: Mapping[str, Tensor],
         trained=study.finetune.trains,
         seed=study.seed,
         epoch=round,
+        trained_in="rounds",
     )
     folder = models_folder(site.config.state) / site.run
     try:

@@ -103,6 +103,7 @@ def test_the_run_ends_in_a_model_that_everyone_can_load(one_round: tuple[Path, l
     assert all(torch.equal(parameter, released[name]) for name, parameter in model.named_parameters())
     assert study.finetune is not None
     assert (manifest.task, manifest.plan, manifest.began_with) == (study.finetune.task, study.plan, "scratch")
+    assert (manifest.epoch, manifest.trained_in) == (1, "rounds")
 
 
 def test_without_a_teacher_none_is_kept_and_the_student_stands_in_its_place(
@@ -223,8 +224,9 @@ def test_a_local_head_stays_learns_on_and_never_leaves(tmp_path: Path) -> None:
         memory = opened(site, study, run=folder.run).memory
         states = [memory.before(round + 1) for round in (1, 2)]
         heads.append([state.tensors["learner/own.head.linear.weight"] for state in states if state is not None])
-    own, _ = task_checkpoint.load(sites[0].parent / "state" / "models" / folder.run)
+    own, told = task_checkpoint.load(sites[0].parent / "state" / "models" / folder.run)
     assert torch.equal(dict(own.named_parameters())["head.linear.weight"], heads[0][1])
+    assert (told.epoch, told.trained_in) == (2, "rounds")
     first = dict(build_student(study).named_parameters())["head.linear.weight"]
     assert not torch.equal(heads[0][1], heads[1][1])
     for after_one, after_two in heads:
