@@ -39,7 +39,7 @@ from unimiss_core.sealing import read_seal
 from unimiss_core.study import PlanConfig, StudyConfig
 from unimiss_core.task_config import SegmentationConfig, SupervisionConfig
 
-_VERSION = 1
+_VERSION = 2
 """Of what is kept; a change of rules, readers or `prepare` moves it."""
 _PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
 _TOLD = 5
@@ -219,6 +219,8 @@ class _Record:
     modality: Modality = "OT"
     offset: int = 0
     mask_offset: int = 0
+    key: str = ""
+    """sha256 of the values; 32 hex digits: equal scans have equal ones, whatever their files are called."""
     reason: str = ""
     detail: str = ""
 
@@ -315,7 +317,8 @@ def build(task: _Task) -> _Record:
         stored.append(resample_labels(labels, values.shape[1:], steps)[None].astype(np.uint16))
     seal = None if task.key_file is None else read_seal(task.key_file)
     offsets = [write_scan(path, array, seal) for path, array in zip(_names(task), stored, strict=True)]
-    return _Record(values.shape, spacing, scan.modality, offsets[0], offsets[-1] if task.mask else 0)
+    key = hashlib.sha256(stored[0].tobytes()).hexdigest()[:32]
+    return _Record(values.shape, spacing, scan.modality, offsets[0], offsets[-1] if task.mask else 0, key)
 
 
 def _scan(site: SiteConfig, task: _Task, record: _Record, case: Case, secret: bytes) -> LabelledScan:
@@ -323,7 +326,7 @@ def _scan(site: SiteConfig, task: _Task, record: _Record, case: Case, secret: by
     patient = patient_of(case.patient, secret).key
     values, *masks = (
         CachedScan(
-            key=path.name.split(".")[0],
+            key=record.key,
             patient=patient,
             modality=record.modality,
             shape=record.shape if place == 0 else (1, *record.shape[1:]),

@@ -1,6 +1,7 @@
 """Federated fine-tuning by the real site over the in-process grid: what is learned, what leaves, what is refused."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from client.drawing import draw_views
 from client.pictures import read_picture, write_png
 from client.site_command import main
 from client.site_labels import LabelledScan, check_labels, open_labelled
+from client.telling import tell_of_scans
 from client.trainer import run_round
 from server.beginning import first_student
 from server.coordinator_config import CoordinatorConfig
@@ -319,6 +321,15 @@ def test_a_site_with_other_classes_is_told_what_is_asked_for(tmp_path: Path) -> 
     assert refused.value.reason == "no_labels"
     assert "clear, lesion" in heard[0]
     assert "healthy, ill" in heard[0]
+
+
+def test_a_scan_under_two_patients_is_told_in_a_private_study(tmp_path: Path) -> None:
+    site, heard = hospital(tmp_path / "north", "north", privacy={"holds": ["images"]}), list[str]()
+    shutil.copyfile(tmp_path / "north" / "scans" / "0.png", tmp_path / "north" / "scans" / "1.png")
+    private = opened(site, task_study(**PRIVATE))
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        tell_of_scans(private, private.library)
+    assert any("1 scans stand under several patients each" in told for told in heard)
 
 
 def test_masks_of_nobody_known_are_refused_in_a_private_study(tmp_path: Path) -> None:
