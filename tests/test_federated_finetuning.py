@@ -21,6 +21,7 @@ from client.site_command import main
 from client.site_labels import LabelledScan, check_labels, open_labelled
 from client.telling import tell_of_scans
 from client.trainer import run_round
+from server.app import _probe_of
 from server.beginning import first_student
 from server.coordinator_config import CoordinatorConfig
 from server.global_state import GlobalState
@@ -166,6 +167,11 @@ def test_the_model_is_judged_on_public_scans_as_its_own_probabilities_say(
     np.savez(tmp_path / "other.npz", scans=scans.numpy(), labels=np.array(["ill"] * 12), patients=names)
     with pytest.raises(ConfigError, match="no class of the study, as 'ill'"):
         judge(folder, [tmp_path / "other.npz"], study, folder.load(1).teacher, is_last=True)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "public.npz").read_bytes()[:500])
+    for name, told in {"other": "no class of the study", "cut": r"expected an \.npz"}.items():
+        config = CoordinatorConfig(study=Path("unused"), out=out, probe=(tmp_path / f"{name}.npz",))
+        with pytest.raises(ConfigError, match=told):  # before anything is trained
+            _probe_of(config, study)
 
 
 def test_a_start_gives_its_encoder_and_nothing_else(tmp_path: Path) -> None:
