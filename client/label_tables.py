@@ -89,12 +89,13 @@ def labels_in(data: LabelData, task: TaskConfig, *, given: bool = False) -> Labe
 def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]:
     try:
         with data.table.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(f"table {data.table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
     if not rows:
         raise ConfigError(f"table {data.table.name}: holds no rows")
-    _check_columns(data, task, [str(name) for name in rows[0]], given=given)
+    _check_columns(data, task, reader.fieldnames or (), given=given)
     kept = [
         (number, {name: (text or "").strip() for name, text in row.items() if isinstance(name, str)})
         for number, row in enumerate(rows, start=2)
@@ -121,6 +122,8 @@ def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, giv
         if column not in known:
             near = difflib.get_close_matches(column, known, n=1)
             problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+        elif known.count(column) > 1:
+            problems.append(f"{known.count(column)} columns '{column}'")
     if problems:
         raise ConfigError(f"table {data.table.name}: {'; '.join(problems)}; `data` names the columns")
 
@@ -129,7 +132,7 @@ def _problems(number: int, row: Mapping[str, str], data: CsvData, task: TaskConf
     """What is wrong with one line; no text of the line is told, which could be a patient's."""
     for column in (data.scan, *((data.label,) if isinstance(task, SegmentationConfig) else ())):
         path = PurePosixPath(row[column])
-        if not row[column] or path.is_absolute() or ".." in path.parts:
+        if not row[column] or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
             yield f"line {number}: '{column}' must be a path that stays below the folder"
     if not row[data.patient]:
         yield f"line {number}: '{data.patient}' is empty"

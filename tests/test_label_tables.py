@@ -53,6 +53,17 @@ def test_a_column_that_is_not_there_is_told_with_the_nearest_one(tmp_path: Path)
         table(tmp_path, "file,label,patients\na.png,yes,1\n")
 
 
+def test_a_column_that_stands_twice_is_not_guessed_at(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 columns 'label'"):
+        table(tmp_path, "scan,label,patient,label\na.png,no,1,yes\n")
+    assert len(table(tmp_path, "scan,label,patient,note,note\na.png,no,1,x,y\n").cases) == 1
+
+
+def test_a_path_that_no_file_can_have_is_told_by_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="line 2: 'scan' must be a path"):
+        table(tmp_path, "scan,label,patient\na\0.png,no,1\n")
+
+
 def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path) -> None:
     text = (
         "scan,label,patient,split\n../Miller.png,no,1,train\na.png,Miller,1,train\nb.png,yes,,often\na.png,no,1,test\n"
