@@ -4,11 +4,15 @@ import csv
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 
+from client.bundle_parts import MaskAtSource
+from client.labelled import Grid
 from client.monai_bundle import metadata
 from client.nifti import write_nifti
 from client.research_command import main
@@ -141,6 +145,15 @@ def test_a_bundle_names_no_patient_and_no_place(classified: Path) -> None:
         path.read_text() for path in (classified / "bundle").rglob("*.*") if path.suffix != ".safetensors"
     )
     assert not any(word in written for word in (str(classified), "miller", "secret"))
+
+
+def test_scans_that_differ_by_their_ending_alone_get_a_mask_each(tmp_path: Path) -> None:
+    task = SimpleNamespace(classes=("ball",))
+    write = MaskAtSource(SimpleNamespace(task=task, keep_largest=()), str(tmp_path / "answers"))  # type: ignore[arg-type]
+    grid = Grid((8, 8), (1.0, 1.0), (1.0, 1.0), None)
+    for ending in (".png", ".tif"):
+        write({"pred": torch.rand(2, 8, 8), "source": tmp_path / f"a{ending}", "grid": grid})
+    assert len(list((tmp_path / "answers").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["$os.environ.setdefault('RUN', 'by a name')", "%high", "@network", "50 %::x"])
