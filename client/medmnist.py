@@ -27,6 +27,8 @@ def opened_arrays(file: Path, where: str) -> Iterator[Mapping[str, NDArray[Any]]
                 raise ValueError("one array, not an archive of several")
             with archive:
                 yield archive
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: {file.name} is not there; it counts from the data's root") from None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         raise ConfigError(
             f"{where}: is no MedMNIST .npz with train_, val_ and test_images and _labels, or is damaged"
