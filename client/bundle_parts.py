@@ -95,7 +95,7 @@ class MaskAtSource:
     """Writes the likeliest class of each voxel in the geometry of the scan's own file, post-processed as judged."""
 
     def __init__(self, manifest: TaskManifest, folder: str) -> None:
-        self._folder = Path(folder)
+        self._folder, self._written = Path(folder), set[str]()
         self._kept = [1 + manifest.task.classes.index(name) for name in manifest.keep_largest]
 
     def __call__(self, item: Item) -> Item:
@@ -105,6 +105,9 @@ class MaskAtSource:
         classes = segmenting.keep_largest(segmenting.likeliest_at_source(item["pred"].cpu(), item["grid"]), self._kept)
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"{_stem(item['source'])}_seg"
+        if name in self._written:  # a folder A beside A.nii, say
+            name = f"{item['source'].name}_seg"
+        self._written.add(name)
         path = write_at_source(self._folder, name, classes, item["grid"].affine, item["source"])
         return {**item, "pred": classes, "mask": path}
 

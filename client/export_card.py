@@ -134,23 +134,28 @@ def _privacy(source: Pretrained) -> str:
 def _of_task(source: Tuned) -> _About:
     manifest, task = source.manifest, source.manifest.task
     kind = task.kind.replace("_", "-") + " classification" if task.name == "classification" else "segmentation"
+    by_a_federation = manifest.trained_in == "rounds"
     began = "from scratch" if manifest.pretrained_digest is None else f"from a {manifest.began_with}"
     return _About(
         title=f"{kind.capitalize()} of {'images' if task.rank == 2 else 'volumes'}",
-        summary=f"Fine-tuned by Federated UniMiSS, {began}.",
+        summary=f"Fine-tuned {'by a federation' if by_a_federation else 'at one place'} by Federated UniMiSS, {began}.",
         rows={
             "model": f"MiT `{manifest.model.size}` with a head, {_count(source)}",
             "input": f"{' x '.join(map(str, task.size_for(manifest.model)))} ({', '.join('DHW'[-task.rank :])})",
             "classes": ", ".join(task.classes),
-            "trained": f"`{manifest.trained}`, {manifest.epoch} epochs, seed {manifest.seed}",
+            "trained": f"`{manifest.trained}`, {manifest.epoch} {manifest.trained_in}, seed {manifest.seed}",
             "pretrained": f"sha256 `{manifest.pretrained_digest}` of its tensors" if manifest.pretrained_digest else "",
             "judged on": _judged(source),
             **_told_figures(source.figures),
         },
         use="Research: comparison with other models of the same task on scans like those that it was tuned on.",
-        privacy="Fine-tuning at one place promises nothing to the patients whose labelled scans it saw: weights can "
-        "tell whether a scan was trained on; hand them only to those who may know that. Where a federation tuned it, "
-        "its study says what was promised; and of the scans that the encoder was pretrained on, that encoder's card.",
+        privacy=(
+            "What was promised to the patients of the federation's sites stands in its study, if anything was: "
+            if by_a_federation
+            else "Fine-tuning at one place promises nothing to the patients whose labelled scans it saw: "
+        )
+        + "weights can tell whether a scan was trained on; hand them only to those who may know that. Of the scans "
+        "that the encoder was pretrained on, that encoder's card says what was promised.",
     )
 
 

@@ -25,7 +25,7 @@ from client.finetune_config import FinetuneConfig, init_from, load_finetune, sig
 from client.inference import check_extra
 from client.label_tables import Part, label_table
 from client.labelled import Labelled, prepare_cases
-from client.splits import Split, split_cases
+from client.splits import split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
 from unimiss_core import durable, progress, task_checkpoint
@@ -68,10 +68,10 @@ def finetune(
     table = label_table(config)
     split = split_cases(table.cases, config)
     config.out.mkdir(parents=True, exist_ok=True)
-    digest = _digest(config, beginning, split)
     with _removed_afterwards(config.out / _PREPARED) as folder:
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
+        digest = _digest(config, beginning, parts, table.modality)
         size = config.task.size_for(beginning.model)
         judge = (
             Classifying(config, chosen, size)
@@ -147,11 +147,18 @@ def _check_folder(out: Path, *, resume: bool) -> None:
         progress.report(progress.Note("there is nothing to go on with yet: begins anew"))
 
 
-def _digest(config: FinetuneConfig, beginning: Beginning, split: Split) -> str:
-    """Of all that decides the result: settings without places, the pretrained tensors, who is in which part."""
+def _digest(
+    config: FinetuneConfig,
+    beginning: Beginning,
+    parts: Mapping[Part, Sequence[Labelled]],
+    modality: Modality | None,
+) -> str:
+    """Of all that decides the result: settings without places, the pretrained tensors, which scans are in which part,
+    those left out that could not be read, and what they were taken for."""
     settings = config.model_dump(mode="json", exclude={"out", "device", "data_root", "data", "init"})
-    cases = [[part, case.number, case.file, case.target, case.mask] for part, found in split.items() for case in found]
-    told = [settings, beginning.plan.canonical(), beginning.model.canonical(), beginning.digest, cases]
+    found = [(part, one.case) for part, scans in parts.items() for one in scans]
+    cases = [[part, case.number, case.file, case.target, case.mask] for part, case in found]
+    told = [settings, beginning.plan.canonical(), beginning.model.canonical(), beginning.digest, cases, modality]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
+from client.medmnist import opened_arrays
 from client.patients import MODALITY_NAMES
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError
@@ -51,7 +52,7 @@ class Case:
     mask: str = ""
     """Of a segmentation: path of its mask below the data's folder."""
     part: Part | None = None
-    """What the table says it is for."""
+    """What the table says it is for, whether or not anyone goes by it."""
     place: tuple[str, int] | None = None
     """Of a MedMNIST file: name of the array, row."""
 
@@ -88,14 +89,15 @@ def labels_in(data: LabelData, task: TaskConfig, *, given: bool = False) -> Labe
 def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]:
     try:
         with data.table.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
     except FileNotFoundError:
         raise ConfigError(f"table {data.table.name}: is not there; `data.table` counts from the data's root") from None
     except (OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(f"table {data.table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
     if not rows:
         raise ConfigError(f"table {data.table.name}: holds no rows")
-    _check_columns(data, task, [str(name) for name in rows[0]], given=given)
+    _check_columns(data, task, reader.fieldnames or (), given=given)
     kept = [
         (number, {name: (text or "").strip() for name, text in row.items() if isinstance(name, str)})
         for number, row in enumerate(rows, start=2)
@@ -104,14 +106,14 @@ def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]
     if not kept:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
     problems = [p for number, row in kept for p in _problems(number, row, data, task, given=given)]
-    first: dict[str, int] = {}
+    first: dict[PurePosixPath, int] = {}  # as paths: ./A and A are one scan, and may not be of two patients
     problems += [
-        f"line {number}: lists the scan of line {first[row[data.scan]]} again"
+        f"line {number}: lists the scan of line {first[PurePosixPath(row[data.scan])]} again"
         for number, row in kept
-        if first.setdefault(row[data.scan], number) != number
+        if first.setdefault(PurePosixPath(row[data.scan]), number) != number
     ]
     _refuse(f"table {data.table.name}", problems)
-    return tuple(_case(number, row, data, task, given=given) for number, row in kept)
+    return tuple(_case(number, row, data, task) for number, row in kept)
 
 
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
@@ -122,6 +124,8 @@ def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, giv
         if column not in known:
             near = difflib.get_close_matches(column, known, n=1)
             problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+        elif known.count(column) > 1:
+            problems.append(f"{known.count(column)} columns '{column}'")
     if problems and len(known) == 1 and any(mark in known[0] for mark in ";\t|"):
         raise ConfigError(f"table {data.table.name}: its header is a single column; separate columns by commas")
     if problems:
@@ -132,7 +136,7 @@ def _problems(number: int, row: Mapping[str, str], data: CsvData, task: TaskConf
     """What is wrong with one line; no text of the line is told, which could be a patient's."""
     for column in (data.scan, *((data.label,) if isinstance(task, SegmentationConfig) else ())):
         path = PurePosixPath(row[column])
-        if not row[column] or path.is_absolute() or ".." in path.parts:
+        if not row[column] or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
             yield f"line {number}: '{column}' must be a path that stays below the folder"
     if not row[data.patient]:
         yield f"line {number}: '{data.patient}' is empty"
@@ -146,7 +150,7 @@ def _problems(number: int, row: Mapping[str, str], data: CsvData, task: TaskConf
         yield f"line {number}: '{data.split}' must be train, validation or test"
 
 
-def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Case:
+def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) -> Case:
     target: tuple[int, ...] = ()
     if _is_multi_label(task):
         target = tuple(int(row[column]) for column in task.classes)
@@ -158,7 +162,7 @@ def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, 
         patient=row[data.patient],
         target=target,
         mask="" if target else row[data.label],
-        part=_SPELLINGS[row[data.split].lower()] if given else None,
+        part=_SPELLINGS.get(row.get(data.split, "").lower()),
     )
 
 
@@ -204,17 +208,22 @@ def _files_by_case(folder: Path) -> dict[str, list[str]]:
         raise ConfigError(f"data.folder: holds no folder {folder.name}")
     found: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
-        stem = re.sub(r"\.(nii|nii\.gz|png|tiff?)$", "", path.name)
+        stem = _stem(path.name)
         if stem != path.name and not path.name.startswith("."):
             found.setdefault(re.sub(r"_\d{4}$", "", stem) if folder.name == "imagesTr" else stem, []).append(path.name)
     return _undone_where_names_alone_end_so(found)
+
+
+def _stem(name: str) -> str:
+    """Without the format's ending; all other dots are the case's own, as those of a DICOM UID."""
+    return re.sub(r"\.(nii|nii\.gz|png|tiff?)$", "", name)
 
 
 def _undone_where_names_alone_end_so(found: dict[str, list[str]]) -> dict[str, list[str]]:
     """A case whose own name ends in four digits is not a channel: nnU-Net's channels always begin with _0000."""
     if any(re.search(r"_0000\.", name) for names in found.values() for name in names):
         return found
-    return {name.split(".")[0]: [name] for names in found.values() for name in names}
+    return {_stem(name): [name] for names in found.values() for name in names}
 
 
 def _channels(names: Sequence[str]) -> dict[int, str]:
@@ -246,7 +255,22 @@ def _modality_told(data: MsdData, task: SegmentationConfig) -> Modality | None:
         raise ConfigError(
             f"task.classes: {len(task.classes)} beside the background; dataset.json has {len(labels) - 1}"
         )
+    _check_order(labels, task)
     return MODALITY_NAMES.get(re.split(r"[^A-Z]", word)[0])
+
+
+def _check_order(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
+    """labels: value -> name as MSD writes them, or name -> value as nnU-Net does. Raises ConfigError: they give the
+    task's own names to other values; of names that are not the task's nothing can be said."""
+    if not all(value.isdecimal() for value in labels):
+        labels = {str(value): name for name, value in labels.items()}
+    values = {str(name).strip().lower(): value for value, name in labels.items() if value.isdecimal()}
+    for number, name in enumerate(task.classes, start=1):
+        if (told := values.get(name.strip().lower(), str(number))) != str(number):
+            raise ConfigError(
+                f"task.classes: '{name}' is value {number}, and dataset.json says it is {told}; value i of a mask is "
+                "the i-th class, so put the classes in the order of dataset.json"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- MedMNIST
@@ -255,13 +279,8 @@ _ARRAYS: Mapping[str, Part] = {"train": "train", "val": "validation", "test": "t
 
 
 def _of_medmnist(data: MedMnistData, task: ClassificationConfig) -> tuple[Case, ...]:
-    try:
-        with np.load(data.file, allow_pickle=False) as held:
-            labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
-    except FileNotFoundError:
-        raise ConfigError(f"data.file: {data.file.name} is not there; it counts from the data's root") from None
-    except (OSError, ValueError, KeyError):
-        raise ConfigError("data.file: is no MedMNIST .npz with train_, val_ and test_images and _labels") from None
+    with opened_arrays(data.file, "data.file") as held:
+        labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
     cases: list[Case] = []
     for name, part in _ARRAYS.items():
         rows = labels[name].reshape(len(labels[name]), -1)

@@ -19,6 +19,7 @@ from client import nifti, pictures
 from client.catalogue import read_one
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_tables import Case, LabelTable, Part
+from client.medmnist import opened_arrays
 from client.reasons import REASONS
 from client.splits import Split, check_parts
 from unimiss_core import progress
@@ -33,6 +34,8 @@ _PLACES = 1000
 """Voxels of a class that are remembered of a scan, to lay training windows about."""
 _AGREE = 0.1
 """Voxels by which corners of a scan and of its mask may lie apart: what rounding in headers does."""
+_WHITE = 255
+"""What pictures of masks often hold in the place of 1."""
 _SHOWN = 5
 
 
@@ -196,13 +199,15 @@ def _of_arrays(cases: Sequence[Case], file: Path, config: FinetuneConfig, plan: 
     """Images of a MedMNIST file, whose spacing nobody knows: each counts as on the plan's own grid."""
     rank = config.task.rank
     spacing = plan.volume_spacing_mm if rank == 3 else (1.0, 1.0)
-    with np.load(file, allow_pickle=False) as held:
+    with opened_arrays(file, f"data.file: {file.name}") as held:
         arrays: dict[str, NDArray[Any]] = {}
         for case in cases:
             assert case.place is not None
             name, row = case.place
             if name not in arrays:
                 arrays[name] = held[name]
+            if row >= len(arrays[name]):
+                raise ConfigError(f"data.file: {name} holds {len(arrays[name])} images, fewer than there are labels")
             values = np.asarray(arrays[name][row], dtype=np.float32)
             coloured = values.ndim == rank + 1 and values.shape[-1] == 3 and rank == 2
             if values.ndim != rank and not coloured:
@@ -262,8 +267,8 @@ def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> ND
             )
     values = mask.voxels[0]
     there = np.unique(values)
-    if classes == 1 and len(there) == 2 and there[0] == 0:
-        values, there = (values != 0).astype(np.float32), np.array([0, 1])  # 255 is as good a one as 1
+    if classes == 1 and there.tolist() == [0, _WHITE]:  # a 2, say, would be another class than was asked for
+        values, there = (values != 0).astype(np.float32), np.array([0, 1])
     if not (there == np.rint(there)).all() or there[0] < 0 or there[-1] > classes:
         raise MaskError(
             f"the mask holds values from {there[0]:g} to {there[-1]:g}; expected whole ones, 0 to {classes}"

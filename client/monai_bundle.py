@@ -127,12 +127,17 @@ def metadata(manifest: TaskManifest) -> dict[str, Any]:
                     "dtype": "float32",
                     "value_range": [],
                     "is_patch_data": not is_classes,
-                    "channel_def": {str(number): name for number, name in enumerate(names)},
+                    "channel_def": {str(number): _inert(name) for number, name in enumerate(names)},
                 }
             },
         },
         "unimiss": {"channels_at_most": CHANNELS[task.rank], "plan": manifest.plan.model_dump(mode="json")},
     }
+
+
+def _inert(name: str) -> str:
+    """A class's name as mere text: MONAI runs what begins with $ as a program, and takes @ and % for references."""
+    return f"class {name}".replace("::", ": :")
 
 
 def _sliding_window(manifest: TaskManifest) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from client.site import Site
+from client.site_state import models_folder
 from unimiss_core import durable, task_checkpoint
 from unimiss_core.errors import ConfigError
 from unimiss_core.students import Student
@@ -31,8 +32,9 @@ def keep_own_model(site: Site, trained: Student, received: Mapping[str, Tensor],
         trained=study.finetune.trains,
         seed=study.seed,
         epoch=round,
+        trained_in="rounds",
     )
-    folder = site.config.state / "models" / site.run
+    folder = models_folder(site.config.state) / site.run
     try:
         durable.make_folder(folder)
         task_checkpoint.save(folder, dict(trained.named_parameters()), manifest)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from client.site_config import SiteConfig, SitePolicy
-from client.site_state import run_folder
+from client.site_state import models_folder, run_folder
 from unimiss_core.errors import PolicyError
 from unimiss_core.students import empty_student, shape_of_views
 from unimiss_core.study import StudyConfig
@@ -110,14 +110,15 @@ def _finest(study: StudyConfig) -> float:
 
 def _no_room(config: SiteConfig, study: StudyConfig, run: str) -> Iterator[str]:
     """A coordinator may begin as many runs as it likes, and each is remembered for months."""
-    runs = config.state / "runs"
-    if run_folder(config.state, run).exists() or not runs.is_dir():
+    places = [path for path in (config.state / "runs", models_folder(config.state)) if path.is_dir()]
+    if run_folder(config.state, run).exists() or not places:
         return
-    used, need = _size(runs), REMEMBERED_BYTES * _parameters(study)
+    used, need = sum(map(_size, places)), REMEMBERED_BYTES * _parameters(study)
     if used + need > (most := config.policy.runs_limit_gb * 1e9):
         yield (
             f"another run would need {need / 1e9:.1f} GB beside the {used / 1e9:.1f} GB of older ones, above "
-            f"policy.runs_limit_gb: {most / 1e9:g}; delete what is not needed below 'runs' in the state folder"
+            f"policy.runs_limit_gb: {most / 1e9:g}; delete what is not needed below 'runs' or 'models' in the state "
+            "folder"
         )
 
 

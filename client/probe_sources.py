@@ -17,6 +17,7 @@ import numpy as np
 from client.finetune_config import FinetuneConfig, load_finetune
 from client.label_tables import label_table
 from client.labelled import read_cases
+from client.medmnist import opened_arrays
 from client.reading import Reading
 from client.reasons import REASONS
 from client.site_config import DataSource
@@ -179,12 +180,9 @@ def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None
 
 def _of_medmnist(file: Path) -> FinetuneConfig:
     """Classes are called by their numbers. Raises ConfigError."""
-    try:
-        with np.load(file, allow_pickle=False) as held:
-            labels = [np.asarray(held[f"{part}_labels"]) for part in ("train", "val", "test")]
-            shape = held["test_images"].shape
-    except (OSError, ValueError, KeyError):
-        raise ConfigError(f"--data {file}: is no MedMNIST .npz with train_, val_ and test_images and _labels") from None
+    with opened_arrays(file, f"--data {file}") as held:
+        labels = [np.asarray(held[f"{part}_labels"]) for part in ("train", "val", "test")]
+        shape = held["test_images"].shape
     columns = {each.reshape(len(each), -1).shape[1] for each in labels}
     several = max(columns) if columns != {1} else 0
     classes = several or 1 + max(int(each.max()) for each in labels)

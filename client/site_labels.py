@@ -39,7 +39,7 @@ from unimiss_core.sealing import read_seal
 from unimiss_core.study import PlanConfig, StudyConfig
 from unimiss_core.task_config import SegmentationConfig, SupervisionConfig
 
-_VERSION = 1
+_VERSION = 2
 """Of what is kept; a change of rules, readers or `prepare` moves it."""
 _PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
 _TOLD = 5
@@ -121,6 +121,18 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
             count = sum(bool(case.target[number]) if several else case.target[0] == number for case in cases)
             told += f"{':' if number == 0 else ','} {name} {count}"
         yield f"{told}."
+        if (meant := _meant_for_judging(cases)) is not None:
+            yield f"{meant.capitalize()}."
+
+
+def _meant_for_judging(cases: Sequence[Case]) -> str | None:
+    """Lines that the table's own split keeps from training, which a federation does not ask for."""
+    if not (count := sum(case.part in ("validation", "test") for case in cases)):
+        return None
+    return (
+        f"the table's split keeps {count} of {len(cases)} labelled scans for validation or test, and a federation "
+        "trains on all of them; leave them out by labels.data.where, or nobody can judge the model by them"
+    )
 
 
 def open_labelled(site: SiteConfig, study: StudyConfig) -> Library:
@@ -154,6 +166,8 @@ def _opened(site: SiteConfig, study: StudyConfig, table: LabelTable) -> tuple[tu
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     site.seal()  # a key that cannot be read is told before hours of reading scans
     tasks = [_task(site, study, table, case, secret, folder) for case in table.cases]
+    if (meant := _meant_for_judging(table.cases)) is not None and not all(task.record.exists() for task in tasks):
+        tell_if_heard(site.name, meant)
     records = _records(site, tasks, is_secret=study.privacy.mode == "patient")
     scans = (
         _scan(site, task, record, case, secret)
@@ -205,6 +219,8 @@ class _Record:
     modality: Modality = "OT"
     offset: int = 0
     mask_offset: int = 0
+    key: str = ""
+    """sha256 of the values; 32 hex digits: equal scans have equal ones, whatever their files are called."""
     reason: str = ""
     detail: str = ""
 
@@ -301,7 +317,8 @@ def build(task: _Task) -> _Record:
         stored.append(resample_labels(labels, values.shape[1:], steps)[None].astype(np.uint16))
     seal = None if task.key_file is None else read_seal(task.key_file)
     offsets = [write_scan(path, array, seal) for path, array in zip(_names(task), stored, strict=True)]
-    return _Record(values.shape, spacing, scan.modality, offsets[0], offsets[-1] if task.mask else 0)
+    key = hashlib.sha256(stored[0].tobytes()).hexdigest()[:32]
+    return _Record(values.shape, spacing, scan.modality, offsets[0], offsets[-1] if task.mask else 0, key)
 
 
 def _scan(site: SiteConfig, task: _Task, record: _Record, case: Case, secret: bytes) -> LabelledScan:
@@ -309,7 +326,7 @@ def _scan(site: SiteConfig, task: _Task, record: _Record, case: Case, secret: by
     patient = patient_of(case.patient, secret).key
     values, *masks = (
         CachedScan(
-            key=path.name.split(".")[0],
+            key=record.key,
             patient=patient,
             modality=record.modality,
             shape=record.shape if place == 0 else (1, *record.shape[1:]),

@@ -148,6 +148,11 @@ def run_folder(state: Path, run: str) -> Path:
     return state / "runs" / run
 
 
+def models_folder(state: Path) -> Path:
+    """Where a site that keeps its own heads keeps the models with them, a folder for each run."""
+    return state / "models"
+
+
 def make_run_folder(folder: Path) -> None:
     """Make it where it is not there, and forget the runs that ended long ago. Raises OSError."""
     if not folder.exists():

@@ -88,7 +88,7 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
     if not config.probe:
         return None
     try:
-        from server.judging import can_judge, judge
+        from server.judging import can_judge, check_sets, judge
         from server.probing import Yardstick
     except ModuleNotFoundError:
         raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
@@ -99,6 +99,7 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
             f"'probe': the model of study '{study.name}' cannot be judged by sets of classes: only one that sorts "
             "whole scans into single classes, by a head that sites share, can; leave 'probe' out"
         )
+    check_sets(config.probe, study.finetune)
     return partial(judge, folder_of(config), config.probe, study)
 
 

@@ -44,7 +44,7 @@ def judge(
     after: dict[str, dict[str, Any]] = {}
     for path in paths:
         progress.report(progress.Note(f"judging the model on {path.stem}"))
-        found = read_probe_set(path)
+        found = _read(path, study.finetune)
         old, new = (_answers(model, found, study.finetune) for model in models)
         floor = probe(bare_pixels(found.scans), found.labels, found.patients)
         before[found.name] = figures_of(found, old, floor)
@@ -54,6 +54,23 @@ def judge(
         durable.write_text(folder.report / "probe-before.json", json.dumps(before, indent=2, sort_keys=True))
         durable.write_text(folder.report / "probe-after.json", json.dumps(after, indent=2, sort_keys=True))
     return after
+
+
+def check_sets(paths: Sequence[Path], asked: SupervisionConfig) -> None:
+    """Before anything is trained. Raises ConfigError, as `judge`."""
+    for path in paths:
+        _read(path, asked)
+
+
+def _read(path: Path, asked: SupervisionConfig) -> ProbeSet:
+    found, task = read_probe_set(path), asked.task
+    if found.scans.ndim - 2 != task.rank:
+        raise ConfigError(
+            f"probe set {found.name}: its scans are of rank {found.scans.ndim - 2}, the task's {task.rank}"
+        )
+    if strange := sorted(set(found.labels) - set(task.classes)):
+        raise ConfigError(f"probe set {found.name}: {len(strange)} labels are no class of the study, as '{strange[0]}'")
+    return found
 
 
 def _model(study: StudyConfig, tensors: Mapping[str, Tensor]) -> TaskModel:
@@ -66,12 +83,6 @@ def _model(study: StudyConfig, tensors: Mapping[str, Tensor]) -> TaskModel:
 def _answers(model: TaskModel, found: ProbeSet, asked: SupervisionConfig) -> Probe:
     """Each scan's probabilities, which can all be compared: one model gave them."""
     task = asked.task
-    if found.scans.ndim - 2 != task.rank:
-        raise ConfigError(
-            f"probe set {found.name}: its scans are of rank {found.scans.ndim - 2}, the task's {task.rank}"
-        )
-    if strange := sorted(set(found.labels) - set(task.classes)):
-        raise ConfigError(f"probe set {found.name}: {len(strange)} labels are no class of the study, as '{strange[0]}'")
     numbers = np.array([task.classes.index(label) for label in found.labels])
     if lacking := sorted(set(task.classes) - set(found.labels)):
         return Probe(numbers, found.patients, task.classes, reason=f"no scan is of class {lacking[0]}")

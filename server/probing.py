@@ -8,6 +8,8 @@ scans (of a volume's middle slice): what can be told without any encoder.
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +42,10 @@ class ProbeSet:
 def read_probe_set(path: Path) -> ProbeSet:
     """Raises ConfigError: not such a file."""
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:  # numpy leaves a damaged one open
             scans = torch.from_numpy(held["scans"])
             found = ProbeSet(path.stem, scans, held["labels"].astype(str), held["patients"].astype(str))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
         raise ConfigError(f"probe set {path}: expected an .npz with scans, labels and patients") from None
     if scans.ndim not in (4, 5) or not len(scans) == len(found.labels) == len(found.patients):
         raise ConfigError(f"probe set {path}: expected scans (N, 1, *S), labels (N,) and patients (N,)")

@@ -28,6 +28,7 @@ def release_model(folder: RunFolder, study: StudyConfig, *, round: int, from_sta
         trained=study.finetune.trains,
         seed=study.seed,
         epoch=round,
+        trained_in="rounds",
     )
     durable.make_folder(folder.path / MODEL)
     task_checkpoint.save(folder.path / MODEL, last, manifest)

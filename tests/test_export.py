@@ -64,6 +64,18 @@ def export(folder: Path, out: Path, *words: str) -> int:
     return main(["export", str(folder), "--to", "safetensors", "--out", str(out), *words])
 
 
+def test_the_card_of_a_federations_model_counts_rounds_and_points_to_the_study(tmp_path: Path) -> None:
+    folder = tuned(tmp_path / "model")
+    _, manifest = task_checkpoint.load(folder)
+    (folder / "model.json").write_text(manifest.model_copy(update={"trained_in": "rounds"}).model_dump_json())
+    assert export(folder, tmp_path / "out") == 0
+    told = (tmp_path / "out" / "README.md").read_text()
+    assert "`full`, 7 rounds, seed 3" in told
+    assert "Fine-tuned by a federation" in told
+    assert "stands in its study, if anything was" in told
+    assert "one place" not in told
+
+
 @pytest.mark.parametrize(("words", "seed"), [((), 1), (("--student",), 0)])
 def test_safetensors_hold_the_encoder_by_its_own_names(tmp_path: Path, words: tuple[str, ...], seed: int) -> None:
     folder, out = nano_checkpoint(tmp_path / "round-0001"), tmp_path / "out"

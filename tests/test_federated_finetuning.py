@@ -1,6 +1,7 @@
 """Federated fine-tuning by the real site over the in-process grid: what is learned, what leaves, what is refused."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from client.drawing import draw_views
 from client.pictures import read_picture, write_png
 from client.site_command import main
 from client.site_labels import LabelledScan, check_labels, open_labelled
+from client.telling import tell_of_scans
 from client.trainer import run_round
+from server.app import _probe_of
 from server.beginning import first_student
 from server.coordinator_config import CoordinatorConfig
 from server.global_state import GlobalState
@@ -103,6 +106,7 @@ def test_the_run_ends_in_a_model_that_everyone_can_load(one_round: tuple[Path, l
     assert all(torch.equal(parameter, released[name]) for name, parameter in model.named_parameters())
     assert study.finetune is not None
     assert (manifest.task, manifest.plan, manifest.began_with) == (study.finetune.task, study.plan, "scratch")
+    assert (manifest.epoch, manifest.trained_in) == (1, "rounds")
 
 
 def test_without_a_teacher_none_is_kept_and_the_student_stands_in_its_place(
@@ -163,6 +167,11 @@ def test_the_model_is_judged_on_public_scans_as_its_own_probabilities_say(
     np.savez(tmp_path / "other.npz", scans=scans.numpy(), labels=np.array(["ill"] * 12), patients=names)
     with pytest.raises(ConfigError, match="no class of the study, as 'ill'"):
         judge(folder, [tmp_path / "other.npz"], study, folder.load(1).teacher, is_last=True)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "public.npz").read_bytes()[:500])
+    for name, told in {"other": "no class of the study", "cut": r"expected an \.npz"}.items():
+        config = CoordinatorConfig(study=Path("unused"), out=out, probe=(tmp_path / f"{name}.npz",))
+        with pytest.raises(ConfigError, match=told):  # before anything is trained
+            _probe_of(config, study)
 
 
 def test_a_start_gives_its_encoder_and_nothing_else(tmp_path: Path) -> None:
@@ -223,8 +232,9 @@ def test_a_local_head_stays_learns_on_and_never_leaves(tmp_path: Path) -> None:
         memory = opened(site, study, run=folder.run).memory
         states = [memory.before(round + 1) for round in (1, 2)]
         heads.append([state.tensors["learner/own.head.linear.weight"] for state in states if state is not None])
-    own, _ = task_checkpoint.load(sites[0].parent / "state" / "models" / folder.run)
+    own, told = task_checkpoint.load(sites[0].parent / "state" / "models" / folder.run)
     assert torch.equal(dict(own.named_parameters())["head.linear.weight"], heads[0][1])
+    assert (told.epoch, told.trained_in) == (2, "rounds")
     first = dict(build_student(study).named_parameters())["head.linear.weight"]
     assert not torch.equal(heads[0][1], heads[1][1])
     for after_one, after_two in heads:
@@ -319,6 +329,15 @@ def test_a_site_with_other_classes_is_told_what_is_asked_for(tmp_path: Path) -> 
     assert "healthy, ill" in heard[0]
 
 
+def test_a_scan_under_two_patients_is_told_in_a_private_study(tmp_path: Path) -> None:
+    site, heard = hospital(tmp_path / "north", "north", privacy={"holds": ["images"]}), list[str]()
+    shutil.copyfile(tmp_path / "north" / "scans" / "0.png", tmp_path / "north" / "scans" / "1.png")
+    private = opened(site, task_study(**PRIVATE))
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        tell_of_scans(private, private.library)
+    assert any("1 scans stand under several patients each" in told for told in heard)
+
+
 def test_masks_of_nobody_known_are_refused_in_a_private_study(tmp_path: Path) -> None:
     (tmp_path / "msd").mkdir()
     settings = {"labels": {"data": {"name": "msd", "folder": "../msd"}, "classes": ["disc"]}}
@@ -367,6 +386,7 @@ def test_what_a_study_of_a_task_contradicts_is_refused(changes: dict[str, Any], 
     [
         ({"head": "local", "trains": "linear_probe"}, "nothing would be joined"),
         ({"class_weights": [1.0, 2.0, 3.0]}, "expected 2"),
+        ({"task": {"name": "segmentation", "classes": [str(n) for n in range(256)]}}, "masks have 8 bits, so 255"),
     ],
 )
 def test_what_a_task_contradicts_is_refused(finetune: dict[str, Any], told: str) -> None:
@@ -377,6 +397,21 @@ def test_what_a_task_contradicts_is_refused(finetune: dict[str, Any], told: str)
 def test_studies_of_pretraining_say_nothing_of_tasks_and_keep_their_digests() -> None:
     assert not {"task", "finetune"} & json.loads(small_study().canonical()).keys()
     assert CLASSES == list(json.loads(task_study().canonical())["finetune"]["task"]["classes"])
+
+
+def test_scans_that_a_table_keeps_for_judging_are_told_once_and_may_be_left_out(tmp_path: Path) -> None:
+    site, study, heard = hospital(tmp_path / "north", "north"), task_study(), list[str]()
+    lines = (tmp_path / "north" / "labels.csv").read_text().splitlines()
+    parts = ["split", "train", "train", "val", "test"]
+    split = "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True))
+    (tmp_path / "north" / "labels.csv").write_text(split)
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        assert len(opened(site, study).library.scans) == 4
+        assert len(opened(site, study).library.scans) == 4
+    assert len([told for told in heard if "keeps 2 of 4 labelled scans for validation or test" in told]) == 1
+    chosen = site.read_text().replace("table: labels.csv", "table: labels.csv\n    where: {split: [train]}")
+    site.write_text(chosen)
+    assert len(opened(site, study).library.scans) == 2
 
 
 def test_check_says_what_the_table_has_for_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

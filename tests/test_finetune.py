@@ -110,6 +110,27 @@ def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
     assert "finished" in capsys.readouterr().err
 
 
+def test_a_fine_tuning_does_not_go_on_with_scans_that_are_others_by_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = pictures(tmp_path)
+    path, out = write_config(tmp_path, **settings), ("--out", str(tmp_path / "out"))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("client.finetune._write_model", killed)
+        assert main(["finetune", str(path), *out]) == 130
+    write_config(tmp_path, **{**settings, "data": {**settings["data"], "modality": "CT"}})
+    assert main(["finetune", str(path), *out, "--resume"]) == 4
+    assert "is of another fine-tuning" in capsys.readouterr().err
+    write_config(tmp_path, **settings)
+    (tmp_path / "pictures" / "secret3.png").write_bytes(b"gone")
+    assert main(["finetune", str(path), *out, "--resume"]) == 4
+    assert "is of another fine-tuning" in capsys.readouterr().err
+
+
 def test_a_segmentation_writes_its_masks_in_the_geometry_of_the_scans(tmp_path: Path) -> None:
     for number in range(6):
         write_case(tmp_path, f"c{number}", number, spacing=(1.0, 0.9, 1.1))

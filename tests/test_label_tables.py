@@ -69,6 +69,17 @@ def test_what_is_no_table_is_told_by_what_it_is(tmp_path: Path, text: str, told:
         label_table(configured(tmp_path, BINARY, {"table": "t.csv"}))
 
 
+def test_a_column_that_stands_twice_is_not_guessed_at(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 columns 'label'"):
+        table(tmp_path, "scan,label,patient,label\na.png,no,1,yes\n")
+    assert len(table(tmp_path, "scan,label,patient,note,note\na.png,no,1,x,y\n").cases) == 1
+
+
+def test_a_path_that_no_file_can_have_is_told_by_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="line 2: 'scan' must be a path"):
+        table(tmp_path, "scan,label,patient\na\0.png,no,1\n")
+
+
 def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path) -> None:
     text = (
         "scan,label,patient,split\n../Miller.png,no,1,train\na.png,Miller,1,train\nb.png,yes,,often\na.png,no,1,test\n"
@@ -113,6 +124,47 @@ def test_a_channel_of_an_nnunet_folder_is_chosen_and_its_modality_known(tmp_path
     one_class = {**MASKS, "classes": ["all"]}
     with pytest.raises(ConfigError, match=r"task\.classes: 1 beside the background; dataset\.json has 2"):
         label_table(configured(tmp_path, one_class, {"name": "msd", "folder": "."}))
+
+
+def test_cases_are_told_apart_by_all_of_a_name_that_holds_dots(tmp_path: Path) -> None:
+    names = [f"1.2.840.{number}.nii.gz" for number in (1, 2, 3)]
+    msd(tmp_path, names, names)
+    found = label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": "."}))
+    assert [(case.file, case.mask) for case in found.cases] == [(f"imagesTr/{n}", f"labelsTr/{n}") for n in names]
+
+
+def test_one_scan_by_two_spellings_of_its_path_is_one_scan(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"1 problem.*\n  - line 3: lists the scan of line 2 again"):
+        table(tmp_path, "scan,label,patient\nd/a.png,no,1\n./d//a.png,yes,2\n")
+
+
+@pytest.mark.parametrize(
+    "labels", [{"0": "background", "1": "Back", "2": "Front"}, {"background": 0, "Back": 1, "Front": 2}]
+)
+def test_names_that_a_folder_gives_to_other_values_are_told(tmp_path: Path, labels: dict[str, Any]) -> None:
+    msd(tmp_path, ["a.nii"], ["a.nii"], {"labels": labels})
+    with pytest.raises(ConfigError, match=r"'front' is value 1, and dataset\.json says it is 2"):
+        label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": "."}))
+    in_order = {**MASKS, "classes": ["back", "front"]}
+    assert len(label_table(configured(tmp_path, in_order, {"name": "msd", "folder": "."})).cases) == 1
+    own_words = {**MASKS, "classes": ["posterior", "anterior"]}
+    assert len(label_table(configured(tmp_path, own_words, {"name": "msd", "folder": "."})).cases) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "one array", "objects"])
+def test_a_medmnist_file_that_is_none_is_one_message(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "m.npz"
+    labels = {f"{n}_labels": np.array([[0], [1]]) for n in ("train", "val", "test")}
+    if damage == "objects":
+        labels["val_labels"] = np.array([[None], [1]], dtype=object)
+    np.savez(file, **labels)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    if damage == "one array":
+        with file.open("wb") as opened:
+            np.save(opened, np.zeros(3))
+    with pytest.raises(ConfigError, match=r"data\.file: is no MedMNIST \.npz"):
+        label_table(configured(tmp_path, BINARY, {"name": "medmnist", "file": "m.npz"}))
 
 
 def test_a_medmnist_file_brings_its_split(tmp_path: Path) -> None:

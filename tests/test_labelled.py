@@ -86,6 +86,7 @@ def test_labels_are_resampled_to_the_nearest_voxel_of_the_scans_own_grid() -> No
         ({"values": np.zeros((20, 22, 23))}, r"has \(20, 22, 24\) voxels, its mask \(20, 22, 23\)"),
         ({"values": np.zeros(SHAPE)}, "the mask is empty"),
         ({"values": ball(SHAPE, (10, 11, 8), 5) * 3 - ball(SHAPE, (10, 11, 8), 2)}, "values from 0 to 3; expected"),
+        ({"values": ball(SHAPE, (10, 11, 8), 5) * 2}, "values from 0 to 2; expected"),
     ],
 )
 def test_a_mask_that_does_not_go_with_its_scan_is_refused(tmp_path: Path, mask: dict[str, Any], told: str) -> None:

@@ -1,19 +1,28 @@
 """Bundles are loaded and run by MONAI itself, and answer as the fine-tuning did that they were made from."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 
+from client.bundle_parts import MaskAtSource
+from client.labelled import Grid
+from client.monai_bundle import metadata
 from client.nifti import write_nifti
 from client.research_command import main
 from tests.test_finetune import QUICK, pictures, write_config
 from tests.test_labelled import write_case
 from tests.test_research_command import nano_checkpoint
 from unimiss_core.scan import Scan
+from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.task_checkpoint import TaskManifest
+from unimiss_core.task_config import SegmentationConfig
 
 bundle = pytest.importorskip("monai.bundle")
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")  # MONAI's, of bundles by strangers
@@ -136,6 +145,35 @@ def test_a_bundle_names_no_patient_and_no_place(classified: Path) -> None:
         path.read_text() for path in (classified / "bundle").rglob("*.*") if path.suffix != ".safetensors"
     )
     assert not any(word in written for word in (str(classified), "miller", "secret"))
+
+
+def test_scans_that_differ_by_their_ending_alone_get_a_mask_each(tmp_path: Path) -> None:
+    task = SimpleNamespace(classes=("ball",))
+    write = MaskAtSource(SimpleNamespace(task=task, keep_largest=()), str(tmp_path / "answers"))  # type: ignore[arg-type]
+    grid = Grid((8, 8), (1.0, 1.0), (1.0, 1.0), None)
+    for ending in (".png", ".tif"):
+        write({"pred": torch.rand(2, 8, 8), "source": tmp_path / f"a{ending}", "grid": grid})
+    assert len(list((tmp_path / "answers").iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["$os.environ.setdefault('RUN', 'by a name')", "%high", "@network", "50 %::x"])
+def test_no_name_of_a_class_is_a_program_to_monai(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUN", raising=False)
+    task = SegmentationConfig(classes=(name,))
+    manifest = TaskManifest(
+        task=task,
+        model=ModelConfig(),
+        plan=PlanConfig(),
+        began_with="scratch",
+        pretrained_digest=None,
+        trained="full",
+        seed=0,
+        epoch=1,
+    )
+    parser = bundle.ConfigParser({"imports": ["$import os"], "_meta_": metadata(manifest)})
+    told = parser.get_parsed_content("_meta_")["network_data_format"]["outputs"]["pred"]["channel_def"]["1"]
+    assert told.replace(" ", "") == f"class {name}".replace(" ", "")
+    assert "RUN" not in os.environ
 
 
 def test_a_checkpoint_of_pretraining_answers_no_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

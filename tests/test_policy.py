@@ -172,6 +172,10 @@ def test_a_coordinator_cannot_fill_the_disk_with_runs(tmp_path: Path) -> None:
     refused, said = asked(hospital, STUDY)
     assert refused == [Refusal("policy")] * 2
     assert "above policy.runs_limit_gb: 0.5; delete what is not needed below 'runs'" in said
+    (tmp_path / "state" / "runs" / ("a" * 16)).rename(tmp_path / "state" / "models")  # a site's own heads count as well
+    (tmp_path / "state" / "runs").rmdir()
+    assert asked(hospital, STUDY)[0] == [Refusal("policy")] * 2
+    (tmp_path / "state" / "runs").mkdir()
     (tmp_path / "state" / "runs" / RUN).mkdir()  # a run that has begun goes on
     assert asked(hospital, STUDY)[0] == [None, None]
 

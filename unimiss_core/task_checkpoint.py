@@ -42,7 +42,9 @@ class TaskManifest(Config):
     trained: Literal["linear_probe", "frozen", "full"]
     seed: int
     epoch: int = Field(ge=0)
-    """Epochs that were trained for these tensors."""
+    """Epochs that were trained for these tensors; of a federation its rounds."""
+    trained_in: Literal["epochs", "rounds"] = "epochs"
+    """What `epoch` counts: rounds where a federation tuned it."""
     keep_largest: tuple[str, ...] = ()
     """Classes of a mask of which only the largest connected part counts."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -78,6 +78,12 @@ class SegmentationConfig(_Task):
         """K of the model's logits: background, then value i of a mask is classes[i - 1]."""
         return 1 + len(self.classes)
 
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        if self.outputs > MOST_CLASSES:
+            raise ValueError(f"classes: masks have 8 bits, so {MOST_CLASSES - 1} at most; got {len(self.classes)}")
+        return self
+
 
 TaskConfig = Annotated[
     Annotated[ClassificationConfig, Tag("classification")] | Annotated[SegmentationConfig, Tag("segmentation")],
