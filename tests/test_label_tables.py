@@ -53,6 +53,19 @@ def test_a_column_that_is_not_there_is_told_with_the_nearest_one(tmp_path: Path)
         table(tmp_path, "file,label,patients\na.png,yes,1\n")
 
 
+def test_a_path_that_leads_nowhere_is_told_as_that_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("scan,label,patient\na.png,yes,1\n")
+    wrong = {
+        r"data\.table: there is no file u\.csv .* --data": (BINARY, {"table": "u.csv"}),
+        r"data\.folder: there is no folder pictures": (BINARY, {"table": "t.csv", "folder": "pictures"}),
+        r"data\.folder: there is no folder hippocampus": (MASKS, {"name": "msd", "folder": "hippocampus"}),
+        r"data\.file: there is no file m\.npz": (BINARY, {"name": "medmnist", "file": "m.npz"}),
+    }
+    for told, (task, data) in wrong.items():
+        with pytest.raises(ConfigError, match=told):
+            label_table(configured(tmp_path, task, data))
+
+
 def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path) -> None:
     text = (
         "scan,label,patient,split\n../Miller.png,no,1,train\na.png,Miller,1,train\nb.png,yes,,often\na.png,no,1,test\n"
