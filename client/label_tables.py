@@ -34,7 +34,9 @@ _SPELLINGS: Mapping[str, Part] = {
 }
 _SHOWN = 5
 """Problems of a table that a message tells; the others are counted."""
-_WAY_OUT = "correct the path, or the folder that paths begin from (of a fine-tuning data_root, or --data)"
+_WAY_OUT = (
+    "correct the path, or the folder that paths begin from (data_root, or --data, of a fine-tuning; --root of a probe)"
+)
 
 
 @dataclass(frozen=True)
