@@ -67,8 +67,10 @@ def finetune(
     beginning = begin(config.init, config.plan)
     table = label_table(config)
     split = split_cases(table.cases, config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    _make(config.out)
+    goes_on = (config.out / task_training.STATE).exists()
     with _removed_afterwards(config.out / _PREPARED) as folder:
+        _say_how_it_begins(config, beginning, chosen)
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
         digest = _digest(config, beginning, parts, table.modality)
@@ -79,7 +81,7 @@ def finetune(
             else Segmenting(config, chosen, size, table)
         )
         training = _training(config, beginning, parts, judge, chosen, size)
-        if (config.out / task_training.STATE).exists():
+        if goes_on:
             training.restore(config.out, digest)
             progress.report(progress.Note(f"goes on after epoch {training.progress.epoch}"))
         training.run(lambda now: now.save(config.out, digest))
@@ -88,6 +90,7 @@ def finetune(
         task_training.set_tensors_(training.model, training.best)
         _write_results(config, judge, training, parts, show_paths=show_paths)
     (config.out / task_training.STATE).unlink(missing_ok=True)
+    print(f"{out or config.out.resolve()}: model of epoch {training.progress.best_epoch}, figures and predictions")
 
 
 @contextmanager
@@ -147,6 +150,13 @@ def _check_folder(out: Path, *, resume: bool) -> None:
         progress.report(progress.Note("there is nothing to go on with yet: begins anew"))
 
 
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: the folder {out} cannot be made ({error.strerror}); give another with --out") from None
+
+
 def _digest(
     config: FinetuneConfig,
     beginning: Beginning,
@@ -160,6 +170,18 @@ def _digest(
     cases = [[part, case.number, case.file, case.target, case.mask] for part, case in found]
     told = [settings, beginning.plan.canonical(), beginning.model.canonical(), beginning.digest, cases, modality]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _say_how_it_begins(config: FinetuneConfig, beginning: Beginning, device: torch.device) -> None:
+    """Before anything that takes long. The plan too, for one of the file's own replaces what the weights know."""
+    brought = "the checkpoint's" if beginning.name == "checkpoint" else "the default"
+    plan = "the file's own" if config.plan else brought
+    progress.report(
+        progress.Note(
+            f"begins with {beginning.name}, trains {config.training.trains} on {device}; "
+            f"reading the labelled scans, prepared by {plan} plan"
+        )
+    )
 
 
 def _tell(parts: Mapping[Part, Sequence[Labelled]]) -> None:
@@ -207,6 +229,7 @@ def _write_results(
         shutil.rmtree(config.out / name) if (config.out / name).is_dir() else (config.out / name).unlink(
             missing_ok=True
         )
+    progress.report(progress.Note(f"judging the model of epoch {training.progress.best_epoch}"))
     judged: list[Part] = ["validation", *(["test"] if parts["test"] else [])]  # type: ignore[list-item]
     figures = {
         part: {

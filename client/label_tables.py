@@ -35,6 +35,9 @@ _SPELLINGS: Mapping[str, Part] = {
 }
 _SHOWN = 5
 """Problems of a table that a message tells; the others are counted."""
+_WAY_OUT = (
+    "correct the path, or the folder that paths begin from (data_root, or --data, of a fine-tuning; --root of a probe)"
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def label_table(config: FinetuneConfig) -> LabelTable:
     data = config.data
     if isinstance(data, MedMnistData):
         assert isinstance(config.task, ClassificationConfig)
+        _must_be_a_file("data.file", data.file)
         return LabelTable(_of_medmnist(data, config.task), data.file.parent)
     return labels_in(data, config.task, given=config.split.name == "given")
 
@@ -77,10 +81,24 @@ def label_table(config: FinetuneConfig) -> LabelTable:
 def labels_in(data: LabelData, task: TaskConfig, *, given: bool = False) -> LabelTable:
     """given: the table says which part each scan is for. Raises ConfigError, as `label_table`."""
     if isinstance(data, CsvData):
+        _must_be_a_file("data.table", data.table)
+        _must_be_a_folder(data.folder)
         return LabelTable(_of_csv(data, task, given=given), data.folder, data.modality)
     if not isinstance(task, SegmentationConfig):
         raise ConfigError("data: an msd folder holds masks; the task must be segmentation")
+    _must_be_a_folder(data.folder)
     return _of_msd(data, task)
+
+
+def _must_be_a_file(setting: str, path: Path) -> None:
+    """Raises ConfigError: nothing is there, which is another mistake than a file of another kind."""
+    if not path.is_file():
+        raise ConfigError(f"{setting}: there is no file {path.name} where it says; {_WAY_OUT}")
+
+
+def _must_be_a_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(f"data.folder: there is no folder {path.name} where it says; {_WAY_OUT}")
 
 
 # --------------------------------------------------------------------------------------------------------------- CSV
@@ -91,8 +109,6 @@ def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]
         with data.table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             rows = list(reader)
-    except FileNotFoundError:
-        raise ConfigError(f"table {data.table.name}: is not there; `data.table` counts from the data's root") from None
     except (OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(f"table {data.table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
     if not rows:

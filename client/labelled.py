@@ -141,15 +141,20 @@ def prepare_cases(
     for reason, lines in unread.items():
         told = ", ".join(lines[:_SHOWN]) + (" and others" if len(lines) > _SHOWN else "")
         progress.report(progress.Note(f"left out: {len(lines)} scan(s), {reason}: {REASONS[reason]} ({told})"))
-    _check(parts, wrong, config)
+    _check(parts, wrong, config, show_paths=show_paths)
     return parts
 
 
-def _check(parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], config: FinetuneConfig) -> None:
+def _check(
+    parts: Mapping[Part, Sequence[Labelled]], wrong: Sequence[str], config: FinetuneConfig, *, show_paths: bool
+) -> None:
     if wrong:
+        of_masks = config.task.name == "segmentation"
+        kind = "do not fit their masks or the task" if of_masks else "are not of the task's rank"
+        way_out = "" if show_paths else "; --show-paths names the files"
         more = f"\n  - and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         listed = "\n  - ".join(wrong[:_SHOWN])
-        raise ConfigError(f"data: {len(wrong)} labelled scan(s) do not fit their masks or the task\n  - {listed}{more}")
+        raise ConfigError(f"data: {len(wrong)} labelled scan(s) {kind}{way_out}\n  - {listed}{more}")
     if not any(parts.values()):
         raise NoUsableScanError("data: none of the labelled scans can be used; the notes above say why")
     check_parts({part: tuple(one.case for one in found) for part, found in parts.items()}, config)

@@ -83,6 +83,8 @@ def predict(
     reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
     inference = _inference(manifest, chosen, batch)
     answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
+    if len(reading):
+        progress.report(progress.Note(f"asking about {len(reading)} scan(s) on {chosen}"))
     done = _write_table(out / _TABLE, answers.lines(_asked(reading, manifest)))
     reading.explain()
     if show_paths:

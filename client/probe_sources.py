@@ -78,6 +78,8 @@ def source_of(
 ) -> Source:
     """What --data names. root: where a table's paths begin; None takes the table's own folder. columns: of a
     table. patient_pattern: as of a site's data folder. Raises ConfigError."""
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"--root {root}: is no folder")
     if data.is_dir():
         return _Folders(data, patient_pattern, modality)
     if not data.is_file():

@@ -289,11 +289,15 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "finetune",
         help="train a model for a task from an encoder and labelled scans",
         epilog="docs/finetuning.md says what the file holds and what is written; configs/finetune has examples. Scans "
-        "are called by the line of their table, unless --show-paths names their files.",
+        "are called by the line of their table, unless --show-paths names their files. Exit codes: 0 done, 1 the loss "
+        "was not finite, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad checkpoint or "
+        "state, 130 interrupted.",
     )
     tune.add_argument("config", type=Path, metavar="CONFIG.yaml")
     tune.add_argument("--resume", action="store_true", help="go on after the last epoch that was finished")
-    tune.add_argument("--data", type=Path, metavar="ROOT", help="instead of the file's data_root")
+    tune.add_argument(
+        "--data", type=Path, metavar="ROOT", help="where paths of its data begin (default: its data_root)"
+    )
     tune.add_argument("--out", type=Path, metavar="OUT_DIR", help="instead of the file's out")
     tune.add_argument("--init", metavar="INIT", help="a checkpoint's folder, a released file, or scratch")
     tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from unimiss_core.tasks import TaskModel, freeze_, rate_groups
 from unimiss_core.views import generator_for
 
 STATE = "state.safetensors"
+_UNREADABLE = f"{STATE} cannot be read; begin anew in another folder"
 _HEAVIEST = 20.0
 """Largest weight of a class in the loss, against an even share: a class of three scans must not lead the steps."""
 _LEAST_RATE = 0.01
@@ -121,7 +123,10 @@ class Training:
         if standing is not None and standing > done.best:
             done.best, done.best_epoch, self.best = standing, epoch + 1, tensors_of(self.model)
         done.curve.append(Epoch(epoch + 1, loss, standing[0] if standing else None))
-        told = f", validation {standing[0]:.4f} (best {done.best[0]:.4f} in {done.best_epoch})" if standing else ""
+        measure = "AUC" if isinstance(self.config.task, ClassificationConfig) else "Dice"
+        told = ""
+        if standing:
+            told = f", validation {measure} {standing[0]:.4f} (best {done.best[0]:.4f} in epoch {done.best_epoch})"
         progress.report(progress.Note(f"epoch {epoch + 1} of {train.epochs}: loss {loss:.4f}{told}"))
 
     def _take_step(self, step: int, numbers: Sequence[int]) -> float:
@@ -176,18 +181,12 @@ class Training:
 
     def restore(self, folder: Path, digest: str) -> None:
         """Go on where `save` was called. Raises CheckpointError: damaged, or saved of another fine-tuning."""
+        kept = check_state(folder, digest)
         try:
             with safe_open(folder / STATE, "pt") as file:
-                told = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            kept = json.loads(told["progress"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{STATE} cannot be read; begin anew in another folder") from None
-        if told["digest"] != digest:
-            raise CheckpointError(
-                f"{STATE} is of another fine-tuning: its file, its labels or what it began with have changed; "
-                "put them back, or begin anew in another folder"
-            )
+        except (OSError, SafetensorError):
+            raise CheckpointError(_UNREADABLE) from None
         curve = [Epoch(**one) for one in kept["curve"]]
         self.progress = Progress(curve, kept["best_epoch"], (kept["best"][0], kept["best"][1]))
         self.best = _below("best.", tensors)
@@ -197,6 +196,25 @@ class Training:
             number, key = name.split(".")
             state.setdefault(int(number), {})[key] = tensor
         self._optimiser.load_state_dict({"state": state, "param_groups": self._optimiser.state_dict()["param_groups"]})
+
+
+def check_state(folder: Path, digest: str) -> Mapping[str, Any]:
+    """The progress that `Training.save` wrote; no tensor is read.
+
+    Raises CheckpointError: damaged, or saved of another fine-tuning.
+    """
+    try:
+        with safe_open(folder / STATE, "pt") as file:
+            told = file.metadata()
+        of, kept = told["digest"], dict(json.loads(told["progress"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        raise CheckpointError(_UNREADABLE) from None
+    if of != digest:
+        raise CheckpointError(
+            f"{STATE} is of another fine-tuning: its file, its labels or what it began with have changed; "
+            "put them back, or begin anew in another folder"
+        )
+    return kept
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -92,7 +92,10 @@ def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
 ) -> None:
     path = write_config(tmp_path, **pictures(tmp_path))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["finetune", str(path), "--out", str(path / "below a file")]) == 2
+    assert "out: the folder" in capsys.readouterr().err
     assert main(["finetune", str(path), "--out", str(whole)]) == 0
+    assert f"{whole}: model of epoch" in capsys.readouterr().out
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -101,6 +104,11 @@ def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
         patched.setattr("client.finetune._write_model", killed)
         assert main(["finetune", str(path), "--out", str(parts)]) == 130
     assert not (parts / "prepared").exists()
+    capsys.readouterr()
+    other = str(nano_checkpoint(tmp_path / "other"))
+    assert main(["finetune", str(path), "--out", str(parts), "--resume", "--init", other]) == 4
+    said = capsys.readouterr().err
+    assert "is of another fine-tuning" in said
     assert main(["finetune", str(path), "--out", str(parts)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 0

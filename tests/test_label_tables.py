@@ -64,9 +64,6 @@ def test_a_column_that_is_not_there_is_told_with_the_nearest_one(tmp_path: Path)
 def test_what_is_no_table_is_told_by_what_it_is(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         table(tmp_path, text)
-    (tmp_path / "t.csv").unlink()
-    with pytest.raises(ConfigError, match=r"table t\.csv: is not there"):
-        label_table(configured(tmp_path, BINARY, {"table": "t.csv"}))
 
 
 def test_a_column_that_stands_twice_is_not_guessed_at(tmp_path: Path) -> None:
@@ -78,6 +75,19 @@ def test_a_column_that_stands_twice_is_not_guessed_at(tmp_path: Path) -> None:
 def test_a_path_that_no_file_can_have_is_told_by_its_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 2: 'scan' must be a path"):
         table(tmp_path, "scan,label,patient\na\0.png,no,1\n")
+
+
+def test_a_path_that_leads_nowhere_is_told_as_that_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("scan,label,patient\na.png,yes,1\n")
+    wrong = {
+        r"data\.table: there is no file u\.csv .* --data": (BINARY, {"table": "u.csv"}),
+        r"data\.folder: there is no folder pictures": (BINARY, {"table": "t.csv", "folder": "pictures"}),
+        r"data\.folder: there is no folder hippocampus": (MASKS, {"name": "msd", "folder": "hippocampus"}),
+        r"data\.file: there is no file m\.npz": (BINARY, {"name": "medmnist", "file": "m.npz"}),
+    }
+    for told, (task, data) in wrong.items():
+        with pytest.raises(ConfigError, match=told):
+            label_table(configured(tmp_path, task, data))
 
 
 def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path) -> None:
@@ -175,7 +185,7 @@ def test_a_medmnist_file_brings_its_split(tmp_path: Path) -> None:
     found = label_table(configured(tmp_path, BINARY, data))
     assert [(case.part, case.target) for case in found.cases[2:4]] == [("validation", (0,)), ("validation", (1,))]
     assert found.cases[5].place == ("test_images", 1)
-    with pytest.raises(ConfigError, match=r"data\.file: gone\.npz is not there"):
+    with pytest.raises(ConfigError, match=r"data\.file: there is no file gone\.npz"):
         label_table(configured(tmp_path, BINARY, {"name": "medmnist", "file": "gone.npz"}))
     with pytest.raises(ConfigError, match=r"train_labels has 1 column\(s\).* expected 2"):
         label_table(configured(tmp_path, {**BINARY, "kind": "multi_label"}, data))

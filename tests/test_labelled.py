@@ -140,6 +140,9 @@ def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         parts["train"][0].whole(), prepare(Scan(pixels[None].astype(np.float32), (1, 1), "XR"), PLAN)[0], atol=1e-5
     )
+    volumes = configured(tmp_path, {**task, "rank": 3}, {"table": "t.csv", "folder": "."}, split={"name": "given"})
+    with pytest.raises(ConfigError, match=r"8 labelled scan\(s\) are not of the task's rank"):
+        read(tmp_path, volumes)
     for number in range(8):
         (tmp_path / f"{number}.png").write_bytes(b"nothing")
     with pytest.raises(NoUsableScanError, match="none of the labelled scans"):

@@ -161,6 +161,7 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
 
     refused("is neither 'scratch', nor a checkpoint's folder", str(tmp_path / "nowhere"), "--data", root)
     refused("--data", "scratch", "--data", str(tmp_path / "nowhere"))
+    refused("nowhere: is no folder", "scratch", "--data", table, "--root", str(tmp_path / "nowhere"))
     refused("has no column kind; give --scan, --label or --patient", "scratch", "--data", table, "--label", "kind")
     refused("holds one class alone", "scratch", "--data", write(tmp_path / "one.csv", "scan,label,patient\na.png,x,1"))
     torn = "scan,label,patient,split\na.png,x,1,train\nb.png,y,1,test"
