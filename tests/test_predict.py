@@ -62,11 +62,8 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(100, 30, shape).astype(np.int16)
 
 
-@pytest.mark.parametrize(("precision", "differ"), [("fp32", 2e-5), ("bf16", 2**-8)])
-def test_a_classification_answers_what_it_answered_when_it_was_measured(
-    tmp_path: Path, precision: str, differ: float
-) -> None:
-    """In other batches: in float32 last bits are others, in bfloat16 whether few rows are taken in float32, too."""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_classification_answers_what_it_answered_when_it_was_measured(tmp_path: Path, precision: str) -> None:
     path = write_config(tmp_path, **pictures(tmp_path, 18), training={**QUICK, "precision": precision})
     assert main(["finetune", str(path), "--show-paths"]) == 0
     out = tmp_path / "predicted"
@@ -78,7 +75,7 @@ def test_a_classification_answers_what_it_answered_when_it_was_measured(
     for row in measured:
         again = found[row["file"]]
         for name in ("p/fine", "p/coarse"):
-            assert float(again[name]) == pytest.approx(float(row[name]), abs=differ)
+            assert float(again[name]) == pytest.approx(float(row[name]), abs=2e-5)  # another batch, other last bits
         assert again["predicted"] == max(("fine", "coarse"), key=lambda name: float(again[f"p/{name}"]))
 
 

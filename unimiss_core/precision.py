@@ -23,8 +23,9 @@ def in_bf16_on_cpu(x: Tensor) -> bool:
 
 
 def is_few(x: Tensor) -> bool:
-    """Whether x (..., I) has so few rows that a product with them is bound by reading the weights."""
-    return math.prod(x.shape[:-1]) <= FEW_ROWS
+    """Whether x (..., I) has so few rows that a product with them is bound by reading the weights. Not in inference:
+    there a scan's answer must not hang on how many are asked about at once."""
+    return math.prod(x.shape[:-1]) <= FEW_ROWS and not torch.is_inference_mode_enabled()
 
 
 class Linear(nn.Linear):
