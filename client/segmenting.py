@@ -4,6 +4,7 @@ Legend of shapes: B windows, K classes with the background first, C channels, S 
 """
 
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from client.labelled import Grid
+from unimiss_core import progress
 from unimiss_core.plan import resample
 from unimiss_core.tasks import TaskModel
 from unimiss_core.views import standardise
@@ -28,6 +30,8 @@ _MOST_FLOAT32 = 2**28
 """Values (K x S) up to which probabilities are gathered in float32; above it in float16, which halves the memory."""
 _NOTHING = -2.0
 """What value 0 of a prepared scan is to the model (`standardise`): windows are filled up with it."""
+
+TELL_EVERY_S = 20.0
 
 Measures = Mapping[str, float | None]
 """Of one class in one scan: dice, hd95_mm, surface_dice; None where it has none."""
@@ -68,9 +72,12 @@ def probabilities(
     outputs = model.head.outputs
     kind = torch.float32 if outputs * math.prod(values.shape[1:]) <= _MOST_FLOAT32 else torch.float16
 
+    tell = _Windows(_windows_of(values.shape[1:], size, overlap))
+
     def of_windows(x: Tensor) -> Tensor:
         with autocast:
             logits: Tensor = model(x.float())
+        tell.add(len(x))
         return torch.softmax(logits, 1).to(kind)
 
     scan = torch.from_numpy(values).to(kind)
@@ -89,6 +96,25 @@ def probabilities(
     )
     assert isinstance(found, Tensor)
     return found[0]
+
+
+class _Windows:
+    """Says how far a scan is that takes long: nothing within TELL_EVERY_S, then a line for each."""
+
+    def __init__(self, many: int) -> None:
+        self._many, self._done, self._told = many, 0, time.monotonic()
+
+    def add(self, windows: int) -> None:
+        self._done += windows
+        if (now := time.monotonic()) - self._told > TELL_EVERY_S:
+            self._told = now
+            progress.report(progress.Note(f"a scan's windows: {self._done} of {self._many}"))
+
+
+def _windows_of(spatial: Sequence[int], size: Sequence[int], overlap: float) -> int:
+    """How many windows of `size` MONAI lays over a scan, padded to one where it is smaller."""
+    steps = [max(1, int(side * (1 - overlap))) for side in size]
+    return math.prod(1 + math.ceil(max(0, n - k) / step) for n, k, step in zip(spatial, size, steps, strict=True))
 
 
 def likeliest(chances: Tensor) -> NDArray[np.uint8]:

@@ -1,3 +1,4 @@
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
+from client import segmenting
 from client.labelled import Grid
 from client.nifti import read_nifti, write_mask
 from client.segmenting import (
@@ -19,6 +21,7 @@ from client.segmenting import (
     measures,
     probabilities,
 )
+from unimiss_core import progress
 from unimiss_core.plan import prepare, resample_labels
 from unimiss_core.scan import Scan
 from unimiss_core.study import ModelConfig, PlanConfig
@@ -53,6 +56,18 @@ def test_windows_join_into_the_mean_of_what_each_says(monkeypatch: pytest.Monkey
         values = np.random.default_rng(0).random((1, *size), dtype=np.float32)
         x = standardise(torch.from_numpy(values))
         torch.testing.assert_close(inferred(net, values, (40, 48)), torch.cat([x, -x, 0 * x]).softmax(0))
+
+
+@pytest.mark.parametrize(("size", "overlap"), [((90, 75), 0.5), ((20, 100), 0.25), ((40, 48), 0.5), ((121, 48), 0.0)])
+def test_a_scan_that_takes_long_tells_how_far_it_is(
+    size: tuple[int, int], overlap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmenting, "TELL_EVERY_S", -1.0)
+    told: list[str] = []
+    with progress.listen(lambda event: told.append(str(event))):
+        inferred(model(), np.zeros((1, *size), dtype=np.float32), (40, 48), overlap)
+    done, of = re.findall(r"windows: (\d+) of (\d+)", told[-1])[0]
+    assert done == of  # what MONAI did, and what was counted beforehand
 
 
 def test_many_classes_are_gathered_in_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
