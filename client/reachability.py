@@ -63,7 +63,7 @@ def problem_of(error: httpx.TransportError) -> str:
     if isinstance(error, httpx.RemoteProtocolError):
         return "answer"
     words = str(error).lower()  # httpx keeps no more of the cause, and Flower, too, goes by these
-    if "eof occurred" in words or "timed out" in words:  # hung up, or silent, before anything was told of a certificate
+    if "eof" in words or "timed out" in words:  # hung up, or silent, before anything was told of a certificate
         return "unreachable"
     return "tls" if any(word in words for word in ("certificate", "ssl", "tls")) else "unreachable"
 

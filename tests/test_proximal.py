@@ -75,7 +75,8 @@ def test_a_round_that_starts_from_the_received_student_is_not_pulled_in_its_firs
     expected, report = plain.step(images(), step=0), drawn.step(images(), step=0)
     assert report.diagnostics.pop("global_distance") == 0
     assert report == expected
-    assert_same(everything(drawn), everything(plain))
+    # Last bits apart: where nothing pulls, the norm that clips the prototypes' gradient is found without making it.
+    torch.testing.assert_close(everything(drawn), everything(plain), rtol=1e-5, atol=1e-10)
     drawn.step(images(1), step=1)
     plain.step(images(1), step=1)
     assert any(not torch.equal(tensors_of(drawn.student)[name], own) for name, own in tensors_of(plain.student).items())
