@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from unimiss_core.errors import ConfigError
-
 FORMS = ("safetensors", "onnx", "monai")
 
 
@@ -35,19 +33,16 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> a
 
 
 def run(options: argparse.Namespace) -> None:
-    """Raises as `client.export.export`; ConfigError also where a path on the command line cannot be looked at."""
+    """Raises as `client.export.export`."""
     from client.export import export
 
-    try:
-        export(
-            options.model,
-            options.form,
-            options.out,
-            student=options.student,
-            size=options.input_size,
-            channels=options.channels,
-            licence=options.licence,
-            key=options.key,
-        )
-    except OSError as error:
-        raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
+    export(
+        options.model,
+        options.form,
+        options.out,
+        student=options.student,
+        size=options.input_size,
+        channels=options.channels,
+        licence=options.licence,
+        key=options.key,
+    )

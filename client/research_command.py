@@ -15,7 +15,7 @@ The work is in `client.research`, which is imported once the command line is kno
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from client import export_command
@@ -45,38 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.command == "plan-privacy":
-        _plan(options)
-        return
-    if options.command == "audit-privacy":
-        _audit(options)
-        return
-    if options.command == "verify":
-        from client import verify_command
-
-        verify_command.verify(options.checkpoint, options.key)
-        return
-    if options.command == "export":
-        export_command.run(options)
-        return
     try:
-        if options.command == "finetune":
-            _finetune(options)
-            return
-        if options.command == "predict":
-            _predict(options)
-            return
-        if options.command == "probe":
-            _probe(options)
-            return
-        if options.command == "embed":
-            _embed(options)
-            return
-        from client import research
-
-        research.import_released(options.released, options.out)
+        _ACTS[options.command](options)
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
+
+
+def _import(options: argparse.Namespace) -> None:
+    from client import research
+
+    research.import_released(options.released, options.out)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from client import verify_command
+
+    verify_command.verify(options.checkpoint, options.key)
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -187,6 +171,20 @@ def _audit(options: argparse.Namespace) -> None:
         )
     else:
         audit_command.of_run(*of_run, device=options.device, key=options.key)
+
+
+_ACTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "import": _import,
+    "embed": _embed,
+    "verify": _verify,
+    "export": export_command.run,
+    "finetune": _finetune,
+    "predict": _predict,
+    "probe": _probe,
+    "plan-privacy": _plan,
+    "audit-privacy": _audit,
+}
+"""What each command does."""
 
 
 def _show_note(event: progress.Event) -> None:

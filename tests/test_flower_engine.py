@@ -10,20 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.deployed import STUDY
 from tests.federation import metric_rows
 from tests.flower_deployment import ROOT, Flower
 
 PHANTOM = {"volume_shape": [16, 32, 36], "volume_spacing_mm": [16.0, 10.0, 10.0]}
-STUDY = {
-    "name": "toy",
-    "model": {"prototypes": 16},
-    "plan": {"volume_spacing_mm": [8.0, 8.0, 8.0], "image_longest_side": 64},
-    "schedule": {"rounds": 2, "local_steps": 2},
-    "batch": {"images": 4, "volumes": 2},
-    "optimiser": {"warmup_steps": 1},
-}
-
-
 RUN_S = 240.0
 """How long a run may take; half a minute on a machine with nothing else to do."""
 
