@@ -45,6 +45,7 @@ from unimiss_core.config import parse, read_yaml
 from unimiss_core.errors import UnimissError
 from unimiss_core.learner import Learner
 from unimiss_core.network import tensors_of
+from unimiss_core.resampling import DRAWS, as_they_are, drawn_by_patient, interval_95
 from unimiss_core.study import StudyConfig
 
 ROOT = Path(__file__).parents[1]
@@ -290,20 +291,16 @@ def draws(seeds: Sequence[Weighed], patients: Sequence[str], stream: int) -> tup
     Patients are drawn alike in every call with the same ones, so that draws of two arms are of the same patients; seeds
     are drawn by `stream`, for a seed of one arm has nothing to do with that of another.
     """
-    names, owner = np.unique(np.asarray(patients), return_inverse=True)
-    random = np.random.default_rng(0)
-    chosen = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=merit.DRAWS)
-    weights = np.concatenate([np.ones((1, len(owner))), chosen[:, owner]])
+    weights = np.concatenate([as_they_are(len(patients)), drawn_by_patient(patients)])
     values = np.stack([figure(weights) for figure in seeds])
-    own = np.random.default_rng((1, stream)).integers(0, len(seeds), (len(seeds), merit.DRAWS))
+    own = np.random.default_rng((1, stream)).integers(0, len(seeds), (len(seeds), DRAWS))
     drawn = np.take_along_axis(values[:, 1:], own, axis=0).mean(0)
     return np.concatenate([[values[:, 0].mean()], drawn]), values[:, 0]
 
 
 def interval(values: Floats) -> tuple[float, float]:
-    """95%, of what `draws` gives."""
-    low, high = np.nanpercentile(values[1:], (2.5, 97.5))
-    return float(low), float(high)
+    """95%, of what `draws` gives; nan where it gives nothing."""
+    return interval_95(values[1:]) or (np.nan, np.nan)
 
 
 def _seconds(run: Run) -> float:

@@ -2,8 +2,7 @@
 
 Legend of shapes: N scans, K classes, R weightings of the scans.
 
-An interval comes from drawing patients, not scans, with replacement (1000 times): two scans of one patient are not two
-witnesses. Each figure takes weights - how often each scan counts -, so that a draw needs no copy of the scans.
+Each figure takes weights, and its interval comes from drawing patients (`unimiss_core.resampling`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +11,20 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from unimiss_core.resampling import (
+    Floats,
+    as_they_are,
+    divided,
+    drawn_by_patient,
+    group_starts,
+    interval_95,
+    pairs_in_order,
+)
+
 Figure = Mapping[str, float | None]
 """`value`, and `low` and `high` of its interval; None where it is not defined."""
 _Ranking = Callable[[Floats, NDArray[np.bool_], Floats], Floats]
 
-DRAWS = 1000
 BINS = 15
 """Of the calibration error: equally wide."""
 
@@ -75,24 +82,19 @@ def mean_over_patients(values: Sequence[float | None], patients: Sequence[str]) 
 def auc(score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
     """(R,): chance that a positive scan scores above a negative one, ties counting half; nan without a pair.
 
-    score, positive: (N,). weights: (R, N). By sorting: what lies below a group of equal scores, and half of itself.
+    score, positive: (N,). weights: (R, N).
     """
-    order = np.argsort(score, kind="stable")
-    starts = _group_starts(score[order])
-    up = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
-    down = np.add.reduceat(weights[:, order] * ~positive[order], starts, axis=1)
-    below = np.cumsum(down, axis=1) - down / 2
-    return _divided((up * below).sum(1), up.sum(1) * down.sum(1))
+    return divided(*pairs_in_order(score, positive, weights))
 
 
 def average_precision(score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
     """(R,): precision at each threshold, weighted by the recall that it adds; nan without a positive scan."""
     order = np.argsort(-score, kind="stable")
-    starts = _group_starts(score[order])
+    starts = group_starts(score[order])
     hits = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
     told = np.cumsum(np.add.reduceat(weights[:, order], starts, axis=1), axis=1)
     precision = np.divide(np.cumsum(hits, axis=1), told, out=np.zeros_like(told), where=told > 0)
-    return _divided((hits * precision).sum(1), hits.sum(1))
+    return divided((hits * precision).sum(1), hits.sum(1))
 
 
 def calibration_error(confidence: Floats, right: NDArray[np.bool_], weights: Floats) -> Floats:
@@ -103,7 +105,7 @@ def calibration_error(confidence: Floats, right: NDArray[np.bool_], weights: Flo
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = weights * (confidence - right)
     apart = sum(np.abs(gaps[:, bins == b].sum(1)) for b in range(BINS))
-    return _divided(np.asarray(apart), weights.sum(1))
+    return divided(np.asarray(apart), weights.sum(1))
 
 
 def _one_against_rest(
@@ -133,35 +135,14 @@ def with_intervals(figures: Mapping[str, Callable[[Floats], Floats]], patients: 
     figures: name -> what it is for weightings (R, N). A difference of two figures is a figure: the pairing takes out
     the luck of the draw. patients: of each of the N scans.
     """
-    plain, draws = np.ones((1, len(patients))), _draws(patients)
+    once, draws = as_they_are(len(patients)), drawn_by_patient(patients)
     found: dict[str, Figure] = {}
     for name, figure in figures.items():
-        value, drawn = float(figure(plain)[0]), figure(draws)
-        drawn = drawn[np.isfinite(drawn)]
-        low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (None, None)
-        found[name] = {
-            "value": value if np.isfinite(value) else None,
-            "low": None if low is None else float(low),
-            "high": None if high is None else float(high),
-        }
+        value, interval = float(figure(once)[0]), interval_95(figure(draws))
+        low, high = (None, None) if interval is None else interval
+        found[name] = {"value": value if np.isfinite(value) else None, "low": low, "high": high}
     return found
 
 
-def _draws(patients: Sequence[str], seed: int = 0) -> Floats:
-    """(DRAWS, N): how often each scan counts when as many patients as there are are drawn with replacement."""
-    names, owner = np.unique(np.asarray(patients), return_inverse=True)
-    chosen = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-    return chosen[:, owner].astype(np.float64)
-
-
-def _group_starts(ordered: Floats) -> NDArray[np.intp]:
-    """Where each run of equal values begins."""
-    return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-
-
 def _mean(values: NDArray[np.bool_] | Floats, weights: Floats) -> Floats:
-    return _divided((weights * values).sum(1), weights.sum(1))
-
-
-def _divided(above: Floats, below: Floats) -> Floats:
-    return np.asarray(np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0))
+    return divided((weights * values).sum(1), weights.sum(1))

@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from benchmarks.downstream import ARMS, TASKS, Run, draws, interval, mean_of_known, scan_means, write_settings
-from client import merit
 from client.finetune_config import load_finetune
 from client.label_tables import label_table
 from client.splits import split_cases
 from tests.shared_files import DATA, needs
+from unimiss_core import resampling
 from unimiss_core.config import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def test_a_scan_is_the_mean_of_its_classes_and_missing_ones_count_for_nothing() 
     plain = np.ones((1, 3))
     assert mean_of_known(means)(plain) == pytest.approx(0.4)
     assert mean_of_known(means)(np.array([[3.0, 1.0, 9.0]])) == pytest.approx((3 * 0.3 + 0.5) / 4)
-    assert merit.DRAWS >= 1000
+    assert resampling.DRAWS >= 1000
 
 
 @needs(DATA)

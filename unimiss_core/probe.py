@@ -8,7 +8,6 @@ so only scans of one fold are compared; pooling the folds would push a useless f
 al. 2015, doi:10.1214/15-EJS1035).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-Floats = NDArray[np.float64]
+from unimiss_core.resampling import Floats, as_they_are, divided, drawn_by_patient, interval_95, pairs_in_order
 
 RIDGE = 0.1
 """Inverse strength of the penalty (scikit-learn's C); fixed, so that no test label chooses it."""
@@ -26,8 +25,6 @@ FOLDS = 5
 LEAST_PATIENTS = 5
 """Of each class, below which there is no figure."""
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.07
-DRAWS = 1000
-"""Bootstrap draws of an interval."""
 _AT_ONCE = 1024
 """Scans whose neighbours are looked for together."""
 
@@ -48,11 +45,11 @@ class Probe:
 
     def auc(self) -> float | None:
         """Area under the ROC curve; with more than two classes the mean over classes, each against the rest."""
-        return None if self.scores is None else float(self.aucs(np.ones((1, len(self.labels))))[0])
+        return None if self.scores is None else float(self.aucs(as_they_are(len(self.labels)))[0])
 
     def interval(self, seed: int = 0) -> tuple[float, float] | None:
         """95% interval of `auc` over patients."""
-        return None if self.scores is None else _middle(self.aucs(_draws(self.patients, seed)))
+        return None if self.scores is None else interval_95(self.aucs(drawn_by_patient(self.patients, seed)))
 
     def aucs(self, weights: Floats) -> Floats:
         """(R,): `auc` with scan n counted weights[r, n] times, for weights (R, N); nan where nothing is to compare."""
@@ -133,8 +130,9 @@ def gain(before: Probe, after: Probe, seed: int = 0) -> tuple[float, tuple[float
         return None
     if not (np.array_equal(before.labels, after.labels) and np.array_equal(before.patients, after.patients)):
         raise ValueError("before and after were not probed on the same scans")
-    one, draws = np.ones((1, len(before.labels))), _draws(before.patients, seed)
-    return float((after.aucs(one) - before.aucs(one))[0]), _middle(after.aucs(draws) - before.aucs(draws))
+    once, draws = as_they_are(len(before.labels)), drawn_by_patient(before.patients, seed)
+    interval = interval_95(after.aucs(draws) - before.aucs(draws))
+    return None if interval is None else (float((after.aucs(once) - before.aucs(once))[0]), interval)
 
 
 def plane(features: NDArray[np.float32]) -> Floats:
@@ -179,29 +177,11 @@ def _refused(found: Probe, reason: str) -> Probe:
 
 
 def _weighted_auc(positive: NDArray[np.bool_], score: Floats, folds: NDArray[np.int64], weights: Floats) -> Floats:
-    """(R,): share of pairs (positive, negative) of one fold that stand in the right order; ties count half.
-
-    By sorting, so that memory holds no pairs: what lies below a group of equal scores, and half of itself.
-    """
+    """(R,): share of pairs (positive, negative) of one fold that stand in the right order."""
     right, pairs = np.zeros(len(weights)), np.zeros(len(weights))
     for fold in np.unique(folds):
-        inside = np.flatnonzero(folds == fold)
-        order = inside[np.argsort(score[inside], kind="stable")]
-        starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
-        up = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
-        down = np.add.reduceat(weights[:, order] * ~positive[order], starts, axis=1)
-        right += (up * (np.cumsum(down, axis=1) - down / 2)).sum(1)
-        pairs += up.sum(1) * down.sum(1)
-    return np.asarray(np.divide(right, pairs, out=np.full(len(weights), np.nan), where=pairs > 0))
-
-
-def _draws(patients: NDArray[np.str_], seed: int) -> Floats:
-    """(DRAWS, N): how often each scan counts when as many patients as there are are drawn with replacement."""
-    names, owner = np.unique(patients, return_inverse=True)
-    chosen = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-    return chosen[:, owner].astype(np.float64)
-
-
-def _middle(values: Sequence[float] | Floats) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, (2.5, 97.5))
-    return float(low), float(high)
+        inside = folds == fold
+        in_order, all_of_fold = pairs_in_order(score[inside], positive[inside], weights[:, inside])
+        right += in_order
+        pairs += all_of_fold
+    return divided(right, pairs)
