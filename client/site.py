@@ -38,7 +38,7 @@ class Site:
         `no_labels`.
         """
         if self.study.finetune is not None:
-            return open_labelled(self.config, self.study)
+            return open_labelled(self.config, self.study, evicts=evicts)
         if self.is_private:
             return open_private_library(self.config, self.study.plan, evicts=evicts)
         return open_library(self.config, self.study.plan)
