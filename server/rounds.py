@@ -39,7 +39,7 @@ from unimiss_core.adaptation import check_adaptation
 from unimiss_core.errors import PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
 from unimiss_core.loss_terms import mean_cross_entropy
-from unimiss_core.students import travelling_layout
+from unimiss_core.students import travelling_layout, update_layout
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -76,6 +76,7 @@ class Federation:
         self._folder = folder_of(config)
         self._record = record_of(config.out, study)
         self._layout = travelling_layout(study)
+        self._update_layout = update_layout(study)
         self._roster = Roster(grid, config, self._note_refused)
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
@@ -106,13 +107,13 @@ class Federation:
         return state
 
     def _tell_of_site_level(self) -> None:
-        for told in (what_it_is_worth(self._study, self._layout), who_is_believed(self._study, self._config)):
+        for told in (what_it_is_worth(self._study, self._update_layout), who_is_believed(self._study, self._config)):
             if told is not None:
                 progress.report(progress.Note(told))
 
     def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
         """The state after another round, which is saved."""
-        with opened_aggregate(self._study, self._layout, self._folder.scratch, self._spare) as aggregate:
+        with opened_aggregate(self._study, self._update_layout, self._folder.scratch, self._spare) as aggregate:
             work = self._round_after(state, aggregate)
             with self._stop_noted(work, state.round + 1):
                 if self._record is not None:
@@ -220,6 +221,7 @@ class Federation:
             run=self._folder.run,
             config=self._config,
             layout=self._layout,
+            update_layout=self._update_layout,
             roster=self._roster,
             exchange=self._exchange,
             slow=self._slow,
