@@ -136,12 +136,12 @@ def _of_task(source: Tuned) -> _About:
     manifest, task = source.manifest, source.manifest.task
     kind = task.kind.replace("_", "-") + " classification" if task.name == "classification" else "segmentation"
     by_a_federation = manifest.trained_in == "rounds"
-    began = {"unknown": "from what is not known here", "scratch": "from scratch"}.get(
-        manifest.began_with, f"from a {manifest.began_with}"
+    began = {"unknown": "; what it began with is not known here", "scratch": ", from scratch"}.get(
+        manifest.began_with, f", from a {manifest.began_with}"
     )
     return _About(
         title=f"{kind.capitalize()} of {'images' if task.rank == 2 else 'volumes'}",
-        summary=f"Fine-tuned {'by a federation' if by_a_federation else 'at one place'} by Federated UniMiSS, {began}.",
+        summary=f"Fine-tuned {'by a federation' if by_a_federation else 'at one place'} by Federated UniMiSS{began}.",
         rows={
             "model": f"MiT `{manifest.model.size}` with a head, {_count(source)}",
             "input": f"{' x '.join(map(str, task.size_for(manifest.model)))} ({', '.join('DHW'[-task.rank :])})",

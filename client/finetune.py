@@ -201,9 +201,9 @@ def _head_in_words(config: FinetuneConfig, beginning: Beginning) -> str:
     if beginning.rank is None:
         return ""
     if beginning.has_head_for(config.task):
-        return " that was fine-tuned for the same classes, and its head"
+        return " (fine-tuned for the same classes: its head, too)"
     why = "is for another task or other classes" if beginning.task else "stayed at its sites, or nothing says its task"
-    return f" that was fine-tuned, and a new head, for its own {why}"
+    return f" (fine-tuned; a new head, for its own {why})"
 
 
 def _tell(parts: Mapping[Part, Sequence[Labelled]]) -> None:

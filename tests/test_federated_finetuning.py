@@ -50,10 +50,10 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def federate(out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1) -> GlobalState:
+def federate(out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1, **settings: Any) -> GlobalState:
     nodes = {path.parent.name: {"site": str(path)} for path in sites}
     quorum = {"min_sites": least, "min_replies": least, "wait_s": 0.1, "retry_s": 0.0, "deadline_s": 600.0}
-    config = CoordinatorConfig(study=Path("unused"), out=out, **quorum)
+    config = CoordinatorConfig(study=Path("unused"), out=out, **quorum, **settings)
     with LocalGrid(app, nodes, run_config={}) as grid:
         return Federation(grid, study, config).run()
 
@@ -166,7 +166,7 @@ def test_noise_that_hides_a_site_is_on_what_the_study_trains_alone(tmp_path: Pat
         "delta": 1e-4,
     }
     study = task_study(finetune={"trains": "frozen"}, privacy=privacy, aggregation={"max_size_ratio": None})
-    federate(tmp_path / "out", [hospital(tmp_path / "north", "north")], study)
+    federate(tmp_path / "out", [hospital(tmp_path / "north", "north")], study, identity="believed")
     before, after = (RunFolder(tmp_path / "out").load(round).student for round in (0, 1))
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in after if not name.startswith("backbone.encoder.")}

@@ -85,9 +85,9 @@ def test_a_fine_tuning_goes_on_with_encoder_and_head_where_the_classes_are_the_s
 @pytest.mark.parametrize(
     ("head", "keeps_study", "told"),
     [
-        ("shared", True, "begins with checkpoint that was fine-tuned for the same classes, and its head, trains full"),
-        ("local", True, "and a new head, for its own stayed at its sites, or nothing says its task"),
-        ("shared", False, "and a new head, for its own stayed at its sites, or nothing says its task"),
+        ("shared", True, "begins with checkpoint (fine-tuned for the same classes: its head, too), trains full"),
+        ("local", True, "(fine-tuned; a new head, for its own stayed at its sites, or nothing says its task)"),
+        ("shared", False, "(fine-tuned; a new head, for its own stayed at its sites, or nothing says its task)"),
     ],
 )
 def test_the_screen_says_what_is_taken(
@@ -120,7 +120,7 @@ def test_a_round_predicts_and_is_exported_as_the_runs_own_model(tmp_path: Path) 
     assert config.holds == "classification"
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), expected.parameters(), strict=True))
     card = (tmp_path / "round-plain" / "README.md").read_text()
-    assert "Fine-tuned by a federation by Federated UniMiSS, from what is not known here." in card
+    assert "Fine-tuned by a federation by Federated UniMiSS; what it began with is not known here." in card
     assert "`full`, 2 rounds, seed 0" in card
     assert "| manifest.json | sha256" in card
 
