@@ -34,6 +34,7 @@ from server.site_level import check_site_level, what_it_is_worth, who_is_believe
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
 from server.task_release import release_model
+from server.validation import Best, best_in
 from unimiss_core import progress
 from unimiss_core.adaptation import check_adaptation
 from unimiss_core.errors import PrivacyBudgetError, RoundError, RunFolderError, where
@@ -104,6 +105,8 @@ class Federation:
                 state = self._next_round(state, hello)
             begun = self._config.start is not None
             release_model(self._folder, self._study, round=state.round, from_start=begun)
+            if (best := self._best()) is not None:
+                progress.report(progress.Note(f"{best.in_words()}: {self._folder.checkpoint_of(best.round)}"))
         return state
 
     def _tell_of_site_level(self) -> None:
@@ -230,6 +233,12 @@ class Federation:
             audit=self._audit,
         )
 
+    def _best(self) -> Best | None:
+        """By what sites measured so far; None where the study holds out nobody."""
+        if self._study.finetune is None or not self._study.finetune.validation:
+            return None
+        return best_in(self._folder.metric_rows())
+
     def _probed(self, state: GlobalState) -> dict[str, Any]:
         """{"probe": figures}; nothing where none is due, or it fails: a trained round is not lost for that."""
         if self._probe is None or not self._config.is_probed(state.round, self._study.schedule.rounds):
@@ -262,7 +271,8 @@ class Federation:
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
         self._audit.released(run=self._folder.run, round=state.round, manifest=self._folder.manifest_of(state.round))
-        self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints)
+        best = self._best()
+        self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints, best=best.round if best else None)
         means = {name: mean_cross_entropy(line.losses) for name, line in lines.items()}
         losses = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         progress.report(progress.RoundDone(state.round, self._study.schedule.rounds, took, losses))
