@@ -18,6 +18,7 @@ from client.inference import Inference, check_extra
 from client.site_config import SiteConfig
 from client.site_labels import LabelledScan
 from client.telling import tell, tell_once_if_heard
+from unimiss_core.device import is_out_of_memory
 from unimiss_core.errors import ConfigError, NoUsableScanError
 from unimiss_core.figures import VALIDATION_AUC, VALIDATION_DICE
 from unimiss_core.study import StudyConfig
@@ -71,7 +72,13 @@ def measured(
     size = task.size_for(study.model)
     inference = Inference(task, size, device, site.precision, batch=_BATCH, overlap=0.5, keep_largest=())
     name, measure = (VALIDATION_DICE, _dice) if dense else (VALIDATION_AUC, _auc)
-    value = measure(inference, model, scans)
+    try:
+        value = measure(inference, model, scans)
+    except (MemoryError, RuntimeError) as error:  # the round is trained by now, and is not lost for a figure
+        if not is_out_of_memory(error):
+            raise
+        tell(site.name, "does not measure the shared model: a held-out scan does not fit into the device's memory")
+        return {}
     return {} if np.isnan(value) else {name: value}
 
 

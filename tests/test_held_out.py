@@ -29,13 +29,16 @@ def validated(rounds: int = 1, *, share: float = 0.4, **changes: Any) -> StudyCo
 
 
 def test_about_the_share_of_patients_is_held_out_whoever_else_comes() -> None:
-    study, others = validated(share=0.3), validated(share=0.3, seed=1)
     patients = [f"{number:032x}" for number in range(2000)]
-    chosen = {one for one in patients if held_out.is_held_out(one, study)}
+
+    def chosen_by(study: StudyConfig) -> set[str]:
+        return {patient for patient in patients if held_out.is_held_out(patient, study)}
+
+    chosen = chosen_by(validated(share=0.3))
     assert len(chosen) / 2000 == pytest.approx(0.3, abs=0.04)  # some four standard deviations
-    assert chosen < {one for one in patients if held_out.is_held_out(one, validated(share=0.5))}
-    assert chosen != {one for one in patients if held_out.is_held_out(one, others)}
-    assert not any(held_out.is_held_out(one, task_study()) for one in patients)
+    assert chosen < chosen_by(validated(share=0.5))
+    assert chosen != chosen_by(validated(share=0.3, seed=1))
+    assert not chosen_by(task_study())
 
 
 class Run(NamedTuple):
@@ -128,6 +131,22 @@ def test_masks_are_measured_by_dice_on_the_prepared_grid(tmp_path: Path) -> None
             expected.append(2 * (drawn & truth).sum() / (drawn.sum() + truth.sum()))
     assert 0 < len(expected) < 8
     assert found == {"validation_dice": pytest.approx(np.mean(expected))}
+
+
+def test_a_scan_that_does_not_fit_into_memory_costs_the_figure_and_not_the_round(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 bytes")
+
+    site, heard = opened(run.sites[0], run.study), list[str]()
+    student = {name: parameter.detach() for name, parameter in build_student(run.study).named_parameters()}
+    asked = (site.config, run.study, site.everything, student, torch.device("cpu"))
+    assert held_out.measured(*asked).keys() == {"validation_auc"}
+    monkeypatch.setattr(held_out.Inference, "chances", too_large)
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        assert held_out.measured(*asked) == {}
+    assert heard == ["north: does not measure the shared model: a held-out scan does not fit into the device's memory"]
 
 
 @pytest.mark.parametrize(
