@@ -7,7 +7,7 @@ and all that leaves goes through `_reply`, where it is written into the site's a
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -25,6 +25,7 @@ from client.site_labels import check_labels
 from client.telling import tell_if_heard, tell_of_scans
 from client.terms import check_rounds, check_terms
 from client.trainer import run_round
+from unimiss_core.codec import Layout
 from unimiss_core.errors import (
     AuditError,
     ConfigError,
@@ -41,10 +42,10 @@ from unimiss_core.errors import (
     WireError,
     where,
 )
-from unimiss_core.groups import groups_of_ranks
+from unimiss_core.groups import Group, groups_of_ranks
 from unimiss_core.reasons import REASONS as MEANINGS
 from unimiss_core.scan import RANKS
-from unimiss_core.students import travelling_layout
+from unimiss_core.students import travelling_layout, update_layout
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import (
     Hello,
@@ -121,15 +122,19 @@ def train(message: Message, context: Context) -> Message:
         study = study_of(message.content)
         site = _admitted(context, study, run_of(message.content))
         check_groups(site.config, {group for part in arrays_in(message.content).values() for group in part})
-        layout, groups = travelling_layout(study), groups_of_ranks(site.ranks)
-        trained = {group: specs for group, specs in layout.items() if group in groups}
-        request = TrainRequest.unpack(message.content, trained)
+        groups = groups_of_ranks(site.ranks)
+        request = TrainRequest.unpack(message.content, _of_groups(travelling_layout(study), groups))
+        trained = _of_groups(update_layout(study), groups)
         if site.is_private:
             payload, head = private_round(site, request, trained)
             return with_ledger(as_kept(payload), head)
         return run_round(site, request).pack(trained, study.wire.dtype)
 
     return _reply(message, context, answer)
+
+
+def _of_groups(layout: Layout, groups: Collection[Group]) -> Layout:
+    return {group: specs for group, specs in layout.items() if group in groups}
 
 
 def _check_promise(site: str, study: StudyConfig) -> None:

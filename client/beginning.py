@@ -9,12 +9,15 @@ from torch import Tensor
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.embedding import encoder_of
-from unimiss_core.errors import CheckpointError
+from unimiss_core.errors import ConfigError
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.model import MiT
-from unimiss_core.network import build_network, empty_network
+from unimiss_core.network import build_network, tensors_of
 from unimiss_core.released import read_released
+from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.task_config import TaskConfig
+from unimiss_core.tuned_round import rank_of_task, require_pretraining, task_of
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,19 @@ class Beginning:
     model: ModelConfig
     plan: PlanConfig
     tensors: Mapping[str, Tensor] | None
-    """The pretrained teacher's; None from scratch."""
+    """The pretrained teacher's, or those of a model for a task; None from scratch."""
+    rank: Rank | None = None
+    """The one that a task's model is of; None of pretraining."""
+    task: TaskConfig | None = None
+    """What its head answers; None of pretraining, and where nothing says."""
 
     @property
     def digest(self) -> str | None:
         return None if self.tensors is None else task_checkpoint.digest_of(self.tensors)
+
+    def has_head_for(self, task: TaskConfig) -> bool:
+        """Whether its head answers just this, for scans of whatever size."""
+        return self.task is not None and _without_size(self.task) == _without_size(task)
 
     def encoder(self) -> MiT:
         """On the CPU; from scratch the random one."""
@@ -43,13 +54,29 @@ class Beginning:
 def begin(init: InitConfig, plan: PlanConfig | None = None) -> Beginning:
     """Read what `init` names. plan: instead of the checkpoint's own. Raises CheckpointError, ConfigError."""
     if isinstance(init, FromCheckpoint):
-        found = checkpoint.load(init.folder, key=read_signing_public_key(init.key) if init.key else None)
-        manifest = found.manifest
-        shapes = {name: tuple(p.shape) for name, p in empty_network(manifest.model).named_parameters()}
-        if shapes != manifest.tensors:
-            raise CheckpointError(f"{init.folder}: its tensors are not those of the model in its manifest")
-        return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.teacher)
+        return _from_checkpoint(init, plan)
     if isinstance(init, FromReleased):
         released = read_released(init.file)
         return Beginning("released", released.model, plan or PlanConfig(), released.teacher)
     return Beginning("scratch", init.model, plan or PlanConfig(), None)
+
+
+def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning:
+    """Of a round of pretraining, of a round of a federation that fine-tuned, or of a fine-tuned model's folder."""
+    if task_checkpoint.is_there(init.folder):
+        if init.key is not None:
+            raise ConfigError(f"{init.folder}: is a fine-tuned model, which nobody signs; give no key")
+        model, told = task_checkpoint.load(init.folder)
+        task = told.task
+        return Beginning("checkpoint", told.model, plan or told.plan, tensors_of(model), rank=task.rank, task=task)
+    found = checkpoint.load(init.folder, key=read_signing_public_key(init.key) if init.key else None)
+    manifest, rank = found.manifest, rank_of_task(found.manifest)
+    if rank is None:
+        require_pretraining(init.folder, manifest)
+        return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.teacher)
+    of = task_of(init.folder, manifest)
+    return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.student, rank=rank, task=of)
+
+
+def _without_size(task: TaskConfig) -> TaskConfig:
+    return task.model_copy(update={"input_size": None})

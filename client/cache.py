@@ -17,7 +17,6 @@ import hmac
 import json
 import os
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client import workers
-from client.cache_room import check_spare, make_room, prepared_bytes
+from client.cache_room import check_spare, forget_unfinished, make_room, prepared_bytes
 from client.candidates import Candidate
 from client.catalogue import FEW_BYTES, Catalogue, catalogue, read, safe_here, state_of
 from client.patients import check_known, load_secret
@@ -44,8 +43,6 @@ from unimiss_core.study import PlanConfig
 _VERSION = 4
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 FULL = 65535
-_STALE_S = 86_400.0
-"""Age at which a file that is still being written was left behind by a crash."""
 _PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
 """Reasons that may be gone next time: what they stopped is tried again."""
 
@@ -194,9 +191,7 @@ def _built(
 ) -> list["_Record"]:
     """What became of each candidate; those that no journal knows are read now. show: is told how many of how many."""
     folder = site.cache_folder
-    for partial in folder.glob(".*.partial"):
-        if time.time() - partial.stat().st_mtime > _STALE_S:
-            partial.unlink(missing_ok=True)
+    forget_unfinished(folder)
     records = _read_records(folder)
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
     missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), site)]

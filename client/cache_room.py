@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -14,6 +15,8 @@ from unimiss_core.study import PlanConfig
 
 _SPARE_BYTES = 2**30
 """What is left free on the cache's disk."""
+_STALE_S = 86_400.0
+"""Age at which a file that is still being written was left behind by a crash."""
 
 
 def prepared_bytes(candidate: Candidate, plan: PlanConfig) -> int:
@@ -59,6 +62,13 @@ def make_room(
             return
         path.unlink(missing_ok=True)
         used, free = used - size, free + size
+
+
+def forget_unfinished(folder: Path) -> None:
+    """Delete files whose writing a crash cut off."""
+    for partial in folder.glob(".*.partial"):
+        if time.time() - partial.stat().st_mtime > _STALE_S:
+            partial.unlink(missing_ok=True)
 
 
 def check_spare(folder: Path, size: int) -> None:

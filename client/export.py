@@ -54,7 +54,7 @@ def export(
     )
     graphs = dict(_graphs(source, size, channels or 1)) if form == "onnx" else {}
     if form == "monai":
-        files, use = monai_bundle.files_of(folder, _task_of(source)), monai_bundle.USE
+        files, use = monai_bundle.files_of(_task_of(source)), monai_bundle.USE
     elif form == "onnx":
         files, use = {name: graph.payload for name, graph in graphs.items()}, _USE_ONNX
     else:

@@ -3,13 +3,15 @@
 It counts sites and names none, and holds no patient and no path: whoever exports may hand it on as it is.
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from client.export_sources import Pretrained, Source, Tuned
-from unimiss_core.card_wording import plan_in_words, promise_in_words, sizes_in_words
+from unimiss_core.card_wording import literally, plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.exported import ExportedConfig
 
 _NOT_FOR_DIAGNOSIS = (
@@ -17,15 +19,19 @@ _NOT_FOR_DIAGNOSIS = (
 )
 
 
+_FIGURE = re.compile(r"[a-z0-9_]+")
+"""Of a figure over all classes; one of a single class has a stroke and the class's name."""
+
+
 def card(source: Source, config: ExportedConfig, use: str) -> str:
     """Markdown. config: as it is written beside the card. use: how the files are used, as Markdown."""
     about = _of_encoder(source) if isinstance(source, Pretrained) else _of_task(source)
-    made_from = "manifest.json" if isinstance(source, Pretrained) else "model.json"
+    made_from = "manifest.json" if isinstance(source, Pretrained) else source.described_by
     rows = {**about.rows, "checked": _checks(config), made_from: f"sha256 `{config.source_digest}`"}
-    table = "\n".join(f"| {name} | {_cell(told)} |" for name, told in rows.items() if told)
+    table = "\n".join(f"| {name} | {told} |" for name, told in rows.items() if told)
     return f"""\
 ---
-license: {config.licence or "unknown"}
+license: {json.dumps(config.licence) if config.licence else "unknown"}
 tags: [medical-imaging, {"self-supervised" if isinstance(source, Pretrained) else config.holds}, federated-learning]
 ---
 
@@ -36,7 +42,7 @@ tags: [medical-imaging, {"self-supervised" if isinstance(source, Pretrained) els
 | | |
 |---|---|
 {table}
-| licence | {f"`{config.licence}`" if config.licence else "not stated: whoever publishes this must"} |
+| licence | {literally(config.licence) if config.licence else "not stated: whoever publishes this must"} |
 
 ## Intended use
 
@@ -62,11 +68,6 @@ That leaves values in [0, 1]; the network takes x -> 4 x - 2 of them.
 Its features carry whatever tells scanners and patients apart, and scans of other scanners, ages or diseases than it was
 trained on may be met otherwise. `config.json` and this page are not signed.
 """
-
-
-def _cell(text: str) -> str:
-    """Fit for a table of Markdown: names of classes may hold anything."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +136,17 @@ def _of_task(source: Tuned) -> _About:
     manifest, task = source.manifest, source.manifest.task
     kind = task.kind.replace("_", "-") + " classification" if task.name == "classification" else "segmentation"
     by_a_federation = manifest.trained_in == "rounds"
-    began = "from scratch" if manifest.pretrained_digest is None else f"from a {manifest.began_with}"
+    began = {"unknown": "; what it began with is not known here", "scratch": ", from scratch"}.get(
+        manifest.began_with, f", from a {manifest.began_with}"
+    )
     return _About(
         title=f"{kind.capitalize()} of {'images' if task.rank == 2 else 'volumes'}",
-        summary=f"Fine-tuned {'by a federation' if by_a_federation else 'at one place'} by Federated UniMiSS, {began}.",
+        summary=f"Fine-tuned {'by a federation' if by_a_federation else 'at one place'} by Federated UniMiSS{began}.",
         rows={
             "model": f"MiT `{manifest.model.size}` with a head, {_count(source)}",
             "input": f"{' x '.join(map(str, task.size_for(manifest.model)))} ({', '.join('DHW'[-task.rank :])})",
-            "classes": ", ".join(task.classes),
+            "classes": ", ".join(map(literally, task.classes)),
+            "trained on": ", ".join(manifest.trained_on),
             "trained": f"`{manifest.trained}`, {manifest.epoch} {manifest.trained_in}, seed {manifest.seed}",
             "pretrained": f"sha256 `{manifest.pretrained_digest}` of its tensors" if manifest.pretrained_digest else "",
             "judged on": _judged(source),
@@ -161,7 +165,7 @@ def _of_task(source: Tuned) -> _About:
 
 def _judged(source: Tuned) -> str:
     scans, patients = source.figures.get("scans"), source.figures.get("patients")
-    if not scans or not patients:
+    if not (scans and patients and isinstance(scans, int) and isinstance(patients, int)):
         return ""
     which = "that it never saw" if source.judged_on == "test" else "that decided when training stopped"
     return f"{scans} scans of {patients} patients {which}"
@@ -171,11 +175,16 @@ def _told_figures(figures: Mapping[str, Any]) -> dict[str, str]:
     """Those over all classes, each with its 95% interval over patients."""
     rows = {}
     for name, figure in figures.items():
-        if isinstance(figure, Mapping) and "/" not in name and figure.get("value") is not None:
+        if isinstance(figure, Mapping) and _FIGURE.fullmatch(name) and _is_number(figure.get("value")):
             value, low, high = (figure.get(key) for key in ("value", "low", "high"))
-            interval = f" ({low:.3f} to {high:.3f})" if low is not None and high is not None else ""
+            interval = f" ({low:.3f} to {high:.3f})" if _is_number(low) and _is_number(high) else ""
             rows[f"`{name}`"] = f"{value:.3f}{interval}"
     return rows
+
+
+def _is_number(value: object) -> bool:
+    """Of a file that anyone may write."""
+    return isinstance(value, int | float)
 
 
 def _count(source: Source) -> str:

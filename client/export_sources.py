@@ -11,7 +11,6 @@ from typing import Any, Literal
 from client import accounting
 from unimiss_core import checkpoint, task_checkpoint, trained_by
 from unimiss_core.checkpoint import Manifest
-from unimiss_core.config import load
 from unimiss_core.embedding import encoder_of
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.exported import ExportedConfig
@@ -24,8 +23,7 @@ from unimiss_core.study import ModelConfig, StudyConfig
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.tasks import TaskModel
 from unimiss_core.trained_by import TrainedBy
-
-_MODEL = "model.json"
+from unimiss_core.tuned_round import load_tuned, rank_of_task, require_pretraining, study_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class Tuned:
     model: TaskModel
     config: ExportedConfig
     manifest: TaskManifest
+    described_by: str
+    """File whose sha256 names the model: model.json, or a round's manifest.json."""
     judged_on: Literal["test", "validation"] | None
     """Which scans `figures` are of: validation scans where none tested it; None where nothing says."""
     figures: Mapping[str, Any]
@@ -66,24 +66,27 @@ def read_source(folder: Path, *, student: bool, key: SigningPublicKey | None, li
     Raises ConfigError: `student` or `key` with a fine-tuned model, which has neither.
     """
     if (folder / checkpoint.MANIFEST).is_file():
-        return _pretrained(folder, student=student, key=key, licence=licence)
-    if (folder / _MODEL).is_file():
+        if rank_of_task(checkpoint.read_manifest(folder, key=key)) is None:
+            return _pretrained(folder, student=student, key=key, licence=licence)
+        if student:
+            raise ConfigError(f"{folder}: is of a federation that fine-tuned, without a teacher; leave --student out")
+        return _tuned(folder, checkpoint.MANIFEST, key=key, licence=licence)
+    if task_checkpoint.is_there(folder):
         if student or key is not None:
             raise ConfigError(f"{folder}: is a fine-tuned model: it has no student and no signature; leave both out")
-        return _tuned(folder, licence)
+        return _tuned(folder, task_checkpoint.MANIFEST, key=None, licence=licence)
     if folder.is_file():
         raise CheckpointError(f"{folder}: is a file; turn released weights into a checkpoint first: unimiss import")
     raise CheckpointError(
-        f"{folder}: holds neither a checkpoint ({checkpoint.MANIFEST}) nor a fine-tuned model ({_MODEL})"
+        f"{folder}: holds neither a checkpoint ({checkpoint.MANIFEST}) "
+        f"nor a fine-tuned model ({task_checkpoint.MANIFEST})"
     )
 
 
 def _pretrained(folder: Path, *, student: bool, key: SigningPublicKey | None, licence: str | None) -> Pretrained:
     found = checkpoint.load(folder, key=key)
     manifest = found.manifest
-    shapes = {name: tuple(p.shape) for name, p in empty_network(manifest.model).named_parameters()}
-    if shapes != manifest.tensors:  # before any memory is taken: the manifest itself has no checksum
-        raise CheckpointError(f"{folder}: its tensors are not those of the model in its manifest; take another copy")
+    require_pretraining(folder, manifest)
     tensors = found.student if student else found.teacher
     check_tensors(empty_network(manifest.model), tensors)
     encoder = encoder_of(manifest.model, tensors)
@@ -103,8 +106,8 @@ def _pretrained(folder: Path, *, student: bool, key: SigningPublicKey | None, li
     return Pretrained(encoder, config, manifest, study, counted, _spent(study, manifest.round, counted))
 
 
-def _tuned(folder: Path, licence: str | None) -> Tuned:
-    model, manifest = task_checkpoint.load(folder)
+def _tuned(folder: Path, described_by: str, *, key: SigningPublicKey | None, licence: str | None) -> Tuned:
+    model, manifest = load_tuned(folder, key=key)
     config = ExportedConfig(
         holds=manifest.task.name,
         part=None,
@@ -114,24 +117,19 @@ def _tuned(folder: Path, licence: str | None) -> Tuned:
         ranks=(manifest.task.rank,),
         plan=manifest.plan,
         task=manifest.task,
-        source_digest=_sha256(folder / _MODEL),
+        source_digest=_sha256(folder / described_by),
         licence=licence,
     )
-    return Tuned(model.requires_grad_(False), config, manifest, *_figures(folder / "metrics.json"))
+    figures = _figures(folder / "metrics.json")
+    return Tuned(model.requires_grad_(False), config, manifest, described_by, *figures)
 
 
 def _record_of(folder: Path, manifest: Manifest) -> tuple[StudyConfig | None, TrainedBy | None]:
     """The study, and by whom it was trained: beside a checkpoint that was handed on, or in its run's folder."""
-    if manifest.study_digest is None:
+    if (found := study_of(folder, manifest)) is None:
         return None, None
-    run = folder.absolute().parent.parent
-    for place in (folder, run):
-        with suppress(ConfigError):
-            study = load(StudyConfig, place / "study.yaml")
-            if study.digest() == manifest.study_digest:
-                counted = trained_by.read(folder) if place == folder else trained_by.of_run(run, manifest.round)
-                return study, counted
-    return None, None
+    study, place = found
+    return study, trained_by.read(folder) if place == folder else trained_by.of_run(place, manifest.round)
 
 
 def _spent(study: StudyConfig | None, rounds: int, counted: TrainedBy | None) -> float | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from unimiss_core.codec import carried_over
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import trained_steps
-from unimiss_core.students import travelling_layout
+from unimiss_core.students import update_layout
 from unimiss_core.study import StudyConfig
 
 
@@ -26,6 +26,6 @@ def with_feedback(
     Raises WireError `not_finite`: such an update could not be sent, and what it lost would stay NaN for ever.
     """
     steps = trained_steps(ranks, study.schedule, round)
-    layout = {group: specs for group, specs in travelling_layout(study).items() if steps[group] > 0}
+    layout = {group: specs for group, specs in update_layout(study).items() if steps[group] > 0}
     sent, newly_lost = carried_over(update, lost, layout, study.wire.dtype)
     return {**update, **sent}, {**lost, **newly_lost}

@@ -65,6 +65,7 @@ def finetune(
     check_extra(config.task)
     _check_folder(config.out, resume=resume)
     beginning = begin(config.init, config.plan)
+    _check_rank(config, beginning)
     table = label_table(config)
     split = split_cases(table.cases, config)
     _make(config.out)
@@ -86,7 +87,8 @@ def finetune(
             progress.report(progress.Note(f"goes on after epoch {training.progress.epoch}"))
         training.run(lambda now: now.save(config.out, digest))
         _write_curves(config.out / "curves.csv", training.progress.curve)
-        _write_model(config, beginning, training, table.modality)
+        kinds = sorted({one.modality for one in parts["train"]})
+        _write_model(config, beginning, training, table.modality, kinds)
         task_training.set_tensors_(training.model, training.best)
         _write_results(config, judge, training, parts, show_paths=show_paths)
     (config.out / task_training.STATE).unlink(missing_ok=True)
@@ -112,6 +114,7 @@ def task_model(config: FinetuneConfig, beginning: Beginning) -> TaskModel:
         dense=task.name == "segmentation",
         seed=config.seed,
         pretrained=beginning.tensors,
+        takes_head=beginning.has_head_for(task),
     )
 
 
@@ -138,6 +141,15 @@ def _training(
         device=device,
         size=size,
     )
+
+
+def _check_rank(config: FinetuneConfig, beginning: Beginning) -> None:
+    """Raises ConfigError: it begins with a model for a task that is of the other rank."""
+    if beginning.rank not in (None, config.task.rank):
+        raise ConfigError(
+            f"init: was fine-tuned for scans of rank {beginning.rank}, and holds nothing of rank {config.task.rank}, "
+            "which task.rank asks for; give a checkpoint of pretraining, or one of that rank"
+        )
 
 
 def _check_folder(out: Path, *, resume: bool) -> None:
@@ -178,10 +190,20 @@ def _say_how_it_begins(config: FinetuneConfig, beginning: Beginning, device: tor
     plan = "the file's own" if config.plan else brought
     progress.report(
         progress.Note(
-            f"begins with {beginning.name}, trains {config.training.trains} on {device}; "
-            f"reading the labelled scans, prepared by {plan} plan"
+            f"begins with {beginning.name}{_head_in_words(config, beginning)}, "
+            f"trains {config.training.trains} on {device}; reading the labelled scans, prepared by {plan} plan"
         )
     )
+
+
+def _head_in_words(config: FinetuneConfig, beginning: Beginning) -> str:
+    """Of a model that was fine-tuned before; pretraining has none to give."""
+    if beginning.rank is None:
+        return ""
+    if beginning.has_head_for(config.task):
+        return " (fine-tuned for the same classes: its head, too)"
+    why = "is for another task or other classes" if beginning.task else "stayed at its sites, or nothing says its task"
+    return f" (fine-tuned; a new head, for its own {why})"
 
 
 def _tell(parts: Mapping[Part, Sequence[Labelled]]) -> None:
@@ -199,7 +221,14 @@ def _write_curves(path: Path, curve: Sequence[Epoch]) -> None:
     durable.write_text(path, text.getvalue())
 
 
-def _write_model(config: FinetuneConfig, beginning: Beginning, training: Training, modality: Modality | None) -> None:
+def _write_model(
+    config: FinetuneConfig,
+    beginning: Beginning,
+    training: Training,
+    modality: Modality | None,
+    kinds: Sequence[Modality],
+) -> None:
+    """modality: of files that do not say it. kinds: of the scans that it was trained on."""
     manifest = TaskManifest(
         task=config.task,
         model=beginning.model,
@@ -213,6 +242,7 @@ def _write_model(config: FinetuneConfig, beginning: Beginning, training: Trainin
         overlap=config.inference.overlap,
         precision=config.training.precision,
         modality=modality,
+        trained_on=tuple(kinds),
     )
     task_checkpoint.save(config.out, training.best, manifest)
 

@@ -25,7 +25,7 @@ from client.splits import Split, check_parts
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.plan import prepare, resample_labels
-from unimiss_core.scan import Scan
+from unimiss_core.scan import Modality, Scan
 from unimiss_core.study import PlanConfig
 from unimiss_core.task_config import SegmentationConfig
 
@@ -65,6 +65,8 @@ class Labelled:
     """The mask on the source's own grid, which is what a result is measured by."""
     places: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
     """Class that is there -> (n, rank) indices of some of its voxels."""
+    modality: Modality = "OT"
+    """As the scan was read."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -243,7 +245,7 @@ def _prepared(
         )
     values, spacing = prepare(scan, plan)
     kept = _kept(folder / f"{case.number:06d}.npy", as_stored(values))
-    found = Labelled(case, kept, grid_of(scan, spacing))
+    found = Labelled(case, kept, grid_of(scan, spacing), modality=scan.modality)
     if not isinstance(task, SegmentationConfig):
         return found
     if isinstance(mask, MaskError):

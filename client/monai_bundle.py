@@ -11,12 +11,11 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from client.export_sources import Tuned
+from unimiss_core import task_checkpoint
 from unimiss_core.errors import ConfigError
-from unimiss_core.exported import TENSORS
 from unimiss_core.model import CHANNELS
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
@@ -42,13 +41,14 @@ def require_extra() -> None:
         raise ConfigError("monai must be installed for --to monai: pip install 'federated-unimiss[finetune]'")
 
 
-def files_of(folder: Path, source: Tuned) -> dict[str, bytes]:
-    """The bundle's files by their path in it; `folder` is where the model lies."""
+def files_of(source: Tuned) -> dict[str, bytes]:
+    """The bundle's files by their path in it."""
     manifest = source.manifest
+    model, _ = task_checkpoint.packed(dict(source.model.named_parameters()), manifest)
     return {
         "configs/metadata.json": _json(metadata(manifest)),
         "configs/inference.json": _json(inference(manifest)),
-        **{f"models/{name}": (folder / name).read_bytes() for name in ("model.json", TENSORS)},
+        **{f"models/{name}": content for name, content in model.items()},
     }
 
 

@@ -12,6 +12,7 @@ few of them at most. Lines are written as they come: what was done before a cras
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from client.labelled import Grid, as_stored, as_values, grid_of
 from client.masks import write_at_source
 from client.outputs import make_new_folder
 from client.reading import Origin, Reading
-from unimiss_core import durable, progress, task_checkpoint
+from unimiss_core import durable, progress
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.errors import CheckpointError, ConfigError, ScanError
 from unimiss_core.plan import prepare
@@ -35,8 +36,10 @@ from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
 from unimiss_core.tasks import TaskModel
+from unimiss_core.tuned_round import load_tuned
 
 _TABLE, _LEFT_OUT, _DONE = "predictions.csv", "left_out.csv", "predicted.json"
+_KINDS: Mapping[Modality, str] = {"CT": "CT", "MR": "MR", "PT": "PET", "XR": "radiographs", "OT": "not stated"}
 LIKELY = 0.5
 """Probability from which a label of several counts as there."""
 
@@ -66,14 +69,15 @@ def predict(
     show_paths: bool = False,
     dicom_seg: bool = False,
 ) -> None:
-    """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file.
+    """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file. A round of a
+    federation that fine-tuned is such a model, too.
 
     modality: of scans whose files do not say it; None takes what the model was trained with. batch: scans, or windows
     of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG.
     Raises CheckpointError, ConfigError, NoUsableScanError.
     """
     chosen = device_of(device)
-    network, manifest = task_checkpoint.load(model)
+    network, manifest = load_tuned(model)
     if not all(parameter.isfinite().all() for parameter in network.parameters()):  # a mask would be all background
         raise CheckpointError(f"{model}: its weights are not all numbers: its training diverged; fine-tune it again")
     check_extra(manifest.task)
@@ -82,6 +86,7 @@ def predict(
     make_new_folder("--out", out)
     reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
     inference = _inference(manifest, chosen, batch)
+    unlike = _unlike_training(reading, manifest)
     answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
     if len(reading):
         progress.report(progress.Note(f"asking about {len(reading)} scan(s) on {chosen}"))
@@ -95,6 +100,7 @@ def predict(
         "task": manifest.task.name,
         "classes": manifest.task.classes,
         "scans": done,
+        "unlike_training": unlike,
         "left_out": reading.reasons,
     }
     durable.write_text(out / _DONE, json.dumps(told, indent=2) + "\n")
@@ -119,6 +125,29 @@ def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Infe
         overlap=manifest.overlap,
         keep_largest=manifest.keep_largest,
     )
+
+
+def _unlike_training(reading: Reading, manifest: TaskManifest) -> dict[Modality, int]:
+    """Kind -> how many scans of the model's rank are of it, for each kind that it was not trained on; all are told."""
+    known = manifest.trained_on
+    kinds = Counter(one.modality for one in reading.found.candidates if one.kind == f"{manifest.task.rank}d")
+    unlike = {kind: count for kind, count in sorted(kinds.items()) if known and not _is_like(kind, known)}
+    for kind, count in unlike.items():
+        taught = ", ".join(_KINDS[one] for one in known)
+        told = (
+            f"WARNING: {count} scan(s) are of another kind ({_KINDS[kind]}) than the model was fine-tuned on ({taught})"
+        )
+        way_out = (
+            "where they are CT, say so with --modality CT" if kind == "OT" else "its answers were never judged on such"
+        )
+        progress.report(progress.Note(f"{told}; {way_out}"))
+    return unlike
+
+
+def _is_like(kind: Modality, known: Sequence[Modality]) -> bool:
+    """Whether scans of this kind may be such as the model knows. OT says nothing, and may be any but CT, whose values
+    alone are prepared by a window in HU."""
+    return kind in known or (kind != "CT" and "OT" in known) or (kind == "OT" and "CT" not in known)
 
 
 def _asked(reading: Reading, manifest: TaskManifest) -> Iterator[Asked]:

@@ -18,7 +18,7 @@ from client.finetune_config import FinetuneConfig, load_finetune
 from client.label_tables import label_table
 from client.labelled import read_cases
 from client.medmnist import opened_arrays
-from client.reading import Reading
+from client.reading import Reading, report_looked
 from client.reasons import REASONS
 from client.site_config import DataSource
 from client.splits import split_cases
@@ -102,7 +102,7 @@ class _Folders:
         self._source = parse(DataSource, raw, where="--patient-pattern")
 
     def scans(self, plan: PlanConfig) -> Iterator[Known]:
-        reading = Reading.of_sources([self._source], plan)
+        reading = Reading.of_sources([self._source], plan, looked=report_looked)
         bare = 0
         for number, (origin, scan) in enumerate(reading, start=1):
             label, _, below = origin.files[0].partition("/")

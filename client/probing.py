@@ -107,7 +107,13 @@ def _beginning(checkpoint: str, study: Path | None, key: Path | None) -> Beginni
     init = init_from(checkpoint, FromScratch() if asked is None else FromScratch(model=asked.model))
     if asked is not None and not isinstance(init, FromScratch):
         raise ConfigError("--study: says what 'scratch' is; a checkpoint knows its model and plan itself")
-    return begin(signed_by(key, init) if key else init, None if asked is None else asked.plan)
+    beginning = begin(signed_by(key, init) if key else init, None if asked is None else asked.plan)
+    if beginning.rank is not None:
+        raise ConfigError(
+            f"{checkpoint}: was fine-tuned, and knows scans of rank {beginning.rank} alone; a probe asks an encoder of "
+            "pretraining. What a fine-tuned model is worth, its figures say, or a classification's `unimiss predict`"
+        )
+    return beginning
 
 
 # ---------------------------------------------------------------------------------------------------------- features

@@ -6,7 +6,7 @@ Scans are read as they are asked for, so that memory holds one or two, however m
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,18 +74,28 @@ class Reading:
 
     @classmethod
     def of_sources(
-        cls, sources: Sequence[DataSource], plan: PlanConfig | None = None, *, nameless: bool = False
+        cls,
+        sources: Sequence[DataSource],
+        plan: PlanConfig | None = None,
+        *,
+        nameless: bool = False,
+        looked: Callable[[int], None] | None = None,
     ) -> "Reading":
         """plan: says whether missing slices may be made up. nameless: DICOM that says no patient is read, too, for it
-        does not matter whose it is. Raises ConfigError for a wrong table."""
-        return cls(catalogue(sources, secrets.token_bytes(32), interpolate=_interpolates(plan), nameless=nameless))
+        does not matter whose it is. looked: called with the number of files looked at as the work goes on. Raises
+        ConfigError for a wrong table."""
+        found = catalogue(
+            sources, secrets.token_bytes(32), interpolate=_interpolates(plan), nameless=nameless, looked=looked
+        )
+        return cls(found)
 
     @classmethod
     def of_path(cls, path: Path, plan: PlanConfig, modality: Modality | None = None) -> "Reading":
         """Of a folder, or of one file, whosever scans they are. modality: of files that do not say it. Raises
         ConfigError: there is neither."""
         if path.is_dir():
-            return cls.of_sources([DataSource(folder=path, modality=modality)], plan, nameless=True)
+            source = DataSource(folder=path, modality=modality)
+            return cls.of_sources([source], plan, nameless=True, looked=report_looked)
         if not path.is_file():
             raise ConfigError(f"{path}: is neither a folder of scans nor a file")
         return cls(catalogue_one(path, modality, interpolate=_interpolates(plan)))
@@ -142,6 +152,11 @@ def read_scans(sources: Sequence[DataSource], plan: PlanConfig | None = None) ->
     reading = Reading.of_sources(sources, plan)
     yield from reading
     reading.tell()
+
+
+def report_looked(files: int) -> None:
+    """For whoever watches a command."""
+    progress.report(progress.Preparing("scans", files, 0))
 
 
 def _interpolates(plan: PlanConfig | None) -> bool:

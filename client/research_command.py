@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from client import export_command
+from client.screen import Screen
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, UnimissError
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see `unimiss_core.errors`)."""
     options = _parser().parse_args(arguments)
     try:
-        with progress.listen(_show_note):
+        with progress.listen(Screen().show):
             _run(options)
     except UnimissError as error:
         print(f"unimiss {options.command}: {error}", file=sys.stderr)
@@ -187,16 +188,6 @@ _ACTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 """What each command does."""
 
 
-def _show_note(event: progress.Event) -> None:
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    if isinstance(event, progress.Note):
-        print(f"{clear}{event.text}", file=sys.stderr)
-    elif clear and isinstance(event, progress.Preparing):
-        print(f"{clear}reading scans: {event.done} of {event.total}", end="", flush=True, file=sys.stderr)
-    elif clear and isinstance(event, progress.StepDone):
-        print(f"{clear}{event.site}: {event.step} of {event.steps}", end="", flush=True, file=sys.stderr)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unimiss",
@@ -312,7 +303,12 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "which file. docs/after-pretraining.md has more. Exit codes: 0 done, 2 wrong input or an output that cannot be "
         "written, 3 no usable scan, 4 bad model, 130 interrupted.",
     )
-    predict.add_argument("model", type=Path, metavar="MODEL_DIR", help="as `unimiss finetune` wrote it")
+    predict.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="as `unimiss finetune` wrote it, or a round of a federation that fine-tuned",
+    )
     predict.add_argument("scans", type=Path, metavar="SCANS", help="folder of DICOM, NIfTI, PNG, ..., or one file")
     predict.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="new or empty")
     _add_modality(predict, "what the model was trained with")

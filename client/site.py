@@ -7,6 +7,7 @@ from pathlib import Path
 from flwr.app import Context
 
 from client.cache import Library, open_library, open_private_library
+from client.held_out import trained_on
 from client.ledger import Ledger, ledger_of
 from client.site_config import SiteConfig, load_site
 from client.site_labels import open_labelled
@@ -27,6 +28,11 @@ class Site:
 
     @cached_property
     def library(self) -> Library:
+        """What it trains on: all that `read` gives, but for patients whom the study holds out."""
+        return trained_on(self.config, self.study, self.everything)
+
+    @cached_property
+    def everything(self) -> Library:
         """What `read` gives."""
         return self.read()
 
@@ -38,7 +44,7 @@ class Site:
         `no_labels`.
         """
         if self.study.finetune is not None:
-            return open_labelled(self.config, self.study)
+            return open_labelled(self.config, self.study, evicts=evicts)
         if self.is_private:
             return open_private_library(self.config, self.study.plan, evicts=evicts)
         return open_library(self.config, self.study.plan)

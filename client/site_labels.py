@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from client import workers
 from client.cache import FULL, CachedScan, Library, scan_file, write_scan
+from client.cache_room import forget_unfinished
 from client.catalogue import read_one
 from client.label_tables import Case, LabelTable, labels_in
 from client.labelled import MaskError, labels_of, mask_at, places_in
+from client.labelled_room import STAMP, LabelledRoom
 from client.patients import load_secret, patient_of
 from client.site_config import SiteConfig
-from client.telling import tell_if_heard
+from client.telling import tell_if_heard, tell_once_if_heard
 from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError, UnknownPatientError, WireError
 from unimiss_core.plan import prepare, resample_labels
@@ -76,7 +78,8 @@ def check_labels(config: SiteConfig, study: StudyConfig) -> None:
     if study.finetune is None:
         return
     if (lacking := _lacking(config, study.finetune)) is not None:
-        tell_if_heard(config.name, f"takes no part in study '{study.name}': {lacking}")
+        told = f"takes no part in study '{study.name}': {lacking}"
+        tell_once_if_heard(config.name, told, state=config.state)  # each round asks again
         raise WireError("no_labels", "the site has no labels for the study's task")
     assert config.labels is not None
     if study.privacy.mode == "patient" and not config.labels.knows_patients:
@@ -135,19 +138,20 @@ def _meant_for_judging(cases: Sequence[Case]) -> str | None:
     )
 
 
-def open_labelled(site: SiteConfig, study: StudyConfig) -> Library:
+def open_labelled(site: SiteConfig, study: StudyConfig, *, evicts: bool = True) -> Library:
     """The site's labelled scans of the task's rank; reads what is new, in parallel. Labels of a scan that cannot be
     read, or of a mask that does not go with its scan, are left out, and the site's screen says which lines.
 
-    Raises as `check_labels`; NoUsableScanError, but not in a patient-level study; ConfigError: what is wrong with the
-    table, or that the cache cannot be written.
+    evicts: whether scans of other tables and plans may go for these. Raises as `check_labels`; NoUsableScanError, but
+    not in a patient-level study; ConfigError: what is wrong with the table, or that the cache cannot be written, or not
+    hold them.
     """
     check_labels(site, study)
     assert site.labels is not None
     assert study.finetune is not None
     try:
         table = labels_in(site.labels.data, study.finetune.task)
-        scans, reasons = _opened(site, study, table)
+        scans, reasons = _opened(site, study, table, evicts=evicts)
     except ConfigError as error:
         raise ConfigError(f"site '{site.name}': labels: {error}") from None
     except OSError as error:
@@ -161,14 +165,18 @@ def open_labelled(site: SiteConfig, study: StudyConfig) -> Library:
     return Library(scans, reasons)
 
 
-def _opened(site: SiteConfig, study: StudyConfig, table: LabelTable) -> tuple[tuple[LabelledScan, ...], dict[str, int]]:
+def _opened(
+    site: SiteConfig, study: StudyConfig, table: LabelTable, *, evicts: bool
+) -> tuple[tuple[LabelledScan, ...], dict[str, int]]:
     secret, folder = load_secret(site.state), site.cache_folder / "labelled"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    forget_unfinished(folder)
     site.seal()  # a key that cannot be read is told before hours of reading scans
     tasks = [_task(site, study, table, case, secret, folder) for case in table.cases]
     if (meant := _meant_for_judging(table.cases)) is not None and not all(task.record.exists() for task in tasks):
         tell_if_heard(site.name, meant)
-    records = _records(site, tasks, is_secret=study.privacy.mode == "patient")
+    room = LabelledRoom(site, folder, {task.stamp for task in tasks}, evicts=evicts)
+    records = _records(site, tasks, room, is_secret=study.privacy.mode == "patient")
     scans = (
         _scan(site, task, record, case, secret)
         for task, record, case in zip(tasks, records, table.cases, strict=True)
@@ -232,7 +240,7 @@ def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, s
     facts = [_VERSION, table.modality, study.plan.canonical(), study.finetune.task.rank, *_files(scan)]
     if mask is not None:
         facts += [len(study.finetune.task.classes), site.labels.allow_empty_masks, *_files(mask)]
-    stamp = hmac.new(secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()[:32]
+    stamp = hmac.new(secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()[:STAMP]
     return _Task(
         number=case.number,
         scan=scan,
@@ -259,7 +267,7 @@ def _files(path: Path) -> list[object]:
     return found
 
 
-def _records(site: SiteConfig, tasks: Sequence[_Task], *, is_secret: bool) -> list[_Record]:
+def _records(site: SiteConfig, tasks: Sequence[_Task], room: LabelledRoom, *, is_secret: bool) -> list[_Record]:
     """Of each scan; those that nothing is kept of are read now."""
     found = [_kept(task) for task in tasks]
     missing = [place for place, record in enumerate(found) if record is None]
@@ -271,6 +279,7 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], *, is_secret: bool) -> li
         record = _Record(reason=outcome.reason, detail=outcome.detail) if isinstance(outcome, ScanError) else outcome
         if record.reason not in _PASSING:
             durable.write_text(task.record, json.dumps(asdict(record)))
+        room.take(0 if record.reason else sum(path.stat().st_size for path in _names(task)))
         found[missing[place]] = record
         done += 1
         progress.report(progress.Preparing(site.name, done, len(tasks), is_secret=is_secret))

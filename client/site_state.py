@@ -161,7 +161,8 @@ def make_run_folder(folder: Path) -> None:
 
 
 def forget_old_runs(runs: Path, *, now: float) -> None:
-    """Delete the memory of runs that have long ended, when a new one begins. now: seconds since 1970.
+    """Delete what is kept of runs that have long ended, when a new one begins. runs: a folder with one for each, of
+    their memory or of a site's own models. now: seconds since 1970.
 
     Kept are the KEPT_RUNS that were touched last, and every run that was touched in the last KEPT_DAYS: a disk does not
     fill up, and neither many new runs nor a clock that is wrong takes the memory of a run at work. A run that went on

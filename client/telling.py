@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unimiss_core import progress
@@ -13,6 +14,9 @@ if TYPE_CHECKING:  # whoever has a word to say needs no more than that
     from client.site import Site
 
 log = logging.getLogger(__name__)
+
+_told: set[tuple[Path, str]] = set()
+"""What was told once, by state folder."""
 
 
 def tell(site: str, words: str) -> None:
@@ -26,6 +30,13 @@ def tell_if_heard(site: str, words: str) -> None:
     """`tell`, where whoever listens may fail and nothing must come of it: what is answered, say."""
     with suppress(Exception):
         tell(site, words)
+
+
+def tell_once_if_heard(site: str, words: str, *, state: Path) -> None:
+    """`tell_if_heard`, but for what this process told already of the site with this state folder."""
+    if (said := (state, words)) not in _told:
+        _told.add(said)
+        tell_if_heard(site, words)
 
 
 def tell_of_scans(site: "Site", library: "Library") -> None:

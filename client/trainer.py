@@ -15,6 +15,7 @@ from client.batches import Batch, Batches
 from client.devices import run_team
 from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
+from client.held_out import measured
 from client.own_model import keep_own_model
 from client.patient_draws import PatientDraw, PatientDraws
 from client.site import Site
@@ -132,6 +133,7 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
         return None
     update = _remembered_update(site, learner, request.round, start, student, teacher, memory)
     keep_own_model(site, learner.student, student, request.round)
+    validation = measured(site.config, study, site.everything, student, device)
     own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
@@ -143,7 +145,9 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
         steps=study.schedule.local_steps,
         seconds=0.0,
         losses=figures.losses() if study.wire.losses else {},
-        diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share} if study.wire.losses else {},
+        diagnostics={**learner.round_diagnostics(), **figures.diagnostics(), **own_share, **validation}
+        if study.wire.losses
+        else {},
     )
 
 

@@ -26,6 +26,9 @@ from unimiss_core import checkpoint, progress
 from unimiss_core.collapse import WAY_OUT
 from unimiss_core.progress import Collapsed, Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
+LASTING = frozenset(("no_labels",))
+"""Reasons that a site gives in each round alike, and that nobody need mend: told once, and summed up at the end."""
+
 
 class Display:
     """Shows the events of the block it wraps, and at its end - good or bad - what they came to.
@@ -94,6 +97,8 @@ class Tally:
     """(site, why) -> finished rounds in which it did not count."""
     _causes: dict[str, str] = field(default_factory=dict)
     """Site -> why it does not count in the running round, by its last word; empty where it does."""
+    _first_given: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(site, reason) -> the round in which it was first given."""
     _first_round: int = 0
     _began: float = 0.0
 
@@ -106,6 +111,7 @@ class Tally:
                 self._steps[event.site] = event.step / max(1, event.steps)
             case SiteReplied():
                 self.replied.add(event.site)
+                self._first_given.setdefault((event.site, event.reason), event.round)
                 counts = event.status in ("ok", "late")
                 self.counting += counts
                 self._causes[event.site] = "" if counts else _status(event)
@@ -126,6 +132,10 @@ class Tally:
             case _:
                 pass
         return []
+
+    def is_news(self, event: SiteReplied) -> bool:
+        """Whether it says what was not said in an earlier round."""
+        return event.reason not in LASTING or self._first_given[event.site, event.reason] == event.round
 
     def fraction(self) -> float:
         """Rounds done, with the part of the running one: 2.5 in the middle of round 3."""
@@ -211,7 +221,7 @@ class Lines:
             case Preparing(done=done, total=total) if done == total > 0 and self._prepared.get(event.site) != total:
                 self._prepared[event.site] = total
                 self._line(f"{event.site}: {'scans are' if event.is_secret else counted(total, 'scan')} prepared")
-            case SiteReplied(status=status) if status != "ok":
+            case SiteReplied(status=status) if status != "ok" and tally.is_news(event):
                 self._line(_refusal(event))
             case RoundDone():
                 self._line(_round_line(event, tally))
@@ -267,7 +277,8 @@ class Bars:
                 self._above(_refusal(event), "")
             case SiteReplied():
                 self._site(event.site, 0, 1, f"did not count: {_status(event)}", style="red")
-                self._above(_refusal(event), "red")
+                if tally.is_news(event):
+                    self._above(_refusal(event), "red")
             case RoundDone():
                 self._above(_round_line(event, tally), "dim")
             case Collapsed():

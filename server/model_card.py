@@ -5,7 +5,7 @@ import math
 
 from server.artefacts import Artefacts
 from server.wording import counted
-from unimiss_core.card_wording import plan_in_words, promise_in_words, sizes_in_words
+from unimiss_core.card_wording import literally, plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.study import StudyConfig
 
@@ -19,7 +19,7 @@ def model_card(manifest: Manifest, study: StudyConfig, run: Artefacts, *, signed
     done = [one for one in run.rounds if one.round <= manifest.round]
     sites = {name for one in done for name, record in one.sites.items() if record.status in ("ok", "late")}
     return f"""\
-# {study.name}, round {manifest.round}
+# {literally(study.name)}, round {manifest.round}
 
 {_what_it_is(study)} at {counted(len(sites), "site")} by Federated
 UniMiSS. No image left a site.
@@ -47,7 +47,7 @@ Where the run was begun from a start, that was trained on scans of its own, of w
 handed on: only resuming needs them. `manifest.sig` signs the manifest. This page is not signed.
 
     unimiss verify FOLDER --key signing.pub
-    unimiss embed FOLDER INPUT --key signing.pub --out features.npz
+    {_how_it_is_used(study)}
 
 Take `signing.pub` from the coordinator's operator and compare its fingerprint with theirs: a key that came with the
 files shows nothing.
@@ -68,8 +68,17 @@ def _what_it_is(study: StudyConfig) -> str:
     if study.finetune is None:
         return "An encoder for 2D and 3D medical images, pretrained without labels"
     task, whole = study.finetune.task, study.finetune.head == "shared"
-    what = f"A model for the {task.name} of {'images' if task.rank == 2 else 'volumes'} ({', '.join(task.classes)})"
+    classes = ", ".join(map(literally, task.classes))
+    what = f"A model for the {task.name} of {'images' if task.rank == 2 else 'volumes'} ({classes})"
     return f"{what if whole else f'The encoder of {what[0].lower()}{what[1:]}'}, fine-tuned by labels"
+
+
+def _how_it_is_used(study: StudyConfig) -> str:
+    if study.finetune is None:
+        return "unimiss embed FOLDER INPUT --key signing.pub --out features.npz"
+    if study.finetune.head == "shared":
+        return "unimiss predict FOLDER SCANS --out ANSWERS"
+    return "unimiss finetune CONFIG.yaml --init FOLDER --key signing.pub"
 
 
 def privacy_in_words(study: StudyConfig, round: int, run: Artefacts) -> str:

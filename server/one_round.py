@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 class OneRound:
     """The round after `state`, in as many tries as it takes.
 
+    layout, update_layout: what sites are sent, and what comes back of it (`unimiss_core.students`).
     lines: each site's line in the round's metrics. What counted in one try counts in the next; there, only others are
     asked.
     """
@@ -40,6 +41,7 @@ class OneRound:
         run: str,
         config: CoordinatorConfig,
         layout: Layout,
+        update_layout: Layout,
         roster: Roster,
         exchange: Exchange,
         slow: SlowSites,
@@ -51,7 +53,7 @@ class OneRound:
         self._run = run
         self._digest = study.digest()
         self._config = config
-        self._layout = layout
+        self._update_layout = update_layout
         self._roster = roster
         self._exchange = exchange
         self._slow = slow
@@ -197,7 +199,7 @@ class OneRound:
         content = content_of(reply)
         line.bytes_up += num_bytes(content)
         try:
-            answer = TrainReply.unpack(content, layout_for(site.ranks, self._layout), self._study.wire.dtype)
+            answer = TrainReply.unpack(content, layout_for(site.ranks, self._update_layout), self._study.wire.dtype)
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             raise WireError("malformed", "the reply cannot be read") from None
         answer = replace(answer, update=measured(answer.update))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.artefacts import Artefacts, read_artefacts
 from server.markup import Html, tag
-from server.report_curves import collapse, losses, rounds
+from server.report_curves import collapse, losses, rounds, validation
 from server.report_pieces import note, section
 from server.report_privacy import privacy
 from server.report_probe import probe, projection, views
@@ -45,7 +45,7 @@ def _page(run: Artefacts) -> str:
         tag("h1", None, title),
         tag("p", {"class": "verdict"}, verdict(run)),
     )
-    parts = (site_table, privacy, losses, rounds, collapse, views, projection, probe, _study)
+    parts = (site_table, privacy, losses, validation, rounds, collapse, views, projection, probe, _study)
     body = tag("body", None, tag("main", None, header, *(part(run) for part in parts)))
     return f"<!doctype html>\n{tag('html', {'lang': 'en'}, head, body)}\n"
 

@@ -8,6 +8,7 @@ from server.artefacts import Artefacts
 from server.charts import Reference, Series
 from server.markup import Html, joined
 from server.report_pieces import caution, grid, in_words, legend, note, section, site_legend
+from server.validation import best_of, by_round
 from unimiss_core.collapse import WAY_OUT
 from unimiss_core.loss_terms import DICE, is_reconstruction
 
@@ -60,6 +61,31 @@ def losses(run: Artefacts) -> Html:
     elif drawn:
         said += " A reconstruction is the mean squared error of intensities between 0 and 1."
     return section("Loss", note(said), site_legend(run), grid(panels))
+
+
+def validation(run: Artefacts) -> Html:
+    """Of a fine-tuning whose sites hold patients out; else nothing."""
+    records = {name: run.records(name) for name in run.sites}
+    measured = by_round(
+        (one.round, {name: each[i].diagnostics for name, each in records.items() if each[i].status == "ok"})
+        for i, one in enumerate(run.rounds)
+    )
+    if (best := best_of(measured)) is None:
+        return joined()
+    lines = [
+        Series(name, [(round, sites[name]) for round, sites in sorted(measured.items()) if name in sites], style)
+        for style, name in enumerate(run.sites)
+    ]
+    drawn = [one for one in lines if one.points]
+    masks = run.study is not None and run.study.finetune is not None and run.study.finetune.task.name == "segmentation"
+    title = "Dice coefficient" if masks else "Area under the ROC curve"
+    bounds = charts.bounds_of(drawn, include=[0.0 if masks else 0.5])
+    panel = charts.line_panel(title, drawn, reference=None, bounds=bounds)
+    said = (
+        "What each site measures of the shared model on patients of its own that no round trains on, by the round whose"
+        f" model it is; the last round's is sent to nobody. {best.in_words().capitalize()}."
+    )
+    return section("Validation", note(said), site_legend(run), grid([panel]))
 
 
 def rounds(run: Artefacts) -> Html:

@@ -53,7 +53,7 @@ class RoundSum:
 
     def applied_to(self, state: GlobalState, round: int) -> tuple[GlobalState, dict[Group, float]]:
         """(state after the round, norm of what was added to each group of the student). Groups that nobody trained keep
-        their bits, but under site-level privacy, whose noise is on all of them."""
+        their bits, but under site-level privacy, whose noise is on all that the study trains."""
         step, optimiser = self._optimiser.step(self._aggregate.result(), state.optimiser)
         layout = state.release.layout
         update_norm = {group: group_norm(step, specs) for group, specs in layout.items()}

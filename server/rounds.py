@@ -34,12 +34,13 @@ from server.site_level import check_site_level, what_it_is_worth, who_is_believe
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
 from server.task_release import release_model
+from server.validation import Best, best_in
 from unimiss_core import progress
 from unimiss_core.adaptation import check_adaptation
 from unimiss_core.errors import PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
 from unimiss_core.loss_terms import mean_cross_entropy
-from unimiss_core.students import travelling_layout
+from unimiss_core.students import travelling_layout, update_layout
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello
 
@@ -76,6 +77,7 @@ class Federation:
         self._folder = folder_of(config)
         self._record = record_of(config.out, study)
         self._layout = travelling_layout(study)
+        self._update_layout = update_layout(study)
         self._roster = Roster(grid, config, self._note_refused)
         late_count = study.aggregation.late_weight > 0
         self._exchange = Exchange(grid, deadline_s=config.deadline_s, late_count=late_count)
@@ -103,16 +105,18 @@ class Federation:
                 state = self._next_round(state, hello)
             begun = self._config.start is not None
             release_model(self._folder, self._study, round=state.round, from_start=begun)
+            if (best := self._best()) is not None:
+                progress.report(progress.Note(f"{best.in_words()}: {self._folder.checkpoint_of(best.round)}"))
         return state
 
     def _tell_of_site_level(self) -> None:
-        for told in (what_it_is_worth(self._study, self._layout), who_is_believed(self._study, self._config)):
+        for told in (what_it_is_worth(self._study, self._update_layout), who_is_believed(self._study, self._config)):
             if told is not None:
                 progress.report(progress.Note(told))
 
     def _next_round(self, state: GlobalState, hello: Hello) -> GlobalState:
         """The state after another round, which is saved."""
-        with opened_aggregate(self._study, self._layout, self._folder.scratch, self._spare) as aggregate:
+        with opened_aggregate(self._study, self._update_layout, self._folder.scratch, self._spare) as aggregate:
             work = self._round_after(state, aggregate)
             with self._stop_noted(work, state.round + 1):
                 if self._record is not None:
@@ -220,6 +224,7 @@ class Federation:
             run=self._folder.run,
             config=self._config,
             layout=self._layout,
+            update_layout=self._update_layout,
             roster=self._roster,
             exchange=self._exchange,
             slow=self._slow,
@@ -227,6 +232,12 @@ class Federation:
             total=RoundSum(self._study, aggregate),
             audit=self._audit,
         )
+
+    def _best(self) -> Best | None:
+        """By what sites measured so far; None where the study holds out nobody."""
+        if self._study.finetune is None or not self._study.finetune.validation:
+            return None
+        return best_in(self._folder.metric_rows())
 
     def _probed(self, state: GlobalState) -> dict[str, Any]:
         """{"probe": figures}; nothing where none is due, or it fails: a trained round is not lost for that."""
@@ -260,7 +271,8 @@ class Federation:
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
         self._audit.released(run=self._folder.run, round=state.round, manifest=self._folder.manifest_of(state.round))
-        self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints)
+        best = self._best()
+        self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints, best=best.round if best else None)
         means = {name: mean_cross_entropy(line.losses) for name, line in lines.items()}
         losses = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         progress.report(progress.RoundDone(state.round, self._study.schedule.rounds, took, losses))

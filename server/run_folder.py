@@ -233,13 +233,19 @@ class RunFolder:
             return []
         return list(_whole_rows(self.metrics.read_text(encoding="utf-8")))
 
-    def prune_checkpoints(self, newest: int, keep: int) -> None:
-        """Remove all but the `keep` newest and round 0, which the report compares with.
+    def prune_checkpoints(self, newest: int, keep: int, *, best: int | None = None) -> None:
+        """Remove all but the `keep` newest, the best, where one is known, and round 0, which the report compares with.
 
         They are out of the way when this returns. Their files go while sites train: for a disk to let go of half a
         gigabyte takes a tenth of a second, in which the next request would wait.
         """
-        if not (old := [number for number in checkpoint.numbered(self.checkpoints) if 0 < number <= newest - keep]):
+        if not (
+            old := [
+                number
+                for number in checkpoint.numbered(self.checkpoints)
+                if 0 < number <= newest - keep and number != best
+            ]
+        ):
             return
         self._finish_pruning()
         self._pruned.mkdir(exist_ok=True)

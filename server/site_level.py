@@ -7,8 +7,8 @@ With the study's clip_norm C, noise_multiplier z and n = privacy.sites, a round'
 
 where delta_i is site i's update as it was decoded, all parameter groups end to end: zeros where the site trained
 nothing. So a site moves the sum by at most C, whatever it sent and whichever groups it trained, and the noise, which is
-on every value of the model, tells nobody which those were. All else that sites are sent - the teacher, its retention,
-what the server optimiser makes of a step - follows from such steps and the study.
+on every value that sites train, tells nobody which those were. All else that sites are sent - the teacher, its
+retention, what the server optimiser makes of a step - follows from such steps and the study.
 
 - **Who is counted.** All who replied, also where they are more than n: to count n of them would let one site decide
   about another, and move the sum by 2 C. n is a divisor that everybody knows, not a count of replies. Fewer than n are
@@ -77,7 +77,7 @@ class SiteLevelMean(Aggregate):
         self._came |= counted.keys()
 
     def result(self) -> dict[str, Tensor]:
-        """Of every tensor of the model."""
+        """Of every tensor that sites train, whether or not any did."""
         return {spec.name: self._released(spec) for specs in self._layout.values() for spec in specs}
 
     def _released(self, spec: TensorSpec) -> Tensor:

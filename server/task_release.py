@@ -4,7 +4,6 @@ from server.run_folder import RunFolder
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.groups import group_of
 from unimiss_core.study import StudyConfig
-from unimiss_core.task_checkpoint import TaskManifest
 
 MODEL = "model"
 """Folder of the run's own: model.json and model.safetensors (`unimiss_core.task_checkpoint`)."""
@@ -19,16 +18,11 @@ def release_model(folder: RunFolder, study: StudyConfig, *, round: int, from_sta
         return
     first, last = folder.load(0).student, folder.load(round).student
     backbone = {name: tensor for name, tensor in first.items() if group_of(name) != "head"}
-    manifest = TaskManifest(
-        task=study.finetune.task,
-        model=study.model,
-        plan=study.plan,
+    manifest = task_checkpoint.of_rounds(
+        study,
+        round=round,
         began_with="checkpoint" if from_start else "scratch",
         pretrained_digest=task_checkpoint.digest_of(backbone) if from_start else None,
-        trained=study.finetune.trains,
-        seed=study.seed,
-        epoch=round,
-        trained_in="rounds",
     )
     durable.make_folder(folder.path / MODEL)
     task_checkpoint.save(folder.path / MODEL, last, manifest)

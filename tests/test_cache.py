@@ -310,7 +310,7 @@ def test_what_a_crash_left_half_written_is_removed_once_it_is_old(site):
     old, fresh = (site.cache_folder / f".{name}.npy.00.partial" for name in ("old", "fresh"))
     old.touch()
     fresh.touch()
-    os.utime(old, (time.time() - 2 * cache._STALE_S,) * 2)
+    os.utime(old, (time.time() - 2 * cache_room._STALE_S,) * 2)
     open_library(site, PLAN)
     assert (old.exists(), fresh.exists()) == (False, True)
 

@@ -62,6 +62,18 @@ def test_a_log_gets_one_line_for_each_round_and_each_site_that_did_not_count() -
     ]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_site_without_labels_is_told_once_and_summed_up_at_the_end(terminal: bool) -> None:
+    rounds = [(number, round_events(number, 3, silent="beta")) for number in (1, 2, 3)]
+    events = [[*told[:-1], SiteReplied(number, "beta", "refused", "no_labels"), told[-1]] for number, told in rounds]
+    text = shown([event for told in events for event in told], terminal=terminal)
+    assert [f"round {number}: beta did not count: refused no_labels" in text for number in (1, 2, 3)] == [True] + [
+        False
+    ] * 2
+    assert text.count("2 of 3 sites") == 3
+    assert "beta did not count in 3 rounds: refused no_labels (3)." in text
+
+
 def test_a_log_gets_a_sign_of_life_every_three_minutes_of_a_long_round() -> None:
     clock, file = Clock(), io.StringIO()
     with Display(Console(file=file, width=110), clock=clock):

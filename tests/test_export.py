@@ -1,12 +1,15 @@
 import hashlib
 import json
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from dp_accounting import dp_event, pld
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from client.research_command import main
@@ -121,6 +124,38 @@ def test_the_card_of_a_fine_tuned_model_tells_its_figures(tmp_path: Path) -> Non
         assert told in card, told
     assert "auc/a" not in card
     assert "`ece`" not in card
+
+
+class Shown(HTMLParser):
+    """What a reader of the page sees, and which elements it is made of."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.elements: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, _: object) -> None:
+        self.elements.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_a_card_shows_names_as_they_are_and_runs_nothing_of_them(tmp_path: Path) -> None:
+    """Oracle: a Markdown renderer that lets HTML through, as those of model hubs do."""
+    odd = ("<script>alert(1)</script>", "*[x](javascript:y)* `z`", "a|b &lt; c\\d ~~e~~ _f_ g_h\n# i")
+    task = ClassificationConfig(kind="multi_class", rank=2, classes=odd, input_size=(40, 44))
+    folder = tuned(tmp_path / "tuned", scans=12, patients=9, **{"<b>": {"value": 1}, "auc": {"value": "<i>"}})
+    model, manifest = task_checkpoint.load(folder)
+    task_checkpoint.save(folder, dict(model.named_parameters()), manifest.model_copy(update={"task": task}))
+    assert export(folder, tmp_path / "out", "--licence", "no") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    front, page = card.split("---\n")[1:]
+    assert yaml.safe_load(front)["license"] == "no"  # no word of YAML's own
+    shown = Shown(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(page))
+    assert ", ".join(odd).replace("\n", " ") in "".join(shown.texts)
+    assert shown.elements <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "strong", "code", "pre"}
 
 
 @pytest.mark.parametrize(

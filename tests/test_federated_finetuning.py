@@ -40,7 +40,7 @@ from unimiss_core.network import below, tensors_of
 from unimiss_core.plan import prepare
 from unimiss_core.privacy import mechanisms
 from unimiss_core.private_learner import PrivateLearner
-from unimiss_core.students import build_student, travelling_layout
+from unimiss_core.students import build_student, travelling_layout, update_layout
 from unimiss_core.study import StudyConfig
 from unimiss_core.views import whole
 from unimiss_core.wire import TrainRequest, arrays_in, facts_in
@@ -50,10 +50,10 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def federate(out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1) -> GlobalState:
+def federate(out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1, **settings: Any) -> GlobalState:
     nodes = {path.parent.name: {"site": str(path)} for path in sites}
     quorum = {"min_sites": least, "min_replies": least, "wait_s": 0.1, "retry_s": 0.0, "deadline_s": 600.0}
-    config = CoordinatorConfig(study=Path("unused"), out=out, **quorum)
+    config = CoordinatorConfig(study=Path("unused"), out=out, **quorum, **settings)
     with LocalGrid(app, nodes, run_config={}) as grid:
         return Federation(grid, study, config).run()
 
@@ -135,6 +135,41 @@ def test_what_the_study_leaves_alone_stays_as_it_began(tmp_path: Path, trains: s
     moved = {name for name, change in reply.update.items() if bool(change.any())}
     assert moved
     assert not [name for name in moved if name.startswith(still)]
+    assert {spec.name for specs in update_layout(study).values() for spec in specs} == {
+        name for name in reply.update if not name.startswith(still)
+    }
+
+
+def test_what_the_study_leaves_alone_is_not_sent_back(tmp_path: Path) -> None:
+    """One step of the head alone: its gradient by autograd, and a reply that has no room for more."""
+    study = task_study(finetune={"trains": "linear_probe"})
+    site = hospital(tmp_path / "north", "north")
+    federate(tmp_path / "out", [site], study)
+    model = build_student(study)
+    F.cross_entropy(model(pictures_of(site, study)), torch.tensor([0, 1, 0, 1])).backward()
+    after = RunFolder(tmp_path / "out").load(1).student
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach() if parameter.grad is None else (parameter - 0.1 * parameter.grad).detach()
+        assert torch.allclose(after[name], expected, atol=1e-6), name
+    line = metric_rows(tmp_path / "out")[0]["sites"]["north"]
+    head = sum(tensor.numel() for name, tensor in after.items() if name.startswith("head."))
+    assert 4 * head <= line["bytes_up"] < 4 * head + 4000 < line["bytes_down"] / 10
+
+
+def test_noise_that_hides_a_site_is_on_what_the_study_trains_alone(tmp_path: Path) -> None:
+    privacy = {
+        "mode": "site",
+        "sites": 1,
+        "max_epsilon": 50.0,
+        "noise_multiplier": 1.0,
+        "clip_norm": 0.5,
+        "delta": 1e-4,
+    }
+    study = task_study(finetune={"trains": "frozen"}, privacy=privacy, aggregation={"max_size_ratio": None})
+    federate(tmp_path / "out", [hospital(tmp_path / "north", "north")], study, identity="believed")
+    before, after = (RunFolder(tmp_path / "out").load(round).student for round in (0, 1))
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in after if not name.startswith("backbone.encoder.")}
 
 
 def test_masks_are_laid_beside_their_pictures(tmp_path: Path) -> None:
@@ -322,9 +357,11 @@ def test_a_site_with_other_classes_is_told_what_is_asked_for(tmp_path: Path) -> 
     settings = {"labels": {"data": {"table": "labels.csv"}, "classes": ["healthy", "ill"]}}
     site = opened(hospital(tmp_path / "north", "north", **settings), task_study())
     heard: list[str] = []
-    with progress.listen(lambda event: heard.append(str(event))), pytest.raises(WireError) as refused:
-        check_labels(site.config, site.study)
-    assert refused.value.reason == "no_labels"
+    for _ in range(2):  # as in two rounds
+        with progress.listen(lambda event: heard.append(str(event))), pytest.raises(WireError) as refused:
+            check_labels(site.config, site.study)
+        assert refused.value.reason == "no_labels"
+    assert len(heard) == 1
     assert "clear, lesion" in heard[0]
     assert "healthy, ill" in heard[0]
 

@@ -130,44 +130,81 @@ def test_a_mask_of_a_dicom_series_lies_where_its_slices_lie(tmp_path: Path) -> N
     assert found == corners
 
 
-def test_a_dicom_seg_says_the_same_of_each_place_as_the_nifti(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def turned(degrees: tuple[float, float, float]) -> list[float]:
+    """ImageOrientationPatient of an axial series that was turned about x, then y, then z."""
+    x, y, z = np.radians(degrees)
+    about = [
+        np.array([[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]]),
+        np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]]),
+        np.array([[np.cos(z), -np.sin(z), 0], [np.sin(z), np.cos(z), 0], [0, 0, 1]]),
+    ]
+    turn = about[2] @ about[1] @ about[0]
+    return [round(float(value), 6) for value in (*turn[:, 0], *turn[:, 1])]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "backwards"),
+    [
+        ([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], True),  # axial, from head to feet
+        ([0.0, 1.0, 0.0, 0.0, 0.0, -1.0], True),  # sagittal, from left to right
+        (turned((14.0, -9.0, 21.0)), False),
+        (turned((14.0, -9.0, 21.0)), True),
+        (turned((74.0, 18.0, -12.0)), False),  # nearest to coronal
+    ],
+)
+def test_a_dicom_seg_says_of_each_voxel_of_its_series_what_the_nifti_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], orientation: list[float], backwards: bool
 ) -> None:
-    """Read back by pydicom alone: each voxel that is set, taken to millimetres by the standard's formula."""
-    pytest.importorskip("highdicom")
-    model, row, column = untrained(tmp_path / "model", BALL), (0.0, 1.0, 0.0), (0.0, 0.0, -1.0)
+    """Each voxel of each source slice, taken to millimetres by the DICOM standard's formula (C.7.6.2.1.1), lies in the
+    class of the NIfTI mask that both pydicom's frames and highdicom's answer for that slice's own SOP instance say."""
+    highdicom = pytest.importorskip("highdicom", reason="the extra dicomseg, which CI installs, is not there")
+    model, row, column = untrained(tmp_path / "model", BALL), np.array(orientation[:3]), np.array(orientation[3:])
     uids = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
     facts = {"PatientName": "Miller", "PatientBirthDate": "", "PatientSex": "", "AccessionNumber": "", "StudyID": ""}
     facts |= {"StudyDate": "", "StudyTime": "", "ReferringPhysicianName": "", "SliceThickness": 2, **uids}
-    positions = [[10.0 - 2 * k, -40.0, 70.0] for k in range(30)]
-    volume = noise((30, 40, 36))
-    axes = {"positions": positions, "gap_mm": 2.0, "orientation": (*row, *column)}
-    write_series(tmp_path / "scans", volume, attributes=facts, **axes)
+    along = 2.0 * np.cross(row, column) * (-1 if backwards else 1)
+    positions = [np.round([-40.0, 10.0, 70.0] + k * along, 4).tolist() for k in range(30)]
+    axes = {"positions": positions, "orientation": orientation, "order": np.random.default_rng(0).permutation(30)}
+    write_series(tmp_path / "scans", noise((30, 40, 36)), attributes=facts, **axes)
     out = tmp_path / "out"
     assert main(["predict", str(model), str(tmp_path / "scans"), "--out", str(out), "--dicom-seg"]) == 0
-    said = capsys.readouterr()
-    assert "no DICOM SEG" not in said.err
+    assert "no DICOM SEG" not in capsys.readouterr().err
     mask = nibabel.load(out / "masks" / "scan-00001.nii.gz")
     drawn, to_voxels = np.asarray(mask.dataobj), np.linalg.inv(mask.affine)
+    sources = [pydicom.dcmread(path) for path in sorted((tmp_path / "scans").iterdir())]
+    i, j = np.indices((40, 36)).reshape(2, -1)
+    expected = np.zeros((30, 40, 36), np.uint8)
+    for number, source in enumerate(sources):
+        corner = np.array(source.ImagePositionPatient, dtype=float)
+        places = corner + np.outer(0.7 * j, row) + np.outer(0.9 * i, column)  # rows 0.9 mm apart, columns 0.7
+        voxels = np.rint(np.c_[places * [-1, -1, 1], np.ones(len(i))] @ to_voxels.T)[:, :3].astype(int)
+        expected[number, i, j] = drawn[tuple(voxels.T)]
+    assert set(np.unique(expected)) >= {1, 2}
+
     seg = pydicom.dcmread(out / "masks" / "scan-00001.dcm")
     assert (seg.Modality, seg.StudyInstanceUID) == ("SEG", uids["StudyInstanceUID"])
     assert seg.FrameOfReferenceUID == uids["FrameOfReferenceUID"]
     assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["ball", "cube"]
-    assert list(seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient) == [
-        *row,
-        *column,
-    ]
-    found = {1: 0, 2: 0}
+    told = seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient
+    np.testing.assert_allclose(np.array(told, dtype=float), orientation, atol=1e-5)
+    referenced = {
+        str(one.ReferencedSOPInstanceUID) for one in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    }
+    assert referenced == {str(source.SOPInstanceUID) for source in sources}
+    of_instance = {str(source.SOPInstanceUID): number for number, source in enumerate(sources)}
+    found = np.zeros_like(expected)
     for frame, about in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
-        number = int(about.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        (of,) = about.DerivationImageSequence[0].SourceImageSequence
+        number = of_instance[str(of.ReferencedSOPInstanceUID)]
         corner = np.array(about.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
-        i, j = np.nonzero(frame)
-        places = corner + np.outer(0.7 * j, row) + np.outer(0.9 * i, column)
-        voxels = np.rint(np.c_[places * [-1, -1, 1], np.ones(len(i))] @ to_voxels.T)[:, :3].astype(int)
-        assert (drawn[tuple(voxels.T)] == number).all()
-        found[number] += len(i)
-    assert found == {number: int((drawn == number).sum()) for number in (1, 2)}
-    assert min(found.values()) > 0
+        np.testing.assert_allclose(corner, np.array(sources[number].ImagePositionPatient, dtype=float), atol=1e-3)
+        found[number][frame == 1] = about.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+    np.testing.assert_array_equal(found, expected)
+    read = highdicom.seg.segread(out / "masks" / "scan-00001.dcm")
+    again = read.get_pixels_by_source_instance(
+        list(of_instance), combine_segments=True, assert_missing_frames_are_empty=True
+    )
+    np.testing.assert_array_equal(again, expected)
 
 
 def test_dicom_seg_without_highdicom_or_masks_is_told(
@@ -234,6 +271,35 @@ def test_what_a_model_took_values_for_is_remembered(tmp_path: Path) -> None:
         drawn.append(np.asarray(nibabel.load(out / "masks" / "scan-00001.nii.gz").dataobj))
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "told"),
+    [
+        (("CT",), ["1 scan(s) are of another kind (MR)", "2 scan(s) are of another kind (not stated)"]),
+        (("MR", "PT"), []),
+        (("OT",), []),  # what did not say may have been MR
+        ((), []),
+    ],
+)
+def test_scans_of_another_kind_than_the_model_was_tuned_on_are_told_by_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_on: tuple[Modality, ...], told: list[str]
+) -> None:
+    """MR by its header, NIfTI that says nothing; a picture, which the model of volumes leaves out, is told as that."""
+    model, scans, out = untrained(tmp_path / "model", BALL, trained_on=trained_on), tmp_path / "scans", tmp_path / "out"
+    write_series(scans / "mr", noise((16, 34, 36)), attributes={"Modality": "MR"})
+    for number in range(2):
+        values = noise((16, 34, 36), number)[None].astype(np.float32)
+        write_nifti(scans / f"{number}.nii.gz", Scan(values, (2.0, 2.0, 2.0), "OT"))
+    Image.fromarray(noise((50, 60)).astype(np.uint8)).save(scans / "picture.png")
+    assert main(["predict", str(model), str(scans), "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert [line.split(" than ")[0] for line in said.splitlines() if "WARNING" in line] == [
+        f"WARNING: {one}" for one in told
+    ]
+    assert ("--modality CT" in said) == bool(told)
+    found = json.loads((out / "predicted.json").read_text())
+    assert (found["scans"], found["unlike_training"]) == (3, {"MR": 1, "OT": 2} if told else {})
 
 
 def test_a_scan_that_does_not_fit_into_memory_costs_itself_alone(

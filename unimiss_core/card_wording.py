@@ -1,8 +1,22 @@
-"""What all model cards say alike (Mitchell et al. 2019, arXiv:1810.03993): of privacy, sizes and preprocessing."""
+"""What all model cards say alike (Mitchell et al. 2019, arXiv:1810.03993): of privacy, sizes and preprocessing; and how
+a name stands in one."""
+
+import re
 
 import yaml
 
 from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
+
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown would read as more than itself; an underscore only at an end of a word."""
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def literally(name: str) -> str:
+    """A name that somebody chose, on one line of Markdown, so that it shows as it is and does nothing: a card is opened
+    by programs that run HTML, and a class may be called anything."""
+    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(name.split()))
+    return _MARKUP.sub(r"\\\g<0>", shown).translate(_ENTITIES)
 
 
 def promise_in_words(study: StudyConfig, spent: float | None = None) -> str:

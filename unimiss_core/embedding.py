@@ -14,11 +14,11 @@ from torch import Tensor
 
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Manifest
-from unimiss_core.errors import CheckpointError
 from unimiss_core.keys import SigningPublicKey
 from unimiss_core.model import MiT
 from unimiss_core.network import empty_network, load_tensors_
 from unimiss_core.study import ModelConfig
+from unimiss_core.tuned_round import require_pretraining
 
 _FLOOR_SIDE = 16
 
@@ -27,13 +27,10 @@ def load_encoder(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[
     """The backbone of a checkpoint's teacher, which embeds better than its student, and what the checkpoint says.
 
     key: of who must have signed it; None asks for no signature. Raises CheckpointError: no checkpoint there, damaged,
-    not signed by that key, or of another model than its manifest says.
+    not signed by that key, of a task, or of another model than its manifest says.
     """
     found = checkpoint.load(folder, key=key)
-    # Before any memory is taken: the manifest itself has no checksum.
-    shapes = {name: tuple(p.shape) for name, p in empty_network(found.manifest.model).named_parameters()}
-    if shapes != found.manifest.tensors:
-        raise CheckpointError(f"{folder}: its tensors are not those of the model in its manifest; take another copy")
+    require_pretraining(folder, found.manifest)
     return encoder_of(found.manifest.model, found.teacher), found.manifest
 
 

@@ -14,13 +14,20 @@ OF_TARGETS = ("target_entropy", "mean_target_entropy", "feature_std", "effective
 
 OF_STEPS = ("grad_norm", "skipped_batches", "global_distance", "own_share")
 
+VALIDATION_AUC, VALIDATION_DICE = OF_VALIDATION = ("validation_auc", "validation_dice")
+"""Of a fine-tuning with `finetune.validation`: of the model that the round began with."""
+
 _LOSSES = frozenset(
     [cross_entropy_name(student, teacher) for student in REPRESENTATIONS for teacher in REPRESENTATIONS]
     + [reconstruction_name(representation) for representation in REPRESENTATIONS]
     + [CROSS_ENTROPY, DICE]
 )
 _DIAGNOSTICS = frozenset(
-    [*OF_STEPS, *(f"{figure}_{representation}" for figure in OF_TARGETS for representation in REPRESENTATIONS)]
+    [
+        *OF_STEPS,
+        *OF_VALIDATION,
+        *(f"{figure}_{representation}" for figure in OF_TARGETS for representation in REPRESENTATIONS),
+    ]
 )
 
 is_loss: Callable[[str], bool] = _LOSSES.__contains__

@@ -52,6 +52,14 @@ def travelling_layout(study: StudyConfig) -> Layout:
     return {group: specs for group, specs in kept.items() if specs}
 
 
+def update_layout(study: StudyConfig) -> Layout:
+    """What of that comes back in updates, by parameter group: what a fine-tuning leaves alone would be zeros, and under
+    site-level privacy be moved by noise for nothing."""
+    moves = {name for name, parameter in empty_student(study).named_parameters() if parameter.requires_grad}
+    moving = {group: tuple(s for s in specs if s.name in moves) for group, specs in travelling_layout(study).items()}
+    return {group: specs for group, specs in moving.items() if specs}
+
+
 def staying_names(study: StudyConfig, names: Iterable[str]) -> frozenset[str]:
     """Of these parameters, those that never leave a site: of a local head."""
     if study.finetune is None or study.finetune.head == "shared":

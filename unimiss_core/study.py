@@ -372,6 +372,9 @@ def _of_task(study: StudyConfig) -> Iterator[str]:
         yield "`task: finetune` and the section `finetune` need each other; give both, or neither"
     if study.finetune is None:
         return
+    if study.finetune.validation and (study.privacy.mode == "patient" or not study.wire.losses):
+        told_by = "privacy.mode: patient" if study.privacy.mode == "patient" else "wire.losses: false"
+        yield f"finetune.validation: its figures would not leave a site under {told_by}; leave it out"
     for name, default in {"objective": UniMiSSConfig(), "views": ViewConfig()}.items():
         if getattr(study, name) != default:
             yield f"{name}: is of pretraining, and not looked at in a study of task: finetune; leave the section out"

@@ -7,7 +7,7 @@ Whoever has both needs nothing else to use the model. No time, no host and no pa
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,12 +21,13 @@ from unimiss_core import checkpoint, durable
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
 from unimiss_core.scan import Modality
-from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tasks import TaskModel, load_task_model
 
 FORMAT_VERSION = 1
-_TENSORS, _MANIFEST = "model.safetensors", "model.json"
+MANIFEST = "model.json"
+_TENSORS = "model.safetensors"
 
 
 class TaskManifest(Config):
@@ -36,9 +37,10 @@ class TaskManifest(Config):
     """The backbone's sizes; the head follows from the task."""
     plan: PlanConfig
     """How a scan is prepared before the model sees it."""
-    began_with: Literal["checkpoint", "released", "scratch"]
+    began_with: Literal["checkpoint", "released", "scratch", "unknown"]
+    """unknown: of a federation's round by itself, which does not say what its run was begun from."""
     pretrained_digest: str | None
-    """sha256 of the pretrained tensors' names and values; None from scratch."""
+    """sha256 of the pretrained tensors' names and values; None from scratch, or where nothing is known."""
     trained: Literal["linear_probe", "frozen", "full"]
     seed: int
     epoch: int = Field(ge=0)
@@ -52,6 +54,8 @@ class TaskManifest(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     modality: Modality | None = None
     """What scans were taken for whose files do not say it; None goes by the kind of file."""
+    trained_on: tuple[Modality, ...] = ()
+    """Kinds of its training scans, as they were read; empty where nobody told, as of a federation's sites."""
     tensors: Mapping[str, tuple[int, ...]] = {}
     sha256: str = ""
     """Of model.safetensors."""
@@ -59,6 +63,14 @@ class TaskManifest(Config):
 
 def save(folder: Path, tensors: Mapping[str, Tensor], manifest: TaskManifest) -> TaskManifest:
     """Write both files, the description last; returns it with the tensors' shapes and digest."""
+    files, told = packed(tensors, manifest)
+    for name, content in files.items():
+        durable.write_bytes(folder / name, content)
+    return told
+
+
+def packed(tensors: Mapping[str, Tensor], manifest: TaskManifest) -> tuple[dict[str, bytes], TaskManifest]:
+    """Both files by name, the description last; and that description, with the tensors' shapes and digest."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     payload = as_bytes(plain)
     told = manifest.model_copy(
@@ -67,9 +79,36 @@ def save(folder: Path, tensors: Mapping[str, Tensor], manifest: TaskManifest) ->
             "sha256": hashlib.sha256(payload).hexdigest(),
         }
     )
-    durable.write_bytes(folder / _TENSORS, payload)
-    durable.write_text(folder / _MANIFEST, told.model_dump_json(indent=2) + "\n")
-    return told
+    return {_TENSORS: payload, MANIFEST: (told.model_dump_json(indent=2) + "\n").encode()}, told
+
+
+def of_rounds(
+    study: StudyConfig,
+    *,
+    round: int,
+    began_with: Literal["checkpoint", "scratch", "unknown"],
+    pretrained_digest: str | None,
+    trained_on: Sequence[Modality] = (),
+) -> TaskManifest:
+    """What a model says of itself that a federation fine-tuned by `study`, after `round`; tensors are not yet told."""
+    assert study.finetune is not None
+    return TaskManifest(
+        task=study.finetune.task,
+        model=study.model,
+        plan=study.plan,
+        began_with=began_with,
+        pretrained_digest=pretrained_digest,
+        trained=study.finetune.trains,
+        seed=study.seed,
+        epoch=round,
+        trained_in="rounds",
+        trained_on=tuple(trained_on),
+    )
+
+
+def is_there(folder: Path) -> bool:
+    """Whether the folder says that it holds a fine-tuned model."""
+    return (folder / MANIFEST).is_file()
 
 
 def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
@@ -78,12 +117,12 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
     Raises CheckpointError: no model there, of another version, or a tensor changed or missing.
     """
     try:
-        manifest = _manifest_in(folder / _MANIFEST)
+        manifest = _manifest_in(folder / MANIFEST)
         payload = (folder / _TENSORS).read_bytes()
     except OSError:
         what = "is a checkpoint of pretraining, which answers no task" if _is_pretrained(folder) else "holds no model"
         raise CheckpointError(
-            f"{folder}: {what}; give the folder that `unimiss finetune` wrote, with {_MANIFEST} and {_TENSORS}"
+            f"{folder}: {what}; give the folder that `unimiss finetune` wrote, with {MANIFEST} and {_TENSORS}"
         ) from None
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise CheckpointError(f"{folder / _TENSORS}: was changed after it was written; take another copy")

@@ -125,9 +125,16 @@ class SupervisionConfig(Config):
     foreground: Fraction = 0.5
     """Share of a segmentation's windows that are laid about a voxel of a class."""
     augmentation: AugmentationConfig = AugmentationConfig()
+    validation: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda share: share == 0)] = 0.0
+    """Share of each site's labelled patients that no round trains on: in each the site measures the shared model by
+    them, and tells the figure. 0 holds out nobody, and is not written out, so that older studies keep their digests."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.validation and self.head == "local":
+            raise ValueError(
+                "validation: measures the model that sites share, and with head: local there is none; leave it out"
+            )
         if self.class_weights is not None and len(self.class_weights) != self.task.outputs:
             background = ", the background first" if isinstance(self.task, SegmentationConfig) else ""
             raise ValueError(

@@ -21,6 +21,7 @@ from unimiss_core.network import initialise_
 from unimiss_core.scan import Rank
 from unimiss_core.task_config import Trains
 
+_BACKBONE = "backbone."
 FULL_WIDTH = 16
 """Channels of the map at full resolution: the widest of all in memory, so it is kept narrow."""
 
@@ -92,19 +93,27 @@ def _onto(coarse: Tensor, skip: Tensor) -> Tensor:
 
 
 def build_task_model(
-    model: ModelConfig, rank: Rank, *, outputs: int, dense: bool, seed: int, pretrained: Mapping[str, Tensor] | None
+    model: ModelConfig,
+    rank: Rank,
+    *,
+    outputs: int,
+    dense: bool,
+    seed: int,
+    pretrained: Mapping[str, Tensor] | None,
+    takes_head: bool = False,
 ) -> TaskModel:
     """A task's model on the CPU, in float32.
 
     outputs: K. dense: whether there is an answer for each voxel. pretrained: a whole network's tensors, by the names
-    of pretraining, of which the backbone's of this rank are taken; None begins at random.
+    of pretraining, of which the backbone's of this rank are taken; None begins at random. takes_head: `pretrained` is
+    of a model for the same task, and its head is taken, too.
     Every tensor follows from the seed and its name alone; the global random state is neither read nor moved.
     Raises CheckpointError: a tensor is missing or of another shape.
     """
     made = empty_task_model(model, rank, outputs=outputs, dense=dense).to_empty(device="cpu")
     initialise_(made, seed)
     if pretrained is not None:
-        _take_backbone_(made, pretrained)
+        _take_(made, pretrained, "" if takes_head else _BACKBONE)
     return made
 
 
@@ -137,8 +146,9 @@ def empty_task_model(model: ModelConfig, rank: Rank, *, outputs: int, dense: boo
         return TaskModel(MiT(architecture, {rank: size}), head)
 
 
-def _take_backbone_(made: TaskModel, pretrained: Mapping[str, Tensor]) -> None:
-    own = {f"backbone.{name}": parameter for name, parameter in made.backbone.named_parameters()}
+def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> None:
+    """Copy in the parameters whose names begin so."""
+    own = {name: parameter for name, parameter in made.named_parameters() if name.startswith(prefix)}
     wrong = [name for name, p in own.items() if name not in pretrained or pretrained[name].shape != p.shape]
     if wrong:
         raise CheckpointError(f"the pretrained tensors do not fit the task's model: {wrong[:3]}")

@@ -1,0 +1,167 @@
+"""A federation's validation: who is held out, what is measured of the shared model, and which round was best by it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from client import held_out
+from server import validation
+from server.report import write_report
+from server.run_folder import RunFolder
+from tests.federation import metric_rows
+from tests.labelled_hospitals import hospital, masks_study, opened, task_study
+from tests.test_federated_finetuning import PRIVATE, federate, pictures_of
+from unimiss_core import progress
+from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.students import build_student
+from unimiss_core.study import StudyConfig
+from unimiss_core.tasks import load_task_model
+
+PICTURES = 16
+
+
+def validated(rounds: int = 1, *, share: float = 0.4, **changes: Any) -> StudyConfig:
+    return task_study(rounds, finetune={"validation": share}, **changes)
+
+
+def test_about_the_share_of_patients_is_held_out_whoever_else_comes() -> None:
+    patients = [f"{number:032x}" for number in range(2000)]
+
+    def chosen_by(study: StudyConfig) -> set[str]:
+        return {patient for patient in patients if held_out.is_held_out(patient, study)}
+
+    chosen = chosen_by(validated(share=0.3))
+    assert len(chosen) / 2000 == pytest.approx(0.3, abs=0.04)  # some four standard deviations
+    assert chosen < chosen_by(validated(share=0.5))
+    assert chosen != chosen_by(validated(share=0.3, seed=1))
+    assert not chosen_by(task_study())
+
+
+class Run(NamedTuple):
+    out: Path
+    sites: list[Path]
+    study: StudyConfig
+    heard: list[str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three rounds of two sites, of which one checkpoint is kept."""
+    folder, study, heard = tmp_path_factory.mktemp("validated"), validated(3, lr=0.3), list[str]()
+    names = ("north", "south")
+    sites = [hospital(folder / name, name, seed=seed, pictures=PICTURES) for seed, name in enumerate(names)]
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        federate(folder / "out", sites, study, least=2, keep_checkpoints=1)
+    return Run(folder / "out", sites, study, heard)
+
+
+def test_a_site_trains_on_none_of_whom_it_measures_by(run: Run) -> None:
+    site = opened(run.sites[0], run.study)
+    trained = {scan.patient for scan in site.library.scans}
+    assert len({scan.patient for scan in site.everything.scans}) == PICTURES
+    assert 0 < len(trained) < PICTURES
+    assert not any(held_out.is_held_out(patient, site.study) for patient in trained)
+    told = f"north: measures the shared model on {PICTURES - len(trained)} of {PICTURES} labelled patients"
+    assert len([one for one in run.heard if one.startswith(told)]) == 1
+    with pytest.raises(NoUsableScanError, match="holds out every labelled patient"):
+        held_out.trained_on(site.config, validated(share=0.999), site.everything)
+
+
+def test_a_site_tells_how_well_the_model_that_it_was_sent_does_on_them(run: Run) -> None:
+    """Oracle: scikit-learn's area on pictures that are read without the site's own reading of its table."""
+    line, study = metric_rows(run.out)[0]["sites"], run.study
+    model = build_student(study).eval()
+    for path in run.sites:
+        site = opened(path, study)
+        with torch.no_grad():
+            chances = model(pictures_of(path, study, PICTURES)).softmax(-1)[:, 1].numpy()
+        held = [held_out.is_held_out(scan.patient, study) for scan in site.everything.scans]  # in the table's order
+        area = roc_auc_score(np.arange(PICTURES)[held] % 2, chances[held])
+        assert line[site.config.name]["diagnostics"]["validation_auc"] == pytest.approx(area)
+        assert line[site.config.name]["scans"]["2d"] == PICTURES - sum(held)
+
+
+def test_the_best_round_is_named_and_its_checkpoint_kept(run: Run) -> None:
+    rows = metric_rows(run.out)
+    means = [np.mean([one["diagnostics"]["validation_auc"] for one in row["sites"].values()]) for row in rows]
+    best = validation.best_in(rows)
+    assert best is not None
+    assert (best.round, best.sites) == (int(np.argmax(means)), 2)
+    assert best.mean == pytest.approx(max(means))
+    kept = {path.name for path in RunFolder(run.out).checkpoints.iterdir()}
+    assert kept == {"round-0000", f"round-{best.round:04d}", "round-0003"}
+    said = f"round {best.round}, {best.mean:.3f} as the mean of 2 sites"
+    assert any(said in one and f"checkpoints/round-{best.round:04d}" in one for one in run.heard)
+    page = write_report(run.out).read_text(encoding="utf-8")
+    assert "Validation" in page
+    assert said in page
+
+
+def test_rounds_that_fewer_sites_measured_and_figures_that_are_none_do_not_win() -> None:
+    told = [
+        (1, {"a": {"validation_auc": 0.5}, "b": {"validation_auc": 0.7}}),
+        (2, {"a": {"validation_auc": 0.9}}),
+        (3, {"a": {"validation_auc": 0.6}, "b": {"validation_auc": 1e30}, "c": {"validation_auc": float("nan")}}),
+        (4, {"a": {"validation_auc": 0.8}, "b": {"validation_auc": 0.5}}),
+    ]
+    measured = validation.by_round(told)
+    assert measured == {0: {"a": 0.5, "b": 0.7}, 1: {"a": 0.9}, 2: {"a": 0.6}, 3: {"a": 0.8, "b": 0.5}}
+    assert validation.best_of(measured) == validation.Best(3, pytest.approx(0.65), 2)
+    assert validation.best_of({}) is None
+
+
+def test_masks_are_measured_by_dice_on_the_prepared_grid(tmp_path: Path) -> None:
+    pytest.importorskip("monai", reason="the extra finetune is not there")
+    study = masks_study()
+    study = study.model_copy(update={"finetune": study.finetune.model_copy(update={"validation": 0.5})})  # type: ignore[union-attr]
+    site = opened(hospital(tmp_path / "north", "north", masks=True, pictures=8), study)
+    student = {name: parameter.detach() for name, parameter in build_student(study).named_parameters()}
+    found = held_out.measured(site.config, study, site.everything, student, torch.device("cpu"))
+    model, expected = load_task_model(study.model, 2, outputs=2, dense=True, tensors=student), []
+    for number, scan in enumerate(site.everything.scans):
+        if held_out.is_held_out(scan.patient, study):
+            x = pictures_of(tmp_path / "north" / "site.yaml", study, 8)[number][None]
+            with torch.no_grad():
+                drawn = model(x).argmax(1)[0].numpy() == 1  # 64 x 64 is a single window
+            truth = np.add.outer(np.arange(64), np.arange(64)) < 40 + 8 * number
+            expected.append(2 * (drawn & truth).sum() / (drawn.sum() + truth.sum()))
+    assert 0 < len(expected) < 8
+    assert found == {"validation_dice": pytest.approx(np.mean(expected))}
+
+
+def test_a_scan_that_does_not_fit_into_memory_costs_the_figure_and_not_the_round(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 bytes")
+
+    site, heard = opened(run.sites[0], run.study), list[str]()
+    student = {name: parameter.detach() for name, parameter in build_student(run.study).named_parameters()}
+    asked = (site.config, run.study, site.everything, student, torch.device("cpu"))
+    assert held_out.measured(*asked).keys() == {"validation_auc"}
+    monkeypatch.setattr(held_out.Inference, "chances", too_large)
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        assert held_out.measured(*asked) == {}
+    assert heard == ["north: does not measure the shared model: a held-out scan does not fit into the device's memory"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (PRIVATE, "finetune.validation: its figures would not leave a site under privacy.mode: patient"),
+        ({"wire": {"losses": False}}, "under wire.losses: false"),
+    ],
+)
+def test_a_study_whose_figures_may_not_leave_holds_out_nobody(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        validated(**changes)
+
+
+def test_a_study_of_local_heads_has_no_model_to_measure_and_others_keep_their_digests() -> None:
+    with pytest.raises(ConfigError, match="with head: local there is none"):
+        task_study(finetune={"validation": 0.2, "head": "local"})
+    assert "validation" not in task_study().canonical()

@@ -1,0 +1,162 @@
+"""A federation's round that fine-tuned: a fine-tuning goes on from it, and it answers as the run's own model does."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from client.beginning import begin
+from client.finetune import task_model
+from client.finetune_config import init_from, load_finetune
+from client.research_command import main
+from server.run_folder import RunFolder
+from server.task_release import release_model
+from tests.labelled_hospitals import task_study
+from tests.test_finetune import pictures, write_config
+from tests.test_research_command import nano_checkpoint
+from unimiss_core import checkpoint, exported, task_checkpoint
+from unimiss_core.config import dump_yaml
+from unimiss_core.groups import group_of
+from unimiss_core.keys import SigningKey, new_signing_key
+from unimiss_core.network import tensors_of
+from unimiss_core.students import build_student
+from unimiss_core.study import StudyConfig
+
+CLASSES = ["fine", "coarse"]
+
+
+def study_of(head: str = "shared") -> StudyConfig:
+    task = {"name": "classification", "kind": "binary", "rank": 2, "classes": CLASSES, "input_size": [40, 44]}
+    return task_study(2, finetune={"task": task, "head": head})
+
+
+def rounds(out: Path, study: StudyConfig, *, last: int = 2, signing_key: SigningKey | None = None) -> Path:
+    """What a run of `study` leaves, with tensors of its own: rounds 0 and `last`, the latter's folder."""
+    assert study.finetune is not None
+    made = tensors_of(build_student(study))
+    stay = {name for name in made if group_of(name) == "head" and study.finetune.head == "local"}
+    for round in (0, last):
+        generator = torch.Generator().manual_seed(round)
+        moved = {name: t + 0.02 * torch.randn(t.shape, generator=generator) for name, t in made.items()}
+        tensors = {name: tensor for name, tensor in moved.items() if name not in stay}
+        checkpoint.save(
+            out / "checkpoints" / checkpoint.folder_name(round),
+            origin="federation",
+            round=round,
+            study_digest=study.digest(),
+            model=study.model,
+            plan=study.plan,
+            student=tensors,
+            teacher=tensors,
+            signing_key=signing_key,
+        )
+    (out / "study.yaml").write_text(dump_yaml(study))
+    return out / "checkpoints" / checkpoint.folder_name(last)
+
+
+def begun(folder: Path, init: Path, **changes: Any) -> Mapping[str, Tensor]:
+    """The model of a fine-tuning's file as it begins."""
+    raw = {"task": {"name": "classification", "rank": 2, "classes": CLASSES}, "data": {"table": "t.csv"}, **changes}
+    config = load_finetune(write_config(folder, **raw))
+    config = config.model_copy(update={"init": init_from(str(init), config.init)})
+    return tensors_of(task_model(config, begin(config.init)))
+
+
+@pytest.mark.parametrize("of", ["round", "model"])
+def test_a_fine_tuning_goes_on_with_encoder_and_head_where_the_classes_are_the_same(tmp_path: Path, of: str) -> None:
+    study = study_of()
+    folder = rounds(tmp_path / "run", study)
+    held = checkpoint.load(folder).student
+    release_model(RunFolder(tmp_path / "run"), study, round=2, from_start=False)
+    init = folder if of == "round" else tmp_path / "run" / "model"
+    same = begun(tmp_path, init)
+    assert same.keys() == held.keys()
+    assert all(torch.equal(same[name], tensor) for name, tensor in held.items())
+    other = begun(tmp_path, init, task={"name": "classification", "rank": 2, "classes": ["clear", "lesion"]})
+    drawn = tensors_of(build_student(study))  # the file's seed is the study's
+    for name, tensor in other.items():
+        assert torch.equal(tensor, drawn[name] if name.startswith("head.") else held[name]), name
+
+
+@pytest.mark.parametrize(
+    ("head", "keeps_study", "told"),
+    [
+        ("shared", True, "begins with checkpoint (fine-tuned for the same classes: its head, too), trains full"),
+        ("local", True, "(fine-tuned; a new head, for its own stayed at its sites, or nothing says its task)"),
+        ("shared", False, "(fine-tuned; a new head, for its own stayed at its sites, or nothing says its task)"),
+    ],
+)
+def test_the_screen_says_what_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str, keeps_study: bool, told: str
+) -> None:
+    folder = rounds(tmp_path / "run", study_of(head))
+    if not keeps_study:
+        (tmp_path / "run" / "study.yaml").unlink()
+    path = write_config(tmp_path, **pictures(tmp_path, 12), training={"epochs": 1, "steps_per_epoch": 1, "batch": 2})
+    assert main(["finetune", str(path), "--init", str(folder)]) == 0
+    assert told in capsys.readouterr().err
+
+
+def test_a_round_predicts_and_is_exported_as_the_runs_own_model(tmp_path: Path) -> None:
+    study, key = study_of(), new_signing_key()
+    folder = rounds(tmp_path / "run", study, signing_key=key)
+    release_model(RunFolder(tmp_path / "run", key), study, round=2, from_start=False)
+    pictures(tmp_path, 6)
+    answers = []
+    for name, model in (("round", folder), ("model", tmp_path / "run" / "model")):
+        out = tmp_path / name
+        assert main(["predict", str(model), str(tmp_path / "pictures"), "--out", str(out)]) == 0
+        with (out / "predictions.csv").open() as file:
+            answers.append([row["p/coarse"] for row in csv.DictReader(file)])
+        bundle = tmp_path / f"{name}-plain"
+        assert main(["export", str(model), "--to", "safetensors", "--out", str(bundle)]) == 0
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) == 6
+    (plain, config), (expected, _) = (exported.load(tmp_path / f"{name}-plain") for name in ("round", "model"))
+    assert config.holds == "classification"
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), expected.parameters(), strict=True))
+    card = (tmp_path / "round-plain" / "README.md").read_text()
+    assert "Fine-tuned by a federation by Federated UniMiSS; what it began with is not known here." in card
+    assert "`full`, 2 rounds, seed 0" in card
+    assert "| manifest.json | sha256" in card
+
+
+def test_a_bundle_of_a_round_holds_a_model_that_loads(tmp_path: Path) -> None:
+    folder, out = rounds(tmp_path / "run", study_of()), tmp_path / "bundle"
+    assert main(["export", str(folder), "--to", "monai", "--out", str(out)]) == 0
+    model, manifest = task_checkpoint.load(out / "models")
+    held = checkpoint.load(folder).student
+    assert all(torch.equal(parameter, held[name]) for name, parameter in model.named_parameters())
+    assert (manifest.epoch, manifest.trained_in, manifest.began_with) == (2, "rounds", "unknown")
+
+
+def test_what_a_round_cannot_be_used_for_is_told_in_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local, shared = rounds(tmp_path / "local", study_of("local")), rounds(tmp_path / "shared", study_of())
+    (tmp_path / "scans").mkdir()
+
+    def refused(words: list[str], told: str, code: int) -> None:
+        assert main(words) == code
+        said = capsys.readouterr().err
+        assert told in said, said
+        assert said.count("\n") == 1
+
+    asked = [str(tmp_path / "scans"), "--out", str(tmp_path / "out")]
+    refused(["predict", str(local), *asked], "its federation leaves heads at their sites", 4)
+    refused(["export", str(local), "--to", "onnx", *asked[1:]], "its federation leaves heads at their sites", 4)
+    refused(["export", str(shared), "--to", "safetensors", "--student", *asked[1:]], "leave --student out", 2)
+    of_scans = [str(shared), str(tmp_path / "scans"), "--out", str(tmp_path / "f.npz")]
+    refused(["embed", *of_scans], "is of a federation that fine-tuned, and knows images alone", 4)
+    refused(["probe", str(shared), "--data", str(tmp_path / "scans")], "a probe asks an encoder of pretraining", 2)
+    volumes = {"name": "segmentation", "rank": 3, "classes": ["ball"]}
+    path = write_config(tmp_path, task=volumes, data={"name": "msd", "folder": "."})
+    refused(["finetune", str(path), "--init", str(shared)], "init: was fine-tuned for scans of rank 2", 2)
+    unknown = rounds(tmp_path / "unknown", study_of())
+    (tmp_path / "unknown" / "study.yaml").unlink()
+    refused(["predict", str(unknown), *asked], "what it answers stands in its study.yaml", 4)
+    refused(["predict", str(nano_checkpoint(tmp_path / "plain")), *asked], "is a checkpoint of pretraining", 4)

@@ -1,0 +1,109 @@
+"""A round of a federation that fine-tuned: how it is told from one of pretraining, and the model for a task that it is.
+
+A checkpoint does not say what its head answers; the study does, which lies beside a checkpoint that was handed on, or
+in the folder of its run.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from unimiss_core import checkpoint, task_checkpoint
+from unimiss_core.checkpoint import Manifest
+from unimiss_core.config import load
+from unimiss_core.errors import CheckpointError, ConfigError
+from unimiss_core.keys import SigningPublicKey
+from unimiss_core.network import empty_network
+from unimiss_core.scan import RANKS, Rank
+from unimiss_core.study import StudyConfig
+from unimiss_core.task_checkpoint import TaskManifest
+from unimiss_core.task_config import TaskConfig
+from unimiss_core.tasks import TaskModel, load_task_model
+
+_BACKBONE, _HEAD = "backbone.", "head."
+
+
+def rank_of_task(manifest: Manifest) -> Rank | None:
+    """The one rank that the backbone of a task's checkpoint is of; None of a checkpoint of pretraining, of both."""
+    held = _backbone_of(manifest.tensors)
+    for rank in RANKS:
+        network = empty_network(manifest.model, ranks={rank})
+        if held == _backbone_of({name: tuple(p.shape) for name, p in network.named_parameters()}):
+            return rank
+    return None
+
+
+def _backbone_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in shapes.items() if name.startswith(_BACKBONE)}
+
+
+def require_pretraining(folder: Path, manifest: Manifest) -> None:
+    """Before any memory is taken, for the manifest itself has no checksum. Raises CheckpointError: of a task, or its
+    tensors are not those of its model."""
+    if (rank := rank_of_task(manifest)) is not None:
+        kind = "images" if rank == 2 else "volumes"
+        raise CheckpointError(
+            f"{folder}: is of a federation that fine-tuned, and knows {kind} alone; `unimiss finetune --init` takes "
+            "it, and `unimiss predict` and `export` where sites share its head"
+        )
+    shapes = {name: tuple(p.shape) for name, p in empty_network(manifest.model).named_parameters()}
+    if shapes != manifest.tensors:
+        raise CheckpointError(f"{folder}: its tensors are not those of the model in its manifest; take another copy")
+
+
+def study_of(folder: Path, manifest: Manifest) -> tuple[StudyConfig, Path] | None:
+    """The study of a checkpoint in `folder`, and the folder that it lies in: beside a checkpoint that was handed on, or
+    its run's; None where neither has it."""
+    if manifest.study_digest is None:
+        return None
+    for place in (folder, folder.absolute().parent.parent):
+        with suppress(ConfigError):
+            study = load(StudyConfig, place / "study.yaml")
+            if study.digest() == manifest.study_digest:
+                return study, place
+    return None
+
+
+def task_of(folder: Path, manifest: Manifest) -> TaskConfig | None:
+    """What the shared head of a round answers; None where heads stay at their sites, or nothing says."""
+    found = study_of(folder, manifest)
+    if found is None or found[0].finetune is None or not _has_head(manifest):
+        return None
+    return found[0].finetune.task
+
+
+def load_tuned(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[TaskModel, TaskManifest]:
+    """A fine-tuned model: of the folder that fine-tuning wrote, or of a round of a federation that fine-tuned.
+
+    key: of who must have signed the round. Raises CheckpointError: as `task_checkpoint.load` and `checkpoint.load`; or
+    a round that answers nothing, or nobody knows what.
+    """
+    if not task_checkpoint.is_there(folder) and (folder / checkpoint.MANIFEST).is_file():
+        manifest = checkpoint.read_manifest(folder, key=key)
+        if rank_of_task(manifest) is not None:
+            return _tuned_round(folder, key)
+    return task_checkpoint.load(folder)
+
+
+def _tuned_round(folder: Path, key: SigningPublicKey | None) -> tuple[TaskModel, TaskManifest]:
+    found = checkpoint.load(folder, key=key)
+    manifest = found.manifest
+    if not _has_head(manifest):
+        raise CheckpointError(
+            f"{folder}: answers no task, for its federation leaves heads at their sites; a site's own model is in "
+            "models/RUN of its state folder, and `unimiss finetune --init` takes this encoder"
+        )
+    if (of := study_of(folder, manifest)) is None or (tuned := of[0].finetune) is None:
+        raise CheckpointError(
+            f"{folder}: what it answers stands in its study.yaml, which lies neither beside it nor in its run's "
+            "folder; put it beside the manifest"
+        )
+    task, study = tuned.task, of[0]
+    dense = task.name == "segmentation"
+    model = load_task_model(study.model, task.rank, outputs=task.outputs, dense=dense, tensors=found.student)
+    told = task_checkpoint.of_rounds(study, round=manifest.round, began_with="unknown", pretrained_digest=None)
+    return model, task_checkpoint.packed(found.student, told)[1]
+
+
+def _has_head(manifest: Manifest) -> bool:
+    return any(name.startswith(_HEAD) for name in manifest.tensors)
