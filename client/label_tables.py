@@ -7,7 +7,7 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -66,6 +66,8 @@ class LabelTable:
     folder: Path
     """What paths of scans and masks begin from."""
     modality: Modality | None = None
+    left_out: tuple[str, ...] = ()
+    """Where each line stands by itself: what is wrong with those that are no case, without a word of their text."""
 
 
 def label_table(config: FinetuneConfig) -> LabelTable:
@@ -78,16 +80,21 @@ def label_table(config: FinetuneConfig) -> LabelTable:
     return labels_in(data, config.task, given=config.split.name == "given")
 
 
-def labels_in(data: LabelData, task: TaskConfig, *, given: bool = False) -> LabelTable:
-    """given: the table says which part each scan is for. Raises ConfigError, as `label_table`."""
+def labels_in(data: LabelData, task: TaskConfig, *, given: bool = False, one_by_one: bool = False) -> LabelTable:
+    """given: the table says which part each scan is for. one_by_one: a line of a table, or a case of a folder, that
+    cannot be used is left out and decides about no other patient's, nor whether there is a table at all.
+
+    Raises ConfigError, as `label_table`; one_by_one, of what is wrong with the whole of it.
+    """
     if isinstance(data, CsvData):
         _must_be_a_file("data.table", data.table)
         _must_be_a_folder(data.folder)
-        return LabelTable(_of_csv(data, task, given=given), data.folder, data.modality)
+        cases, problems = _of_csv(data, task, given=given, one_by_one=one_by_one)
+        return LabelTable(cases, data.folder, data.modality, problems)
     if not isinstance(task, SegmentationConfig):
         raise ConfigError("data: an msd folder holds masks; the task must be segmentation")
     _must_be_a_folder(data.folder)
-    return _of_msd(data, task)
+    return _of_msd(data, task, one_by_one=one_by_one)
 
 
 def _must_be_a_file(setting: str, path: Path) -> None:
@@ -104,32 +111,56 @@ def _must_be_a_folder(path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- CSV
 
 
-def _of_csv(data: CsvData, task: TaskConfig, *, given: bool) -> tuple[Case, ...]:
-    try:
-        with data.table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise ConfigError(f"table {data.table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
-    if not rows:
+def _of_csv(
+    data: CsvData, task: TaskConfig, *, given: bool, one_by_one: bool
+) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    """Cases, and of lines that are left out what is wrong with them. one_by_one: as of `labels_in`."""
+    rows, columns = _rows_of(data.table, one_by_one=one_by_one)
+    if not rows and not one_by_one:
         raise ConfigError(f"table {data.table.name}: holds no rows")
-    _check_columns(data, task, reader.fieldnames or (), given=given)
+    _check_columns(data, task, columns, given=given)
     kept = [
         (number, {name: (text or "").strip() for name, text in row.items() if isinstance(name, str)})
         for number, row in enumerate(rows, start=2)
         if all((row[column] or "").strip() in allowed for column, allowed in data.where.items())
     ]
-    if not kept:
+    if not kept and not one_by_one:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
-    problems = [p for number, row in kept for p in _problems(number, row, data, task, given=given)]
-    first: dict[PurePosixPath, int] = {}  # as paths: ./A and A are one scan, and may not be of two patients
-    problems += [
-        f"line {number}: lists the scan of line {first[PurePosixPath(row[data.scan])]} again"
-        for number, row in kept
-        if first.setdefault(PurePosixPath(row[data.scan]), number) != number
-    ]
-    _refuse(f"table {data.table.name}", problems)
-    return tuple(_case(number, row, data, task) for number, row in kept)
+    problems = [(number, said) for number, row in kept for said in _problems(row, data, task, given=given)]
+    problems += _listed_again(kept, data, by_patient=one_by_one)
+    if not one_by_one:
+        _refuse(f"table {data.table.name}", [f"line {number}: {said}" for number, said in problems])
+    wrong: dict[int, list[str]] = {}
+    for number, said in problems:
+        wrong.setdefault(number, []).append(said)
+    cases = tuple(_case(number, row, data, task) for number, row in kept if number not in wrong)
+    return cases, tuple(f"line {number}: {', '.join(wrong[number])}" for number in sorted(wrong))
+
+
+def _rows_of(table: Path, *, one_by_one: bool) -> tuple[list[dict[str, str | None]], Sequence[str]]:
+    """Lines, and names of columns. one_by_one: bytes that are no UTF-8 cost the line they stand in, not the table.
+
+    Raises ConfigError: it is no CSV. A quotation mark that nothing closes is told, for it takes all that follows along.
+    """
+    try:
+        errors = "surrogateescape" if one_by_one else "strict"
+        with table.open(encoding="utf-8-sig", errors=errors, newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            return list(reader), reader.fieldnames or ()
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError(f"table {table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
+
+
+def _listed_again(
+    kept: Sequence[tuple[int, Mapping[str, str]]], data: CsvData, *, by_patient: bool
+) -> Iterator[tuple[int, str]]:
+    """Lines of a scan that an earlier line is of; by_patient: of the same patient. Paths are compared as paths: ./A and
+    A are one scan, and may not be of two patients."""
+    first: dict[tuple[str, PurePosixPath], int] = {}
+    for number, row in kept:
+        scan = (row[data.patient] if by_patient else "", PurePosixPath(row[data.scan]))
+        if first.setdefault(scan, number) != number:
+            yield number, f"lists the scan of line {first[scan]} again"
 
 
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
@@ -148,22 +179,26 @@ def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, giv
         raise ConfigError(f"table {data.table.name}: {'; '.join(problems)}; `data` names the columns")
 
 
-def _problems(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Iterable[str]:
+def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Iterator[str]:
     """What is wrong with one line; no text of the line is told, which could be a patient's."""
-    for column in (data.scan, *((data.label,) if isinstance(task, SegmentationConfig) else ())):
+    paths = (data.scan, *((data.label,) if isinstance(task, SegmentationConfig) else ()))
+    for column in (*paths, data.patient):
+        if not _is_text(row[column]):
+            yield f"'{column}' is no UTF-8"
+    for column in paths:
         path = PurePosixPath(row[column])
         if not row[column] or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
-            yield f"line {number}: '{column}' must be a path that stays below the folder"
+            yield f"'{column}' must be a path that stays below the folder"
     if not row[data.patient]:
-        yield f"line {number}: '{data.patient}' is empty"
+        yield f"'{data.patient}' is empty"
     if _is_multi_label(task):
         for column in task.classes:
             if row[column] not in ("0", "1"):
-                yield f"line {number}: '{column}' must be 0 or 1"
+                yield f"'{column}' must be 0 or 1"
     elif isinstance(task, ClassificationConfig) and row[data.label] not in task.classes:
-        yield f"line {number}: '{data.label}' is none of {', '.join(task.classes)}"
+        yield f"'{data.label}' is none of {', '.join(task.classes)}"
     if given and row[data.split].lower() not in _SPELLINGS:
-        yield f"line {number}: '{data.split}' must be train, validation or test"
+        yield f"'{data.split}' must be train, validation or test"
 
 
 def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) -> Case:
@@ -182,6 +217,11 @@ def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) 
     )
 
 
+def _is_text(read: str) -> bool:
+    """Whether it was UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in read)
+
+
 def _is_multi_label(task: TaskConfig) -> bool:
     return isinstance(task, ClassificationConfig) and task.kind == "multi_label"
 
@@ -195,27 +235,28 @@ def _refuse(where: str, problems: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------------------------- MSD
 
 
-def _of_msd(data: MsdData, task: SegmentationConfig) -> LabelTable:
+def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> LabelTable:
     images, masks = (_files_by_case(data.folder / name) for name in ("imagesTr", "labelsTr"))
     channels = {case: _channels(names) for case, names in images.items()}
     masks_of = {case: names[0] for case, names in masks.items()}
     both = sorted(channels.keys() & masks_of.keys())
     if lone := len(channels) + len(masks_of) - 2 * len(both):
         progress.report(progress.Note(f"{lone} image(s) or mask(s) of the folder have no counterpart and are left out"))
-    if lacking := [case for case in both if data.channel not in channels[case]]:
-        raise ConfigError(f"data.channel: {len(lacking)} of {len(both)} cases have no channel {data.channel}")
-    if not both:
+    if not both and not one_by_one:
         raise ConfigError("data.folder: imagesTr and labelsTr hold no image with a mask of the same name")
-    cases = tuple(
-        Case(
-            number=number,
-            file=f"imagesTr/{channels[case][data.channel]}",
-            patient=_patient(case, data.patient_pattern, number),
-            mask=f"labelsTr/{masks_of[case]}",
-        )
-        for number, case in enumerate(both, start=1)
-    )
-    return LabelTable(cases, data.folder, data.modality or _modality_told(data, task))
+    cases, problems = [], []
+    for number, case in enumerate(both, start=1):
+        patient = _patient(case, data.patient_pattern)
+        if data.channel not in channels[case]:
+            problems.append(f"case {number}: has no channel {data.channel} (data.channel)")
+        elif patient is None:
+            problems.append(f"case {number}: data.patient_pattern does not match its name")
+        else:
+            file, mask = f"imagesTr/{channels[case][data.channel]}", f"labelsTr/{masks_of[case]}"
+            cases.append(Case(number, file, patient, mask=mask))
+    if not one_by_one:
+        _refuse("data.folder", problems)
+    return LabelTable(tuple(cases), data.folder, data.modality or _modality_told(data, task), tuple(problems))
 
 
 def _files_by_case(folder: Path) -> dict[str, list[str]]:
@@ -247,13 +288,12 @@ def _channels(names: Sequence[str]) -> dict[int, str]:
     return numbered if len(numbered) == len(names) and 0 in numbered else {0: names[0]}
 
 
-def _patient(case: str, pattern: str | None, number: int) -> str:
+def _patient(case: str, pattern: str | None) -> str | None:
+    """None: the pattern does not say whose it is."""
     if pattern is None:
         return case
     match = re.search(pattern, case)
-    if match is None or not match["patient"]:
-        raise ConfigError(f"data.patient_pattern: does not match the name of case {number}")
-    return match["patient"]
+    return (match["patient"] or None) if match else None
 
 
 def _modality_told(data: MsdData, task: SegmentationConfig) -> Modality | None:

@@ -27,6 +27,7 @@ from client import workers
 from client.cache import FULL, CachedScan, Library, scan_file, write_scan
 from client.cache_room import forget_unfinished
 from client.catalogue import read_one
+from client.label_config import LabelData
 from client.label_tables import Case, LabelTable, labels_in
 from client.labelled import MaskError, labels_of, mask_at, places_in
 from client.labelled_room import STAMP, LabelledRoom
@@ -116,7 +117,8 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
     elif (lacking := _lacking(config, study.finetune)) is not None:
         yield f"Study '{study.name}': no; {lacking}."
     else:
-        cases = labels_in(labels.data, task := study.finetune.task).cases
+        table = _table(labels.data, study)
+        cases, task = table.cases, study.finetune.task
         patients = len({case.patient for case in cases})
         told = f"Study '{study.name}': {len(cases)} labelled scans of {patients} patients"
         several = task.name == "classification" and task.kind == "multi_label"
@@ -126,6 +128,8 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
         yield f"{told}."
         if (meant := _meant_for_judging(cases)) is not None:
             yield f"{meant.capitalize()}."
+        if table.left_out:
+            yield f"Left out, for a patient-level study takes each line by itself: {_shown(table.left_out)}."
 
 
 def _meant_for_judging(cases: Sequence[Case]) -> str | None:
@@ -138,9 +142,17 @@ def _meant_for_judging(cases: Sequence[Case]) -> str | None:
     )
 
 
+def _table(data: LabelData, study: StudyConfig) -> LabelTable:
+    """In a patient-level study a wrong line is left out, as a scan that cannot be read is: that a round failed of it
+    would be told to the coordinator, and leaving one line out changes nothing of another patient's."""
+    assert study.finetune is not None
+    return labels_in(data, study.finetune.task, one_by_one=study.privacy.mode == "patient")
+
+
 def open_labelled(site: SiteConfig, study: StudyConfig, *, evicts: bool = True) -> Library:
     """The site's labelled scans of the task's rank; reads what is new, in parallel. Labels of a scan that cannot be
-    read, or of a mask that does not go with its scan, are left out, and the site's screen says which lines.
+    read, or of a mask that does not go with its scan, are left out, and the site's screen says which lines; in a
+    patient-level study so are lines that are wrong themselves.
 
     evicts: whether scans of other tables and plans may go for these. Raises as `check_labels`; NoUsableScanError, but
     not in a patient-level study; ConfigError: what is wrong with the table, or that the cache cannot be written, or not
@@ -150,7 +162,7 @@ def open_labelled(site: SiteConfig, study: StudyConfig, *, evicts: bool = True) 
     assert site.labels is not None
     assert study.finetune is not None
     try:
-        table = labels_in(site.labels.data, study.finetune.task)
+        table = _table(site.labels.data, study)
         scans, reasons = _opened(site, study, table, evicts=evicts)
     except ConfigError as error:
         raise ConfigError(f"site '{site.name}': labels: {error}") from None
@@ -175,6 +187,8 @@ def _opened(
     tasks = [_task(site, study, table, case, secret, folder) for case in table.cases]
     if (meant := _meant_for_judging(table.cases)) is not None and not all(task.record.exists() for task in tasks):
         tell_if_heard(site.name, meant)
+    if table.left_out:
+        tell_once_if_heard(site.name, f"labels left out: {_shown(table.left_out)}", state=site.state)
     room = LabelledRoom(site, folder, {task.stamp for task in tasks}, evicts=evicts)
     records = _records(site, tasks, room, is_secret=study.privacy.mode == "patient")
     scans = (
@@ -182,16 +196,23 @@ def _opened(
         for task, record, case in zip(tasks, records, table.cases, strict=True)
         if not record.reason
     )
-    return tuple(scans), dict(sorted(Counter(record.reason for record in records if record.reason).items()))
+    reasons = Counter(record.reason for record in records if record.reason)
+    reasons += Counter({"label_unfit": len(table.left_out)})
+    return tuple(scans), dict(sorted(reasons.items()))
 
 
 def _tell_of_left_out(site: SiteConfig, tasks: Sequence["_Task"], records: Sequence["_Record"]) -> None:
-    """On the site's own screen: lines of its table, never a patient or a path."""
-    left_out = [(task.number, record) for task, record in zip(tasks, records, strict=True) if record.reason]
-    shown = [f"line {number}: {one.detail or one.reason}" for number, one in left_out[:_TOLD]]
-    if shown:
-        more = f"; and {len(left_out) - _TOLD} more" if len(left_out) > _TOLD else ""
-        tell_if_heard(site.name, f"labelled scans left out: {'; '.join(shown)}{more}")
+    """On the site's own screen."""
+    pairs = zip(tasks, records, strict=True)
+    left_out = [f"line {task.number}: {record.detail or record.reason}" for task, record in pairs if record.reason]
+    if left_out:
+        tell_if_heard(site.name, f"labelled scans left out: {_shown(left_out)}")
+
+
+def _shown(left_out: Sequence[str]) -> str:
+    """Lines of the site's table, never a patient or a path."""
+    more = f"; and {len(left_out) - _TOLD} more" if len(left_out) > _TOLD else ""
+    return "; ".join(left_out[:_TOLD]) + more
 
 
 # ---------------------------------------------------------------------------------------------------------- preparing
@@ -258,7 +279,11 @@ def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, s
 def _files(path: Path) -> list[object]:
     """Path, size and time of a file, or of each in a series' folder."""
     found: list[object] = []
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError:  # a folder that may not be listed, a name that is too long: the scan's own matter
+        files = [path]
+    for file in files:
         try:
             status = file.stat()
             found.append([os.fspath(file), status.st_size, status.st_mtime_ns])

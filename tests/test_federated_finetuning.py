@@ -391,6 +391,24 @@ def test_a_label_that_is_no_class_is_told_by_its_line(tmp_path: Path) -> None:
         open_labelled(opened(path, task_study()).config, task_study())
 
 
+def test_in_a_private_study_a_wrong_line_is_left_out_and_told_at_the_site_alone(tmp_path: Path) -> None:
+    """That it refused the whole table would be told to the coordinator, of a line that one patient brought."""
+    study = task_study(**PRIVATE)
+    site = hospital(tmp_path / "north", "north", privacy={"holds": ["images", "volumes"]})
+    (tmp_path / "north" / "labels.csv").write_text(
+        (tmp_path / "north" / "labels.csv").read_text().replace("lesion", "leison", 1) + f"{'x' * 300}.png,clear,P9\n"
+    )
+    heard: list[str] = []
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        library = open_labelled(opened(site, study).config, study)
+    assert len(library.scans) == 3
+    assert library.left_out == {"cannot_open": 1, "label_unfit": 1}
+    assert "north: labels left out: line 3: 'label' is none of clear, lesion" in heard
+    federate(tmp_path / "out", [site], study)
+    line = metric_rows(tmp_path / "out")[0]["sites"]["north"]
+    assert (line["status"], line["scans"], line["losses"], line["seconds"]) == ("ok", {"2d": 1, "3d": 0}, {}, 0.0)
+
+
 def test_a_mask_of_another_shape_is_left_out_and_told(tmp_path: Path) -> None:
     path = hospital(tmp_path / "north", "north", masks=True)
     write_png(tmp_path / "north" / "scans" / "mask-1.png", np.ones((32, 64), dtype=np.uint8))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from client.finetune_config import FinetuneConfig
-from client.label_tables import Case, LabelTable, label_table
+from client.label_tables import Case, LabelTable, label_table, labels_in
 from client.splits import split_cases
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
@@ -101,6 +101,66 @@ def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path)
     assert "Miller" not in str(told.value)
 
 
+WRONG = (
+    b"../Miller.png,no,1",
+    b"a.png,Miller,1",
+    b"b.png,yes,",
+    b"M\xfcller.png,yes,2",
+    b"c.png,yes,M\xfcller",
+    b"d.png",
+    b",yes,3",
+    b"./fine.png,yes,4",  # listed before, of the same patient
+)
+
+
+@pytest.mark.parametrize("wrong", [*((line,) for line in WRONG), WRONG])
+def test_where_lines_stand_by_themselves_a_wrong_one_costs_no_other(tmp_path: Path, wrong: tuple[bytes, ...]) -> None:
+    """What is found is what the table without these lines has, though all of them alike are refused otherwise."""
+    right = [b"fine.png,no,4", b"fine.png,yes,5", b"e.png,yes,4"]  # one scan of two patients is each one's own
+    found = []
+    for lines in (right, [right[0], *wrong, *right[1:]]):
+        (tmp_path / "t.csv").write_bytes(b"\n".join([b"scan,label,patient", *lines, b""]))
+        config = configured(tmp_path, BINARY, {"table": "t.csv"})
+        found.append(labels_in(config.data, config.task, one_by_one=True))
+    alone, among = ([(case.file, case.patient, case.target) for case in each.cases] for each in found)
+    assert among == alone == [("fine.png", "4", (0,)), ("fine.png", "5", (1,)), ("e.png", "4", (1,))]
+    assert found[0].left_out == ()
+    assert [told.split(":")[0] for told in found[1].left_out] == [f"line {3 + place}" for place in range(len(wrong))]
+    assert "ller" not in str(found[1].left_out)
+    with pytest.raises(ConfigError):
+        label_table(config)
+
+
+@pytest.mark.parametrize("text", ["scan,label,patient\n", "scan,label,patient\na.png,Miller,1\n"])
+def test_where_lines_stand_by_themselves_none_may_be_left(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    config = configured(tmp_path, BINARY, {"table": "t.csv", "where": {"label": ["Miller"]}})
+    assert labels_in(config.data, config.task, one_by_one=True).cases == ()
+
+
+def test_a_quotation_mark_that_nothing_closes_is_told_for_it_would_swallow_all_that_follows(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('scan,label,patient\na.png,no,1\nb.png,yes,"2\nc.png,no,3\n')
+    config = configured(tmp_path, BINARY, {"table": "t.csv"})
+    for one_by_one in (False, True):
+        with pytest.raises(ConfigError, match="cannot be read as a CSV"):
+            labels_in(config.data, config.task, one_by_one=one_by_one)
+
+
+def test_where_cases_of_a_folder_stand_by_themselves_a_wrong_one_costs_no_other(tmp_path: Path) -> None:
+    names = ["p1_a_0000.nii.gz", "p1_a_0001.nii.gz", "p2_b_0000.nii.gz", "who_0000.nii.gz", "who_0001.nii.gz"]
+    msd(tmp_path, names, ["p1_a.nii.gz", "p2_b.nii.gz", "who.nii.gz"])
+    data = {"name": "msd", "folder": ".", "channel": 1, "patient_pattern": "^(?P<patient>p[0-9])_"}
+    config = configured(tmp_path, MASKS, data)
+    found = labels_in(config.data, config.task, one_by_one=True)
+    assert [(case.number, case.patient, case.file) for case in found.cases] == [(1, "p1", "imagesTr/p1_a_0001.nii.gz")]
+    assert found.left_out == (
+        "case 2: has no channel 1 (data.channel)",
+        "case 3: data.patient_pattern does not match its name",
+    )
+    with pytest.raises(ConfigError, match=r"2 problem.*\n  - case 2.*\n  - case 3"):
+        label_table(config)
+
+
 def msd(folder: Path, images: list[str], masks: list[str], told: dict[str, Any] | None = None) -> None:
     for name, files in {"imagesTr": images, "labelsTr": masks}.items():
         (folder / name).mkdir()
@@ -129,7 +189,7 @@ def test_a_channel_of_an_nnunet_folder_is_chosen_and_its_modality_known(tmp_path
     found = label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": ".", "channel": 1}))
     assert [case.file for case in found.cases] == ["imagesTr/c_1_0001.nii.gz", "imagesTr/c_2_0001.nii.gz"]
     assert found.modality == "CT"
-    with pytest.raises(ConfigError, match="have no channel 7"):
+    with pytest.raises(ConfigError, match=r"2 problem.*\n  - case 1: has no channel 7"):
         label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": ".", "channel": 7}))
     one_class = {**MASKS, "classes": ["all"]}
     with pytest.raises(ConfigError, match=r"task\.classes: 1 beside the background; dataset\.json has 2"):
