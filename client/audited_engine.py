@@ -7,7 +7,7 @@ step that the centre made.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ from unimiss_core.execution import PLAIN, Execution
 from unimiss_core.groups import group_of
 from unimiss_core.learner import LearnerState
 from unimiss_core.noise import Noise
+from unimiss_core.objective import Centre, Loss, Objective
 from unimiss_core.privacy_config import PatientPrivacyConfig
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import Rank
+from unimiss_core.students import Student
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone, Team
 
@@ -94,10 +96,12 @@ class Engine:
         learner.objective = CanaryObjective(learner.objective, names, self.privacy.clip_norm, gain=gain, reach=reach)
         return Watched(learner, self.rank, self.step)
 
-    def watched_on_scans(self, *, noise: Noise) -> "Watched":
-        """A new learner that minimises the study's own objective, from weights so large that it tells scans apart."""
+    def watched_on_scans(self, *, noise: Noise, gain: float = 1.0) -> "Watched":
+        """A new learner that minimises `gain` times the study's own objective, from weights so large that it tells
+        scans apart."""
         learner = self.learner(noise=noise)
         _tell_scans_apart(learner)
+        learner.objective = _Louder(learner.objective, gain)
         return Watched(learner, self.rank, self.step)
 
 
@@ -193,6 +197,21 @@ class OneOf(Alone):
 
     def __init__(self, place: int, size: int) -> None:
         self.place, self.size = place, size
+
+
+@dataclass(frozen=True)
+class _Louder:
+    """An objective times `gain`."""
+
+    like: Objective
+    gain: float
+
+    def representations(self, rank: Rank) -> tuple[str, ...]:
+        return self.like.representations(rank)
+
+    def __call__(self, student: Student, teacher: Any, views: Tensor, centre: Centre) -> Loss:
+        loss = self.like(student, teacher, views, centre)
+        return replace(loss, total=self.gain * loss.total)
 
 
 def _tell_scans_apart(learner: PrivateLearner) -> None:

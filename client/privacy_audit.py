@@ -47,6 +47,13 @@ from unimiss_core.team import Alone
 ROUNDING = 2e-5
 """Share of the clip norm by which sums in float32 may differ; in bfloat16 and float16 they err by 100 times as much."""
 
+MARGIN = 2e-4
+"""Share by which a gradient may be shorter than the clip norm that it was shortened to, for its length is a bound
+(`unimiss_core.prototypes_gradient`)."""
+
+LOUD = 1e6
+"""Clip norms by which an objective is made so loud that all gradients are clipped."""
+
 LENGTHS = (0.5, 1.2, 5.0)
 """Of canaries' gradients, in clip norms: what is longer than one is shortened, however little, and no other is."""
 
@@ -135,8 +142,9 @@ def one_process_adds_the_noise(engine: Engine) -> Iterator[Finding]:
 
 
 def a_patient_moves_a_release_by_its_bound(engine: Engine) -> Iterator[Finding]:
-    """Canaries of one scan and of as many as there may be, far above the clip norm, and one whose loss is NaN; and
-    canaries about as long as the clip norm, whose bottlenecks are longer than any network's."""
+    """Canaries of one scan and of as many as there may be, far above the clip norm, and one whose loss is NaN; canaries
+    about as long as the clip norm, whose bottlenecks are longer than any network's; and patients of noise, by the
+    study's own objective, which brings the prototypes' gradient in the form that it has in training."""
     silent = engine.watched(noise=Silence())
     for scans in sorted({1, engine.privacy.scans_per_patient}):
         length, centres = silent.release([canary_views(scans, scans, engine.rank)]).lengths()
@@ -148,6 +156,10 @@ def a_patient_moves_a_release_by_its_bound(engine: Engine) -> Iterator[Finding]:
         length, centres = engine.watched(noise=Silence(), length=claimed, reach=3.0).release(_one(engine)).lengths()
         yield equals(f"gradient of a canary {claimed:g} clip norms long", min(1.0, claimed), length, ROUNDING)
     yield from _bottlenecks("a canary that is 3 long", centres)
+    loud = engine.watched_on_scans(noise=Silence(), gain=LOUD * engine.privacy.clip_norm)
+    lengths = [loud.release([patient]).lengths()[0] for patient in _unlike(engine)]
+    yield equals("gradient of a patient of noise, the shortest, in clip norms", 1.0, min(lengths), MARGIN)
+    yield at_most("gradient of a patient of noise, the longest, in clip norms", 1 + ROUNDING, *lengths)
 
 
 def patients_do_not_touch_each_other(engine: Engine) -> Iterator[Finding]:

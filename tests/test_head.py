@@ -5,7 +5,8 @@ import torch
 
 from tests.published import SIZES, Published, golden, needs_reference, network
 from unimiss_core import gathering
-from unimiss_core.head import Head, Prototypes, PrototypesGradient
+from unimiss_core.head import Head, Prototypes
+from unimiss_core.prototypes_gradient import PrototypesGradient
 
 
 def head() -> Head:

@@ -117,7 +117,7 @@ def test_prototypes_moved_in_blocks_end_where_their_whole_gradient_takes_them(
     """And in one process without FedProx that gradient is at no time there as a whole."""
     monkeypatch.setattr(gathering, "BLOCK_ROWS", 5)  # of 16
     blocks, whole = (in_float64(apart(Learner(study(clip_norm=clip_norm), ranks={2}))) for _ in range(2))
-    monkeypatch.setattr(whole, "_moves_prototypes_in_blocks", lambda: False)
+    monkeypatch.setattr(whole, "_keeps_prototypes_apart", lambda: False)
     held: list[bool] = []
     monkeypatch.setattr(blocks, "_pull_back_", lambda: held.append(prototypes.grad is not None) or {})
     prototypes = blocks.student.head.prototypes.weight

@@ -14,6 +14,7 @@ from client.privacy_audit import (
     a_patient_moves_a_release_by_its_bound,
     nothing_is_kept_that_is_not_noised,
     patients_are_drawn_by_chance,
+    patients_do_not_touch_each_other,
 )
 from tests.test_patient_draws import CPU, Placed, site, with_rates
 from tests.test_planted_faults import (
@@ -26,7 +27,7 @@ from tests.test_planted_faults import (
     private_study,
     seen,
 )
-from unimiss_core import noise, private_learner
+from unimiss_core import head, noise, private_learner, prototypes_gradient
 from unimiss_core.noise import GaussianNoise
 
 MOVED = "self._move(rank, step, grads, norms)"
@@ -47,8 +48,8 @@ IN_LEARNER: list[tuple[str, str, str, Check]] = [
     ),
     (
         "length of the longest tensor",
-        "torch.linalg.vector_norm(torch.stack(norms))",
-        "torch.stack(norms).max()",
+        "torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)",
+        "torch.stack([torch.linalg.vector_norm(norm) for norm in norms]).max()",
         a_patient_moves_a_release_by_its_bound,
     ),
     (
@@ -58,12 +59,34 @@ IN_LEARNER: list[tuple[str, str, str, Check]] = [
         a_patient_moves_a_release_by_its_bound,
     ),
     (
+        "length without the prototypes",
+        "prototypes.norm_at_most() if prototypes",
+        "0.0 if prototypes",
+        a_patient_moves_a_release_by_its_bound,
+    ),
+    (
+        "prototypes not clipped",
+        "prototypes.add_to_(sums[PROTOTYPES], scale)",
+        "prototypes.add_to_(sums[PROTOTYPES], 1.0)",
+        a_patient_moves_a_release_by_its_bound,
+    ),
+    (
         "moments by those drawn",
         MOVED,
         f"{MOVED}; [s['exp_avg_sq'].mul_(1 + 1e-3 * len(losses)) for s in self._optimiser.state.values()]",
         nothing_is_kept_that_is_not_noised,
     ),
 ]
+
+
+IN_ROWS: list[tuple[str, str, str]] = [
+    ("length of the longest row", "t = torch.linalg.vector_norm(s)", "s[1:] = 0; t = torch.linalg.vector_norm(s)"),
+    ("rows not clipped", "self._products.scale_(scale)", "pass"),
+    ("what is taken off not clipped", "self._along *= scale", "pass"),
+    ("added twice", "total[rows] += block", "total[rows] += 2 * block"),
+    ("others' replaced", "total[rows] += block", "total[rows] = block"),
+]
+"""Of the prototypes' gradient."""
 
 
 def more(count: str) -> str:
@@ -81,7 +104,7 @@ IN_NOISE: list[tuple[str, str, str]] = [
         "for total in sums:",
         "self.calls = getattr(self, 'calls', 0) + 1\n"
         "        if self.calls % 40 == 0:\n"
-        "            self._generator = secret_generator(1)\n"
+        "            self._generators = [secret_generator(1)]\n"
         "        for total in sums:",
     ),
 ]
@@ -153,6 +176,17 @@ def test_a_fault_of_the_step_is_seen(fault: str, old: str, new: str, check: Chec
     assert any(seen(check, Engine(private_study(), 2, faulty.PrivateLearner))), fault
 
 
+@pytest.mark.parametrize(("fault", "old", "new"), IN_ROWS, ids=[fault[0] for fault in IN_ROWS])
+def test_a_fault_of_the_prototypes_rows_is_seen(
+    fault: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = planted(prototypes_gradient, old, new)
+    monkeypatch.setattr(head, "PrototypesGradient", faulty.PrototypesGradient)
+    engine = Engine(private_study(), 2)
+    checks = (a_patient_moves_a_release_by_its_bound, patients_do_not_touch_each_other)
+    assert any(what for check in checks for what in seen(check, engine)), fault
+
+
 @pytest.mark.parametrize(("fault", "old", "new"), IN_NOISE, ids=[fault[0] for fault in IN_NOISE])
 def test_a_fault_of_the_noise_is_seen(fault: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(private_learner, "GaussianNoise", planted(noise, old, new).GaussianNoise)
@@ -165,6 +199,15 @@ def test_a_fault_of_the_draws_is_seen(fault: str, old: str, new: str) -> None:
     assert any(seen(patients_are_drawn_by_chance, Engine(private_study(), 2, make_draws=faulty.PatientDraws))), fault
 
 
+@pytest.mark.parametrize("fault", ["stream.jumped(0)", "np.random.Philox(key=1)"])
+def test_threads_that_draw_alike_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not list(seen(noise_in_few_steps, Engine(private_study(), 2)))
+    faulty = planted(noise, "stream.jumped(place)", fault)
+    monkeypatch.setattr(private_learner, "GaussianNoise", faulty.GaussianNoise)
+    assert any(seen(noise_in_few_steps, Engine(private_study(), 2)))
+
+
 def test_noise_and_draws_hang_on_all_128_bits_of_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hangs_on_every_bit(lambda: noise_by(GaussianNoise), monkeypatch)
     assert hangs_on_every_bit(lambda: drawn_by(PatientDraws), monkeypatch)
@@ -172,7 +215,7 @@ def test_noise_and_draws_hang_on_all_128_bits_of_their_keys(monkeypatch: pytest.
 
 @pytest.mark.parametrize(("fault", "key"), KEYS, ids=[fault[0] for fault in KEYS])
 def test_a_key_that_can_be_guessed_is_seen(fault: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    faulty = planted(noise, "_entropy(16) if key", f"{key} if key")
+    faulty = planted(noise, "np.random.Philox(key=_entropy(16))", f"np.random.Philox(key={key})")
     assert not hangs_on_every_bit(lambda: noise_by(faulty.GaussianNoise), monkeypatch), fault
 
 

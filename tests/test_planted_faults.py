@@ -41,7 +41,7 @@ FED = "parameter.grad = sums[name].div_(expected)"
 CLIPPED = "torch._foreach_add_(added, list(gradients.values()), alpha=scale)"
 CENTRE_ADDED = "centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))"
 DRAWN = "self._generator.random(len(self._patients[rank])) < self._privacy.sampling_rate.of(rank)"
-NORMAL = "self._generator.standard_normal(len(piece), dtype=dtype)"
+NORMAL = "generator.standard_normal(len(piece), dtype=dtype)"
 
 IN_LEARNER: list[tuple[str, str, str, Check]] = [
     ("noise halved", DEVIATION, f"0.5 * {DEVIATION}", noise_in_few_steps),
@@ -164,7 +164,7 @@ IN_LEARNER: list[tuple[str, str, str, Check]] = [
 ]
 
 IN_NOISE: list[tuple[str, str, str, Check]] = [
-    ("one key for all", "_entropy(16) if key is None", "0 if key is None", noise_in_few_steps),
+    ("one key for all", "np.random.Philox(key=_entropy(16))", "np.random.Philox(key=0)", noise_in_few_steps),
     (
         "numpy's global generator",
         f"torch.from_numpy({NORMAL})",
@@ -174,25 +174,25 @@ IN_NOISE: list[tuple[str, str, str, Check]] = [
     (
         "begun again each step",
         "for total in sums:",
-        "self._generator = secret_generator(1)\n        for total in sums:",
+        "self._generators = [secret_generator(1)]\n        for total in sums:",
         noise_in_few_steps,
     ),
     (
         "begun again each piece",
         "piece.add_(",
-        "self._generator = secret_generator(int(secret_generator().integers(2)))\n                piece.add_(",
+        "generator = secret_generator(int(secret_generator().integers(2)))\n        piece.add_(",
         noise_in_few_steps,
     ),
     (
         "noise in bfloat16",
-        "self._drawn_like(piece), ",
-        "self._drawn_like(piece).bfloat16().to(piece.dtype), ",
+        "_normal_like(piece, generator), ",
+        "_normal_like(piece, generator).bfloat16().to(piece.dtype), ",
         noise_in_few_steps,
     ),
     (
         "noise that is not normal",
         NORMAL,
-        "(12**0.5 * (self._generator.random(len(piece), dtype=dtype) - 0.5)).astype(dtype)",
+        "(12**0.5 * (generator.random(len(piece), dtype=dtype) - 0.5)).astype(dtype)",
         noise_in_few_steps,
     ),
 ]

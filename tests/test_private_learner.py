@@ -177,7 +177,8 @@ def test_a_step_trains_what_its_rank_reaches_whoever_is_drawn(rank: Rank, object
     model = {"prototypes": 16, "reconstruction": objective == "unimiss_plus"}
     of = study(objective={"name": objective}, model=model)
     running = PrivateLearner(of, ranks={2, 3}, noise=Recorded())
-    running._gather_gradients(patient(rank, 1, 0), rank, 1.0)
+    if (apart := running._gather_gradients(patient(rank, 1, 0), rank, 1.0).prototypes) is not None:
+        apart.write()
     reached = {name for name, p in running.student.named_parameters() if p.grad is not None}
     assert set(running.trained_names(rank, 0)) == reached
 
@@ -314,6 +315,17 @@ def test_noise_has_a_key_of_its_own_each_time() -> None:
         GaussianNoise(torch.device("cpu")).add_([total], 1.0)
     assert not torch.equal(first, second)
     assert deepcopy(first) is not first
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_value_has_noise_once_however_many_threads_draw_it(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    sums = [torch.zeros(5), torch.zeros(700, 300), torch.zeros(3, 5), torch.zeros(2**15)]
+    GaussianNoise(torch.device("cpu")).add_(sums, 0.5)
+    values = torch.cat([total.flatten() for total in sums])
+    assert values.count_nonzero() == len(values)
+    assert [piece.std().item() for piece in values.split(2**15)[:-1]] == pytest.approx([0.5] * 7, rel=0.03)
+    assert len(values.unique()) > 0.98 * len(values)  # in float32 some come twice by chance
 
 
 @pytest.mark.parametrize("deviation", [0.0, 6.5e-46, 1e-39, float("inf"), float("nan")])

@@ -37,6 +37,21 @@ class OuterProducts:
             self._whole = self.rows(slice(None))
             self._left, self._right = [], []
 
+    @property
+    def are_rows(self) -> bool:
+        """Whether rows are all that is kept: there are few."""
+        return self._whole is None
+
+    def kept_rows(self) -> tuple[Tensor, Tensor]:
+        """left (R, O) and right (R, I)."""
+        none = self._like[:0]
+        return torch.cat([none.new_empty(0, len(self._like)), *self._left]), torch.cat([none, *self._right])
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the product by `factor`, by way of the rows where these are kept."""
+        self._left = [part * factor for part in self._left]
+        self._whole = None if self._whole is None else self._whole * factor
+
     def rows(self, rows: slice) -> Tensor:
         """Some of the O rows, in memory of their own: (o, I)."""
         whole = None if self._whole is None else self._whole[rows]
@@ -55,6 +70,11 @@ class OuterProducts:
         left, right = torch.cat(self._left), torch.cat(self._right)
         squares: Tensor = ((left @ left.mT).double() * (right @ right.mT)).sum()
         return squares
+
+
+def add_gradient_(weight: Tensor, gradient: Tensor) -> None:
+    """Add to a weight's `grad`, or begin it."""
+    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
 
 def blocks_of(weight: Tensor) -> Iterator[slice]:

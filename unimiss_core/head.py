@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimiss_core.gathering import GatheringLinear, OuterProducts, blocks_of
+from unimiss_core.gathering import GatheringLinear, OuterProducts, add_gradient_
 from unimiss_core.precision import in_bf16_on_cpu
+from unimiss_core.prototypes_gradient import PrototypesGradient
 
 
 class Head(nn.Module):
@@ -42,7 +43,7 @@ class Head(nn.Module):
         return logits
 
     @contextmanager
-    def gradients_at_the_end(self) -> Iterator["PrototypesGradient"]:
+    def gradients_at_the_end(self) -> Iterator[PrototypesGradient]:
         """Within, backward passes give matrices no gradient. At the end those of the three layers have that of all
         passes (`unimiss_core.gathering`), and the prototypes' is what is yielded, to be written or used in pieces.
 
@@ -56,7 +57,7 @@ class Head(nn.Module):
             yield gradient
             for layer in layers:
                 assert layer.gathered is not None
-                _add_gradient_(layer.weight, layer.gathered.rows(slice(None)))
+                add_gradient_(layer.weight, layer.gathered.rows(slice(None)))
         finally:
             self.prototypes.gathered = None
             for layer in layers:
@@ -111,52 +112,6 @@ class _UnitRowProduct(torch.autograd.Function):
         lengths = torch.linalg.vector_norm(weight, dim=1)
         scaled, along = grad / lengths, (grad * logits).sum(0) / lengths.square()
         return scaled @ weight, torch.addcmul(scaled.mT @ h, weight, along[:, None], value=-1)  # in place, vmap loops
-
-
-class PrototypesGradient:
-    """The gradient (K, E) of a weight of `Prototypes`, gathered over backward passes and never held as a whole unless
-    asked for: s^T h - c W of `_UnitRowProduct` is as many products of rows as the batch has, and multiples of W."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        self.weight = weight
-        self._lengths = torch.linalg.vector_norm(weight.detach(), dim=1)
-        self._products = OuterProducts(weight)
-        self._along = torch.zeros_like(self._lengths)
-
-    def logits(self, h: Tensor) -> Tensor:
-        """h (R, E) -> (R, K); a backward pass from them adds to this gradient."""
-        logits: Tensor = (h @ self.weight.detach().mT) / self._lengths
-        inputs, outputs = h.detach(), logits.detach()
-        if logits.requires_grad:
-            logits.register_hook(lambda grad: self._add(inputs, outputs, grad))
-        return logits
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(which rows of the weight, their gradient), until all have been met; for the weight as it now is there."""
-        return ((rows, self._rows(rows)) for rows in blocks_of(self._lengths))
-
-    def norm(self) -> Tensor:
-        """L2 norm, a scalar; the gradient is not made for it. Each row of s^T h has c l along its row of W, and the
-        gradient is what is left of it, so the squares of the one are those of the other less (c l)^2."""
-        along = (self._along.double() / self._lengths).square().sum()
-        norm: Tensor = (self._products.square_norm() - along).clamp(min=0.0).sqrt()
-        return norm.to(self._lengths.dtype)
-
-    def write(self) -> None:
-        """Add the whole to the weight's `grad`."""
-        _add_gradient_(self.weight, self._rows(slice(None)))
-
-    def _add(self, h: Tensor, logits: Tensor, grad: Tensor) -> None:
-        self._products.add(grad / self._lengths, h)
-        self._along += (grad * logits).sum(0)
-
-    def _rows(self, rows: slice) -> Tensor:
-        along = self._along[rows] / self._lengths[rows].square()
-        return self._products.rows(rows).addcmul_(self.weight.detach()[rows], along[:, None], value=-1)
-
-
-def _add_gradient_(weight: Tensor, gradient: Tensor) -> None:
-    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from unimiss_core.execution import (
     uncompile_,
 )
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
-from unimiss_core.head import PrototypesGradient
 from unimiss_core.local_optimiser import (
     BlockwiseAdamW,
     build_local_optimiser,
@@ -36,6 +35,7 @@ from unimiss_core.local_optimiser import (
 from unimiss_core.network import Network, below, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
 from unimiss_core.objectives import build_objective, has_teacher
+from unimiss_core.prototypes_gradient import PrototypesGradient
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_momentum
 from unimiss_core.step_report import StepReport as StepReport
@@ -345,12 +345,12 @@ class Learner:
                         with torch.autocast(self.device.type, enabled=False):
                             torch.autograd.backward(loss.total * weight)
                         losses.append((weight, loss.detached()))
-            in_blocks = self._moves_prototypes_in_blocks()
-            if prototypes is not None and not in_blocks:
+            apart = self._keeps_prototypes_apart()
+            if prototypes is not None and not apart:
                 prototypes.write()
-        return Gathered(weighted_sum(losses), prototypes if in_blocks else None)
+        return Gathered(weighted_sum(losses), prototypes if apart else None)
 
-    def _moves_prototypes_in_blocks(self) -> bool:
+    def _keeps_prototypes_apart(self) -> bool:
         """Whether the largest gradient of a step, most of all of them together, never exists as a whole.
 
         It must where it is summed over a team or takes FedProx's pull.

@@ -25,10 +25,13 @@ from torch import Tensor
 from unimiss_core.execution import out_of_memory_by_its_name
 from unimiss_core.groups import group_of, groups_of_ranks
 from unimiss_core.learner import PROTOTYPES, Learner, StepReport
+from unimiss_core.network import Network
 from unimiss_core.noise import GaussianNoise, Noise
 from unimiss_core.objective import Loss, move_centre
 from unimiss_core.patient_gradients import Found, gradients_of_each, grouped
 from unimiss_core.privacy_config import PatientPrivacyConfig
+from unimiss_core.prototypes_gradient import PrototypesGradient
+from unimiss_core.rounding import relative_error
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
@@ -38,8 +41,8 @@ _LAST_STAGES = ("backbone.encoder.stages.3.", "backbone.decoder.stages.0.")
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 """By which float32 can shorten a gradient without overstepping the clip norm: of smaller numbers it keeps few bits."""
 
-_PIECE = 2**16
-"""Values whose norm is taken at a time: half a megabyte in float64."""
+_FEW = 64
+"""Values whose norm is taken in float32: 2e-6 of it may be lost."""
 
 
 class PrivateLearner(Learner):
@@ -102,9 +105,9 @@ class PrivateLearner(Learner):
         """Scans that are worked out together, at most: those of one patient."""
         return self._privacy.scans_per_patient
 
-    def _moves_prototypes_in_blocks(self) -> bool:
-        """Patients' gradients are clipped over all parameters together, and summed."""
-        return False
+    def _keeps_prototypes_apart(self) -> bool:
+        """A patient's gradient of them is clipped, and added, by the rows that make it."""
+        return isinstance(self.student, Network)
 
     @property
     def _momentum(self) -> float:
@@ -125,21 +128,31 @@ class PrivateLearner(Learner):
     ) -> list[Loss | None]:
         """Add patients with as many scans each, worked out together, or in halves where memory runs out."""
         if len(group) == 1:
-            return [self._add_patient(*self._alone(group[0], rank, sums), sums, centres)]
+            loss, gradients, prototypes = self._alone(group[0], rank, sums)
+            return [self._add_patient(loss, gradients, sums, centres, prototypes)]
         if found := self._together(group, sums):
             return [self._add_patient(*one, sums, centres) for one in found]
         half = len(group) // 2
         return [loss for part in (group[:half], group[half:]) for loss in self._add_group(part, rank, sums, centres)]
 
-    def _alone(self, views: Tensor, rank: Rank, names: Collection[str]) -> Found:
-        """One whose scans do not fit is met in parts; the next is met as if there had been none, for parts round
+    def _alone(
+        self, views: Tensor, rank: Rank, names: Collection[str]
+    ) -> tuple[Loss, Mapping[str, Tensor], PrototypesGradient | None]:
+        """Loss and gradients, that of the prototypes apart from the others where it is no more than few rows.
+
+        One whose scans do not fit is met in parts; the next is met as if there had been none, for parts round
         otherwise, and one patient would change what others release."""
         parts = dict(self.micro_batch)
-        loss, _ = self._gather_in_parts_that_fit(views, rank, 1.0)
+        loss, prototypes = self._gather_in_parts_that_fit(views, rank, 1.0)
         self.micro_batch = parts
+        if PROTOTYPES not in names:
+            prototypes = None
+        elif prototypes and not (prototypes.is_rows and prototypes.weight.grad is None):
+            prototypes.write()
+            prototypes = None
         gradients = {name: self.student.get_parameter(name).grad for name in names}
         self._optimiser.zero_grad(set_to_none=True)
-        return loss, {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        return loss, {name: gradient for name, gradient in gradients.items() if gradient is not None}, prototypes
 
     def _together(self, group: Sequence[Tensor], names: Collection[str]) -> list[Found]:
         """Of each; nothing where memory runs out. The next group is as large again: see `_alone`."""
@@ -153,17 +166,25 @@ class PrivateLearner(Learner):
         return []
 
     def _add_patient(
-        self, loss: Loss, gradients: Mapping[str, Tensor], sums: Mapping[str, Tensor], centres: Mapping[str, Tensor]
+        self,
+        loss: Loss,
+        gradients: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        centres: Mapping[str, Tensor],
+        prototypes: PrototypesGradient | None = None,
     ) -> Loss | None:
         """Add one patient's clipped gradient and mean bottlenecks. One whose numbers are not finite, or whose gradient
         is too long to be shortened exactly, adds nothing, is charged all the same, and gives None."""
         means = {name: loss.observed[name].bottleneck for name in centres}
-        length, lengths = _length(gradients.values()), {name: _length([mean]) for name, mean in means.items()}
+        lengths = {name: _length([mean]) for name, mean in means.items()}
+        length = math.hypot(_length(gradients.values()), prototypes.norm_at_most() if prototypes else 0.0)
         scale = _scale(length, self._privacy.clip_norm)
         if not all(map(math.isfinite, (length, *lengths.values()))) or scale < _LEAST_SCALE:
             return None
         added = [sums[name] for name in gradients]
         torch._foreach_add_(added, list(gradients.values()), alpha=scale)
+        if prototypes is not None:
+            prototypes.add_to_(sums[PROTOTYPES], scale)
         for name, mean in means.items():
             centres[name].add_(mean, alpha=_scale(lengths[name], 1.0))  # rounding may take a mean of units above 1
         self._watch.add(loss.observed)
@@ -200,14 +221,20 @@ def _scale(length: float, limit: float) -> float:
 
 
 def _length(tensors: Iterable[Tensor]) -> float:
-    """L2 norm over all tensors together, in float64: a clip norm that rounding oversteps is no bound.
+    """L2 norm over all tensors together, rounded up: a clip norm that rounding oversteps is no bound.
 
-    In float32 a table of 65,536 prototypes loses 3e-4 of its norm. Piece by piece, for a whole table in float64 leaves
-    the processor's cache.
+    In float32 a table of 65,536 prototypes loses 3e-4 of its norm. So few values at a time are squared and summed in
+    the tensors' own type, which loses _FEW / 2 + 2 roundings of their norm at most, the root's among them; what is left
+    to sum is little, in float64. Infinite where a square is.
     """
-    pieces = [piece for tensor in tensors for piece in tensor.flatten().split(_PIECE)]
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    norms: list[Tensor] = []
+    roundings = 0.0
+    for tensor in tensors:
+        flat = tensor.flatten()
+        rows = flat[: len(flat) // _FEW * _FEW].view(-1, _FEW)
+        norms += [torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(flat[rows.numel() :]).view(1)]
+        roundings = max(roundings, relative_error(_FEW // 2 + 2, tensor.dtype))
+    return float(torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)) * (1 + roundings)
 
 
 def _report(rank: Rank, losses: Sequence[Loss], norms: Sequence[float], distance: Mapping[str, Tensor]) -> StepReport:

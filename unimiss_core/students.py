@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from unimiss_core.codec import Layout, layout_of
 from unimiss_core.groups import group_of
-from unimiss_core.head import PrototypesGradient
 from unimiss_core.network import Network, build_network, empty_network
+from unimiss_core.prototypes_gradient import PrototypesGradient
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 from unimiss_core.tasks import TaskModel, build_task_model, empty_task_model, freeze_
