@@ -225,7 +225,7 @@ def _length(tensors: Iterable[Tensor]) -> float:
 
     In float32 a table of 65,536 prototypes loses 3e-4 of its norm. So few values at a time are squared and summed in
     the tensors' own type, which loses _FEW / 2 + 2 roundings of their norm at most, the root's among them; what is left
-    to sum is little, in float64. Infinite where a square is.
+    to sum is little, in float64. Four more are what shortening the tensors by it may round. Infinite where a square is.
     """
     norms: list[Tensor] = []
     roundings = 0.0
@@ -233,7 +233,7 @@ def _length(tensors: Iterable[Tensor]) -> float:
         flat = tensor.flatten()
         rows = flat[: len(flat) // _FEW * _FEW].view(-1, _FEW)
         norms += [torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(flat[rows.numel() :]).view(1)]
-        roundings = max(roundings, relative_error(_FEW // 2 + 2, tensor.dtype))
+        roundings = max(roundings, relative_error(_FEW // 2 + 6, tensor.dtype))
     return float(torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)) * (1 + roundings)
 
 
