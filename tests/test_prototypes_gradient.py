@@ -119,6 +119,13 @@ def test_rows_that_are_not_finite_have_no_finite_length(bad: float) -> None:
         broken[1, 2] = good
 
 
+def test_prototypes_too_short_to_be_measured_have_no_gradient_that_could_be_bounded() -> None:
+    made = prototypes()
+    with torch.no_grad():
+        made.weight[7] *= 1e-18
+    assert gathered(made, *some_rows(2)).norm_at_most() == math.inf
+
+
 def test_without_rows_there_is_no_gradient() -> None:
     nothing = PrototypesGradient(prototypes().weight)
     assert nothing.is_rows

@@ -3,6 +3,7 @@
 Legend of shapes: E features of the bottleneck, K prototypes, R rows, which may be samples of several parts.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,7 +49,8 @@ class PrototypesGradient:
 
     def norm_at_most(self) -> float:
         """No less than the L2 norm of what `add_to_` adds at a scale of 1, whatever rounding does, so that what is
-        shortened by it keeps a clip norm. NaN or infinite where a row is. Of rows alone (`is_rows`).
+        shortened by it keeps a clip norm. NaN or infinite where a row is, and infinite where a prototype is so short
+        that its own length has lost bits (3e-16 in float32). Of rows alone (`is_rows`).
 
         `norm` may be too small: where rows cancel, their product in float32 is longer than the exact one. With |.| for
         Frobenius norms, g(n) for the `relative_error` of n roundings, t = |s| |h|, a = |c l|, and all of them as they
@@ -63,13 +65,15 @@ class PrototypesGradient:
         join them, g(R + 6) (t + a).
         """
         assert self.is_rows
+        single = self._lengths.dtype
+        if self._lengths.min().square() < torch.finfo(single).tiny / torch.finfo(single).eps:
+            return math.inf
         s, h = (rows.double() for rows in self._products.kept_rows())
         c, lengths = self._multiples(slice(None)).double(), self._lengths.double()
         rows, (prototypes, features) = len(s), self.weight.shape
         t = torch.linalg.vector_norm(s) * torch.linalg.vector_norm(h)
         a = torch.linalg.vector_norm(c * lengths)
         square = ((s @ s.mT) * (h @ h.mT)).sum() - 2 * (c @ self._along.double()) + a.square()
-        single = self._lengths.dtype
         off = 2 * relative_error(features + 2 * rows + 8, single) * a * (t + a)
         off += relative_error(2 * (prototypes + features + rows**2), torch.float64) * (t + a).square()
         return float((square + off).clamp(min=0.0).sqrt() + relative_error(rows + 6, single) * (t + a))
