@@ -127,7 +127,8 @@ def _of_csv(
     if not kept and not one_by_one:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
     problems = [(number, said) for number, row in kept for said in _problems(row, data, task, given=given)]
-    problems += _listed_again(kept, data, by_patient=one_by_one)
+    unread = {number for number, _ in problems} if one_by_one else set()
+    problems += _listed_again([line for line in kept if line[0] not in unread], data, by_patient=one_by_one)
     if not one_by_one:
         _refuse(f"table {data.table.name}", [f"line {number}: {said}" for number, said in problems])
     wrong: dict[int, list[str]] = {}

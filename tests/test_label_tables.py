@@ -131,6 +131,22 @@ def test_where_lines_stand_by_themselves_a_wrong_one_costs_no_other(tmp_path: Pa
         label_table(config)
 
 
+def test_where_lines_stand_by_themselves_a_patient_more_or_less_changes_nobody_elses(tmp_path: Path) -> None:
+    lines = [b"fine.png,no,4", *WRONG, b"fine.png,yes,5", b"a.png,no,5", b"a.png,yes,5", b"a.png,yes,1"]
+
+    def found(kept: list[bytes]) -> dict[str, list[Any]]:
+        (tmp_path / "t.csv").write_bytes(b"\n".join([b"scan,label,patient", *kept, b""]))
+        config = configured(tmp_path, BINARY, {"table": "t.csv"})
+        cases = labels_in(config.data, config.task, one_by_one=True).cases
+        return {who: [(case.file, case.target) for case in cases if case.patient == who] for who in "145"}
+
+    with_all = found(lines)
+    assert with_all == {"1": [("a.png", (1,))], "4": [("fine.png", (0,))], "5": [("fine.png", (1,)), ("a.png", (0,))]}
+    for left_out in with_all:
+        others = found([line for line in lines if not line.endswith(b"," + left_out.encode())])
+        assert others == with_all | {left_out: []}
+
+
 @pytest.mark.parametrize("text", ["scan,label,patient\n", "scan,label,patient\na.png,Miller,1\n"])
 def test_where_lines_stand_by_themselves_none_may_be_left(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.csv").write_text(text)
