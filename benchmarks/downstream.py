@@ -31,7 +31,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from benchmarks.recipe import nano, pooled, train
+from benchmarks.recipe import add_objective, nano, pooled, train
 from benchmarks.recipe_tasks import HELD_OUT
 from client import merit
 from client.cache import open_library
@@ -142,7 +142,7 @@ def pretrained(options: argparse.Namespace) -> Path:
     folder: Path = options.out / "pretrained"
     if folder.exists():
         return folder
-    study = parse(StudyConfig, nano(options.steps), where="nano")
+    study = parse(StudyConfig, nano(options.steps, options.objective), where="nano")
     with tempfile.TemporaryDirectory() as scratch:
         library = open_library(pooled(options.data, Path(scratch)), study.plan)
         learner = Learner(study, ranks=library.ranks)
@@ -337,6 +337,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT_DIR", help="instead of a pretraining of its own")
     parser.add_argument("--steps", type=int, default=800, help="of that pretraining (default: 800)")
+    add_objective(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.recipe import ROOT, TRAINED, Gain, auc_of, gains_of, probed
+from benchmarks.recipe import ROOT, TRAINED, Gain, auc_of, gains_of, probed, with_reconstruction
 from benchmarks.recipe_tasks import Task, task
 from client.accounting import epsilon, smallest_noise
 from client.batches import Batches
@@ -241,9 +241,7 @@ def _study(
     raw["schedule"] = {"rounds": 1, "local_steps": steps or options.steps}
     raw["optimiser"] = {"lr": 5e-4, "warmup_steps": 5}
     if options.objective == "reconstruction":
-        raw["model"]["reconstruction"] = True
-        raw["objective"] = {k: v for k, v in raw["objective"].items() if k != "slices_per_volume"}
-        raw["objective"] |= {"name": "unimiss_plus", "reconstruction_weight": options.start_weight}
+        raw = with_reconstruction(raw, reconstruction_weight=options.start_weight)
     if arm:
         raw |= _private(options, arm, rate, noise)
         raw["objective"] = dict(raw["objective"]) | _private_objective(options)

@@ -1,6 +1,7 @@
 """Does the shipped `nano` study learn on small batches of both ranks? Centralised, on the real files.
 
     python -m benchmarks.recipe --seeds 0 1 2 --threads 1 --json FILE
+    python -m benchmarks.recipe --objective unimiss_plus --seeds 0 --threads 1
 
 One learner trains on the X-rays and volumes of all sites of configs/simulation/shared_real.yaml, in turn, and is
 probed before and after (`benchmarks.recipe_tasks`): NIH Pneumonia on patients that no site holds (2D), AdrenalMNIST3D
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from scipy.stats import t as student_t
@@ -39,6 +40,8 @@ from unimiss_core.scan import Rank
 from unimiss_core.schedule import rank_of_step, total_steps
 from unimiss_core.study import ModelConfig, StudyConfig
 from unimiss_core.views import draw_batch, generator_for
+
+ObjectiveName = Literal["unimiss", "unimiss_plus"]
 
 ROOT = Path(__file__).parents[1]
 WINDOW = 100
@@ -87,14 +90,19 @@ def main() -> None:
         sys.exit(f"benchmarks.recipe: {error}")
     print("\n".join([*gain_lines(runs, floors), *verdict_lines(runs)]))
     if options.json:
-        content = {"steps": options.steps, "floors": floors, "runs": [asdict(run) for run in runs]}
+        content = {
+            "steps": options.steps,
+            "objective": options.objective,
+            "floors": floors,
+            "runs": [asdict(run) for run in runs],
+        }
         options.json.write_text(json.dumps(content, indent=2))
 
 
 def _measured(options: argparse.Namespace) -> tuple[list[Run], dict[str, float]]:
     """(a run for each seed, each task's floor)."""
     torch.set_num_threads(options.threads)
-    study = parse(StudyConfig, nano(options.steps), where="nano")
+    study = parse(StudyConfig, nano(options.steps, options.objective), where="nano")
     with tempfile.TemporaryDirectory() as scratch:
         library = open_library(pooled(options.data, Path(scratch)), study.plan)
         tasks = {name: task(name, options.data, study) for name in TASKS}
@@ -113,6 +121,7 @@ def _options() -> argparse.Namespace:
         default=most,
         help=f"optimiser steps, images and volumes in turn, more than {warm_up}, the warm-up (default: nano's {most})",
     )
+    add_objective(parser)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--json", type=Path)
@@ -124,12 +133,28 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def nano(steps: int | None) -> dict[str, Any]:
-    """The shipped study, of so many steps."""
+def add_objective(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--objective",
+        choices=get_args(ObjectiveName),
+        default="unimiss",
+        help="what is learned; unimiss_plus keeps nano's temperatures and has the published weights (default: unimiss)",
+    )
+
+
+def nano(steps: int | None, objective: ObjectiveName = "unimiss") -> dict[str, Any]:
+    """The shipped study, of so many steps and with this objective."""
     raw = dict(read_yaml(ROOT / "configs" / "study" / "nano.yaml"))
     if steps is not None:
         raw["schedule"] = dict(raw["schedule"]) | {"rounds": 1, "local_steps": steps}
-    return raw
+    return with_reconstruction(raw) if objective == "unimiss_plus" else raw
+
+
+def with_reconstruction(raw: Mapping[str, Any], **settings: float) -> dict[str, Any]:
+    """A study of UniMiSS as one of UniMiSS+ at the same temperatures; settings: of its objective, else as published."""
+    shared = {key: value for key, value in raw["objective"].items() if key != "slices_per_volume"}
+    model = {**raw["model"], "reconstruction": True}
+    return {**raw, "model": model, "objective": {**shared, "name": "unimiss_plus", **settings}}
 
 
 def pooled(data: Path, scratch: Path) -> SiteConfig:

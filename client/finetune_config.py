@@ -114,7 +114,8 @@ class TrainingConfig(Config):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Each layer nearer the input learns at so many times the rate of the one above it. None is 0.75 for pretrained
-    layers, which have less to learn, and 1 from scratch: at 0.75 the first would hardly move."""
+    layers, which have less to learn, and 1 from scratch: at 0.75 the first would hardly move. In a few hundred steps it
+    costs pretrained ones more than it keeps, too (docs/LOG.md): the variants for a CPU have 1."""
     weight_decay: NonNegative = 0.05
     warmup_epochs: NonNegative = 1.0
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0

@@ -6,7 +6,9 @@ import sys
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks.recipe import Gain, Run, _options, gain_lines, over_seeds, verdict_lines
+from benchmarks.recipe import Gain, Run, _options, gain_lines, nano, over_seeds, verdict_lines, with_reconstruction
+from unimiss_core.config import parse
+from unimiss_core.study import StudyConfig, UniMiSSConfig, UniMiSSPlusConfig
 
 
 def run(seed: int = 0, **changes: float) -> Run:
@@ -73,3 +75,17 @@ def test_steps_that_the_warm_up_would_use_up_are_refused_at_once(
     with pytest.raises(SystemExit):
         _options()
     assert "give more than nano's warm-up of 100 steps" in capsys.readouterr().err
+
+
+def test_the_other_objective_is_the_same_study_with_its_published_weights() -> None:
+    plain, plus = (parse(StudyConfig, nano(1200, name), where="nano") for name in ("unimiss", "unimiss_plus"))
+    assert isinstance(plain.objective, UniMiSSConfig)
+    assert isinstance(plus.objective, UniMiSSPlusConfig)
+    assert plus.objective == UniMiSSPlusConfig(
+        teacher_temperature=plain.objective.teacher_temperature,
+        volume_teacher_temperature=plain.objective.volume_teacher_temperature,
+        teacher_momentum=plain.objective.teacher_momentum,
+    )
+    changed = {"objective": plus.objective, "model": plain.model.model_copy(update={"reconstruction": True})}
+    assert plus == plain.model_copy(update=changed)
+    assert with_reconstruction(nano(None), reconstruction_weight=7.0)["objective"]["reconstruction_weight"] == 7.0
