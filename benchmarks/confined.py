@@ -9,6 +9,8 @@ system calls, addresses and devices it may use, and the other users' folders, of
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +21,6 @@ from benchmarks.deploy_files import Service
 
 API = ("/dev", "/proc", "/sys")
 """The kernel's own file systems, which ProtectSystem=strict leaves as they are."""
-UMASK = 0o077
 
 
 def apart() -> Sequence[str]:
@@ -30,10 +31,9 @@ def apart() -> Sequence[str]:
 
 def is_possible() -> bool:
     """Whether this machine lets this user do it."""
-    try:
-        return subprocess.run([*apart(), "mount", "-t", "tmpfs", "tmpfs", "/tmp"], capture_output=True).returncode == 0
-    except OSError:
+    if not all(map(shutil.which, ("unshare", "mount", "setpriv"))):
         return False
+    return subprocess.run([*apart(), "mount", "-t", "tmpfs", "tmpfs", "/tmp"], capture_output=True).returncode == 0
 
 
 def command_of(service: Service, shown: Path, more: Mapping[str, str] | None = None) -> Sequence[str]:
@@ -49,7 +49,7 @@ def main(said: str) -> None:
     for folder in facts["writable"]:
         _mount("--bind", folder, folder)
     _make_read_only_but({*facts["temporary"], *facts["writable"]})
-    os.umask(UMASK)
+    os.umask(facts["umask"])
     os.chdir("/")
     rights = ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
     os.execvpe("setpriv", ["setpriv", *rights, "--", *facts["command"]], facts["environment"])
@@ -68,7 +68,8 @@ def _show_alone(temporary: Mapping[str, str], shown: Path) -> None:
 def _make_read_only_but(kept: Collection[str]) -> None:
     """Each file system that is mounted, with the options that it has."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point, options = line.split()[4:6]
+        written, options = line.split()[4:6]
+        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), written)  # of a space, say: proc(5)
         if point not in kept and not point.startswith(API):
             _mount("-o", f"remount,bind,{options},ro", point)
 

@@ -32,19 +32,21 @@ PYTHON_IMAGE = {"PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin
 """What the image has that the Dockerfile builds on."""
 DOCKER_TMPFS = "noexec,nosuid,nodev"
 """How Docker mounts a tmpfs, whatever else is said of it."""
+DOCKER_UMASK = 0o022
 
 
 @dataclass(frozen=True)
 class Service:
     """A program and what it is left. environment: all of it. writable: folders of the machine that it may write to.
 
-    temporary: folders of its own, empty and in memory -> mount options.
+    temporary: folders of its own, empty and in memory -> mount options. umask: of what it makes.
     """
 
     command: Sequence[str]
     environment: Mapping[str, str]
     writable: Sequence[Path]
     temporary: Mapping[str, str]
+    umask: int
 
 
 def directives(unit: str) -> dict[str, list[str]]:
@@ -73,6 +75,7 @@ def of_unit(unit: str, places: Places, instance: str = "") -> Service:
         {**SYSTEMD, "USER": user, "LOGNAME": user, **_environment(own | {"STATE_DIRECTORY": folders[0]}, places)},
         [placed(folder, places) for folder in folders],
         dict.fromkeys(("/tmp", "/var/tmp"), "mode=1777"),
+        int(*says["UMask"], base=8),
     )
 
 
@@ -91,6 +94,7 @@ def of_container(service: str, places: Places) -> Service:
             **{folder: f"{options},{DOCKER_TMPFS}" for folder, options in memory.items()},
             "/dev/shm": f"mode=1777,size={says['shm_size'].removesuffix('b')},{DOCKER_TMPFS}",
         },
+        DOCKER_UMASK,
     )
 
 
