@@ -1,6 +1,7 @@
 """The units and the compose file say what docs/site.md promises: nothing inbound, one place to write to, no rights."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,6 @@ def test_a_site_writes_to_its_state_alone_and_hears_from_nobody() -> None:
     assert unit["StateDirectory"] == ["unimiss-site"]
     assert "ReadWritePaths" not in unit
     assert unit["BindReadOnlyPaths"] == ["/archive"]
-    assert unit["RequiresMountsFor"] == ["/archive"]
     assert unit["IPAddressDeny"] == ["any"]
     assert "any" not in unit["IPAddressAllow"]
     assert unit["SocketBindDeny"] == ["any"]
@@ -40,6 +40,20 @@ def test_a_process_gains_no_rights(unit: str) -> None:
         "RestrictNamespaces",
     ):
         assert found[directive] == ["yes"], directive
+
+
+def test_a_site_begins_when_its_archive_is_mounted_and_outlives_its_loss(tmp_path: Path) -> None:
+    """systemd.unit(5): what is required is not started again by Restart= when it failed, or went and came back. So the
+    service asks for itself, and fails, upon which Restart= counts."""
+    unit = directives(SITE_UNIT)
+    assert "remote-fs.target" in unit["After"][0].split()
+    assert not {"Requires", "RequiresMountsFor", "BindsTo"} & unit.keys()
+    (before,) = unit["ExecStartPre"]
+    command = [word.replace("/archive", str(tmp_path)) for word in shlex.split(before)]
+    empty = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (empty.returncode, empty.stdout) == (1, f"{tmp_path} is empty: is it mounted?\n")
+    (tmp_path / "scan").touch()
+    assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
 
 
 def test_a_site_is_started_again_however_it_ended() -> None:
