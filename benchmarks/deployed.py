@@ -19,18 +19,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from benchmarks import confined
+from benchmarks.deploy_files import COORDINATOR_UNIT, ROOT, SITE_UNIT, Places, Service, of_container, of_unit
 from client.phantoms import PhantomConfig, write_hospital
 from server.home import Home
 
-ROOT = Path(__file__).parents[1]
 KINDS: Mapping[str, Literal["cr", "ct", "mixed"]] = {"alpha": "cr", "beta": "ct", "gamma": "mixed"}
 """A site's name -> what scans it has."""
+COORDINATOR, IN_CONTAINER = "coordinator", "alpha"
+"""Where all is started as deploy/ does, that site is a container."""
 PATIENTS = 3
 STUDY: Mapping[str, Any] = {
     "name": "toy",
@@ -77,9 +80,26 @@ class Operator:
 
     def starts(self, *words: str | Path) -> None:
         """Start a command that stays; what it prints goes to the folder's run.log."""
+        self._begins([sys.executable, "-m", self.module, *map(str, words)])
+
+    def boots(self, service: Service) -> None:
+        """Start what deploy/ starts on this machine, left what it is left there."""
+        self._begins(confined.command_of(service, self.home.parent, self._own))
+
+    def tries(self, service: Service) -> str:
+        """Run such a command to its end; what it printed. Raises DeploymentError: it did not end with 0."""
+        command = confined.command_of(service, self.home.parent, self._own)
+        done = subprocess.run(
+            command, cwd=ROOT.parent, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if done.returncode:
+            raise DeploymentError(f"{' '.join(service.command[2:])} ended with {done.returncode}: {done.stdout}")
+        return done.stdout
+
+    def _begins(self, command: Sequence[str]) -> None:
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *map(str, words)],
+                command,
                 cwd=ROOT.parent,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -94,9 +114,14 @@ class Operator:
 
     @property
     def environment(self) -> dict[str, str]:
+        return {**os.environ, **self._own}
+
+    @property
+    def _own(self) -> dict[str, str]:
+        """What its processes have in their environment beside their user's."""
         paths = [*filter(None, [self.extra.get("PYTHONPATH")]), str(ROOT)]
         told = {self.variable: str(self.home), "OMP_NUM_THREADS": "1", **self.extra}
-        return {**os.environ, **told, "PYTHONPATH": os.pathsep.join(paths)}
+        return {**told, "PYTHONPATH": os.pathsep.join(paths)}
 
     def processes(self, name: str = "") -> list[int]:
         """Those of this operator that run now, whoever started them; of a name, those that stand in the command."""
@@ -160,6 +185,34 @@ class Deployment:
     def runs(self) -> None:
         """`unimiss-server run`, in the background."""
         self.coordinator.starts("run", self.folder / "study.yaml", "--verbose")
+
+    def boots(self, name: str) -> None:
+        """A machine starts, and with it what deploy/ has for it. name: a site's, or COORDINATOR."""
+        self.operator(name).boots(self.service(name))
+
+    def operator(self, name: str) -> Operator:
+        return self.coordinator if name == COORDINATOR else self.sites[name]
+
+    def service(self, name: str) -> Service:
+        """The coordinator and all sites but one are units of systemd; that one is a container."""
+        if name == COORDINATOR:
+            study = str(self.study["name"])
+            (self.coordinator.home / f"{study}.yaml").write_text(yaml.safe_dump(dict(self.study)))
+            return of_unit(COORDINATOR_UNIT, {"/var/lib/unimiss-server": self.coordinator.home}, study)
+        places = self._places(name)
+        return of_container("site", places) if name == IN_CONTAINER else of_unit(SITE_UNIT, places)
+
+    def check(self, name: str) -> Service:
+        """`unimiss-site check`, left what the site's daemon is left."""
+        if name == IN_CONTAINER:
+            return of_container("check", self._places(name))
+        daemon = self.service(name)
+        return replace(daemon, command=["check" if word == "run" else word for word in daemon.command])
+
+    def _places(self, name: str) -> Places:
+        home, scans = self.sites[name].home, self.folder / f"{name}-scans"
+        as_unit = {"/etc/unimiss/site": home, "/var/lib/unimiss-site": home / "state"}
+        return as_unit | {"/home/site": home, "/state": home / "state", "/archive": scans}
 
     def rounds(self) -> list[dict[str, Any]]:
         """The metrics of the rounds that are finished."""

@@ -5,6 +5,7 @@ Each case has a federation of its own (benchmarks/deployed.py): two sites, of wh
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,16 +15,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import sabotage
-from benchmarks.deployed import Deployment, Operator, audit_of, deployed
+from benchmarks import confined, sabotage
+from benchmarks.deployed import COORDINATOR, Deployment, DeploymentError, Operator, audit_of, deployed
+from server.coordinator_config import CoordinatorConfig
 
 ROUNDS = 3
 SITES = ("alpha", "beta")
 LEASE_S = 60.0
 """So long the coordinator holds the connection of a site that died for live."""
-CUT_S = 90.0
+CUT_S, LONG_CUT_S = 90.0, 600.0
+DOWN_S = 45.0
+"""So long a machine takes to start again."""
 DEADLINE_S, SLOW_S = 60.0, 120.0
 CASE_S = 900.0
+SHIPPED = {name: CoordinatorConfig.model_fields[name].default for name in ("wait_s", "deadline_s", "retry_s")}
+"""How long a coordinator waits whose operator set nothing."""
+NUMBERED = ("state/health.json", "flower/run.lock", "flower/running.json")
+"""Files of a site's folder, and of a coordinator's, that name processes by their numbers."""
 
 
 class NotRunError(Exception):
@@ -103,11 +111,80 @@ def superlink_hangs(federation: Deployment) -> str:
 
 def network_cut(federation: Deployment) -> str:
     """Nothing passes between sites and coordinator."""
+    return _cut(federation, CUT_S)
+
+
+def network_cut_long(federation: Deployment) -> str:
+    """The same for ten minutes, under the waits that are shipped."""
+    told = _cut(federation, LONG_CUT_S)
+    before = len(federation.rounds())
+    took = federation.until(lambda: len(federation.rounds()) > before, "a round is finished", within_s=CASE_S)
+    return f"{told}; the next round was finished {took:.0f} s after it"
+
+
+def _cut(federation: Deployment, seconds: float) -> str:
     _until_mid_round(federation)
     federation.line.closes()
-    time.sleep(CUT_S)
+    time.sleep(seconds)
     federation.line.opens()
-    return f"no way between sites and coordinator for {CUT_S:g} s, from mid-round on"
+    return f"no way between sites and coordinator for {seconds:g} s, from mid-round on"
+
+
+def site_rebooted(federation: Deployment) -> str:
+    """A site's machine loses power in mid-round, and starts its unit when it is up again."""
+    return _reboot(federation, "beta")
+
+
+def coordinator_rebooted(federation: Deployment) -> str:
+    """The same of the coordinator's."""
+    return _reboot(federation, COORDINATOR)
+
+
+def _reboot(federation: Deployment, name: str) -> str:
+    """All processes and whatever lay in /tmp are gone at once; their numbers are somebody else's by then, who must not
+    be ended for that. What runs then is the ExecStart of the unit."""
+    machine = federation.operator(name)
+    _until_mid_round(federation)
+    numbers = machine.processes()
+    machine.loses_power()
+    time.sleep(DOWN_S)
+    with subprocess.Popen(["sleep", "infinity"]) as stranger:
+        try:
+            told = _given_to(stranger.pid, numbers, machine.home)
+            _require_down(machine)
+            federation.boots(name)
+            federation.until_ended(within_s=CASE_S)
+            if stranger.poll() is not None:
+                raise DeploymentError(f"{name} ended a process that had the number of one of its own before the reboot")
+        finally:
+            stranger.kill()
+    return f"{name} gone in mid-round with its /tmp, back after {DOWN_S:g} s, its numbers ({told}) being another's"
+
+
+def _given_to(number: int, before: Sequence[int], folder: Path) -> str:
+    """Let what a machine wrote of its processes name another, as if that had got their numbers; where that was."""
+    changed = []
+    for file in (folder / name for name in NUMBERED):
+        if file.exists():
+            told = file.read_text()
+            file.write_text(re.sub(r"\b\d+\b", lambda n: str(number) if int(n[0]) in before else n[0], told))
+            changed += [file.name] if file.read_text() != told else []
+    return ", ".join(changed)
+
+
+def _require_down(machine: Operator) -> None:
+    """Whether its own `status` knows that nothing of it runs. Raises DeploymentError."""
+    said = machine.types("status", codes=(0, 1))
+    if not re.search("does not run|no run is at work", said):
+        raise DeploymentError(f"nothing of {machine.home.name} runs, and its status does not say so: {said}")
+
+
+def as_deployed(federation: Deployment) -> str:
+    """Nothing is amiss, but nobody may write anywhere but where deploy/ lets them: to run, and to check."""
+    _until_round(federation, 1)
+    for name in federation.sites:
+        federation.operator(name).tries(federation.check(name))
+    return "coordinator and beta as their units, alpha as a container: all read-only but their state; so `check`"
 
 
 def slow_site(federation: Deployment) -> str:
@@ -154,6 +231,8 @@ class FaultCase:
     orders: Mapping[str, object] | None = None
     """Of sabotage.py, to beta."""
     rounds: int = ROUNDS
+    as_deployed: bool = False
+    """Whether all is started as deploy/ does, and left no more than there."""
     small_disk: str = ""
     """Whose folder lies on a disk of DISK_MB. Of a site without its cache, which leaves a gigabyte free."""
 
@@ -164,6 +243,10 @@ CASES: Mapping[str, FaultCase] = {
     "coordinator-killed": FaultCase(coordinator_killed),
     "superlink-hangs": FaultCase(superlink_hangs),
     "network-cut": FaultCase(network_cut),
+    "network-cut-long": FaultCase(network_cut_long, SHIPPED),
+    "site-rebooted": FaultCase(site_rebooted, as_deployed=True, rounds=2 * ROUNDS),
+    "coordinator-rebooted": FaultCase(coordinator_rebooted, as_deployed=True),
+    "as-deployed": FaultCase(as_deployed, as_deployed=True),
     "slow-site": FaultCase(slow_site, {"deadline_s": DEADLINE_S}, {"slow_s": {"2": SLOW_S}}),
     "site-disk-full": FaultCase(site_disk_full, small_disk="beta/state"),
     "coordinator-disk-full": FaultCase(coordinator_disk_full, small_disk="coordinator"),
@@ -180,13 +263,27 @@ def run_case(name: str, folder: Path) -> Outcome:
         federation.set_coordinator(**{"min_replies": 1, **case.coordinator})
         if case.orders is not None:
             federation.sites["beta"].extra.update(sabotage.place(folder / "sabotage", **case.orders))
-        for site in federation.sites.values():
-            site.starts("run")
         began = time.monotonic()
-        federation.runs()
+        _begin(federation, as_deployed=case.as_deployed)
         seen = case.fault(federation)
         code = federation.until_ended(within_s=CASE_S)
         return _outcome(name, federation, code, time.monotonic() - began, seen)
+
+
+def _begin(federation: Deployment, *, as_deployed: bool) -> None:
+    """Raises NotRunError."""
+    if as_deployed and not confined.is_possible():
+        raise NotRunError("no program may be put into a mount namespace of its own here")
+    for name, site in federation.sites.items():
+        if as_deployed:
+            (site.home / "state").mkdir(mode=0o700, exist_ok=True)  # as systemd makes it
+            federation.boots(name)
+        else:
+            site.starts("run")
+    if as_deployed:
+        federation.boots(COORDINATOR)
+    else:
+        federation.runs()
 
 
 def _outcome(name: str, federation: Deployment, code: int, seconds: float, seen: str) -> Outcome:

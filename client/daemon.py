@@ -122,12 +122,12 @@ def _prepare(site: SiteConfig) -> _Folders:
     """Raises ConfigError: the disk is full, say."""
     folders = _Folders(site.state.absolute())
     try:
+        for told_before in (HEALTH, CONTACT, REFUSED):  # the first names a process, whose number is another's by now
+            (site.state / told_before).unlink(missing_ok=True)
         shutil.rmtree(folders.flower, ignore_errors=True)  # nothing in it outlives a daemon
         folders.empty.mkdir(parents=True)
         folders.log.mkdir(exist_ok=True)
         keys.write_private(folders.secret, secrets.token_hex(32).encode())
-        for told_before in (CONTACT, REFUSED):
-            (site.state / told_before).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"site '{site.name}': key 'state': cannot be written to ({error.strerror})") from None
     return folders

@@ -20,6 +20,9 @@ from unimiss_core.errors import ConfigError
 
 PATIENCE_S = 60.0
 """For a daemon that was asked to stop: it signs off at the coordinator, and ends what trains."""
+START_S = 10.0
+"""For a daemon that has just begun, until it has written which process it is."""
+LOOK_S = 0.2
 
 
 def leave(home: Home, site: SiteConfig, note: Note) -> None:
@@ -34,8 +37,17 @@ def leave(home: Home, site: SiteConfig, note: Note) -> None:
 
 
 def stop(state: Path, sleep: Callable[[float], None] = time.sleep) -> bool:
-    """End the daemon of this state folder; False where none ran. Raises ConfigError: it does not end."""
-    if (health := read_health(state)) is None or not is_running(state):
+    """End the daemon of this state folder; False where none ran. Raises ConfigError: it does not end, or does not say
+    which process it is."""
+    if not is_running(state):
+        return False
+    _wait(lambda: read_health(state) is not None or not is_running(state), START_S, sleep)
+    if (health := read_health(state)) is None:
+        if is_running(state):
+            raise ConfigError(
+                "a daemon runs, and has not written which process it is: its disk may be full. Stop it where it was "
+                "started, or: systemctl stop unimiss-site"
+            )
         return False
     try:
         os.kill(health.pid, signal.SIGTERM)
@@ -45,10 +57,15 @@ def stop(state: Path, sleep: Callable[[float], None] = time.sleep) -> bool:
         raise ConfigError(
             "the daemon runs as another user; stop it as that user, or: systemctl stop unimiss-site"
         ) from None
-    waited = 0.0
-    while is_running(state):
-        if waited >= PATIENCE_S:
-            raise ConfigError(f"the daemon (process {health.pid}) did not end in {PATIENCE_S:.0f} s; see its log")
-        sleep(0.2)
-        waited += 0.2
+    if not _wait(lambda: not is_running(state), PATIENCE_S, sleep):
+        raise ConfigError(f"the daemon (process {health.pid}) did not end in {PATIENCE_S:.0f} s; see its log")
     return True
+
+
+def _wait(condition: Callable[[], bool], longest_s: float, sleep: Callable[[float], None]) -> bool:
+    """Whether it came true."""
+    waited = 0.0
+    while not (is_true := condition()) and waited < longest_s:
+        sleep(LOOK_S)
+        waited += LOOK_S
+    return is_true

@@ -27,8 +27,11 @@ def as_json(state: Path) -> str:
 
 def lines(state: Path, now: float) -> Iterator[str]:
     """For a person. now: seconds since 1970."""
-    contact, health = read_contact(state), read_health(state)
-    if health is None or not is_running(state):
+    runs, contact, health = is_running(state), read_contact(state), read_health(state)
+    if runs and health is None:
+        yield "daemon       is starting"
+        return
+    if health is None or not runs:
         yield f"daemon       does not run{_last(health)}; `unimiss-site run` starts it"
         return
     yield f"daemon       runs since {at(health.since)}, process {health.pid}{_restarts(health)}"

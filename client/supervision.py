@@ -73,6 +73,7 @@ class Supervision:
     def run(self) -> None:
         """Until the daemon is asked to stop. Raises what `note` does at the start, and nothing later."""
         self._since = self.now()
+        self._tell("starting")  # before all else: whoever would stop the daemon finds its number there
         log.info("the daemon has started, as process %d", self.pid)
         self.note(
             "daemon", {"event": "started"}
@@ -80,7 +81,6 @@ class Supervision:
         failures = 0
         while True:
             began = self.now()
-            self._tell("starting")
             ended = self._live(began)
             if ended is None:
                 break
@@ -96,6 +96,7 @@ class Supervision:
                 self._record("lost")
             if self.wait(pause):
                 break
+            self._tell("starting")
         self._tell("stopped")
         self._record("stopped")
 

@@ -183,7 +183,7 @@ class Tally:
 
     def _start(self, event: RoundStarted) -> None:
         if self.rounds == 0:
-            self._first_round, self._began = event.round, self.clock()
+            self._first_round, self._began = event.round, self.clock() - event.ago_s
             self.rounds_done = event.round - 1
         self.round, self.rounds, self.sites = event.round, event.rounds, event.sites
         self.replied, self.counting, self._steps = set(), 0, {}

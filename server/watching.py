@@ -42,7 +42,7 @@ class Watching:
 def tell(row: Mapping[str, Any], rounds: int) -> None:
     """A line of metrics.jsonl as the events that the coordinator's own process reported."""
     number, sites = int(row["round"]), row["sites"]
-    progress.report(RoundStarted(number, rounds, tuple(sorted(sites))))
+    progress.report(RoundStarted(number, rounds, tuple(sorted(sites)), ago_s=float(row["seconds"])))
     for name, site in sorted(sites.items()):
         progress.report(SiteReplied(number, name, site["status"], site["reason"]))
     means = {name: mean_cross_entropy(site["losses"]) for name, site in sites.items()}

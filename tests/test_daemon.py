@@ -13,7 +13,7 @@ import pytest
 from client.audit import log_of
 from client.daemon import _alone, _prepare, environment_of, is_running
 from client.gate import UNSAID
-from client.health import read_contact, read_health
+from client.health import HEALTH, Health, read_contact, read_health, write
 from client.leaving import stop
 from client.listening import listeners_of
 from client.reachability import reach
@@ -173,3 +173,19 @@ def test_what_is_started_is_quiet_and_keeps_to_loopback(tmp_path: Path, monkeypa
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert environment["GLOO_SOCKET_IFNAME"].startswith("lo")
     assert environment["NCCL_SOCKET_IFNAME"].startswith("lo")
+
+
+def test_a_daemon_that_begins_forgets_which_process_the_last_one_was(tmp_path: Path) -> None:
+    """After a reboot its number may be anybody's, whom `leave` would end."""
+    site = load_site(joined(tmp_path).site.site, reads_scans=False)
+    write(site.state / HEALTH, Health(pid=1, state="running", since=0.0))
+    _prepare(site)
+    assert read_health(site.state) is None
+
+
+def test_a_daemon_that_has_not_said_which_process_it_is_is_not_taken_for_gone(tmp_path: Path) -> None:
+    """`leave` would destroy its keys while it works; a disk that is full is enough for that."""
+    site = load_site(joined(tmp_path).site.site, reads_scans=False)
+    with _alone(site), pytest.raises(ConfigError, match="a daemon runs, and has not written which process it is"):
+        stop(site.state, sleep=lambda _: None)
+    assert stop(site.state) is False

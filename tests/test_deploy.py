@@ -1,29 +1,22 @@
 """The units and the compose file say what docs/site.md promises: nothing inbound, one place to write to, no rights."""
 
 import re
+import shlex
 import shutil
 import subprocess
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
-UNITS = ("unimiss-site.service", "unimiss-server@.service")
+from benchmarks.deploy_files import COORDINATOR_UNIT, DEPLOY, SITE_UNIT, directives
+
+UNITS = (SITE_UNIT, COORDINATOR_UNIT)
 SYSTEMD = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="this machine has no systemd-analyze")
 
 
-def directives(unit: str) -> dict[str, list[str]]:
-    found = defaultdict(list)
-    for line in (DEPLOY / unit).read_text().splitlines():
-        if match := re.match(r"([A-Za-z]+)=(.*)", line):
-            found[match[1]].append(match[2])
-    return found
-
-
 def test_a_site_writes_to_its_state_alone_and_hears_from_nobody() -> None:
-    unit = directives("unimiss-site.service")
+    unit = directives(SITE_UNIT)
     assert unit["ProtectSystem"] == ["strict"]
     assert unit["StateDirectory"] == ["unimiss-site"]
     assert "ReadWritePaths" not in unit
@@ -38,6 +31,7 @@ def test_a_site_writes_to_its_state_alone_and_hears_from_nobody() -> None:
 def test_a_process_gains_no_rights(unit: str) -> None:
     found = directives(unit)
     assert found["User"] == ["unimiss"]
+    assert found["ProtectSystem"] == ["strict"]
     for directive in (
         "NoNewPrivileges",
         "PrivateTmp",
@@ -48,10 +42,24 @@ def test_a_process_gains_no_rights(unit: str) -> None:
         assert found[directive] == ["yes"], directive
 
 
+def test_a_site_begins_when_its_archive_is_mounted_and_outlives_its_loss(tmp_path: Path) -> None:
+    """systemd.unit(5): what is required is not started again by Restart= when it failed, or went and came back. So the
+    service asks for itself, and fails, upon which Restart= counts."""
+    unit = directives(SITE_UNIT)
+    assert "remote-fs.target" in unit["After"][0].split()
+    assert not {"Requires", "RequiresMountsFor", "BindsTo"} & unit.keys()
+    (before,) = unit["ExecStartPre"]
+    command = [word.replace("/archive", str(tmp_path)) for word in shlex.split(before)]
+    empty = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (empty.returncode, empty.stdout) == (1, f"{tmp_path} is empty: is it mounted?\n")
+    (tmp_path / "scan").touch()
+    assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
+
+
 def test_a_site_is_started_again_however_it_ended() -> None:
     """A SuperNode whose coordinator forgot it ends with code 0."""
-    assert directives("unimiss-site.service")["Restart"] == ["always"]
-    assert directives("unimiss-site.service")["StartLimitIntervalSec"] == ["0"]
+    assert directives(SITE_UNIT)["Restart"] == ["always"]
+    assert directives(SITE_UNIT)["StartLimitIntervalSec"] == ["0"]
 
 
 @SYSTEMD
@@ -72,13 +80,13 @@ def test_systemd_reads_the_units(unit: str, tmp_path: Path) -> None:
 @SYSTEMD
 def test_systemd_finds_little_exposed(tmp_path: Path) -> None:
     """Its own measure, of 0 (nothing) to 10 (all); from 2.5 on this fails."""
-    shutil.copy(DEPLOY / "unimiss-site.service", tmp_path)
+    shutil.copy(DEPLOY / SITE_UNIT, tmp_path)
     command = [
         "systemd-analyze",
         "security",
         "--offline=true",
         "--threshold=25",
-        str(tmp_path / "unimiss-site.service"),
+        str(tmp_path / SITE_UNIT),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if "unrecognized option" in done.stderr:

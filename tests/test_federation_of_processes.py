@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.deployed import KINDS, ROOT, Deployment, audit_of, deployed
+from benchmarks.deploy_files import COORDINATOR_UNIT, ROOT, SITE_UNIT, directives
+from benchmarks.deployed import COORDINATOR, KINDS, Deployment, audit_of, deployed
 from client.listening import Listener, listeners_of
 
 pytestmark = [
@@ -88,6 +89,21 @@ def test_nothing_listens_but_on_loopback(run: Run) -> None:
     for listeners in run.listened.values():
         assert listeners, "nothing was seen to listen: the line below proves nothing"
         assert not [str(one) for one in listeners if one.is_open_to_a_network]
+
+
+def test_all_that_listens_is_what_the_units_let_bind(run: Run) -> None:
+    """systemd.resource-control(5), SocketBindAllow: a rule that names a family holds for sockets of that one alone, and
+    some servers bind 127.0.0.1 by a socket of IPv6."""
+    for name, listeners in run.listened.items():
+        rules = directives(COORDINATOR_UNIT if name == COORDINATOR else SITE_UNIT)["SocketBindAllow"]
+        assert not [str(one) for one in listeners if not any(_lets_bind(rule, one) for rule in rules)], name
+
+
+def _lets_bind(rule: str, one: Listener) -> bool:
+    """rule: [ipv4:|ipv6:]tcp[:FIRST-LAST]."""
+    *families, _, ports = rule.split(":") if rule[-1].isdigit() else [*rule.split(":"), "1-65535"]
+    first, last = map(int, ports.split("-"))
+    return (not families or families == [f"ipv{one.address.version}"]) and first <= one.port <= last
 
 
 def test_nothing_is_left_when_all_have_ended(run: Run) -> None:

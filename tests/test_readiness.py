@@ -210,6 +210,11 @@ def test_status_of_a_daemon_that_is_gone(tmp_path: Path) -> None:
     assert json.loads(status.as_json(tmp_path))["running"] is False
 
 
+def test_status_of_a_daemon_that_has_just_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "is_running", lambda _: True)
+    assert list(status.lines(tmp_path, NOW)) == ["daemon       is starting"]
+
+
 def test_a_damaged_file_is_no_word(tmp_path: Path) -> None:
     (tmp_path / CONTACT).write_text('{"connected": "yesterday"}')
     (tmp_path / HEALTH).write_text("{")

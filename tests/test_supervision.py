@@ -144,6 +144,14 @@ def test_a_stop_during_a_pause_starts_nothing_more() -> None:
     assert [health.state for health in world.told] == ["starting", "running", "waiting", "stopped"]
 
 
+def test_its_number_is_told_before_anything_is_noted_or_started() -> None:
+    """Until then whoever would stop it finds none, or that of a daemon that was killed."""
+    world, told_by_then = World([life(1.0)], stop_at=3.0), []
+    at = world.start, lambda: None, world.told.append, lambda *_: told_by_then.append(list(world.told)), world.wait
+    Supervision(4711, *at, lambda: world.time).run()
+    assert [(health.pid, health.state) for health in told_by_then[0]] == [(4711, "starting")]
+
+
 def test_a_process_that_cannot_be_started_is_tried_again() -> None:
     def no_memory(_: World) -> list[Process]:
         raise OSError(12, "Cannot allocate memory")

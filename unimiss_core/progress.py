@@ -25,9 +25,12 @@ class Preparing:
 
 @dataclass(frozen=True)
 class RoundStarted:
+    """ago_s: how long ago that was, where another process is at work and tells of a round when it is over."""
+
     round: int
     rounds: int
     sites: tuple[str, ...]
+    ago_s: float = 0.0
 
 
 @dataclass(frozen=True)
