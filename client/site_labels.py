@@ -279,7 +279,8 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], room: LabelledRoom, *, is
         record = _Record(reason=outcome.reason, detail=outcome.detail) if isinstance(outcome, ScanError) else outcome
         if record.reason not in _PASSING:
             durable.write_text(task.record, json.dumps(asdict(record)))
-        room.take(0 if record.reason else sum(path.stat().st_size for path in _names(task)))
+        if not record.reason:
+            room.take(task.stamp, sum(path.stat().st_size for path in _names(task)))
         found[missing[place]] = record
         done += 1
         progress.report(progress.Preparing(site.name, done, len(tasks), is_secret=is_secret))
