@@ -50,12 +50,14 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def federate(out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1, **settings: Any) -> GlobalState:
+def federate(
+    out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1, resume: bool = False, **settings: Any
+) -> GlobalState:
     nodes = {path.parent.name: {"site": str(path)} for path in sites}
     quorum = {"min_sites": least, "min_replies": least, "wait_s": 0.1, "retry_s": 0.0, "deadline_s": 600.0}
     config = CoordinatorConfig(study=Path("unused"), out=out, **quorum, **settings)
     with LocalGrid(app, nodes, run_config={}) as grid:
-        return Federation(grid, study, config).run()
+        return Federation(grid, study, config).run(resume=resume)
 
 
 def request_of(study: StudyConfig, round: int = 1) -> TrainRequest:

@@ -1,5 +1,7 @@
 """A federation's validation: who is held out, what is measured of the shared model, and which round was best by it."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +20,14 @@ from tests.federation import metric_rows
 from tests.labelled_hospitals import hospital, masks_study, opened, task_study
 from tests.test_federated_finetuning import PRIVATE, federate, pictures_of
 from unimiss_core import progress
-from unimiss_core.config import parse
+from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError, NoUsableScanError
 from unimiss_core.students import build_student
 from unimiss_core.study import StudyConfig
 from unimiss_core.tasks import load_task_model
 
 PICTURES = 16
+AUC = "validation_auc"
 
 
 def validated(rounds: int = 1, *, share: float = 0.4, **changes: Any) -> StudyConfig:
@@ -103,7 +106,7 @@ def test_a_site_tells_how_well_the_model_that_it_was_sent_does_on_them(run: Run)
 def test_the_best_round_is_named_and_its_checkpoint_kept(run: Run) -> None:
     rows = metric_rows(run.out)
     means = [np.mean([one["diagnostics"]["validation_auc"] for one in row["sites"].values()]) for row in rows]
-    best = validation.best_in(rows)
+    best = validation.best_in(rows, AUC)
     assert best is not None
     assert (best.round, best.sites) == (int(np.argmax(means)), 2)
     assert best.mean == pytest.approx(max(means))
@@ -121,12 +124,48 @@ def test_rounds_that_fewer_sites_measured_and_figures_that_are_none_do_not_win()
         (1, {"a": {"validation_auc": 0.5}, "b": {"validation_auc": 0.7}}),
         (2, {"a": {"validation_auc": 0.9}}),
         (3, {"a": {"validation_auc": 0.6}, "b": {"validation_auc": 1e30}, "c": {"validation_auc": float("nan")}}),
-        (4, {"a": {"validation_auc": 0.8}, "b": {"validation_auc": 0.5}}),
+        (4, {"a": {"validation_auc": 0.8, "validation_dice": 1.0}, "b": {"validation_auc": 0.5}}),
     ]
-    measured = validation.by_round(told)
+    measured = validation.by_round(told, AUC)
     assert measured == {0: {"a": 0.5, "b": 0.7}, 1: {"a": 0.9}, 2: {"a": 0.6}, 3: {"a": 0.8, "b": 0.5}}
     assert validation.best_of(measured) == validation.Best(3, pytest.approx(0.65), 2)
     assert validation.best_of({}) is None
+
+
+def test_sites_that_told_a_figure_once_do_not_choose_the_round() -> None:
+    """Rounds are compared by the sites that measured both."""
+    alone = {0: {"guest": 1.0}, 1: {"a": 0.5, "b": 0.6, "c": 0.7}, 2: {"a": 0.6, "b": 0.7, "c": 0.7}}
+    assert validation.best_of(alone) == validation.Best(2, pytest.approx(2 / 3), 3)
+    early = {0: {"a": 0.5, "b": 0.5, "guest": 0.9}, **{round: {"a": 0.5 + round / 10, "b": 0.6} for round in (1, 2)}}
+    assert validation.best_of(early) == validation.Best(2, pytest.approx(0.65), 2)
+    easy = {0: {"a": 0.6, "b": 0.6, "c": 0.6}, 1: {"a": 0.5, "b": 0.5, "c": 0.5, "guest": 1.0}}
+    assert validation.best_of(easy) == validation.Best(0, pytest.approx(0.6), 3)
+
+
+def test_figures_that_the_study_did_not_ask_for_are_in_no_report(run: Run, tmp_path: Path) -> None:
+    """A site tells them all the same."""
+    for study in (task_study(3), masks_study(), None):
+        out = tmp_path / (study.digest() if study else "none")
+        shutil.copytree(run.out, out)
+        (out / "study.yaml").unlink()
+        if study is not None:
+            (out / "study.yaml").write_text(dump_yaml(study))
+        assert "Validation" not in write_report(out).read_text(encoding="utf-8")
+
+
+def test_where_the_best_rounds_checkpoint_is_gone_that_is_told(tmp_path: Path) -> None:
+    heard, study = list[str](), validated(2)
+    site = known_hospital(tmp_path / "north", 11, pictures=PICTURES)
+    federate(tmp_path / "out", [site], study)
+    folder = RunFolder(tmp_path / "out")
+    rows = metric_rows(tmp_path / "out")
+    rows[1]["sites"]["north"]["diagnostics"]["validation_auc"] = 1.0  # of round 1
+    rows[0]["sites"]["north"]["diagnostics"]["validation_auc"] = 0.5
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(folder.checkpoint_of(1))
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        federate(tmp_path / "out", [site], study, resume=True)
+    assert any("round 1, 1.000 as the mean of 1 site: its checkpoint is gone" in one for one in heard)
 
 
 def test_masks_are_measured_by_dice_on_the_prepared_grid(tmp_path: Path) -> None:
