@@ -41,17 +41,20 @@ def is_held_out(patient: str, study: StudyConfig) -> bool:
 
 
 def trained_on(site: SiteConfig, study: StudyConfig, library: Library) -> Library:
-    """The library without those who are held out, which the site's screen counts. Raises NoUsableScanError: nobody is
-    left."""
-    kept = tuple(scan for scan in library.scans if not is_held_out(scan.patient, study))
+    """The library without those who are held out, which the site's screen counts; and without scans of others that are
+    the same to the last bit, for one person may stand there under two names. Raises NoUsableScanError: nobody is left.
+    """
     if study.finetune is None or not study.finetune.validation:
         return library
+    out = [scan for scan in library.scans if is_held_out(scan.patient, study)]
+    judged_on = {scan.key for scan in out}
+    kept = tuple(one for one in library.scans if not is_held_out(one.patient, study) and one.key not in judged_on)
     if not kept:
         raise NoUsableScanError(
             f"site '{site.name}': finetune.validation={study.finetune.validation:g} holds out every labelled patient"
         )
-    patients, left = ({scan.patient for scan in scans} for scans in (library.scans, kept))
-    tell_once_if_heard(site.name, _in_words(site, len(patients - left), len(patients)), state=site.state)
+    patients, unseen = ({scan.patient for scan in scans} for scans in (library.scans, out))
+    tell_once_if_heard(site.name, _in_words(site, len(unseen), len(patients)), state=site.state)
     return replace(library, scans=kept)
 
 

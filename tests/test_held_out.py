@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,6 +186,14 @@ def test_masks_are_measured_by_dice_on_the_prepared_grid(tmp_path: Path) -> None
             expected.append(2 * (drawn & truth).sum() / (drawn.sum() + truth.sum()))
     assert len(expected) == 7
     assert found == {"validation_dice": pytest.approx(np.mean(expected), abs=5.1e-4)}
+
+
+def test_a_scan_that_stands_under_two_patients_is_not_trained_on_where_one_is_held_out(run: Run) -> None:
+    site = opened(run.sites[0], run.study)
+    out = next(scan for scan in site.everything.scans if held_out.is_held_out(scan.patient, site.study))
+    trained = site.library.scans[0]
+    twice = replace(site.everything, scans=(*site.everything.scans, replace(out, patient=trained.patient)))
+    assert set(held_out.trained_on(site.config, site.study, twice).scans) == set(site.library.scans)
 
 
 def measured_by(site: Site) -> dict[str, float]:
