@@ -355,6 +355,17 @@ def test_counts_losses_and_times_of_a_private_site_do_not_leave(tmp_path: Path) 
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
+def test_names_of_classes_that_a_study_brings_do_nothing_to_the_sites_screen(tmp_path: Path) -> None:
+    task = {"name": "classification", "rank": 2, "classes": ["a\nnorth: admitted", "\x1b[2Jb\u202e"]}
+    study, heard = task_study(finetune={"task": task}), list[str]()
+    for name, labels in (("mute", None), ("other", {"data": {"table": "labels.csv"}, "classes": ["healthy", "ill"]})):
+        site = opened(hospital(tmp_path / name, name, labels=labels), study)
+        with progress.listen(lambda event: heard.append(getattr(event, "text", ""))), pytest.raises(WireError):
+            check_labels(site.config, study)
+    assert [one.partition(":")[0] for one in heard] == ["mute", "other"]
+    assert all(one.isprintable() for one in heard)
+
+
 def test_a_site_with_other_classes_is_told_what_is_asked_for(tmp_path: Path) -> None:
     settings = {"labels": {"data": {"table": "labels.csv"}, "classes": ["healthy", "ill"]}}
     site = opened(hospital(tmp_path / "north", "north", **settings), task_study())
