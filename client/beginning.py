@@ -9,7 +9,6 @@ from torch import Tensor
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.embedding import encoder_of
-from unimiss_core.errors import ConfigError
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.model import MiT
 from unimiss_core.network import build_network, tensors_of
@@ -17,7 +16,7 @@ from unimiss_core.released import read_released
 from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
-from unimiss_core.tuned_round import rank_of_task, require_pretraining, task_of
+from unimiss_core.tuned_round import rank_of_task, require_pretraining, require_unsigned, task_of
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,8 @@ def begin(init: InitConfig, plan: PlanConfig | None = None) -> Beginning:
 
 def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning:
     """Of a round of pretraining, of a round of a federation that fine-tuned, or of a fine-tuned model's folder."""
-    if task_checkpoint.is_there(init.folder):
-        if init.key is not None:
-            raise ConfigError(f"{init.folder}: is a fine-tuned model, which nobody signs; give no key")
+    if task_checkpoint.is_there(init.folder) and not (init.folder / checkpoint.MANIFEST).is_file():
+        require_unsigned(init.folder, init.key)
         model, told = task_checkpoint.load(init.folder)
         task = told.task
         return Beginning("checkpoint", told.model, plan or told.plan, tensors_of(model), rank=task.rank, task=task)

@@ -26,6 +26,10 @@ from unimiss_core.tasks import TaskModel, load_task_model
 
 _BATCH = 8
 """Scans, or windows of one, at a time."""
+LEAST_PATIENTS = 5
+"""A figure of fewer would be about persons, and is told to nobody."""
+_DIGITS = 3
+"""Of a figure: more would say how many of which class are held out, for an area is a share of so many pairs."""
 
 
 def is_held_out(patient: str, study: StudyConfig) -> bool:
@@ -37,49 +41,77 @@ def is_held_out(patient: str, study: StudyConfig) -> bool:
 
 
 def trained_on(site: SiteConfig, study: StudyConfig, library: Library) -> Library:
-    """The library without those who are held out, which the site's screen counts. Raises NoUsableScanError: nobody is
-    left."""
-    kept = tuple(scan for scan in library.scans if not is_held_out(scan.patient, study))
+    """The library without those who are held out, which the site's screen counts; and without scans of others that are
+    the same to the last bit, for one person may stand there under two names. Raises NoUsableScanError: nobody is left.
+    """
     if study.finetune is None or not study.finetune.validation:
         return library
+    out = [scan for scan in library.scans if is_held_out(scan.patient, study)]
+    judged_on = {scan.key for scan in out}
+    kept = tuple(one for one in library.scans if not is_held_out(one.patient, study) and one.key not in judged_on)
     if not kept:
         raise NoUsableScanError(
             f"site '{site.name}': finetune.validation={study.finetune.validation:g} holds out every labelled patient"
         )
-    patients, left = ({scan.patient for scan in scans} for scans in (library.scans, kept))
-    out = f"{len(patients - left)} of {len(patients)} labelled patients"
-    told = f"measures the shared model on {out}, and trains on none of them"
-    tell_once_if_heard(site.name, told, state=site.state)
+    patients, unseen = ({scan.patient for scan in scans} for scans in (library.scans, out))
+    tell_once_if_heard(site.name, _in_words(site, len(unseen), len(patients)), state=site.state)
     return replace(library, scans=kept)
+
+
+def _in_words(site: SiteConfig, out: int, patients: int) -> str:
+    whom = f"{out} of {patients} labelled patients"
+    told = f"measures the shared model on {whom}, and trains on none of them"
+    if out < LEAST_PATIENTS:
+        told = f"holds out {whom}, and tells no figure of fewer than {LEAST_PATIENTS}"
+    if site.labels is not None and not site.labels.knows_patients:
+        told += (
+            "; each file counts as a patient, so that one of several files may be on both sides: give labels.data a "
+            "patient_pattern"
+        )
+    return told
 
 
 def measured(
     site: SiteConfig, study: StudyConfig, library: Library, student: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, float]:
-    """The figure of the model that a round begins with, on the patients who are held out; none where there is nobody,
+    """The figure of the model that a round begins with, on the patients who are held out; none where they are too few,
     or what is there cannot tell a class from another. library: with all patients."""
     scans = _held_out(study, library.scans)
-    if study.finetune is None or not scans:
+    if study.finetune is None or len({scan.patient for scan in scans}) < LEAST_PATIENTS:
         return {}
-    task = study.finetune.task
     try:
-        check_extra(task)
+        check_extra(study.finetune.task)
+        value = _figure(site, study, scans, student, device)
     except ConfigError as error:
-        tell(site.name, f"does not measure the shared model: {error}")
-        return {}
+        why = str(error)
+    except OSError:
+        why = "a held-out scan cannot be read"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        why = "a held-out scan does not fit into the device's memory"
+    else:
+        name = VALIDATION_DICE if study.finetune.task.name == "segmentation" else VALIDATION_AUC
+        return {} if np.isnan(value) else {name: round(value, _DIGITS)}
+    tell(site.name, f"does not measure the shared model: {why}")  # the round is trained by now, and is not lost for it
+    return {}
+
+
+def _figure(
+    site: SiteConfig,
+    study: StudyConfig,
+    scans: Sequence[LabelledScan],
+    student: Mapping[str, Tensor],
+    device: torch.device,
+) -> float:
+    """Raises ConfigError, OSError: a scan was changed, or is gone."""
+    assert study.finetune is not None
+    task = study.finetune.task
     dense = task.name == "segmentation"
     model = load_task_model(study.model, task.rank, outputs=task.outputs, dense=dense, tensors=student).to(device)
     size = task.size_for(study.model)
     inference = Inference(task, size, device, site.precision, batch=_BATCH, overlap=0.5, keep_largest=())
-    name, measure = (VALIDATION_DICE, _dice) if dense else (VALIDATION_AUC, _auc)
-    try:
-        value = measure(inference, model, scans)
-    except (MemoryError, RuntimeError) as error:  # the round is trained by now, and is not lost for a figure
-        if not is_out_of_memory(error):
-            raise
-        tell(site.name, "does not measure the shared model: a held-out scan does not fit into the device's memory")
-        return {}
-    return {} if np.isnan(value) else {name: value}
+    return (_dice if dense else _auc)(inference, model, scans)
 
 
 def _held_out(study: StudyConfig, scans: Sequence[CachedScan]) -> list[LabelledScan]:
@@ -87,9 +119,12 @@ def _held_out(study: StudyConfig, scans: Sequence[CachedScan]) -> list[LabelledS
 
 
 def _auc(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float:
-    """Mean over the classes that some scan is of and some is not; of two classes that of the second. NaN of none."""
+    """Mean over the classes that some scan is of and some is not; of two classes that of the second. NaN of none, and
+    where the model answers with what is no number, which would be ranked by the table's order."""
     batches = [scans[start : start + _BATCH] for start in range(0, len(scans), _BATCH)]
     chances = np.concatenate([inference.chances(model, [_whole(scan) for scan in batch]) for batch in batches])
+    if not np.isfinite(chances).all():
+        return float("nan")
     truth = np.array([_answers(scan, chances.shape[1]) for scan in scans])
     once = np.ones((1, len(scans)))
     is_binary = inference.task.name == "classification" and inference.task.kind == "binary"

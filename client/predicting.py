@@ -31,6 +31,7 @@ from client.reading import Origin, Reading
 from unimiss_core import durable, progress
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.errors import CheckpointError, ConfigError, ScanError
+from unimiss_core.keys import read_signing_public_key
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_checkpoint import TaskManifest
@@ -68,16 +69,18 @@ def predict(
     device: str = "auto",
     show_paths: bool = False,
     dicom_seg: bool = False,
+    key: Path | None = None,
 ) -> None:
     """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file. A round of a
     federation that fine-tuned is such a model, too.
 
     modality: of scans whose files do not say it; None takes what the model was trained with. batch: scans, or windows
-    of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG.
+    of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG. key: the
+    public key's file of who must have signed the round.
     Raises CheckpointError, ConfigError, NoUsableScanError.
     """
     chosen = device_of(device)
-    network, manifest = load_tuned(model)
+    network, manifest = load_tuned(model, key=read_signing_public_key(key) if key else None)
     if not all(parameter.isfinite().all() for parameter in network.parameters()):  # a mask would be all background
         raise CheckpointError(f"{model}: its weights are not all numbers: its training diverged; fine-tune it again")
     check_extra(manifest.task)

@@ -106,6 +106,7 @@ def _predict(options: argparse.Namespace) -> None:
         device=options.device,
         show_paths=options.show_paths,
         dicom_seg=options.dicom_seg,
+        key=options.key,
     )
 
 
@@ -311,6 +312,7 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     predict.add_argument("scans", type=Path, metavar="SCANS", help="folder of DICOM, NIfTI, PNG, ..., or one file")
     predict.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="new or empty")
+    _add_key(predict)
     _add_modality(predict, "what the model was trained with")
     _add_asking(predict)
     predict.add_argument(

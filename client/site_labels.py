@@ -35,6 +35,7 @@ from client.patients import load_secret, patient_of
 from client.site_config import SiteConfig
 from client.telling import tell_if_heard, tell_once_if_heard
 from unimiss_core import durable, progress
+from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError, UnknownPatientError, WireError
 from unimiss_core.plan import prepare, resample_labels
 from unimiss_core.scan import Modality
@@ -92,14 +93,15 @@ def check_labels(config: SiteConfig, study: StudyConfig) -> None:
 
 def _lacking(config: SiteConfig, asked: SupervisionConfig) -> str | None:
     labels, task = config.labels, asked.task
+    named = ", ".join(map(on_one_line, task.classes))
     if labels is None:
-        return f"it asks for a {task.name} into {', '.join(task.classes)}, and the site file has no `labels`"
+        return f"it asks for a {task.name} into {named}, and the site file has no `labels`"
     if labels.data.name == "msd" and not isinstance(task, SegmentationConfig):
         return "it asks for classes, and labels.data is a folder of masks"
     same = labels.classes == task.classes if task.name == "segmentation" else {*labels.classes} == {*task.classes}
     if not same:
         return (
-            f"it asks for the classes {', '.join(task.classes)}, and labels.classes of the site file is "
+            f"it asks for the classes {named}, and labels.classes of the site file is "
             f"{', '.join(labels.classes)}; where they mean the same, name them as the study does"
             + (", in its order" if task.name == "segmentation" else "")
         )
@@ -124,7 +126,7 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
         several = task.name == "classification" and task.kind == "multi_label"
         for number, name in enumerate(task.classes if task.name == "classification" else ()):
             count = sum(bool(case.target[number]) if several else case.target[0] == number for case in cases)
-            told += f"{':' if number == 0 else ','} {name} {count}"
+            told += f"{':' if number == 0 else ','} {on_one_line(name)} {count}"
         yield f"{told}."
         if (meant := _meant_for_judging(cases)) is not None:
             yield f"{meant.capitalize()}."
@@ -304,7 +306,8 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], room: LabelledRoom, *, is
         record = _Record(reason=outcome.reason, detail=outcome.detail) if isinstance(outcome, ScanError) else outcome
         if record.reason not in _PASSING:
             durable.write_text(task.record, json.dumps(asdict(record)))
-        room.take(0 if record.reason else sum(path.stat().st_size for path in _names(task)))
+        if not record.reason:
+            room.take(task.stamp, sum(path.stat().st_size for path in _names(task)))
         found[missing[place]] = record
         done += 1
         progress.report(progress.Preparing(site.name, done, len(tasks), is_secret=is_secret))

@@ -17,11 +17,14 @@ def admit(
     round: int,
     study: StudyConfig,
     study_digest: str,
+    num_values: int,
     usual_size: float | None = None,
 ) -> float:
-    """The update's size: the root mean square of its values, which sites of different ranks have in common.
+    """The update's size: the root mean square of its values, which sites of different ranks have in common. What the
+    study leaves alone counts as zeros, though it does not come back: in runs of older versions it did, and they go on.
 
     Raises WireError with the reason when `reply` must not count.
+    num_values: that the site was sent.
     usual_size: of updates that counted before (`server.attendance.Attendance.usual_size`).
     Names, shapes and dtypes were checked when it was unpacked; here: who, in which run and round, of which study,
     finite, and how large.
@@ -46,7 +49,7 @@ def admit(
         raise WireError("not_finite", "the update holds a value that is not a finite number")
     if length > (most := study.aggregation.max_update_norm):
         raise WireError("too_large", f"the update's norm {length:.3g} is above the study's max_update_norm {most:g}")
-    size = length / math.sqrt(sum(tensor.numel() for tensor in reply.update.values()))
+    size = length / math.sqrt(num_values)
     ratio = study.aggregation.max_size_ratio
     if usual_size is not None and ratio is not None and size > ratio * usual_size:
         raise WireError("too_large", f"the update is {size / usual_size:.3g} times as large as usual, above {ratio:g}")

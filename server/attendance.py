@@ -1,6 +1,6 @@
 """What the coordinator remembers of sites from round to round: who failed how often, and how large updates were.
 
-An update's size is the root mean square of its values.
+An update's size is the root mean square of its values (`server.admission.admit`).
 """
 
 import statistics

@@ -77,7 +77,7 @@ def _how_it_is_used(study: StudyConfig) -> str:
     if study.finetune is None:
         return "unimiss embed FOLDER INPUT --key signing.pub --out features.npz"
     if study.finetune.head == "shared":
-        return "unimiss predict FOLDER SCANS --out ANSWERS"
+        return "unimiss predict FOLDER SCANS --key signing.pub --out ANSWERS"
     return "unimiss finetune CONFIG.yaml --init FOLDER --key signing.pub"
 
 

@@ -53,6 +53,7 @@ class OneRound:
         self._run = run
         self._digest = study.digest()
         self._config = config
+        self._layout = layout
         self._update_layout = update_layout
         self._roster = roster
         self._exchange = exchange
@@ -211,6 +212,7 @@ class OneRound:
             round=round,
             study=self._study,
             study_digest=self._digest,
+            num_values=sum(spec.size for specs in layout_for(site.ranks, self._layout).values() for spec in specs),
             usual_size=self._state.attendance.usual_size(self._round),
         )
         self._sizes.append(size)

@@ -8,8 +8,9 @@ from server.artefacts import Artefacts
 from server.charts import Reference, Series
 from server.markup import Html, joined
 from server.report_pieces import caution, grid, in_words, legend, note, section, site_legend
-from server.validation import best_of, by_round
+from server.validation import best_of, by_round, figure_of
 from unimiss_core.collapse import WAY_OUT
+from unimiss_core.figures import VALIDATION_DICE
 from unimiss_core.loss_terms import DICE, is_reconstruction
 
 _GROUPS = {"shared": "shared", "2d": "2D only", "3d": "3D only", "head": "head"}
@@ -65,11 +66,14 @@ def losses(run: Artefacts) -> Html:
 
 def validation(run: Artefacts) -> Html:
     """Of a fine-tuning whose sites hold patients out; else nothing."""
+    if (figure := figure_of(run.study)) is None:  # what a site tells unasked says nothing of patients held out
+        return joined()
     records = {name: run.records(name) for name in run.sites}
-    measured = by_round(
+    told = (
         (one.round, {name: each[i].diagnostics for name, each in records.items() if each[i].status == "ok"})
         for i, one in enumerate(run.rounds)
     )
+    measured = by_round(told, figure)
     if (best := best_of(measured)) is None:
         return joined()
     lines = [
@@ -77,7 +81,7 @@ def validation(run: Artefacts) -> Html:
         for style, name in enumerate(run.sites)
     ]
     drawn = [one for one in lines if one.points]
-    masks = run.study is not None and run.study.finetune is not None and run.study.finetune.task.name == "segmentation"
+    masks = figure == VALIDATION_DICE
     title = "Dice coefficient" if masks else "Area under the ROC curve"
     bounds = charts.bounds_of(drawn, include=[0.0 if masks else 0.5])
     panel = charts.line_panel(title, drawn, reference=None, bounds=bounds)

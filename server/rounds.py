@@ -34,7 +34,7 @@ from server.site_level import check_site_level, what_it_is_worth, who_is_believe
 from server.site_round import SiteRound, round_s
 from server.slow_sites import SlowSites
 from server.task_release import release_model
-from server.validation import Best, best_in
+from server.validation import Best, best_in, figure_of
 from unimiss_core import progress
 from unimiss_core.adaptation import check_adaptation
 from unimiss_core.errors import PrivacyBudgetError, RoundError, RunFolderError, where
@@ -106,7 +106,11 @@ class Federation:
             begun = self._config.start is not None
             release_model(self._folder, self._study, round=state.round, from_start=begun)
             if (best := self._best()) is not None:
-                progress.report(progress.Note(f"{best.in_words()}: {self._folder.checkpoint_of(best.round)}"))
+                held = self._folder.checkpoint_of(best.round)
+                where = (
+                    held if held.is_dir() else "its checkpoint is gone, as where the run went back to an earlier one"
+                )
+                progress.report(progress.Note(f"{best.in_words()}: {where}"))
         return state
 
     def _tell_of_site_level(self) -> None:
@@ -235,9 +239,8 @@ class Federation:
 
     def _best(self) -> Best | None:
         """By what sites measured so far; None where the study holds out nobody."""
-        if self._study.finetune is None or not self._study.finetune.validation:
-            return None
-        return best_in(self._folder.metric_rows())
+        figure = figure_of(self._study)
+        return None if figure is None else best_in(self._folder.metric_rows(), figure)
 
     def _probed(self, state: GlobalState) -> dict[str, Any]:
         """{"probe": figures}; nothing where none is due, or it fails: a trained round is not lost for that."""

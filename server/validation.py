@@ -3,19 +3,21 @@
 In its reply to a round a site tells of the model that the round began with, which is that of the round before.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from server.wording import counted
-from unimiss_core.figures import OF_VALIDATION
+from unimiss_core.figures import VALIDATION_AUC, VALIDATION_DICE
+from unimiss_core.study import StudyConfig
 
 Figures = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Best:
-    """A round by the sites' mean."""
+    """A round, and the mean over the sites that measured it."""
 
     round: int
     mean: float
@@ -26,33 +28,52 @@ class Best:
         return f"{told}, {self.mean:.3f} as the mean of {counted(self.sites, 'site')}"
 
 
-def by_round(told: Iterable[tuple[int, Mapping[str, Figures]]]) -> dict[int, dict[str, float]]:
+def figure_of(study: StudyConfig | None) -> str | None:
+    """What its sites are asked to tell; None where they hold out nobody."""
+    if study is None or study.finetune is None or not study.finetune.validation:
+        return None
+    return VALIDATION_DICE if study.finetune.task.name == "segmentation" else VALIDATION_AUC
+
+
+def by_round(told: Iterable[tuple[int, Mapping[str, Figures]]], figure: str) -> dict[int, dict[str, float]]:
     """Round whose model was measured -> site -> its figure. told: a round and what the sites said in it, by name.
 
-    What is no share is no such figure, whatever a site says.
+    figure: as of `figure_of`; a site may tell another, too. What is no share is none, whatever a site says.
     """
     found: dict[int, dict[str, float]] = {}
     for round, sites in told:
         for site, figures in sites.items():
-            for name in OF_VALIDATION:
-                if 0 <= figures.get(name, -1) <= 1:
-                    found.setdefault(round - 1, {})[site] = figures[name]
+            if 0 <= figures.get(figure, -1) <= 1:
+                found.setdefault(round - 1, {})[site] = figures[figure]
     return found
 
 
 def best_of(measured: Mapping[int, Mapping[str, float]]) -> Best | None:
-    """Of the rounds that most sites measured, for means over others cannot be compared; of equal ones the first."""
-    most = max((len(sites) for sites in measured.values()), default=0)
-    means = {round: sum(sites.values()) / most for round, sites in sorted(measured.items()) if len(sites) == most > 0}
-    if not means:
+    """Of equal rounds the first. It is the best of those before the newest, or the newest: the checkpoint of no other
+    round is needed."""
+    best: int | None = None
+    for round, sites in sorted(measured.items()):
+        if best is None or _is_better(sites, measured[best]):
+            best = round
+    if best is None:
         return None
-    round = max(means, key=means.__getitem__)
-    return Best(round, means[round], most)
+    told = measured[best].values()
+    return Best(best, math.fsum(told) / len(told), len(told))
 
 
-def best_in(rows: Iterable[Mapping[str, Any]]) -> Best | None:
+def _is_better(sites: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """By the sites that measured both, for patients differ from site to site; they must be most of those that measured
+    the best so far. Where they are less than half of those that measure now, the best is by the word of too few: a site
+    that told a single figure decides nothing."""
+    both = sites.keys() & best.keys()
+    if 2 * len(both) < len(sites):
+        return True
+    return 2 * len(both) > len(best) and math.fsum(sites[name] - best[name] for name in both) > 0
+
+
+def best_in(rows: Iterable[Mapping[str, Any]], figure: str) -> Best | None:
     """Of lines of metrics.jsonl. An update that came late tells of an earlier model, and is not looked at."""
-    return best_of(by_round((row["round"], _told_in_time(row["sites"])) for row in rows))
+    return best_of(by_round(((row["round"], _told_in_time(row["sites"])) for row in rows), figure))
 
 
 def _told_in_time(sites: Mapping[str, Any]) -> dict[str, Figures]:

@@ -194,6 +194,9 @@ def test_a_number_is_not_taken_for_a_text_or_a_yes() -> None:
         ("name: a\nname: b\n", "key 'name' is written twice"),
         ("name: [", "is not valid YAML"),
         ("when: 2020-01-01\nname: x\n", "write dates"),
+        ("when: 2020-13-45\nname: x\n", "cannot be read .month must be in 1..12.; write texts in quotes"),
+        ("seed: " + "1" * 5000, "holds a value that cannot be read"),
+        ("[" * 3000, "too deep"),
     ],
 )
 def test_bad_yaml_is_told_with_its_file(tmp_path: Path, text: str, told: str) -> None:

@@ -50,12 +50,14 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def federate(out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1, **settings: Any) -> GlobalState:
+def federate(
+    out: Path, sites: list[Path], study: StudyConfig, *, least: int = 1, resume: bool = False, **settings: Any
+) -> GlobalState:
     nodes = {path.parent.name: {"site": str(path)} for path in sites}
     quorum = {"min_sites": least, "min_replies": least, "wait_s": 0.1, "retry_s": 0.0, "deadline_s": 600.0}
     config = CoordinatorConfig(study=Path("unused"), out=out, **quorum, **settings)
     with LocalGrid(app, nodes, run_config={}) as grid:
-        return Federation(grid, study, config).run()
+        return Federation(grid, study, config).run(resume=resume)
 
 
 def request_of(study: StudyConfig, round: int = 1) -> TrainRequest:
@@ -351,6 +353,17 @@ def test_counts_losses_and_times_of_a_private_site_do_not_leave(tmp_path: Path) 
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_names_of_classes_that_a_study_brings_do_nothing_to_the_sites_screen(tmp_path: Path) -> None:
+    task = {"name": "classification", "rank": 2, "classes": ["a\nnorth: admitted", "\x1b[2Jb\u202e"]}
+    study, heard = task_study(finetune={"task": task}), list[str]()
+    for name, labels in (("mute", None), ("other", {"data": {"table": "labels.csv"}, "classes": ["healthy", "ill"]})):
+        site = opened(hospital(tmp_path / name, name, labels=labels), study)
+        with progress.listen(lambda event: heard.append(getattr(event, "text", ""))), pytest.raises(WireError):
+            check_labels(site.config, study)
+    assert [one.partition(":")[0] for one in heard] == ["mute", "other"]
+    assert all(one.isprintable() for one in heard)
 
 
 def test_a_site_with_other_classes_is_told_what_is_asked_for(tmp_path: Path) -> None:

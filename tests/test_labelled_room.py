@@ -14,6 +14,7 @@ from tests.test_site_state import DAY, runs_touched
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
 
+IN_FLIGHT = 2  # scans that a site's one worker may have been given beside the one that did not fit
 BYTES = 64 * 64 * 2 + 128  # of a picture: 16 bits a pixel, behind the header of an .npy
 
 
@@ -59,6 +60,29 @@ def test_scans_that_the_limit_does_not_hold_are_refused_and_cost_no_others_where
     assert names_in(labelled) > first
     with pytest.raises(ConfigError, match="labelled scans take more than"):
         kept(site, of_plan(102), pictures=3.5)
+
+
+def test_a_site_whose_limit_does_not_hold_its_scans_is_refused_each_time_and_fills_no_disk(tmp_path: Path) -> None:
+    """The coordinator asks again in each round."""
+    site, labelled = hospital(tmp_path / "north", "north"), tmp_path / "north" / "state" / "cache" / "labelled"
+    for _ in range(6):
+        with pytest.raises(ConfigError, match="labelled scans take more than"):
+            kept(site, of_plan(100), pictures=2.5)
+        assert sum(path.stat().st_size for path in labelled.glob("*.npy")) <= (2 + IN_FLIGHT) * BYTES
+    for record in labelled.glob("*.json"):  # as where a crash came between a scan and its record
+        record.unlink()
+    assert len(kept(site, of_plan(100), pictures=4)) == 4
+
+
+def test_what_a_person_put_beside_prepared_scans_is_not_deleted(tmp_path: Path) -> None:
+    site, labelled = hospital(tmp_path / "north", "north"), tmp_path / "north" / "state" / "cache" / "labelled"
+    first = kept(site, of_plan(100), pictures=4)
+    own = [labelled / name for name in ("mine.npy", "*.npy", "notes.json", f"{'0' * 31}-features.npy")]
+    for path in own:
+        path.write_bytes(bytes(BYTES))
+        os.utime(path, (0, 0))
+    assert not first & kept(site, of_plan(101), pictures=4)
+    assert all(path.exists() for path in own)
 
 
 def test_models_of_runs_that_ended_long_ago_go_when_another_is_made(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A federation's round that fine-tuned: a fine-tuning goes on from it, and it answers as the run's own model does."""
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from client.beginning import begin
 from client.finetune import task_model
-from client.finetune_config import init_from, load_finetune
+from client.finetune_config import FromCheckpoint, init_from, load_finetune
 from client.research_command import main
 from server.run_folder import RunFolder
 from server.task_release import release_model
@@ -21,10 +22,11 @@ from tests.test_research_command import nano_checkpoint
 from unimiss_core import checkpoint, exported, task_checkpoint
 from unimiss_core.config import dump_yaml
 from unimiss_core.groups import group_of
-from unimiss_core.keys import SigningKey, new_signing_key
+from unimiss_core.keys import SigningKey, new_signing_key, public_line
 from unimiss_core.network import tensors_of
 from unimiss_core.students import build_student
 from unimiss_core.study import StudyConfig
+from unimiss_core.tuned_round import load_tuned
 
 CLASSES = ["fine", "coarse"]
 
@@ -123,6 +125,34 @@ def test_a_round_predicts_and_is_exported_as_the_runs_own_model(tmp_path: Path) 
     assert "Fine-tuned by a federation by Federated UniMiSS; what it began with is not known here." in card
     assert "`full`, 2 rounds, seed 0" in card
     assert "| manifest.json | sha256" in card
+
+
+@pytest.mark.parametrize("asks", ["predict", "export", "finetune"])
+def test_a_model_that_nobody_signed_does_not_take_the_place_of_a_signed_round(tmp_path: Path, asks: str) -> None:
+    """Somebody lays another fine-tuned model into the folder of the round, under the names of one."""
+    study, key = study_of(), new_signing_key()
+    folder, public = rounds(tmp_path / "run", study, signing_key=key), tmp_path / "signing.pub"
+    public.write_text(public_line(key.public_key()))
+    other = task_checkpoint.of_rounds(study, round=9, began_with="scratch", pretrained_digest=None)
+    task_checkpoint.save(folder, tensors_of(build_student(study)), other)
+    held = checkpoint.load(folder).student
+    pictures(tmp_path, 2)
+    out = tmp_path / "out"
+    if asks == "export":
+        assert main(["export", str(folder), "--to", "safetensors", "--key", str(public), "--out", str(out)]) == 0
+        model, _ = exported.load(out)
+        assert all(torch.equal(parameter, held[name]) for name, parameter in model.named_parameters())
+    elif asks == "finetune":
+        begun_with = begin(FromCheckpoint(name="checkpoint", folder=folder, key=public)).tensors
+        assert begun_with is not None
+        assert all(torch.equal(begun_with[name], tensor) for name, tensor in held.items())
+    else:
+        words = ["predict", str(folder), str(tmp_path / "pictures"), "--key", str(public), "--out"]
+        assert main([*words, str(out)]) == 0
+        (folder / checkpoint.SIGNATURE).unlink()
+        assert main([*words, str(tmp_path / "again")]) == 4
+        told = json.loads((out / "predicted.json").read_text())
+        assert told["model"] == load_tuned(folder)[1].sha256 != task_checkpoint.load(folder)[1].sha256
 
 
 def test_a_bundle_of_a_round_holds_a_model_that_loads(tmp_path: Path) -> None:

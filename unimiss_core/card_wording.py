@@ -15,8 +15,12 @@ _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 def literally(name: str) -> str:
     """A name that somebody chose, on one line of Markdown, so that it shows as it is and does nothing: a card is opened
     by programs that run HTML, and a class may be called anything."""
-    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(name.split()))
-    return _MARKUP.sub(r"\\\g<0>", shown).translate(_ENTITIES)
+    return _MARKUP.sub(r"\\\g<0>", on_one_line(name)).translate(_ENTITIES)
+
+
+def on_one_line(name: str) -> str:
+    """A name that somebody else chose, so that on a screen it neither begins a line nor moves the cursor."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(name.split()))
 
 
 def promise_in_words(study: StudyConfig, spent: float | None = None) -> str:

@@ -121,6 +121,10 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise ConfigError(f"{path}: is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nests lists or mappings too deep") from None
+    except ValueError as error:  # what PyYAML takes for a date or a number, and is none
+        raise ConfigError(f"{path}: holds a value that cannot be read ({error}); write texts in quotes") from None
 
 
 def dump_yaml(config: Config) -> str:

@@ -120,9 +120,8 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
         manifest = _manifest_in(folder / MANIFEST)
         payload = (folder / _TENSORS).read_bytes()
     except OSError:
-        what = "is a checkpoint of pretraining, which answers no task" if _is_pretrained(folder) else "holds no model"
         raise CheckpointError(
-            f"{folder}: {what}; give the folder that `unimiss finetune` wrote, with {MANIFEST} and {_TENSORS}"
+            f"{folder}: holds no model; give the folder that `unimiss finetune` wrote, with {MANIFEST} and {_TENSORS}"
         ) from None
     if hashlib.sha256(payload).hexdigest() != manifest.sha256:
         raise CheckpointError(f"{folder / _TENSORS}: was changed after it was written; take another copy")
@@ -143,10 +142,6 @@ def _manifest_in(path: Path) -> TaskManifest:
         return TaskManifest.model_validate_json(written)
     except ValidationError:
         raise CheckpointError(f"{path}: is no description of a fine-tuned model of this program") from None
-
-
-def _is_pretrained(folder: Path) -> bool:
-    return (folder / checkpoint.MANIFEST).exists()
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

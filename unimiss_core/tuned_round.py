@@ -75,14 +75,25 @@ def task_of(folder: Path, manifest: Manifest) -> TaskConfig | None:
 def load_tuned(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[TaskModel, TaskManifest]:
     """A fine-tuned model: of the folder that fine-tuning wrote, or of a round of a federation that fine-tuned.
 
-    key: of who must have signed the round. Raises CheckpointError: as `task_checkpoint.load` and `checkpoint.load`; or
-    a round that answers nothing, or nobody knows what.
+    key: of who must have signed the round. A folder with a manifest is a checkpoint, whatever else somebody put beside
+    it: what no signature covers is not read in its place. Raises CheckpointError: as `task_checkpoint.load` and
+    `checkpoint.load`; or a round that answers nothing, or nobody knows what. ConfigError: a key, where nobody signs.
     """
-    if not task_checkpoint.is_there(folder) and (folder / checkpoint.MANIFEST).is_file():
-        manifest = checkpoint.read_manifest(folder, key=key)
-        if rank_of_task(manifest) is not None:
-            return _tuned_round(folder, key)
+    if (folder / checkpoint.MANIFEST).is_file():
+        if rank_of_task(checkpoint.read_manifest(folder, key=key)) is None:
+            raise CheckpointError(
+                f"{folder}: is a checkpoint of pretraining, which answers no task; give the folder that `unimiss "
+                "finetune` wrote, or a round of a federation that fine-tuned"
+            )
+        return _tuned_round(folder, key)
+    require_unsigned(folder, key)
     return task_checkpoint.load(folder)
+
+
+def require_unsigned(folder: Path, key: object) -> None:
+    """Raises ConfigError: a key for a folder of fine-tuning, which has no signature."""
+    if key is not None and task_checkpoint.is_there(folder):
+        raise ConfigError(f"{folder}: is a fine-tuned model, which nobody signs; give no key")
 
 
 def _tuned_round(folder: Path, key: SigningPublicKey | None) -> tuple[TaskModel, TaskManifest]:
