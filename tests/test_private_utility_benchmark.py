@@ -1,13 +1,16 @@
 """What `benchmarks/private_utility.py` claims of its arms before any of them trains: noise, clip, lengths of steps."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from benchmarks.private_utility import ARMS, CENTRE, DELTA, _noise_for, _options, _study
+from benchmarks.private_utility import ARMS, CENTRE, DELTA, _noise_for, _options, _site, _study
+from client.site import Site
+from client.site_config import DataSource
 from unimiss_core.network import tensors_of
 from unimiss_core.private_learner import PrivateLearner
 
@@ -35,6 +38,14 @@ def test_arms_are_clipped_or_not_and_never_between_noise_and_optimiser() -> None
         assert study.optimiser.clip_norm is None
         assert study.optimiser.name == arm.optimiser
         assert study.privacy.trained == arm.trained
+
+
+def test_every_step_is_of_radiographs(tmp_path: Path) -> None:
+    """Steps of a rank that no scan here has would be noise alone, and the arms learn from fewer than they say."""
+    options = _options([])
+    site = _site(options, tmp_path / "state", DataSource(folder=tmp_path))
+    private = _study(options, arm=NAMED["epsilon-8"], rate=RATE, noise=2.0)
+    assert Site(site.config, private, site.run).ranks == {2}
 
 
 def test_optimisers_step_alike_where_there_is_nothing_but_noise() -> None:
