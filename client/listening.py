@@ -35,9 +35,10 @@ def _family(pid: int) -> list[int]:
     """A process and its descendants, as the kernel has them at this moment."""
     found = [pid]
     for number in found:  # grows while it is gone through
-        for task in Path(f"/proc/{number}/task").glob("*/children"):
-            with suppress(OSError):
-                found.extend(map(int, task.read_text().split()))
+        with suppress(OSError):  # it ended meanwhile
+            for task in Path(f"/proc/{number}/task").iterdir():
+                with suppress(OSError):
+                    found.extend(map(int, (task / "children").read_text().split()))
     return found
 
 

@@ -164,6 +164,14 @@ def test_what_a_process_listens_on_is_found(host: str, is_open: bool) -> None:
         process.communicate()
 
 
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux's /proc")
+def test_a_process_that_ended_meanwhile_listens_on_nothing() -> None:
+    """As one of a family does between being named and being looked at."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert listeners_of(process.pid) == []
+
+
 def test_the_kernels_way_of_writing_addresses_is_read() -> None:
     """proc(5)'s own example and the IPv4 address that IPv6 sockets see."""
     assert listening._address("0100007F") == ip_address("127.0.0.1")
