@@ -9,6 +9,14 @@ if TYPE_CHECKING:
     from tests.joined_site import Joined
 
 
+LONGEST = ("test_execution", "test_transports", "test_killed_coordinator", "test_superlink", "test_flower_engine")
+"""Files of minutes, begun first, so that no process is left with one of them when the others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     """A free one of loopback, to which no proxy is asked the way."""
