@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client import merit
 from client.cache import CachedScan, Library
 from client.inference import Inference, check_extra
 from client.site_config import SiteConfig
@@ -121,22 +120,12 @@ def _held_out(study: StudyConfig, scans: Sequence[CachedScan]) -> list[LabelledS
 def _auc(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float:
     """Mean over the classes that some scan is of and some is not; of two classes that of the second. NaN of none, and
     where the model answers with what is no number, which would be ranked by the table's order."""
-    batches = [scans[start : start + _BATCH] for start in range(0, len(scans), _BATCH)]
-    chances = np.concatenate([inference.chances(model, [_whole(scan) for scan in batch]) for batch in batches])
+    chances = inference.chances_of_all(model, scans)
     if not np.isfinite(chances).all():
         return float("nan")
-    truth = np.array([_answers(scan, chances.shape[1]) for scan in scans])
-    once = np.ones((1, len(scans)))
-    is_binary = inference.task.name == "classification" and inference.task.kind == "binary"
-    told = [1] if is_binary else range(truth.shape[1])
-    areas = [float(merit.auc(chances[:, k], truth[:, k] == 1, once)[0]) for k in told]
-    known = [area for area in areas if not np.isnan(area)]
-    return float(np.mean(known)) if known else float("nan")
-
-
-def _answers(scan: LabelledScan, outputs: int) -> Sequence[int]:
-    """0 or 1 for each answer."""
-    return scan.target if len(scan.target) == outputs else [int(number == scan.target[0]) for number in range(outputs)]
+    areas = inference.areas(chances, inference.truth([scan.target for scan in scans]))
+    known = areas[np.isfinite(areas)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float:
@@ -145,16 +134,8 @@ def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan])
 
     known: list[float] = []
     for scan in scans:
-        found = inference.mask(model, _whole(scan), None)
-        truth = scan.classes_in(_everywhere(scan)).astype(np.uint8)
+        found = inference.mask(model, scan.whole(), None)
+        truth = scan.classes().astype(np.uint8)
         each = [segmenting.dice(found, truth, number) for number in range(1, 1 + len(inference.task.classes))]
         known += [value for value in each if value is not None]
     return float(np.mean(known)) if known else float("nan")
-
-
-def _whole(scan: LabelledScan) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return scan.crop(_everywhere(scan))
-
-
-def _everywhere(scan: LabelledScan) -> tuple[slice, ...]:
-    return tuple(slice(None) for _ in scan.shape[1:])

@@ -6,21 +6,31 @@ Legend of shapes: N scans, K outputs of the model, C channels, S spatial axes - 
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client import merit
 from client.labelled import Grid
 from client.task_training import autocast
 from unimiss_core.errors import ConfigError
+from unimiss_core.resampling import as_they_are
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
 from unimiss_core.tasks import TaskModel
 from unimiss_core.views import whole
 
 Precision = Literal["fp32", "bf16"]
+
+
+class WholeScan(Protocol):
+    """A prepared scan, read when it is looked at."""
+
+    def whole(self) -> NDArray[np.float32]:
+        """(C, *S) in [0, 1]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,25 @@ class Inference:
             logits = model.eval()(x.to(self.device)).float()
         found = logits.sigmoid() if self.task.kind == "multi_label" else logits.softmax(1)
         return np.asarray(found.cpu().double().numpy())
+
+    def chances_of_all(self, model: TaskModel, scans: Sequence[WholeScan]) -> NDArray[np.float64]:
+        """`chances` of any number of scans, of which so many are in memory as are looked at together."""
+        batches = [scans[start : start + self.batch] for start in range(0, len(scans), self.batch)]
+        return np.concatenate([self.chances(model, [one.whole() for one in batch]) for batch in batches])
+
+    def truth(self, targets: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """(N, K) of 0 and 1, what `chances` would say if it knew. targets: of each scan its labels, or its class."""
+        assert isinstance(self.task, ClassificationConfig)
+        found = np.array(targets, dtype=np.int64)
+        one_of = np.eye(len(self.task.classes), dtype=np.int64)
+        return found if self.task.kind == "multi_label" else one_of[found[:, 0]]
+
+    def areas(self, chances: NDArray[np.float64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The AUC of each class, of two that of the second alone; nan where all scans are of it, or none."""
+        assert isinstance(self.task, ClassificationConfig)
+        told = [1] if self.task.kind == "binary" else range(chances.shape[1])
+        once = as_they_are(len(chances))
+        return np.array([merit.auc(chances[:, k], truth[:, k] == 1, once)[0] for k in told])
 
     def voxel_chances(self, model: TaskModel, values: NDArray[np.float32]) -> Tensor:
         """Of a mask: values (C, *S) in [0, 1] -> (K, *S) on the CPU."""

@@ -65,10 +65,22 @@ class LabelledScan(CachedScan):
         classes: NDArray[np.int64] = np.rint(self.mask.crop(box)[0] * FULL).astype(np.int64)
         return classes
 
+    def whole(self) -> NDArray[np.float32]:
+        """(C, *S) in [0, 1]."""
+        return self.crop(self._everywhere)
+
+    def classes(self) -> NDArray[np.int64]:
+        """Of the whole mask: (*S)."""
+        return self.classes_in(self._everywhere)
+
+    @property
+    def _everywhere(self) -> tuple[slice, ...]:
+        return tuple(slice(None) for _ in self.shape[1:])
+
     @cached_property
     def places(self) -> Mapping[int, NDArray[np.int32]]:
         """Class that is there -> (n, rank) indices of some of its voxels."""
-        return places_in(self.classes_in(tuple(slice(None) for _ in self.shape[1:])))
+        return places_in(self.classes())
 
 
 def check_labels(config: SiteConfig, study: StudyConfig) -> None:

@@ -40,9 +40,7 @@ class Classifying:
 
     def chances(self, model: TaskModel, scans: Sequence[Labelled]) -> NDArray[np.float64]:
         """(N, K): of each scan, seen whole."""
-        batch = self._inference.batch
-        batches = [scans[start : start + batch] for start in range(0, len(scans), batch)]
-        return np.concatenate([self._inference.chances(model, [one.whole() for one in each]) for each in batches])
+        return self._inference.chances_of_all(model, scans)
 
     def score(self, scans: Sequence[Labelled]) -> Score:
         """What early stopping goes by: the AUC of these scans, over classes on average; of equal ones the likelihood.
@@ -50,12 +48,10 @@ class Classifying:
         Few scans are soon in perfect order, long before a model is sure of them.
         """
         truth = self._truth(scans)
-        once = np.ones((1, len(scans)))
 
         def of(model: TaskModel) -> Standing:
             chances = self.chances(model, scans)
-            told = [1] if self._task.kind == "binary" else range(chances.shape[1])
-            area = np.mean([merit.auc(chances[:, k], truth[:, k] == 1, once)[0] for k in told])
+            area = self._inference.areas(chances, truth).mean()
             likelihood = np.log(np.where(truth == 1, chances, 1 - chances).clip(1e-7)).mean()
             return float(area), float(likelihood)
 
@@ -82,12 +78,7 @@ class Classifying:
 
     def _truth(self, scans: Sequence[Labelled]) -> NDArray[np.int64]:
         """(N, K) of 0 and 1."""
-        targets = np.array([one.case.target for one in scans], dtype=np.int64)
-        return (
-            targets
-            if self._task.kind == "multi_label"
-            else np.eye(len(self._task.classes), dtype=np.int64)[targets[:, 0]]
-        )
+        return self._inference.truth([one.case.target for one in scans])
 
 
 class Segmenting:
