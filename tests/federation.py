@@ -46,9 +46,14 @@ def random_tensors(layout: Layout, seed: int) -> dict[str, Tensor]:
     return {spec.name: torch.randn(spec.shape, generator=generator) for specs in layout.values() for spec in specs}
 
 
-def saved_checkpoint(folder: Path, round: int = 7, seed: int = 0, **more: Any) -> Path:
-    """A checkpoint of `small_study` in `folder`, of tensors drawn from `seed`. more: of `checkpoint.save`."""
-    study, layout = small_study(), whole_layout()
+def saved_checkpoint(
+    folder: Path, round: int = 7, seed: int = 0, *, study: StudyConfig | None = None, **more: Any
+) -> Path:
+    """A checkpoint in `folder` of a study, by default `small_study` with tensors drawn from `seed`. more: of
+    `checkpoint.save`, student and teacher among it where the study is another."""
+    if study is None:
+        study, layout = small_study(), whole_layout()
+        more = {"student": random_tensors(layout, seed), "teacher": random_tensors(layout, seed + 1), **more}
     checkpoint.save(
         folder,
         origin="federation",
@@ -56,8 +61,6 @@ def saved_checkpoint(folder: Path, round: int = 7, seed: int = 0, **more: Any) -
         study_digest=study.digest(),
         model=study.model,
         plan=study.plan,
-        student=random_tensors(layout, seed),
-        teacher=random_tensors(layout, seed + 1),
         **more,
     )
     return folder

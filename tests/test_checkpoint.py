@@ -44,25 +44,9 @@ def test_one_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
         checkpoint.verify(tmp_path / "c")
 
 
-def save_with_state(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    study = small_study()
-    tensors = random_tensors(whole_layout(), 0)
-    checkpoint.save(
-        folder,
-        origin="federation",
-        round=1,
-        study_digest=study.digest(),
-        model=study.model,
-        plan=study.plan,
-        student=tensors,
-        teacher=tensors,
-        server_tensors=state,
-    )
-
-
 def test_state_of_the_server_is_read_to_resume_and_needed_for_nothing_else(tmp_path: Path) -> None:
     name, tensor = next(iter(random_tensors(whole_layout(), 0).items()))
-    save_with_state(tmp_path / "c", {f"momentum.{name}": tensor + 1})
+    saved_checkpoint(tmp_path / "c", server_tensors={f"momentum.{name}": tensor + 1})
     assert torch.equal(checkpoint.load(tmp_path / "c", to_resume=True).server_tensors[f"momentum.{name}"], tensor + 1)
     for own in checkpoint.SERVERS_OWN:
         (tmp_path / "c" / own).unlink()
@@ -74,7 +58,7 @@ def test_state_of_the_server_is_read_to_resume_and_needed_for_nothing_else(tmp_p
 
 @pytest.mark.parametrize("odd", ["momentum.nothing.of.that.name", "without_prefix"])
 def test_state_of_no_parameter_is_told(tmp_path: Path, odd: str) -> None:
-    save_with_state(tmp_path / "c", {odd: torch.ones(2)})
+    saved_checkpoint(tmp_path / "c", server_tensors={odd: torch.ones(2)})
     with pytest.raises(CheckpointError, match=f"server holds {odd}, which is the state of no tensor"):
         checkpoint.load(tmp_path / "c", to_resume=True)
 

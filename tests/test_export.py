@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from client.research_command import main
+from tests.federation import saved_checkpoint
 from tests.run_artefacts import SITES, round_records, study, without, write_run
 from tests.test_research_command import NANO, nano_checkpoint
 from unimiss_core import checkpoint, exported, keys, task_checkpoint, trained_by
@@ -50,17 +51,7 @@ def in_a_run(out: Path, told: StudyConfig, round: int) -> Path:
     """A checkpoint where a run keeps it."""
     student, teacher = (tensors_of(build_network(told.model, seed=seed)) for seed in (0, 1))
     folder = out / "checkpoints" / checkpoint.folder_name(round)
-    checkpoint.save(
-        folder,
-        origin="federation",
-        round=round,
-        study_digest=told.digest(),
-        model=told.model,
-        plan=told.plan,
-        student=student,
-        teacher=teacher,
-    )
-    return folder
+    return saved_checkpoint(folder, round, study=told, student=student, teacher=teacher)
 
 
 def export(folder: Path, out: Path, *words: str) -> int:

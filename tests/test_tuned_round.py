@@ -16,6 +16,7 @@ from client.finetune_config import FromCheckpoint, init_from, load_finetune
 from client.research_command import main
 from server.run_folder import RunFolder
 from server.task_release import release_model
+from tests.federation import saved_checkpoint
 from tests.labelled_hospitals import task_study
 from tests.test_finetune import pictures, write_config
 from tests.test_research_command import nano_checkpoint
@@ -45,19 +46,10 @@ def rounds(out: Path, study: StudyConfig, *, last: int = 2, signing_key: Signing
         generator = torch.Generator().manual_seed(round)
         moved = {name: t + 0.02 * torch.randn(t.shape, generator=generator) for name, t in made.items()}
         tensors = {name: tensor for name, tensor in moved.items() if name not in stay}
-        checkpoint.save(
-            out / "checkpoints" / checkpoint.folder_name(round),
-            origin="federation",
-            round=round,
-            study_digest=study.digest(),
-            model=study.model,
-            plan=study.plan,
-            student=tensors,
-            teacher=tensors,
-            signing_key=signing_key,
-        )
+        folder = out / "checkpoints" / checkpoint.folder_name(round)
+        saved_checkpoint(folder, round, study=study, student=tensors, teacher=tensors, signing_key=signing_key)
     (out / "study.yaml").write_text(dump_yaml(study))
-    return out / "checkpoints" / checkpoint.folder_name(last)
+    return folder
 
 
 def begun(folder: Path, init: Path, **changes: Any) -> Mapping[str, Tensor]:
