@@ -21,9 +21,9 @@ from pathlib import Path
 from client import export_command
 from client.screen import Screen
 from unimiss_core import progress
-from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.commands import exit_code_of
+from unimiss_core.errors import ConfigError
 
-INTERRUPTED = 130
 _MODALITIES = ("CT", "MR", "PT", "XR", "OT")
 """`unimiss_core.scan.Modality`, which cannot be read without importing NumPy."""
 _LEFT = {"finetune": "go on with --resume", "predict": "the table in --out has what was predicted so far"}
@@ -33,21 +33,14 @@ _LEFT = {"finetune": "go on with --resume", "predict": "the table in --out has w
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see `unimiss_core.errors`)."""
     options = _parser().parse_args(arguments)
-    try:
-        with progress.listen(Screen().show):
-            _run(options)
-    except UnimissError as error:
-        print(f"unimiss {options.command}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"interrupted; {_LEFT.get(options.command, 'nothing was written')}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    left = _LEFT.get(options.command, "nothing was written")
+    return exit_code_of(lambda: _run(options), f"unimiss {options.command}", interrupted=f"interrupted; {left}")
 
 
 def _run(options: argparse.Namespace) -> None:
     try:
-        _ACTS[options.command](options)
+        with progress.listen(Screen().show):
+            _ACTS[options.command](options)
     except OSError as error:  # of a path on the command line; never its text, which may name a file below a data root
         raise ConfigError(f"a file or folder cannot be used ({error.strerror}); check the paths given") from None
 

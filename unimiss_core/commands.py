@@ -44,16 +44,7 @@ class Program:
     def run(self, arguments: Sequence[str] | None) -> int:
         """Run the command that was typed; returns its exit code."""
         options = self._parser().parse_args(arguments)
-        try:
-            options.act(options)
-        except UnimissError as error:
-            way_on = "\nThe same command goes on from there." if error.resumes else ""
-            print(f"{self.name}: {error}{way_on}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            print(f"{self.name}: interrupted", file=sys.stderr)
-            return INTERRUPTED
-        return 0
+        return exit_code_of(lambda: options.act(options), self.name, interrupted=f"{self.name}: interrupted")
 
     def _parser(self) -> argparse.ArgumentParser:
         every = {code for command in self.commands.values() for code in command.codes}
@@ -63,6 +54,21 @@ class Program:
             epilog = _exit_codes(command.codes)
             command.takes(added.add_parser(name, help=command.does, description=command.does, epilog=epilog))
         return parser
+
+
+def exit_code_of(act: Callable[[], None], name: str, *, interrupted: str) -> int:
+    """Do it, and tell on the screen how it ended where it did not end well. name: whose mistakes are told. interrupted:
+    what is said upon Ctrl-C."""
+    try:
+        act()
+    except UnimissError as error:
+        way_on = "\nThe same command goes on from there." if error.resumes else ""
+        print(f"{name}: {error}{way_on}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 def _exit_codes(more: Collection[int]) -> str:
