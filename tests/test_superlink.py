@@ -187,17 +187,37 @@ def test_superlink_listens_on_loopback_alone_and_asks_superexec_for_its_secret(c
 
 
 def test_flwr_commands_find_the_run_of_the_installed_code(coordinator: Coordinator) -> None:
+    (run,) = json.loads(flwr(coordinator, "ls", "unimiss", "--format", "json"))["runs"]
+    assert run["fab-hash"] == bundle.fab_hash()
+    assert run["status"].startswith("running")
+
+
+def test_flwr_run_brings_the_installed_code_to_the_coordinators_superlink(coordinator: Coordinator) -> None:
+    """As docs/coordinator.md has it typed; its ServerApp finds the folder in use by the run that is at work."""
+    settings = f'coordinator="{coordinator.study.stem}" resume=true'
+    taken = json.loads(flwr(coordinator, "run", "../bundle", "unimiss", "--run-config", settings, "--format", "json"))
+    assert taken["success"]
+
+    def its_run() -> dict[str, str]:
+        runs = json.loads(flwr(coordinator, "ls", "unimiss", "--format", "json"))["runs"]
+        return next(run for run in runs if str(run["run-id"]) == str(taken["run-id"]))
+
+    coordinator.until(lambda: its_run()["status"].startswith("finished"), "the second run ends")
+    assert its_run()["fab-hash"] == bundle.fab_hash()
+
+
+def flwr(coordinator: Coordinator, *words: str) -> str:
+    """A command of Flower's in the coordinator's folder; the JSON that it prints."""
     done = subprocess.run(
-        [Path(sys.executable).with_name("flwr"), "ls", "unimiss", "--format", "json"],
+        [Path(sys.executable).with_name("flwr"), *words],
         env=environment(coordinator.home),
         cwd=coordinator.home.workplace,
         capture_output=True,
         text=True,
         timeout=START_S,
     )
-    (run,) = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
-    assert run["fab-hash"] == bundle.fab_hash()
-    assert run["status"].startswith("running")
+    assert "{" in done.stdout, done.stdout + done.stderr
+    return done.stdout[done.stdout.index("{") :]
 
 
 def test_status_is_told_from_another_terminal(coordinator: Coordinator) -> None:
