@@ -14,7 +14,13 @@ from tests.federation import small_study
 from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.learner import Learner
-from unimiss_core.local_optimiser import BlockwiseAdamW, MomentumSGD, NoiseAwareAdamW, noise_variance
+from unimiss_core.local_optimiser import (
+    BlockwiseAdamW,
+    LocalOptimiser,
+    MomentumSGD,
+    NoiseAwareAdamW,
+    noise_variance,
+)
 from unimiss_core.network import tensors_of
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import Rank
@@ -37,9 +43,11 @@ def gradients(count: int, values: int = 6) -> list[Tensor]:
     return [signal + 0.1 * torch.randn(values, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def path_of(optimiser: torch.optim.Optimizer, steps: Sequence[Tensor], noises: Sequence[float]) -> list[Tensor]:
+def path_of(
+    optimiser: LocalOptimiser | torch.optim.Optimizer, steps: Sequence[Tensor], noises: Sequence[float]
+) -> list[Tensor]:
     """The parameter after each step on the gradients `steps`."""
-    (group,) = optimiser.param_groups
+    (group,) = optimiser.groups if isinstance(optimiser, LocalOptimiser) else optimiser.param_groups
     group |= {"lr": RATE, "weight_decay": DECAY}
     (parameter,) = group["params"]
     path = []
@@ -80,14 +88,32 @@ def test_without_noise_it_is_adamw() -> None:
     torch.testing.assert_close(path_of(ours, steps, [0.0] * 8), path_of(plain, steps, [0.0] * 8))
 
 
+def test_adamw_is_torchs_own_bit_for_bit() -> None:
+    """Also of a parameter that some steps leave without a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3)), start()] for _ in range(2))
+    one = BlockwiseAdamW([{"params": ours, "lr": RATE, "weight_decay": DECAY}])
+    other = torch.optim.AdamW(theirs, lr=RATE, weight_decay=DECAY, fused=True)
+    for step in range(4):
+        for mine, its in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator, dtype=mine.dtype)
+            its.grad = mine.grad.clone()
+        if step == 1:
+            ours[0].grad = theirs[0].grad = None
+        one.step()
+        other.step()
+        for mine, its in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, its)
+            assert {key: value.tolist() for key, value in one.state[mine].items()} == {
+                key: value.tolist() for key, value in other.state[its].items()
+            }
+
+
 def test_blocks_of_rows_are_one_step_bit_for_bit() -> None:
     """Also of the first, which begins the means, and after steps of another kind."""
     generator = torch.Generator().manual_seed(0)
     whole, blocks = (nn.Parameter(torch.linspace(-1, 1, 60).view(20, 3)) for _ in range(2))
-    one, other = (
-        BlockwiseAdamW([{"params": [p]}], lr=RATE, betas=(0.9, 0.999), weight_decay=DECAY, fused=True)
-        for p in (whole, blocks)
-    )
+    one, other = (BlockwiseAdamW([{"params": [p], "lr": RATE, "weight_decay": DECAY}]) for p in (whole, blocks))
     for step in range(4):
         gradient = torch.randn(20, 3, generator=generator)
         whole.grad, blocks.grad = gradient.clone(), gradient.clone()

@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,7 @@ from unimiss_core import progress
 site, request = pickle.load(sys.stdin.buffer)
 def watch(event):
     if isinstance(event, progress.StepDone) and event.step == 5:
+        assert "torch._dynamo" not in sys.modules, "training loads torch's compiler, which takes 2 s and is not used"
         os.kill(os.getpid(), signal.SIGKILL)
 with progress.listen(watch):
     run_round(site, request)
@@ -256,54 +258,67 @@ def watched(site: Site, request: TrainRequest) -> tuple[TrainReply, list[int], l
     return reply, steps, [event.text for event in events if isinstance(event, progress.Note)]
 
 
-def killed(site: Site, request: TrainRequest) -> None:
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainReply:
+    return run_round(site_with_pictures(tmp_path_factory.mktemp("unbroken"), LONG, 3), first_round(LONG))
+
+
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state folder of a site that was killed after step 4 of the first round of LONG."""
+    folder = tmp_path_factory.mktemp("killed")
+    site = site_with_pictures(folder, LONG, 3, checkpoint_minutes=0)
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AFTER_STEP_4],
-        input=pickle.dumps((site, request)),
+        input=pickle.dumps((site, first_round(LONG))),
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
+    return folder / "state"
 
 
-def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical(tmp_path: Path) -> None:
-    unbroken = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
-    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
-    killed(site, first_round(LONG))
-    reply, steps, said = watched(site, first_round(LONG))
+@pytest.fixture
+def killed(left_behind: Path, tmp_path: Path) -> Site:
+    """That site, when it is started again."""
+    shutil.copytree(left_behind, tmp_path / "state")
+    return site_with_pictures(tmp_path, LONG, 3, checkpoint_minutes=0)
+
+
+def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical(
+    killed: Site, unbroken: TrainReply, tmp_path: Path
+) -> None:
+    reply, steps, said = watched(killed, first_round(LONG))
     assert steps == [5, 6]
     assert said == ["small: round 1 goes on after step 4 of 6"]
     assert_same_reply(reply, unbroken)
-    kept = [path.name for path in (tmp_path / "b" / "state" / "runs").rglob("*.safetensors")]
+    kept = [path.name for path in (tmp_path / "state" / "runs").rglob("*.safetensors")]
     assert kept == ["round-0001.safetensors"]
 
 
-def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(tmp_path: Path) -> None:
-    site = site_with_pictures(tmp_path, LONG, 3, checkpoint_minutes=0)
-    killed(site, first_round(LONG))
+def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(killed: Site, tmp_path: Path) -> None:
     (unfinished,) = (tmp_path / "state" / "runs").rglob("unfinished.safetensors")
     saved = unfinished.read_bytes()
-    assert steps_taken(site, first_round(LONG, seed=1))[1] == [1, 2, 3, 4, 5, 6]
+    assert steps_taken(killed, first_round(LONG, seed=1))[1] == [1, 2, 3, 4, 5, 6]
     unfinished.write_bytes(saved[:-100])
-    assert steps_taken(site, first_round(LONG))[1] == [1, 2, 3, 4, 5, 6]
+    assert steps_taken(killed, first_round(LONG))[1] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
     "change", [{"figures": {"of another version": 1}}, {"figures": None}, {"learner": {}}, {"watch": "lost"}]
 )
-def test_an_unfinished_round_that_another_version_wrote_begins_anew(tmp_path: Path, change: dict[str, object]) -> None:
-    expected = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
-    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
-    killed(site, first_round(LONG))
-    state = site.memory.unfinished(1)
+def test_an_unfinished_round_that_another_version_wrote_begins_anew(
+    killed: Site, unbroken: TrainReply, change: dict[str, object]
+) -> None:
+    state = killed.memory.unfinished(1)
     assert state is not None
     kept = {name: tensor for name, tensor in state.tensors.items() if not ("watch" in change and "watch." in name)}
-    site.memory.remember_unfinished(Remembered(1, kept, {**state.facts, **change}))
-    reply, steps, said = watched(site, first_round(LONG))
+    killed.memory.remember_unfinished(Remembered(1, kept, {**state.facts, **change}))
+    reply, steps, said = watched(killed, first_round(LONG))
     assert steps == [1, 2, 3, 4, 5, 6]
     (words,) = said
     assert words.startswith("small: what was saved of round 1 does not fit, so the round begins anew: ")
-    assert_same_reply(reply, expected)
+    assert_same_reply(reply, unbroken)
 
 
 def test_a_site_with_time_between_checkpoints_writes_none_of_a_short_round(
@@ -314,9 +329,8 @@ def test_a_site_with_time_between_checkpoints_writes_none_of_a_short_round(
 
 
 def test_a_disk_without_room_for_a_checkpoint_on_the_way_does_not_cost_the_round(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    unbroken: TrainReply, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = run_round(site_with_pictures(tmp_path / "a", LONG, 3), first_round(LONG))
     write = durable.write_bytes
 
     def nearly_full(path: Path, payload: bytes) -> None:
@@ -325,8 +339,8 @@ def test_a_disk_without_room_for_a_checkpoint_on_the_way_does_not_cost_the_round
         write(path, payload)
 
     monkeypatch.setattr(durable, "write_bytes", nearly_full)
-    site = site_with_pictures(tmp_path / "b", LONG, 3, checkpoint_minutes=0)
-    assert_same_reply(run_round(site, first_round(LONG)), expected)
+    site = site_with_pictures(tmp_path, LONG, 3, checkpoint_minutes=0)
+    assert_same_reply(run_round(site, first_round(LONG)), unbroken)
     assert "No space left on device; make room" in caplog.text
 
 

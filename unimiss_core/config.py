@@ -42,9 +42,7 @@ _SIMPLE = {int: "an integer", float: "a number", str: "a text", bool: "true or f
 class Config(BaseModel):
     """Base of all configuration: frozen, no unknown keys, no silent conversion, no NaN and no infinity."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def canonical(self) -> str:
         """The one JSON text of this configuration: sorted keys, every default written out."""

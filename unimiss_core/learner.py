@@ -165,7 +165,7 @@ class Learner:
         of_blocks = [prototypes.norm()] if prototypes else []
         report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *of_blocks]), distance)
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
-            self._optimiser.zero_grad(set_to_none=True)
+            self._optimiser.drop_gradients()
             raise NonFiniteLossError(
                 f"step {step}: loss {report.total}, gradient norm {report.diagnostics['grad_norm']}; step not taken"
             )
@@ -191,7 +191,7 @@ class Learner:
         clip_each_(grads, norms[: len(grads)], limit)
         set_rates_(self._optimiser, self.study, step, rank)
         self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.drop_gradients()
         if prototypes is not None:
             assert isinstance(self._optimiser, BlockwiseAdamW)
             scale = clip_scale(norms[-1], limit)
@@ -327,14 +327,14 @@ class Learner:
 
     def _drop_gradients(self) -> None:
         """Forget gradients that no step will use, and give their memory back to the device."""
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.drop_gradients()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _gather_gradients(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """Forward and backward over this process's share of the batch, in parts where that is larger than a
         micro-batch: gradients and loss, without graph, weighed as in the whole batch."""
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.drop_gradients()
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
         with out_of_memory_by_its_name(), gathering(self.student) as prototypes:

@@ -7,12 +7,12 @@ arXiv:1711.05101), biases and other 1-D tensors do not.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from unimiss_core.optimiser_config import MomentumSGDConfig, NoiseAwareAdamWConfig, OptimiserConfig
@@ -23,10 +23,41 @@ from unimiss_core.study import StudyConfig
 BETAS = (0.9, 0.999)
 """What the means of gradients and of their squares keep of themselves in a step."""
 
+EPS = 1e-8
+"""What AdamW adds to the root of the mean of squares."""
+
 _KEPT = ("step", "exp_avg", "exp_avg_sq")
 
 
-def build_local_optimiser(config: OptimiserConfig, student: nn.Module) -> Optimizer:
+class LocalOptimiser(ABC):
+    """Steps over the parameters of `groups`, with each group's own settings.
+
+    groups: each its "params", and what `set_rates_` sets. state: what `kept_by` names, of each parameter once moved.
+    No subclass of torch's Optimizer: making one loads torch's compiler, 1.7 s and 80 MB of each process that trains,
+    and over Flower's deployment engine each round of a site is a process.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.groups = groups
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        for group in self.groups:
+            self._move([p for p in group["params"] if p.grad is not None], group)
+
+    @abstractmethod
+    def _move(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None: ...
+
+    def drop_gradients(self) -> None:
+        """Free the gradients of all parameters."""
+        for group in self.groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def build_local_optimiser(config: OptimiserConfig, student: nn.Module) -> LocalOptimiser:
     """Two groups, of which one decays. Rates are set per step (`set_rates_`)."""
     decaying = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]
@@ -35,7 +66,7 @@ def build_local_optimiser(config: OptimiserConfig, student: nn.Module) -> Optimi
         return NoiseAwareAdamW(groups, noise_floor=config.noise_floor)
     if isinstance(config, MomentumSGDConfig):
         return MomentumSGD(groups)
-    return BlockwiseAdamW(groups, lr=0.0, betas=BETAS, fused=True)
+    return BlockwiseAdamW(groups)
 
 
 def kept_by(config: OptimiserConfig) -> tuple[str, ...]:
@@ -43,9 +74,9 @@ def kept_by(config: OptimiserConfig) -> tuple[str, ...]:
     return _KEPT[:2] if isinstance(config, MomentumSGDConfig) else _KEPT
 
 
-def set_rates_(optimiser: Optimizer, study: StudyConfig, step: int, rank: Rank) -> None:
+def set_rates_(optimiser: LocalOptimiser, study: StudyConfig, step: int, rank: Rank) -> None:
     """What a step of the study uses, which trains scans of `rank`."""
-    for group in optimiser.param_groups:
+    for group in optimiser.groups:
         group["lr"] = learning_rate(study, step)
         group["weight_decay"] = weight_decay(study, step) if group["decays"] else 0.0
         group["noise_variance"] = noise_variance(study, rank)
@@ -71,8 +102,13 @@ def noise_variance(study: StudyConfig, rank: Rank) -> float:
     return (study.privacy.noise_multiplier * study.privacy.clip_norm / study.batch.of(rank)) ** 2
 
 
-class BlockwiseAdamW(torch.optim.AdamW):
+class BlockwiseAdamW(LocalOptimiser):
     """AdamW that can also move a parameter some rows at a time, so that its gradient is never there as a whole."""
+
+    def _move(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
+        states = [self._begun(parameter) for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        _adamw(parameters, gradients, *([state[key] for state in states] for key in _KEPT), group=group)
 
     @torch.no_grad()
     def step_blocks(self, parameter: Tensor, blocks: Iterable[tuple[slice, Tensor]]) -> None:
@@ -80,43 +116,57 @@ class BlockwiseAdamW(torch.optim.AdamW):
 
         Rows of AdamW do not meet, so this is what `step` does with the whole gradient.
         """
-        (group,) = (group for group in self.param_groups if any(own is parameter for own in group["params"]))
-        state = self.state[parameter]
-        if not state:  # as `step` would begin it
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {key: torch.zeros_like(parameter) for key in _KEPT[1:]}
-        count, before = state["step"], state["step"].clone()
+        (group,) = (group for group in self.groups if any(own is parameter for own in group["params"]))
+        count, mean, squares = (self._begun(parameter)[key] for key in _KEPT)
+        before = count.clone()
         for rows, gradient in blocks:
             count.copy_(before)  # the kernel counts each block as a step
-            adamw(
-                [parameter[rows]],
-                [gradient],
-                [state["exp_avg"][rows]],
-                [state["exp_avg_sq"][rows]],
-                [],
-                [count],
-                fused=True,
-                amsgrad=False,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            _adamw([parameter[rows]], [gradient], [count], [mean[rows]], [squares[rows]], group=group)
+
+    def _begun(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)  # where the kernel looks for it
+            state |= {key: torch.zeros_like(parameter) for key in _KEPT[1:]}
+        return state
 
 
-class _TensorByTensor(Optimizer, ABC):
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every tensor that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in (p for p in group["params"] if p.grad is not None):
-                self._move(parameter, parameter.grad, group)
+def _adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    counts: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    *,
+    group: Mapping[str, Any],
+) -> None:
+    """One step of torch's own AdamW, in its one kernel for all."""
+    adamw(
+        parameters,
+        gradients,
+        means,
+        squares,
+        [],
+        counts,
+        fused=True,
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=EPS,
+        maximize=False,
+    )
+
+
+class _TensorByTensor(LocalOptimiser):
+    def _move(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self._move_one(parameter, parameter.grad, group)
 
     @abstractmethod
-    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None: ...
+    def _move_one(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None: ...
 
 
 class NoiseAwareAdamW(_TensorByTensor):
@@ -134,10 +184,10 @@ class NoiseAwareAdamW(_TensorByTensor):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, noise_floor: float) -> None:
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "noise_variance": 0.0})
+        super().__init__(groups)
         self._noise_floor = noise_floor
 
-    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+    def _move_one(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state, noise = self.state[parameter], group["noise_variance"]
         ahead = _ahead(state, parameter, gradient)
         squares = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
@@ -152,10 +202,7 @@ class MomentumSGD(_TensorByTensor):
     The mean is normalised, so that a steady gradient g moves by lr g, not by lr g / (1 - 0.9).
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-
-    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+    def _move_one(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         _step(parameter, _ahead(self.state[parameter], parameter, gradient), group)
 
 

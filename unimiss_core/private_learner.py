@@ -151,7 +151,7 @@ class PrivateLearner(Learner):
             prototypes.write()
             prototypes = None
         gradients = {name: self.student.get_parameter(name).grad for name in names}
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.drop_gradients()
         return loss, {name: gradient for name, gradient in gradients.items() if gradient is not None}, prototypes
 
     def _together(self, group: Sequence[Tensor], names: Collection[str]) -> list[Found]:
