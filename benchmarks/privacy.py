@@ -52,6 +52,10 @@ class Case:
     def title(self) -> str:
         return f"{'private' if self.private else 'plain'}, {self.rank}D"
 
+    @property
+    def loads_compiler(self) -> bool:
+        return self.private and self.at_once > 1
+
 
 def main() -> None:
     run(_parser(), _pairs, _build, _table)

@@ -61,6 +61,10 @@ class Case:
             [self.variant, self.precision, *parts, *self.recompute * ["recomputed"], *self.compile * ["compiled"]]
         )
 
+    @property
+    def loads_compiler(self) -> bool:
+        return self.variant == "naive" or self.recompute or self.compile
+
 
 def main() -> None:
     run(_parser(), _cases_by_rank, _build, _table)

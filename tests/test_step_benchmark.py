@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +37,16 @@ def test_the_baseline_is_the_same_loss_and_gradient_in_float32(shape: tuple[int,
         torch.testing.assert_close(teacher.prototypes(0.1 * observed.bottleneck), centre[name], atol=1e-5, rtol=1e-4)
 
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # the script finds its neighbours there
 
 
-def said_of(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, check=False, timeout=200)
+def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """The script's own `main`, in this process: another would spend its time on importing torch."""
+    import step
+
+    monkeypatch.setattr(sys, "argv", ["step.py", *options])
+    step.main()
 
 
 @pytest.mark.parametrize(
@@ -52,36 +58,43 @@ def said_of(*options: str) -> subprocess.CompletedProcess[str]:
         ("--repeats", "0", "expected a whole number above 0, got 0"),
     ],
 )
-def test_options_that_cannot_be_met_are_told_at_once(option: str, value: str, told: str) -> None:
-    done = said_of(option, value)
-    assert done.returncode == 2
-    assert told in done.stderr.splitlines()[-1]
+def test_options_that_cannot_be_met_are_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, told: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, option, value)
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_case_that_fails_ends_the_benchmark() -> None:
+def test_a_case_that_fails_ends_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One prototype is no study's."""
     options = "--model nano --rank 2 --variant fast --precision fp32 --prototypes 1 --repeats 1 --device cpu"
-    done = said_of(*options.split())
-    assert done.returncode == 1
-    assert "fast fp32, 2D, ended before it was measured; see above" in done.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit, match="1"):
+        run(monkeypatch, *options.split())
+    assert "fast fp32, 2D, ended before it was measured; see above" in capsys.readouterr().err.splitlines()[-1]
+
+
+def results_of(file: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
+    """The figures that the benchmark writes, and what it says. In a process of its own, as it is typed: memory of this
+    one would count in the figures."""
+    nano = "--model nano --batch 2 --precision fp32 --prototypes 32 --repeats 1 --threads 1 --device cpu"
+    command = [sys.executable, BENCHMARKS / "step.py", *nano.split(), *options, "--json", file]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    return json.loads(file.read_text())["results"], said
 
 
 def test_the_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
-    options = "--model nano --rank 2 --batch 2 --precision fp32 --prototypes 32 --repeats 1 --threads 1 --device cpu"
-    command = [sys.executable, SCRIPT, *options.split(), "--json", tmp_path / "step.json"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    results, said = results_of(tmp_path / "step.json", "--rank", "2")
     assert "naive fp32" in said
     assert "fast fp32 in 1s recomputed" in said
-    results = json.loads((tmp_path / "step.json").read_text())["results"]
     assert [result["case"]["variant"] for result in results] == ["naive", "fast", "fast"]
     assert [result["first_loss"] for result in results[1:]] == pytest.approx([results[0]["first_loss"]] * 2, rel=1e-4)
 
 
 def test_the_benchmark_measures_the_other_objective(tmp_path: Path) -> None:
-    options = "--model nano --rank 3 --batch 2 --precision fp32 --prototypes 32 --repeats 1 --threads 1 --device cpu"
-    command = [sys.executable, SCRIPT, *options.split(), "--objective", "unimiss_plus"]
-    subprocess.run([*command, "--json", tmp_path / "step.json"], capture_output=True, check=True, timeout=200)
-    naive, whole, in_parts = json.loads((tmp_path / "step.json").read_text())["results"]
+    (naive, whole, in_parts), _ = results_of(tmp_path / "step.json", "--rank", "3", "--objective", "unimiss_plus")
     assert (naive["case"]["objective"], whole["case"]["objective"]) == ("unimiss", "unimiss_plus")
     assert whole["first_loss"] != pytest.approx(naive["first_loss"], rel=1e-2)
     assert in_parts["first_loss"] == pytest.approx(whole["first_loss"], rel=1e-4)
