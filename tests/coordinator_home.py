@@ -38,6 +38,7 @@ def write_study(path: Path, **changes: object) -> Path:
     study: Mapping[str, object] = {
         "name": "toy",
         "model": {"prototypes": 16},
+        "views": {"image_size": [33, 40], "volume_size": [13, 33, 36]},
         "schedule": {"rounds": 2, "local_steps": 2},
         "optimiser": {"warmup_steps": 1},
     } | changes

@@ -24,7 +24,8 @@ from unimiss_core.wire import Hello, Introduction, Refusal, TrainReply, TrainReq
 
 def small_study(rounds: int = 2, **changes: object) -> StudyConfig:
     short = {"schedule": {"rounds": rounds, "local_steps": 2}, "optimiser": {"warmup_steps": 1}}
-    raw = {"name": "toy", "model": {"prototypes": 16}, **short, **changes}
+    views = {} if "task" in changes else {"views": {"image_size": [33, 40], "volume_size": [13, 33, 36]}}
+    raw = {"name": "toy", "model": {"prototypes": 16}, **views, **short, **changes}
     return parse(StudyConfig, raw, where="test")
 
 

@@ -1,6 +1,7 @@
 """However a step is computed - recomputed, compiled, in parts -, its loss, gradients and names are the same."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from unimiss_core import execution
 from unimiss_core.errors import MemoryTooSmallError
 from unimiss_core.execution import Execution, checkpoint_activations_, compile_
 from unimiss_core.learner import Learner
-from unimiss_core.model import Block, MiT
+from unimiss_core.model import ARCHITECTURES, Block, MiT
 from unimiss_core.network import Network, build_network, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective
 from unimiss_core.scan import Rank
@@ -131,6 +132,13 @@ def test_bf16_recomputed_view_by_view_costs_nearly_the_same_loss() -> None:
 # ------------------------------------------------------------------------------------------------------- compilation
 
 
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks in all, of a fine, of the coarsest and of the last grid: the compiler's time goes by blocks."""
+    few = replace(ARCHITECTURES["nano"], encoder_depths=(1, 0, 0, 1), decoder_depths=(0, 0, 1))
+    monkeypatch.setitem(ARCHITECTURES, "nano", few)
+
+
 class Backend:
     """A compiler that changes nothing, counts its programs, and fails when it is told to."""
 
@@ -155,6 +163,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, backend: object, **settings: objec
     return apart(Learner(study(), ranks={2, 3}, execution=Execution(compile=True, **settings)))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_compiled_steps_are_the_same_and_other_batch_sizes_need_no_other_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -169,6 +178,7 @@ def test_compiled_steps_are_the_same_and_other_batch_sizes_need_no_other_program
     assert tensors_of(ours.student).keys() == tensors_of(plain.student).keys()
 
 
+@pytest.mark.usefixtures("shallow")
 def test_compiled_and_recomputed_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "COMPILER", "aot_eager")
     plain, ours = (build_network(NANO, seed=1, ranks={2}).backbone.double() for _ in range(2))
@@ -179,6 +189,7 @@ def test_compiled_and_recomputed_gradients_are_the_same(monkeypatch: pytest.Monk
     torch.testing.assert_close(gradients(lambda: ours(x).square().sum(), ours), expected)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("fails", ["compiling", "running"])
 def test_where_compilation_fails_the_same_step_goes_on_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str

@@ -23,6 +23,7 @@ STUDY = {
     "name": "toy",
     "model": {"prototypes": 16, "image_size": [64, 64], "volume_size": [16, 64, 64]},
     "plan": {"volume_spacing_mm": [8.0, 8.0, 8.0], "image_longest_side": 64},
+    "views": {"image_size": [33, 40], "volume_size": [13, 33, 36]},
     "schedule": {"rounds": 2, "local_steps": 2},
     "batch": {"images": 4, "volumes": 2},
     "optimiser": {"warmup_steps": 1},
@@ -113,7 +114,6 @@ def test_the_second_objective_trains_a_federation_by_configuration_alone(
     changes = {
         "model": {**STUDY["model"], "reconstruction": True},  # type: ignore[dict-item]
         "objective": {"name": "unimiss_plus"},
-        "views": {"image_size": [33, 40], "volume_size": [13, 33, 36]},
     }
     out = tmp_path / "out"
     probe = {"name": "lesion", "rank": 2, "label": "lesion", "positive": ["1"], "data": [_source(hospitals / "cr")]}
