@@ -24,8 +24,8 @@ from unimiss_core.wire import Hello, Introduction
 log = logging.getLogger(__name__)
 
 
-POLL_S = 0.2
-"""Pause between two looks for nodes and their introductions."""
+POLL_S, LONGEST_POLL_S = 0.01, 0.2
+"""Pauses between two looks for nodes and their introductions: the first, and what they double to."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Roster:
         A node that is asked for the first time is waited for `introduction_s`, because it may have an archive to read;
         one that stayed silent is asked in every round, and no longer waited for. Raises TooFew.
         """
-        began = time.monotonic()
+        began, pause_s = time.monotonic(), POLL_S
         give_up, all_read = began + self._config.wait_s, began + self._config.introduction_s
         self.unfit = {}
         self._patience.begin()
@@ -101,7 +101,8 @@ class Roster:
                 raise too_few_sites(
                     self._lines_but(counted), there=len(there), least=least, study=hello.study, config=self._config
                 )
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_POLL_S)
         for message_id, greeted in list(self._greeted.items()):
             self._mark_unfit(greeted.node, SiteRound("absent", "no_introduction"))
             self._patience.note_silent(greeted.called)

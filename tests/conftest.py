@@ -1,5 +1,6 @@
 """Fixtures that several files of tests ask for. What they need is imported when one does."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,12 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     return free_port()
+
+
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads foreign files starts a process for each core, of half a second; a test's few files need one."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from unimiss_core.plan import prepare
 from unimiss_core.scan import Scan
 from unimiss_core.study import PlanConfig
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 ROOT = Path(__file__).parents[1]
 SECRET_WORD = "Zzyzx"  # planted wherever a file can hold text
 

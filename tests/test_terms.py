@@ -28,6 +28,8 @@ from unimiss_core.privacy import mechanisms
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello, Refusal
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 SITE_LEVEL = {"mode": "site", "max_epsilon": 90.0, "noise_multiplier": 4.0, "clip_norm": 1.0, "sites": 5}
 PLAIN = small_study()
 UNPROTECTED = {
