@@ -39,6 +39,7 @@ STUDY: Mapping[str, Any] = {
     "name": "toy",
     "model": {"prototypes": 16},
     "plan": {"volume_spacing_mm": [8.0, 8.0, 8.0], "image_longest_side": 64},
+    "views": {"image_size": [33, 40], "volume_size": [13, 33, 36]},
     "schedule": {"rounds": 2, "local_steps": 2},
     "batch": {"images": 4, "volumes": 2},
     "optimiser": {"warmup_steps": 1},

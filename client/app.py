@@ -13,10 +13,11 @@ from contextlib import suppress
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.audit import answer_entry, is_charged, log_of, named_by, request_facts
+from client.audit import log_of
 from client.execution import look_over
 from client.health import REFUSED, tell_of_refusal
 from client.ledger import ledger_of
+from client.message_facts import answer_entry, is_charged, named_by, request_facts
 from client.policy import check_groups, check_policy
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site, site_file

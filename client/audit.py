@@ -7,24 +7,17 @@ that was killed the log may say that something left which did not, and never the
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from flwr.app import RecordDict
 from pydantic import Field
 
 from client.site_config import state_folder
 from unimiss_core.audit_log import AuditLog, Count, Digest, Entry, Fingerprint, Word, by_kind, counted
 from unimiss_core.config import RUN, Name
-from unimiss_core.errors import WireError
-from unimiss_core.study import StudyConfig
-from unimiss_core.wire import arrays_in, content_digest, facts_in, num_bytes, run_of, study_of
 
 Run = Annotated[str, Field(pattern=f"^{RUN}$")]
 Head = Annotated[str, Field(pattern="^[0-9]{1,12}:[0-9a-f]{64}$")]
 Epsilon = Annotated[float, Field(ge=0)]
-
-ASKED = {"query": "introduction", "train": "round"}
-"""Flower's type of a message -> what is asked; whatever else comes is `unknown`."""
 
 
 class _OfStudy(Entry):
@@ -125,45 +118,6 @@ def log_of(site_file: Path) -> SiteLog:
     return site_log(state_folder(site_file))
 
 
-def request_facts(message_type: str, content: RecordDict) -> dict[str, Any]:
-    """What the log says of a message that came, besides what it is `named_by`."""
-    return {
-        "asked": ASKED.get(message_type, "unknown"),
-        "bytes": num_bytes(content),
-        "sha256": content_digest(content),
-    }
-
-
-def named_by(content: RecordDict) -> dict[str, Any]:
-    """Run, study and round that a message names, as far as they can be read."""
-    named: dict[str, Any] = {}
-    try:
-        study = study_of(content)
-        named |= {"study": study.digest(), "study_name": study.name, "run": run_of(content)}
-    except WireError:
-        return named
-    round = facts_in(content).get("round")
-    return named | ({"round": round} if type(round) is int and abs(round) < 10**12 else {})
-
-
-def answer_entry(content: RecordDict, asked: Mapping[str, Any], epsilon: float | None) -> tuple[str, dict[str, Any]]:
-    """(kind, facts) of an answer, read from what is about to leave and nothing else. asked: `named_by` the request."""
-    facts = facts_in(content)
-    if facts.get("status") == "refused":
-        return "refusal", {**asked, "reason": facts["reason"]}
-    told = {"sha256": content_digest(content), "ledger": facts.get("ledger")}
-    if "status" not in facts:
-        counts = {name: facts[name] for name in ("scans_2d", "scans_3d", "left_out")}
-        return "introduction", {**asked, **told, **counts}
-    figures = facts["losses"].count(":") + facts["diagnostics"].count(":")
-    sent = {"bytes": num_bytes(content), "groups": _bytes_by_group(content), "figures": figures}
-    return "reply", {**asked, **told, **sent, "epsilon": epsilon}
-
-
-def is_charged(study: StudyConfig) -> bool:
-    return study.privacy.mode == "patient"
-
-
 def summary(entries: Sequence[Entry]) -> Iterator[str]:
     """What left in all, by study; what was refused, by reason."""
     left: dict[str, list[int]] = {}
@@ -178,12 +132,3 @@ def summary(entries: Sequence[Entry]) -> Iterator[str]:
     bundles = [entry for entry in entries if isinstance(entry, Bundle) and entry.decision == "refused"]
     if bundles:
         yield f"bundles refused: {len(bundles)}"
-
-
-def _bytes_by_group(content: RecordDict) -> dict[str, int]:
-    """By group; what is not of the update, which nothing of ours sends, under its part's name as well."""
-    return {
-        (group if part == "update" else f"{part}.{group}"): len(array.data)
-        for part, record in arrays_in(content).items()
-        for group, array in record.items()
-    }

@@ -52,7 +52,7 @@ ONLY_IN = {
         "client/app.py",
         "client/fleet.py",
         "client/gate.py",
-        "client/audit.py",
+        "client/message_facts.py",
         "client/site.py",
         "server/app.py",
         "server/control.py",
@@ -83,6 +83,36 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module.split(".")[0]
+
+
+def loaded_with(module: str) -> dict[str, str]:
+    """Every module that is imported when our `module` is -> which of ours imports it; of others', those named there."""
+    found, left = {module: ""}, [module]
+    while left:
+        importer = left.pop()
+        tree = ast.parse((ROOT / f"{importer.replace('.', '/')}.py").read_text())
+        for name in (name for node in tree.body for name in modules_of(node) if name not in found):
+            found[name] = importer
+            left += [name] * name.startswith(PACKAGES)
+    return found
+
+
+def modules_of(node: ast.stmt) -> Iterator[str]:
+    """What a line at the top of a file imports; what stands in a function waits until that is called."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        yield node.module
+
+
+@pytest.mark.parametrize("module", ["client.gate", "client.daemon", "server.run_command", "server.front"])
+def test_what_runs_for_weeks_does_not_load_torch(module: str) -> None:
+    """It takes 2 s of processor time and much memory, and these processes compute nothing."""
+    loaded = loaded_with(module)
+    assert len(loaded) > 20
+    assert not [f"{loaded[name]} imports {name}" for name in loaded if "torch" in name.split(".")]
 
 
 def violations(name: str, source: str) -> Iterator[str]:

@@ -22,19 +22,19 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file as save_tensors
-from torch import Tensor
 
 from unimiss_core import durable
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
 from unimiss_core.keys import SigningKey, SigningPublicKey, fingerprint, is_signed, sign
 from unimiss_core.study import ModelConfig, PlanConfig
+
+if TYPE_CHECKING:  # it takes seconds to import, and who runs the coordinator's processes reads manifests alone
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -67,11 +67,11 @@ class Manifest(Config):
 @dataclass(frozen=True)
 class Checkpoint:
     manifest: Manifest
-    student: Mapping[str, Tensor]
-    teacher: Mapping[str, Tensor]
+    student: "Mapping[str, Tensor]"
+    teacher: "Mapping[str, Tensor]"
     server_json: str
     """The coordinator's bookkeeping as it wrote it; `{}` for imported weights, or where it was not asked for."""
-    server_tensors: Mapping[str, Tensor]
+    server_tensors: "Mapping[str, Tensor]"
     """`prefix.name` -> what is kept of the parameter `name`; empty where there is nothing or it was not asked for."""
 
 
@@ -92,10 +92,10 @@ def save(
     study_digest: str | None,
     model: ModelConfig,
     plan: PlanConfig,
-    student: Mapping[str, Tensor],
-    teacher: Mapping[str, Tensor],
+    student: "Mapping[str, Tensor]",
+    teacher: "Mapping[str, Tensor]",
     server_json: str = "{}",
-    server_tensors: Mapping[str, Tensor] | None = None,
+    server_tensors: "Mapping[str, Tensor] | None" = None,
     signing_key: SigningKey | None = None,
 ) -> None:
     """Write a checkpoint as `folder`, in one rename.
@@ -136,6 +136,8 @@ def load(folder: Path, *, to_resume: bool = False, key: SigningPublicKey | None 
     Raises CheckpointError: no checkpoint there, another format version, a file or tensor changed or missing, not signed
     by that key.
     """
+    from safetensors.torch import load as load_tensors
+
     manifest = read_manifest(folder, key=key)
     wanted = {name: digest for name, digest in manifest.sha256.items() if to_resume or name not in SERVERS_OWN}
     payloads = {name: _read_checked(folder, name, digest) for name, digest in wanted.items()}
@@ -242,12 +244,14 @@ def _require_signature(folder: Path, manifest: bytes, key: SigningPublicKey) -> 
         )
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_tensors(_plain(tensors), path)  # straight to disk: as bytes they take as much memory again
+def _write(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    from safetensors.torch import save_file
+
+    save_file(_plain(tensors), path)  # straight to disk: as bytes they take as much memory again
 
 
 def _sha256_of(path: Path) -> str:
