@@ -1,5 +1,6 @@
 """Fixtures that several files of tests ask for. What they need is imported when one does."""
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,25 @@ if TYPE_CHECKING:
     from tests.joined_site import Joined
 
 
-LONGEST = ("test_execution", "test_transports", "test_killed_coordinator", "test_superlink", "test_flower_engine")
+LONGEST = (
+    "test_federation_of_processes",
+    "test_transports",
+    "test_killed_coordinator",
+    "test_superlink",
+    "test_flower_engine",
+    "test_execution",
+)
 """Files of minutes, begun first, so that no process is left with one of them when the others have ended."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: Python's collector looks at it once, and not again while tests run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

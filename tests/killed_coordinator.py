@@ -35,7 +35,7 @@ STUDY = small_study(
 
 def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    server.exchange.POLL_S = server.roster.POLL_S = 0.002
+    server.exchange.POLL_S = server.roster.POLL_S = server.roster.LONGEST_POLL_S = 0.002
     build_network(STUDY.model, seed=0)  # it imports more of torch
     chance = random.Random(seed)
     began = time.monotonic()

@@ -237,7 +237,7 @@ from unimiss_core import progress
 site, request = pickle.load(sys.stdin.buffer)
 def watch(event):
     if isinstance(event, progress.StepDone) and event.step == 5:
-        assert "torch._dynamo" not in sys.modules, "training loads torch's compiler, which takes 2 s and is not used"
+        assert "torch._dynamo" not in sys.modules, "training loads torch's compiler, and compiles nothing"
         os.kill(os.getpid(), signal.SIGKILL)
 with progress.listen(watch):
     run_round(site, request)
@@ -258,6 +258,16 @@ def watched(site: Site, request: TrainRequest) -> tuple[TrainReply, list[int], l
     return reply, steps, [event.text for event in events if isinstance(event, progress.Note)]
 
 
+def killed(site: Site, request: TrainRequest) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AFTER_STEP_4],
+        input=pickle.dumps((site, request)),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainReply:
     return run_round(site_with_pictures(tmp_path_factory.mktemp("unbroken"), LONG, 3), first_round(LONG))
@@ -267,28 +277,21 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainReply:
 def left_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The state folder of a site that was killed after step 4 of the first round of LONG."""
     folder = tmp_path_factory.mktemp("killed")
-    site = site_with_pictures(folder, LONG, 3, checkpoint_minutes=0)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AFTER_STEP_4],
-        input=pickle.dumps((site, first_round(LONG))),
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    killed(site_with_pictures(folder, LONG, 3, checkpoint_minutes=0), first_round(LONG))
     return folder / "state"
 
 
 @pytest.fixture
-def killed(left_behind: Path, tmp_path: Path) -> Site:
-    """That site, when it is started again."""
+def started_again(left_behind: Path, tmp_path: Path) -> Site:
+    """That site."""
     shutil.copytree(left_behind, tmp_path / "state")
     return site_with_pictures(tmp_path, LONG, 3, checkpoint_minutes=0)
 
 
 def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical(
-    killed: Site, unbroken: TrainReply, tmp_path: Path
+    started_again: Site, unbroken: TrainReply, tmp_path: Path
 ) -> None:
-    reply, steps, said = watched(killed, first_round(LONG))
+    reply, steps, said = watched(started_again, first_round(LONG))
     assert steps == [5, 6]
     assert said == ["small: round 1 goes on after step 4 of 6"]
     assert_same_reply(reply, unbroken)
@@ -296,25 +299,25 @@ def test_a_killed_site_goes_on_in_the_middle_of_the_round_and_ends_bit_identical
     assert kept == ["round-0001.safetensors"]
 
 
-def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(killed: Site, tmp_path: Path) -> None:
+def test_a_round_with_another_student_or_a_damaged_checkpoint_begins_anew(started_again: Site, tmp_path: Path) -> None:
     (unfinished,) = (tmp_path / "state" / "runs").rglob("unfinished.safetensors")
     saved = unfinished.read_bytes()
-    assert steps_taken(killed, first_round(LONG, seed=1))[1] == [1, 2, 3, 4, 5, 6]
+    assert steps_taken(started_again, first_round(LONG, seed=1))[1] == [1, 2, 3, 4, 5, 6]
     unfinished.write_bytes(saved[:-100])
-    assert steps_taken(killed, first_round(LONG))[1] == [1, 2, 3, 4, 5, 6]
+    assert steps_taken(started_again, first_round(LONG))[1] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
     "change", [{"figures": {"of another version": 1}}, {"figures": None}, {"learner": {}}, {"watch": "lost"}]
 )
 def test_an_unfinished_round_that_another_version_wrote_begins_anew(
-    killed: Site, unbroken: TrainReply, change: dict[str, object]
+    started_again: Site, unbroken: TrainReply, change: dict[str, object]
 ) -> None:
-    state = killed.memory.unfinished(1)
+    state = started_again.memory.unfinished(1)
     assert state is not None
     kept = {name: tensor for name, tensor in state.tensors.items() if not ("watch" in change and "watch." in name)}
-    killed.memory.remember_unfinished(Remembered(1, kept, {**state.facts, **change}))
-    reply, steps, said = watched(killed, first_round(LONG))
+    started_again.memory.remember_unfinished(Remembered(1, kept, {**state.facts, **change}))
+    reply, steps, said = watched(started_again, first_round(LONG))
     assert steps == [1, 2, 3, 4, 5, 6]
     (words,) = said
     assert words.startswith("small: what was saved of round 1 does not fit, so the round begins anew: ")

@@ -33,8 +33,8 @@ class LocalOptimiser(ABC):
     """Steps over the parameters of `groups`, with each group's own settings.
 
     groups: each its "params", and what `set_rates_` sets. state: what `kept_by` names, of each parameter once moved.
-    No subclass of torch's Optimizer: making one loads torch's compiler, 1.7 s and 80 MB of each process that trains,
-    and over Flower's deployment engine each round of a site is a process.
+    No subclass of torch's Optimizer: making one loads torch's compiler, a second and 34 MB of each process that trains
+    (docs/performance.md), and over Flower's deployment engine each round of a site is a process.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
