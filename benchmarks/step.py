@@ -5,11 +5,11 @@
     python benchmarks/step.py --rank 3 --precision fp32 --recompute          what a switch costs
     python benchmarks/step.py --rank 3 --objective unimiss_plus              what UniMiSS+ costs beside naive UniMiSS
 
-Ours comes as a whole batch, and again with the switches that options name; without, in the least memory: one scan at a
-time, recomputed. Other options narrow the cases. The cases of one rank run in processes of their own and take turns,
-step by step, so that whatever else the machine does falls on all alike. `naive_unimiss.py` is the baseline. Input sizes
-and 65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU
-small with 24, unless options say otherwise.
+Ours comes as a whole batch, and again with the switches that options name; without, with volumes' views in turn, and in
+the least memory: one scan at a time, recomputed. Other options narrow the cases. The cases of one rank run in processes
+of their own and take turns, step by step, so that whatever else the machine does falls on all alike. `naive_unimiss.py`
+is the baseline. Input sizes and 65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2
+volumes or 4 images, on a GPU small with 24, unless options say otherwise.
 """
 
 import argparse
@@ -27,8 +27,11 @@ from unimiss_core.network import build_network
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
-WHOLE = (None, False, False)
-"""No micro-batches, nothing recomputed, nothing compiled."""
+Switches = tuple[int | None, bool, bool, bool]
+"""micro_batch, views_in_turn, recompute, compile of a `Case`."""
+WHOLE: Switches = (None, False, False, False)
+"""No micro-batches, all views at once, nothing recomputed, nothing compiled."""
+LEAST_MEMORY: Switches = (1, True, True, False)
 SIZES: dict[Rank, tuple[int, ...]] = {2: (224, 224), 3: (16, 96, 96)}
 SMALL_SIZES: dict[Rank, tuple[int, ...]] = {2: (64, 64), 3: (16, 64, 64)}
 """For nano."""
@@ -45,6 +48,7 @@ class Case:
     device: str
     threads: int
     micro_batch: int | None = None
+    views_in_turn: bool = False
     recompute: bool = False
     compile: bool = False
     objective: str = "unimiss"
@@ -57,9 +61,9 @@ class Case:
     def row(self) -> str:
         parts = ["of UniMiSS+"] * (self.objective != "unimiss")
         parts += [f"in {self.micro_batch}s"] * (self.micro_batch is not None)
-        return " ".join(
-            [self.variant, self.precision, *parts, *self.recompute * ["recomputed"], *self.compile * ["compiled"]]
-        )
+        parts += ["views in turn"] * (self.views_in_turn and not self.recompute)
+        parts += ["recomputed"] * self.recompute + ["compiled"] * self.compile
+        return " ".join([self.variant, self.precision, *parts])
 
     @property
     def loads_compiler(self) -> bool:
@@ -76,10 +80,10 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
     variants = [options.variant] if options.variant else ["naive", "fast"]
     precisions = [options.precision] if options.precision else ["fp32", "bf16"]
-    chosen = (options.micro_batch, options.recompute, options.compile)
-    least_memory = (1, True, False)
-    switched = [chosen] if options.variant else [WHOLE, chosen if chosen != WHOLE else least_memory]
+    chosen = (options.micro_batch, options.views_in_turn or options.recompute, options.recompute, options.compile)
+    views_in_turn: Switches = (None, True, False, False)
     for rank in [options.rank] if options.rank else [3, 2]:
+        more = [chosen] if chosen != WHOLE else [*[views_in_turn] * (rank == 3), LEAST_MEMORY]
         yield [
             Case(
                 model=model,
@@ -91,13 +95,17 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
                 device=options.device,
                 threads=options.threads,
                 micro_batch=micro_batch,
+                views_in_turn=in_turn,
                 recompute=recompute,
                 compile=compiled,
                 objective=options.objective if variant == "fast" else "unimiss",
             )
-            for variant, precision, (micro_batch, recompute, compiled) in product(variants, precisions, switched)
+            for variant, precision, switches in product(
+                variants, precisions, [chosen] if options.variant else [WHOLE, *more]
+            )
+            for micro_batch, in_turn, recompute, compiled in [switches]
             if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
-            if variant == "fast" or (micro_batch, recompute, compiled) == WHOLE
+            if variant == "fast" or switches == WHOLE
         ]
 
 
@@ -127,6 +135,7 @@ def _build(case: Case) -> Callable[[], float]:
     execution = Execution(
         device=torch.device(case.device),
         precision="bf16" if case.precision == "bf16" else "fp32",
+        views_in_turn=case.views_in_turn,
         activation_checkpointing=case.recompute,
         compile=case.compile,
         micro_batch={case.rank: case.micro_batch} if case.micro_batch else {},
@@ -159,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="What one optimiser step costs, naive and ours. Without options: every case this machine is for.",
         epilog="In the table: naive and fast are the released step and ours; fp32 and bf16 the precision; 'in 1s' a "
-        "batch met one scan at a time (--micro-batch 1), 'recomputed' --recompute, 'compiled' --compile.",
+        "batch met one scan at a time (--micro-batch 1), 'views in turn' --views-in-turn, 'recomputed' that and "
+        "--recompute, 'compiled' --compile.",
     )
     parser.add_argument("--model", choices=["nano", "tiny", "small"], help="default: small on a GPU, else tiny")
     parser.add_argument("--batch", type=count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
@@ -168,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     objectives = ["unimiss", "unimiss_plus"]
     parser.add_argument("--objective", choices=objectives, default="unimiss", help="of ours (default: unimiss)")
     parser.add_argument("--micro-batch", type=count, help="scans in one forward pass of ours (default: the batch)")
+    parser.add_argument("--views-in-turn", action="store_true", help="ours with some views of volumes at a time")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     return parser

@@ -59,6 +59,7 @@ def learner_for(
     execution = Execution(
         device=device,
         precision=config.precision,
+        views_in_turn=config.views_in_turn or config.activation_checkpointing,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
         patients_at_once=config.patients_at_once,
@@ -133,6 +134,7 @@ def _circumstances(learner: Learner, rank: Rank) -> str:
         "bytes": card.total_memory,
         "torch": torch.__version__,
         "precision": execution.precision,
+        "views_in_turn": execution.views_in_turn,
         "activation_checkpointing": execution.activation_checkpointing,
         "compile": execution.compile,
         "ranks": list(learner.ranks),

@@ -172,8 +172,11 @@ class SiteTraining(Config):
     """In private rounds, patients whose gradients are worked out together: for GPUs that one patient alone leaves idle.
     Each takes the memory of a gradient and of its activations. Not in bf16, nor with
     activation_checkpointing or compile."""
+    views_in_turn: bool = False
+    """Hold a volume's slices of one view, or two views of the volume itself, at a time: less memory for little time."""
     activation_checkpointing: bool = False
-    """Recompute a part of the forward pass instead of keeping it: for cards on which even one scan does not fit."""
+    """Recompute a part of the forward pass instead of keeping it, with views in turn: for cards on which even one scan
+    does not fit."""
     compile: bool = False
     """Compile the network at a round's start, which takes minutes: for GPUs, and rounds much longer than that. Where
     it fails, the round goes on without."""

@@ -50,6 +50,7 @@ def test_what_the_site_file_says_is_what_the_learner_does(tmp_path: Path, monkey
     learner = made(site(tmp_path, **settings), STUDY, {2, 3})
     assert learner.micro_batch == {2: 3}
     assert learner.execution.activation_checkpointing
+    assert learner.execution.views_in_turn
     assert learner.execution.compile
     assert tensors_of(learner.student).keys() == tensors_of(empty_network(STUDY.model)).keys()
 

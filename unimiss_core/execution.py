@@ -28,8 +28,8 @@ class Execution:
 
     precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32, and
         on a CPU what does not gain by it (`unimiss_core.precision`).
-    activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass; and go
-        backward from each representation of each view of volumes before looking at the next.
+    views_in_turn: go backward from some views of volumes before looking at the next (`unimiss_core.objective.in_turn`).
+    activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass.
     compile: compile both backbones; where that fails, the step is computed without.
     micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
     patients_at_once: in private steps, most patients whose gradients are worked out together.
@@ -37,6 +37,7 @@ class Execution:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: Precision = "fp32"
+    views_in_turn: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
     micro_batch: Mapping[Rank, int] = field(default_factory=dict)

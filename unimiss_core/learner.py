@@ -361,7 +361,7 @@ class Learner:
     def _losses_of(self, views: Tensor) -> Iterator[Loss]:
         """views (B, V, C, *S) -> losses with graph that add up to theirs: one, or where memory is to be saved one for
         each thing that the student looks at, made when the one before is done with. Call it under `_autocast`."""
-        if not (self.execution.activation_checkpointing and isinstance(self.objective, PiecewiseObjective)):
+        if not (self.execution.views_in_turn and isinstance(self.objective, PiecewiseObjective)):
             yield self._loss_of(views)
             return
         yield from self.objective.pieces(self.student, self.teacher, views, self.centre)

@@ -9,7 +9,6 @@ Legend of shapes: B scans, V views, C channels, S spatial axes, N = B x V, E fea
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from unimiss_core.objective import (
     Loss,
     Observed,
     cross_entropies,
-    cross_entropies_of_view,
+    cross_entropies_of_views,
+    in_turn,
     look,
     look_in_turn,
     mean_of_slices,
@@ -62,24 +62,24 @@ class UniMiSSPlus:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre, view_by_view=True)
+        targets, observed = self._taught(teacher, views, centre, parted=True)
         count = views.shape[1]
-        for name, view in product(self._looks(views), range(count)):
-            h, errors = self._look(student, views[:, [view]], name)
-            terms = cross_entropies_of_view(student, name, h[:, 0], view, targets, self.config.student_temperature)
-            terms |= {error: value / count for error, value in errors.items()}
+        for name, some in in_turn(self._looks(views), count):
+            h, errors = self._look(student, views[:, some], name)
+            terms = cross_entropies_of_views(student, name, h, some, targets, self.config.student_temperature)
+            terms |= {error: value * len(some) / count for error, value in errors.items()}
             yield Loss(terms, self._weighed(terms), observed)
             del h, errors, terms
             observed = {}
 
     def _taught(
-        self, teacher: Network, views: Tensor, centre: Centre, *, view_by_view: bool = False
+        self, teacher: Network, views: Tensor, centre: Centre, *, parted: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) of the scans as they are, by representation, and what it did."""
         rank: Rank = 2 if views.ndim == 5 else 3
         (own,) = self.representations(rank)
         with torch.no_grad():
-            seen = {own: (look_in_turn if view_by_view else look)(teacher, views, own)}
+            seen = {own: (look_in_turn if parted else look)(teacher, views, own)}
             targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
         return targets, {own: observe(seen[own], targets[own])}
 
