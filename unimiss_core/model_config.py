@@ -22,13 +22,18 @@ VolumeSize = Annotated[tuple[Axis, Axis, Axis], AfterValidator(_large_enough)]
 """(D, H, W) that the network takes."""
 
 
-class ModelConfig(Config):
-    """Which MiT is trained; see `unimiss_core.model` for the architecture."""
+MiTSize = Literal["nano", "tiny", "small"]
+PlusSize = Literal["plus_nano", "plus"]
 
-    size: Literal["nano", "tiny", "small"] = "nano"
-    """nano is for laptops and tests; tiny and small are as published."""
+
+class ModelConfig(Config):
+    """Which network is trained; see `unimiss_core.backbone` for the architectures."""
+
+    size: Literal[MiTSize, PlusSize] = "nano"
+    """nano, tiny and small are MiT, the network of UniMiSS; plus_nano and plus are MiTplus, that of UniMiSS+. The nanos
+    are for laptops and tests, the others are as published."""
     image_size: ImageSize = (64, 64)
-    """(H, W) that the 2D position tables are made for; published: (224, 224)."""
+    """(H, W) that the 2D position tables are made for; published: (224, 224), of plus (96, 96)."""
     volume_size: VolumeSize = (16, 64, 64)
     """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
     prototypes: Annotated[int, Field(ge=2, le=2**20)] = 512
