@@ -1,6 +1,6 @@
 """Which network is trained: its sizes, which everything that holds its weights must state."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -41,3 +41,8 @@ class ModelConfig(Config):
     reconstruction: Annotated[bool, Field(exclude_if=lambda on: not on)] = False
     """Whether the network can draw its input again, as the objective `unimiss_plus` asks for. Not written out where it
     is off, so that studies and checkpoints older than this setting keep their digests."""
+
+    @property
+    def is_plus(self) -> bool:
+        """Whether it is MiTplus."""
+        return self.size in get_args(PlusSize)

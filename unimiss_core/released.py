@@ -81,7 +81,7 @@ def under_our_names(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[s
 
 def released_names(model: ModelConfig) -> dict[str, str]:
     """Our name -> the released spelling, for every tensor of the network."""
-    return {name: released_name(name, plus=model.size == "plus") for name, _ in empty_network(model).named_parameters()}
+    return {name: released_name(name, plus=model.is_plus) for name, _ in empty_network(model).named_parameters()}
 
 
 def _load(path: Path) -> Any:

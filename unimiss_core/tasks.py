@@ -180,23 +180,29 @@ def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> No
 def freeze_(model: TaskModel, trains: Trains) -> None:
     """Let gradients reach only what `trains` names, and of that only what the answer hangs on."""
     model.requires_grad_(True)
-    if isinstance(model.head, Classifier):
-        for module in model.backbone.of_maps_alone:
-            module.requires_grad_(False)
+    for module in _unread(model):
+        module.requires_grad_(False)
     if trains == "linear_probe":
         model.backbone.requires_grad_(False)
     elif trains == "frozen":
         model.backbone.encoder.requires_grad_(False)
 
 
+def _unread(model: TaskModel) -> tuple[nn.Module, ...]:
+    """What of the backbone has no part in the answer; it is kept for whoever goes on to a mask."""
+    return model.backbone.of_maps_alone if isinstance(model.head, Classifier) else ()
+
+
 def layers_of(model: TaskModel) -> dict[str, int]:
     """Parameter -> its layer, from 0 at the input; the head's is the highest.
 
     A layer is what lies between two changes of resolution: the stem with the class token's beginning, four encoder
-    stages, three decoder stages (the last with all that follows it), the head.
+    stages, three decoder stages (the last with all that follows it), the head. A decoder that has no part in the
+    answer makes none: the head's is then next to the encoder's last.
     """
     encoder_stages = len(model.backbone.encoder.stages)
-    top = encoder_stages + len(model.backbone.decoder.stages)
+    reads_decoder = model.backbone.decoder not in _unread(model)
+    top = encoder_stages + (len(model.backbone.decoder.stages) if reads_decoder else 0)
 
     def layer(name: str) -> int:
         part, *below = name.split(".")
@@ -204,7 +210,7 @@ def layers_of(model: TaskModel) -> dict[str, int]:
             return top + 1
         coder, what, *rest = below
         if what == "stages":
-            return 1 + int(rest[0]) + (encoder_stages if coder == "decoder" else 0)
+            return min(top, 1 + int(rest[0]) + (encoder_stages if coder == "decoder" else 0))
         return 0 if coder == "encoder" else top
 
     return {name: layer(name) for name, _ in model.named_parameters()}
