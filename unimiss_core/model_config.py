@@ -24,12 +24,13 @@ VolumeSize = Annotated[tuple[Axis, Axis, Axis], AfterValidator(_large_enough)]
 
 MiTSize = Literal["nano", "tiny", "small"]
 PlusSize = Literal["plus_nano", "plus"]
+AnySize = Literal[MiTSize, PlusSize]
 
 
 class ModelConfig(Config):
     """Which network is trained; see `unimiss_core.backbone` for the architectures."""
 
-    size: Literal[MiTSize, PlusSize] = "nano"
+    size: AnySize = "nano"
     """nano, tiny and small are MiT, the network of UniMiSS; plus_nano and plus are MiTplus, that of UniMiSS+. The nanos
     are for laptops and tests, the others are as published."""
     image_size: ImageSize = (64, 64)
