@@ -94,7 +94,9 @@ def measure(network: Network, rank: str, x: Tensor, found: Measured) -> None:
     seen = {"class_token": features.class_token, "drawn": drawn, "logits": logits}
     found.outputs.update({f"{name} {rank}": value.detach() for name, value in seen.items()})
     found.losses[rank] = loss.item()
-    found.norms[rank] = {name: p.grad.norm().item() for name, p in network.named_parameters() if p.grad is not None}
+    found.norms[rank] = {
+        name: p.grad.double().norm().item() for name, p in network.named_parameters() if p.grad is not None
+    }
 
 
 def images() -> Tensor:
@@ -124,13 +126,13 @@ def test_class_token_reconstruction_and_logits_are_the_published_ones(measured: 
 
 @pytest.mark.parametrize("rank", LOSSES)
 def test_gradients_are_as_long_as_the_published_ones(measured: Measured, rank: str) -> None:
-    """To a thousandth, for float32 costs some 4e-4 through so many norms: in float64 every one of them is the authors'
-    to 1e-14, which took 14 seconds."""
+    """In float32, where a bias's gradient is a sum over 150,000 voxels. In float64, which takes 14 seconds, all of them
+    are the authors' to 1e-14."""
     assert measured.losses[rank] == pytest.approx(LOSSES[rank], rel=1e-5)
     ours = {theirs: measured.norms[rank].get(name) for name, theirs in released_names(PLUS).items()}
     for name, norms in NORMS.items():
         expected = norms[0 if rank == "2d" else 1]
-        assert ours[name.replace("#", rank.upper())] == pytest.approx(expected, rel=1e-3), name
+        assert ours[name.replace("#", rank.upper())] == pytest.approx(expected, rel=5e-4), name
 
 
 def nano(seed: int = 1) -> MiTPlus:
