@@ -168,7 +168,9 @@ classification, sigmoid.
 
 
 def _use_safetensors(source: Source) -> str:
-    what = "MiT" if isinstance(source, Pretrained) else "the task's model, `backbone.*` and `head.*`"
+    what = (
+        source.config.model.network if isinstance(source, Pretrained) else "the task's model, `backbone.*` and `head.*`"
+    )
     return f"""\
 `model.safetensors` is a plain state_dict of {what}, `config.json` has its sizes.
 

@@ -93,7 +93,7 @@ def _of_encoder(source: Pretrained) -> _About:
         if released
         else "Pretrained without labels by Federated UniMiSS. No image left a site.",
         rows={
-            "model": f"MiT `{config.model.size}`, encoder and decoder of the {config.part}, {_count(source)}",
+            "model": f"{config.model.network} `{config.model.size}`, encoder and decoder of the {config.part}, {_count(source)}",
             "images, volumes": sizes_in_words(config.model),
             "trained on": _data(source),
             "sites": "" if released else str(source.trained_by.sites if source.trained_by else "not known here"),
@@ -143,7 +143,7 @@ def _of_task(source: Tuned) -> _About:
         title=f"{kind.capitalize()} of {'images' if task.rank == 2 else 'volumes'}",
         summary=f"Fine-tuned {'by a federation' if by_a_federation else 'at one place'} by Federated UniMiSS{began}.",
         rows={
-            "model": f"MiT `{manifest.model.size}` with a head, {_count(source)}",
+            "model": f"{manifest.model.network} `{manifest.model.size}` with a head, {_count(source)}",
             "input": f"{' x '.join(map(str, task.size_for(manifest.model)))} ({', '.join('DHW'[-task.rank :])})",
             "classes": ", ".join(map(literally, task.classes)),
             "trained on": ", ".join(manifest.trained_on),

@@ -45,5 +45,9 @@ class ModelConfig(Config):
 
     @property
     def is_plus(self) -> bool:
-        """Whether it is MiTplus."""
         return self.size in get_args(PlusSize)
+
+    @property
+    def network(self) -> str:
+        """As its authors call it."""
+        return "MiTplus" if self.is_plus else "MiT"

@@ -88,7 +88,7 @@ class Segmenter(nn.Module):
 
 
 class FineSegmenter(nn.Module):
-    """A 1x1 convolution of a map that is as fine as the scan: after MiTplus no more is needed, nor did its authors."""
+    """A 1x1 convolution of a map that is as fine as the scan, as the authors of MiTplus put it on their decoder."""
 
     def __init__(self, rank: Rank, *, width: int, outputs: int) -> None:
         super().__init__()
