@@ -14,7 +14,6 @@ say otherwise.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -77,7 +76,7 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
     is_plus = model in get_args(PlusSize)
     if is_plus and options.variant == "naive":
-        sys.exit(f"--model {model}: the naive step is of MiT alone; leave --variant out")
+        _parser().error(f"--model {model}: the naive step is of MiT alone; leave --variant out")
     variants = [options.variant] if options.variant else ["naive", "fast"][is_plus:]
     objective = "unimiss_plus" if is_plus else options.objective  # which alone trains its decoder
     precisions = [options.precision] if options.precision else ["fp32", "bf16"]

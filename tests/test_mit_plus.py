@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.published import plus_shapes, plus_weights, random_state
-from unimiss_core.layers import PositionTable
+from unimiss_core.layers import Attention, PositionTable
 from unimiss_core.mit_plus import PLUS_ARCHITECTURES, MiTPlus, plus_grids
 from unimiss_core.network import Network, build_network, empty_network, load_tensors_
 from unimiss_core.released import released_names, under_our_names
@@ -212,6 +212,17 @@ def test_a_table_without_class_row_is_resized_in_all_its_rows(grid: tuple[int, .
         finer = torch.empty(1, 1, *(2 * n for n in grid))
         assert torch.equal(bare(finer), full(finer)[1:])
         assert bare(torch.empty(1, 1, *grid)) is bare.table
+
+
+def test_an_axis_shorter_than_a_reduction_counts_as_one_patch_filled_with_zeros() -> None:
+    """Of one key every query gets the same value: that of a kernel's first seven rows."""
+    attention = Attention(8, 2, 8, bias=True, ranks={2}, depthwise=True).double()
+    cells = torch.randn(3, 8, 7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel, bias = attention.reduce["2d"].weight[:, 0], attention.reduce["2d"].bias
+    key = attention.reduce_norm(torch.einsum("bchw,chw->bc", cells, kernel[:, :7]) + bias)
+    expected = attention.project(attention.key_value(key)[:, 8:])
+    found = attention(cells.flatten(2).mT, cells.shape[2:])
+    torch.testing.assert_close(found, expected[:, None].expand(3, 56, 8))
 
 
 @pytest.mark.parametrize("size", [(37, 50), (13, 33, 40)])

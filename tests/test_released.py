@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tests.published import SIZES, Published, needs_reference, plus_shapes, released_shapes
 from unimiss_core import progress
+from unimiss_core.config import load
 from unimiss_core.errors import CheckpointError
 from unimiss_core.network import empty_network
 from unimiss_core.released import read_released, released_names
-from unimiss_core.study import ModelConfig
+from unimiss_core.study import ModelConfig, StudyConfig
 
 PLUS = ModelConfig(size="plus", image_size=(96, 96), volume_size=(16, 96, 96), prototypes=24, reconstruction=True)
 
@@ -159,6 +160,11 @@ def test_a_file_of_unimiss_plus_is_recognised_and_every_tensor_finds_its_place(t
     assert all((tensor == 2.0).all() for tensor in found.teacher.values())
     names = released_names(PLUS)
     assert len(set(names.values())) == len(names) == len(plus_shapes(PLUS)) - 1  # the gain has no place here
+
+
+def test_the_example_study_of_unimiss_plus_can_start_from_a_released_file() -> None:
+    study = load(StudyConfig, Path(__file__).parents[1] / "configs/study/unimiss_plus.yaml")
+    assert study.model == PLUS.model_copy(update={"prototypes": 65_536})
 
 
 def test_what_draws_is_turned_from_a_convolution_into_a_transposed_one(tmp_path: Path) -> None:
