@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from side_by_side import count, machine
 
 from client.labelled import Grid
 from client.segmenting import keep_largest, likeliest_at_source, probabilities
+from unimiss_core.model_config import AnySize
 from unimiss_core.study import ModelConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 from unimiss_core.views import standardise
@@ -169,7 +171,7 @@ def _peak_gb() -> float:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: both")
-    parser.add_argument("--model", choices=["nano", "tiny", "small"], default="nano", help="default: nano")
+    parser.add_argument("--model", choices=get_args(AnySize), default="nano", help="default: nano")
     parser.add_argument("--shape", type=count, nargs=3, default=[400, 512, 512], metavar=("D", "H", "W"))
     parser.add_argument("--window", type=count, nargs=3, default=[32, 96, 96], metavar=("D", "H", "W"))
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window's sides (default: 0.25)")

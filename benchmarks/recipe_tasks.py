@@ -17,8 +17,8 @@ from torch import Tensor
 from client.nifti import read_nifti
 from client.reading import read_scans
 from client.site_config import DataSource, TableConfig
+from unimiss_core.backbone import Backbone
 from unimiss_core.embedding import embed
-from unimiss_core.model import MiT
 from unimiss_core.plan import prepare
 from unimiss_core.probe import Probe, probe
 from unimiss_core.scan import Modality
@@ -47,7 +47,7 @@ class Task:
     patients: NDArray[np.str_]
     plain: Values
 
-    def probed(self, encoder: MiT) -> list[Probe]:
+    def probed(self, encoder: Backbone) -> list[Probe]:
         """One for each of SPLITS."""
         return self._probes(torch.cat([embed(encoder, part) for part in self.scans.split(32)]).numpy())
 

@@ -8,14 +8,16 @@
 Ours comes as a whole batch, and again with the switches that options name; without, with volumes' views in turn, and in
 the least memory: one scan at a time, recomputed. Other options narrow the cases. The cases of one rank run in processes
 of their own and take turns, step by step, so that whatever else the machine does falls on all alike. `naive_unimiss.py`
-is the baseline. Input sizes and 65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2
-volumes or 4 images, on a GPU small with 24, unless options say otherwise.
+is the baseline, of MiT alone; of MiTplus there is ours, with the objective that trains all of it. Input sizes and
+65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU
+small with 24, unless options say otherwise.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import get_args
 
 import torch
 from naive_unimiss import NaiveLearner
@@ -23,18 +25,30 @@ from side_by_side import Result, count, run
 
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
+from unimiss_core.model_config import AnySize, PlusSize
 from unimiss_core.network import build_network
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
-Switches = tuple[int | None, bool, bool, bool]
-"""micro_batch, views_in_turn, recompute, compile of a `Case`."""
-WHOLE: Switches = (None, False, False, False)
-"""No micro-batches, all views at once, nothing recomputed, nothing compiled."""
-LEAST_MEMORY: Switches = (1, True, True, False)
 SIZES: dict[Rank, tuple[int, ...]] = {2: (224, 224), 3: (16, 96, 96)}
 SMALL_SIZES: dict[Rank, tuple[int, ...]] = {2: (64, 64), 3: (16, 64, 64)}
-"""For nano."""
+"""For nano and plus_nano."""
+PLUS_SIZES: dict[Rank, tuple[int, ...]] = {2: (96, 96), 3: (16, 96, 96)}
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Of `unimiss_core.execution.Execution`; by default none is on."""
+
+    micro_batch: int | None = None
+    views_in_turn: bool = False
+    recompute: bool = False
+    compile: bool = False
+
+
+WHOLE = Switches()
+IN_TURN = Switches(views_in_turn=True)
+LEAST_MEMORY = Switches(micro_batch=1, views_in_turn=True, recompute=True)
 
 
 @dataclass(frozen=True)
@@ -47,10 +61,7 @@ class Case:
     prototypes: int
     device: str
     threads: int
-    micro_batch: int | None = None
-    views_in_turn: bool = False
-    recompute: bool = False
-    compile: bool = False
+    switches: Switches = WHOLE
     objective: str = "unimiss"
 
     @property
@@ -60,14 +71,15 @@ class Case:
     @property
     def row(self) -> str:
         parts = ["of UniMiSS+"] * (self.objective != "unimiss")
-        parts += [f"in {self.micro_batch}s"] * (self.micro_batch is not None)
-        parts += ["views in turn"] * (self.views_in_turn and not self.recompute)
-        parts += ["recomputed"] * self.recompute + ["compiled"] * self.compile
+        on = self.switches
+        parts += [f"in {on.micro_batch}s"] * (on.micro_batch is not None)
+        parts += ["views in turn"] * (on.views_in_turn and not on.recompute)
+        parts += ["recomputed"] * on.recompute + ["compiled"] * on.compile
         return " ".join([self.variant, self.precision, *parts])
 
     @property
     def loads_compiler(self) -> bool:
-        return self.variant == "naive" or self.recompute or self.compile
+        return self.variant == "naive" or self.switches.recompute or self.switches.compile
 
 
 def main() -> None:
@@ -78,12 +90,17 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     gpu = options.device.startswith("cuda")
     model = options.model or ("small" if gpu else "tiny")
     batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
-    variants = [options.variant] if options.variant else ["naive", "fast"]
+    is_plus = model in get_args(PlusSize)
+    if is_plus and options.variant == "naive":
+        _parser().error(f"--model {model}: the naive step is of MiT alone; leave --variant out")
+    variants = [options.variant] if options.variant else ["naive", "fast"][is_plus:]
+    objective = "unimiss_plus" if is_plus else options.objective  # which alone trains its decoder
     precisions = [options.precision] if options.precision else ["fp32", "bf16"]
-    chosen = (options.micro_batch, options.views_in_turn or options.recompute, options.recompute, options.compile)
-    views_in_turn: Switches = (None, True, False, False)
+    in_turn = options.views_in_turn or options.recompute
+    chosen = Switches(options.micro_batch, in_turn, options.recompute, options.compile)
     for rank in [options.rank] if options.rank else [3, 2]:
-        more = [chosen] if chosen != WHOLE else [*[views_in_turn] * (rank == 3), LEAST_MEMORY]
+        others = [chosen] if chosen != WHOLE else [*[IN_TURN] * (rank == 3), LEAST_MEMORY]
+        ways = [chosen] if options.variant else [WHOLE, *others]
         yield [
             Case(
                 model=model,
@@ -94,16 +111,10 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
                 prototypes=options.prototypes,
                 device=options.device,
                 threads=options.threads,
-                micro_batch=micro_batch,
-                views_in_turn=in_turn,
-                recompute=recompute,
-                compile=compiled,
-                objective=options.objective if variant == "fast" else "unimiss",
+                switches=switches,
+                objective=objective if variant == "fast" else "unimiss",
             )
-            for variant, precision, switches in product(
-                variants, precisions, [chosen] if options.variant else [WHOLE, *more]
-            )
-            for micro_batch, in_turn, recompute, compiled in [switches]
+            for variant, precision, switches in product(variants, precisions, ways)
             if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
             if variant == "fast" or switches == WHOLE
         ]
@@ -111,7 +122,7 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
 
 def _build(case: Case) -> Callable[[], float]:
     """A step that returns its loss; always on the same views (B, V, C, *S)."""
-    sizes = SMALL_SIZES if case.model == "nano" else SIZES
+    sizes = PLUS_SIZES if case.model == "plus" else SMALL_SIZES if "nano" in case.model else SIZES
     study = StudyConfig.model_validate(
         {
             "name": "benchmark",
@@ -135,10 +146,10 @@ def _build(case: Case) -> Callable[[], float]:
     execution = Execution(
         device=torch.device(case.device),
         precision="bf16" if case.precision == "bf16" else "fp32",
-        views_in_turn=case.views_in_turn,
-        activation_checkpointing=case.recompute,
-        compile=case.compile,
-        micro_batch={case.rank: case.micro_batch} if case.micro_batch else {},
+        views_in_turn=case.switches.views_in_turn,
+        activation_checkpointing=case.switches.recompute,
+        compile=case.switches.compile,
+        micro_batch={case.rank: case.switches.micro_batch} if case.switches.micro_batch else {},
     )
     learner = Learner(study, ranks=(2, 3), execution=execution)
     return lambda: learner.step(views, step=0).total
@@ -171,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "batch met one scan at a time (--micro-batch 1), 'views in turn' --views-in-turn, 'recomputed' that and "
         "--recompute, 'compiled' --compile.",
     )
-    parser.add_argument("--model", choices=["nano", "tiny", "small"], help="default: small on a GPU, else tiny")
+    parser.add_argument("--model", choices=get_args(AnySize), help="default: small on a GPU, else tiny")
     parser.add_argument("--batch", type=count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
     parser.add_argument("--variant", choices=["naive", "fast"], help="default: both")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both for ours, fp32 for the naive step")

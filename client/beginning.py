@@ -8,9 +8,9 @@ from torch import Tensor
 
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
+from unimiss_core.backbone import Backbone
 from unimiss_core.embedding import encoder_of
 from unimiss_core.keys import read_signing_public_key
-from unimiss_core.model import MiT
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.released import read_released
 from unimiss_core.scan import Rank
@@ -41,11 +41,11 @@ class Beginning:
         """Whether its head answers just this, for scans of whatever size."""
         return self.task is not None and _without_size(self.task) == _without_size(task)
 
-    def encoder(self) -> MiT:
+    def encoder(self) -> Backbone:
         """On the CPU; from scratch the random one."""
         return self.random_encoder() if self.tensors is None else encoder_of(self.model, self.tensors)
 
-    def random_encoder(self, seed: int = 0) -> MiT:
+    def random_encoder(self, seed: int = 0) -> Backbone:
         """What an encoder of these sizes is before it has seen a scan."""
         return build_network(self.model, seed=seed).backbone.eval().requires_grad_(False)
 

@@ -14,12 +14,12 @@ from client.feature_files import Labels, check_ending, feature_file
 from client.outputs import check_file
 from client.reading import Reading
 from unimiss_core import progress
+from unimiss_core.backbone import Backbone
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.embedding import embed, load_encoder
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.keys import read_signing_public_key
-from unimiss_core.model import MiT
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality
 from unimiss_core.views import whole
@@ -70,7 +70,7 @@ def embed_input(
     print(f"{out}: {count} scans, {width} features each")
 
 
-def _write(out: Path, encoder: MiT, batches: Iterator[list[_Prepared]]) -> tuple[int, int]:
+def _write(out: Path, encoder: Backbone, batches: Iterator[list[_Prepared]]) -> tuple[int, int]:
     """Each batch as it comes; (N, width) of what was written. Raises OSError."""
     done = width = 0
     with feature_file(out) as file:
@@ -83,7 +83,7 @@ def _write(out: Path, encoder: MiT, batches: Iterator[list[_Prepared]]) -> tuple
     return done, width
 
 
-def _features(encoder: MiT, scans: Sequence[_Prepared], first: int) -> NDArray[np.float32]:
+def _features(encoder: Backbone, scans: Sequence[_Prepared], first: int) -> NDArray[np.float32]:
     """(n, width). first: number of the first of these scans, from 0."""
     values = torch.from_numpy(np.stack([scan.values for scan in scans]))
     try:

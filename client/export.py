@@ -158,9 +158,9 @@ _USE_ONNX = """\
 Each ONNX file takes `scan` (batch, channels, ...) of the size in `config.json`, any number at a time, and was held
 against torch when it was written. For an encoder or a classification a prepared scan is resized to that size as a
 whole; for a segmentation windows of that size are cut from it. A grey picture is one channel. An encoder answers
-`features` (batch, width), and `tokens` (batch, 1 + N, width), the class token first and then each cell of the finest
-map. A model for a task answers `logits`: softmax over their second axis makes them probabilities; of a multi-label
-classification, sigmoid.
+`features` (batch, width), and `tokens` (batch, 1 + N, width), the class token first and then each cell of the map
+that goes with it. A model for a task answers `logits`: softmax over their second axis makes them probabilities; of a
+multi-label classification, sigmoid.
 
     session = onnxruntime.InferenceSession("FILE.onnx")
     session.run(None, {"scan": scans})
@@ -168,7 +168,8 @@ classification, sigmoid.
 
 
 def _use_safetensors(source: Source) -> str:
-    what = "MiT" if isinstance(source, Pretrained) else "the task's model, `backbone.*` and `head.*`"
+    network = source.config.model.network
+    what = network if isinstance(source, Pretrained) else "the task's model, `backbone.*` and `head.*`"
     return f"""\
 `model.safetensors` is a plain state_dict of {what}, `config.json` has its sizes.
 

@@ -13,6 +13,7 @@ from typing import Any
 from client.export_sources import Pretrained, Source, Tuned
 from unimiss_core.card_wording import literally, plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.exported import ExportedConfig
+from unimiss_core.model_config import ModelConfig
 
 _NOT_FOR_DIAGNOSIS = (
     "**Not for diagnosis.** This is a research model and no medical device; no decision about a patient may rest on it."
@@ -93,7 +94,7 @@ def _of_encoder(source: Pretrained) -> _About:
         if released
         else "Pretrained without labels by Federated UniMiSS. No image left a site.",
         rows={
-            "model": f"MiT `{config.model.size}`, encoder and decoder of the {config.part}, {_count(source)}",
+            "model": f"{_called(config.model)}, encoder and decoder of the {config.part}, {_count(source)}",
             "images, volumes": sizes_in_words(config.model),
             "trained on": _data(source),
             "sites": "" if released else str(source.trained_by.sites if source.trained_by else "not known here"),
@@ -143,7 +144,7 @@ def _of_task(source: Tuned) -> _About:
         title=f"{kind.capitalize()} of {'images' if task.rank == 2 else 'volumes'}",
         summary=f"Fine-tuned {'by a federation' if by_a_federation else 'at one place'} by Federated UniMiSS{began}.",
         rows={
-            "model": f"MiT `{manifest.model.size}` with a head, {_count(source)}",
+            "model": f"{_called(manifest.model)} with a head, {_count(source)}",
             "input": f"{' x '.join(map(str, task.size_for(manifest.model)))} ({', '.join('DHW'[-task.rank :])})",
             "classes": ", ".join(map(literally, task.classes)),
             "trained on": ", ".join(manifest.trained_on),
@@ -185,6 +186,10 @@ def _told_figures(figures: Mapping[str, Any]) -> dict[str, str]:
 def _is_number(value: object) -> bool:
     """Of a file that anyone may write."""
     return isinstance(value, int | float)
+
+
+def _called(model: ModelConfig) -> str:
+    return f"{model.network} `{model.size}`"
 
 
 def _count(source: Source) -> str:

@@ -4,22 +4,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from client import accounting
 from unimiss_core import checkpoint, task_checkpoint, trained_by
+from unimiss_core.backbone import Backbone, architecture_of
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.embedding import encoder_of
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.exported import ExportedConfig
 from unimiss_core.keys import SigningPublicKey
-from unimiss_core.model import ARCHITECTURES, HEADS, REDUCTIONS, MiT
 from unimiss_core.network import check_tensors, empty_network
 from unimiss_core.privacy import mechanisms
 from unimiss_core.scan import RANKS
-from unimiss_core.study import ModelConfig, StudyConfig
+from unimiss_core.study import StudyConfig
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.tasks import TaskModel
 from unimiss_core.trained_by import TrainedBy
@@ -30,7 +30,7 @@ from unimiss_core.tuned_round import load_tuned, rank_of_task, require_pretraini
 class Pretrained:
     """An encoder of pretraining."""
 
-    model: MiT
+    model: Backbone
     config: ExportedConfig
     manifest: Manifest
     study: StudyConfig | None
@@ -95,7 +95,7 @@ def _pretrained(folder: Path, *, student: bool, key: SigningPublicKey | None, li
         holds="encoder",
         part="student" if student else "teacher",
         model=manifest.model,
-        architecture=_architecture(manifest.model),
+        architecture=architecture_of(manifest.model).numbers(),
         num_features=encoder.num_features,
         ranks=RANKS,
         plan=manifest.plan,
@@ -112,7 +112,7 @@ def _tuned(folder: Path, described_by: str, *, key: SigningPublicKey | None, lic
         holds=manifest.task.name,
         part=None,
         model=manifest.model,
-        architecture=_architecture(manifest.model),
+        architecture=architecture_of(manifest.model).numbers(),
         num_features=model.backbone.num_features,
         ranks=(manifest.task.rank,),
         plan=manifest.plan,
@@ -152,10 +152,6 @@ def _figures(path: Path) -> tuple[Literal["test", "validation"] | None, Mapping[
         if isinstance(parts[part], Mapping):
             return part, parts[part]
     return None, {}
-
-
-def _architecture(model: ModelConfig) -> dict[str, int | tuple[int, ...]]:
-    return {**asdict(ARCHITECTURES[model.size]), "heads": HEADS, "reductions": REDUCTIONS}
 
 
 def _sha256(path: Path) -> str:

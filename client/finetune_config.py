@@ -106,7 +106,7 @@ SplitConfig = Annotated[
 
 class TrainingConfig(Config):
     trains: Trains = "full"
-    """linear_probe: the head alone. frozen: head and MiT's decoder. full: everything."""
+    """linear_probe: the head alone. frozen: head and decoder. full: everything."""
     epochs: Positive = 50
     steps_per_epoch: Positive | None = None
     """None goes once through the training scans in an epoch."""

@@ -16,7 +16,7 @@ from typing import Any
 from client.export_sources import Tuned
 from unimiss_core import task_checkpoint
 from unimiss_core.errors import ConfigError
-from unimiss_core.model import CHANNELS
+from unimiss_core.layers import CHANNELS
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
 

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from unimiss_core.backbone import Backbone
 from unimiss_core.errors import ConfigError, ExportError
 from unimiss_core.exported import GraphConfig
-from unimiss_core.model import MiT, PositionTable
+from unimiss_core.layers import PositionTable
 
 Values = NDArray[Any]
 
@@ -43,7 +44,7 @@ class Graph:
 class EncoderOutputs(nn.Module):
     """`features` (B, width) and `tokens` (B, 1 + N, width) of an encoder, in one pass."""
 
-    def __init__(self, encoder: MiT) -> None:
+    def __init__(self, encoder: Backbone) -> None:
         super().__init__()
         self.encoder = encoder
 

@@ -26,11 +26,11 @@ from client.outputs import check_file
 from client.probe_sources import Known, Source
 from client.reasons import REASONS
 from unimiss_core import durable, progress
+from unimiss_core.backbone import Backbone
 from unimiss_core.config import load
 from unimiss_core.device import device_of
 from unimiss_core.embedding import bare_pixels, embed
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
-from unimiss_core.model import MiT
 from unimiss_core.plan import prepare
 from unimiss_core.probe import Probe, neighbours, probe
 from unimiss_core.scan import Rank
@@ -120,7 +120,7 @@ def _beginning(checkpoint: str, study: Path | None, key: Path | None) -> Beginni
 
 
 def _look(
-    source: Source, beginning: Beginning, encoders: Mapping[str, MiT], batch: int, *, keeps_scans: bool
+    source: Source, beginning: Beginning, encoders: Mapping[str, Backbone], batch: int, *, keeps_scans: bool
 ) -> dict[Rank, Seen]:
     """Rank -> its scans. Raises NoUsableScanError: there is none."""
     seen: dict[Rank, Seen] = {}
@@ -158,7 +158,9 @@ def _seen_whole(known: Known, beginning: Beginning) -> NDArray[np.float32]:
     return whole(values, model.image_size if known.scan.rank == 2 else model.volume_size).numpy()
 
 
-def _embed(found: Seen, held: Sequence[NDArray[np.float32]], encoders: Mapping[str, MiT], *, keeps_scans: bool) -> None:
+def _embed(
+    found: Seen, held: Sequence[NDArray[np.float32]], encoders: Mapping[str, Backbone], *, keeps_scans: bool
+) -> None:
     x = torch.from_numpy(np.stack(held))
     for name, encoder in encoders.items():
         found.features.setdefault(name, []).append(embed(encoder, x).numpy())

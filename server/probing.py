@@ -22,9 +22,9 @@ from torch import Tensor
 
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
+from unimiss_core.backbone import Backbone
 from unimiss_core.embedding import bare_pixels, embed, encoder_of
 from unimiss_core.errors import ConfigError
-from unimiss_core.model import MiT
 from unimiss_core.probe import Probe, gain, plane, probe
 from unimiss_core.study import ModelConfig
 
@@ -102,7 +102,7 @@ class Yardstick:
         durable.write_bytes(report / "probe-projection.npz", packed.getvalue())
 
 
-def _features(encoder: MiT, scans: Tensor) -> NDArray[np.float32]:
+def _features(encoder: Backbone, scans: Tensor) -> NDArray[np.float32]:
     return torch.cat([embed(encoder, part) for part in scans.split(BATCH)]).numpy()
 
 

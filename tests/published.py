@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.shared_files import REFERENCE, needs
 from unimiss_core.network import Network, empty_network, load_tensors_
-from unimiss_core.released import under_our_names
+from unimiss_core.released import released_names, under_our_names
 from unimiss_core.study import ModelConfig
 
 needs_reference = needs(REFERENCE)
@@ -44,6 +44,25 @@ def network(size: Published, salt: str) -> Network:
 def recipe_weights(size: Published, salt: str) -> dict[str, Tensor]:
     """The recipe's weights under their released names."""
     return {name: _weight(salt + name, name, shape) for name, shape in released_shapes(size).items()}
+
+
+def plus_weights(model: ModelConfig) -> dict[str, Tensor]:
+    """The recipe's weights of MiTplus and its head under their released names. Their shapes are held against the
+    published ones in `tests/test_mit_plus.py`."""
+    return {name: _weight(name, name, shape) for name, shape in plus_shapes(model).items()}
+
+
+def plus_shapes(model: ModelConfig) -> dict[str, list[int]]:
+    """What a released file of UniMiSS+ must hold so that our network can take it, by our map of names."""
+    ours = {name: list(p.shape) for name, p in empty_network(model).named_parameters()}
+    shapes = {theirs: _as_released(name, ours[name]) for name, theirs in released_names(model).items()}
+    return {**shapes, "head.last_layer.weight_g": [model.prototypes, 1]}
+
+
+def _as_released(name: str, shape: list[int]) -> list[int]:
+    if name.startswith("reconstruction.") and len(shape) > 1:
+        return [shape[1], shape[0], *shape[2:]]
+    return [1, *shape] if name.endswith((".table", "encoder.class_token")) else shape
 
 
 def measured(size: Published) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unimiss_core.convolution import GreyConv3d, doubling, reducing
+from unimiss_core.convolution import GreyConv3d, enlarging, reducing
 
 Case = tuple[Callable[[], nn.Module], nn.Module, tuple[int, ...]]
 
@@ -15,10 +15,10 @@ CASES: dict[str, Case] = {
     "reducing, 2d": (lambda: reducing(2, 4, 3), nn.Conv2d(4, 4, 3, 3), (2, 4, 10, 12)),
     "reducing, 3d": (lambda: reducing(3, 4, 2), nn.Conv3d(4, 4, 2, 2), (2, 4, 4, 7, 5)),
     "many patches": (lambda: reducing(2, 4, 2), nn.Conv2d(4, 4, 2, 2), (3, 4, 8, 9)),
-    "many cells": (lambda: doubling(2, 4, 3), nn.ConvTranspose2d(4, 3, 2, 2), (3, 4, 3, 5)),
+    "many cells": (lambda: enlarging(2, 4, 3, (2, 2)), nn.ConvTranspose2d(4, 3, 2, 2), (3, 4, 3, 5)),
     "reducing what is no patch": (lambda: reducing(2, 4, 3), nn.Conv2d(4, 4, 3, 3), (2, 4, 11, 3)),
-    "doubling, 2d": (lambda: doubling(2, 4, 3), nn.ConvTranspose2d(4, 3, 2, 2), (2, 4, 3, 5)),
-    "doubling, 3d": (lambda: doubling(3, 4, 3), nn.ConvTranspose3d(4, 3, 2, 2), (2, 4, 2, 1, 3)),
+    "doubling, 2d": (lambda: enlarging(2, 4, 3, (2, 2)), nn.ConvTranspose2d(4, 3, 2, 2), (2, 4, 3, 5)),
+    "doubling, 3d": (lambda: enlarging(3, 4, 3, (2, 2, 2)), nn.ConvTranspose3d(4, 3, 2, 2), (2, 4, 2, 1, 3)),
     "stem": (
         lambda: GreyConv3d(1, 3, 7, (1, 2, 2), padding=3, bias=False),
         nn.Conv3d(1, 3, 7, (1, 2, 2), padding=3, bias=False),

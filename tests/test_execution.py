@@ -11,8 +11,9 @@ from tests.test_learner import apart, assert_same, copied, everything, images, i
 from unimiss_core import execution
 from unimiss_core.errors import MemoryTooSmallError
 from unimiss_core.execution import Execution, checkpoint_activations_, compile_
+from unimiss_core.layers import Block
 from unimiss_core.learner import Learner
-from unimiss_core.model import ARCHITECTURES, Block, MiT
+from unimiss_core.model import ARCHITECTURES, MiT
 from unimiss_core.network import Network, build_network, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective
 from unimiss_core.scan import Rank

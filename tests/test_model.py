@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tests.published import SIZES, Published, golden, image, needs_reference, network, published_model, volume
-from unimiss_core.model import ARCHITECTURES, MiT, PositionTable, token_grids
+from unimiss_core.layers import PositionTable
+from unimiss_core.model import ARCHITECTURES, MiT, token_grids
 from unimiss_core.network import build_network, empty_network
 from unimiss_core.scan import SMALLEST
 from unimiss_core.study import ModelConfig

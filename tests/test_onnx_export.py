@@ -15,7 +15,8 @@ from client.onnx_export import EncoderOutputs, Graph, difference, fitted, graph_
 from client.research_command import main
 from tests.published import golden, image, needs_reference, recipe_weights
 from unimiss_core.errors import ExportError
-from unimiss_core.model import Architecture, MiT, PositionTable, token_grids
+from unimiss_core.layers import PositionTable
+from unimiss_core.model import Architecture, MiT, token_grids
 from unimiss_core.network import initialise_
 from unimiss_core.tasks import Segmenter, TaskModel
 

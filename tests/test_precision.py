@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.test_learner import apart, images, study, volumes
 from unimiss_core.execution import Execution
 from unimiss_core.head import Head
+from unimiss_core.layers import attend
 from unimiss_core.learner import Learner
-from unimiss_core.model import attend
 from unimiss_core.precision import FEW_ROWS, Linear, in_bf16_on_cpu
 
 

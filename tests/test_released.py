@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tests.published import SIZES, Published, needs_reference, released_shapes
+from tests.published import SIZES, Published, needs_reference, plus_shapes, released_shapes
 from unimiss_core import progress
+from unimiss_core.config import load
 from unimiss_core.errors import CheckpointError
 from unimiss_core.network import empty_network
 from unimiss_core.released import read_released, released_names
+from unimiss_core.study import ModelConfig, StudyConfig
+
+PLUS = ModelConfig(size="plus", image_size=(96, 96), volume_size=(16, 96, 96), prototypes=24, reconstruction=True)
 
 
 class Foreign:
@@ -131,13 +136,81 @@ def test_a_file_without_teacher_gives_its_student_in_both_places_and_says_so(tmp
     assert all(torch.equal(found.student[name], found.teacher[name]) for name in found.student)
 
 
-def test_a_file_of_unimiss_plus_is_known_and_refused_as_another_network(tmp_path: Path) -> None:
-    """By names and shapes of the published MiTplus: it has convolutions before its first stage."""
-    first = {"backbone.transformer.ConvBlock2D0.0.conv.weight": torch.zeros(32, 3, 3, 3)}
-    of_blocks = {f"backbone.transformer.block{i}.0.norm1.weight": torch.ones(128) for i in range(1, 5)}
-    content = {"student": {f"module.{n}": t for n, t in {**first, **of_blocks}.items()}, "teacher": {}}
-    torch.save(content, path := tmp_path / "plus.pth")
-    with pytest.raises(CheckpointError, match=r"holds MiTplus, the network of UniMiSS\+, .* import weights of UniMiSS"):
+def plus_file(folder: Path, **changes: Any) -> Path:
+    """A file as UniMiSS+ saves it: the student's names begin with `module.`, the teacher's do not."""
+    shapes = plus_shapes(PLUS)
+    content = {
+        "student": {f"module.{name}": filled(1.0, shape) for name, shape in shapes.items()},
+        "teacher": {name: filled(1.0 if "weight_g" in name else 2.0, shape) for name, shape in shapes.items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "epoch": 401,
+        "args": argparse.Namespace(arch="MiTplus", img_size3D=[16, 96, 96]),
+        "dino_loss": {"center": torch.zeros(1, 24)},
+    }
+    torch.save({**content, **changes}, path := folder / "plus.pth")
+    return path
+
+
+def test_a_file_of_unimiss_plus_is_recognised_and_every_tensor_finds_its_place(tmp_path: Path) -> None:
+    found = read_released(plus_file(tmp_path))
+    assert found.model == PLUS
+    expected = {name: parameter.shape for name, parameter in empty_network(PLUS).named_parameters()}
+    assert {name: tensor.shape for name, tensor in found.student.items()} == expected
+    assert all((tensor == 1.0).all() for tensor in found.student.values())
+    assert all((tensor == 2.0).all() for tensor in found.teacher.values())
+    names = released_names(PLUS)
+    assert len(set(names.values())) == len(names) == len(plus_shapes(PLUS)) - 1  # the gain has no place here
+
+
+def test_the_example_study_of_unimiss_plus_can_start_from_a_released_file() -> None:
+    study = load(StudyConfig, Path(__file__).parents[1] / "configs/study/unimiss_plus.yaml")
+    assert study.model == PLUS.model_copy(update={"prototypes": 65_536})
+
+
+def test_what_draws_is_turned_from_a_convolution_into_a_transposed_one(tmp_path: Path) -> None:
+    path = plus_file(tmp_path)
+    content = torch.load(path, weights_only=False)
+    kernel = torch.arange(96.0).view(3, 32, 1, 1)
+    content["student"]["module.backbone.recon_conv2D.weight"] = kernel
+    torch.save(content, path)
+    x = torch.randn(2, 32, 4, 5, generator=torch.Generator().manual_seed(0))
+    ours = F.conv_transpose2d(x, read_released(path).student["reconstruction.patch.2d.weight"])
+    torch.testing.assert_close(ours, F.conv2d(x, kernel))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("backbone.norm.weight", None, r"not the published plus model: missing backbone\.norm\.weight"),
+        ("backbone.fc.weight", torch.zeros(2), r"unexpected backbone\.fc\.weight"),
+        (
+            "backbone.DecPosEmbed3D3",
+            torch.zeros(1, 4609, 128),
+            r"is \(1, 4609, 128\), which does not fit \(4608, 128\)",
+        ),
+        ("backbone.transformer.pos_embed2D1", torch.zeros(1, 3137, 128), r"pos_embed2D1 is \(1, 3137, 128\)"),
+        ("backbone.recon_conv3D.weight", torch.zeros(2, 32, 1, 1, 1), r"recon_conv3D\.weight is \(2, 32, 1, 1, 1\)"),
+        ("backbone.TransposeConv2D2.bias", torch.full((32,), torch.nan), r"TransposeConv2D2\.bias is not finite"),
+        ("head.last_layer.weight_g", torch.full((24, 1), 2.0), "weight_g is not 1 throughout"),
+        ("head.last_layer.weight_v", None, r"has no 'head\.last_layer\.weight_v'; expected .* its projection head"),
+    ],
+)
+def test_tensors_of_unimiss_plus_that_do_not_fit_are_named(
+    tmp_path: Path, name: str, tensor: Tensor | None, message: str
+) -> None:
+    path = plus_file(tmp_path)
+    content = torch.load(path, weights_only=False)
+    content["student"].pop(f"module.{name}", None)
+    if tensor is not None:
+        content["student"][f"module.{name}"] = tensor
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        read_released(path)
+
+
+def test_what_the_authors_fine_tuned_is_told_from_what_they_pretrained(tmp_path: Path) -> None:
+    torch.save({"ConvBlock2D0.0.conv.weight": torch.zeros(32, 3, 3, 3)}, path := tmp_path / "final.pth")
+    with pytest.raises(CheckpointError, match=r"expected a dict with 'student'.*got one model's tensors alone, as the"):
         read_released(path)
 
 

@@ -56,6 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
         ("--device", "cuda:99", "cuda:99 is not on this machine"),
         ("--batch", "0", "expected a whole number above 0, got 0"),
         ("--repeats", "0", "expected a whole number above 0, got 0"),
+        ("--variant=naive", "--model=plus", "--model plus: the naive step is of MiT alone; leave --variant out"),
     ],
 )
 def test_options_that_cannot_be_met_are_told_at_once(

@@ -1,11 +1,11 @@
-"""The convolutions of MiT, each in the form that is cheapest where it runs: the same function, parameters and names.
+"""The backbones' convolutions, each in the form that is cheapest where it runs: same function, parameters and names.
 
 In bfloat16 on a CPU a matrix product reaches several times the rate of a convolution, most of all backward
 (docs/performance.md). A convolution whose stride is its kernel's size is one product: no input meets two patches.
 Elsewhere, and in any other precision, all of these are torch's own layers, bit for bit.
 
-Legend of shapes: B scans, C channels in, O channels out, S spatial axes of the input, k the kernel's size, which is the
-same along all of them, G = S // k the patches, N = prod(G).
+Legend of shapes: B scans, C channels in, O channels out, S spatial axes of the input, k the kernel's size along
+each of them, G = S // k the patches, N = prod(G).
 """
 
 from typing import Any
@@ -54,17 +54,17 @@ class EnlargingConv3d(nn.ConvTranspose3d):
         return _enlarged(x, self) if in_bf16_on_cpu(x) else super().forward(x)
 
 
-def reducing(rank: Rank, width: int, ratio: int) -> nn.Module:
-    """(B, width, *S) -> (B, width, *(S // ratio))."""
-    made: Any = {2: ReducingConv2d, 3: ReducingConv3d}[rank]
-    layer: nn.Module = made(width, width, ratio, ratio)
+def reducing(rank: Rank, width: int, ratio: int, *, depthwise: bool = False) -> nn.Module:
+    """(B, width, *S) -> (B, width, *(S // ratio)). depthwise: each channel alone, which is no product of matrices."""
+    made: Any = CONV[rank] if depthwise else {2: ReducingConv2d, 3: ReducingConv3d}[rank]
+    layer: nn.Module = made(width, width, ratio, ratio, groups=width if depthwise else 1)
     return layer
 
 
-def doubling(rank: Rank, before: int, width: int) -> nn.Module:
-    """(B, before, *S) -> (B, width, *(2 S))."""
+def enlarging(rank: Rank, before: int, width: int, factors: tuple[int, ...]) -> nn.Module:
+    """(B, before, *S) -> (B, width, *(factors S))."""
     made: Any = {2: EnlargingConv2d, 3: EnlargingConv3d}[rank]
-    layer: nn.Module = made(before, width, 2, 2)
+    layer: nn.Module = made(before, width, factors, factors)
     return layer
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unimiss_core import checkpoint
+from unimiss_core.backbone import Backbone
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.keys import SigningPublicKey
-from unimiss_core.model import MiT
 from unimiss_core.network import empty_network, load_tensors_
 from unimiss_core.study import ModelConfig
 from unimiss_core.tuned_round import require_pretraining
@@ -23,7 +23,7 @@ from unimiss_core.tuned_round import require_pretraining
 _FLOOR_SIDE = 16
 
 
-def load_encoder(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[MiT, Manifest]:
+def load_encoder(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[Backbone, Manifest]:
     """The backbone of a checkpoint's teacher, which embeds better than its student, and what the checkpoint says.
 
     key: of who must have signed it; None asks for no signature. Raises CheckpointError: no checkpoint there, damaged,
@@ -34,7 +34,7 @@ def load_encoder(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[
     return encoder_of(found.manifest.model, found.teacher), found.manifest
 
 
-def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor]) -> MiT:
+def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor]) -> Backbone:
     """The backbone of a whole network's tensors. Raises CheckpointError: they do not fit the model."""
     network = empty_network(model).to_empty(device="cpu")
     load_tensors_(network, tensors)
@@ -42,7 +42,7 @@ def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor]) -> MiT:
 
 
 @torch.inference_mode()
-def embed(encoder: MiT, scans: Tensor) -> Tensor:
+def embed(encoder: Backbone, scans: Tensor) -> Tensor:
     """scans (N, C, *S) as the plan prepares them -> features (N, width), float32, on the CPU.
 
     Raises ValueError: a shape that the encoder does not take.

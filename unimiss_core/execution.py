@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unimiss_core.model import Block, ConvBlock, MiT
+from unimiss_core.backbone import Backbone
+from unimiss_core.layers import Block, ConvBlock
 from unimiss_core.scan import Rank
 
 Precision = Literal["fp32", "bf16"]
@@ -48,22 +49,21 @@ PLAIN = Execution()
 """In float32 on the CPU, each batch as a whole."""
 
 
-def checkpoint_activations_(backbone: MiT) -> None:
+def checkpoint_activations_(backbone: Backbone) -> None:
     """Recompute the fine grids' convolution and transformer blocks in the backward pass; keep what enters them.
 
-    Four fifths of the kept bytes are of the stem, the first two stages and the last two, whose grids are fine; the
+    Four fifths of the kept bytes are of MiT's stem, its first two stages and its last two, whose grids are fine; the
     others would give little memory for their time. Nothing inside is random, so no random state is kept. A forward
     pass without gradients is as it was.
     """
-    fine = nn.ModuleList([backbone.encoder.stem, *backbone.encoder.stages[:2], *backbone.decoder.stages[-2:]])
-    for module in fine.modules():
+    for module in nn.ModuleList(backbone.fine).modules():
         if isinstance(module, ConvBlock | Block):
             module.forward = partial(  # type: ignore[method-assign]
                 checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
             )
 
 
-def compile_(backbone: MiT) -> None:
+def compile_(backbone: Backbone) -> None:
     """Compile the forward pass, when first called. One program serves all batches of a size of scan.
 
     The other axes are fixed: position tables, odd grids and the reduction of keys differ with them.
@@ -81,7 +81,7 @@ def compile_(backbone: MiT) -> None:
     backbone.forward = forward  # type: ignore[method-assign]
 
 
-def uncompile_(backbone: MiT) -> None:
+def uncompile_(backbone: Backbone) -> None:
     """Undo `compile_`."""
     del backbone.forward
 

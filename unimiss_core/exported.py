@@ -1,7 +1,7 @@
 """A model that left this program, in forms that others read, and what its `config.json` says of it.
 
     config.json         see `ExportedConfig`
-    model.safetensors   a plain state_dict, float32: of MiT, or of a task's model
+    model.safetensors   a plain state_dict, float32: of a backbone, or of a task's model
 
 `load` takes such a folder back, for whoever has this program beside torch.
 """
@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from torch import nn
 
+from unimiss_core.backbone import Backbone, backbone_of
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
-from unimiss_core.model import ARCHITECTURES, MiT
-from unimiss_core.scan import RANKS, Rank
+from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tasks import TaskModel, load_task_model
@@ -69,7 +69,7 @@ class ExportedConfig(Config):
     """File name -> sha256 of its bytes."""
 
 
-def load(folder: Path) -> tuple[MiT | TaskModel, ExportedConfig]:
+def load(folder: Path) -> tuple[Backbone | TaskModel, ExportedConfig]:
     """What `unimiss export --to safetensors` wrote, ready to be asked.
 
     Raises CheckpointError: no such folder, of another version, or its tensors were changed or are not the model's.
@@ -89,9 +89,8 @@ def load(folder: Path) -> tuple[MiT | TaskModel, ExportedConfig]:
         task = config.task
         dense = task.name == "segmentation"
         return load_task_model(config.model, task.rank, outputs=task.outputs, dense=dense, tensors=tensors), config
-    sizes: dict[Rank, tuple[int, ...]] = {2: config.model.image_size, 3: config.model.volume_size}
     with torch.device("meta"):
-        encoder = MiT(ARCHITECTURES[config.model.size], {rank: sizes[rank] for rank in RANKS})
+        encoder = backbone_of(config.model)
     _take_(encoder, tensors, folder)
     return encoder.eval(), config
 

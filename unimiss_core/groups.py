@@ -1,6 +1,6 @@
 """Which parameters a rank trains: the groups by which updates are aggregated.
 
-The model names the children of a rank switch `2d` and `3d` (`unimiss_core.model.Switched`) and its head `head`, so
+The model names the children of a rank switch `2d` and `3d` (`unimiss_core.layers.Switched`) and its head `head`, so
 a tensor's name tells its group; a test holds this against what autograd reaches.
 """
 

@@ -1,41 +1,35 @@
 """MiT, the medical transformer of UniMiSS (ECCV 2022): one forward for images and volumes.
 
 Legend of shapes: B scans, C channels, S spatial axes - (H, W) or (D, H, W) -, G the token grid (as many axes as S),
-N tokens of a grid, M keys. A sequence of tokens is (B, 1 + N, C): the class token comes first.
-
-Three things differ between 2D and 3D: patch convolution (and its transpose), position table and spatial reduction.
-Each sits in a `Switched`, whose children are named `2d` and `3d`; a tensor is used by one rank only exactly if its
-name holds that component. Everything else is shared.
+N tokens of a grid. A sequence of tokens is (B, 1 + N, C): the class token comes first.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimiss_core.convolution import GreyConv3d, GreyOrColourConv2d, doubling, reducing
-from unimiss_core.precision import Linear, in_bf16_on_cpu
-from unimiss_core.scan import RANKS, SMALLEST, Rank
-
-INSTANCE_NORM: dict[Rank, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
-    2: nn.InstanceNorm2d,
-    3: nn.InstanceNorm3d,
-}
-
-CHANNELS: dict[Rank, int] = {2: 3, 3: 1}
-"""Channels of the stem; a grey image counts as three equal ones."""
-
-STEM_STRIDE: dict[Rank, tuple[int, ...]] = {2: (2, 2), 3: (1, 2, 2)}
+from unimiss_core.convolution import enlarging
+from unimiss_core.layers import (
+    CHANNELS,
+    STEM_STRIDE,
+    Block,
+    ConvBlock,
+    Features,
+    PositionTable,
+    Stage,
+    Switched,
+    check_scans,
+)
+from unimiss_core.model_config import MiTSize
+from unimiss_core.precision import Linear
+from unimiss_core.scan import Rank
 
 HEADS = (1, 2, 4, 8)
 REDUCTIONS = (6, 4, 2, 1)
 """Attention heads and spatial reduction of keys and values, by encoder stage; the decoder goes back through them."""
-
-Size = Literal["nano", "tiny", "small"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +49,14 @@ class Architecture:
         """Features of one scan: the class token's width after the decoder."""
         return self.widths[0]
 
+    def numbers(self) -> dict[str, int | tuple[int, ...]]:
+        """All that a MiT of this size is built by."""
+        return {**asdict(self), "heads": HEADS, "reductions": REDUCTIONS}
+
 
 _PUBLISHED_WIDTHS = (48, 128, 256, 512)
 
-ARCHITECTURES: dict[Size, Architecture] = {
+ARCHITECTURES: dict[MiTSize, Architecture] = {
     "nano": Architecture(
         stem=16,
         widths=(32, 48, 64, 128),
@@ -86,22 +84,6 @@ ARCHITECTURES: dict[Size, Architecture] = {
 }
 
 
-@dataclass(frozen=True)
-class Features:
-    """What MiT knows about B scans.
-
-    class_token: (B, width), normalised: the representation that self-distillation and probes use.
-    stem_map: (B, stem, *S / stem stride), the finest that there is (1/2 of H and W, all of D).
-    encoder_maps: (B, widths[i], *G_i) of the four encoder stages, finest first (1/4 of H and W, 1/2 of D).
-    decoder_map: (B, width, *G_0), as fine as encoder_maps[0].
-    """
-
-    class_token: Tensor
-    stem_map: Tensor
-    encoder_maps: tuple[Tensor, ...]
-    decoder_map: Tensor
-
-
 class MiT(nn.Module):
     """Encoder and decoder with switchable patch embedding; the input's number of axes picks the path.
 
@@ -119,17 +101,17 @@ class MiT(nn.Module):
         self.decoder = Decoder(architecture, grids)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, *S) -> class token (B, width). The same as `features(x).class_token`, for less work.
+        """x (B, C, *S) -> class token (B, width), normalised. The same as `features(x).class_token`, for less work.
 
         C is 3 or 1 for images, 1 for volumes. Raises ValueError: a rank, channels or a size that do not fit.
         """
-        self._check(x)
+        check_scans(x, self.ranks)
         class_token: Tensor = self.decoder(*self.encoder(x), class_only=True)[0]
         return class_token
 
     def features(self, x: Tensor) -> Features:
         """x (B, C, *S) -> class token and every feature map, for segmentation and reconstruction. Errors as forward."""
-        self._check(x)
+        check_scans(x, self.ranks)
         stem_map = self.encoder.stem(x)
         class_token, maps = self.encoder.of_stem(stem_map)
         class_token, decoder_map = self.decoder(class_token, maps)
@@ -139,6 +121,27 @@ class MiT(nn.Module):
     def num_features(self) -> int:
         """Width of a token, as timm's models call it."""
         return self.architecture.width
+
+    @property
+    def map_width(self) -> int:
+        """Channels of the decoder's map."""
+        return self.architecture.width
+
+    @property
+    def cells(self) -> Mapping[Rank, tuple[int, ...]]:
+        """By rank, the voxels that a cell of the decoder's map stands for along each axis: stem and first stage have
+        shrunk them to it."""
+        return {rank: tuple(2 * stride for stride in STEM_STRIDE[rank]) for rank in self.ranks}
+
+    @property
+    def of_maps_alone(self) -> tuple[nn.Module, ...]:
+        """What only `features` runs: the class token has been through everything."""
+        return ()
+
+    @property
+    def fine(self) -> tuple[nn.Module, ...]:
+        """What works on the fine grids, where most of a forward pass's memory is kept."""
+        return self.encoder.stem, *self.encoder.stages[:2], *self.decoder.stages[-2:]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """x (B, C, *S) -> normalised tokens (B, 1 + N, width), the class token first, then the decoder's map cell by
@@ -152,17 +155,6 @@ class MiT(nn.Module):
         pre_logits: as in timm, whose classifier it leaves out; there is none here.
         """
         return tokens[:, 0]
-
-    def _check(self, x: Tensor) -> None:
-        rank = x.ndim - 2
-        if rank not in self.ranks:
-            known = " or ".join(f"{r}D (B, C, {', '.join('DHW'[-r:])})" for r in self.ranks)
-            raise ValueError(f"the model takes {known}; got a tensor of shape {tuple(x.shape)}")
-        if x.shape[1] not in {1, CHANNELS[rank]}:
-            raise ValueError(f"{rank}D input needs 1{' or 3' * (rank == 2)} channels; got {x.shape[1]}")
-        size, least = tuple(x.shape[2:]), SMALLEST[rank]
-        if any(have < need for have, need in zip(size, least, strict=True)):
-            raise ValueError(f"{rank}D input of size {size} is too small: every axis needs at least {least}")
 
 
 class Encoder(nn.Module):
@@ -220,156 +212,6 @@ class Decoder(nn.Module):
         return tokens[:, 0], tokens[:, 1:].mT.unflatten(2, x.shape[2:])
 
 
-class Stage(nn.Module):
-    """Embed a map at another resolution, add positions, run blocks over its tokens and the class token."""
-
-    def __init__(self, *, embed: nn.Module, class_token: nn.Module, position: nn.Module, blocks: list["Block"]) -> None:
-        super().__init__()
-        self.embed = embed
-        self.class_token = class_token
-        self.position = position
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(
-        self, x: Tensor, class_token: Tensor, skip: Tensor | None = None, *, class_only: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, C_before, *G_before), class_token (B, C_before) -> (B, C), (B, C, *G).
-
-        skip: the encoder's map (B, C, *G), added after the embedding. Where an odd grid was halved, doubling it
-        gives one row too many; that row is left off (the released code takes only sizes where this cannot occur).
-        """
-        x = self.embed(x)
-        if skip is not None:
-            x = _cropped(x, skip.shape[2:]) + skip
-        grid = x.shape[2:]
-        token = self.class_token(class_token)[:, None].to(x.dtype)
-        tokens = torch.cat([token, x.flatten(2).mT], dim=1) + self.position(x).to(x.dtype)
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens, grid, class_only=class_only and i == len(self.blocks) - 1)
-        if class_only:
-            return tokens[:, 0], x.new_empty((x.shape[0], tokens.shape[2], *(0 for _ in grid)))
-        class_token, cells = tokens.split([1, tokens.shape[1] - 1], dim=1)
-        return class_token.squeeze(1), cells.mT.unflatten(2, grid)
-
-
-class Switched(nn.ModuleDict):
-    """One child per rank, named `2d` and `3d`; the input's number of spatial axes picks the one that runs."""
-
-    def __init__(self, build: Callable[[Rank], nn.Module], ranks: Iterable[Rank] = RANKS) -> None:
-        super().__init__({f"{rank}d": build(rank) for rank in ranks})
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self[f"{x.ndim - 2}d"](x)
-        return y
-
-
-class ConvBlock(nn.Module):
-    """Convolution without bias, InstanceNorm, LeakyReLU: (B, C_in, *S) -> (B, C_out, *ceil(S / stride))."""
-
-    def __init__(
-        self, rank: Rank, channels_in: int, channels_out: int, kernel: int, stride: int | tuple[int, ...]
-    ) -> None:
-        super().__init__()
-        conv: Any = GreyOrColourConv2d if rank == 2 else GreyConv3d
-        self.conv = conv(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = INSTANCE_NORM[rank](channels_out, affine=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.conv(x))
-        return F.leaky_relu(y, 0.01, inplace=True)
-
-
-class PositionTable(nn.Module):
-    """A learned vector for the class token and for each cell of a grid: (1 + N, C)."""
-
-    def __init__(self, grid: tuple[int, ...], width: int) -> None:
-        super().__init__()
-        self.grid = grid
-        self.table = nn.Parameter(torch.empty(1 + math.prod(grid), width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, *G) -> (1 + N, C), resized without its class row where G is not the table's own grid.
-
-        Bicubic or trilinear, as published: the scale factor is (n + 0.1) / N per axis, and that factor, not the
-        ratio of the sizes, sets where the table is sampled. A plain resize would differ a little, and released
-        weights were trained with this one.
-        """
-        if x.shape[2:] == self.grid:
-            return self.table
-        cells = self.table[1:].mT.unflatten(1, self.grid)[None]
-        scale = [(n + 0.1) / old for n, old in zip(x.shape[2:], self.grid, strict=True)]
-        mode = "bicubic" if len(self.grid) == 2 else "trilinear"
-        resized = F.interpolate(cells, scale_factor=scale, mode=mode, align_corners=False)
-        return torch.cat([self.table[:1], resized[0].flatten(1).mT])
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(
-        self, width: int, heads: int, ratio: int, *, qkv_bias: bool, norm_eps: float, ranks: Collection[Rank]
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attention = Attention(width, heads, ratio, bias=qkv_bias, ranks=ranks)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
-
-    def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
-        """tokens (B, 1 + N, C) -> the same shape, or (B, 1, C) where only the class token's outcome is wanted."""
-        attended = self.attention(self.norm1(tokens), grid, class_only=class_only)
-        tokens = (tokens[:, :1] if class_only else tokens) + attended
-        y: Tensor = tokens + self.mlp(self.norm2(tokens))
-        return y
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose keys and values come from a spatially reduced sequence (PVT, arXiv:2102.12122).
-
-    The grid is reduced by a strided convolution of `ratio`; the class token is kept beside it.
-    """
-
-    def __init__(self, width: int, heads: int, ratio: int, *, bias: bool, ranks: Collection[Rank]) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = Linear(width, width, bias=bias)
-        self.key_value = Linear(width, 2 * width, bias=bias)
-        self.project = Linear(width, width)
-        self.reduces = ratio > 1
-        if self.reduces:
-            self.reduce = Switched(lambda rank: reducing(rank, width, ratio), ranks)
-            self.reduce_norm = nn.LayerNorm(width, eps=1e-5)
-
-    def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
-        """tokens (B, 1 + N, C) of a grid -> (B, 1 + N, C), or (B, 1, C) with the class token as only query."""
-        context = self._reduced(tokens, grid) if self.reduces else tokens
-        query = self.query(tokens[:, :1] if class_only else tokens)
-        query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key, value = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = attend(query, key, value)
-        y: Tensor = self.project(attended.transpose(1, 2).flatten(2))
-        return y
-
-    def _reduced(self, tokens: Tensor, grid: torch.Size) -> Tensor:
-        """tokens (B, 1 + N, C) -> (B, 1 + M, C) with M about N / ratio**rank."""
-        class_token, cells = tokens.split([1, tokens.shape[1] - 1], dim=1)
-        cells = self.reduce(cells.mT.unflatten(2, grid))
-        y: Tensor = self.reduce_norm(torch.cat([class_token, cells.flatten(2).mT], dim=1))
-        return y
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: query (B, heads, N, d), key and value (B, heads, M, d) -> (B, heads, N, d).
-
-    In float32 on CPUs: few keys are left after reduction, and there the fused kernel's backward takes 3 to 10 times as
-    long in bfloat16, while plain products take as long and half a megabyte for each shape (docs/performance.md).
-    """
-    if in_bf16_on_cpu(query):
-        with torch.autocast("cpu", enabled=False):
-            return attend(query.float(), key.float(), value.float()).to(torch.bfloat16)
-    return F.scaled_dot_product_attention(query, key, value)
-
-
 def token_grids(size: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Input size S -> the grids of the four encoder stages, finest first; the stem halves H and W, a stage all axes."""
     rank: Rank = 2 if len(size) == 2 else 3
@@ -379,13 +221,6 @@ def token_grids(size: tuple[int, ...]) -> list[tuple[int, ...]]:
         grid = tuple(math.ceil(n / 2) for n in grid)
         grids.append(grid)
     return grids
-
-
-def _cropped(x: Tensor, grid: torch.Size) -> Tensor:
-    """x (B, C, *G) without what lies beyond `grid` at the end of each axis."""
-    for axis, n in enumerate(grid, start=2):
-        x = x.narrow(axis, 0, n)
-    return x
 
 
 def _encoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank, tuple[int, ...]]) -> Stage:
@@ -399,7 +234,7 @@ def _encoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank
 
 def _decoder_stage(i: int, before: int, width: int, depth: int, grids: dict[Rank, tuple[int, ...]]) -> Stage:
     return Stage(
-        embed=Switched(lambda rank: doubling(rank, before, width), grids),
+        embed=Switched(lambda rank: enlarging(rank, before, width, (2,) * rank), grids),
         class_token=Linear(before, width),
         position=Switched(lambda rank: PositionTable(grids[rank], width), grids),
         blocks=[

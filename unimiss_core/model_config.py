@@ -1,6 +1,6 @@
 """Which network is trained: its sizes, which everything that holds its weights must state."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -22,13 +22,19 @@ VolumeSize = Annotated[tuple[Axis, Axis, Axis], AfterValidator(_large_enough)]
 """(D, H, W) that the network takes."""
 
 
-class ModelConfig(Config):
-    """Which MiT is trained; see `unimiss_core.model` for the architecture."""
+MiTSize = Literal["nano", "tiny", "small"]
+PlusSize = Literal["plus_nano", "plus"]
+AnySize = Literal[MiTSize, PlusSize]
 
-    size: Literal["nano", "tiny", "small"] = "nano"
-    """nano is for laptops and tests; tiny and small are as published."""
+
+class ModelConfig(Config):
+    """Which network is trained; see `unimiss_core.backbone` for the architectures."""
+
+    size: AnySize = "nano"
+    """nano, tiny and small are MiT, the network of UniMiSS; plus_nano and plus are MiTplus, that of UniMiSS+. The nanos
+    are for laptops and tests, the others are as published."""
     image_size: ImageSize = (64, 64)
-    """(H, W) that the 2D position tables are made for; published: (224, 224)."""
+    """(H, W) that the 2D position tables are made for; published: (224, 224), of plus (96, 96)."""
     volume_size: VolumeSize = (16, 64, 64)
     """(D, H, W) that the 3D position tables are made for; published: (16, 96, 96)."""
     prototypes: Annotated[int, Field(ge=2, le=2**20)] = 512
@@ -36,3 +42,12 @@ class ModelConfig(Config):
     reconstruction: Annotated[bool, Field(exclude_if=lambda on: not on)] = False
     """Whether the network can draw its input again, as the objective `unimiss_plus` asks for. Not written out where it
     is off, so that studies and checkpoints older than this setting keep their digests."""
+
+    @property
+    def is_plus(self) -> bool:
+        return self.size in get_args(PlusSize)
+
+    @property
+    def network(self) -> str:
+        """As its authors call it."""
+        return "MiTplus" if self.is_plus else "MiT"

@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from unimiss_core.backbone import Backbone, architecture_of, backbone_of
 from unimiss_core.errors import CheckpointError
 from unimiss_core.head import Head, Prototypes
-from unimiss_core.model import ARCHITECTURES, MiT, PositionTable
+from unimiss_core.layers import PositionTable
 from unimiss_core.reconstruction import Reconstruction
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import ModelConfig
@@ -20,7 +21,7 @@ class Network(nn.Module):
     reconstruction: draws the input again (`reconstruction.*`); only where the study's objective asks for it.
     """
 
-    def __init__(self, backbone: MiT, head: Head, reconstruction: Reconstruction | None = None) -> None:
+    def __init__(self, backbone: Backbone, head: Head, reconstruction: Reconstruction | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -67,12 +68,11 @@ def build_network(config: ModelConfig, *, seed: int, ranks: Collection[Rank] = R
 
 def empty_network(config: ModelConfig, *, ranks: Collection[Rank] = RANKS) -> Network:
     """The network on torch's meta device: names and shapes without values, memory or time."""
-    architecture = ARCHITECTURES[config.size]
-    sizes: dict[Rank, tuple[int, ...]] = {2: config.image_size, 3: config.volume_size}
+    architecture = architecture_of(config)
     with torch.device("meta"):
-        backbone = MiT(architecture, {rank: sizes[rank] for rank in sorted(ranks)})
+        backbone = backbone_of(config, ranks)
         head = Head(architecture.width, architecture.head_hidden, architecture.bottleneck, config.prototypes)
-        reconstruction = Reconstruction(architecture.width, backbone.ranks) if config.reconstruction else None
+        reconstruction = Reconstruction(backbone.map_width, backbone.cells) if config.reconstruction else None
         return Network(backbone, head, reconstruction)
 
 

@@ -389,6 +389,11 @@ def _of_objective(study: StudyConfig) -> Iterator[str]:
             f"the objective {study.objective.name} {'needs' if needed else 'never trains'} the model's "
             f"reconstruction; write model.reconstruction: {'true' if needed else 'false'}"
         )
+    if study.model.is_plus and study.finetune is None and not needed:
+        yield (
+            f"the objective {study.objective.name} never trains the decoder of model.size: {study.model.size}, which "
+            "only draws; write objective: {name: unimiss_plus}, or another size"
+        )
     depth, slices = study.views.volume_size[0], getattr(study.objective, "slices_per_volume", None)
     if slices is not None and slices > depth:
         yield f"objective.slices_per_volume={slices} must not be above views.volume_size[0]={depth}, a view's slices"

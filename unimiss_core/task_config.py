@@ -12,7 +12,7 @@ from unimiss_core.scan import SMALLEST, Rank
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Trains = Literal["linear_probe", "frozen", "full"]
-"""What of a model is trained: its new head alone; all but the encoder (the head and MiT's own decoder); everything."""
+"""What of a model is trained: its new head alone; all but the encoder (head and decoder); everything."""
 
 MOST_CLASSES = 256
 

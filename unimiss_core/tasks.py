@@ -1,4 +1,4 @@
-"""MiT with a head for a doctor's task: a class for a scan, or one for each of its voxels.
+"""A backbone with a head for a doctor's task: a class for a scan, or one for each of its voxels.
 
 Legend of shapes: B scans, C channels, S spatial axes - (H, W) or (D, H, W) -, G the decoder's grid, K outputs.
 
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unimiss_core.backbone import Backbone, backbone_of
 from unimiss_core.convolution import CONV, CONV_TRANSPOSED
 from unimiss_core.errors import CheckpointError
 from unimiss_core.head import at_least_float32
-from unimiss_core.model import ARCHITECTURES, CHANNELS, STEM_STRIDE, ConvBlock, MiT
+from unimiss_core.layers import CHANNELS, STEM_STRIDE, ConvBlock
+from unimiss_core.model import MiT
 from unimiss_core.model_config import ModelConfig
 from unimiss_core.network import initialise_
 from unimiss_core.scan import Rank
@@ -29,7 +31,7 @@ FULL_WIDTH = 16
 class TaskModel(nn.Module):
     """A backbone (`backbone.*`) and what makes an answer of its features (`head.*`)."""
 
-    def __init__(self, backbone: MiT, head: "Classifier | Segmenter") -> None:
+    def __init__(self, backbone: Backbone, head: "Classifier | Segmenter | FineSegmenter") -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -44,14 +46,14 @@ class TaskModel(nn.Module):
 
 
 class Classifier(nn.Module):
-    """One linear layer on the normalised class token."""
+    """One linear layer on the class token."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
         self.outputs = outputs
         self.linear = nn.Linear(width, outputs)
 
-    def forward(self, backbone: MiT, x: Tensor) -> Tensor:
+    def forward(self, backbone: Backbone, x: Tensor) -> Tensor:
         """x (B, C, *S) -> (B, K)."""
         logits: Tensor = self.linear(backbone(x))
         return logits
@@ -76,12 +78,26 @@ class Segmenter(nn.Module):
         self.at_full = ConvBlock(rank, FULL_WIDTH, FULL_WIDTH, 3, 1)
         self.classes = CONV[rank](FULL_WIDTH, outputs, 1)
 
-    def forward(self, backbone: MiT, x: Tensor) -> Tensor:
+    def forward(self, backbone: Backbone, x: Tensor) -> Tensor:
         """x (B, C, *S) -> (B, K, *S)."""
         found = backbone.features(x)
         fine = self.at_stem(_onto(self.to_stem(found.decoder_map), found.stem_map))
         fine = self.at_full(_onto(self.to_full(fine), self.input(x)))
         logits: Tensor = self.classes(fine)
+        return logits
+
+
+class FineSegmenter(nn.Module):
+    """A 1x1 convolution of a map that is as fine as the scan, as the authors of MiTplus put it on their decoder."""
+
+    def __init__(self, rank: Rank, *, width: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.classes = CONV[rank](width, outputs, 1)
+
+    def forward(self, backbone: Backbone, x: Tensor) -> Tensor:
+        """x (B, C, *S) -> (B, K, *S)."""
+        logits: Tensor = self.classes(backbone.features(x).decoder_map)
         return logits
 
 
@@ -135,15 +151,16 @@ def load_task_model(
 
 def empty_task_model(model: ModelConfig, rank: Rank, *, outputs: int, dense: bool) -> TaskModel:
     """A task's model on torch's meta device: names and shapes without values, memory or time."""
-    architecture = ARCHITECTURES[model.size]
-    size = model.image_size if rank == 2 else model.volume_size
     with torch.device("meta"):
-        head = (
-            Segmenter(rank, width=architecture.width, stem=architecture.stem, outputs=outputs)
-            if dense
-            else Classifier(architecture.width, outputs)
-        )
-        return TaskModel(MiT(architecture, {rank: size}), head)
+        backbone = backbone_of(model, {rank})
+        head = _segmenter(backbone, rank, outputs) if dense else Classifier(backbone.num_features, outputs)
+        return TaskModel(backbone, head)
+
+
+def _segmenter(backbone: Backbone, rank: Rank, outputs: int) -> Segmenter | FineSegmenter:
+    if isinstance(backbone, MiT):
+        return Segmenter(rank, width=backbone.map_width, stem=backbone.architecture.stem, outputs=outputs)
+    return FineSegmenter(rank, width=backbone.map_width, outputs=outputs)
 
 
 def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> None:
@@ -161,22 +178,31 @@ def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> No
 
 
 def freeze_(model: TaskModel, trains: Trains) -> None:
-    """Let gradients reach only what `trains` names."""
+    """Let gradients reach only what `trains` names, and of that only what the answer hangs on."""
     model.requires_grad_(True)
+    for module in _unread(model):
+        module.requires_grad_(False)
     if trains == "linear_probe":
         model.backbone.requires_grad_(False)
     elif trains == "frozen":
         model.backbone.encoder.requires_grad_(False)
 
 
+def _unread(model: TaskModel) -> tuple[nn.Module, ...]:
+    """What of the backbone has no part in the answer; it is kept for whoever goes on to a mask."""
+    return model.backbone.of_maps_alone if isinstance(model.head, Classifier) else ()
+
+
 def layers_of(model: TaskModel) -> dict[str, int]:
     """Parameter -> its layer, from 0 at the input; the head's is the highest.
 
     A layer is what lies between two changes of resolution: the stem with the class token's beginning, four encoder
-    stages, three decoder stages (the last with the final norm), the head.
+    stages, three decoder stages (the last with all that follows it), the head. A decoder that has no part in the
+    answer makes none: the head's is then next to the encoder's last.
     """
     encoder_stages = len(model.backbone.encoder.stages)
-    top = encoder_stages + len(model.backbone.decoder.stages)
+    reads_decoder = model.backbone.decoder not in _unread(model)
+    top = encoder_stages + (len(model.backbone.decoder.stages) if reads_decoder else 0)
 
     def layer(name: str) -> int:
         part, *below = name.split(".")
@@ -184,7 +210,7 @@ def layers_of(model: TaskModel) -> dict[str, int]:
             return top + 1
         coder, what, *rest = below
         if what == "stages":
-            return 1 + int(rest[0]) + (encoder_stages if coder == "decoder" else 0)
+            return min(top, 1 + int(rest[0]) + (encoder_stages if coder == "decoder" else 0))
         return 0 if coder == "encoder" else top
 
     return {name: layer(name) for name, _ in model.named_parameters()}

@@ -1,0 +1,32 @@
+"""The one place that knows which network a model's size stands for; all else takes any backbone.
+
+A backbone, of UniMiSS or of UniMiSS+, gives of scans (B, C, *S) one class token each (`forward`), and that with all
+its maps (`features`). Its parameters say what they are of: `encoder.*`, `decoder.*`, and below them `2d` or `3d` where
+they are of one rank.
+"""
+
+from collections.abc import Collection
+
+from unimiss_core.mit_plus import PLUS_ARCHITECTURES, MiTPlus, PlusArchitecture
+from unimiss_core.model import ARCHITECTURES, Architecture, MiT
+from unimiss_core.model_config import ModelConfig
+from unimiss_core.scan import RANKS, Rank
+
+Backbone = MiT | MiTPlus
+
+
+def architecture_of(model: ModelConfig) -> Architecture | PlusArchitecture:
+    """The numbers that the model's size stands for."""
+    if model.size == "plus" or model.size == "plus_nano":
+        return PLUS_ARCHITECTURES[model.size]
+    return ARCHITECTURES[model.size]
+
+
+def backbone_of(model: ModelConfig, ranks: Collection[Rank] = RANKS) -> Backbone:
+    """The backbone of this model, with the tensors of these ranks, on the device that torch makes tensors on."""
+    sizes: dict[Rank, tuple[int, ...]] = {2: model.image_size, 3: model.volume_size}
+    needed = {rank: sizes[rank] for rank in sorted(ranks)}
+    architecture = architecture_of(model)
+    if isinstance(architecture, PlusArchitecture):
+        return MiTPlus(architecture, needed)
+    return MiT(architecture, needed)
