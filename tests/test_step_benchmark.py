@@ -95,7 +95,11 @@ def test_the_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_measures_the_other_objective(tmp_path: Path) -> None:
-    (naive, whole, in_parts), _ = results_of(tmp_path / "step.json", "--rank", "3", "--objective", "unimiss_plus")
+    (naive, whole, in_turn, in_parts), _ = results_of(
+        tmp_path / "step.json", "--rank", "3", "--objective", "unimiss_plus"
+    )
     assert (naive["case"]["objective"], whole["case"]["objective"]) == ("unimiss", "unimiss_plus")
     assert whole["first_loss"] != pytest.approx(naive["first_loss"], rel=1e-2)
-    assert in_parts["first_loss"] == pytest.approx(whole["first_loss"], rel=1e-4)
+    assert [in_turn["case"]["switches"][name] for name in ("views_in_turn", "recompute")] == [True, False]
+    others = [in_turn["first_loss"], in_parts["first_loss"]]
+    assert others == pytest.approx([whole["first_loss"]] * 2, rel=1e-4)
