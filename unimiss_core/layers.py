@@ -137,14 +137,16 @@ class PositionTable(nn.Module):
 
         Bicubic or trilinear, as published: the scale factor is (n + 0.1) / N per axis, and that factor, not the
         ratio of the sizes, sets where the table is sampled. A plain resize would differ a little, and released
-        weights were trained with this one.
+        weights were trained with this one. An axis of a volume that keeps its length keeps its rows, whatever the
+        factor: torch has it so on a CPU, but not where it is compiled, so it is said.
         """
         if x.shape[2:] == self.grid:
             return self.table
         class_row, rows = self.table.tensor_split([self.class_rows])
         cells = rows.mT.unflatten(1, self.grid)[None]
-        scale = [(n + 0.1) / old for n, old in zip(x.shape[2:], self.grid, strict=True)]
-        mode = "bicubic" if len(self.grid) == 2 else "trilinear"
+        is_volume, lengths = len(self.grid) == 3, zip(x.shape[2:], self.grid, strict=True)
+        scale = [1.0 if is_volume and n == old else (n + 0.1) / old for n, old in lengths]
+        mode = "trilinear" if is_volume else "bicubic"
         resized = F.interpolate(cells, scale_factor=scale, mode=mode, align_corners=False)
         return torch.cat([class_row, resized[0].flatten(1).mT])
 
