@@ -1,4 +1,4 @@
-"""What a task begins with: a checkpoint of ours, a released file, or nothing at all."""
+"""What a task begins with, or what is asked about scans: a checkpoint of ours, a released file, or nothing at all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +10,16 @@ from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.backbone import Backbone
 from unimiss_core.embedding import encoder_of
+from unimiss_core.errors import ScanError
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.network import build_network, tensors_of
+from unimiss_core.plan import prepare
 from unimiss_core.released import read_released
-from unimiss_core.scan import Rank
+from unimiss_core.scan import Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tuned_round import rank_of_task, require_pretraining, require_unsigned, task_of
+from unimiss_core.views import whole
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,17 @@ class Beginning:
         return self.task is not None and _without_size(self.task) == _without_size(task)
 
     def encoder(self) -> Backbone:
-        """On the CPU; from scratch the random one."""
-        return self.random_encoder() if self.tensors is None else encoder_of(self.model, self.tensors)
+        """On the CPU; from scratch the random one. A task's knows scans of `rank` alone."""
+        return self.random_encoder() if self.tensors is None else encoder_of(self.model, self.tensors, self.rank)
+
+    def seen_whole(self, scan: Scan) -> Tensor:
+        """(C, *S) as the encoder takes it: prepared by the plan, and resized as a whole. Raises ScanError."""
+        if self.rank not in {None, scan.rank}:
+            raise ScanError("other_rank")
+        values, _ = prepare(scan, self.plan)
+        if self.task is not None:
+            return whole(values, self.task.size_for(self.model))
+        return whole(values, self.model.image_size if scan.rank == 2 else self.model.volume_size)
 
     def random_encoder(self, seed: int = 0) -> Backbone:
         """What an encoder of these sizes is before it has seen a scan."""

@@ -1,4 +1,4 @@
-"""`unimiss embed`: what a pretrained encoder says about scans, one feature vector for each."""
+"""`unimiss embed`: what an encoder says about scans, one feature vector for each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,19 +10,17 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from client.beginning import Beginning, begin
 from client.feature_files import Labels, check_ending, feature_file
+from client.finetune_config import FromCheckpoint
 from client.outputs import check_file
 from client.reading import Reading
 from unimiss_core import progress
 from unimiss_core.backbone import Backbone
-from unimiss_core.checkpoint import Manifest
 from unimiss_core.device import device_of, is_out_of_memory
-from unimiss_core.embedding import embed, load_encoder
+from unimiss_core.embedding import embed
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
-from unimiss_core.keys import read_signing_public_key
-from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality
-from unimiss_core.views import whole
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,24 @@ def embed_input(
     key: Path | None = None,
     modality: Modality | None = None,
 ) -> None:
-    """Write what the checkpoint's teacher says about every scan of `source` to the file `out`.
+    """Write what the checkpoint's teacher, or a fine-tuned model's encoder, says about every scan of `source` to `out`.
 
     source: an .npy array (N, C, *S), taken as it is; or a folder of scans of any rank, or one file, each prepared by
         the checkpoint's plan and seen whole. What cannot be read is left out.
     out: .npz or .parquet (`client.feature_files`): features, the rank of each scan and, but of an array, its key
         (`client.reading`); with `show_paths` also its first file below the folder, to join labels by. Rows stand in the
         array's order, or in that of `client.reading`.
+        A fine-tuned model takes scans of its task's rank, and leaves the others out.
     key: the public key that must have signed the checkpoint. modality: of files that do not say it.
     Raises ConfigError, CheckpointError, NoUsableScanError.
     """
-    encoder, manifest = load_encoder(checkpoint, key=read_signing_public_key(key) if key else None)
+    beginning = begin(FromCheckpoint(folder=checkpoint, key=key))
+    encoder = beginning.encoder()
     encoder.to(device_of(device))
     check_ending(out)
     check_file("--out", out)
     is_array = source.suffix == ".npy"
-    scans = _array_scans(source) if is_array else _read_scans(source, manifest, modality, show_paths=show_paths)
+    scans = _array_scans(source) if is_array else _read_scans(source, beginning, modality, show_paths=show_paths)
     try:
         count, width = _write(out, encoder, _batches(scans, batch))
     except OSError as error:
@@ -136,19 +136,20 @@ def _opened(path: Path) -> NDArray[Any]:
         raise ConfigError(f"{path}: is not an .npy array of numbers, as numpy.save writes it") from None
 
 
-def _read_scans(path: Path, manifest: Manifest, modality: Modality | None, *, show_paths: bool) -> Iterator[_Prepared]:
+def _read_scans(
+    path: Path, beginning: Beginning, modality: Modality | None, *, show_paths: bool
+) -> Iterator[_Prepared]:
     if not path.exists():
         raise ConfigError(f"{path}: is neither an .npy file nor a folder of scans")
-    reading = Reading.of_path(path, manifest.plan, modality)
+    reading = Reading.of_path(path, beginning.plan, modality)
     for number, (origin, scan) in enumerate(reading, start=1):
         try:
-            values, _ = prepare(scan, manifest.plan)
+            values = beginning.seen_whole(scan)
         except ScanError as error:
             reading.leave_out(origin, error.reason)
         else:
-            size = manifest.model.image_size if scan.rank == 2 else manifest.model.volume_size
             names = (("key", origin.key), *((("file", origin.files[0]),) if show_paths else ()))
-            yield _Prepared(whole(values, size).numpy(), names)
+            yield _Prepared(values.numpy(), names)
         progress.report(progress.StepDone("scans", number, len(reading), None))
     reading.explain()
 

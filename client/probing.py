@@ -23,7 +23,7 @@ from client import merit
 from client.beginning import Beginning, begin
 from client.finetune_config import FromScratch, init_from, signed_by
 from client.outputs import check_file
-from client.probe_sources import Known, Source
+from client.probe_sources import Source
 from client.reasons import REASONS
 from unimiss_core import durable, progress
 from unimiss_core.backbone import Backbone
@@ -31,11 +31,9 @@ from unimiss_core.config import load
 from unimiss_core.device import device_of
 from unimiss_core.embedding import bare_pixels, embed
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
-from unimiss_core.plan import prepare
 from unimiss_core.probe import Probe, neighbours, probe
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
-from unimiss_core.views import whole
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.float32]
@@ -107,13 +105,7 @@ def _beginning(checkpoint: str, study: Path | None, key: Path | None) -> Beginni
     init = init_from(checkpoint, FromScratch() if asked is None else FromScratch(model=asked.model))
     if asked is not None and not isinstance(init, FromScratch):
         raise ConfigError("--study: says what 'scratch' is; a checkpoint knows its model and plan itself")
-    beginning = begin(signed_by(key, init) if key else init, None if asked is None else asked.plan)
-    if beginning.rank is not None:
-        raise ConfigError(
-            f"{checkpoint}: was fine-tuned, and knows scans of rank {beginning.rank} alone; a probe asks an encoder of "
-            "pretraining. What a fine-tuned model is worth, its figures say, or a classification's `unimiss predict`"
-        )
-    return beginning
+    return begin(signed_by(key, init) if key else init, None if asked is None else asked.plan)
 
 
 # ---------------------------------------------------------------------------------------------------------- features
@@ -129,7 +121,7 @@ def _look(
     for known in source.scans(beginning.plan):
         rank = known.scan.rank
         try:
-            x = _seen_whole(known, beginning)
+            x = beginning.seen_whole(known.scan).numpy()
         except ScanError as error:
             left_out[error.reason] += 1
             continue
@@ -149,13 +141,6 @@ def _look(
             "--data: holds no labelled scan that can be used; notes above say why, if there was any"
         )
     return seen
-
-
-def _seen_whole(known: Known, beginning: Beginning) -> NDArray[np.float32]:
-    """(C, *S) as the encoder takes it. Raises ScanError."""
-    values, _ = prepare(known.scan, beginning.plan)
-    model = beginning.model
-    return whole(values, model.image_size if known.scan.rank == 2 else model.volume_size).numpy()
 
 
 def _embed(

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from client import research_command
+from client.beginning import begin
+from client.finetune_config import FromCheckpoint
 from server import server_command
 from server.artefacts import read_artefacts
 from server.coordinator_config import CoordinatorConfig
@@ -26,7 +28,6 @@ from server.run_folder import RunFolder
 from tests.federation import StubSite, saved_checkpoint, small_study, stub_app
 from tests.test_certificates import NOW
 from unimiss_core import checkpoint, keys
-from unimiss_core.embedding import load_encoder
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.study import StudyConfig
 
@@ -70,14 +71,13 @@ def test_each_reader_takes_what_the_key_signed(tmp_path: Path) -> None:
     assert checkpoint.load(folder, to_resume=True, key=key).server_json == "{}"
     assert checkpoint.read_manifest(folder, key=key).round == 7
     assert checkpoint.verify(folder, key=key)[1] == frozenset()
-    assert load_encoder(folder, key=key)[1].round == 7
 
 
 def test_other_weights_with_digests_that_fit_are_told_by_the_key_alone(tmp_path: Path) -> None:
     folder = save(tmp_path / "c")
     put_in_other_weights(folder)
     checkpoint.load(folder)  # digests alone do not show it
-    for read in (checkpoint.load, checkpoint.read_manifest, checkpoint.verify, load_encoder):
+    for read in (checkpoint.load, checkpoint.read_manifest, checkpoint.verify):
         with pytest.raises(CheckpointError, match=r"was changed after it was signed"):
             read(folder, key=KEY.public_key())  # type: ignore[operator]
 
@@ -242,7 +242,7 @@ def test_what_is_handed_on_is_verified_by_the_coordinators_key_and_holds_nothing
     newest = RunFolder(home.run("toy")).checkpoint_of(2)
     for name in weights:
         assert (tmp_path / "out" / name).read_bytes() == (newest / name).read_bytes()
-    teacher = load_encoder(tmp_path / "out", key=keys.read_signing_public_key(key))[0].state_dict()
+    teacher = begin(FromCheckpoint(folder=tmp_path / "out", key=key)).encoder().state_dict()
     held = checkpoint.load(newest).teacher
     assert all(torch.equal(tensor, held[f"backbone.{name}"]) for name, tensor in teacher.items())
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 
+from client.beginning import begin
+from client.finetune_config import FromCheckpoint
 from server.simulate_command import INTERRUPTED, main
 from unimiss_core import checkpoint
-from unimiss_core.embedding import load_encoder
 
 STUDY = {
     "name": "toy",
@@ -137,7 +138,7 @@ def test_the_second_objective_trains_a_federation_by_configuration_alone(
     assert all(not torch.equal(before.student[name], after.student[name]) for name in drawn)
     assert all(not torch.equal(before.teacher[name], after.teacher[name]) for name in drawn)
     assert manifest.model.reconstruction
-    encoder, _ = load_encoder(out / "checkpoints" / "round-0002")
+    encoder = begin(FromCheckpoint(folder=out / "checkpoints" / "round-0002")).encoder()
     assert not [name for name, _ in encoder.named_parameters() if "reconstruction" in name]
     mean = re.search(r"round 2 of 2: .* ct-site ([0-9.]+)", capsys.readouterr().out)
     losses = rows(out)[1]["sites"]["ct-site"]["losses"]

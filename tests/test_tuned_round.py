@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from client.beginning import begin
 from client.finetune import task_model
 from client.finetune_config import FromCheckpoint, init_from, load_finetune
+from client.nifti import write_nifti
+from client.pictures import read_picture
 from client.research_command import main
 from server.run_folder import RunFolder
 from server.task_release import release_model
@@ -24,10 +27,13 @@ from unimiss_core import checkpoint, exported, task_checkpoint
 from unimiss_core.config import dump_yaml
 from unimiss_core.groups import group_of
 from unimiss_core.keys import SigningKey, new_signing_key, public_line
-from unimiss_core.network import tensors_of
+from unimiss_core.network import below, load_tensors_, tensors_of
+from unimiss_core.plan import prepare
+from unimiss_core.scan import Scan
 from unimiss_core.students import build_student
 from unimiss_core.study import StudyConfig
 from unimiss_core.tuned_round import load_tuned
+from unimiss_core.views import whole
 
 CLASSES = ["fine", "coarse"]
 
@@ -156,6 +162,39 @@ def test_a_bundle_of_a_round_holds_a_model_that_loads(tmp_path: Path) -> None:
     assert (manifest.epoch, manifest.trained_in, manifest.began_with) == (2, "rounds", "unknown")
 
 
+@pytest.mark.parametrize("head", ["shared", "local"])
+def test_the_encoder_of_a_round_embeds_scans_of_its_tasks_rank_and_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    folder, out = rounds(tmp_path / "run", study_of(head)), tmp_path / "features.npz"
+    (scans := tmp_path / "scans").mkdir()
+    pictures(scans)
+    voxels = np.random.default_rng(0).random((1, 24, 40, 40), dtype=np.float32)
+    write_nifti(scans / "volume.nii", Scan(voxels, (3.0, 1.0, 1.0), "MR", np.diag([1.0, 1.0, 3.0, 1.0])))
+    assert main(["embed", str(folder), str(scans / "pictures" / "secret0.png"), "--out", str(out)]) == 0
+    study, pixels = study_of(head), read_picture(scans / "pictures" / "secret0.png", "XR")
+    size = (40, 44) if head == "shared" else (64, 64)  # which task a head at the sites answers, the round does not tell
+    backbone = build_student(study).backbone
+    load_tensors_(backbone, below("backbone.", checkpoint.load(folder).student))
+    expected = backbone(whole(prepare(pixels, study.plan)[0], size)[None]).detach()
+    np.testing.assert_allclose(np.load(out)["features"], expected, atol=1e-5)
+    assert main(["embed", str(folder), str(scans), "--out", str(tmp_path / "all.npz")]) == 0
+    assert list(np.load(tmp_path / "all.npz")["ranks"]) == [2] * 30
+    assert "a volume where images are" in capsys.readouterr().err
+
+
+def test_the_encoder_of_a_round_is_probed_beside_the_random_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = rounds(tmp_path / "run", study_of())
+    pictures(tmp_path)
+    table = ["--data", str(tmp_path / "t.csv"), "--root", str(tmp_path / "pictures")]
+    assert main(["probe", str(folder), *table]) == 0
+    said = capsys.readouterr().out
+    assert "30 images of 30 patients" in said
+    assert "this minus random" in said
+
+
 def test_what_a_round_cannot_be_used_for_is_told_in_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,9 +211,6 @@ def test_what_a_round_cannot_be_used_for_is_told_in_one_message(
     refused(["predict", str(local), *asked], "its federation leaves heads at their sites", 4)
     refused(["export", str(local), "--to", "onnx", *asked[1:]], "its federation leaves heads at their sites", 4)
     refused(["export", str(shared), "--to", "safetensors", "--student", *asked[1:]], "leave --student out", 2)
-    of_scans = [str(shared), str(tmp_path / "scans"), "--out", str(tmp_path / "f.npz")]
-    refused(["embed", *of_scans], "is of a federation that fine-tuned, and knows images alone", 4)
-    refused(["probe", str(shared), "--data", str(tmp_path / "scans")], "a probe asks an encoder of pretraining", 2)
     volumes = {"name": "segmentation", "rank": 3, "classes": ["ball"]}
     path = write_config(tmp_path, task=volumes, data={"name": "msd", "folder": "."})
     refused(["finetune", str(path), "--init", str(shared)], "init: was fine-tuned for scans of rank 2", 2)

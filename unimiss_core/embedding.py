@@ -1,10 +1,9 @@
-"""What a pretrained encoder says about scans: one feature vector for each, without training.
+"""What an encoder says about scans: one feature vector for each, without training.
 
 Legend of shapes: N scans, C channels, S spatial axes - (H, W) or (D, H, W).
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,33 +11,28 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unimiss_core import checkpoint
-from unimiss_core.backbone import Backbone
-from unimiss_core.checkpoint import Manifest
-from unimiss_core.keys import SigningPublicKey
-from unimiss_core.network import empty_network, load_tensors_
+from unimiss_core.backbone import Backbone, backbone_of
+from unimiss_core.network import below, empty_network, load_tensors_
+from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig
-from unimiss_core.tuned_round import require_pretraining
 
 _FLOOR_SIDE = 16
 
 
-def load_encoder(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[Backbone, Manifest]:
-    """The backbone of a checkpoint's teacher, which embeds better than its student, and what the checkpoint says.
+def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor], rank: Rank | None = None) -> Backbone:
+    """The backbone of a whole network's tensors, or of a task's model, which is of one rank.
 
-    key: of who must have signed it; None asks for no signature. Raises CheckpointError: no checkpoint there, damaged,
-    not signed by that key, of a task, or of another model than its manifest says.
+    Raises CheckpointError: they do not fit the model.
     """
-    found = checkpoint.load(folder, key=key)
-    require_pretraining(folder, found.manifest)
-    return encoder_of(found.manifest.model, found.teacher), found.manifest
-
-
-def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor]) -> Backbone:
-    """The backbone of a whole network's tensors. Raises CheckpointError: they do not fit the model."""
-    network = empty_network(model).to_empty(device="cpu")
-    load_tensors_(network, tensors)
-    return network.backbone.eval().requires_grad_(False)
+    if rank is None:
+        network = empty_network(model).to_empty(device="cpu")
+        load_tensors_(network, tensors)
+        backbone = network.backbone
+    else:
+        with torch.device("meta"):
+            backbone = backbone_of(model, {rank})
+        load_tensors_(backbone.to_empty(device="cpu"), below("backbone.", tensors))
+    return backbone.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
