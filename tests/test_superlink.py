@@ -19,7 +19,12 @@ import httpx
 import pytest
 import yaml
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    RegisterNodeFleetRequest,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -249,7 +254,10 @@ def test_a_front_that_is_killed_is_back_soon(coordinator: Coordinator) -> None:
 
     def answers() -> bool:
         try:
-            beta.client.ActivateNode(ActivateNodeRequest(public_key=beta.public, heartbeat_interval=30.0))
+            node = beta.client.ActivateNode(
+                ActivateNodeRequest(public_key=beta.public, heartbeat_interval=30.0)
+            ).node_id
+            beta.client.DeactivateNode(DeactivateNodeRequest(node_id=node))  # or the next run would wait for it
         except httpx.HTTPError:
             return False
         return True
