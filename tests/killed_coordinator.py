@@ -20,6 +20,7 @@ import torch
 
 import server.exchange
 import server.roster
+from server import loops
 from server.coordinator_config import CoordinatorConfig
 from server.local_grid import LocalGrid
 from server.rounds import Federation
@@ -37,6 +38,7 @@ def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     server.exchange.POLL_S = server.roster.POLL_S = server.roster.LONGEST_POLL_S = 0.002
     build_network(STUDY.model, seed=0)  # it imports more of torch
+    loops.extent(torch.zeros(1))  # and this of Numba, a second each time
     chance = random.Random(seed)
     began = time.monotonic()
     assert _run(folder / "unbroken", kill_after_s=None)

@@ -19,7 +19,12 @@ import httpx
 import pytest
 import yaml
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    RegisterNodeFleetRequest,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -249,7 +254,10 @@ def test_a_front_that_is_killed_is_back_soon(coordinator: Coordinator) -> None:
 
     def answers() -> bool:
         try:
-            beta.client.ActivateNode(ActivateNodeRequest(public_key=beta.public, heartbeat_interval=30.0))
+            node = beta.client.ActivateNode(
+                ActivateNodeRequest(public_key=beta.public, heartbeat_interval=30.0)
+            ).node_id
+            beta.client.DeactivateNode(DeactivateNodeRequest(node_id=node))  # or the next run would wait for it
         except httpx.HTTPError:
             return False
         return True
@@ -270,6 +278,8 @@ def test_nothing_outlives_a_coordinator_that_is_killed_and_the_next_goes_on(coor
     assert "1 tries finished no round; the last: 0 of at least 1 sites are there" in coordinator.log
     assert "The same command goes on from there." in coordinator.log
     assert coordinator.children() == []
+    told = (coordinator.home.flower / "superlink.log").read_text()
+    assert told.rstrip().rpartition("\n")[2].count("Finished server process") == 1, "SuperLink was killed, not ended"
 
 
 def test_stop_ends_a_run_in_order_also_while_it_begins(coordinator: Coordinator) -> None:
