@@ -21,6 +21,7 @@ TRAINING = {
     "precision": "bf16",
     "micro_batch": {"images": 3, "volumes": None},
     "patients_at_once": 4,
+    "views_in_turn": True,
     "activation_checkpointing": True,
     "compile": True,
     "threads": 3,
