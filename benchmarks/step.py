@@ -48,7 +48,7 @@ class Switches:
 
 WHOLE = Switches()
 IN_TURN = Switches(views_in_turn=True)
-LEAST_MEMORY = Switches(micro_batch=1, views_in_turn=True, recompute=True)
+LEAST_MEMORY = Switches(micro_batch=1, recompute=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
         parts = ["of UniMiSS+"] * (self.objective != "unimiss")
         on = self.switches
         parts += [f"in {on.micro_batch}s"] * (on.micro_batch is not None)
-        parts += ["views in turn"] * (on.views_in_turn and not on.recompute)
+        parts += ["views in turn"] * on.views_in_turn
         parts += ["recomputed"] * on.recompute + ["compiled"] * on.compile
         return " ".join([self.variant, self.precision, *parts])
 
@@ -96,8 +96,7 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     variants = [options.variant] if options.variant else ["naive", "fast"][is_plus:]
     objective = "unimiss_plus" if is_plus else options.objective  # which alone trains its decoder
     precisions = [options.precision] if options.precision else ["fp32", "bf16"]
-    in_turn = options.views_in_turn or options.recompute
-    chosen = Switches(options.micro_batch, in_turn, options.recompute, options.compile)
+    chosen = Switches(options.micro_batch, options.views_in_turn, options.recompute, options.compile)
     for rank in [options.rank] if options.rank else [3, 2]:
         others = [chosen] if chosen != WHOLE else [*[IN_TURN] * (rank == 3), LEAST_MEMORY]
         ways = [chosen] if options.variant else [WHOLE, *others]

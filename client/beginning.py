@@ -18,7 +18,7 @@ from unimiss_core.released import read_released
 from unimiss_core.scan import Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
-from unimiss_core.tuned_round import rank_of_task, require_pretraining, require_unsigned, task_of
+from unimiss_core.tuned_round import rank_of_task, require_tensors_of_model, require_unsigned, study_of, task_of
 from unimiss_core.views import whole
 
 
@@ -34,7 +34,9 @@ class Beginning:
     rank: Rank | None = None
     """The one that a task's model is of; None of pretraining."""
     task: TaskConfig | None = None
-    """What its head answers; None of pretraining, and where nothing says."""
+    """What its head answers; None of pretraining, where heads stayed at their sites, and where nothing says."""
+    size: tuple[int, ...] | None = None
+    """S of scans of `rank`, as its task has it; None where nothing says, and of pretraining."""
 
     @property
     def digest(self) -> str | None:
@@ -53,9 +55,7 @@ class Beginning:
         if self.rank not in {None, scan.rank}:
             raise ScanError("other_rank")
         values, _ = prepare(scan, self.plan)
-        if self.task is not None:
-            return whole(values, self.task.size_for(self.model))
-        return whole(values, self.model.image_size if scan.rank == 2 else self.model.volume_size)
+        return whole(values, self.size or (self.model.image_size if scan.rank == 2 else self.model.volume_size))
 
     def random_encoder(self, seed: int = 0) -> Backbone:
         """What an encoder of these sizes is before it has seen a scan."""
@@ -76,16 +76,17 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
     """Of a round of pretraining, of a round of a federation that fine-tuned, or of a fine-tuned model's folder."""
     if task_checkpoint.is_there(init.folder) and not (init.folder / checkpoint.MANIFEST).is_file():
         require_unsigned(init.folder, init.key)
-        model, told = task_checkpoint.load(init.folder)
-        task = told.task
-        return Beginning("checkpoint", told.model, plan or told.plan, tensors_of(model), rank=task.rank, task=task)
+        tuned, told = task_checkpoint.load(init.folder)
+        task, model, tensors = told.task, told.model, tensors_of(tuned)
+        return Beginning("checkpoint", model, plan or told.plan, tensors, task.rank, task, task.size_for(model))
     found = checkpoint.load(init.folder, key=read_signing_public_key(init.key) if init.key else None)
     manifest, rank = found.manifest, rank_of_task(found.manifest)
     if rank is None:
-        require_pretraining(init.folder, manifest)
+        require_tensors_of_model(init.folder, manifest)
         return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.teacher)
-    of = task_of(init.folder, manifest)
-    return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.student, rank=rank, task=of)
+    study, of = study_of(init.folder, manifest), task_of(init.folder, manifest)
+    size = study[0].size_of(rank) if study else None
+    return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.student, rank, of, size)
 
 
 def _without_size(task: TaskConfig) -> TaskConfig:

@@ -59,7 +59,7 @@ def learner_for(
     execution = Execution(
         device=device,
         precision=config.precision,
-        views_in_turn=config.views_in_turn or config.activation_checkpointing,
+        views_in_turn=config.views_in_turn,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
         patients_at_once=config.patients_at_once,

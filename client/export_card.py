@@ -84,13 +84,13 @@ class _About:
 
 def _of_encoder(source: Pretrained) -> _About:
     manifest, study, config = source.manifest, source.study, source.config
-    released = manifest.origin == "released"
+    released, authors = manifest.origin == "released", "UniMiSS+" if config.model.reconstruction else "UniMiSS"
     rounds = "" if released else str(manifest.round)
     if study is not None:
         rounds += f" of {study.schedule.rounds}, {study.schedule.local_steps} steps each"
     return _About(
         title="Encoder for 2D and 3D medical images" + ("" if released else f", round {manifest.round}"),
-        summary="The weights that the authors of UniMiSS released, under the names of Federated UniMiSS."
+        summary=f"The weights that the authors of {authors} released, under the names of Federated UniMiSS."
         if released
         else "Pretrained without labels by Federated UniMiSS. No image left a site.",
         rows={

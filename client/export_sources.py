@@ -23,7 +23,7 @@ from unimiss_core.study import StudyConfig
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.tasks import TaskModel
 from unimiss_core.trained_by import TrainedBy
-from unimiss_core.tuned_round import load_tuned, rank_of_task, require_pretraining, study_of
+from unimiss_core.tuned_round import load_tuned, rank_of_task, require_tensors_of_model, study_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_source(folder: Path, *, student: bool, key: SigningPublicKey | None, li
 def _pretrained(folder: Path, *, student: bool, key: SigningPublicKey | None, licence: str | None) -> Pretrained:
     found = checkpoint.load(folder, key=key)
     manifest = found.manifest
-    require_pretraining(folder, manifest)
+    require_tensors_of_model(folder, manifest)
     tensors = found.student if student else found.teacher
     check_tensors(empty_network(manifest.model), tensors)
     encoder = encoder_of(manifest.model, tensors)

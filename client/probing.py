@@ -40,6 +40,10 @@ Features = NDArray[np.float32]
 Figure = Callable[[Floats], Floats]
 """Of weightings (R, N): (R,)."""
 
+TAUGHT = (
+    "this encoder was taught by labels: what follows holds for patients who neither trained it nor chose its epoch, of "
+    "the others it shows what is remembered"
+)
 THIS, RANDOM, PIXELS = "this encoder", "random encoder", "bare pixels"
 _IN_WORDS = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
 _HEADS = {"gain": "this minus random"}
@@ -80,6 +84,8 @@ def run_probe(
         if path is not None:
             check_file(option, path)
     beginning = _beginning(checkpoint, study, key)
+    if beginning.rank is not None:
+        progress.report(progress.Note(TAUGHT))
     chosen = device_of(device)
     encoders = {THIS: beginning.encoder()}
     if beginning.tensors is not None:
@@ -89,12 +95,13 @@ def run_probe(
     seen = _look(source, beginning, encoders, batch, keeps_scans=set_out is not None)
     if set_out is not None:
         _write_set(set_out, source, seen)
-    told = [
+    told: list[dict[str, Any]] = [
         _judged(question, rank, [labels[place] for labels in found.labels], found, source.classes)
         for rank, found in sorted(seen.items())
         for place, question in enumerate(source.questions)
     ]
     for one in told:
+        one["taught_by_labels"] = beginning.rank is not None
         print(_in_words(one), end="")
     if out is not None:
         durable.write_text(out, json.dumps(told, indent=2) + "\n")

@@ -171,12 +171,13 @@ class SiteTraining(Config):
     patients_at_once: Annotated[int, Field(gt=0)] = 1
     """In private rounds, patients whose gradients are worked out together: for GPUs that one patient alone leaves idle.
     Each takes the memory of a gradient and of its activations. Not in bf16, nor with
-    activation_checkpointing or compile."""
+    views_in_turn, activation_checkpointing or compile."""
     views_in_turn: bool = False
-    """Hold a volume's slices of one view, or two views of the volume itself, at a time: less memory for little time."""
+    """Hold a volume's slices of one view, or two views of the volume itself, at a time: an eighth less memory for an
+    eighth more time in bf16 (docs/performance.md)."""
     activation_checkpointing: bool = False
-    """Recompute a part of the forward pass instead of keeping it, with views in turn: for cards on which even one scan
-    does not fit."""
+    """Recompute a part of the forward pass instead of keeping it, with views in turn, one at a time: for cards on which
+    even one scan does not fit."""
     compile: bool = False
     """Compile the network at a round's start, which takes minutes: for GPUs, and rounds much longer than that. Where
     it fails, the round goes on without."""

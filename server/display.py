@@ -23,7 +23,7 @@ from rich.text import Text
 
 from server.wording import counted, duration, printable, significant
 from unimiss_core import checkpoint, progress
-from unimiss_core.collapse import WAY_OUT
+from unimiss_core.figures import COLLAPSE_WAY_OUT
 from unimiss_core.progress import Collapsed, Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
 LASTING = frozenset(("no_labels",))
@@ -173,7 +173,8 @@ class Tally:
             lines.append(f"Mean loss, {start} to last: {', '.join(moved)}.")
         if fallen := [printable(site) for site, last in sorted(self.collapsed.items()) if last == self.rounds_done]:
             lines.append(
-                f"Collapsed in round {self.rounds_done}, so that nothing is learned: {', '.join(fallen)}; {WAY_OUT}."
+                f"Collapsed in round {self.rounds_done}, so that nothing is learned: {', '.join(fallen)}; "
+                f"{COLLAPSE_WAY_OUT}."
             )
         return lines
 

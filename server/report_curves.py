@@ -9,8 +9,7 @@ from server.charts import Reference, Series
 from server.markup import Html, joined
 from server.report_pieces import caution, grid, in_words, legend, note, section, site_legend
 from server.validation import best_of, by_round, figure_of
-from unimiss_core.collapse import WAY_OUT
-from unimiss_core.figures import VALIDATION_DICE
+from unimiss_core.figures import COLLAPSE_WAY_OUT, VALIDATION_DICE
 from unimiss_core.loss_terms import DICE, is_reconstruction
 
 _GROUPS = {"shared": "shared", "2d": "2D only", "3d": "3D only", "head": "head"}
@@ -120,7 +119,7 @@ def collapse(run: Artefacts) -> Html:
     if not panels:
         return joined()
     signs = [f"{site}: {sign}." for site, found in run.collapsed().items() for sign in found]
-    seen = [caution(" ".join([*signs, f"{WAY_OUT}."]))] if signs else []
+    seen = [caution(" ".join([*signs, f"{COLLAPSE_WAY_OUT}."]))] if signs else []
     said = (
         "Self-distillation can fall into giving every image the same answer. Signs of it: an entropy of the teacher's"
         " targets that stays at log K (it tells nothing apart), an entropy of their mean over the batch near zero"

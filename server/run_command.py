@@ -115,9 +115,11 @@ def _with_children(home: Home, config: ServerConfig, composed: Composed, stop: S
         _Loop(home, composed, children, control, registry, submission).until_the_end(stop)
     finally:
         progress.report(progress.Note("ending SuperLink and the public side"))
-        control.close()  # first, or SuperLink would wait for this connection to end, and be killed
-        children.end()
-        home.running.unlink(missing_ok=True)
+        try:
+            control.close()  # first, or SuperLink would wait for this connection to end, and be killed
+        finally:
+            children.end()
+            home.running.unlink(missing_ok=True)
 
 
 def _knows_sites(control: "Control", registry: Registry) -> bool:

@@ -18,7 +18,7 @@ from tests.test_learner import images, study
 from unimiss_core import durable, progress
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
-from unimiss_core.execution import PLAIN
+from unimiss_core.execution import PLAIN, Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import empty_network, tensors_of
 from unimiss_core.scan import Rank
@@ -50,7 +50,7 @@ def test_what_the_site_file_says_is_what_the_learner_does(tmp_path: Path, monkey
     learner = made(site(tmp_path, **settings), STUDY, {2, 3})
     assert learner.micro_batch == {2: 3}
     assert learner.execution.activation_checkpointing
-    assert learner.execution.views_in_turn
+    assert made(site(tmp_path, views_in_turn=True), STUDY, {2, 3}).execution == Execution(views_in_turn=True)
     assert learner.execution.compile
     assert tensors_of(learner.student).keys() == tensors_of(empty_network(STUDY.model)).keys()
 

@@ -15,13 +15,13 @@ from unimiss_core.layers import Block
 from unimiss_core.learner import Learner
 from unimiss_core.model import ARCHITECTURES, MiT
 from unimiss_core.network import Network, build_network, tensors_of
-from unimiss_core.objective import Loss, PiecewiseObjective
+from unimiss_core.objective import Loss
 from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig
 
 NANO = ModelConfig(prototypes=16)
 SIZES = [(33, 40), (13, 33, 40)]
-LESS = Execution(views_in_turn=True, activation_checkpointing=True)
+IN_TURN, LESS = Execution(views_in_turn=True), Execution(activation_checkpointing=True)
 
 
 @pytest.fixture(autouse=True)
@@ -98,29 +98,39 @@ def test_nothing_is_recomputed_without_gradients() -> None:
 
 @pytest.mark.parametrize("objective", ["unimiss", "unimiss_plus"])
 @pytest.mark.parametrize("batch", [images(), volumes()], ids=["images", "volumes"])
-def test_a_step_that_takes_views_in_turn_and_recomputes_is_the_same_step(batch: Tensor, objective: str) -> None:
+@pytest.mark.parametrize("less", [IN_TURN, LESS], ids=["in turn", "recomputed"])
+def test_a_step_that_takes_views_in_turn_or_recomputes_is_the_same_step(
+    batch: Tensor, objective: str, less: Execution
+) -> None:
     """In float64, so that nothing but rounding may differ; the moments after a step are the clipped gradients."""
     of = study() if objective == "unimiss" else plus_study()
     whole = in_float64(apart(Learner(of, ranks={2, 3})))
-    recomputed = in_float64(apart(Learner(of, ranks={2, 3}, execution=LESS)))
+    recomputed = in_float64(apart(Learner(of, ranks={2, 3}, execution=less)))
     expected, report = whole.step(batch.double(), step=0), recomputed.step(batch.double(), step=0)
     assert report.terms == pytest.approx(expected.terms, rel=1e-9)
     assert report.total == pytest.approx(expected.total, rel=1e-9)
     torch.testing.assert_close(recomputed.state(weights=True).tensors, whole.state(weights=True).tensors)
 
 
-def test_pieces_of_volumes_loss_look_at_some_views_each_and_add_up() -> None:
-    learner = apart(Learner(study(), ranks={2, 3}))
-    views = torch.cat([volumes(), volumes(seed=1)[:, :1]], dim=1)  # three views
+@pytest.mark.parametrize("objective", ["unimiss", "unimiss_plus"])
+@pytest.mark.parametrize("less", [IN_TURN, LESS], ids=["in turn", "recomputed"])
+def test_losses_of_volumes_look_at_some_views_each_and_add_up(objective: str, less: Execution) -> None:
+    """Of three views: slices of each; then the volumes themselves and their radiographs, two views and one, or three
+    times one."""
+    of = study() if objective == "unimiss" else plus_study()
+    learner = apart(Learner(of, ranks={2, 3}, execution=less))
+    views = torch.cat([volumes(), volumes(seed=1)[:, :1]], dim=1)
     whole = learner.objective(learner.student, learner.teacher, views, learner.centre)
-    assert isinstance(learner.objective, PiecewiseObjective)
-    pieces = list(learner.objective.pieces(learner.student, learner.teacher, views, learner.centre))
-    assert len(pieces) == 3 + 2  # slices of each view; two views of the volumes, and one
-    assert [piece.observed.keys() for piece in pieces] == [whole.observed.keys(), *[set()] * 4]
+    pieces = list(learner._losses_of(views))
+    of_volumes = 2 if less is IN_TURN else 3
+    assert len(pieces) == 3 + of_volumes * (1 if objective == "unimiss" else 2)
+    assert [piece.observed.keys() for piece in pieces] == [whole.observed.keys(), *[set()] * (len(pieces) - 1)]
+    assert all(name.startswith("slices") for piece in pieces[:3] for name in piece.terms)
     for name, term in whole.terms.items():
         parts = [piece.terms[name] for piece in pieces if name in piece.terms]
-        assert len(parts) == (3 if name.startswith("slices") else 2)
+        assert len(parts) == (3 if name.startswith("slices") else of_volumes)
         torch.testing.assert_close(torch.stack(parts).sum(), term)
+    torch.testing.assert_close(torch.stack([piece.total for piece in pieces]).sum(), whole.total)
 
 
 def test_bf16_with_views_in_turn_and_recomputed_costs_nearly_the_same_loss() -> None:

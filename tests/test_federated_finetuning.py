@@ -462,6 +462,18 @@ def test_what_a_task_contradicts_is_refused(finetune: dict[str, Any], told: str)
         task_study(finetune=finetune)
 
 
+def test_of_mitplus_a_frozen_encoder_leaves_a_classification_nothing_to_join_but_its_head() -> None:
+    plus = {"size": "plus_nano", "prototypes": 16}
+    with pytest.raises(ConfigError, match="reads the encoder alone, so nothing would be joined"):
+        task_study(model=plus, finetune={"head": "local", "trains": "frozen"})
+    shared = update_layout(task_study(model=plus, finetune={"trains": "frozen"}))
+    assert shared.keys() == {"head"}
+    whole = update_layout(task_study(model=plus, finetune={"head": "local"}))
+    names = [spec.name for specs in whole.values() for spec in specs]
+    assert names
+    assert all(name.startswith("backbone.encoder.") for name in names)
+
+
 def test_studies_of_pretraining_say_nothing_of_tasks_and_keep_their_digests() -> None:
     assert not {"task", "finetune"} & json.loads(small_study().canonical()).keys()
     assert CLASSES == list(json.loads(task_study().canonical())["finetune"]["task"]["classes"])

@@ -137,7 +137,9 @@ def test_where_memory_runs_out_fewer_are_worked_out_together_and_none_is_lost() 
     ]
 
 
-@pytest.mark.parametrize("other", [{"precision": "bf16"}, {"activation_checkpointing": True}, {"compile": True}])
+@pytest.mark.parametrize(
+    "other", [{"precision": "bf16"}, {"views_in_turn": True}, {"activation_checkpointing": True}, {"compile": True}]
+)
 def test_what_it_does_not_go_with_turns_it_off_and_is_told(
     other: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def test_a_students_weights_are_cast_once_a_step_however_many_parts_it_has(recom
 @pytest.mark.parametrize("batch", [images(), volumes()], ids=["images", "volumes"])
 def test_bf16_in_parts_is_nearly_the_whole_batch_and_autocast_ends_with_the_step(batch: Tensor) -> None:
     whole = apart(Learner(study(), ranks={2, 3}, execution=Execution(precision="bf16")))
-    parts = Execution(precision="bf16", micro_batch={2: 1, 3: 1}, views_in_turn=True, activation_checkpointing=True)
+    parts = Execution(precision="bf16", micro_batch={2: 1, 3: 1}, activation_checkpointing=True)
     ours = apart(Learner(study(), ranks={2, 3}, execution=parts))
     expected, report = whole.step(batch, step=0), ours.step(batch, step=0)
     assert not torch.is_autocast_enabled("cpu")

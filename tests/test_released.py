@@ -210,7 +210,7 @@ def test_tensors_of_unimiss_plus_that_do_not_fit_are_named(
 
 def test_what_the_authors_fine_tuned_is_told_from_what_they_pretrained(tmp_path: Path) -> None:
     torch.save({"ConvBlock2D0.0.conv.weight": torch.zeros(32, 3, 3, 3)}, path := tmp_path / "final.pth")
-    with pytest.raises(CheckpointError, match=r"expected a dict with 'student'.*got one model's tensors alone, as the"):
+    with pytest.raises(CheckpointError, match=r"expected a dict with 'student'.*got one model's tensors alone, with"):
         read_released(path)
 
 

@@ -80,6 +80,9 @@ def test_other_weights_with_digests_that_fit_are_told_by_the_key_alone(tmp_path:
     for read in (checkpoint.load, checkpoint.read_manifest, checkpoint.verify):
         with pytest.raises(CheckpointError, match=r"was changed after it was signed"):
             read(folder, key=KEY.public_key())  # type: ignore[operator]
+    (tmp_path / "signing.pub").write_text(keys.public_line(KEY.public_key()))
+    with pytest.raises(CheckpointError, match=r"was changed after it was signed"):
+        begin(FromCheckpoint(folder=folder, key=tmp_path / "signing.pub"))
 
 
 @pytest.mark.parametrize("signature", [b"", b"\xff\xfe", b"AAAA", b"not base64!", base64.b64encode(bytes(64))])

@@ -279,7 +279,7 @@ def test_nothing_outlives_a_coordinator_that_is_killed_and_the_next_goes_on(coor
     assert "The same command goes on from there." in coordinator.log
     assert coordinator.children() == []
     told = (coordinator.home.flower / "superlink.log").read_text()
-    assert told.rstrip().rpartition("\n")[2].count("Finished server process") == 1, "SuperLink was killed, not ended"
+    assert "Finished server process" in told.rstrip().rpartition("\n")[2], "SuperLink was killed, not ended"
 
 
 def test_stop_ends_a_run_in_order_also_while_it_begins(coordinator: Coordinator) -> None:

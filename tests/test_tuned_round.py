@@ -173,10 +173,9 @@ def test_the_encoder_of_a_round_embeds_scans_of_its_tasks_rank_and_size(
     write_nifti(scans / "volume.nii", Scan(voxels, (3.0, 1.0, 1.0), "MR", np.diag([1.0, 1.0, 3.0, 1.0])))
     assert main(["embed", str(folder), str(scans / "pictures" / "secret0.png"), "--out", str(out)]) == 0
     study, pixels = study_of(head), read_picture(scans / "pictures" / "secret0.png", "XR")
-    size = (40, 44) if head == "shared" else (64, 64)  # which task a head at the sites answers, the round does not tell
     backbone = build_student(study).backbone
     load_tensors_(backbone, below("backbone.", checkpoint.load(folder).student))
-    expected = backbone(whole(prepare(pixels, study.plan)[0], size)[None]).detach()
+    expected = backbone(whole(prepare(pixels, study.plan)[0], (40, 44))[None]).detach()
     np.testing.assert_allclose(np.load(out)["features"], expected, atol=1e-5)
     assert main(["embed", str(folder), str(scans), "--out", str(tmp_path / "all.npz")]) == 0
     assert list(np.load(tmp_path / "all.npz")["ranks"]) == [2] * 30
@@ -189,8 +188,10 @@ def test_the_encoder_of_a_round_is_probed_beside_the_random_one(
     folder = rounds(tmp_path / "run", study_of())
     pictures(tmp_path)
     table = ["--data", str(tmp_path / "t.csv"), "--root", str(tmp_path / "pictures")]
-    assert main(["probe", str(folder), *table]) == 0
-    said = capsys.readouterr().out
+    assert main(["probe", str(folder), *table, "--out", str(tmp_path / "told.json")]) == 0
+    said, noted = capsys.readouterr()
+    assert "was taught by labels" in noted
+    assert [one["taught_by_labels"] for one in json.loads((tmp_path / "told.json").read_text())] == [True]
     assert "30 images of 30 patients" in said
     assert "this minus random" in said
 

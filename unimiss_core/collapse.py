@@ -21,8 +21,6 @@ from unimiss_core.study import StudyConfig
 ALIKE = 0.02
 """Targets that tell less than this share of log K of their scan are alike."""
 
-WAY_OUT = "docs/objectives.md says under Collapse what to try"
-
 
 @dataclass
 class RoundWatch:

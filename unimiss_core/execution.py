@@ -30,7 +30,8 @@ class Execution:
     precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32, and
         on a CPU what does not gain by it (`unimiss_core.precision`).
     views_in_turn: go backward from some views of volumes before looking at the next (`unimiss_core.objective.in_turn`).
-    activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass.
+    activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass; and
+        take views in turn, one at a time.
     compile: compile both backbones; where that fails, the step is computed without.
     micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
     patients_at_once: in private steps, most patients whose gradients are worked out together.
@@ -43,6 +44,13 @@ class Execution:
     compile: bool = False
     micro_batch: Mapping[Rank, int] = field(default_factory=dict)
     patients_at_once: int = 1
+
+    @property
+    def volumes_in_turn(self) -> int | None:
+        """Views of volumes, as volumes, that are taken together; None takes all that there is to see at once."""
+        if self.activation_checkpointing:
+            return 1
+        return 2 if self.views_in_turn else None
 
 
 PLAIN = Execution()

@@ -11,6 +11,7 @@ REPRESENTATIONS = ("image", "volume", "slices", "radiograph")
 
 OF_TARGETS = ("target_entropy", "mean_target_entropy", "feature_std", "effective_rank")
 """By representation; see `unimiss_core.collapse`."""
+COLLAPSE_WAY_OUT = "docs/objectives.md says under Collapse what to try"
 
 OF_STEPS = ("grad_norm", "skipped_batches", "global_distance", "own_share")
 

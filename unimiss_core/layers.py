@@ -138,7 +138,7 @@ class PositionTable(nn.Module):
         Bicubic or trilinear, as published: the scale factor is (n + 0.1) / N per axis, and that factor, not the
         ratio of the sizes, sets where the table is sampled. A plain resize would differ a little, and released
         weights were trained with this one. An axis of a volume that keeps its length keeps its rows, whatever the
-        factor: torch has it so on a CPU, but not where it is compiled, so it is said.
+        factor: torch's CPU kernel has it so; its compiler and, as its source reads, its GPU kernel have not.
         """
         if x.shape[2:] == self.grid:
             return self.table

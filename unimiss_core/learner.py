@@ -303,8 +303,9 @@ class Learner:
             if before == 1:
                 raise MemoryTooSmallError(
                     f"a step on one {rank}D scan, views of shape {tuple(views[:1].shape)}, does not fit in the memory "
-                    f"of {self.device}. In the site file set activation_checkpointing: true, free the device of other "
-                    "work or name another one; or take part in a study with a smaller model or smaller views."
+                    f"of {self.device}. In the site file set views_in_turn or, for more, activation_checkpointing to "
+                    "true, free the device of other work or name another one; or take part in a study with a smaller "
+                    "model or smaller views."
                 )
             self.micro_batch[rank] = before // 2
             self._tell(f"out of memory: {rank}D batches are met in parts of {before // 2}, not {before} scans")
@@ -361,10 +362,11 @@ class Learner:
     def _losses_of(self, views: Tensor) -> Iterator[Loss]:
         """views (B, V, C, *S) -> losses with graph that add up to theirs: one, or where memory is to be saved one for
         each thing that the student looks at, made when the one before is done with. Call it under `_autocast`."""
-        if not (self.execution.views_in_turn and isinstance(self.objective, PiecewiseObjective)):
+        together = self.execution.volumes_in_turn
+        if together is None or not isinstance(self.objective, PiecewiseObjective):
             yield self._loss_of(views)
             return
-        yield from self.objective.pieces(self.student, self.teacher, views, self.centre)
+        yield from self.objective.pieces(self.student, self.teacher, views, self.centre, together)
 
     def _loss_of(self, views: Tensor) -> Loss:
         """views (B, V, C, *S) -> their loss, with graph."""

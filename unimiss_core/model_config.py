@@ -48,6 +48,11 @@ class ModelConfig(Config):
         return self.size in get_args(PlusSize)
 
     @property
+    def classifies_by_decoder(self) -> bool:
+        """Whether the class token has been through the decoder."""
+        return not self.is_plus
+
+    @property
     def network(self) -> str:
         """As its authors call it."""
         return "MiTplus" if self.is_plus else "MiT"

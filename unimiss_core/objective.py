@@ -80,12 +80,15 @@ class Objective(Protocol):
 class PiecewiseObjective(Objective, Protocol):
     """An objective that can be met in less memory."""
 
-    def pieces(self, student: Any, teacher: Any, views: Tensor, centre: Centre) -> Iterator[Loss]:
+    def pieces(
+        self, student: Any, teacher: Any, views: Tensor, centre: Centre, volumes_together: int
+    ) -> Iterator[Loss]:
         """The same loss as a sum, in terms and total, of losses that share no graph. Whoever is done with one before
         asking for the next holds the activations of one.
 
-        Volumes give one for each thing that the student looks at in turn (`in_turn`); the first tells what was
-        observed. Images give one: a loss for each view took 12% more time for 3% less memory.
+        Volumes give one for each thing that the student looks at in turn (`in_turn`), volumes_together being the views
+        of them that are looked at together as volumes; the first tells what was observed. Images give one: a loss for
+        each view took 12% more time for 3% less memory.
         """
         ...
 
@@ -109,12 +112,14 @@ class UniMiSS:
         terms = cross_entropies(student, seen_by_student, targets, self.config.student_temperature)
         return Loss(terms, torch.stack(list(terms.values())).sum(), observed)
 
-    def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
+    def pieces(
+        self, student: Network, teacher: Network, views: Tensor, centre: Centre, volumes_together: int
+    ) -> Iterator[Loss]:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre, parted=True)
-        for name, some in in_turn(targets, views.shape[1]):
+        targets, observed = self._taught(teacher, views, centre, volumes_together)
+        for name, some in in_turn(targets, views.shape[1], volumes_together):
             h = look(student, views[:, some], name, slices=self.config.slices_per_volume)
             terms = cross_entropies_of_views(student, name, h, some, targets, self.config.student_temperature)
             yield Loss(terms, torch.stack(list(terms.values())).sum(), observed)
@@ -122,14 +127,16 @@ class UniMiSS:
             observed = {}
 
     def _taught(
-        self, teacher: Network, views: Tensor, centre: Centre, *, parted: bool = False
+        self, teacher: Network, views: Tensor, centre: Centre, volumes_together: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) by representation, and what it did."""
         rank: Rank = 2 if views.ndim == 5 else 3
-        see = look_in_turn if parted else look
         with torch.no_grad():
             slices = self.config.slices_per_volume
-            seen = {name: see(teacher, views, name, slices=slices) for name in self.representations(rank)}
+            seen = {
+                name: look_in_turn(teacher, views, name, volumes_together, slices=slices)
+                for name in self.representations(rank)
+            }
             targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
         return targets, {name: observe(h, targets[name]) for name, h in seen.items()}
 
@@ -156,27 +163,29 @@ def look(network: Network, views: Tensor, name: str, *, slices: int | None = Non
     return by_view
 
 
-def look_in_turn(network: Network, views: Tensor, name: str, *, slices: int | None = None) -> Tensor:
+def look_in_turn(
+    network: Network, views: Tensor, name: str, volumes_together: int | None, *, slices: int | None = None
+) -> Tensor:
     """`look`, at as many views together as `in_turn` gives a student: a CPU's library keeps half a megabyte for each
-    shape of product in bfloat16, and so has the same shapes for both."""
-    groups = views.split(_views_together(name), dim=1)
+    shape of product in bfloat16, and so has the same shapes for both. None takes all views at once."""
+    groups = [views] if volumes_together is None else views.split(_together(name, volumes_together), dim=1)
     return torch.cat([look(network, group, name, slices=slices) for group in groups], dim=1)
 
 
-def in_turn(names: Collection[str], views: int) -> Iterator[tuple[str, list[int]]]:
+def in_turn(names: Collection[str], views: int, volumes_together: int) -> Iterator[tuple[str, list[int]]]:
     """What a student looks at together, one after the other: a representation of volumes, and numbers of some views.
 
-    Slices come first, for most is held then: gradients of 3D tensors, which they do not reach, are still to come.
+    Slices of one view at a time: they keep two to three times what the volume itself does. They come first, for most is
+    held then: gradients of 3D tensors, which they do not reach, are still to come. Two views of volumes together take a
+    tenth less time than one by one, for 3D kernels are large, and their gradient's time hangs little on the views.
     """
     for name in sorted(names, key=lambda name: name != "slices"):
-        numbers, together = list(range(views)), _views_together(name)
+        numbers, together = list(range(views)), _together(name, volumes_together)
         yield from ((name, numbers[start : start + together]) for start in range(0, views, together))
 
 
-def _views_together(name: str) -> int:
-    """Views whose activations are held together where memory is to be saved. Slices of a volume keep 2.4 times what the
-    volume itself does, and 3D kernels are large: their gradient takes as long for one view as for two."""
-    return 1 if name == "slices" else 2
+def _together(name: str, volumes_together: int) -> int:
+    return 1 if name == "slices" else volumes_together
 
 
 def mean_of_slices(network: Network, volumes: Tensor) -> Tensor:

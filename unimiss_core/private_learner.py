@@ -115,10 +115,11 @@ class PrivateLearner(Learner):
 
     def _patients_at_once(self) -> int:
         asked, execution = self.execution.patients_at_once, self.execution
-        if asked > 1 and (execution.precision == "bf16" or execution.activation_checkpointing or execution.compile):
+        in_parts = execution.volumes_in_turn is not None
+        if asked > 1 and (execution.precision == "bf16" or in_parts or execution.compile):
             self._tell(
-                "patients_at_once is not used: it goes with none of precision: bf16, activation_checkpointing and "
-                "compile (docs/performance.md)"
+                "patients_at_once is not used: it goes with none of precision: bf16, views_in_turn, "
+                "activation_checkpointing and compile (docs/performance.md)"
             )
             return 1
         return asked

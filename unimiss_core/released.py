@@ -56,7 +56,7 @@ def read_released(path: Path) -> Released:
     held = content if isinstance(content, dict) else {}
     if "student" not in held or not all(isinstance(held.get(part, {}), Mapping) for part in ("student", "teacher")):
         bare = any(isinstance(value, Tensor) for value in held.values())
-        found = "; got one model's tensors alone, as the authors' fine-tuning saves them" if bare else ""
+        found = "; got one model's tensors alone, with which no head and no teacher came" if bare else ""
         raise CheckpointError(
             f"{path}: expected a dict with 'student' and 'teacher' tensors, as UniMiSS released them{found}"
         )

@@ -18,8 +18,8 @@ Rank = Literal[2, 3]
 RANKS: tuple[Rank, Rank] = (2, 3)
 
 SMALLEST: dict[Rank, tuple[int, ...]] = {2: (33, 33), 3: (13, 33, 33)}
-"""S that the network needs at least. Below it a stage's grid is smaller than its reduction, or its last map is one
-voxel and has no variance."""
+"""S that every network needs at least. Below it a stage's grid of MiT is smaller than its reduction, or its last map is
+one voxel and has no variance."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from unimiss_core.backbone import Backbone, backbone_of
 from unimiss_core.convolution import CONV, CONV_TRANSPOSED
 from unimiss_core.errors import CheckpointError
 from unimiss_core.head import at_least_float32
-from unimiss_core.layers import CHANNELS, STEM_STRIDE, ConvBlock
+from unimiss_core.layers import CHANNELS, STEM_STRIDE, ConvBlock, cropped
 from unimiss_core.model import MiT
 from unimiss_core.model_config import ModelConfig
 from unimiss_core.network import initialise_
@@ -81,8 +81,8 @@ class Segmenter(nn.Module):
     def forward(self, backbone: Backbone, x: Tensor) -> Tensor:
         """x (B, C, *S) -> (B, K, *S)."""
         found = backbone.features(x)
-        fine = self.at_stem(_onto(self.to_stem(found.decoder_map), found.stem_map))
-        fine = self.at_full(_onto(self.to_full(fine), self.input(x)))
+        fine = self.at_stem(cropped(self.to_stem(found.decoder_map), found.stem_map.shape[2:]) + found.stem_map)
+        fine = self.at_full(cropped(self.to_full(fine), x.shape[2:]) + self.input(x))
         logits: Tensor = self.classes(fine)
         return logits
 
@@ -99,13 +99,6 @@ class FineSegmenter(nn.Module):
         """x (B, C, *S) -> (B, K, *S)."""
         logits: Tensor = self.classes(backbone.features(x).decoder_map)
         return logits
-
-
-def _onto(coarse: Tensor, skip: Tensor) -> Tensor:
-    """The sum of `skip` (B, C, *G) and as much of `coarse`, which may be longer by a row along an axis."""
-    for axis, n in enumerate(skip.shape[2:], start=2):
-        coarse = coarse.narrow(axis, 0, n)
-    return coarse + skip
 
 
 def build_task_model(

@@ -37,15 +37,8 @@ def _backbone_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, 
     return {name: tuple(shape) for name, shape in shapes.items() if name.startswith(_BACKBONE)}
 
 
-def require_pretraining(folder: Path, manifest: Manifest) -> None:
-    """Before any memory is taken, for the manifest itself has no checksum. Raises CheckpointError: of a task, or its
-    tensors are not those of its model."""
-    if (rank := rank_of_task(manifest)) is not None:
-        kind = "images" if rank == 2 else "volumes"
-        raise CheckpointError(
-            f"{folder}: is of a federation that fine-tuned, and knows {kind} alone; `unimiss finetune --init` takes "
-            "it, and `unimiss predict` and `export` where sites share its head"
-        )
+def require_tensors_of_model(folder: Path, manifest: Manifest) -> None:
+    """Of pretraining, before any memory is taken: the manifest itself has no checksum. Raises CheckpointError."""
     shapes = {name: tuple(p.shape) for name, p in empty_network(manifest.model).named_parameters()}
     if shapes != manifest.tensors:
         raise CheckpointError(f"{folder}: its tensors are not those of the model in its manifest; take another copy")
