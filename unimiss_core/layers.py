@@ -10,8 +10,8 @@ name holds that component. Everything else is shared.
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,30 @@ CHANNELS: dict[Rank, int] = {2: 3, 3: 1}
 
 STEM_STRIDE: dict[Rank, tuple[int, ...]] = {2: (2, 2), 3: (1, 2, 2)}
 
+HEADS = (1, 2, 4, 8)
+"""Attention heads by encoder stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The numbers that both backbones and their head are built by."""
+
+    reductions: ClassVar[tuple[int, ...]]
+    """Spatial reduction of keys and values, by encoder stage."""
+    encoder_depths: tuple[int, ...]
+    decoder_depths: tuple[int, ...]
+    head_hidden: int
+    bottleneck: int
+
+    @property
+    def width(self) -> int:
+        """Features of one scan: the width of its class token."""
+        raise NotImplementedError
+
+    def numbers(self) -> dict[str, int | tuple[int, ...]]:
+        """All that a backbone of this size is built by."""
+        return {**asdict(self), "heads": HEADS, "reductions": self.reductions}
+
 
 @dataclass(frozen=True)
 class Features:
@@ -46,6 +70,45 @@ class Features:
     stem_map: Tensor
     encoder_maps: tuple[Tensor, ...]
     decoder_map: Tensor
+
+
+class TokenNetwork(nn.Module):
+    """What timm's models have, of either backbone."""
+
+    architecture: Sizes
+
+    @property
+    def num_features(self) -> int:
+        """Width of a token."""
+        return self.architecture.width
+
+    def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:  # noqa: ARG002
+        """tokens (B, 1 + N, width) of `forward_features` -> class token (B, width): what `forward` gives of the same x,
+        up to rounding.
+
+        pre_logits: as in timm, whose classifier it leaves out; there is none here.
+        """
+        return tokens[:, 0]
+
+
+class StagedEncoder(nn.Module):
+    """An encoder's stages, which begin with a learned class token; what comes before them is each backbone's own."""
+
+    class_token: nn.Parameter
+    stages: nn.ModuleList
+
+    def through(self, x: Tensor, *, class_only: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What enters the first stage (B, C, *G) -> class token of the last (B, widths[3]) and the maps of all, finest
+        first.
+
+        class_only: the last block works for the class token alone; the last map that comes back is then empty.
+        """
+        maps: list[Tensor] = []
+        class_token = self.class_token.expand(x.shape[0], -1)
+        for i, stage in enumerate(self.stages):
+            class_token, x = stage(x, class_token, class_only=class_only and i == len(self.stages) - 1)
+            maps.append(x)
+        return class_token, tuple(maps)
 
 
 def check_scans(x: Tensor, ranks: tuple[Rank, ...]) -> None:

@@ -7,7 +7,8 @@ class token, are (B, N, C).
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from unimiss_core.convolution import enlarging
 from unimiss_core.layers import (
     CHANNELS,
+    HEADS,
     STEM_STRIDE,
     Block,
     ConvBlock,
     Features,
     PositionTable,
+    Sizes,
     Stage,
+    StagedEncoder,
     Switched,
+    TokenNetwork,
     check_scans,
     cropped,
 )
@@ -29,10 +34,9 @@ from unimiss_core.model_config import PlusSize
 from unimiss_core.precision import Linear
 from unimiss_core.scan import Rank
 
-HEADS = (1, 2, 4, 8)
 REDUCTIONS = (8, 4, 2, 1)
-"""Attention heads and spatial reduction of keys and values, by encoder stage; the decoder goes back through the first
-three of them."""
+"""Spatial reduction of keys and values, by encoder stage; the decoder goes back through the first three of these and of
+the heads."""
 
 STRIDES: dict[Rank, tuple[tuple[int, ...], ...]] = {
     2: ((2, 2), (2, 2), (2, 2), (2, 2)),
@@ -42,26 +46,19 @@ STRIDES: dict[Rank, tuple[tuple[int, ...], ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlusArchitecture:
+class PlusArchitecture(Sizes):
     """The numbers in which the sizes of MiTplus and its head differ."""
 
+    reductions: ClassVar = REDUCTIONS
     stem: tuple[int, int]
     """Channels of the convolutions at full resolution, and of those at half; the decoder ends with them, reversed."""
     widths: tuple[int, int, int, int]
     """Channels of the encoder stages; the decoder goes back through the first three."""
-    encoder_depths: tuple[int, int, int, int]
-    decoder_depths: tuple[int, int, int]
-    head_hidden: int
-    bottleneck: int
 
     @property
     def width(self) -> int:
         """Features of one scan: the class token's width after the encoder."""
         return self.widths[-1]
-
-    def numbers(self) -> dict[str, int | tuple[int, ...]]:
-        """All that a MiTplus of this size is built by."""
-        return {**asdict(self), "heads": HEADS, "reductions": REDUCTIONS}
 
 
 PLUS_ARCHITECTURES: dict[PlusSize, PlusArchitecture] = {
@@ -84,12 +81,14 @@ PLUS_ARCHITECTURES: dict[PlusSize, PlusArchitecture] = {
 }
 
 
-class MiTPlus(nn.Module):
+class MiTPlus(TokenNetwork):
     """Convolutions, four stages of tokens, and back up to full resolution; the input's number of axes picks the path.
 
     input_sizes: as of `MiT`. The released code drops paths of the decoder's blocks by chance in pretraining, those of
     the last with a probability of 0.1; nothing here is dropped.
     """
+
+    architecture: PlusArchitecture
 
     def __init__(self, architecture: PlusArchitecture, input_sizes: dict[Rank, tuple[int, ...]]) -> None:
         super().__init__()
@@ -106,20 +105,15 @@ class MiTPlus(nn.Module):
         """
         check_scans(x, self.ranks)
         _, half = self.encoder.convolved(x)
-        class_token: Tensor = self.encoder(half, class_only=True)[0]
+        class_token: Tensor = self.encoder.through(half, class_only=True)[0]
         return class_token
 
     def features(self, x: Tensor) -> Features:
         """x (B, C, *S) -> class token and every feature map; the decoder's is as fine as x. Errors as forward."""
         check_scans(x, self.ranks)
         full, half = self.encoder.convolved(x)
-        class_token, maps = self.encoder(half)
+        class_token, maps = self.encoder.through(half)
         return Features(class_token, half, maps, self.decoder(maps, half, full))
-
-    @property
-    def num_features(self) -> int:
-        """Width of a token, as timm's models call it."""
-        return self.architecture.width
 
     @property
     def map_width(self) -> int:
@@ -147,18 +141,11 @@ class MiTPlus(nn.Module):
         cell by cell. With `forward_head` the two halves that timm's models have; errors as forward."""
         check_scans(x, self.ranks)
         _, half = self.encoder.convolved(x)
-        class_token, maps = self.encoder(half)
+        class_token, maps = self.encoder.through(half)
         return torch.cat([class_token[:, None], maps[-1].flatten(2).mT], dim=1)
 
-    def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:  # noqa: ARG002
-        """tokens (B, 1 + N, width) -> class token (B, width): what `forward` gives of the same x, up to rounding.
 
-        pre_logits: as in timm, whose classifier it leaves out; there is none here.
-        """
-        return tokens[:, 0]
-
-
-class PlusEncoder(nn.Module):
+class PlusEncoder(StagedEncoder):
     """Convolutions at full and at half resolution, and four stages."""
 
     def __init__(self, architecture: PlusArchitecture, grids: dict[Rank, list[tuple[int, ...]]]) -> None:
@@ -177,18 +164,6 @@ class PlusEncoder(nn.Module):
         """x (B, C, *S) -> the maps at full resolution (B, stem[0], *S) and at half (B, stem[1], *S / stem stride)."""
         full = self.at_full(x)
         return full, self.at_half(full)
-
-    def forward(self, x: Tensor, *, class_only: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The map at half resolution -> class token (B, width) and the maps of all stages, finest first.
-
-        class_only: the last block works for the class token alone; the last map that comes back is then empty.
-        """
-        maps: list[Tensor] = []
-        class_token = self.class_token.expand(x.shape[0], -1)
-        for i, stage in enumerate(self.stages):
-            class_token, x = stage(x, class_token, class_only=class_only and i == len(self.stages) - 1)
-            maps.append(x)
-        return class_token, tuple(maps)
 
 
 class PlusDecoder(nn.Module):

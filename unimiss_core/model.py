@@ -6,7 +6,8 @@ N tokens of a grid. A sequence of tokens is (B, 1 + N, C): the class token comes
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,44 +15,40 @@ from torch import Tensor, nn
 from unimiss_core.convolution import enlarging
 from unimiss_core.layers import (
     CHANNELS,
+    HEADS,
     STEM_STRIDE,
     Block,
     ConvBlock,
     Features,
     PositionTable,
+    Sizes,
     Stage,
+    StagedEncoder,
     Switched,
+    TokenNetwork,
     check_scans,
 )
 from unimiss_core.model_config import MiTSize
 from unimiss_core.precision import Linear
 from unimiss_core.scan import Rank
 
-HEADS = (1, 2, 4, 8)
 REDUCTIONS = (6, 4, 2, 1)
-"""Attention heads and spatial reduction of keys and values, by encoder stage; the decoder goes back through them."""
+"""Spatial reduction of keys and values, by encoder stage; the decoder goes back through these and through the heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(Sizes):
     """The numbers in which the sizes of MiT and its head differ."""
 
+    reductions: ClassVar = REDUCTIONS
     stem: int
     widths: tuple[int, ...]
     """Channels of the four encoder stages; the decoder goes back through the first three."""
-    encoder_depths: tuple[int, ...]
-    decoder_depths: tuple[int, ...]
-    head_hidden: int
-    bottleneck: int
 
     @property
     def width(self) -> int:
         """Features of one scan: the class token's width after the decoder."""
         return self.widths[0]
-
-    def numbers(self) -> dict[str, int | tuple[int, ...]]:
-        """All that a MiT of this size is built by."""
-        return {**asdict(self), "heads": HEADS, "reductions": REDUCTIONS}
 
 
 _PUBLISHED_WIDTHS = (48, 128, 256, 512)
@@ -84,13 +81,15 @@ ARCHITECTURES: dict[MiTSize, Architecture] = {
 }
 
 
-class MiT(nn.Module):
+class MiT(TokenNetwork):
     """Encoder and decoder with switchable patch embedding; the input's number of axes picks the path.
 
     input_sizes: by rank, the input that its position tables are made for. A rank left out has no tensors here, so
     a site without volumes can hold the model without its 3D part; shared and 2D tensors keep their names.
     The released code asks for stochastic depth of 0.1 and drops it in silence; there is none here.
     """
+
+    architecture: Architecture
 
     def __init__(self, architecture: Architecture, input_sizes: dict[Rank, tuple[int, ...]]) -> None:
         super().__init__()
@@ -113,14 +112,9 @@ class MiT(nn.Module):
         """x (B, C, *S) -> class token and every feature map, for segmentation and reconstruction. Errors as forward."""
         check_scans(x, self.ranks)
         stem_map = self.encoder.stem(x)
-        class_token, maps = self.encoder.of_stem(stem_map)
+        class_token, maps = self.encoder.through(stem_map)
         class_token, decoder_map = self.decoder(class_token, maps)
         return Features(class_token, stem_map, maps, decoder_map)
-
-    @property
-    def num_features(self) -> int:
-        """Width of a token, as timm's models call it."""
-        return self.architecture.width
 
     @property
     def map_width(self) -> int:
@@ -149,15 +143,8 @@ class MiT(nn.Module):
         found = self.features(x)
         return torch.cat([found.class_token[:, None], found.decoder_map.flatten(2).mT], dim=1)
 
-    def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:  # noqa: ARG002
-        """tokens (B, 1 + N, width) -> class token (B, width): what `forward` gives of the same x, up to rounding.
 
-        pre_logits: as in timm, whose classifier it leaves out; there is none here.
-        """
-        return tokens[:, 0]
-
-
-class Encoder(nn.Module):
+class Encoder(StagedEncoder):
     """Stem and four stages, each halving the grid."""
 
     def __init__(self, architecture: Architecture, grids: dict[Rank, list[tuple[int, ...]]]) -> None:
@@ -171,17 +158,8 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x (B, C, *S) -> class token of the last stage (B, widths[3]) and the maps of all, finest first."""
-        return self.of_stem(self.stem(x))
-
-    def of_stem(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stem's map (B, stem, *S / stem stride) -> what `forward` gives."""
-        maps: list[Tensor] = []
-        class_token = self.class_token.expand(x.shape[0], -1)
-        for stage in self.stages:
-            class_token, x = stage(x, class_token)
-            maps.append(x)
-        return class_token, tuple(maps)
+        """x (B, C, *S) -> class token and maps, as `through` gives them."""
+        return self.through(self.stem(x))
 
 
 class Decoder(nn.Module):
