@@ -17,7 +17,7 @@ from client.audit import log_of
 from client.execution import look_over
 from client.health import REFUSED, tell_of_refusal
 from client.ledger import ledger_of
-from client.message_facts import answer_entry, is_charged, named_by, request_facts
+from client.message_facts import answer_entry, named_by, request_facts
 from client.policy import check_groups, check_policy
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site, site_file
@@ -189,7 +189,7 @@ def _written_down(message: Message, context: Context, answer: Callable[[], Recor
 
 def _spent(message: Message, context: Context, content: RecordDict) -> float | None:
     """Epsilon under the study's name, where this is the reply of a private round."""
-    if facts_in(content).get("status") != "ok" or not is_charged(study := study_of(message.content)):
+    if facts_in(content).get("status") != "ok" or (study := study_of(message.content)).privacy.mode != "patient":
         return None
     spent = ledger_of(load_site(site_file(context))).spent_on(study.name)
     return spent if math.isfinite(spent) else None

@@ -18,7 +18,7 @@ from unimiss_core.released import read_released
 from unimiss_core.scan import Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
-from unimiss_core.tuned_round import rank_of_task, require_tensors_of_model, require_unsigned, study_of, task_of
+from unimiss_core.tuned_round import has_head, rank_of_task, require_tensors_of_model, require_unsigned, study_of
 from unimiss_core.views import whole
 
 
@@ -55,7 +55,7 @@ class Beginning:
         if self.rank not in {None, scan.rank}:
             raise ScanError("other_rank")
         values, _ = prepare(scan, self.plan)
-        return whole(values, self.size or (self.model.image_size if scan.rank == 2 else self.model.volume_size))
+        return whole(values, self.size or self.model.size_of(scan.rank))
 
     def random_encoder(self, seed: int = 0) -> Backbone:
         """What an encoder of these sizes is before it has seen a scan."""
@@ -84,9 +84,11 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
     if rank is None:
         require_tensors_of_model(init.folder, manifest)
         return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.teacher)
-    study, of = study_of(init.folder, manifest), task_of(init.folder, manifest)
-    size = study[0].size_of(rank) if study else None
-    return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.student, rank, of, size)
+    study = study_of(init.folder, manifest)
+    asked = study[0].finetune.task if study and study[0].finetune else None
+    size = asked.size_for(manifest.model) if asked else None
+    answers = asked if has_head(manifest) else None
+    return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.student, rank, answers, size)
 
 
 def _without_size(task: TaskConfig) -> TaskConfig:

@@ -84,7 +84,7 @@ class _About:
 
 def _of_encoder(source: Pretrained) -> _About:
     manifest, study, config = source.manifest, source.study, source.config
-    released, authors = manifest.origin == "released", "UniMiSS+" if config.model.reconstruction else "UniMiSS"
+    released, authors = manifest.origin == "released", "UniMiSS+" if config.model.is_plus else "UniMiSS"
     rounds = "" if released else str(manifest.round)
     if study is not None:
         rounds += f" of {study.schedule.rounds}, {study.schedule.local_steps} steps each"

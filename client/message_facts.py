@@ -9,7 +9,6 @@ from typing import Any
 from flwr.app import RecordDict
 
 from unimiss_core.errors import WireError
-from unimiss_core.study import StudyConfig
 from unimiss_core.wire import arrays_in, content_digest, facts_in, num_bytes, run_of, study_of
 
 ASKED = {"query": "introduction", "train": "round"}
@@ -49,10 +48,6 @@ def answer_entry(content: RecordDict, asked: Mapping[str, Any], epsilon: float |
     figures = facts["losses"].count(":") + facts["diagnostics"].count(":")
     sent = {"bytes": num_bytes(content), "groups": _bytes_by_group(content), "figures": figures}
     return "reply", {**asked, **told, **sent, "epsilon": epsilon}
-
-
-def is_charged(study: StudyConfig) -> bool:
-    return study.privacy.mode == "patient"
 
 
 def _bytes_by_group(content: RecordDict) -> dict[str, int]:

@@ -95,13 +95,13 @@ def run_probe(
     seen = _look(source, beginning, encoders, batch, keeps_scans=set_out is not None)
     if set_out is not None:
         _write_set(set_out, source, seen)
-    told: list[dict[str, Any]] = [
-        _judged(question, rank, [labels[place] for labels in found.labels], found, source.classes)
+    taught = {"taught_by_labels": beginning.rank is not None}
+    told = [
+        _judged(question, rank, [labels[place] for labels in found.labels], found, source.classes) | taught
         for rank, found in sorted(seen.items())
         for place, question in enumerate(source.questions)
     ]
     for one in told:
-        one["taught_by_labels"] = beginning.rank is not None
         print(_in_words(one), end="")
     if out is not None:
         durable.write_text(out, json.dumps(told, indent=2) + "\n")

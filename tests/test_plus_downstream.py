@@ -11,7 +11,7 @@ from torch import Tensor
 from client.onnx_export import EncoderOutputs, graph_of
 from client.research_command import main
 from tests.federation import small_study
-from tests.test_private_learner import CLIP, Recorded, distance, in_float64, learner, patient, study
+from tests.test_private_learner import CLIP, Recorded, clipped_and_summed, distance, in_float64, learner, patient, study
 from unimiss_core import checkpoint, exported
 from unimiss_core.adaptation import check_adaptation
 from unimiss_core.errors import ConfigError
@@ -69,15 +69,7 @@ def test_private_sums_are_those_of_one_backward_pass_for_each_patient() -> None:
     rank: Rank = 3  # which reaches the 2D path, too
     patients = [patient(rank, count, seed).double() for seed, count in enumerate((1, 2))]
     running, noise = in_float64(learner(Recorded(), study(**PLUS)))
-    names = running.trained_names(rank, 0)
-    parameters = [running.student.get_parameter(name) for name in names]
-    expected = [torch.zeros_like(p) for p in parameters]
-    for one in patients:
-        loss = running.objective(running.student, running.teacher, one, running.centre)
-        found = torch.autograd.grad(loss.total, parameters)
-        norm = torch.cat([gradient.flatten() for gradient in found]).norm().item()
-        for total, gradient in zip(expected, found, strict=True):
-            total += gradient * min(1.0, CLIP / norm)
+    expected = clipped_and_summed(running, patients, rank)
     running.private_step(patients, rank=rank, step=0)
     assert distance(noise.sums[0], expected) <= 1e-9 * CLIP
 

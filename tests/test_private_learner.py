@@ -137,19 +137,24 @@ def test_no_patient_moves_a_release_further_than_its_bound(rank: Rank, objective
         running.private_step(patients, rank=rank, step=step)
 
 
-@pytest.mark.parametrize("rank", [2, 3])
-def test_sums_are_those_of_one_backward_pass_for_each_patient(rank: Rank) -> None:
-    patients = [views.double() for views in ward(rank)]
-    running, noise = in_float64(learner(Recorded()))
-    names = running.trained_names(rank, 0)
-    parameters = [running.student.get_parameter(name) for name in names]
-    expected = [torch.zeros_like(p) for p in parameters]
+def clipped_and_summed(running: PrivateLearner, patients: Sequence[Tensor], rank: Rank) -> list[Tensor]:
+    """Each patient's gradient by one backward pass of its own, clipped as a whole, and their sum."""
+    parameters = [running.student.get_parameter(name) for name in running.trained_names(rank, 0)]
+    sums = [torch.zeros_like(p) for p in parameters]
     for views in patients:
         loss = running.objective(running.student, running.teacher, views, running.centre)
         found = torch.autograd.grad(loss.total, parameters)
         norm = torch.cat([gradient.flatten() for gradient in found]).norm().item()
-        for total, gradient in zip(expected, found, strict=True):
+        for total, gradient in zip(sums, found, strict=True):
             total += gradient * min(1.0, CLIP / norm)
+    return sums
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_sums_are_those_of_one_backward_pass_for_each_patient(rank: Rank) -> None:
+    patients = [views.double() for views in ward(rank)]
+    running, noise = in_float64(learner(Recorded()))
+    expected = clipped_and_summed(running, patients, rank)
     running.private_step(patients, rank=rank, step=0)
     gradients, _ = noise.sums
     assert distance(gradients, expected) <= 1e-9 * CLIP

@@ -24,8 +24,7 @@ def architecture_of(model: ModelConfig) -> Architecture | PlusArchitecture:
 
 def backbone_of(model: ModelConfig, ranks: Collection[Rank] = RANKS) -> Backbone:
     """The backbone of this model, with the tensors of these ranks, on the device that torch makes tensors on."""
-    sizes: dict[Rank, tuple[int, ...]] = {2: model.image_size, 3: model.volume_size}
-    needed = {rank: sizes[rank] for rank in sorted(ranks)}
+    needed = {rank: model.size_of(rank) for rank in sorted(ranks)}
     architecture = architecture_of(model)
     if isinstance(architecture, PlusArchitecture):
         return MiTPlus(architecture, needed)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from unimiss_core.config import Config
-from unimiss_core.scan import SMALLEST
+from unimiss_core.scan import SMALLEST, Rank
 
 
 def _large_enough(size: tuple[int, ...]) -> tuple[int, ...]:
@@ -42,6 +42,10 @@ class ModelConfig(Config):
     reconstruction: Annotated[bool, Field(exclude_if=lambda on: not on)] = False
     """Whether the network can draw its input again, as the objective `unimiss_plus` asks for. Not written out where it
     is off, so that studies and checkpoints older than this setting keep their digests."""
+
+    def size_of(self, rank: Rank) -> tuple[int, ...]:
+        """S that the position tables of this rank are made for."""
+        return self.image_size if rank == 2 else self.volume_size
 
     @property
     def is_plus(self) -> bool:

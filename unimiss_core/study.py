@@ -375,8 +375,8 @@ def _of_task(study: StudyConfig) -> Iterator[str]:
     if study.finetune.validation and (study.privacy.mode == "patient" or not study.wire.losses):
         told_by = "privacy.mode: patient" if study.privacy.mode == "patient" else "wire.losses: false"
         yield f"finetune.validation: its figures would not leave a site under {told_by}; leave it out"
-    alone = study.finetune.trains == "frozen" and study.finetune.task.name == "classification"
-    if study.finetune.head == "local" and alone and not study.model.classifies_by_decoder:
+    joins_decoder_alone = study.finetune.trains == "frozen" and study.finetune.task.name == "classification"
+    if study.finetune.head == "local" and joins_decoder_alone and not study.model.classifies_by_decoder:
         yield (
             f"finetune.head: local, finetune.trains: frozen: of {study.model.network} a classification reads the "
             "encoder alone, so nothing would be joined; share the head, or train more"

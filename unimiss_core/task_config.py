@@ -31,7 +31,7 @@ class _Task(Config):
 
     def size_for(self, model: ModelConfig) -> tuple[int, ...]:
         """S that the network sees."""
-        return self.input_size or (model.image_size if self.rank == 2 else model.volume_size)
+        return self.input_size or model.size_of(self.rank)
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

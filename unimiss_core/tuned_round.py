@@ -17,7 +17,6 @@ from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 from unimiss_core.task_checkpoint import TaskManifest
-from unimiss_core.task_config import TaskConfig
 from unimiss_core.tasks import TaskModel, load_task_model
 
 _BACKBONE, _HEAD = "backbone.", "head."
@@ -57,14 +56,6 @@ def study_of(folder: Path, manifest: Manifest) -> tuple[StudyConfig, Path] | Non
     return None
 
 
-def task_of(folder: Path, manifest: Manifest) -> TaskConfig | None:
-    """What the shared head of a round answers; None where heads stay at their sites, or nothing says."""
-    found = study_of(folder, manifest)
-    if found is None or found[0].finetune is None or not _has_head(manifest):
-        return None
-    return found[0].finetune.task
-
-
 def load_tuned(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[TaskModel, TaskManifest]:
     """A fine-tuned model: of the folder that fine-tuning wrote, or of a round of a federation that fine-tuned.
 
@@ -92,7 +83,7 @@ def require_unsigned(folder: Path, key: object) -> None:
 def _tuned_round(folder: Path, key: SigningPublicKey | None) -> tuple[TaskModel, TaskManifest]:
     found = checkpoint.load(folder, key=key)
     manifest = found.manifest
-    if not _has_head(manifest):
+    if not has_head(manifest):
         raise CheckpointError(
             f"{folder}: answers no task, for its federation leaves heads at their sites; a site's own model is in "
             "models/RUN of its state folder, and `unimiss finetune --init` takes this encoder"
@@ -109,5 +100,6 @@ def _tuned_round(folder: Path, key: SigningPublicKey | None) -> tuple[TaskModel,
     return model, task_checkpoint.packed(found.student, told)[1]
 
 
-def _has_head(manifest: Manifest) -> bool:
+def has_head(manifest: Manifest) -> bool:
+    """Whether a round answers its task; where heads stay at their sites it holds none."""
     return any(name.startswith(_HEAD) for name in manifest.tensors)
