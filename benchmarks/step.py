@@ -4,29 +4,45 @@
     python benchmarks/step.py --model tiny --rank 3 --batch 2 --variant fast --precision bf16 --repeats 9
     python benchmarks/step.py --rank 3 --precision fp32 --recompute          what a switch costs
     python benchmarks/step.py --rank 3 --objective unimiss_plus              what UniMiSS+ costs beside naive UniMiSS
+    python benchmarks/step.py --largest --variant fast --precision bf16      on a GPU: the largest batch that fits
+    python benchmarks/step.py --profile                                      and where a bf16 step's time goes
 
 Ours comes as a whole batch, and again with the switches that options name; without, with volumes' views in turn, and in
-the least memory: one scan at a time, recomputed. Other options narrow the cases. The cases of one rank run in processes
-of their own and take turns, step by step, so that whatever else the machine does falls on all alike. `naive_unimiss.py`
-is the baseline, of MiT alone; of MiTplus there is ours, with the objective that trains all of it. Input sizes and
-65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU
-small with 24, unless options say otherwise.
+the least memory: one scan at a time, recomputed (on a GPU recomputed as a whole batch, and compiled). Other options
+narrow the cases. The cases of one rank run in processes of their own and take turns, step by step (`side_by_side.py`).
+`naive_unimiss.py` is the baseline, of MiT alone; of MiTplus there is ours, with the objective that trains all of it.
+Input sizes and 65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4
+images, on a GPU small with 24, unless options say otherwise.
+
+TFLOP/s are of the matrix products and convolutions that the case's own way of computing needs, forward and backward;
+recomputing is not counted. Their share is of what this GPU reaches in a product of 8192 x 8192 matrices in bf16.
 """
 
 import argparse
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
-from typing import get_args
+from statistics import median
+from typing import Any, get_args
 
 import torch
-from naive_unimiss import NaiveLearner
-from side_by_side import Result, count, run
+from naive_unimiss import NaiveLearner, naive_loss
+from side_by_side import WARM_UP, Result, count, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from client.execution import largest_that_fits
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.model_config import AnySize, PlusSize
 from unimiss_core.network import build_network
+from unimiss_core.objective import new_centre
+from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
@@ -49,6 +65,14 @@ class Switches:
 WHOLE = Switches()
 IN_TURN = Switches(views_in_turn=True)
 LEAST_MEMORY = Switches(micro_batch=1, recompute=True)
+RECOMPUTED = Switches(recompute=True)
+COMPILED = Switches(compile=True)
+
+CPU = torch.device("cpu")
+MOST = 1024
+"""Scans of the batch beside which the largest micro-batch is looked for."""
+PROFILED = 3
+"""Steps that a profile is of."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,8 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     gpu = options.device.startswith("cuda")
     model = options.model or ("small" if gpu else "tiny")
     batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
+    if options.largest and not gpu:
+        _parser().error("--largest: on a CPU a batch that is too large ends the process; name a GPU with --device")
     is_plus = model in get_args(PlusSize)
     if is_plus and options.variant == "naive":
         _parser().error(f"--model {model}: the naive step is of MiT alone; leave --variant out")
@@ -98,9 +124,9 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     precisions = [options.precision] if options.precision else ["fp32", "bf16"]
     chosen = Switches(options.micro_batch, options.views_in_turn, options.recompute, options.compile)
     for rank in [options.rank] if options.rank else [3, 2]:
-        others = [chosen] if chosen != WHOLE else [*[IN_TURN] * (rank == 3), LEAST_MEMORY]
-        ways = [chosen] if options.variant else [WHOLE, *others]
-        yield [
+        usual = [*[IN_TURN] * (rank == 3), *([RECOMPUTED, COMPILED] if gpu else [LEAST_MEMORY])]
+        ways = [chosen] if options.variant else [WHOLE, *([chosen] if chosen != WHOLE else usual)]
+        cases = [
             Case(
                 model=model,
                 rank=rank,
@@ -116,33 +142,68 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
             for variant, precision, switches in product(variants, precisions, ways)
             if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
             if variant == "fast" or switches == WHOLE
+            if not gpu
+            or precision == precisions[-1]
+            or switches in {WHOLE, chosen}  # there it takes minutes to compile
         ]
+        yield [_with_largest_batch(case) for case in cases] if options.largest else cases
+        if options.profile:
+            ours = [case for case in cases if case.variant == "fast" and case.switches == chosen]
+            _print_profile(ours[-1])
+
+
+def _with_largest_batch(case: Case) -> Case:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:  # its memory goes with it
+        return replace(case, batch=own.submit(_largest_batch, case).result())
+
+
+def _largest_batch(case: Case) -> int:
+    """The most scans that fit at a time, as a site finds them."""
+    learner = Learner(_study(replace(case, batch=MOST)), ranks=(2, 3), execution=_execution(case))
+    return largest_that_fits(partial(learner.fits, case.rank), MOST)
 
 
 def _build(case: Case) -> Callable[[], float]:
     """A step that returns its loss; always on the same views (B, V, C, *S)."""
-    sizes = PLUS_SIZES if case.model == "plus" else SMALL_SIZES if "nano" in case.model else SIZES
-    study = StudyConfig.model_validate(
-        {
-            "name": "benchmark",
-            "model": {
-                "size": case.model,
-                "image_size": sizes[2],
-                "volume_size": sizes[3],
-                "prototypes": case.prototypes,
-                "reconstruction": case.objective == "unimiss_plus",
-            },
-            "views": {"image_size": sizes[3][1:], "volume_size": sizes[3]},  # of radiographs
-            "objective": {"name": case.objective},
-        }
-    )
+    study = _study(case)
     generator = torch.Generator().manual_seed(0)
-    views = torch.rand(case.batch, 2, 1, *sizes[case.rank], generator=generator).to(case.device)
+    views = torch.rand(_shape_of_views(case), generator=generator).to(case.device)
     if case.variant == "naive":
         student, teacher = (build_network(study.model, seed=0).to(case.device) for _ in range(2))
         naive = NaiveLearner(student, teacher, bf16=case.precision == "bf16")
         return lambda: naive.step(views)
-    execution = Execution(
+    learner = Learner(study, ranks=(2, 3), execution=_execution(case))
+    return lambda: learner.step(views, step=0).total
+
+
+def _shape_of_views(case: Case) -> tuple[int, ...]:
+    return case.batch, 2, 1, *_sizes(case)[case.rank]
+
+
+def _sizes(case: Case) -> dict[Rank, tuple[int, ...]]:
+    return PLUS_SIZES if case.model == "plus" else SMALL_SIZES if "nano" in case.model else SIZES
+
+
+def _study(case: Case) -> StudyConfig:
+    sizes = _sizes(case)
+    raw: dict[str, Any] = {
+        "name": "benchmark",
+        "model": {
+            "size": case.model,
+            "image_size": sizes[2],
+            "volume_size": sizes[3],
+            "prototypes": case.prototypes,
+            "reconstruction": case.objective == "unimiss_plus",
+        },
+        "views": {"image_size": sizes[3][1:], "volume_size": sizes[3]},  # of radiographs
+        "objective": {"name": case.objective},
+        "batch": {"images": case.batch, "volumes": case.batch},
+    }
+    return StudyConfig.model_validate(raw)
+
+
+def _execution(case: Case) -> Execution:
+    return Execution(
         device=torch.device(case.device),
         precision="bf16" if case.precision == "bf16" else "fp32",
         views_in_turn=case.switches.views_in_turn,
@@ -150,8 +211,72 @@ def _build(case: Case) -> Callable[[], float]:
         compile=case.switches.compile,
         micro_batch={case.rank: case.switches.micro_batch} if case.switches.micro_batch else {},
     )
-    learner = Learner(study, ranks=(2, 3), execution=execution)
-    return lambda: learner.step(views, step=0).total
+
+
+def tflop(case: Case) -> float:
+    """10^12 operations of a step's products and convolutions, forward and backward; they grow with the batch."""
+    one = replace(case, batch=1, precision="fp32", switches=WHOLE, device="cpu")
+    return case.batch * _operations(one) / 1e12
+
+
+@cache
+def _operations(case: Case) -> float:
+    """Counted on tensors without values."""
+    study = _study(case)
+    student, teacher = build_network(study.model, seed=0), build_network(study.model, seed=0).requires_grad_(False)
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    counter = FlopCounterMode(display=False)
+    with shapes, sdpa_kernel(SDPBackend.MATH), counter:  # of fused attention some backends are not counted
+        views = torch.rand(_shape_of_views(case))
+        if case.variant == "naive":
+            loss = torch.stack(list(naive_loss(student, teacher, views, {})[0].values())).sum()
+        else:
+            objective = build_objective(study)
+            centre = new_centre(objective.representations(case.rank), student.head.prototypes.weight.shape[1], CPU)
+            loss = objective(student, teacher, views, centre).total
+        torch.autograd.backward(loss)
+    return counter.get_total_flops()
+
+
+@cache
+def peak_tflop_per_s(device: str) -> float:
+    """What a product of 8192 x 8192 random matrices in bfloat16 reaches there, the median of 20."""
+    left, right = (torch.rand(8192, 8192, device=device, dtype=torch.bfloat16) - 0.5 for _ in range(2))
+    times = []
+    for _ in range(20 + WARM_UP):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        left @ right
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * 8192**3 / median(times[WARM_UP:]) / 1e12
+
+
+def _print_profile(case: Case) -> None:
+    """Where a step's time goes, by operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = case.device.startswith("cuda")
+    step = _build(case)
+    for _ in range(WARM_UP):
+        step()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as taken:
+        for _ in range(PROFILED):
+            step()
+
+    def own_ms(event: Any) -> float:
+        own: float = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        return own / 1e3 / PROFILED
+
+    # On a GPU what ran there is listed under its own name and under the operation that asked for it: the latter counts.
+    events = [
+        event for event in taken.key_averages() if not on_gpu or event.device_type == torch.autograd.DeviceType.CPU
+    ]
+    whole = sum(map(own_ms, events))
+    print(f"{case.title}: {whole:.1f} ms a step in operations, mean of {PROFILED}")
+    for event in sorted(events, key=own_ms, reverse=True)[:15]:
+        print(f"{own_ms(event):9.2f} ms {own_ms(event) / whole:6.1%} {event.count // PROFILED:6d} times  {event.key}")
+    print(flush=True)
 
 
 def _table(results: Sequence[Result[Case]]) -> str:
@@ -159,18 +284,22 @@ def _table(results: Sequence[Result[Case]]) -> str:
     base = next((result for result in results if result.case.variant == "naive"), results[0])
     on_cpu = not case.device.startswith("cuda")  # there processor time, which other work on the machine disturbs less
     wide = max(len(result.case.row) for result in results)
+    rates = "" if on_cpu else f" {'TFLOP/s':>8} {'of peak':>7}"
     lines = [
         f"{case.model}, {case.rank}D, batch {case.batch}, {case.prototypes} prototypes, {case.device}, "
         f"{case.threads} threads, median of {results[0].repeats}",
-        f"{'':12} {'wall s':>16} {'CPU s':>8} {'speed':>7} {'peak MB':>9} {'memory':>7} {'first loss':>11}",
+        f"{'':{wide}} {'wall s':>20} {'CPU s':>8} {'speed':>7} {'peak MB':>9} {'memory':>7} {'first loss':>11}{rates}",
     ]
     for result in results:
         low, high = result.wall_quartiles_s
         speed = base.cpu_s / result.cpu_s if on_cpu else base.wall_s / result.wall_s
         lines.append(
-            f"{result.case.row:{wide}} {result.wall_s:6.3f} ({low:.2f}-{high:.2f}) {result.cpu_s:8.3f} {speed:6.2f}x "
+            f"{result.case.row:{wide}} {result.wall_s:6.3f} ({low:.3f}-{high:.3f}) {result.cpu_s:8.3f} {speed:6.2f}x "
             f"{result.peak_mb:9.0f} {result.peak_mb / base.peak_mb:6.2f}x {result.first_loss:11.5f}"
         )
+        if not on_cpu:
+            rate, peak = tflop(result.case) / result.wall_s, peak_tflop_per_s(case.device)
+            lines[-1] += f" {rate:8.1f} {rate / peak:7.1%}"
     return "\n".join(lines) + "\n"
 
 
@@ -191,6 +320,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--views-in-turn", action="store_true", help="ours with some views of volumes at a time")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--largest", action="store_true", help="on a GPU: each case with the largest batch that fits")
+    parser.add_argument(
+        "--profile", action="store_true", help="also where the time of ours goes, in bf16 unless --precision"
+    )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,3 +55,12 @@ def pair(tmp_path: Path, port: int) -> "Joined":
     from tests.joined_site import joined
 
     return joined(tmp_path, address=f"127.0.0.1:{port}")
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks in all, of a fine, of the coarsest and of the last grid: the compiler's time goes by blocks."""
+    from unimiss_core.model import ARCHITECTURES
+
+    few = replace(ARCHITECTURES["nano"], encoder_depths=(1, 0, 0, 1), decoder_depths=(0, 0, 1))
+    monkeypatch.setitem(ARCHITECTURES, "nano", few)

@@ -13,7 +13,7 @@ from unimiss_core.errors import MemoryTooSmallError
 from unimiss_core.execution import Execution, checkpoint_activations_, compile_
 from unimiss_core.layers import Block
 from unimiss_core.learner import Learner
-from unimiss_core.model import ARCHITECTURES, MiT
+from unimiss_core.model import MiT
 from unimiss_core.network import Network, build_network, tensors_of
 from unimiss_core.objective import Loss
 from unimiss_core.scan import Rank
@@ -142,13 +142,6 @@ def test_bf16_with_views_in_turn_and_recomputed_costs_nearly_the_same_loss() -> 
 
 
 # ------------------------------------------------------------------------------------------------------- compilation
-
-
-@pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three blocks in all, of a fine, of the coarsest and of the last grid: the compiler's time goes by blocks."""
-    few = replace(ARCHITECTURES["nano"], encoder_depths=(1, 0, 0, 1), decoder_depths=(0, 0, 1))
-    monkeypatch.setitem(ARCHITECTURES, "nano", few)
 
 
 class Backend:

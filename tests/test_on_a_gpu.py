@@ -1,0 +1,209 @@
+"""What a GPU computes is what a CPU computes, and what only a GPU has - its memory's end, its compiler, its sums."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from client.devices import run_team
+from client.execution import MEMORY, learner_for
+from client.segmenting import probabilities
+from client.site_config import SiteConfig
+from tests import team_members
+from tests.test_learner import apart, copied, everything, images, in_float64, plus_study, study, volumes
+from tests.test_patient_gradients import taking
+from tests.test_private_learner import distance, ward
+from unimiss_core.config import parse
+from unimiss_core.execution import Execution
+from unimiss_core.learner import Learner, LearnerState
+from unimiss_core.model_config import AnySize
+from unimiss_core.noise import GaussianNoise
+from unimiss_core.scan import Rank
+from unimiss_core.students import shape_of_views
+from unimiss_core.study import ModelConfig, StudyConfig
+from unimiss_core.tasks import build_task_model
+from unimiss_core.team import Alone
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+GPU = torch.device("cuda", 0)
+SCANS = pytest.mark.parametrize("scans", [images(), volumes()], ids=["images", "volumes"])
+
+
+def on_gpu(of: StudyConfig, **settings: object) -> Learner:
+    return apart(Learner(of, ranks={2, 3}, execution=Execution(device=GPU, **settings)))  # type: ignore[arg-type]
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def of_gradients(learner: Learner) -> dict[str, Tensor]:
+    """After one step the moments are the clipped gradients; and the centre."""
+    return {
+        name: tensor for name, tensor in on_cpu(everything(learner)).items() if "moment" in name or "centre" in name
+    }
+
+
+@SCANS
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"views_in_turn": True}, {"activation_checkpointing": True}],
+    ids=["whole", "in turn", "recomputed"],
+)
+@pytest.mark.parametrize(
+    ("objective", "size"), [("unimiss", "nano"), ("unimiss_plus", "nano"), ("unimiss_plus", "plus_nano")]
+)
+def test_a_step_is_the_one_of_a_cpu(scans: Tensor, objective: str, size: AnySize, settings: dict[str, bool]) -> None:
+    of = study() if objective == "unimiss" else plus_study()
+    of = of.model_copy(update={"model": of.model.model_copy(update={"size": size})})
+    expected, ours = (in_float64(learner) for learner in (apart(Learner(of, ranks={2, 3})), on_gpu(of, **settings)))
+    reports = [learner.step(scans.double(), step=0) for learner in (expected, ours)]
+    assert reports[1].terms == pytest.approx(reports[0].terms, rel=1e-7)  # of radiographs, views are drawn in float32
+    torch.testing.assert_close(of_gradients(ours), of_gradients(expected), rtol=1e-4, atol=1e-8)
+
+
+@SCANS
+@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-3), ("bf16", 2e-2)])
+def test_half_precision_costs_nearly_the_same_loss(scans: Tensor, precision: str, near: float) -> None:
+    expected = apart(Learner(study(), ranks={2, 3})).step(scans, step=0)
+    report = on_gpu(study(), precision=precision).step(scans, step=0)
+    assert report.terms == pytest.approx(expected.terms, rel=near)
+    assert report.diagnostics["grad_norm"] == pytest.approx(expected.diagnostics["grad_norm"], rel=10 * near)
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-3), ("bf16", 2e-2)])
+def test_compiled_steps_are_the_same_and_serve_other_batch_sizes(precision: str, near: float) -> None:
+    told: list[str] = []
+    execution = Execution(device=GPU, precision=precision, compile=True)  # type: ignore[arg-type]
+    ours = apart(Learner(study(), ranks={2, 3}, execution=execution, tell=told.append))
+    plain = apart(Learner(study(), ranks={2, 3}))
+    for step, scans in enumerate((images(scans=5), volumes(), images(scans=2), volumes(scans=1))):
+        expected, report = plain.step(scans, step=step), ours.step(scans, step=step)
+        assert report.terms == pytest.approx(expected.terms, rel=near)
+    assert told == []
+
+
+def test_a_round_goes_on_from_what_was_kept() -> None:
+    running, resumed = on_gpu(study()), on_gpu(study())
+    running.step(volumes(), step=0)
+    state = running.state(weights=True)
+    resumed.restore(LearnerState(copied(on_cpu(state.tensors)), json.loads(json.dumps(state.facts))))
+    expected, report = running.step(images(), step=1), resumed.step(images(), step=1)
+    assert report.terms == pytest.approx(expected.terms, rel=1e-6)
+    torch.testing.assert_close(on_cpu(everything(resumed)), on_cpu(everything(running)), rtol=1e-3, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@contextmanager
+def room(megabytes: int) -> Iterator[None]:
+    """Let this process have no more of the card than this beyond what it holds."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + megabytes * 2**20) / total, GPU)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_the_largest_micro_batch_that_fits_is_found_once_and_trains(
+    tmp_path: Path, rank: Rank, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = {"name": "north", "data": [{"folder": str(tmp_path)}], "state": str(tmp_path), "precision": precision}
+    site, whole = parse(SiteConfig, raw, where="site.yaml"), 1500 if rank == 2 else 150
+    raw = study().model_dump(mode="json") | {"batch": {"images": whole, "volumes": whole}}
+    of = parse(StudyConfig, raw, where="study.yaml")
+    told: list[str] = []
+    with room(1_000):
+        learner = learner_for(site, of, {2, 3}, device=GPU, team=Alone())
+        found = learner.micro_batch[rank]
+        assert 1 <= found < whole
+        assert not learner.fits(rank, -(-whole // (-(-whole // found) - 1)))  # one part fewer would be too large
+        learner._tell = told.append
+        shape = (whole, *shape_of_views(of, rank))
+        expected = learner.step(torch.rand(shape, generator=torch.Generator().manual_seed(1)), step=0)
+        assert told == []
+        monkeypatch.setattr(Learner, "fits", lambda *_: pytest.fail("tried again"))
+        assert learner_for(site, of, {2, 3}, device=GPU, team=Alone()).micro_batch == learner.micro_batch
+    assert json.loads((tmp_path / MEMORY).read_text())
+    assert expected.total > 0
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_in_parts() -> None:
+    told: list[str] = []
+    scans = torch.rand(1500, 2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = on_gpu(study()).step(scans, step=0)
+    short = on_gpu(study())
+    short._tell = told.append
+    with room(1_000):
+        report = short.step(scans, step=0)
+    assert told[0] == "out of memory: 2D batches are met in parts of 750, not 1500 scans"
+    assert report.terms == pytest.approx(expected.terms, rel=1e-4)
+    assert report.diagnostics["grad_norm"] == pytest.approx(expected.diagnostics["grad_norm"], rel=1e-2)
+
+
+# -------------------------------------------------------------------------------------------------- private, in teams
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_private_step_is_the_one_of_a_cpu_however_many_are_worked_out_together(rank: Rank) -> None:
+    steps = [taking(1), taking(1, device=GPU), taking(3, device=GPU)]
+    reports = [made.private_step(iter(ward(rank)), rank=rank, step=0) for made, _, _ in steps]
+    near = 3e-3  # convolutions on a GPU round to 10 bits, in a network whose weights enlarge it
+    expected = [[total.cpu() for total in sums] for sums in steps[0][1].sums]
+    for report, (_, noise, told) in zip(reports[1:], steps[1:], strict=True):
+        for ours, theirs in zip(noise.sums, expected, strict=True):
+            length = sum(total.double().square().sum().item() for total in theirs) ** 0.5
+            assert distance([total.cpu() for total in ours], theirs) <= near * length
+        assert report.total == pytest.approx(reports[0].total, rel=near)
+        assert told == []
+
+
+def test_noise_on_a_gpu_is_of_the_claimed_size_and_never_the_same() -> None:
+    draws = [torch.zeros(1_000_000, device=GPU) for _ in range(2)]
+    for total in draws:
+        GaussianNoise(GPU).add_([total], 3.0)
+    for total in draws:
+        assert total.std().item() == pytest.approx(3.0, rel=0.01)
+        assert total.mean().item() == pytest.approx(0.0, abs=0.02)
+    assert torch.corrcoef(torch.stack(draws))[0, 1].abs().item() < 0.01
+
+
+def test_one_process_of_a_team_sums_with_nccl(tmp_path: Path) -> None:
+    of, batches = study(), [images(), volumes()]
+    alone = team_members.train(of, batches, torch.float64, device=GPU, team=Alone())
+    ours = run_team(team_members.train, (of, batches, torch.float64), devices=(GPU,), state=tmp_path)
+    torch.testing.assert_close(on_cpu(ours), on_cpu(alone), rtol=1e-5, atol=1e-8)
+
+
+# --------------------------------------------------------------------------------------------------------------- asking
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_mask_is_the_one_of_a_cpu(rank: Rank) -> None:
+    model = build_task_model(ModelConfig(prototypes=16), rank, outputs=3, dense=True, seed=0, pretrained=None).eval()
+    values = np.random.default_rng(0).random((1, *(20, 90, 75)[-rank:]), dtype=np.float32)
+    found = [
+        probabilities(
+            model.to(device),
+            values.copy(),
+            (13, 40, 48)[-rank:],
+            overlap=0.5,
+            windows=2,
+            device=device,
+            autocast=nullcontext(),
+        ).cpu()
+        for device in (torch.device("cpu"), GPU)
+    ]
+    torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=0)
