@@ -1,10 +1,11 @@
 """Cases measured side by side: each in a process of its own, taking turns step by step.
 
 So whatever else the machine does falls on all alike, and each case has a peak of memory of its own. On a GPU, which
-does one program's work at a time and whose memory a process keeps, they come one after the other.
+does one program's work at a time and counts the memory of each by itself, they come one after the other in one process.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import platform
@@ -84,8 +85,22 @@ def measure(cases: Sequence[Case], build: Build, repeats: int) -> list[Figures]:
 
     Raises CaseLostError; the other processes, being daemons, end with this one.
     """
-    together = [[case] for case in cases] if any(case.device.startswith("cuda") for case in cases) else [cases]
-    return [figures for some in together for figures in _in_turn(some, build, repeats)]
+    if any(_is_on_gpu(case) for case in cases):
+        return [_alone(case, build, repeats) for case in cases]
+    return _in_turn(cases, build, repeats)
+
+
+def _alone(case: Case, build: Build, repeats: int) -> Figures:
+    """Of a case on a GPU; what it was is told at once, for such a machine may be lent by the minute."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = _peak_mb(case)
+    step = build(case)
+    steps = [_taken(step, case) for _ in range(WARM_UP + repeats)]
+    figures = _figures(steps, peak_mb=_peak_mb(case) - before)
+    _say(f"{case.title}: {figures.wall_s:.4f} s, {figures.peak_mb:.0f} MB; the first step took {steps[0].wall_s:.1f} s")
+    return figures
 
 
 def _in_turn(cases: Sequence[Case], build: Build, repeats: int) -> list[Figures]:
@@ -138,11 +153,11 @@ def run(
         except CaseLostError as error:  # its own process has printed why
             parser.exit(1, f"{parser.prog}: {error}\n")
         measured = [Result(**vars(found), case=case) for case, found in zip(alike, figures, strict=True)]
-        print(table(measured), flush=True)
         results += measured
-    if options.json:
-        content = {"machine": machine(), "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        if options.json:
+            content = {"machine": machine(), "results": [asdict(result) for result in results]}
+            options.json.write_text(json.dumps(content, indent=2) + "\n")
+        print(table(measured), flush=True)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -194,25 +209,33 @@ def _figures(taken: Sequence[Taken], *, peak_mb: float) -> Figures:
 def _work(case: Case, build: Build, pipe: Connection) -> None:
     """A process's life: build, then a step for each 'step', then its peak memory."""
     torch.set_num_threads(case.threads)
-    torch.ones(8, device=case.device).sum().item()
+    torch.ones(8).sum().item()
     if case.loads_compiler:
         import_module(COMPILER)
-    before = _peak_mb(case.device)
+    before = _peak_mb(case)
     step = build(case)
     pipe.send("ready")
     while pipe.recv() == "step":
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = step()
-        if case.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        pipe.send(Taken(time.perf_counter() - wall, time.process_time() - cpu, loss))
-    pipe.send(_peak_mb(case.device) - before)
-    if not case.device.startswith("cuda") and case.loads_compiler != (COMPILER in sys.modules):
+        pipe.send(_taken(step, case))
+    pipe.send(_peak_mb(case) - before)
+    if case.loads_compiler != (COMPILER in sys.modules):
         _say(f"{case.title}: the compiler's libraries count in its memory, or do where they should not")
 
 
-def _peak_mb(device: str) -> float:
-    if device.startswith("cuda"):
+def _taken(step: Callable[[], float], case: Case) -> Taken:
+    wall, cpu = time.perf_counter(), time.process_time()
+    loss = step()
+    if _is_on_gpu(case):
+        torch.cuda.synchronize()
+    return Taken(time.perf_counter() - wall, time.process_time() - cpu, loss)
+
+
+def _is_on_gpu(case: Case) -> bool:
+    return case.device.startswith("cuda")
+
+
+def _peak_mb(case: Case) -> float:
+    if _is_on_gpu(case):
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

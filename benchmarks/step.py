@@ -19,10 +19,8 @@ recomputing is not counted. Their share is of what this GPU reaches in a product
 """
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -153,14 +151,9 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
 
 
 def _with_largest_batch(case: Case) -> Case:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:  # its memory goes with it
-        return replace(case, batch=own.submit(_largest_batch, case).result())
-
-
-def _largest_batch(case: Case) -> int:
-    """The most scans that fit at a time, as a site finds them."""
+    """With the most scans that fit at a time, as a site finds them."""
     learner = Learner(_study(replace(case, batch=MOST)), ranks=(2, 3), execution=_execution(case))
-    return largest_that_fits(partial(learner.fits, case.rank), MOST)
+    return replace(case, batch=largest_that_fits(partial(learner.fits, case.rank), MOST))
 
 
 def _build(case: Case) -> Callable[[], float]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimiss_core.convolution import GreyConv3d, GreyOrColourConv2d, reducing
-from unimiss_core.precision import Linear, in_bf16_on_cpu
+from unimiss_core.precision import LayerNorm, Linear, in_bf16_on_cpu
 from unimiss_core.scan import RANKS, SMALLEST, Rank
 
 INSTANCE_NORM: dict[Rank, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
@@ -229,9 +229,9 @@ class Block(nn.Module):
         depthwise: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm1 = LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, ratio, bias=qkv_bias, ranks=ranks, depthwise=depthwise)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm2 = LayerNorm(width, eps=norm_eps)
         self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
@@ -261,7 +261,7 @@ class Attention(nn.Module):
         self.reduces = ratio > 1
         if self.reduces:
             self.reduce = Switched(lambda rank: reducing(rank, width, ratio, depthwise=depthwise), ranks)
-            self.reduce_norm = nn.LayerNorm(width, eps=1e-5)
+            self.reduce_norm = LayerNorm(width, eps=1e-5)
 
     def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
         """tokens (B, 1 + N, C) of a grid -> (B, 1 + N, C), or (B, 1, C) with the class token as only query."""

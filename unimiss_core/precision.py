@@ -1,4 +1,4 @@
-"""Where bfloat16 does not pay on a CPU, and what then stays in float32.
+"""Where bfloat16 does not pay on a CPU, and what then stays in float32; where it pays on a GPU, and autocast has not.
 
 Every shape of product in bfloat16 costs the CPU's library half a megabyte for its kernels, and every pass a copy of the
 weights. Few rows do not earn that back: such a product reads its weights once, whatever their type.
@@ -9,6 +9,7 @@ Legend of shapes: O outputs and I inputs of a layer.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 32
@@ -36,3 +37,17 @@ class Linear(nn.Linear):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float()).to(torch.bfloat16)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(..., I) -> (..., I). On a GPU bfloat16 goes in and comes out; mean and variance are summed in float32 inside.
+
+    Autocast would have the whole of it in float32: five times the bytes, for what the next layer rounds to bfloat16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda" or x.dtype != torch.bfloat16:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
