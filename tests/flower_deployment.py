@@ -71,6 +71,11 @@ class Flower:
         """As `flwr ls` tells it, which is the only one to tell: `flwr run` ends with code 0 whatever happened."""
         return str(self._told("ls", "--run-id", str(run))["runs"][0]["status"])
 
+    def has_ended(self, run: int) -> bool:
+        """Whether the SuperLink has logged so; asking it takes a process that imports Flower, for seconds."""
+        end = re.compile(rf"Finished task \d+ of run {run}\b")
+        return any(end.search(path.read_text(errors="replace")) for path in self._log_files())
+
     def kill(self, name: str) -> None:
         """SIGKILL to the processes of this installation that go by `name`, and to what they started; fails where there
         is none."""
@@ -83,7 +88,7 @@ class Flower:
         """Fails, with the logs, when time is over, and at once where `run` has ended without the condition."""
         give_up = time.monotonic() + timeout_s
         while not condition():
-            if run is not None and self._has_ended(run) and not condition():
+            if run is not None and self.has_ended(run) and not condition():
                 pytest.fail(f"run {run} ended without: {what}\n{self._log_of_run(run)}\n{self.logs()}")
             if time.monotonic() > give_up:
                 pytest.fail(f"not within {timeout_s:g} s: {what}\n{self.logs()}")
@@ -120,11 +125,6 @@ class Flower:
 
     def _log_files(self) -> list[Path]:
         return sorted([*self.folder.glob("*.log"), *self._home.rglob("*.log")])
-
-    def _has_ended(self, run: int) -> bool:
-        """Whether the SuperLink has logged so; asking it takes a process that imports Flower, for seconds."""
-        end = re.compile(rf"Finished task \d+ of run {run}\b")
-        return any(end.search(path.read_text(errors="replace")) for path in self._log_files())
 
     def _log_of_run(self, run: int) -> str:
         return self._flwr("log", str(run), "--show").stdout[-TAIL:]

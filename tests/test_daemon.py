@@ -94,7 +94,7 @@ def test_a_site_joins_in_refuses_foreign_code_and_leaves_nothing_behind(tmp_path
             project = foreign_app.write(tmp_path / "federated-unimiss", mark)
             run = flower.submit({"coordinator": ""}, project=project)
             flower.wait_until(
-                lambda: flower._has_ended(run) and "ANSWER evaluate" in flower._log_of_run(run),
+                lambda: flower.has_ended(run) and "ANSWER evaluate" in flower._log_of_run(run),
                 "the foreign run ends",
                 timeout_s=START_S,
             )
