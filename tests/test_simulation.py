@@ -20,6 +20,8 @@ from client.finetune_config import FromCheckpoint
 from server.simulate_command import INTERRUPTED, main
 from unimiss_core import checkpoint
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 STUDY = {
     "name": "toy",
     "model": {"prototypes": 16, "image_size": [64, 64], "volume_size": [16, 64, 64]},
@@ -32,7 +34,7 @@ STUDY = {
 PHANTOM = {"volume_shape": [16, 32, 36], "volume_spacing_mm": [16.0, 10.0, 10.0]}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three hospitals written once, for all tests of this file."""
     from client.phantoms import PhantomConfig, write_hospital
@@ -76,7 +78,7 @@ def same_weights(a: Path, b: Path) -> bool:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole run with a probe, which several tests look at."""
     folder = tmp_path_factory.mktemp("finished")
@@ -309,12 +311,23 @@ def test_a_file_in_the_way_of_the_output_is_told(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+NARROW_COMMAND = """
+import sys
+from tests.federation import NARROW
+from unimiss_core.model import ARCHITECTURES
+ARCHITECTURES["nano"] = NARROW
+from server.simulate_command import main
+sys.exit(main())
+"""
+"""`unimiss-simulate`, whose runs this process can go on with: its models are as narrow."""
+
+
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, hospitals: Path) -> None:
     config = simulation(tmp_path, hospitals, overrides={"schedule": {"rounds": 2, "local_steps": 8}})
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "server.simulate_command", str(config), "--out", str(out)]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", NARROW_COMMAND, str(config), "--out", str(out)],
+        cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
