@@ -22,6 +22,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 START_S = 120.0
 """How long a process may take to come up; some seconds on a machine with nothing else to do."""
+SUPERNODE = """
+from flwr.supernode import fleet_http_connection
+fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 15
+from flwr.supernode.cli import flower_supernode
+flower_supernode()
+"""
+"""`flower-supernode` with twice as many heartbeats: SuperLink takes one that was killed for gone after two of them."""
 TAIL = 3000
 """Characters of each log that a failure shows."""
 
@@ -181,7 +188,7 @@ class Deployment:
         """A SuperNode for each site file; returns when all have joined."""
         for site, file in files.items():
             config = ["--node-config", f'site="{file}"', "--port", str(free_port())]
-            command = ["flower-supernode", "--insecure", "--superlink", self._address, *config]
+            command = ["python", "-c", SUPERNODE, "--insecure", "--superlink", self._address, *config]
             self._nodes[site] = self.flower.start(_log_of(site), *command)
         for site in files:
             self.flower.wait_until(

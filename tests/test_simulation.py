@@ -49,12 +49,16 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def simulation(tmp_path: Path, hospitals: Path, **changes: object) -> Path:
     """A simulation file over the hospitals: one site for each."""
-    sites = [{"name": f"{kind}-site", "data": [_source(hospitals / kind)]} for kind in ("cr", "ct", "mixed")]
+    sites = [_site(hospitals, kind) for kind in ("cr", "ct", "mixed")]
     raw = {"study": "study.yaml", "sites": sites, "quorum": {"min_sites": 1}, **changes}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     path = tmp_path / "simulation.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+def _site(hospitals: Path, kind: str) -> dict[str, object]:
+    return {"name": f"{kind}-site", "data": [_source(hospitals / kind)]}
 
 
 def _source(folder: Path) -> dict[str, object]:
@@ -190,7 +194,8 @@ def test_in_int8_a_resumed_run_ends_bit_identical_and_a_site_with_a_new_disk_goe
     tmp_path: Path, hospitals: Path
 ) -> None:
     changes = {"wire": {"dtype": "int8"}, "schedule": {"rounds": 3, "local_steps": 2}}
-    config, out = simulation(tmp_path, hospitals, overrides=changes), tmp_path / "out"
+    sites = [_site(hospitals, kind) for kind in ("cr", "ct")]
+    config, out = simulation(tmp_path, hospitals, overrides=changes, sites=sites), tmp_path / "out"
     assert run(config, out) == 0
     sent = [row["sites"]["ct-site"]["bytes_down"] for row in rows(out)]
     steps, whole = sent[1], sent[0]

@@ -39,7 +39,7 @@ STUDY = {
     "plan": {"volume_spacing_mm": [8.0, 8.0, 8.0], "image_longest_side": 64},
     "views": {"image_size": [33, 40], "volume_size": [13, 33, 36]},
     "schedule": {"rounds": ROUNDS, "local_steps": 2},
-    "batch": {"images": 3, "volumes": 2},
+    "batch": {"images": 2, "volumes": 1},
     "optimiser": {"warmup_steps": 1},
 }
 PHANTOM = {"patients": 3, "volume_shape": [16, 32, 36], "volume_spacing_mm": [16.0, 10.0, 10.0]}
