@@ -91,7 +91,15 @@ class Flower:
         for number in found:
             _kill_family(number)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, *, timeout_s: float, run: int | None = None) -> None:
+    def wait_until(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        *,
+        timeout_s: float,
+        run: int | None = None,
+        poll_s: float = 0.2,
+    ) -> None:
         """Fails, with the logs, when time is over, and at once where `run` has ended without the condition."""
         give_up = time.monotonic() + timeout_s
         while not condition():
@@ -99,7 +107,7 @@ class Flower:
                 pytest.fail(f"run {run} ended without: {what}\n{self._log_of_run(run)}\n{self.logs()}")
             if time.monotonic() > give_up:
                 pytest.fail(f"not within {timeout_s:g} s: {what}\n{self.logs()}")
-            time.sleep(0.2)
+            time.sleep(poll_s)
 
     def logs(self) -> str:
         """The end of what each process wrote."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,9 @@ def _deployed(simulation: Path, folder: Path) -> Iterator[Journey]:
 
 
 def _wait_for_round(round: int, flower: Flower, run: int, out: Path) -> None:
-    flower.wait_until(lambda: _is_done(out, round), f"round {round} ends", timeout_s=2 * ROUND_S, run=run)
+    """poll_s: what is killed when a round has ended must not have time for the next one."""
+    is_done = partial(_is_done, out, round)
+    flower.wait_until(is_done, f"round {round} ends", timeout_s=2 * ROUND_S, run=run, poll_s=0.05)
 
 
 def _is_done(out: Path, round: int) -> bool:
