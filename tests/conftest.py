@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 LONGEST = (
     "test_federation_of_processes",
     "test_transports",
-    "test_killed_coordinator",
     "test_superlink",
     "test_execution",
 )

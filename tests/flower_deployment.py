@@ -29,6 +29,8 @@ from flwr.supernode.cli import flower_supernode
 flower_supernode()
 """
 """`flower-supernode` with twice as many heartbeats: SuperLink takes one that was killed for gone after two of them."""
+LOOK_S = 2.0
+"""Between two looks whether a run has ended: each goes through all folders of an installation for its logs."""
 TAIL = 3000
 """Characters of each log that a failure shows."""
 
@@ -100,12 +102,15 @@ class Flower:
         run: int | None = None,
         poll_s: float = 0.2,
     ) -> None:
-        """Fails, with the logs, when time is over, and at once where `run` has ended without the condition."""
-        give_up = time.monotonic() + timeout_s
+        """Fails, with the logs, when time is over, and soon where `run` has ended without the condition."""
+        now = time.monotonic()
+        give_up, looks_at = now + timeout_s, now
         while not condition():
-            if run is not None and self.has_ended(run) and not condition():
-                pytest.fail(f"run {run} ended without: {what}\n{self._log_of_run(run)}\n{self.logs()}")
-            if time.monotonic() > give_up:
+            if run is not None and now >= looks_at:
+                looks_at = now + LOOK_S
+                if self.has_ended(run) and not condition():
+                    pytest.fail(f"run {run} ended without: {what}\n{self._log_of_run(run)}\n{self.logs()}")
+            if (now := time.monotonic()) > give_up:
                 pytest.fail(f"not within {timeout_s:g} s: {what}\n{self.logs()}")
             time.sleep(poll_s)
 
