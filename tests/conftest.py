@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 LONGEST = (
     "test_federation_of_processes",
     "test_transports",
-    "test_killed_coordinator",
     "test_superlink",
-    "test_flower_engine",
     "test_execution",
 )
 """Files of minutes, begun first, so that no process is left with one of them when the others have ended."""
@@ -55,6 +54,17 @@ def pair(tmp_path: Path, port: int) -> "Joined":
     from tests.joined_site import joined
 
     return joined(tmp_path, address=f"127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[None]:
+    """A nano of few numbers for all tests of a file, and for what its fixtures keep."""
+    from tests.federation import NARROW
+    from unimiss_core.model import ARCHITECTURES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "nano", NARROW)
+        yield
 
 
 @pytest.fixture

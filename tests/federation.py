@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ from unimiss_core.codec import Layout, layout_of
 from unimiss_core.config import parse
 from unimiss_core.errors import WireError
 from unimiss_core.groups import GROUPS, groups_of_ranks
+from unimiss_core.model import ARCHITECTURES
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import ModelConfig, StudyConfig
 from unimiss_core.team import Alone
 from unimiss_core.wire import Hello, Introduction, Refusal, TrainReply, TrainRequest, study_of
+
+NARROW = replace(
+    ARCHITECTURES["nano"],
+    stem=8,
+    widths=(8, 8, 8, 8),
+    encoder_depths=(1, 0, 0, 1),
+    decoder_depths=(0, 0, 1),
+    head_hidden=16,
+    bottleneck=8,
+)
+"""Of few numbers, some in every group: what a test moves between a coordinator and stubs goes by numbers."""
 
 
 def small_study(rounds: int = 2, **changes: object) -> StudyConfig:

@@ -22,6 +22,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 START_S = 120.0
 """How long a process may take to come up; some seconds on a machine with nothing else to do."""
+SUPERNODE = """
+from flwr.supernode import fleet_http_connection
+fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 15
+from flwr.supernode.cli import flower_supernode
+flower_supernode()
+"""
+"""`flower-supernode` with twice as many heartbeats: SuperLink takes one that was killed for gone after two of them."""
+LOOK_S = 2.0
+"""Between two looks whether a run has ended: each goes through all folders of an installation for its logs."""
 TAIL = 3000
 """Characters of each log that a failure shows."""
 
@@ -71,6 +80,11 @@ class Flower:
         """As `flwr ls` tells it, which is the only one to tell: `flwr run` ends with code 0 whatever happened."""
         return str(self._told("ls", "--run-id", str(run))["runs"][0]["status"])
 
+    def has_ended(self, run: int) -> bool:
+        """Whether the SuperLink has logged so; asking it takes a process that imports Flower, for seconds."""
+        end = re.compile(rf"Finished task \d+ of run {run}\b")
+        return any(end.search(path.read_text(errors="replace")) for path in self._log_files())
+
     def kill(self, name: str) -> None:
         """SIGKILL to the processes of this installation that go by `name`, and to what they started; fails where there
         is none."""
@@ -79,15 +93,26 @@ class Flower:
         for number in found:
             _kill_family(number)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, *, timeout_s: float, run: int | None = None) -> None:
-        """Fails, with the logs, when time is over, and at once where `run` has ended without the condition."""
-        give_up = time.monotonic() + timeout_s
+    def wait_until(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        *,
+        timeout_s: float,
+        run: int | None = None,
+        poll_s: float = 0.2,
+    ) -> None:
+        """Fails, with the logs, when time is over, and soon where `run` has ended without the condition."""
+        now = time.monotonic()
+        give_up, looks_at = now + timeout_s, now
         while not condition():
-            if run is not None and self._has_ended(run) and not condition():
-                pytest.fail(f"run {run} ended without: {what}\n{self._log_of_run(run)}\n{self.logs()}")
-            if time.monotonic() > give_up:
+            if run is not None and now >= looks_at:
+                looks_at = now + LOOK_S
+                if self.has_ended(run) and not condition():
+                    pytest.fail(f"run {run} ended without: {what}\n{self._log_of_run(run)}\n{self.logs()}")
+            if (now := time.monotonic()) > give_up:
                 pytest.fail(f"not within {timeout_s:g} s: {what}\n{self.logs()}")
-            time.sleep(0.2)
+            time.sleep(poll_s)
 
     def logs(self) -> str:
         """The end of what each process wrote."""
@@ -120,11 +145,6 @@ class Flower:
 
     def _log_files(self) -> list[Path]:
         return sorted([*self.folder.glob("*.log"), *self._home.rglob("*.log")])
-
-    def _has_ended(self, run: int) -> bool:
-        """Whether the SuperLink has logged so; asking it takes a process that imports Flower, for seconds."""
-        end = re.compile(rf"Finished task \d+ of run {run}\b")
-        return any(end.search(path.read_text(errors="replace")) for path in self._log_files())
 
     def _log_of_run(self, run: int) -> str:
         return self._flwr("log", str(run), "--show").stdout[-TAIL:]
@@ -181,7 +201,7 @@ class Deployment:
         """A SuperNode for each site file; returns when all have joined."""
         for site, file in files.items():
             config = ["--node-config", f'site="{file}"', "--port", str(free_port())]
-            command = ["flower-supernode", "--insecure", "--superlink", self._address, *config]
+            command = ["python", "-c", SUPERNODE, "--insecure", "--superlink", self._address, *config]
             self._nodes[site] = self.flower.start(_log_of(site), *command)
         for site in files:
             self.flower.wait_until(

@@ -2,7 +2,7 @@
 
     python -m tests.killed_coordinator FOLDER KILLS SEED
 
-Each process forks from one that has imported everything, so that the instants fall into the run, not into imports.
+Each process forks from one that has run a federation, so that the instants fall into the run, not into imports.
 Prints one JSON line: kills in all, where they fell (how many rounds were finished), how many left a checkpoint
 half written, and whether each run ended with the bits of an unbroken one.
 """
@@ -20,13 +20,12 @@ import torch
 
 import server.exchange
 import server.roster
-from server import loops
 from server.coordinator_config import CoordinatorConfig
 from server.local_grid import LocalGrid
 from server.rounds import Federation
-from tests.federation import StubSite, small_study, stub_app
+from tests.federation import NARROW, StubSite, small_study, stub_app
 from unimiss_core import checkpoint, durable
-from unimiss_core.network import build_network
+from unimiss_core.model import ARCHITECTURES
 
 ROUNDS = 3
 STUDY = small_study(
@@ -37,8 +36,8 @@ STUDY = small_study(
 def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     server.exchange.POLL_S = server.roster.POLL_S = server.roster.LONGEST_POLL_S = 0.002
-    build_network(STUDY.model, seed=0)  # it imports more of torch
-    loops.extent(torch.zeros(1))  # and this of Numba, a second each time
+    ARCHITECTURES["nano"] = NARROW
+    _federate(folder / "warm")  # torch and Numba import and compile more when they are used, for seconds
     chance = random.Random(seed)
     began = time.monotonic()
     assert _run(folder / "unbroken", kill_after_s=None)

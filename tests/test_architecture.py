@@ -123,6 +123,11 @@ def test_nor_does_what_those_processes_import_when_they_run(loaded: str) -> None
     subprocess.run([sys.executable, "-c", f"import sys, {loaded}; sys.exit('torch' in sys.modules)"], check=True)
 
 
+def test_nor_does_what_a_person_types_to_let_a_held_site_go_on() -> None:
+    assert len(loaded := loaded_with("client.hold")) > 20
+    assert not [f"{loaded[name]} imports {name}" for name in loaded if "torch" in name.split(".")]
+
+
 def violations(name: str, source: str) -> Iterator[str]:
     package = name.split("/")[0]
     for imported in sorted(set(imports(ast.parse(source)))):

@@ -93,12 +93,15 @@ def test_a_site_joins_in_refuses_foreign_code_and_leaves_nothing_behind(tmp_path
             mark = tmp_path / "mark"
             project = foreign_app.write(tmp_path / "federated-unimiss", mark)
             run = flower.submit({"coordinator": ""}, project=project)
-            flower.wait_until(
-                lambda: flower._has_ended(run) and "ANSWER evaluate" in flower._log_of_run(run),
-                "the foreign run ends",
-                timeout_s=START_S,
-            )
-            told = [line.split("ANSWER ")[1] for line in flower._log_of_run(run).splitlines() if "ANSWER " in line]
+            logs = [""]
+
+            def is_told() -> bool:
+                if flower.has_ended(run):
+                    logs.append(flower._log_of_run(run))
+                return "ANSWER evaluate" in logs[-1]
+
+            flower.wait_until(is_told, "the foreign run ends", timeout_s=START_S)
+            told = [line.split("ANSWER ")[1] for line in logs[-1].splitlines() if "ANSWER " in line]
             assert told == [f"{kind} {code} {UNSAID!r}" for kind, code in (("train", 7), ("evaluate", 2))]
             assert not mark.exists()
             assert not (state / "flower" / "apps").exists()

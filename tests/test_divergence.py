@@ -21,6 +21,8 @@ from unimiss_core.network import build_network, tensors_of
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import TrainReply, TrainRequest
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 TAU = 0.6
 SHAPES = {"backbone.stem.2d.weight": (3, 5), "backbone.norm.bias": (7,), "head.mlp.weight": (4, 3)}
 SCALE = "divergence_scale"

@@ -29,6 +29,8 @@ from unimiss_core.groups import group_of
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import TrainReply, TrainRequest
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 ROUNDS = 3
 BAD_ROUND = 2
 

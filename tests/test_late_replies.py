@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from server.coordinator_config import CoordinatorConfig
@@ -12,6 +13,8 @@ from tests.federation import StubSite, good_answer, metric_rows, stub_app
 from tests.test_faults import BAD_ROUND, Grid, _update, exact_study, federate, only_in_bad_round, site
 from unimiss_core import checkpoint
 from unimiss_core.wire import TrainReply, TrainRequest
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 class Slow:

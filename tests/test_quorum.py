@@ -20,6 +20,8 @@ from unimiss_core.reasons import REASONS, lasts
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Refusal, TrainReply, TrainRequest
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 LASTING = sorted(reason for reason in REASONS if lasts(reason))
 
 

@@ -19,6 +19,8 @@ from unimiss_core.groups import group_of
 from unimiss_core.teacher import advance_teacher
 from unimiss_core.wire import TrainReply, TrainRequest
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 LAYOUT = {group: specs[:3] for group, specs in whole_layout().items()}
 INT8 = {"dtype": "int8"}
 

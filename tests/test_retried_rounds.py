@@ -25,6 +25,8 @@ from unimiss_core import checkpoint
 from unimiss_core.errors import WireError
 from unimiss_core.wire import TrainReply, TrainRequest
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def fails_once_in(round: int) -> Answer:
     def answer(request: TrainRequest, of: StubSite) -> TrainReply:

@@ -25,6 +25,8 @@ from unimiss_core.study import StudyConfig
 from unimiss_core.teacher import advance_teacher
 from unimiss_core.wire import Refusal, TrainReply, TrainRequest
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def federate(
     out: Path,
@@ -59,18 +61,25 @@ def ct(name: str = "ct", answer: Answer | None = None) -> StubSite:
     return StubSite(name, {3: 6}, answer)
 
 
+@pytest.fixture(scope="module")
+def ct_alone(tmp_path_factory: pytest.TempPathFactory) -> GlobalState:
+    """What two rounds come to of a site that nobody joins."""
+    return federate(tmp_path_factory.mktemp("alone"), [ct()])
+
+
 def test_two_rounds_give_the_model_that_the_formula_gives(tmp_path: Path) -> None:
     study = small_study(rounds=2, wire={"dtype": "fp32"})
     a, b = xray(), ct()
     state = federate(tmp_path, [a, b], study)
     initial = checkpoint.load(tmp_path / "checkpoints" / "round-0000").student
+    sent = [
+        [good_answer(dataclasses.replace(a.requests[0], round=round), site).update for site in (a, b)]
+        for round in (1, 2)
+    ]
     for name, tensor in state.student.items():
         expected = initial[name].double()
-        for round in (1, 2):
-            updates = [
-                good_answer(dataclasses.replace(a.requests[0], round=round), site).update.get(name) for site in (a, b)
-            ]
-            trained = [update.double() for update in updates if update is not None]
+        for updates in sent:
+            trained = [update[name].double() for update in updates if name in update]
             expected = expected + sum(trained) / len(trained)
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -223,14 +232,15 @@ def in_anothers_name(request: TrainRequest, site: StubSite) -> TrainReply:
         (in_anothers_name, "refused", "wrong_site"),
     ],
 )
-def test_a_bad_reply_costs_its_site_alone(tmp_path: Path, answer: Answer, status: str, reason: str) -> None:
-    state = federate(tmp_path / "with", [xray(answer=answer), ct()])
-    alone = federate(tmp_path / "without", [ct()])
-    assert all(torch.equal(state.student[name], alone.student[name]) for name in state.student)
-    for row in metric_rows(tmp_path / "with"):
+def test_a_bad_reply_costs_its_site_alone(
+    tmp_path: Path, ct_alone: GlobalState, answer: Answer, status: str, reason: str
+) -> None:
+    state = federate(tmp_path, [xray(answer=answer), ct()])
+    assert all(torch.equal(state.student[name], ct_alone.student[name]) for name in state.student)
+    for row in metric_rows(tmp_path):
         assert (row["sites"]["xray"]["status"], row["sites"]["xray"]["reason"]) == (status, reason)
         assert row["sites"]["ct"]["status"] == "ok"
-    assert "P123" not in (tmp_path / "with" / "metrics.jsonl").read_text()
+    assert "P123" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_an_update_that_is_too_large_is_told_with_its_norm_and_the_study_may_be_at_fault(tmp_path: Path) -> None:
@@ -265,15 +275,14 @@ def _either(honest: Callable[..., Message], spoken: Callable[..., Message]) -> C
     return lambda message, context: (spoken if context.node_config["name"] == "a" else honest)(message, context)
 
 
-def test_two_nodes_of_one_name_do_not_share_a_line(tmp_path: Path) -> None:
+def test_two_nodes_of_one_name_do_not_share_a_line(tmp_path: Path, ct_alone: GlobalState) -> None:
     """The second is not asked to train: neither may speak, or fail, in the other's name."""
     honest, impostor = ct("ct"), ct("ct", answer=huge)
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path, wait_s=0.1)
     app = stub_app({"1": honest, "2": impostor})
     with LocalGrid(app, {"first": {"name": "1"}, "second": {"name": "2"}}, run_config={}) as grid:
         state = Federation(grid, small_study(), config).run()
-    alone = federate(tmp_path / "alone", [ct("ct")])
-    assert all(torch.equal(state.student[name], alone.student[name]) for name in state.student)
+    assert all(torch.equal(state.student[name], ct_alone.student[name]) for name in state.student)
     assert not impostor.requests
     assert metric_rows(tmp_path)[0]["sites"]["second"]["reason"] == "name_taken"
     assert metric_rows(tmp_path)[0]["sites"]["ct"]["status"] == "ok"

@@ -20,6 +20,8 @@ from client.finetune_config import FromCheckpoint
 from server.simulate_command import INTERRUPTED, main
 from unimiss_core import checkpoint
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 STUDY = {
     "name": "toy",
     "model": {"prototypes": 16, "image_size": [64, 64], "volume_size": [16, 64, 64]},
@@ -32,7 +34,7 @@ STUDY = {
 PHANTOM = {"volume_shape": [16, 32, 36], "volume_spacing_mm": [16.0, 10.0, 10.0]}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three hospitals written once, for all tests of this file."""
     from client.phantoms import PhantomConfig, write_hospital
@@ -47,12 +49,16 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def simulation(tmp_path: Path, hospitals: Path, **changes: object) -> Path:
     """A simulation file over the hospitals: one site for each."""
-    sites = [{"name": f"{kind}-site", "data": [_source(hospitals / kind)]} for kind in ("cr", "ct", "mixed")]
+    sites = [_site(hospitals, kind) for kind in ("cr", "ct", "mixed")]
     raw = {"study": "study.yaml", "sites": sites, "quorum": {"min_sites": 1}, **changes}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     path = tmp_path / "simulation.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+def _site(hospitals: Path, kind: str) -> dict[str, object]:
+    return {"name": f"{kind}-site", "data": [_source(hospitals / kind)]}
 
 
 def _source(folder: Path) -> dict[str, object]:
@@ -76,7 +82,7 @@ def same_weights(a: Path, b: Path) -> bool:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole run with a probe, which several tests look at."""
     folder = tmp_path_factory.mktemp("finished")
@@ -188,7 +194,8 @@ def test_in_int8_a_resumed_run_ends_bit_identical_and_a_site_with_a_new_disk_goe
     tmp_path: Path, hospitals: Path
 ) -> None:
     changes = {"wire": {"dtype": "int8"}, "schedule": {"rounds": 3, "local_steps": 2}}
-    config, out = simulation(tmp_path, hospitals, overrides=changes), tmp_path / "out"
+    sites = [_site(hospitals, kind) for kind in ("cr", "ct")]
+    config, out = simulation(tmp_path, hospitals, overrides=changes, sites=sites), tmp_path / "out"
     assert run(config, out) == 0
     sent = [row["sites"]["ct-site"]["bytes_down"] for row in rows(out)]
     steps, whole = sent[1], sent[0]
@@ -309,12 +316,23 @@ def test_a_file_in_the_way_of_the_output_is_told(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+NARROW_COMMAND = """
+import sys
+from tests.federation import NARROW
+from unimiss_core.model import ARCHITECTURES
+ARCHITECTURES["nano"] = NARROW
+from server.simulate_command import main
+sys.exit(main())
+"""
+"""`unimiss-simulate`, whose runs this process can go on with: its models are as narrow."""
+
+
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, hospitals: Path) -> None:
     config = simulation(tmp_path, hospitals, overrides={"schedule": {"rounds": 2, "local_steps": 8}})
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "server.simulate_command", str(config), "--out", str(out)]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", NARROW_COMMAND, str(config), "--out", str(out)],
+        cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

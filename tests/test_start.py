@@ -13,6 +13,8 @@ from unimiss_core import checkpoint, progress
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.study import StudyConfig
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def run(
     out: Path, site: StubSite, start: Path | None, study: StudyConfig | None = None, *, resume: bool = False

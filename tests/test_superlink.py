@@ -5,6 +5,7 @@ One `unimiss-server run` serves the tests in their order; the last kill it and l
 
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -65,6 +66,11 @@ class Coordinator:
                 stderr=subprocess.STDOUT,
             )
         return self.process
+
+    @property
+    def superlink_log(self) -> Path:
+        """What a thread of the coordinator's copies from SuperLink, which outlives it by a moment."""
+        return self.home.flower / "superlink.log"
 
     @property
     def log(self) -> str:
@@ -203,12 +209,17 @@ def test_flwr_run_brings_the_installed_code_to_the_coordinators_superlink(coordi
     taken = json.loads(flwr(coordinator, "run", "../bundle", "unimiss", "--run-config", settings, "--format", "json"))
     assert taken["success"]
 
-    def its_run() -> dict[str, str]:
-        runs = json.loads(flwr(coordinator, "ls", "unimiss", "--format", "json"))["runs"]
-        return next(run for run in runs if str(run["run-id"]) == str(taken["run-id"]))
+    told = [{"status": "running"}]
 
-    coordinator.until(lambda: its_run()["status"].startswith("finished"), "the second run ends")
-    assert its_run()["fab-hash"] == bundle.fab_hash()
+    def is_finished() -> bool:
+        """SuperLink's log says when to ask: a command of Flower's takes a second of a processor."""
+        if re.search(rf"Finished task \d+ of run {taken['run-id']}\b", coordinator.superlink_log.read_text()):
+            runs = json.loads(flwr(coordinator, "ls", "unimiss", "--format", "json"))["runs"]
+            told.extend(run for run in runs if str(run["run-id"]) == str(taken["run-id"]))
+        return told[-1]["status"].startswith("finished")
+
+    coordinator.until(is_finished, "the second run ends")
+    assert told[-1]["fab-hash"] == bundle.fab_hash()
 
 
 def flwr(coordinator: Coordinator, *words: str) -> str:
@@ -278,9 +289,10 @@ def test_nothing_outlives_a_coordinator_that_is_killed_and_the_next_goes_on(coor
     assert "1 tries finished no round; the last: 0 of at least 1 sites are there" in coordinator.log
     assert "The same command goes on from there." in coordinator.log
     assert coordinator.children() == []
-    log = coordinator.home.flower / "superlink.log"
-    ended = "Finished server process"  # what a thread of the coordinator's copies from SuperLink, which was not killed
-    coordinator.until(lambda: ended in log.read_text().rstrip().rpartition("\n")[2], "SuperLink's last word is there")
+    coordinator.until(
+        lambda: "Finished server process" in coordinator.superlink_log.read_text().rstrip().rpartition("\n")[2],
+        "SuperLink's last word is there",
+    )
 
 
 def test_stop_ends_a_run_in_order_also_while_it_begins(coordinator: Coordinator) -> None:

@@ -32,6 +32,7 @@ from tests.federation import RUN, small_study
 from unimiss_core import durable, progress
 from unimiss_core.errors import DeviceError, NonFiniteLossError, WireError
 from unimiss_core.groups import group_of
+from unimiss_core.model import ARCHITECTURES
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.study import BatchConfig, StudyConfig
 from unimiss_core.wire import TrainReply, TrainRequest
@@ -234,7 +235,8 @@ KILLED_AFTER_STEP_4 = """
 import os, pickle, signal, sys
 from client.trainer import run_round
 from unimiss_core import progress
-site, request = pickle.load(sys.stdin.buffer)
+from unimiss_core.model import ARCHITECTURES
+site, request, ARCHITECTURES["nano"] = pickle.load(sys.stdin.buffer)
 def watch(event):
     if isinstance(event, progress.StepDone) and event.step == 5:
         assert "torch._dynamo" not in sys.modules, "training loads torch's compiler, and compiles nothing"
@@ -261,7 +263,7 @@ def watched(site: Site, request: TrainRequest) -> tuple[TrainReply, list[int], l
 def killed(site: Site, request: TrainRequest) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AFTER_STEP_4],
-        input=pickle.dumps((site, request)),
+        input=pickle.dumps((site, request, ARCHITECTURES["nano"])),
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         check=False,
     )

@@ -15,6 +15,7 @@ from unimiss_core.backbone import Backbone, backbone_of
 from unimiss_core.network import below, empty_network, load_tensors_
 from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig
+from unimiss_core.unvalued import unvalued
 
 _FLOOR_SIDE = 16
 
@@ -29,7 +30,7 @@ def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor], rank: Rank | N
         load_tensors_(network, tensors)
         backbone = network.backbone
     else:
-        with torch.device("meta"):
+        with unvalued():
             backbone = backbone_of(model, {rank})
         load_tensors_(backbone.to_empty(device="cpu"), below("backbone.", tensors))
     return backbone.eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from unimiss_core.layers import PositionTable
 from unimiss_core.reconstruction import Reconstruction
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import ModelConfig
+from unimiss_core.unvalued import unvalued
 
 
 class Network(nn.Module):
@@ -69,7 +70,7 @@ def build_network(config: ModelConfig, *, seed: int, ranks: Collection[Rank] = R
 def empty_network(config: ModelConfig, *, ranks: Collection[Rank] = RANKS) -> Network:
     """The network on torch's meta device: names and shapes without values, memory or time."""
     architecture = architecture_of(config)
-    with torch.device("meta"):
+    with unvalued():
         backbone = backbone_of(config, ranks)
         head = Head(architecture.width, architecture.head_hidden, architecture.bottleneck, config.prototypes)
         reconstruction = Reconstruction(backbone.map_width, backbone.cells) if config.reconstruction else None
@@ -112,16 +113,20 @@ def check_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"tensors do not fit the model: {'; '.join(problems[:5])}{more}")
 
 
-def initialise_(network: nn.Module, seed: int) -> None:
+def initialise_(network: nn.Module, seed: int, *, but: Collection[str] = ()) -> None:
     """All initialisation: Xavier for linear layers, Kaiming for convolutions, a normal of 0.02 for tokens and tables,
     1 and 0 for norms, random directions for prototypes; biases are 0.
 
     Linear layers of the published model begin with a normal of 0.02 whatever their width. At small widths the class
     token then hardly sees the patches: two scans' features begin with a cosine of 0.98, the centre takes the rest,
     and training falls into the uniform answer (docs/LOG.md).
+
+    but: parameters that stay as they are, because others' values are put there.
     """
     for path, module in network.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if f"{path}.{name}" in but:
+                continue
             generator = _generator(seed, f"{path}.{name}")
             with torch.no_grad():
                 if name == "bias":

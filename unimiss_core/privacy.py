@@ -11,7 +11,6 @@ one of multiplier
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from unimiss_core.objectives import build_objective
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import steps_of_rank
 from unimiss_core.study import StudyConfig
@@ -37,6 +36,8 @@ def mechanisms(study: StudyConfig, ranks: Collection[Rank], rounds: Iterable[int
 
     A patient who has scans of both ranks is in both; that is what a site's worst patient costs.
     """
+    from unimiss_core.objectives import build_objective  # here, for torch takes seconds; who reads a ledger needs none
+
     privacy = study.privacy
     if privacy.mode != "patient":
         raise ValueError(f"the study's privacy mode is {privacy.mode}")

@@ -22,6 +22,7 @@ from unimiss_core.model_config import ModelConfig
 from unimiss_core.network import initialise_
 from unimiss_core.scan import Rank
 from unimiss_core.task_config import Trains
+from unimiss_core.unvalued import unvalued
 
 _BACKBONE = "backbone."
 FULL_WIDTH = 16
@@ -120,9 +121,8 @@ def build_task_model(
     Raises CheckpointError: a tensor is missing or of another shape.
     """
     made = empty_task_model(model, rank, outputs=outputs, dense=dense).to_empty(device="cpu")
-    initialise_(made, seed)
-    if pretrained is not None:
-        _take_(made, pretrained, "" if takes_head else _BACKBONE)
+    taken = set() if pretrained is None else _take_(made, pretrained, "" if takes_head else _BACKBONE)
+    initialise_(made, seed, but=taken)
     return made
 
 
@@ -144,7 +144,7 @@ def load_task_model(
 
 def empty_task_model(model: ModelConfig, rank: Rank, *, outputs: int, dense: bool) -> TaskModel:
     """A task's model on torch's meta device: names and shapes without values, memory or time."""
-    with torch.device("meta"):
+    with unvalued():
         backbone = backbone_of(model, {rank})
         head = _segmenter(backbone, rank, outputs) if dense else Classifier(backbone.num_features, outputs)
         return TaskModel(backbone, head)
@@ -156,8 +156,8 @@ def _segmenter(backbone: Backbone, rank: Rank, outputs: int) -> Segmenter | Fine
     return FineSegmenter(rank, width=backbone.map_width, outputs=outputs)
 
 
-def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> None:
-    """Copy in the parameters whose names begin so."""
+def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> set[str]:
+    """Copy in the parameters whose names begin so; which they are."""
     own = {name: parameter for name, parameter in made.named_parameters() if name.startswith(prefix)}
     wrong = [name for name, p in own.items() if name not in pretrained or pretrained[name].shape != p.shape]
     if wrong:
@@ -165,6 +165,7 @@ def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> No
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(pretrained[name])
+    return set(own)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
