@@ -119,9 +119,13 @@ def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("rank", "objective"), [(2, "unimiss"), (3, "unimiss"), (2, "unimiss_plus")])
-def test_no_patient_moves_a_release_further_than_its_bound(rank: Rank, objective: str) -> None:
+def test_no_patient_moves_a_release_further_than_its_bound(
+    rank: Rank, objective: str, request: pytest.FixtureRequest
+) -> None:
     """Over three steps, along the released trajectory of all patients: a centre that holds the same batch would show,
     because it stands in every other patient's target. Reconstructions are each scan's own."""
+    if objective == "unimiss":  # of the other, a shallow network hardly shows the centre
+        request.getfixturevalue("shallow")
     patients = ward(rank)
     noise = GaussianNoise(torch.device("cpu"))
     few = 64 if (rank, objective) == (2, "unimiss") else 16  # so many that even sixteen scans' gradient of them is rows
@@ -150,6 +154,7 @@ def clipped_and_summed(running: PrivateLearner, patients: Sequence[Tensor], rank
     return sums
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("rank", [2, 3])
 def test_sums_are_those_of_one_backward_pass_for_each_patient(rank: Rank) -> None:
     patients = [views.double() for views in ward(rank)]
@@ -306,10 +311,13 @@ def test_every_tensor_is_covered_by_noise_of_the_claimed_size(rank: Rank) -> Non
 
 def test_the_centre_is_covered_by_noise_of_the_claimed_size() -> None:
     drawn = []
-    for _ in range(20):
-        running = learner(GaussianNoise(torch.device("cpu")))
-        running.private_step([], rank=3, step=1)
-        drawn += [running.centre[name] / (0.1 * CENTRE_NOISE / 3) for name in ("volume", "slices")]
+    for _ in range(5):  # restarts
+        running = PrivateLearner(study(), ranks={3}, noise=GaussianNoise(torch.device("cpu")))
+        for _ in range(4):
+            before = dict(running.centre)
+            running.private_step([], rank=3, step=1)
+            fed = {name: running.centre[name] - 0.9 * before[name] for name in ("volume", "slices")}
+            drawn += [moved / (0.1 * CENTRE_NOISE / 3) for moved in fed.values()]
     assert torch.stack(drawn).std().item() == pytest.approx(1.0, abs=0.05)
 
 
