@@ -119,7 +119,7 @@ def test_a_killed_process_fails_the_round_by_name_and_the_next_round_works(tmp_p
 
 
 def late(_: object) -> None:
-    """Is heard for so long that all processes have said their last word, the others' about what the cause did to them."""
+    """Is heard for so long that the others, too, have said what the cause did to them."""
     time.sleep(2)
 
 
