@@ -69,7 +69,7 @@ def test_gradients_losses_and_what_was_seen_are_those_of_each_patient_alone(
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_step_is_the_same_however_many_are_worked_out_together(rank: Rank) -> None:
-    """Patients with one, two, three and sixteen scans, and more with one than are taken at once."""
+    """Patients with one scan, two, three and sixteen, and more with one than are taken at once."""
     patients = [*ward(rank), *(patient(rank, 1, seed) for seed in range(20, 23))]
     together, alone = (taking(at_once) for at_once in (3, 1))
     reports = [made.private_step(iter(patients), rank=rank, step=0) for made, _, _ in (together, alone)]

@@ -72,8 +72,8 @@ def patient(rank: Rank, scans: int, seed: int) -> Tensor:
 
 
 def ward(rank: Rank) -> list[Tensor]:
-    """Patients with one, three and sixteen scans, and one who is far from all others."""
-    counts = (1, 3, 16) if rank == 2 else (1, 2, 3)
+    """Patients with one, three and sixteen images, or one and two volumes, and one who is far from all others."""
+    counts = (1, 3, 16) if rank == 2 else (1, 2)
     return [*(patient(rank, count, seed) for seed, count in enumerate(counts)), 50 * patient(rank, 1, 9)]
 
 
