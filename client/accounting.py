@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis.prv import Domain
 from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 
 from unimiss_core.errors import ConfigError
@@ -56,6 +57,8 @@ FEW_POINTS = 2**18
 
 _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 96, 128, 192, 256, 512, 1024]
 """Of the Renyi divergences among which the best is taken; small epsilons need large ones."""
+
+_PLACES = {order: place for place, order in enumerate(_ORDERS)}
 
 _WHOLE_ORDERS = [order for order in _ORDERS if order == int(order)]
 """Looser where epsilon is large, and faster, the more so for chances near 1/2."""
@@ -139,7 +142,7 @@ def _bound_worth_telling(taken: Sequence[Mechanism], delta: float, orders: Seque
 
 def _by_prv(taken: Sequence[Mechanism], delta: float, bound: float, error: float) -> float:
     """By PRV, `error` too high at most, or by Renyi (`bound`): both hold."""
-    accountant = PRVAccountant()
+    accountant = _QuickPRV()
     accountant.history = [tuple(each) for each in taken]
     with _unwarned():
         try:
@@ -147,6 +150,28 @@ def _by_prv(taken: Sequence[Mechanism], delta: float, bound: float, error: float
         except (ArithmeticError, RuntimeError, ValueError):  # the grid misses what is there to be told
             found = math.inf
     return max(0.0, min(found, bound))  # of next to nothing, rounding leaves less than nothing
+
+
+class _QuickPRV(PRVAccountant):  # type: ignore[misc]  # Opacus has no annotations
+    """Opacus', with its own grid. That is laid by Renyi divergences, of which Opacus works out each twice, in most of
+    the time that an answer takes; here they are known from the bound."""
+
+    def _get_domain(self, *, eps_error: float, delta_error: float, **_: object) -> Domain:
+        taken = [Mechanism(*each) for each in self.history]
+        steps = sum(each.steps for each in taken)
+        reach = max(_largest_losses(taken, delta_error, RDPAccountant.DEFAULT_ALPHAS), eps_error) + 3
+        return Domain.create_aligned(-reach, reach, eps_error / np.sqrt(steps * np.log(12 / delta_error) / 2))
+
+
+def _largest_losses(taken: Sequence[Mechanism], beyond: float, orders: Sequence[float]) -> float:
+    """Beyond which the losses of all releases, and of each, lie with a chance that PRV may leave out of account, a
+    share of `beyond` (arXiv:2106.02848, remark 5.6)."""
+    steps = sum(each.steps for each in taken)
+    alone = [[each._replace(steps=1)] for each in taken]
+    return max(
+        epsilon_by_renyi(taken, beyond / 4, orders=orders),
+        *(epsilon_by_renyi(each, beyond / (8 * steps), orders=orders) for each in alone),
+    )
 
 
 def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float, most: int) -> float:
@@ -157,11 +182,7 @@ def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float, mos
     most: points that the grid may have. Raises ConfigError: not even COARSE fits.
     """
     beyond, steps = delta / 1000, sum(each.steps for each in taken)  # Opacus' own delta_error
-    alone = [[each._replace(steps=1)] for each in taken]
-    reach = 3 + max(
-        epsilon_by_renyi(taken, beyond / 4, orders=_REACH_ORDERS),
-        *(epsilon_by_renyi(each, beyond / (8 * steps), orders=_REACH_ORDERS) for each in alone),
-    )
+    reach = 3 + _largest_losses(taken, beyond, _REACH_ORDERS)
     points = 2 * reach * math.sqrt(steps * math.log(12 / beyond) / 2)  # for an error of 1
     error = max(FINE * bound, FINEST, points / most)
     if not error <= COARSE * max(1.0, bound):
@@ -178,17 +199,25 @@ def epsilon_by_renyi(history: Sequence[Mechanism], delta: float, *, orders: Sequ
     taken = [each for each in history if each.steps > 0]
     if not taken:
         return 0.0
-    spent = sum(each.steps * _divergences(each.noise_multiplier, each.sampling_rate, tuple(orders)) for each in taken)
+    spent = sum(each.steps * _divergences(each.noise_multiplier, each.sampling_rate, orders) for each in taken)
     with _unwarned():
         return float(get_privacy_spent(orders=list(orders), rdp=spent, delta=delta)[0])
 
 
+def _divergences(noise_multiplier: float, sampling_rate: float, orders: Sequence[float]) -> NDArray[np.float64]:
+    """Renyi divergences of one step, which add up over steps, of some of _ORDERS."""
+    known, places = _known_divergences(noise_multiplier, sampling_rate), [_PLACES[order] for order in orders]
+    if missing := [place for place in places if np.isnan(known[place])]:
+        asked = [_ORDERS[place] for place in missing]
+        with _unwarned():
+            known[missing] = compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=asked)
+    return known[places]
+
+
 @lru_cache(maxsize=2**14)
-def _divergences(noise_multiplier: float, sampling_rate: float, orders: tuple[float, ...]) -> NDArray[np.float64]:
-    """Renyi divergences of one step, which add up over steps; milliseconds each, and a ledger asks in every round."""
-    with _unwarned():
-        found = compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(orders))
-    return np.asarray(found)
+def _known_divergences(noise_multiplier: float, sampling_rate: float) -> NDArray[np.float64]:  # noqa: ARG001 - the key
+    """Of each order, NaN until it is worked out: milliseconds for all of them, and a ledger asks in every round."""
+    return np.full(len(_ORDERS), np.nan)
 
 
 def delta_is_weak(delta: float, patients: int) -> str | None:

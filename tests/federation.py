@@ -1,5 +1,6 @@
 """What federation tests share: a study small enough for milliseconds, and stub sites that answer at once."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from unimiss_core import checkpoint
+from unimiss_core.backbone import architecture_of
 from unimiss_core.codec import Layout, layout_of
 from unimiss_core.config import parse
 from unimiss_core.errors import WireError
@@ -47,7 +49,13 @@ def metric_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def whole_layout(model: ModelConfig | None = None) -> Layout:
-    return layout_of(empty_network(model or small_study().model))
+    model = model or small_study().model
+    return _known_layout(model, architecture_of(model))
+
+
+@functools.cache
+def _known_layout(model: ModelConfig, architecture: object) -> Layout:  # noqa: ARG001 - of the key: some tests change it
+    return layout_of(empty_network(model))
 
 
 def layout_for(ranks: frozenset[Rank]) -> Layout:

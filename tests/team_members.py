@@ -47,6 +47,18 @@ def train(
     return {**learner.state(weights=True).tensors, "losses": torch.tensor(losses)}
 
 
+def train_each(
+    study: StudyConfig,
+    batches: list[Tensor],
+    micro_batch: dict[Rank, int] | None = None,
+    *,
+    device: torch.device,
+    team: Team,
+) -> list[dict[str, Tensor]]:
+    """`train` on each batch anew, in float32."""
+    return [train(study, [batch], torch.float32, micro_batch, device=device, team=team) for batch in batches]
+
+
 def every_place(*, device: torch.device, team: Team) -> tuple[int, Tensor]:
     """(size of the team, sum of the places + 1), after a word of progress."""
     progress.report(progress.Note(f"from place {team.place}"))
@@ -76,8 +88,8 @@ def one_refuses(reason: str, *, device: torch.device, team: Team) -> None:
     team.sum_([torch.zeros(3)])
 
 
-def refuse(reason: str, *, device: torch.device, team: Team) -> None:
-    raise WireError(reason, "in words") if reason else NonFiniteLossError("step 3: loss nan")
+def refuse(*, device: torch.device, team: Team) -> None:
+    raise NonFiniteLossError("step 3: loss nan")
 
 
 def never_ends(*, device: torch.device, team: Team) -> None:

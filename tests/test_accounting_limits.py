@@ -1,5 +1,6 @@
 """At the ends of what a study may set, accountants answer, or refuse in words, without hanging or filling memory."""
 
+import functools
 import math
 import time
 from contextlib import suppress
@@ -11,6 +12,7 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from opacus.accountants.analysis import rdp
 from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 
 from client import accounting
@@ -90,12 +92,13 @@ def points_of(history: list[tuple[float, float, int]], error: float, delta: floa
 @pytest.fixture
 def grids(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The points of every grid that is asked for, none of which is made."""
+    monkeypatch.setattr(rdp, "_compute_rdp", functools.cache(rdp._compute_rdp))  # Opacus asks for each again and again
     asked_for: list[float] = []
 
     def get_epsilon(self: Any, delta: float, eps_error: float) -> float:
         asked_for.append(points_of(self.history, eps_error, delta))
         return 0.9 * accounting.epsilon_by_renyi(
-            [Mechanism(*each) for each in self.history], delta, orders=range(2, 64)
+            [Mechanism(*each) for each in self.history], delta, orders=accounting._REACH_ORDERS
         )
 
     monkeypatch.setattr(accounting.PRVAccountant, "get_epsilon", get_epsilon)
@@ -182,8 +185,9 @@ def test_as_many_kinds_of_release_as_will_are_told_as_tightly_as_the_costly_ones
 def test_however_many_kinds_are_joined_what_is_told_is_a_bound(
     releases: list[Mechanism], too_high_at_most: float
 ) -> None:
-    """Against Google's accountant, which composes them one by one."""
-    accountant = PLDAccountant()
+    """Against Google's accountant, which composes them one by one, on its usual grid of 1e-4 where a hundredth is to be
+    seen; on one half as fine its answer is higher by 4e-4 of itself at most."""
+    accountant = PLDAccountant(value_discretization_interval=min(2e-4, too_high_at_most / 100))
     for each in releases:
         event = PoissonSampledDpEvent(each.sampling_rate, GaussianDpEvent(each.noise_multiplier))
         accountant.compose(event, each.steps)
@@ -203,7 +207,7 @@ def test_what_kinds_are_joined_to_costs_as_much_at_least(releases: list[Mechanis
     joined = _fewer_kinds(releases)
     assert len(joined) <= MOST_KINDS
     assert sum(each.steps for each in joined) == sum(each.steps for each in releases)
-    for order in (2, 16, 64):
+    for order in (2, 16, 63):
         costs = [
             sum(each.steps * _divergences(each.noise_multiplier, each.sampling_rate, (order,))[0] for each in kinds)
             for kinds in (releases, joined)

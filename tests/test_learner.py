@@ -153,9 +153,11 @@ def test_a_site_without_volumes_trains_as_a_mixed_one_does_on_images_and_holds_n
     for step in range(2):
         assert flat.step(images(step), step=step) == mixed.step(images(step), step=step)
     assert {group_of(name) for name in tensors_of(flat.student)} == {"shared", "2d", "head"}
-    assert_same(tensors_of(flat.student), {name: tensors_of(mixed.student)[name] for name in tensors_of(flat.student)})
+    of_mixed = tensors_of(mixed.student)
+    assert_same(tensors_of(flat.student), {name: of_mixed[name] for name in tensors_of(flat.student)})
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("batch", [images(scans=5), volumes(scans=3)], ids=["images", "volumes"])
 def test_a_batch_met_in_parts_gives_the_same_step(batch: Tensor) -> None:
     whole = apart(Learner(study(), ranks={2, 3}))
@@ -170,6 +172,7 @@ def test_a_batch_met_in_parts_gives_the_same_step(batch: Tensor) -> None:
         torch.testing.assert_close(moments[0][name], moments[1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("batch", [images(scans=5), volumes(scans=3)], ids=["images", "volumes"])
 def test_a_batch_met_in_parts_gives_the_same_step_of_the_second_objective(batch: Tensor) -> None:
     """In float64, so that nothing but rounding may differ; the moments after a step are the clipped gradients."""
@@ -209,9 +212,9 @@ def test_the_teachers_reconstruction_follows_the_students_like_everything_else()
     learner = in_float64(apart(Learner(plus_study(), ranks={2, 3})))
     teacher = copied(tensors_of(learner.teacher))
     learner.step(volumes().double(), step=0)
-    keep = teacher_momentum(learner.study, 0)
+    keep, student = teacher_momentum(learner.study, 0), tensors_of(learner.student)
     for name, tensor in tensors_of(learner.teacher).items():
-        expected = keep * teacher[name] + (1 - keep) * tensors_of(learner.student)[name]
+        expected = keep * teacher[name] + (1 - keep) * student[name]
         torch.testing.assert_close(tensor, expected, msg=name)
 
 
@@ -225,6 +228,7 @@ def test_a_site_without_volumes_holds_no_3d_tensor_of_the_second_objective() -> 
     }
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("batch", [images(scans=8), volumes(scans=3)], ids=["images", "volumes"])
 def test_a_batch_can_be_learned_by_heart_under_the_second_objective(batch: Tensor) -> None:
     coarse = 4 * batch[..., ::8, ::8].flatten(0, -3)[:, None] - 2  # smooth, for noise cannot be drawn again
@@ -252,6 +256,7 @@ def test_bf16_keeps_the_reconstruction_and_its_error_in_float32() -> None:
     assert h.dtype == drawn.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_restored_learner_goes_on_bit_for_bit() -> None:
     learner = apart(Learner(study(), ranks={2, 3}))
     learner.step(images(0), step=0)

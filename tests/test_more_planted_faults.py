@@ -30,6 +30,8 @@ from tests.test_planted_faults import (
 from unimiss_core import head, noise, private_learner, prototypes_gradient
 from unimiss_core.noise import GaussianNoise
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 MOVED = "self._move(rank, step, grads, norms)"
 TURN = "for group in grouped(patients, self._at_once):"
 

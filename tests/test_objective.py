@@ -22,6 +22,8 @@ from unimiss_core.released import released_names
 from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig, UniMiSSConfig
 
+pytestmark = pytest.mark.usefixtures("shallow")  # of nano; what is made of a network's answers is looked at
+
 CONFIG = UniMiSSConfig()
 NANO = ModelConfig(prototypes=24)
 

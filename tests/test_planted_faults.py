@@ -30,6 +30,8 @@ from unimiss_core.privacy_config import SamplingRateConfig
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 Check = Callable[[Engine], Iterator[Finding]]
 
 noise_in_few_steps = partial(noise_is_as_claimed, releases=2)

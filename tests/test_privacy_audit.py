@@ -173,6 +173,7 @@ def test_the_bound_is_above_the_true_epsilon_in_one_run_of_twenty_at_most() -> N
     assert above <= scipy.stats.binom.ppf(0.999, runs, 0.05)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_one_run_stays_below_the_claim_and_without_noise_above() -> None:
     study, audit = private_study(8.0), partial(one_run, canaries=80, steps=4)
     good, bad = audit(Engine(study, 2)), audit(Engine(study, 2, without_noise))
@@ -236,6 +237,7 @@ def some_pictures(count: int) -> list[np.ndarray]:
     return [random.integers(0, 255, (41, 35)).astype(np.uint8) for _ in range(count)]
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_private_run_is_attacked_over_patients_who_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +257,7 @@ def test_a_private_run_is_attacked_over_patients_who_are_known(
     assert "nothing says whose these files are: 12 of 'data.0'" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_run_is_attacked_by_patient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, pictures = finished_run(tmp_path, small_study()), some_pictures(17)
     members, others, few = (

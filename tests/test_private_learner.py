@@ -72,8 +72,8 @@ def patient(rank: Rank, scans: int, seed: int) -> Tensor:
 
 
 def ward(rank: Rank) -> list[Tensor]:
-    """Patients with one, three and sixteen scans, and one who is far from all others."""
-    counts = (1, 3, 16) if rank == 2 else (1, 2, 3)
+    """Patients with one, three and sixteen images, or one and two volumes, and one who is far from all others."""
+    counts = (1, 3, 16) if rank == 2 else (1, 2)
     return [*(patient(rank, count, seed) for seed, count in enumerate(counts)), 50 * patient(rank, 1, 9)]
 
 
@@ -119,9 +119,13 @@ def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("rank", "objective"), [(2, "unimiss"), (3, "unimiss"), (2, "unimiss_plus")])
-def test_no_patient_moves_a_release_further_than_its_bound(rank: Rank, objective: str) -> None:
+def test_no_patient_moves_a_release_further_than_its_bound(
+    rank: Rank, objective: str, request: pytest.FixtureRequest
+) -> None:
     """Over three steps, along the released trajectory of all patients: a centre that holds the same batch would show,
     because it stands in every other patient's target. Reconstructions are each scan's own."""
+    if objective == "unimiss":  # of the other, a shallow network hardly shows the centre
+        request.getfixturevalue("shallow")
     patients = ward(rank)
     noise = GaussianNoise(torch.device("cpu"))
     few = 64 if (rank, objective) == (2, "unimiss") else 16  # so many that even sixteen scans' gradient of them is rows
@@ -150,6 +154,7 @@ def clipped_and_summed(running: PrivateLearner, patients: Sequence[Tensor], rank
     return sums
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("rank", [2, 3])
 def test_sums_are_those_of_one_backward_pass_for_each_patient(rank: Rank) -> None:
     patients = [views.double() for views in ward(rank)]
@@ -306,10 +311,13 @@ def test_every_tensor_is_covered_by_noise_of_the_claimed_size(rank: Rank) -> Non
 
 def test_the_centre_is_covered_by_noise_of_the_claimed_size() -> None:
     drawn = []
-    for _ in range(20):
-        running = learner(GaussianNoise(torch.device("cpu")))
-        running.private_step([], rank=3, step=1)
-        drawn += [running.centre[name] / (0.1 * CENTRE_NOISE / 3) for name in ("volume", "slices")]
+    for _ in range(5):  # restarts
+        running = PrivateLearner(study(), ranks={3}, noise=GaussianNoise(torch.device("cpu")))
+        for _ in range(4):
+            before = dict(running.centre)
+            running.private_step([], rank=3, step=1)
+            fed = {name: running.centre[name] - 0.9 * before[name] for name in ("volume", "slices")}
+            drawn += [moved / (0.1 * CENTRE_NOISE / 3) for moved in fed.values()]
     assert torch.stack(drawn).std().item() == pytest.approx(1.0, abs=0.05)
 
 
@@ -346,7 +354,7 @@ def test_every_value_has_noise_once_however_many_threads_draw_it(threads: int, m
     sums = [torch.zeros(5), torch.zeros(700, 300), torch.zeros(3, 5), torch.zeros(2**15)]
     GaussianNoise(torch.device("cpu")).add_(sums, 0.5)
     values = torch.cat([total.flatten() for total in sums])
-    assert values.count_nonzero() == len(values)
+    assert (values == 0).sum() < 5  # by chance one in 8 million is zero; the least that could be left out are 5
     assert [piece.std().item() for piece in values.split(2**15)[:-1]] == pytest.approx([0.5] * 7, rel=0.03)
     assert len(values.unique()) > 0.98 * len(values)  # in float32 some come twice by chance
 

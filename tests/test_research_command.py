@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import re
@@ -27,9 +28,14 @@ NANO = ModelConfig(prototypes=16)
 WIDTH = ARCHITECTURES["nano"].width
 
 
+@functools.cache
+def begun(seed: int, architecture: object) -> dict[str, torch.Tensor]:  # noqa: ARG001 - of the key: some tests change it
+    return tensors_of(build_network(NANO, seed=seed))
+
+
 def nano_checkpoint(folder: Path, signing_key: SigningKey | None = None) -> Path:
     """A checkpoint whose student differs from its teacher."""
-    student, teacher = (tensors_of(build_network(NANO, seed=seed)) for seed in (0, 1))
+    student, teacher = (begun(seed, ARCHITECTURES["nano"]) for seed in (0, 1))
     checkpoint.save(
         folder,
         origin="federation",

@@ -7,6 +7,7 @@ keep their optimiser state, and their teacher stands still.
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,8 +96,8 @@ class Learner:
         self.micro_batch = dict(execution.micro_batch)
         self.team = team or Alone()
         self._tell = tell
-        self.student = self._as_it_begins()
-        self.teacher = self._as_it_begins().requires_grad_(False) if has_teacher(study) else None
+        self.student = build_student(study, ranks=ranks_needed(self.ranks)).to(self.device)
+        self.teacher = deepcopy(self.student).requires_grad_(False) if has_teacher(study) else None
         self.objective = build_objective(study)
         self._staying = staying_names(study, tensors_of(self.student))
         bottleneck = self.student.backbone.architecture.bottleneck
@@ -391,9 +392,6 @@ class Learner:
         torch._foreach_add_([grad for _, _, grad in trained], apart, alpha=self.study.local.proximal)
         return {"global_distance": torch.linalg.vector_norm(torch.stack(torch._foreach_norm(apart)))}
 
-    def _as_it_begins(self) -> Student:
-        return build_student(self.study, ranks=ranks_needed(self.ranks)).to(self.device)
-
     def _networks(self) -> list[Student]:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
@@ -405,9 +403,10 @@ class Learner:
         if self.teacher is None:
             return
         groups = groups_of_ranks({rank})
-        names = [name for name, _ in self.student.named_parameters() if group_of(name) in groups]
-        students = [self.student.get_parameter(name).detach() for name in names]
-        teachers: list[Tensor] = [self.teacher.get_parameter(name) for name in names]
+        students, teachers = (
+            [parameter.detach() for name, parameter in network.named_parameters() if group_of(name) in groups]
+            for network in (self.student, self.teacher)
+        )
         torch._foreach_lerp_(teachers, students, 1.0 - momentum)
 
     def _identity(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class PrivateLearner(Learner):
         its own part of the draw. Raises MemoryTooSmallError: one scan does not fit; nothing has changed then.
         """
         names = self.trained_names(rank, step)
-        parameters = [self.student.get_parameter(name) for name in names]
+        of_student = dict(self.student.named_parameters())
+        parameters = [of_student[name] for name in names]
         sums = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
         centres = {name: torch.zeros_like(self.centre[name]) for name in self.objective.representations(rank)}
         losses: list[Loss | None] = []
@@ -151,9 +152,9 @@ class PrivateLearner(Learner):
         elif prototypes and not (prototypes.is_rows and prototypes.weight.grad is None):
             prototypes.write()
             prototypes = None
-        gradients = {name: self.student.get_parameter(name).grad for name in names}
+        found = {name: p.grad for name, p in self.student.named_parameters() if name in names and p.grad is not None}
         self._optimiser.drop_gradients()
-        return loss, {name: gradient for name, gradient in gradients.items() if gradient is not None}, prototypes
+        return loss, found, prototypes
 
     def _together(self, group: Sequence[Tensor], names: Collection[str]) -> list[Found]:
         """Of each; nothing where memory runs out. The next group is as large again: see `_alone`."""

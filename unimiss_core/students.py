@@ -6,7 +6,9 @@ the study's task, which is of one rank; its head stays at each site where the st
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
+from unimiss_core.backbone import architecture_of
 from unimiss_core.codec import Layout, layout_of
 from unimiss_core.groups import group_of
 from unimiss_core.network import Network, build_network, empty_network
@@ -46,7 +48,7 @@ def build_student(study: StudyConfig, *, ranks: Collection[Rank] = RANKS) -> Stu
 def travelling_layout(study: StudyConfig) -> Layout:
     """What travels of the whole network, by parameter group: groups without a tensor, and what stays at the sites, are
     not in it."""
-    layout = layout_of(empty_student(study))
+    layout, _ = _shapes(study, architecture_of(study.model))
     staying = staying_names(study, (spec.name for specs in layout.values() for spec in specs))
     kept = {group: tuple(spec for spec in specs if spec.name not in staying) for group, specs in layout.items()}
     return {group: specs for group, specs in kept.items() if specs}
@@ -55,9 +57,20 @@ def travelling_layout(study: StudyConfig) -> Layout:
 def update_layout(study: StudyConfig) -> Layout:
     """What of that comes back in updates, by parameter group: what a fine-tuning leaves alone would be zeros, and under
     site-level privacy be moved by noise for nothing."""
-    moves = {name for name, parameter in empty_student(study).named_parameters() if parameter.requires_grad}
+    _, moves = _shapes(study, architecture_of(study.model))
     moving = {group: tuple(s for s in specs if s.name in moves) for group, specs in travelling_layout(study).items()}
     return {group: specs for group, specs in moving.items() if specs}
+
+
+@lru_cache(maxsize=16)
+def _shapes(study: StudyConfig, architecture: object) -> tuple[Layout, frozenset[str]]:  # noqa: ARG001 - of the key
+    """The whole student's layout, and the names of what is trained of it. Each message asks for them, and a network
+    built for its shapes alone takes milliseconds.
+
+    architecture: what the study's model stands for.
+    """
+    student = empty_student(study)
+    return layout_of(student), frozenset(name for name, p in student.named_parameters() if p.requires_grad)
 
 
 def staying_names(study: StudyConfig, names: Iterable[str]) -> frozenset[str]:
