@@ -158,13 +158,15 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_parts() -> None:
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_private_step_is_the_one_of_a_cpu_however_many_are_worked_out_together(rank: Rank) -> None:
-    steps = [taking(1), taking(1, device=GPU), taking(3, device=GPU)]
-    reports = [made.private_step(iter(ward(rank)), rank=rank, step=0) for made, _, _ in steps]
-    near = 3e-3  # convolutions on a GPU round to 10 bits, in a network whose weights enlarge it
-    expected = [[total.cpu() for total in sums] for sums in steps[0][1].sums]
+    """In float64, for these weights enlarge what is rounded."""
+    steps = [taking(1, double=True), taking(1, double=True, device=GPU), taking(3, double=True, device=GPU)]
+    patients = [views.double() for views in ward(rank)]
+    reports = [made.private_step(iter(patients), rank=rank, step=0) for made, _, _ in steps]
+    near = 1e-6
+    expected = steps[0][1].sums
     for report, (_, noise, told) in zip(reports[1:], steps[1:], strict=True):
         for ours, theirs in zip(noise.sums, expected, strict=True):
-            length = sum(total.double().square().sum().item() for total in theirs) ** 0.5
+            length = sum(total.square().sum().item() for total in theirs) ** 0.5
             assert distance([total.cpu() for total in ours], theirs) <= near * length
         assert report.total == pytest.approx(reports[0].total, rel=near)
         assert told == []
