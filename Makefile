@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 		|| { code=$$?; echo "To start the demo over: make clean-demo"; exit $$code; }
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -77,6 +77,7 @@ def test_half_precision_costs_nearly_the_same_loss(scans: Tensor, precision: str
     assert report.diagnostics["grad_norm"] == pytest.approx(expected.diagnostics["grad_norm"], rel=10 * near)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler has many, of its own parts
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-3), ("bf16", 2e-2)])
 def test_compiled_steps_are_the_same_and_serve_other_batch_sizes(precision: str, near: float) -> None:
