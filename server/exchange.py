@@ -15,7 +15,7 @@ from unimiss_core.wire import Introduction, Refusal, num_bytes
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.02
+FIRST_PAUSE_S = 0.02
 """First pause after looking for replies in vain. It doubles until one arrives: rounds take minutes, and between
 machines each look for each reply is a request."""
 
@@ -92,7 +92,7 @@ class Exchange:
         """Replies of use as they arrive, until all of this round replied or its deadline passed; where those are not
         `enough`, until all that may still come have come, late ones of earlier rounds too, or their time is over. More
         may be asked meanwhile."""
-        pause_s, longest_s = POLL_S, min(LONGEST_PAUSE_S, GRACE * self._deadline_s / 4)
+        pause_s, longest_s = FIRST_PAUSE_S, min(LONGEST_PAUSE_S, GRACE * self._deadline_s / 4)
         while self._is_waited_for(enough):
             some_arrived = False
             for message_id in list(self._waiting):
@@ -102,7 +102,7 @@ class Exchange:
                 if self._is_of_use(asked := self._waiting.pop(message_id)):
                     yield asked, reply
                 del reply  # or it would be held while the next is pulled
-            pause_s = POLL_S if some_arrived else min(2 * pause_s, longest_s)
+            pause_s = FIRST_PAUSE_S if some_arrived else min(2 * pause_s, longest_s)
             if not some_arrived:
                 time.sleep(pause_s)
 

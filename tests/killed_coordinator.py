@@ -35,7 +35,7 @@ STUDY = small_study(
 
 def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    server.exchange.POLL_S = server.roster.POLL_S = server.roster.LONGEST_POLL_S = 0.002
+    server.exchange.FIRST_PAUSE_S = server.roster.POLL_S = server.roster.LONGEST_POLL_S = 0.002
     ARCHITECTURES["nano"] = NARROW
     _federate(folder / "warm")  # torch and Numba import and compile more when they are used, for seconds
     chance = random.Random(seed)
