@@ -92,12 +92,17 @@ def measure(cases: Sequence[Case], build: Build, repeats: int) -> list[Figures]:
 
 def _alone(case: Case, build: Build, repeats: int) -> Figures:
     """Of a case on a GPU; what it was is told at once, for such a machine may be lent by the minute."""
+    torch.set_num_threads(case.threads)
+    torch.cuda.set_device(torch.device(case.device).index or 0)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = _peak_mb(case)
-    step = build(case)
-    steps = [_taken(step, case) for _ in range(WARM_UP + repeats)]
+    try:
+        step = build(case)
+        steps = [_taken(step, case) for _ in range(WARM_UP + repeats)]
+    except torch.OutOfMemoryError:
+        raise CaseLostError(f"{case.title}, does not fit into the memory of {case.device}") from None
     figures = _figures(steps, peak_mb=_peak_mb(case) - before)
     _say(f"{case.title}: {figures.wall_s:.4f} s, {figures.peak_mb:.0f} MB; the first step took {steps[0].wall_s:.1f} s")
     return figures

@@ -9,7 +9,7 @@
 
 Ours comes as a whole batch, and again with the switches that options name; without, with volumes' views in turn, and in
 the least memory: one scan at a time, recomputed (on a GPU recomputed as a whole batch, and compiled). Other options
-narrow the cases. The cases of one rank run in processes of their own and take turns, step by step (`side_by_side.py`).
+narrow the cases; how they are measured, `side_by_side.py` tells.
 `naive_unimiss.py` is the baseline, of MiT alone; of MiTplus there is ours, with the objective that trains all of it.
 Input sizes and 65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4
 images, on a GPU small with 24, unless options say otherwise.
@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.execution import largest_that_fits
+from client.execution import most_that_fit
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.model_config import AnySize, PlusSize
@@ -85,6 +85,7 @@ class Case:
     threads: int
     switches: Switches = WHOLE
     objective: str = "unimiss"
+    is_largest: bool = False
 
     @property
     def title(self) -> str:
@@ -92,7 +93,7 @@ class Case:
 
     @property
     def row(self) -> str:
-        parts = ["of UniMiSS+"] * (self.objective != "unimiss")
+        parts = [f"{self.batch} scans"] * self.is_largest + ["of UniMiSS+"] * (self.objective != "unimiss")
         on = self.switches
         parts += [f"in {on.micro_batch}s"] * (on.micro_batch is not None)
         parts += ["views in turn"] * on.views_in_turn
@@ -114,6 +115,8 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
     if options.largest and not gpu:
         _parser().error("--largest: on a CPU a batch that is too large ends the process; name a GPU with --device")
+    if (options.variant != "fast" and options.largest) or (options.variant == "naive" and options.profile):
+        _parser().error("--largest and --profile are of ours; give --variant fast")
     is_plus = model in get_args(PlusSize)
     if is_plus and options.variant == "naive":
         _parser().error(f"--model {model}: the naive step is of MiT alone; leave --variant out")
@@ -153,7 +156,7 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
 def _with_largest_batch(case: Case) -> Case:
     """With the most scans that fit at a time, as a site finds them."""
     learner = Learner(_study(replace(case, batch=MOST)), ranks=(2, 3), execution=_execution(case))
-    return replace(case, batch=largest_that_fits(partial(learner.fits, case.rank), MOST))
+    return replace(case, is_largest=True, batch=max(1, most_that_fit(partial(learner.fits, case.rank), MOST)))
 
 
 def _build(case: Case) -> Callable[[], float]:
@@ -313,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--views-in-turn", action="store_true", help="ours with some views of volumes at a time")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
-    parser.add_argument("--largest", action="store_true", help="on a GPU: each case with the largest batch that fits")
+    parser.add_argument("--largest", action="store_true", help="on a GPU, ours: with the largest batch that fits")
     parser.add_argument(
         "--profile", action="store_true", help="also where the time of ours goes, in bf16 unless --precision"
     )

@@ -195,7 +195,7 @@ def _error_that_fits(taken: Sequence[Mechanism], delta: float, bound: float, mos
 
 
 def epsilon_by_renyi(history: Sequence[Mechanism], delta: float, *, orders: Sequence[float] = tuple(_ORDERS)) -> float:
-    """The bound beside it; 0 where there are no releases."""
+    """The bound beside it; 0 where there are no releases. orders: some of _ORDERS."""
     taken = [each for each in history if each.steps > 0]
     if not taken:
         return 0.0

@@ -78,9 +78,17 @@ def learner_for(
 def largest_that_fits(fits: Callable[[int], bool], whole: int) -> int:
     """The size of the fewest equal parts of `whole` that fit; 0 where not even 1 fits.
 
+    Parts are evened out, for 12 and 12 need no more passes than 17 and 7, and less memory.
+    """
+    size = most_that_fit(fits, whole)
+    return _ceil_div(whole, _ceil_div(whole, size)) if size else 0
+
+
+def most_that_fit(fits: Callable[[int], bool], whole: int) -> int:
+    """The largest size up to `whole` that fits; 0 where not even 1 does.
+
     fits: true up to some size and false above it. Tried first is the whole, then halves until one fits, then middles
-    between that and what did not. Parts are evened out, for 12 and 12 need no more passes than 17 and 7, and less
-    memory.
+    between that and what did not.
     """
     size, too_large = whole, whole + 1
     while size > 0 and not fits(size):
@@ -91,7 +99,7 @@ def largest_that_fits(fits: Callable[[int], bool], whole: int) -> int:
             size = middle
         else:
             too_large = middle
-    return _ceil_div(whole, _ceil_div(whole, size)) if size else 0
+    return size
 
 
 def is_slow_in_bf16(device: torch.device) -> bool:

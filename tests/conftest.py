@@ -39,7 +39,8 @@ def pytest_collection_finish() -> None:
 
 def each_start_once(check: "Callable[[Checkpoint], None]") -> "Callable[[Checkpoint], None]":
     """`check` of what a run starts from, but for what it found good before: it builds four models, in as long as a
-    small federation takes for a round, and most of all runs in these tests start from the same weights."""
+    small federation takes for a round, and most of all runs in these tests start from the same weights. A test that
+    makes the check fail by anything but weights must bring the real one back, as test_adaptation does."""
     good = set()
 
     def checked(found: "Checkpoint") -> None:

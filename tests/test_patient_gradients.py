@@ -17,7 +17,7 @@ from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
-pytestmark = pytest.mark.usefixtures("shallow")  # each kind of layer once
+pytestmark = pytest.mark.usefixtures("shallow")  # each kind of layer, of some sizes
 
 
 def study_of(objective: str, **changes: object) -> StudyConfig:

@@ -87,7 +87,11 @@ def test_a_file_with_another_class_is_never_unpickled(tmp_path: Path) -> None:
         ("backbone.transformer.cls_tokens1", torch.tensor(1.0), r"cls_tokens1 is \(\), which does not fit"),
         ("backbone.norm.bias", torch.full((48,), 1e300, dtype=torch.float64), r"norm\.bias is not finite"),
         ("backbone.norm.bias", torch.zeros(48, dtype=torch.int64), "must hold plain tensors of real numbers"),
-        ("backbone.norm.bias", torch.zeros(48).to_sparse(), "must hold plain tensors of real numbers"),
+        (
+            "backbone.norm.bias",
+            torch.zeros(48).to_sparse(),
+            "plain tensors of real numbers|be read safely",
+        ),  # torch 2.11 reads none
         ("backbone.norm.bias", torch.zeros(48, device="meta"), "must hold plain tensors of real numbers"),
         ("backbone.norm.bias", 3, "must hold plain tensors of real numbers"),
         (7, torch.zeros(1), "must hold plain tensors of real numbers, each by its name"),

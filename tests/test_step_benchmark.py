@@ -56,6 +56,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
         ("--device", "cuda:99", "cuda:99 is not on this machine"),
         ("--batch", "0", "expected a whole number above 0, got 0"),
         ("--repeats", "0", "expected a whole number above 0, got 0"),
+        ("--variant=naive", "--profile", "--largest and --profile are of ours; give --variant fast"),
+        ("--device=cpu", "--largest", "--largest: on a CPU a batch that is too large ends the process"),
         ("--variant=naive", "--model=plus", "--model plus: the naive step is of MiT alone; leave --variant out"),
     ],
 )

@@ -168,7 +168,8 @@ def _deployed(simulation: Path, folder: Path) -> Iterator[Journey]:
         _wait_for_round(1, flower, run, out)
         flower.kill("flwr-serverapp")
         run = flower.submit(config | {"resume": True})
-        flower.wait_until(lambda: "ROUND 2]" in deployment.heard_by("b"), "b is asked", timeout_s=ROUND_S, run=run)
+        asked = f"[RUN {run}, ROUND 2]"  # not by the first run, which may have come as far
+        flower.wait_until(lambda: asked in deployment.heard_by("b"), "b is asked", timeout_s=ROUND_S, run=run)
         deployment.kill_site("b")
         _wait_for_round(ROUNDS, flower, run, out)
         _assert_completed(flower, run)

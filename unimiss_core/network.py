@@ -141,7 +141,7 @@ def initialise_(network: nn.Module, seed: int, *, but: Collection[str] = ()) -> 
                 elif isinstance(module, nn.Linear):
                     nn.init.xavier_normal_(parameter, generator=generator)
                 elif isinstance(module, PositionTable) or name == "class_token":
-                    nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+                    parameter.normal_(std=0.02, generator=generator)
                 else:
                     raise AssertionError(f"no initialisation for {path}.{name}")
 

@@ -23,8 +23,9 @@ class _Undrawn(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        if func in _DRAWS:
-            return args[0] if args else named["tensor"]
+        filled = args[0] if args else named.get("tensor")
+        if func in _DRAWS and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled
         return func(*args, **named)
 
 
