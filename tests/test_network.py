@@ -19,7 +19,7 @@ def test_a_seed_gives_the_same_network_and_leaves_the_global_random_state_alone(
 
 
 def test_a_seed_gives_the_same_values_whatever_torch_draws_by() -> None:
-    """Written down once, by torch 2.11 and 2.13 alike: `trunc_normal_`, which used to draw some, differs between them."""
+    """Written down by torch 2.11 and 2.13 alike: `trunc_normal_`, which used to draw some, differs between them."""
     tensors = tensors_of(build_network(NANO, seed=1))
     expected = {
         "backbone.encoder.class_token": [0.011261, 0.026928, -0.029182],
