@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from side_by_side import Result, count, run
-from step import SIZES, SMALL_SIZES
+from step import model_settings, sizes_of
 
 from unimiss_core.config import parse
 from unimiss_core.execution import Execution
@@ -80,14 +80,16 @@ def _pairs(options: argparse.Namespace) -> Iterator[tuple[Case, Case]]:
 
 def _build(case: Case) -> Callable[[], float]:
     """A step that returns its mean loss; always on the same views (B, V, C, *S) of as many patients."""
-    study, sizes = _study(case), _sizes(case)
+    study = _study(case)
     execution = Execution(
         device=torch.device(case.device),
         precision="bf16" if case.precision == "bf16" else "fp32",
         patients_at_once=case.at_once,
     )
     generator = torch.Generator().manual_seed(0)
-    views = torch.rand(case.patients, case.views, 1, *sizes[case.rank], generator=generator).to(execution.device)
+    views = torch.rand(case.patients, case.views, 1, *sizes_of(case.model)[case.rank], generator=generator).to(
+        execution.device
+    )
     if not case.private:
         plain = Learner(study, ranks=(2, 3), execution=execution)
         return lambda: plain.step(views, step=0).total
@@ -95,20 +97,10 @@ def _build(case: Case) -> Callable[[], float]:
     return lambda: private.private_step(views.split(1), rank=case.rank, step=0).total
 
 
-def _sizes(case: Case) -> dict[Rank, tuple[int, ...]]:
-    return SMALL_SIZES if case.model == "nano" else SIZES
-
-
 def _study(case: Case) -> StudyConfig:
-    sizes = _sizes(case)
     raw: dict[str, Any] = {
         "name": "benchmark",
-        "model": {
-            "size": case.model,
-            "image_size": sizes[2],
-            "volume_size": sizes[3],
-            "prototypes": case.prototypes,
-        },
+        "model": model_settings(case.model, case.prototypes),
         "views": {"views": case.views},
         "batch": {"images": case.patients, "volumes": case.patients},
     }

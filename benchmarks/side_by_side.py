@@ -85,7 +85,7 @@ def measure(cases: Sequence[Case], build: Build, repeats: int) -> list[Figures]:
 
     Raises CaseLostError; the other processes, being daemons, end with this one.
     """
-    if any(_is_on_gpu(case) for case in cases):
+    if any(is_gpu(case.device) for case in cases):
         return [_alone(case, build, repeats) for case in cases]
     return _in_turn(cases, build, repeats)
 
@@ -230,17 +230,18 @@ def _work(case: Case, build: Build, pipe: Connection) -> None:
 def _taken(step: Callable[[], float], case: Case) -> Taken:
     wall, cpu = time.perf_counter(), time.process_time()
     loss = step()
-    if _is_on_gpu(case):
+    if is_gpu(case.device):
         torch.cuda.synchronize()
     return Taken(time.perf_counter() - wall, time.process_time() - cpu, loss)
 
 
-def _is_on_gpu(case: Case) -> bool:
-    return case.device.startswith("cuda")
+def is_gpu(device: str) -> bool:
+    """Whether a device of this name is one (`unimiss_core.device`)."""
+    return device.startswith("cuda")
 
 
 def _peak_mb(case: Case) -> float:
-    if _is_on_gpu(case):
+    if is_gpu(case.device):
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -9,10 +9,10 @@
 
 Ours comes as a whole batch, and again with the switches that options name; without, with volumes' views in turn, and in
 the least memory: one scan at a time, recomputed (on a GPU recomputed as a whole batch, and compiled). Other options
-narrow the cases; how they are measured, `side_by_side.py` tells.
-`naive_unimiss.py` is the baseline, of MiT alone; of MiTplus there is ours, with the objective that trains all of it.
-Input sizes and 65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4
-images, on a GPU small with 24, unless options say otherwise.
+narrow the cases; how they are measured, `side_by_side.py` tells. `naive_unimiss.py` is the baseline, of MiT alone; of
+MiTplus there is ours, with the objective that trains all of it. Input sizes and 65,536 prototypes are the published
+ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU small with 24, unless options say
+otherwise.
 
 TFLOP/s are of the matrix products and convolutions that the case's own way of computing needs, forward and backward;
 recomputing is not counted. Their share is of what this GPU reaches in a product of 8192 x 8192 matrices in bf16.
@@ -29,7 +29,7 @@ from typing import Any, get_args
 
 import torch
 from naive_unimiss import NaiveLearner, naive_loss
-from side_by_side import WARM_UP, Result, count, run
+from side_by_side import WARM_UP, Result, count, is_gpu, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
-    gpu = options.device.startswith("cuda")
+    gpu = is_gpu(options.device)
     model = options.model or ("small" if gpu else "tiny")
     batches: dict[Rank, int] = {2: 24, 3: 24} if gpu else {2: 4, 3: 2}
     if options.largest and not gpu:
@@ -173,24 +173,25 @@ def _build(case: Case) -> Callable[[], float]:
 
 
 def _shape_of_views(case: Case) -> tuple[int, ...]:
-    return case.batch, 2, 1, *_sizes(case)[case.rank]
+    return case.batch, 2, 1, *sizes_of(case.model)[case.rank]
 
 
-def _sizes(case: Case) -> dict[Rank, tuple[int, ...]]:
-    return PLUS_SIZES if case.model == "plus" else SMALL_SIZES if "nano" in case.model else SIZES
+def sizes_of(model: str) -> dict[Rank, tuple[int, ...]]:
+    """S of what a model of this size is measured on."""
+    return PLUS_SIZES if model == "plus" else SMALL_SIZES if "nano" in model else SIZES
+
+
+def model_settings(model: str, prototypes: int) -> dict[str, Any]:
+    """Of a study, for a model of this size."""
+    sizes = sizes_of(model)
+    return {"size": model, "image_size": sizes[2], "volume_size": sizes[3], "prototypes": prototypes}
 
 
 def _study(case: Case) -> StudyConfig:
-    sizes = _sizes(case)
+    sizes, reconstruction = sizes_of(case.model), case.objective == "unimiss_plus"
     raw: dict[str, Any] = {
         "name": "benchmark",
-        "model": {
-            "size": case.model,
-            "image_size": sizes[2],
-            "volume_size": sizes[3],
-            "prototypes": case.prototypes,
-            "reconstruction": case.objective == "unimiss_plus",
-        },
+        "model": {**model_settings(case.model, case.prototypes), "reconstruction": reconstruction},
         "views": {"image_size": sizes[3][1:], "volume_size": sizes[3]},  # of radiographs
         "objective": {"name": case.objective},
         "batch": {"images": case.batch, "volumes": case.batch},
@@ -252,7 +253,7 @@ def _print_profile(case: Case) -> None:
     """Where a step's time goes, by operation."""
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = case.device.startswith("cuda")
+    on_gpu = is_gpu(case.device)
     step = _build(case)
     for _ in range(WARM_UP):
         step()
@@ -278,7 +279,7 @@ def _print_profile(case: Case) -> None:
 def _table(results: Sequence[Result[Case]]) -> str:
     case = results[0].case
     base = next((result for result in results if result.case.variant == "naive"), results[0])
-    on_cpu = not case.device.startswith("cuda")  # there processor time, which other work on the machine disturbs less
+    on_cpu = not is_gpu(case.device)  # there processor time, which other work on the machine disturbs less
     wide = max(len(result.case.row) for result in results)
     rates = "" if on_cpu else f" {'TFLOP/s':>8} {'of peak':>7}"
     lines = [
