@@ -81,9 +81,8 @@ class Flower:
         return str(self._told("ls", "--run-id", str(run))["runs"][0]["status"])
 
     def has_ended(self, run: int) -> bool:
-        """Whether the SuperLink has logged so; asking it takes a process that imports Flower, for seconds."""
-        end = re.compile(rf"Finished task \d+ of run {run}\b")
-        return any(end.search(path.read_text(errors="replace")) for path in self._log_files())
+        """Whether the SuperLink has logged so."""
+        return any(tells_end_of(run, path.read_text(errors="replace")) for path in self._log_files())
 
     def kill(self, name: str) -> None:
         """SIGKILL to the processes of this installation that go by `name`, and to what they started; fails where there
@@ -133,11 +132,11 @@ class Flower:
         self._started.append(process)
         return process
 
-    def start_superlink(self, *options: str) -> str:
+    def start_superlink(self) -> str:
         """A SuperLink without TLS on a free port of loopback, which `flwr` commands then go to; its address."""
         port = free_port()
         address = f"127.0.0.1:{port}"
-        self.start("superlink.log", "flower-superlink", "--insecure", "--port", str(port), *options)
+        self.start("superlink.log", "flower-superlink", "--insecure", "--port", str(port))
         self.wait_until(lambda: _listens(port), "the SuperLink listens", timeout_s=START_S)
         connection = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
         (self._home / "config.toml").write_text(connection)
@@ -217,6 +216,11 @@ class Deployment:
         node = self._nodes.pop(site)
         _kill_family(node.pid)
         node.wait(timeout=20)
+
+
+def tells_end_of(run: int, log: str) -> bool:
+    """Whether a SuperLink's log says that a run has ended; to ask it takes a process that imports Flower, seconds."""
+    return re.search(rf"Finished task \d+ of run {run}\b", log) is not None
 
 
 def free_port() -> int:

@@ -5,7 +5,6 @@ One `unimiss-server run` serves the tests in their order; the last kill it and l
 
 import json
 import os
-import re
 import signal
 import ssl
 import subprocess
@@ -38,7 +37,7 @@ from server.run_command import runner, stop
 from server.running import Running, status
 from server.superlink import environment
 from tests.coordinator_home import approved_site, found_home, write_study
-from tests.flower_deployment import ROOT, free_port
+from tests.flower_deployment import ROOT, free_port, tells_end_of
 from unimiss_core import bundle, keys
 from unimiss_core.keys import SiteKey
 
@@ -212,8 +211,8 @@ def test_flwr_run_brings_the_installed_code_to_the_coordinators_superlink(coordi
     told = [{"status": "running"}]
 
     def is_finished() -> bool:
-        """SuperLink's log says when to ask: a command of Flower's takes a second of a processor."""
-        if re.search(rf"Finished task \d+ of run {taken['run-id']}\b", coordinator.superlink_log.read_text()):
+        """SuperLink's log says when to ask."""
+        if tells_end_of(taken["run-id"], coordinator.superlink_log.read_text()):
             runs = json.loads(flwr(coordinator, "ls", "unimiss", "--format", "json"))["runs"]
             told.extend(run for run in runs if str(run["run-id"]) == str(taken["run-id"]))
         return told[-1]["status"].startswith("finished")
