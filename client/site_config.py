@@ -173,8 +173,8 @@ class SiteTraining(Config):
     Each takes the memory of a gradient and of its activations. Not in bf16, nor with
     views_in_turn, activation_checkpointing or compile."""
     views_in_turn: bool = False
-    """Hold a volume's slices of one view, or two views of the volume itself, at a time: an eighth less memory for an
-    eighth more time in bf16 (docs/performance.md)."""
+    """Hold a volume's slices of one view, or one view of the volume itself, at a time: a seventh less memory for a
+    seventh more time in bf16 (docs/performance.md)."""
     activation_checkpointing: bool = False
     """Recompute a part of the forward pass instead of keeping it, with views in turn, one at a time: for cards on which
     even one scan does not fit."""

@@ -35,7 +35,7 @@ views:
   volume_size: [16, 64, 64]
 objective:
   teacher_temperature: 0.02
-  volume_teacher_temperature: 0.03
+  volume_teacher_temperature: 0.035
   teacher_momentum: [0.99, 1.0]
   slices_per_volume: 4
 optimiser:

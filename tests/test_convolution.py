@@ -2,14 +2,27 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from unimiss_core.convolution import GreyConv3d, enlarging, reducing
+from unimiss_core.convolution import GreyConv3d, GreyOrColourConv2d, enlarging, reducing
 
 Case = tuple[Callable[[], nn.Module], nn.Module, tuple[int, ...]]
+
+
+def grey_or_colour(before: int, width: int, kernel: int, stride: int) -> nn.Module:
+    return GreyOrColourConv2d(before, width, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def grey(before: int, width: int, kernel: int, stride: int | tuple[int, ...]) -> nn.Module:
+    made: Any = GreyConv3d
+    layer: nn.Module = made(before, width, kernel, stride, padding=kernel // 2, bias=False)
+    return layer
+
 
 CASES: dict[str, Case] = {
     "reducing, 2d": (lambda: reducing(2, 4, 3), nn.Conv2d(4, 4, 3, 3), (2, 4, 10, 12)),
@@ -19,6 +32,13 @@ CASES: dict[str, Case] = {
     "reducing what is no patch": (lambda: reducing(2, 4, 3), nn.Conv2d(4, 4, 3, 3), (2, 4, 11, 3)),
     "doubling, 2d": (lambda: enlarging(2, 4, 3, (2, 2)), nn.ConvTranspose2d(4, 3, 2, 2), (2, 4, 3, 5)),
     "doubling, 3d": (lambda: enlarging(3, 4, 3, (2, 2, 2)), nn.ConvTranspose3d(4, 3, 2, 2), (2, 4, 2, 1, 3)),
+    "few windows, 2d": (lambda: grey_or_colour(2, 16, 3, 2), nn.Conv2d(2, 16, 3, 2, 1, bias=False), (2, 2, 5, 4)),
+    "few windows, 3d": (lambda: grey(2, 24, 3, 2), nn.Conv3d(2, 24, 3, 2, 1, bias=False), (2, 2, 3, 4, 5)),
+    "windows of strides": (
+        lambda: grey(2, 24, 3, (1, 2, 3)),
+        nn.Conv3d(2, 24, 3, (1, 2, 3), 1, bias=False),
+        (1, 2, 3, 4, 6),
+    ),
     "stem": (
         lambda: GreyConv3d(1, 3, 7, (1, 2, 2), padding=3, bias=False),
         nn.Conv3d(1, 3, 7, (1, 2, 2), padding=3, bias=False),
@@ -94,3 +114,27 @@ def test_an_input_in_bf16_needs_no_autocast() -> None:
     y = ours(x.to(torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert torch.equal(y.float(), plain(x))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "windows" in name])
+def test_few_windows_meet_the_weight_as_it_lies_in_memory_but_not_in_inference(case: str) -> None:
+    """Torch's own layer would cast the weight to bfloat16 first, and have a gradient cast back."""
+    ours, _, x = alike(case)
+    with torch.autocast("cpu", torch.bfloat16), Operators() as training:
+        ours(x)
+    with torch.autocast("cpu", torch.bfloat16), Operators() as inference, torch.inference_mode():
+        ours(x)
+    assert not any("conv" in name for name in training.names)
+    assert any("conv" in name for name in inference.names)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))

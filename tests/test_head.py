@@ -1,4 +1,5 @@
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -81,32 +82,43 @@ def parts_of_a_batch() -> list[torch.Tensor]:
     return [torch.randn(rows, 3, 6, generator=generator, dtype=torch.float64) for rows in PARTS]
 
 
-def test_gradients_at_the_end_are_those_of_all_parts() -> None:
+@contextmanager
+def gathered(made: Head) -> Iterator[list[gathering.GatheredGradient]]:
+    """Of the prototypes, then of the three layers."""
+    layers = [layer for layer in made.modules() if isinstance(layer, gathering.Gathers)]
+    with made.gathering() as prototypes, gathering.gathered_by(layers) as others:
+        yield [prototypes, *others]
+
+
+def test_gathered_gradients_are_those_of_all_parts() -> None:
     plain, ours = head(), head()
     for _ in range(2):  # the second adds to the first
         for features in parts_of_a_batch():
             torch.autograd.backward(plain(features).pow(3).sum())
-        with ours.gradients_at_the_end() as prototypes:
+        with gathered(ours) as gradients:
             for features in parts_of_a_batch():
                 torch.autograd.backward(ours(features).pow(3).sum())
-        prototypes.write()
+        assert len(gradients) == 4
+        for gradient in gradients:
+            gradient.write()
     for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
 
 
-def test_blocks_of_the_prototypes_gradient_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathering, "BLOCK_ROWS", 3)
+def test_blocks_of_a_gathered_gradient_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "BLOCK_VALUES", 3 * 5 + 2)
     plain, ours = head(), head()
-    with ours.gradients_at_the_end() as gradient:
+    with gathered(ours) as gradients:
         for features in parts_of_a_batch():
             torch.autograd.backward(plain(features).pow(3).sum())
             torch.autograd.backward(ours(features).pow(3).sum())
-    whole = plain.prototypes.weight.grad
-    assert whole is not None
-    assert ours.prototypes.weight.grad is None
-    assert [(rows.start, len(block)) for rows, block in gradient.blocks()] == [(0, 3), (3, 3), (6, 1)]
-    torch.testing.assert_close(torch.cat([block for _, block in gradient.blocks()]), whole)
-    torch.testing.assert_close(gradient.norm(), whole.norm())
+    assert [(rows.start, len(block)) for rows, block in gradients[0].blocks()] == [(0, 3), (3, 3), (6, 1)]
+    matrices = [plain.prototypes.weight, *(p for p in plain.mlp.parameters() if p.ndim == 2)]
+    for gradient, expected in zip(gradients, matrices, strict=True):
+        assert expected.grad is not None
+        assert gradient.weight.grad is None
+        torch.testing.assert_close(torch.cat([block for _, block in gradient.blocks()]), expected.grad)
+        torch.testing.assert_close(gradient.norm(), expected.grad.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -144,7 +156,7 @@ def test_no_gradient_is_given_where_a_part_fails() -> None:
     made = head()
     features = torch.rand(2, 6, dtype=torch.float64)
     matrices = [p for p in made.parameters() if p.ndim == 2]
-    with suppress(RuntimeError), made.gradients_at_the_end():
+    with suppress(RuntimeError), gathered(made):
         torch.autograd.backward(made(features).sum())
         raise RuntimeError("out of memory")
     assert [p.grad for p in matrices] == [None] * 4

@@ -111,21 +111,40 @@ def test_a_step_is_clipped_adamw_then_the_teachers_average_then_the_centre() -> 
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, None])
-def test_prototypes_moved_in_blocks_end_where_their_whole_gradient_takes_them(
+def test_a_head_moved_in_blocks_ends_where_its_whole_gradients_take_it(
     clip_norm: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And in one process without FedProx that gradient is at no time there as a whole."""
-    monkeypatch.setattr(gathering, "BLOCK_ROWS", 5)  # of 16
+    """And in one process without FedProx those are at no time there as a whole."""
+    monkeypatch.setattr(gathering, "BLOCK_VALUES", 99)
     blocks, whole = (in_float64(apart(Learner(study(clip_norm=clip_norm), ranks={2}))) for _ in range(2))
-    monkeypatch.setattr(whole, "_keeps_prototypes_apart", lambda: False)
+    monkeypatch.setattr(whole, "_keeps_apart", lambda _: False)
     held: list[bool] = []
-    monkeypatch.setattr(blocks, "_pull_back_", lambda: held.append(prototypes.grad is not None) or {})
-    prototypes = blocks.student.head.prototypes.weight
+    matrices = [p for p in blocks.student.head.parameters() if p.ndim == 2]
+    monkeypatch.setattr(blocks, "_pull_back_", lambda: held.append(any(p.grad is not None for p in matrices)) or {})
     for step in range(2):
         expected, report = whole.step(images(step).double(), step=step), blocks.step(images(step).double(), step=step)
         assert report.diagnostics == pytest.approx(expected.diagnostics, rel=1e-9)
         torch.testing.assert_close(everything(blocks), everything(whole), rtol=1e-9, atol=1e-12)
     assert held == [False, False]
+
+
+def test_convolutions_whose_windows_are_few_are_moved_in_blocks_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 but for what is rounded alike; other ranks' convolutions gathered nothing and have moved nowhere."""
+    bf16 = Execution(precision="bf16", views_in_turn=True)
+    blocks, whole = (apart(Learner(study(), ranks={2, 3}, execution=bf16)) for _ in range(2))
+    monkeypatch.setattr(whole, "_keeps_apart", lambda _: False)
+    gathered: list[str] = []
+    names = {p: name for name, p in blocks.student.named_parameters()}
+    kept = blocks._keeps_apart
+    monkeypatch.setattr(blocks, "_keeps_apart", lambda one: gathered.append(names[one.weight]) or kept(one))
+    for step, batch in enumerate((images(), volumes())):
+        expected, report = whole.step(batch, step=step), blocks.step(batch, step=step)
+        of_rank = {name for name in gathered if "conv" in name}
+        assert of_rank
+        assert all(f".{2 + step}d." in name or (step == 1 and ".2d." in name) for name in of_rank)
+        assert report.diagnostics == pytest.approx(expected.diagnostics, rel=1e-5)
+        torch.testing.assert_close(everything(blocks), everything(whole), rtol=1e-4, atol=1e-6)
+        gathered.clear()
 
 
 def test_a_2d_step_touches_nothing_of_3d() -> None:

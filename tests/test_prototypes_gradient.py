@@ -101,7 +101,7 @@ def test_by_the_exact_length_rows_that_cancel_would_overstep_it() -> None:
 
 def test_what_is_added_hangs_on_nobody_elses_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, but for the rounding of one sum; one product over all rows would lose the small ones."""
-    monkeypatch.setattr(gathering, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(gathering, "BLOCK_VALUES", 64 * WIDTH)
     made, large, small = prototypes(), cancelling(1e9), some_rows(2)
     alone = added(gathered(made, *small), 1.0)
     others = added(gathered(made, *large), 1.0)

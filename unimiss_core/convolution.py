@@ -8,13 +8,16 @@ Legend of shapes: B scans, C channels in, O channels out, S spatial axes of the 
 each of them, G = S // k the patches, N = prod(G).
 """
 
+import math
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimiss_core.precision import in_bf16_on_cpu, is_few
+from unimiss_core.gathering import Gathers, OuterProducts
+from unimiss_core.precision import in_bf16_on_cpu, in_fitting_precision
 from unimiss_core.scan import Rank
 
 CONV: dict[Rank, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -68,7 +71,7 @@ def enlarging(rank: Rank, before: int, width: int, factors: tuple[int, ...]) -> 
     return layer
 
 
-class GreyOrColourConv2d(nn.Conv2d):
+class GreyOrColourConv2d(Gathers, nn.Conv2d):
     """A 2D convolution that also takes one channel where it was made for several.
 
     A grey image repeated over all channels, as the released code feeds it, meets the sum of the kernel over its
@@ -76,21 +79,24 @@ class GreyOrColourConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_better_as_product(x, self):
+            return _convolved(x, self)
         grey = x.shape[1] == 1 < self.in_channels
         weight = self.weight.sum(1, keepdim=True) if grey else self.weight
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
-class GreyConv3d(nn.Conv3d):
+class GreyConv3d(Gathers, nn.Conv3d):
     """A 3D convolution without bias that, over one channel, can count the kernel's planes as channels: a 2D convolution
     of each plane with its neighbours. Kernels for bfloat16 leave most of their width empty over a single channel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_better_as_product(x, self):
+            return _convolved(x, self)
         if x.shape[1] > 1 or not in_bf16_on_cpu(x):
             return super().forward(x)
         (along, *step), (planes, *_) = self.stride, self.kernel_size
-        assert not isinstance(self.padding, str)
-        before, *around = self.padding
+        before, *around = _padding(self)
         stacks = F.pad(x[:, 0].to(torch.bfloat16), (0, 0, 0, 0, before, before)).unfold(1, planes, along)
         images = stacks.movedim(-1, 2).flatten(0, 1)  # (B x D', planes, H, W)
         y = F.conv2d(images, self.weight[:, 0].to(torch.bfloat16), None, step, around)
@@ -99,13 +105,73 @@ class GreyConv3d(nn.Conv3d):
 
 
 def _reduced(x: Tensor, layer: ReducingConv2d | ReducingConv3d) -> Tensor:
-    y: Tensor = _PatchProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", enabled=False):  # or few rows would be cast to bfloat16 all the same
+        y: Tensor = _PatchProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return y
 
 
 def _enlarged(x: Tensor, layer: EnlargingConv2d | EnlargingConv3d) -> Tensor:
-    y: Tensor = _ProductInPatches.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", enabled=False):  # or few rows would be cast to bfloat16 all the same
+        y: Tensor = _ProductInPatches.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return y
+
+
+def _is_better_as_product(x: Tensor, layer: GreyOrColourConv2d | GreyConv3d) -> bool:
+    """Whether the windows are so few that the weight is the larger factor: torch's layer spends its time on laying that
+    and its gradient out anew. Not in inference: there a scan's answer must not hang on how many are asked about."""
+    if x.shape[1] != layer.in_channels or not in_bf16_on_cpu(x) or torch.is_inference_mode_enabled():
+        return False
+    geometry = zip(x.shape[2:], layer.kernel_size, layer.stride, _padding(layer), strict=True)
+    return len(x) * math.prod((n + 2 * p - k) // step + 1 for n, k, step, p in geometry) <= layer.out_channels
+
+
+def _convolved(x: Tensor, layer: GreyOrColourConv2d | GreyConv3d) -> Tensor:
+    assert layer.bias is None
+    geometry = layer.stride, _padding(layer)
+    with torch.autocast("cpu", enabled=False):  # or few rows would be cast to bfloat16 all the same
+        y: Tensor = _WindowProduct.apply(x, layer.weight, *geometry, layer.gathered)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _padding(layer: GreyOrColourConv2d | GreyConv3d) -> tuple[int, ...]:
+    assert not isinstance(layer.padding, str)
+    return layer.padding
+
+
+class _WindowProduct(torch.autograd.Function):
+    """x (B, C, *S), weight (O, C, *k) -> (B, O, *G) in bfloat16, as the product (B N, C k) (C k, O), for a stride and a
+    padding of each axis: the weight is used as it lies in memory. Windows may overlap; what meets in a cell on the way
+    back is added in float32. gathered: where the rows of the weight's gradient go, if it is not to be made here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        gathered: OuterProducts | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding, ctx.gathered = stride, padding, gathered
+        windows = _windows(x, weight.shape[2:], stride, padding)
+        y = _rows(windows) @ weight.to(windows.dtype).flatten(1).mT
+        by_window: Tensor = y.to(torch.bfloat16).unflatten(0, windows.shape[:-1])
+        return by_window.movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        windows = _windows(x, weight.shape[2:], ctx.stride, ctx.padding)
+        rows = _rows(grads[0].movedim(1, -1)).to(windows.dtype)  # (B N, O)
+        of_weight = None
+        if ctx.gathered is None:
+            of_weight = (rows.mT @ _rows(windows)).to(weight.dtype).view_as(weight)
+        else:
+            ctx.gathered.add(rows, _rows(windows))
+        of_windows = (rows @ weight.to(rows.dtype).flatten(1)).view_as(windows)
+        of_x = _overlaid(of_windows.unflatten(-1, weight.shape[1:]), x.shape[2:], ctx.stride, ctx.padding)
+        return of_x.to(x.dtype), of_weight, None, None, None
 
 
 class _PatchProduct(torch.autograd.Function):
@@ -173,7 +239,7 @@ def _patches(x: Tensor, kernel: torch.Size) -> Tensor:
         x = x.narrow(at, 0, x.shape[at] // k * k).unflatten(at, (-1, k))
     axes = len(kernel)
     x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), -1)
-    return _in_fitting_precision(x.to(torch.bfloat16).flatten(1 + axes))
+    return in_fitting_precision(x.flatten(1 + axes))
 
 
 def _joined(patches: Tensor, size: torch.Size, kernel: torch.Size) -> Tensor:
@@ -189,13 +255,32 @@ def _joined(patches: Tensor, size: torch.Size, kernel: torch.Size) -> Tensor:
     return x.movedim(-1, 1)
 
 
+def _windows(x: Tensor, kernel: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+    """x (B, C, *S) -> (B, *G, C k), few in float32."""
+    axes = len(kernel)
+    x = F.pad(x.to(torch.bfloat16), [n for p in reversed(padding) for n in (p, p)])
+    for axis, (k, step) in enumerate(zip(kernel, stride, strict=True), start=2):
+        x = x.unfold(axis, k, step)
+    return in_fitting_precision(x.movedim(1, 1 + axes).flatten(1 + axes))
+
+
+def _overlaid(windows: Tensor, size: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+    """`_windows`, undone: (B, *G, C, *k) -> (B, C, *S) of this size in float32, the sum of what meets in a cell."""
+    axes = len(size)
+    grid, channels, kernel = windows.shape[1 : 1 + axes], windows.shape[1 + axes], windows.shape[2 + axes :]
+    padded = [n + 2 * p for n, p in zip(size, padding, strict=True)]
+    x = windows.new_zeros((len(windows), *padded, channels), dtype=torch.float32)
+    for place, values in zip(product(*map(range, kernel)), windows.flatten(2 + axes).unbind(-1), strict=True):
+        cells = [slice(at, at + step * n, step) for at, step, n in zip(place, stride, grid, strict=True)]
+        x[(slice(None), *cells)] += values
+    for axis, (n, p) in enumerate(zip(size, padding, strict=True), start=1):
+        x = x.narrow(axis, p, n)
+    return x.movedim(-1, 1)
+
+
 def _cells(x: Tensor) -> Tensor:
     """(B, C, *S) -> (B, *S, C), as channels lie in a sequence of tokens; few in float32."""
-    return _in_fitting_precision(x.movedim(1, -1).to(torch.bfloat16))
-
-
-def _in_fitting_precision(x: Tensor) -> Tensor:
-    return x.float() if is_few(x) else x
+    return in_fitting_precision(x.movedim(1, -1))
 
 
 def _rows(x: Tensor) -> Tensor:

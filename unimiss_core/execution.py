@@ -29,9 +29,9 @@ class Execution:
 
     precision: bf16 runs the networks in bfloat16; losses, centre, norms, weights and their averages stay float32, and
         on a CPU what does not gain by it (`unimiss_core.precision`).
-    views_in_turn: go backward from some views of volumes before looking at the next (`unimiss_core.objective.in_turn`).
+    views_in_turn: go backward from one view of volumes before looking at the next (`unimiss_core.objective.in_turn`).
     activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass; and
-        take views in turn, one at a time.
+        take views in turn.
     compile: compile both backbones; where that fails, the step is computed without.
     micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
     patients_at_once: in private steps, most patients whose gradients are worked out together.
@@ -46,11 +46,9 @@ class Execution:
     patients_at_once: int = 1
 
     @property
-    def volumes_in_turn(self) -> int | None:
-        """Views of volumes, as volumes, that are taken together; None takes all that there is to see at once."""
-        if self.activation_checkpointing:
-            return 1
-        return 2 if self.views_in_turn else None
+    def in_pieces(self) -> bool:
+        """Whether volumes' views are taken in turn."""
+        return self.views_in_turn or self.activation_checkpointing
 
 
 PLAIN = Execution()

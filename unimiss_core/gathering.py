@@ -8,14 +8,35 @@ gathered, and multiplied once, after the last backward pass: the same sum in ano
 Legend of shapes: R rows, O outputs and I inputs of the layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK_ROWS = 4096
-"""Rows of a weight whose gradient is worked out at a time: 4 MB of 256 columns in float32."""
+BLOCK_VALUES = 2**20
+"""Of a weight, whose gradient is worked out at a time: 4 MB in float32."""
+
+
+class GatheredGradient(Protocol):
+    """The gradient of a weight over all backward passes, which need not exist as a whole."""
+
+    @property
+    def weight(self) -> nn.Parameter: ...
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(which rows of the weight, their gradient), until all have been met; for the weight as it now is there."""
+        ...
+
+    def norm(self) -> Tensor:
+        """L2 norm, a scalar; the gradient is not made for it."""
+        ...
+
+    def write(self) -> None:
+        """Add the whole to the weight's `grad`."""
+        ...
 
 
 class OuterProducts:
@@ -36,6 +57,11 @@ class OuterProducts:
         if rows * sum(self._like.shape) > self._like.numel():
             self._whole = self.rows(slice(None))
             self._left, self._right = [], []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that was added."""
+        return self._whole is None and not self._left
 
     @property
     def are_rows(self) -> bool:
@@ -72,6 +98,48 @@ class OuterProducts:
         return squares
 
 
+class RowsGradient:
+    """That of a layer's weight (O, *), which is a matrix (O, I) to the rows that it meets."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        self.products = OuterProducts(weight.detach().flatten(1))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        return ((rows, self._rows(rows)) for rows in blocks_of(self.weight))
+
+    def norm(self) -> Tensor:
+        return self.products.square_norm().sqrt().to(self.weight.dtype)
+
+    def write(self) -> None:
+        add_gradient_(self.weight, self._rows(slice(None)))
+
+    def _rows(self, rows: slice) -> Tensor:
+        return self.products.rows(rows).view(-1, *self.weight.shape[1:])
+
+
+class Gathers(nn.Module):
+    """A layer that, while `gathered` is set, adds the rows of its weight's gradient there; a bias has a gradient as
+    ever."""
+
+    weight: Tensor
+    gathered: OuterProducts | None = None
+
+
+@contextmanager
+def gathered_by(layers: Collection[Gathers]) -> Iterator[list[RowsGradient]]:
+    """Within, backward passes give the weights of these layers no gradient where they gather it. Weights must stay as
+    they are meanwhile."""
+    gradients = [RowsGradient(layer.get_parameter("weight")) for layer in layers]
+    for layer, gradient in zip(layers, gradients, strict=True):
+        layer.gathered = gradient.products
+    try:
+        yield gradients
+    finally:
+        for layer in layers:
+            layer.gathered = None
+
+
 def add_gradient_(weight: Tensor, gradient: Tensor) -> None:
     """Add to a weight's `grad`, or begin it."""
     weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
@@ -79,14 +147,12 @@ def add_gradient_(weight: Tensor, gradient: Tensor) -> None:
 
 def blocks_of(weight: Tensor) -> Iterator[slice]:
     """Slices that together are all rows of a weight, in order."""
-    return (slice(start, start + BLOCK_ROWS) for start in range(0, len(weight), BLOCK_ROWS))
+    rows = max(1, BLOCK_VALUES // weight[0].numel())
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 
-class GatheringLinear(nn.Linear):
-    """A linear layer that, while `gathered` is set, adds the rows of its weight's gradient there; its bias has a
-    gradient as ever."""
-
-    gathered: OuterProducts | None = None
+class GatheringLinear(Gathers, nn.Linear):
+    """A linear layer that gathers."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""

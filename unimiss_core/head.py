@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimiss_core.gathering import GatheringLinear, OuterProducts, add_gradient_
+from unimiss_core.gathering import GatheringLinear
 from unimiss_core.precision import in_bf16_on_cpu
 from unimiss_core.prototypes_gradient import PrototypesGradient
 
@@ -43,25 +43,14 @@ class Head(nn.Module):
         return logits
 
     @contextmanager
-    def gradients_at_the_end(self) -> Iterator[PrototypesGradient]:
-        """Within, backward passes give matrices no gradient. At the end those of the three layers have that of all
-        passes (`unimiss_core.gathering`), and the prototypes' is what is yielded, to be written or used in pieces.
-
-        Weights must stay as they are meanwhile. Where the block raises, no matrix gets a gradient.
-        """
-        layers = [layer for layer in self.mlp if isinstance(layer, GatheringLinear)]
-        for layer in layers:
-            layer.gathered = OuterProducts(layer.weight)
+    def gathering(self) -> Iterator[PrototypesGradient]:
+        """Within, backward passes give the prototypes no gradient: it is what is yielded, to be written or used in
+        pieces. The prototypes must stay as they are meanwhile."""
         self.prototypes.gathered = gradient = PrototypesGradient(self.prototypes.weight)
         try:
             yield gradient
-            for layer in layers:
-                assert layer.gathered is not None
-                add_gradient_(layer.weight, layer.gathered.rows(slice(None)))
         finally:
             self.prototypes.gathered = None
-            for layer in layers:
-                layer.gathered = None
 
 
 class Prototypes(nn.Module):

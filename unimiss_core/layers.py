@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimiss_core.convolution import GreyConv3d, GreyOrColourConv2d, reducing
-from unimiss_core.precision import LayerNorm, Linear, in_bf16_on_cpu
+from unimiss_core.precision import MLP, LayerNorm, Linear, in_bf16_on_cpu
 from unimiss_core.scan import RANKS, SMALLEST, Rank
 
 INSTANCE_NORM: dict[Rank, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
@@ -232,7 +232,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, ratio, bias=qkv_bias, ranks=ranks, depthwise=depthwise)
         self.norm2 = LayerNorm(width, eps=norm_eps)
-        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
+        self.mlp = MLP(width, 4 * width)
 
     def forward(self, tokens: Tensor, grid: torch.Size, *, class_only: bool = False) -> Tensor:
         """tokens (B, 1 + N, C) -> the same shape, or (B, 1, C) where only the class token's outcome is wanted."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unimiss_core.allocation import MemoryOfSteps
 from unimiss_core.collapse import RoundWatch
 from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteLossError
 from unimiss_core.execution import (
@@ -24,6 +25,7 @@ from unimiss_core.execution import (
     out_of_memory_by_its_name,
     uncompile_,
 )
+from unimiss_core.gathering import GatheredGradient
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
 from unimiss_core.local_optimiser import (
     BlockwiseAdamW,
@@ -33,10 +35,9 @@ from unimiss_core.local_optimiser import (
     kept_by,
     set_rates_,
 )
-from unimiss_core.network import Network, below, check_tensors, load_tensors_, tensors_of
+from unimiss_core.network import below, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
 from unimiss_core.objectives import build_objective, has_teacher
-from unimiss_core.prototypes_gradient import PrototypesGradient
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_momentum
 from unimiss_core.step_report import StepReport as StepReport
@@ -64,11 +65,11 @@ class LearnerState:
 class Gathered(NamedTuple):
     """What a batch's backward passes gave besides the gradients that parameters hold.
 
-    loss: without graph. prototypes: their gradient, where their parameter does not hold it.
+    loss: without graph. apart: gradients that their parameters do not hold; the prototypes' would be the first.
     """
 
     loss: Loss
-    prototypes: PrototypesGradient | None
+    apart: list[GatheredGradient]
 
 
 class Learner:
@@ -106,6 +107,7 @@ class Learner:
         self._optimiser = build_local_optimiser(study.optimiser, self.student)
         self._watch = RoundWatch()
         self._near: Mapping[str, Tensor] = {}
+        self._memory = MemoryOfSteps()
         if execution.activation_checkpointing:
             checkpoint_activations_(self.student.backbone)
         self._compiled = execution.compile
@@ -157,20 +159,21 @@ class Learner:
         ValueError: the views do not fit the model.
         """
         rank = _rank_of_views(views)
-        loss, prototypes = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
+        loss, apart = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
         if step < self.study.optimiser.freeze_prototypes_steps:
-            self.student.get_parameter(PROTOTYPES).grad = prototypes = None
+            frozen = self.student.get_parameter(PROTOTYPES)
+            frozen.grad, apart = None, [gradient for gradient in apart if gradient.weight is not frozen]
         self._sum_over_team(loss)
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
         distance = self._pull_back_()
-        of_blocks = [prototypes.norm()] if prototypes else []
-        report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *of_blocks]), distance)
+        norms_apart = [gradient.norm() for gradient in apart]
+        report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *norms_apart]), distance)
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
             self._optimiser.drop_gradients()
             raise NonFiniteLossError(
                 f"step {step}: loss {report.total}, gradient norm {report.diagnostics['grad_norm']}; step not taken"
             )
-        self._move(rank, step, grads, norms, prototypes)
+        self._move(rank, step, grads, norms, apart)
         for name, observed in loss.observed.items():
             self.centre[name] = move_centre(
                 self.centre[name], observed.bottleneck, self.study.objective.centre_momentum
@@ -184,20 +187,20 @@ class Learner:
         step: int,
         grads: Sequence[Tensor],
         norms: Sequence[float],
-        prototypes: PrototypesGradient | None = None,
+        apart: Sequence[GatheredGradient] = (),
     ) -> None:
-        """Student and teacher, by the gradients that the parameters hold, and by the prototypes' where those do not
-        hold it; `norms` are theirs, in this order."""
+        """Student and teacher, by the gradients that the parameters hold, and by those `apart` that they do not;
+        `norms` are theirs, in this order."""
         limit = self.study.optimiser.clip_norm
         clip_each_(grads, norms[: len(grads)], limit)
         set_rates_(self._optimiser, self.study, step, rank)
         self._optimiser.step()
         self._optimiser.drop_gradients()
-        if prototypes is not None:
+        for gradient, norm in zip(apart, norms[len(grads) :], strict=True):
             assert isinstance(self._optimiser, BlockwiseAdamW)
-            scale = clip_scale(norms[-1], limit)
-            clipped = ((rows, block.mul_(scale)) for rows, block in prototypes.blocks())
-            self._optimiser.step_blocks(prototypes.weight, clipped)
+            scale = clip_scale(norm, limit)
+            clipped = ((rows, block.mul_(scale)) for rows, block in gradient.blocks())
+            self._optimiser.step_blocks(gradient.weight, clipped)
         self._move_teacher(rank, teacher_momentum(self.study, step))
 
     def state(self, *, weights: bool = False) -> LearnerState:
@@ -339,35 +342,31 @@ class Learner:
         self._optimiser.drop_gradients()
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
-        with out_of_memory_by_its_name(), gathering(self.student) as prototypes:
-            with self._autocast():  # around all parts, so that the student's weights are cast once
+        with self._memory.laid_out(parts[0]), out_of_memory_by_its_name():
+            # Around all parts, so that the student's weights are cast once.
+            with gathering(self.student) as gathered, self._autocast():
                 for part in parts:
                     weight = share * len(part) / len(views)
                     for loss in self._losses_of(part):
                         with torch.autocast(self.device.type, enabled=False):
                             torch.autograd.backward(loss.total * weight)
                         losses.append((weight, loss.detached()))
-            apart = self._keeps_prototypes_apart()
-            if prototypes is not None and not apart:
-                prototypes.write()
-        return Gathered(weighted_sum(losses), prototypes if apart else None)
+            for gradient in gathered:
+                if not self._keeps_apart(gradient):
+                    gradient.write()
+        return Gathered(weighted_sum(losses), [gradient for gradient in gathered if self._keeps_apart(gradient)])
 
-    def _keeps_prototypes_apart(self) -> bool:
-        """Whether the largest gradient of a step, most of all of them together, never exists as a whole.
-
-        It must where it is summed over a team or takes FedProx's pull.
-        """
-        is_large, alone = isinstance(self.student, Network), self.team.size == 1 and not self._near
-        return is_large and alone and isinstance(self._optimiser, BlockwiseAdamW)
+    def _keeps_apart(self, gradient: GatheredGradient) -> bool:  # noqa: ARG002 - all alike here
+        """Whether it never exists as a whole. It must where it is summed over a team or takes FedProx's pull."""
+        return self.team.size == 1 and not self._near and isinstance(self._optimiser, BlockwiseAdamW)
 
     def _losses_of(self, views: Tensor) -> Iterator[Loss]:
         """views (B, V, C, *S) -> losses with graph that add up to theirs: one, or where memory is to be saved one for
         each thing that the student looks at, made when the one before is done with. Call it under `_autocast`."""
-        together = self.execution.volumes_in_turn
-        if together is None or not isinstance(self.objective, PiecewiseObjective):
+        if not (self.execution.in_pieces and isinstance(self.objective, PiecewiseObjective)):
             yield self._loss_of(views)
             return
-        yield from self.objective.pieces(self.student, self.teacher, views, self.centre, together)
+        yield from self.objective.pieces(self.student, self.teacher, views, self.centre)
 
     def _loss_of(self, views: Tensor) -> Loss:
         """views (B, V, C, *S) -> their loss, with graph."""

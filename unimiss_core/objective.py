@@ -80,15 +80,12 @@ class Objective(Protocol):
 class PiecewiseObjective(Objective, Protocol):
     """An objective that can be met in less memory."""
 
-    def pieces(
-        self, student: Any, teacher: Any, views: Tensor, centre: Centre, volumes_together: int
-    ) -> Iterator[Loss]:
+    def pieces(self, student: Any, teacher: Any, views: Tensor, centre: Centre) -> Iterator[Loss]:
         """The same loss as a sum, in terms and total, of losses that share no graph. Whoever is done with one before
         asking for the next holds the activations of one.
 
-        Volumes give one for each thing that the student looks at in turn (`in_turn`), volumes_together being the views
-        of them that are looked at together as volumes; the first tells what was observed. Images give one: a loss for
-        each view took 12% more time for 3% less memory.
+        Volumes give one for each thing that the student looks at in turn (`in_turn`); the first tells what was
+        observed. Images give one: a loss for each view took 12% more time for 3% less memory.
         """
         ...
 
@@ -112,29 +109,27 @@ class UniMiSS:
         terms = cross_entropies(student, seen_by_student, targets, self.config.student_temperature)
         return Loss(terms, torch.stack(list(terms.values())).sum(), observed)
 
-    def pieces(
-        self, student: Network, teacher: Network, views: Tensor, centre: Centre, volumes_together: int
-    ) -> Iterator[Loss]:
+    def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre, volumes_together)
-        for name, some in in_turn(targets, views.shape[1], volumes_together):
-            h = look(student, views[:, some], name, slices=self.config.slices_per_volume)
-            terms = cross_entropies_of_views(student, name, h, some, targets, self.config.student_temperature)
+        targets, observed = self._taught(teacher, views, centre, in_turn=True)
+        for name, view in in_turn(targets, views.shape[1]):
+            h = look(student, views[:, [view]], name, slices=self.config.slices_per_volume)
+            terms = cross_entropies_of_view(student, name, h, view, targets, self.config.student_temperature)
             yield Loss(terms, torch.stack(list(terms.values())).sum(), observed)
             del h, terms
             observed = {}
 
     def _taught(
-        self, teacher: Network, views: Tensor, centre: Centre, volumes_together: int | None = None
+        self, teacher: Network, views: Tensor, centre: Centre, *, in_turn: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) by representation, and what it did."""
         rank: Rank = 2 if views.ndim == 5 else 3
         with torch.no_grad():
             slices = self.config.slices_per_volume
             seen = {
-                name: look_in_turn(teacher, views, name, volumes_together, slices=slices)
+                name: (look_in_turn if in_turn else look)(teacher, views, name, slices=slices)
                 for name in self.representations(rank)
             }
             targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
@@ -163,29 +158,20 @@ def look(network: Network, views: Tensor, name: str, *, slices: int | None = Non
     return by_view
 
 
-def look_in_turn(
-    network: Network, views: Tensor, name: str, volumes_together: int | None, *, slices: int | None = None
-) -> Tensor:
-    """`look`, at as many views together as `in_turn` gives a student: a CPU's library keeps half a megabyte for each
-    shape of product in bfloat16, and so has the same shapes for both. None takes all views at once."""
-    groups = [views] if volumes_together is None else views.split(_together(name, volumes_together), dim=1)
-    return torch.cat([look(network, group, name, slices=slices) for group in groups], dim=1)
+def look_in_turn(network: Network, views: Tensor, name: str, *, slices: int | None = None) -> Tensor:
+    """`look`, at one view after the other as `in_turn` gives them to a student: a CPU's library keeps half a megabyte
+    for each shape of product in bfloat16, and so has the same shapes for both."""
+    return torch.cat([look(network, view, name, slices=slices) for view in views.split(1, dim=1)], dim=1)
 
 
-def in_turn(names: Collection[str], views: int, volumes_together: int) -> Iterator[tuple[str, list[int]]]:
-    """What a student looks at together, one after the other: a representation of volumes, and numbers of some views.
+def in_turn(names: Collection[str], views: int) -> Iterator[tuple[str, int]]:
+    """What a student looks at, one after the other: a representation of volumes, and the number of a view.
 
-    Slices of one view at a time: they keep two to three times what the volume itself does. They come first, for most is
-    held then: gradients of 3D tensors, which they do not reach, are still to come. Two views of volumes together take a
-    tenth less time than one by one, for 3D kernels are large, and their gradient's time hangs little on the views.
+    Slices come first: they keep two to three times what the volume itself does, and most is held then, for gradients of
+    3D tensors, which they do not reach, are still to come.
     """
     for name in sorted(names, key=lambda name: name != "slices"):
-        numbers, together = list(range(views)), _together(name, volumes_together)
-        yield from ((name, numbers[start : start + together]) for start in range(0, views, together))
-
-
-def _together(name: str, volumes_together: int) -> int:
-    return 1 if name == "slices" else volumes_together
+        yield from ((name, view) for view in range(views))
 
 
 def mean_of_slices(network: Network, volumes: Tensor) -> Tensor:
@@ -229,14 +215,14 @@ def cross_entropies(
     }
 
 
-def cross_entropies_of_views(
-    student: Network, name: str, h: Tensor, some: Sequence[int], targets: Mapping[str, Tensor], temperature: float
+def cross_entropies_of_view(
+    student: Network, name: str, h: Tensor, view: int, targets: Mapping[str, Tensor], temperature: float
 ) -> dict[str, Tensor]:
-    """What some views add to `cross_entropies`: from the student's bottlenecks `name` of them, h (B, v, E), to each of
-    the teacher's targets (B, V, K) of the other views."""
+    """What one view adds to `cross_entropies`: from the student's bottleneck `name` of it, h (B, 1, E), to each of the
+    teacher's targets (B, V, K) of the other views."""
     predictions = log_prediction(student.prototypes(h), temperature)
     return {
-        cross_entropy_name(name, theirs): cross_entropy_of_views(predictions, some, target)
+        cross_entropy_name(name, theirs): cross_entropy_of_view(predictions, view, target)
         for theirs, target in targets.items()
     }
 
@@ -268,17 +254,17 @@ def view_cross_entropy(log_predictions: Tensor, targets: Tensor) -> Tensor:
     return (pairs.sum() - pairs.diagonal().sum()) / (b * v * (v - 1))
 
 
-def cross_entropy_of_views(log_predictions: Tensor, some: Sequence[int], targets: Tensor) -> Tensor:
-    """What some views of the student add to `view_cross_entropy`: log_predictions (B, v, K) of the views of these
-    numbers, targets (B, V, K) of all.
+def cross_entropy_of_view(log_predictions: Tensor, view: int, targets: Tensor) -> Tensor:
+    """What one view of the student adds to `view_cross_entropy`: log_predictions (B, 1, K) of the view of this number,
+    targets (B, V, K) of all.
 
     Raises ValueError: fewer than two views.
     """
     b, v = targets.shape[:2]
     if v < 2:
         raise ValueError(f"self-distillation compares views of one scan; got {v} view, needs at least 2")
-    of_others = torch.stack([targets[:, [t for t in range(v) if t != s]].sum(1) for s in some], dim=1)
-    return -(log_predictions * of_others).sum() / (b * v * (v - 1))
+    of_others = targets[:, [other for other in range(v) if other != view]].sum(1)
+    return -(log_predictions[:, 0] * of_others).sum() / (b * v * (v - 1))
 
 
 def new_centre(names: Iterable[str], bottleneck: int, device: torch.device) -> dict[str, Tensor]:

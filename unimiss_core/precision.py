@@ -3,16 +3,23 @@
 Every shape of product in bfloat16 costs the CPU's library half a megabyte for its kernels, and every pass a copy of the
 weights. Few rows do not earn that back: such a product reads its weights once, whatever their type.
 
-Legend of shapes: O outputs and I inputs of a layer.
+Legend of shapes: B scans, N tokens, R rows, O outputs, I inputs of a layer and H of the one behind it.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 32
+FEW_ROWS = 64
+
+HIDDEN_VALUES = 2**21
+"""Of an MLP's hidden layer at a time: 4 MB in bfloat16."""
+
+gelu_backward = torch.ops.aten.gelu_backward
 
 
 def in_bf16_on_cpu(x: Tensor) -> bool:
@@ -27,6 +34,11 @@ def is_few(x: Tensor) -> bool:
     """Whether x (..., I) has so few rows that a product with them is bound by reading the weights. Not in inference:
     there a scan's answer must not hang on how many are asked about at once."""
     return math.prod(x.shape[:-1]) <= FEW_ROWS and not torch.is_inference_mode_enabled()
+
+
+def in_fitting_precision(x: Tensor) -> Tensor:
+    """x (..., I) in bfloat16, or where it is few rows in float32."""
+    return x.float() if is_few(x) else x.to(torch.bfloat16)
 
 
 class Linear(nn.Linear):
@@ -51,3 +63,74 @@ class LayerNorm(nn.LayerNorm):
         with torch.autocast("cuda", enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, linear: (B, N, I) -> (B, N, I), with H features between. In bfloat16 on a CPU some scans at a time,
+    and only what enters is kept for the way back: the hidden layer, of four times as many values, is computed again."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(Linear(width, hidden), nn.GELU(), Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner, active, outer = self
+        if not in_bf16_on_cpu(x):
+            plain: Tensor = outer(active(inner(x)))
+            return plain
+        layers = inner.weight, inner.bias, outer.weight, outer.bias
+        with torch.autocast("cpu", enabled=False):  # or few rows would be cast to bfloat16 all the same
+            y: Tensor = _MLPInParts.apply(x, *layers)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _MLPInParts(torch.autograd.Function):
+    """Weights are cast in each pass: autocast would keep a copy of each in bfloat16 until the step's end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *layers: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *layers)
+        inner, shift, outer, last = _as_they_meet(x, layers)
+        y = torch.empty(x.shape, dtype=torch.bfloat16)
+        for rows, into in zip(_parts(x, inner), _parts(y, inner), strict=True):
+            into.copy_(_linear(F.gelu(_linear(rows, inner, shift)), outer, last))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, *layers = ctx.saved_tensors
+        inner, shift, outer, _ = _as_they_meet(x, layers)
+        of_x, of_layers = torch.empty(x.shape, dtype=x.dtype), [torch.zeros_like(layer) for layer in layers]
+        for rows, grad, into in zip(_parts(x, inner), _parts(grads[0], inner), _parts(of_x, inner), strict=True):
+            hidden = _linear(rows, inner, shift)
+            of_active, *of_second = _linear_backward(grad, F.gelu(hidden), outer)
+            of_rows, *of_first = _linear_backward(gelu_backward(of_active, hidden), rows, inner)
+            into.copy_(of_rows)
+            for total, more in zip(of_layers, [*of_first, *of_second], strict=True):
+                total.add_(more)
+        return of_x, *of_layers
+
+
+def _parts(x: Tensor, inner: Tensor) -> list[Tensor]:
+    """x (B, N, C), as rows (R, C) of some scans at a time: of as many in each part, for every number of rows costs
+    kernels of its own, and so few that the hidden layer stays in the processor's cache."""
+    fitting = (n for n in range(1, len(x) + 1) if len(x) % n == 0 and n * x.shape[1] * len(inner) <= HIDDEN_VALUES)
+    return [part.flatten(0, -2) for part in x.split(max(fitting, default=1))]
+
+
+def _as_they_meet(x: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
+    """Weights and biases in the precision in which the rows of each part of x meet them."""
+    dtype = in_fitting_precision(_parts(x, layers[0])[0]).dtype
+    return [layer.to(dtype) for layer in layers]
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(R, I) -> (R, O) in bfloat16, as `Linear` has it."""
+    rows = in_fitting_precision(rows)
+    return torch.addmm(bias, rows, weight.mT).to(torch.bfloat16)
+
+
+def _linear_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of its outcome (R, O) -> the gradients of the rows (R, I), in bfloat16, of the weight (O, I) and the bias (O)."""
+    grad, rows = in_fitting_precision(grad), in_fitting_precision(rows)
+    of_rows = (grad @ weight).to(torch.bfloat16)
+    return of_rows, grad.mT @ rows, grad.sum(0, dtype=torch.float32)

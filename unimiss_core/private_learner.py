@@ -17,15 +17,15 @@ for it, several are worked out side by side (`unimiss_core.patient_gradients`).
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from unimiss_core.execution import out_of_memory_by_its_name
+from unimiss_core.gathering import GatheredGradient
 from unimiss_core.groups import group_of, groups_of_ranks
 from unimiss_core.learner import PROTOTYPES, Learner, StepReport
-from unimiss_core.network import Network
 from unimiss_core.noise import GaussianNoise, Noise
 from unimiss_core.objective import Loss, move_centre
 from unimiss_core.patient_gradients import Found, gradients_of_each, grouped
@@ -106,9 +106,9 @@ class PrivateLearner(Learner):
         """Scans that are worked out together, at most: those of one patient."""
         return self._privacy.scans_per_patient
 
-    def _keeps_prototypes_apart(self) -> bool:
-        """A patient's gradient of them is clipped, and added, by the rows that make it."""
-        return isinstance(self.student, Network)
+    def _keeps_apart(self, gradient: GatheredGradient) -> bool:
+        """A patient's gradient of the prototypes is clipped, and added, by the rows that make it."""
+        return gradient.weight is self.student.get_parameter(PROTOTYPES)
 
     @property
     def _momentum(self) -> float:
@@ -116,8 +116,7 @@ class PrivateLearner(Learner):
 
     def _patients_at_once(self) -> int:
         asked, execution = self.execution.patients_at_once, self.execution
-        in_parts = execution.volumes_in_turn is not None
-        if asked > 1 and (execution.precision == "bf16" or in_parts or execution.compile):
+        if asked > 1 and (execution.precision == "bf16" or execution.in_pieces or execution.compile):
             self._tell(
                 "patients_at_once is not used: it goes with none of precision: bf16, views_in_turn, "
                 "activation_checkpointing and compile (docs/performance.md)"
@@ -145,8 +144,9 @@ class PrivateLearner(Learner):
         One whose scans do not fit is met in parts; the next is met as if there had been none, for parts round
         otherwise, and one patient would change what others release."""
         parts = dict(self.micro_batch)
-        loss, prototypes = self._gather_in_parts_that_fit(views, rank, 1.0)
+        loss, apart = self._gather_in_parts_that_fit(views, rank, 1.0)
         self.micro_batch = parts
+        prototypes = cast(PrototypesGradient, apart[0]) if apart else None  # the only one that is kept apart
         if PROTOTYPES not in names:
             prototypes = None
         elif prototypes and not (prototypes.is_rows and prototypes.weight.grad is None):

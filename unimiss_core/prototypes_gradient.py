@@ -33,7 +33,7 @@ class PrototypesGradient:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(which rows of the weight, their gradient), until all have been met; for the weight as it now is there."""
-        return ((rows, self._rows(rows)) for rows in blocks_of(self._lengths))
+        return ((rows, self._rows(rows)) for rows in blocks_of(self.weight))
 
     def norm(self) -> Tensor:
         """L2 norm, a scalar; the gradient is not made for it. Each row of s^T h has c l along its row of W, and the

@@ -10,9 +10,9 @@ from functools import lru_cache
 
 from unimiss_core.backbone import architecture_of
 from unimiss_core.codec import Layout, layout_of
+from unimiss_core.gathering import GatheredGradient, Gathers, gathered_by
 from unimiss_core.groups import group_of
 from unimiss_core.network import Network, build_network, empty_network
-from unimiss_core.prototypes_gradient import PrototypesGradient
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
 from unimiss_core.tasks import TaskModel, build_task_model, empty_task_model, freeze_
@@ -81,13 +81,18 @@ def staying_names(study: StudyConfig, names: Iterable[str]) -> frozenset[str]:
 
 
 @contextmanager
-def gathering(student: Student) -> Iterator[PrototypesGradient | None]:
-    """Of a whole network, whose last layer has most of all gradients, `Head.gradients_at_the_end`."""
+def gathering(student: Student) -> Iterator[list[GatheredGradient]]:
+    """Within, backward passes give what meets few rows no gradient: of a whole network the prototypes, which have most
+    of all, come first, then the head's other layers and convolutions whose windows are few. Once all passes are
+    through, each is to be written or used in pieces; what no row was gathered of has none, as what no pass reached."""
     if not isinstance(student, Network):
-        yield None
+        yield []
         return
-    with student.head.gradients_at_the_end() as prototypes:
-        yield prototypes
+    found: list[GatheredGradient] = []
+    layers = [layer for layer in student.modules() if isinstance(layer, Gathers)]
+    with student.head.gathering() as prototypes, gathered_by(layers) as gradients:
+        yield found
+        found += [prototypes, *(gradient for gradient in gradients if not gradient.products.is_empty)]
 
 
 def shape_of_views(study: StudyConfig, rank: Rank) -> tuple[int, ...]:

@@ -20,8 +20,9 @@ from unimiss_core.objective import (
     Loss,
     Observed,
     cross_entropies,
-    cross_entropies_of_views,
+    cross_entropies_of_view,
     in_turn,
+    look,
     look_in_turn,
     mean_of_slices,
     observe,
@@ -57,30 +58,28 @@ class UniMiSSPlus:
         terms = cross_entropies(student, seen, targets, self.config.student_temperature) | errors
         return Loss(terms, self._weighed(terms), observed)
 
-    def pieces(
-        self, student: Network, teacher: Network, views: Tensor, centre: Centre, volumes_together: int
-    ) -> Iterator[Loss]:
+    def pieces(self, student: Network, teacher: Network, views: Tensor, centre: Centre) -> Iterator[Loss]:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre, volumes_together)
+        targets, observed = self._taught(teacher, views, centre, in_turn=True)
         count = views.shape[1]
-        for name, some in in_turn(self._looks(views), count, volumes_together):
-            h, errors = self._look(student, views[:, some], name)
-            terms = cross_entropies_of_views(student, name, h, some, targets, self.config.student_temperature)
-            terms |= {error: value * len(some) / count for error, value in errors.items()}
+        for name, view in in_turn(self._looks(views), count):
+            h, errors = self._look(student, views[:, [view]], name)
+            terms = cross_entropies_of_view(student, name, h, view, targets, self.config.student_temperature)
+            terms |= {error: value / count for error, value in errors.items()}
             yield Loss(terms, self._weighed(terms), observed)
             del h, errors, terms
             observed = {}
 
     def _taught(
-        self, teacher: Network, views: Tensor, centre: Centre, volumes_together: int | None = None
+        self, teacher: Network, views: Tensor, centre: Centre, *, in_turn: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) of the scans as they are, by representation, and what it did."""
         rank: Rank = 2 if views.ndim == 5 else 3
         (own,) = self.representations(rank)
         with torch.no_grad():
-            seen = {own: look_in_turn(teacher, views, own, volumes_together)}
+            seen = {own: (look_in_turn if in_turn else look)(teacher, views, own)}
             targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
         return targets, {own: observe(seen[own], targets[own])}
 
