@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import unimiss_core.allocation
 from tests.test_learner import apart, images, study
@@ -39,8 +38,11 @@ def test_what_is_large_has_pages_of_its_own_in_a_first_step_and_shares_the_heap_
     assert done.stdout.split() == ["1", "0", "1"]
 
 
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+@pytest.mark.parametrize("of", ["another library", "an operator"])
+def test_what_others_have_set_is_left_alone(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if of == "an operator":
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc" if of == "an operator" else "", ""))
     monkeypatch.setattr("ctypes.CDLL", lambda _: pytest.fail("a setting was changed"))
     with unimiss_core.allocation.large_apart():
         pass
@@ -56,9 +58,12 @@ def test_the_first_step_over_each_size_of_part_lays_memory_out(monkeypatch: pyte
         def __exit__(self, *_: object) -> None: ...
 
     monkeypatch.setattr(unimiss_core.allocation, "large_apart", Counted)
-    learner = apart(Learner(study(), ranks={2}, execution=Execution(device=torch.device("cpu"))))
+    bf16 = Execution(precision="bf16", micro_batch={2: 2})
+    learner = apart(Learner(study(), ranks={2}, execution=bf16))
     learner.step(images(scans=2), step=0)
-    learner.step(images(scans=2), step=1)
+    learner.step(images(scans=4), step=1)
     assert len(laid_out) == 1
-    learner.step(images(scans=3), step=2)
+    learner.step(images(scans=3), step=2)  # in parts of two and one
+    assert len(laid_out) == 2
+    apart(Learner(study(), ranks={2})).step(images(scans=2), step=0)  # in float32 kernels hang on no shape
     assert len(laid_out) == 2

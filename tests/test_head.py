@@ -138,6 +138,17 @@ def test_the_norm_of_few_rows_is_that_of_the_gradient_which_they_make(dtype: tor
     assert gradient.norm().isnan()
 
 
+def test_rows_that_cancel_have_a_length_that_is_a_number() -> None:
+    for seed in range(20):  # of which rounding leaves some below nothing
+        left = torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
+        right = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed + 100))
+        products = gathering.OuterProducts(torch.empty(50, 40))
+        products.add(torch.cat([left, -left]), torch.cat([right, right * (1 + 1e-7)]))
+        assert products.are_rows
+        length = products.square_norm().sqrt().item()
+        assert 0 <= length <= 1e-3 * (left.norm() * right.norm()).item()
+
+
 def test_few_rows_stay_rows_and_many_become_their_product() -> None:
     """What is kept never holds more values than the product."""
     generator = torch.Generator().manual_seed(0)

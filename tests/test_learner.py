@@ -147,6 +147,22 @@ def test_convolutions_whose_windows_are_few_are_moved_in_blocks_in_bf16(monkeypa
         gathered.clear()
 
 
+@pytest.mark.parametrize("what", ["images in unlike parts", "slices and radiographs"])
+def test_a_weight_that_meets_few_rows_here_and_many_there_moves_once(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of its gradient is gathered, the other is not."""
+    in_parts = what == "images in unlike parts"
+    of, batch = (study(), images(scans=5)) if in_parts else (plus_study(), volumes())
+    bf16 = Execution(precision="bf16", micro_batch={2: 4})
+    learner, whole = (apart(Learner(of, ranks={2, 3}, execution=bf16)) for _ in range(2))
+    monkeypatch.setattr(whole, "_keeps_apart", lambda _: False)
+    expected, report = whole.step(batch, step=0), learner.step(batch, step=0)
+    assert {state["step"].item() for state in learner._optimiser.state.values()} == {1.0}
+    assert report.diagnostics == pytest.approx(expected.diagnostics, rel=1e-5)
+    torch.testing.assert_close(everything(learner), everything(whole), rtol=1e-4, atol=1e-6)
+
+
 def test_a_2d_step_touches_nothing_of_3d() -> None:
     learner = apart(Learner(study(), ranks={2, 3}))
     learner.step(volumes(), step=0)

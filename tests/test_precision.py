@@ -13,7 +13,7 @@ from unimiss_core.execution import Execution
 from unimiss_core.head import Head
 from unimiss_core.layers import attend
 from unimiss_core.learner import Learner
-from unimiss_core.precision import FEW_ROWS, HIDDEN_VALUES, MLP, Linear, in_bf16_on_cpu
+from unimiss_core.precision import FEW_ROWS, MLP, Linear, in_bf16_on_cpu
 
 
 def bf16(*, enabled: bool = True) -> torch.autocast:
@@ -63,16 +63,18 @@ def test_an_mlp_in_bf16_is_its_layers_one_after_the_other(tokens: int) -> None:
         torch.testing.assert_close(found, right, rtol=0.02, atol=0.02 * right.abs().max().item())
 
 
-def test_an_mlp_in_bf16_keeps_what_enters_it_and_takes_scans_in_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = MLP(6, 24), torch.randn(6, FEW_ROWS + 1, 6).to(torch.bfloat16)
-    monkeypatch.setattr("unimiss_core.precision.HIDDEN_VALUES", 4 * (FEW_ROWS + 1) * 24)  # of four scans: so three
+@pytest.mark.parametrize(("scans", "parts"), [(6, [3, 3]), (7, [4, 3]), (3, [3])])
+def test_an_mlp_in_bf16_keeps_what_enters_it_and_takes_scans_in_equal_parts(
+    scans: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = MLP(6, 24), torch.randn(scans, FEW_ROWS + 1, 6).to(torch.bfloat16)
+    monkeypatch.setattr("unimiss_core.precision.HIDDEN_VALUES", 4 * (FEW_ROWS + 1) * 24)  # of four scans
     kept: list[Tensor] = []
     with bf16(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), Products() as of:
         y = layer(x)
-    assert HIDDEN_VALUES > 0
     assert {id(t) for t in kept} == {id(t) for t in (x, *layer.parameters())}
     torch.autograd.backward(y.float().sum())
-    assert of.rows == [3 * (FEW_ROWS + 1)] * 4
+    assert of.rows == [scans * (FEW_ROWS + 1) for scans in parts for _ in range(2)]
 
 
 class Products(TorchDispatchMode):
@@ -152,3 +154,24 @@ def test_bf16_in_parts_is_nearly_the_whole_batch_and_autocast_ends_with_the_step
     moments, right = ours.state().tensors, whole.state().tensors
     assert moments.keys() == right.keys()
     assert all(moments[name].dtype == torch.float32 for name in moments)
+
+
+@pytest.mark.parametrize("batch", [images(), volumes()], ids=["images", "volumes"])
+def test_few_rows_in_float32_leave_a_gradient_about_as_near_as_bfloat16_throughout(
+    batch: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a network that enlarges what is rounded, as a whole batch and in parts."""
+    whole, parts = Execution(precision="bf16"), Execution(precision="bf16", micro_batch={2: 1, 3: 1})
+    exact = gradient(Execution(), batch)
+    off = [(gradient(execution, batch) - exact).norm() for execution in (whole, parts)]
+    monkeypatch.setattr("unimiss_core.precision.FEW_ROWS", 0)
+    throughout = (gradient(whole, batch) - exact).norm()
+    assert max(off) <= 1.25 * throughout
+
+
+def gradient(execution: Execution, batch: Tensor) -> Tensor:
+    """All that a first step's gradient comes to, clipped, as one vector."""
+    learner = apart(Learner(study(), ranks={2, 3}, execution=execution))
+    learner.step(batch, step=0)
+    moments = learner.state().tensors
+    return torch.cat([moments[name].flatten() for name in sorted(moments) if name.startswith("adam_moment1")])

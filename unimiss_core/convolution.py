@@ -1,11 +1,12 @@
 """The backbones' convolutions, each in the form that is cheapest where it runs: same function, parameters and names.
 
 In bfloat16 on a CPU a matrix product reaches several times the rate of a convolution, most of all backward
-(docs/performance.md). A convolution whose stride is its kernel's size is one product: no input meets two patches.
-Elsewhere, and in any other precision, all of these are torch's own layers, bit for bit.
+(docs/performance.md). A convolution whose stride is its kernel's size is one product: no input meets two patches. So is
+one whose windows are few, though these may overlap. Elsewhere, and in any other precision, all of these are torch's own
+layers, bit for bit.
 
 Legend of shapes: B scans, C channels in, O channels out, S spatial axes of the input, k the kernel's size along
-each of them, G = S // k the patches, N = prod(G).
+each of them, G the grid of patches (S // k) or windows, N = prod(G).
 """
 
 import math
@@ -119,14 +120,14 @@ def _enlarged(x: Tensor, layer: EnlargingConv2d | EnlargingConv3d) -> Tensor:
 def _is_better_as_product(x: Tensor, layer: GreyOrColourConv2d | GreyConv3d) -> bool:
     """Whether the windows are so few that the weight is the larger factor: torch's layer spends its time on laying that
     and its gradient out anew. Not in inference: there a scan's answer must not hang on how many are asked about."""
-    if x.shape[1] != layer.in_channels or not in_bf16_on_cpu(x) or torch.is_inference_mode_enabled():
+    is_plain = x.shape[1] == layer.in_channels and layer.bias is None
+    if not (is_plain and in_bf16_on_cpu(x)) or torch.is_inference_mode_enabled():
         return False
     geometry = zip(x.shape[2:], layer.kernel_size, layer.stride, _padding(layer), strict=True)
     return len(x) * math.prod((n + 2 * p - k) // step + 1 for n, k, step, p in geometry) <= layer.out_channels
 
 
 def _convolved(x: Tensor, layer: GreyOrColourConv2d | GreyConv3d) -> Tensor:
-    assert layer.bias is None
     geometry = layer.stride, _padding(layer)
     with torch.autocast("cpu", enabled=False):  # or few rows would be cast to bfloat16 all the same
         y: Tensor = _WindowProduct.apply(x, layer.weight, *geometry, layer.gathered)  # type: ignore[no-untyped-call]
@@ -165,9 +166,9 @@ class _WindowProduct(torch.autograd.Function):
         windows = _windows(x, weight.shape[2:], ctx.stride, ctx.padding)
         rows = _rows(grads[0].movedim(1, -1)).to(windows.dtype)  # (B N, O)
         of_weight = None
-        if ctx.gathered is None:
+        if ctx.gathered is None and ctx.needs_input_grad[1]:
             of_weight = (rows.mT @ _rows(windows)).to(weight.dtype).view_as(weight)
-        else:
+        elif ctx.gathered is not None:
             ctx.gathered.add(rows, _rows(windows))
         of_windows = (rows @ weight.to(rows.dtype).flatten(1)).view_as(windows)
         of_x = _overlaid(of_windows.unflatten(-1, weight.shape[1:]), x.shape[2:], ctx.stride, ctx.padding)
@@ -258,7 +259,7 @@ def _joined(patches: Tensor, size: torch.Size, kernel: torch.Size) -> Tensor:
 def _windows(x: Tensor, kernel: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
     """x (B, C, *S) -> (B, *G, C k), few in float32."""
     axes = len(kernel)
-    x = F.pad(x.to(torch.bfloat16), [n for p in reversed(padding) for n in (p, p)])
+    x = F.pad(x, [n for p in reversed(padding) for n in (p, p)])
     for axis, (k, step) in enumerate(zip(kernel, stride, strict=True), start=2):
         x = x.unfold(axis, k, step)
     return in_fitting_precision(x.movedim(1, 1 + axes).flatten(1 + axes))

@@ -1,4 +1,4 @@
-"""The gradient of a linear layer that meets few rows, kept as those rows and not as the matrix that they make.
+"""The gradient of a layer that meets few rows, kept as those rows and not as the matrix that they make.
 
 A batch in parts goes backward several times. By autograd each time makes a matrix of the weight's size, at the moment
 when activations take the most memory, and adds it to another. The rows behind it are a hundredth of that in the
@@ -95,7 +95,7 @@ class OuterProducts:
             return torch.stack(of_blocks).sum()
         left, right = torch.cat(self._left), torch.cat(self._right)
         squares: Tensor = ((left @ left.mT).double() * (right @ right.mT)).sum()
-        return squares
+        return squares.clamp(min=0.0)  # where rows cancel, rounding may leave less than nothing
 
 
 class RowsGradient:

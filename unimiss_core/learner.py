@@ -65,7 +65,7 @@ class LearnerState:
 class Gathered(NamedTuple):
     """What a batch's backward passes gave besides the gradients that parameters hold.
 
-    loss: without graph. apart: gradients that their parameters do not hold; the prototypes' would be the first.
+    loss: without graph. apart: gradients of which their parameters hold nothing.
     """
 
     loss: Loss
@@ -107,7 +107,7 @@ class Learner:
         self._optimiser = build_local_optimiser(study.optimiser, self.student)
         self._watch = RoundWatch()
         self._near: Mapping[str, Tensor] = {}
-        self._memory = MemoryOfSteps()
+        self._memory = MemoryOfSteps(execution)
         if execution.activation_checkpointing:
             checkpoint_activations_(self.student.backbone)
         self._compiled = execution.compile
@@ -342,8 +342,8 @@ class Learner:
         self._optimiser.drop_gradients()
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
-        with self._memory.laid_out(parts[0]), out_of_memory_by_its_name():
-            # Around all parts, so that the student's weights are cast once.
+        with self._memory.laid_out(parts), out_of_memory_by_its_name():
+            # Around all parts, so that what autocast casts of the student's weights is cast once.
             with gathering(self.student) as gathered, self._autocast():
                 for part in parts:
                     weight = share * len(part) / len(views)
@@ -351,10 +351,12 @@ class Learner:
                         with torch.autocast(self.device.type, enabled=False):
                             torch.autograd.backward(loss.total * weight)
                         losses.append((weight, loss.detached()))
+            # A weight that met few rows in one pass and many in another holds a part: the two are one gradient.
+            apart = [each for each in gathered if each.weight.grad is None and self._keeps_apart(each)]
             for gradient in gathered:
-                if not self._keeps_apart(gradient):
+                if gradient not in apart:
                     gradient.write()
-        return Gathered(weighted_sum(losses), [gradient for gradient in gathered if self._keeps_apart(gradient)])
+        return Gathered(weighted_sum(losses), apart)
 
     def _keeps_apart(self, gradient: GatheredGradient) -> bool:  # noqa: ARG002 - all alike here
         """Whether it never exists as a whole. It must where it is summed over a team or takes FedProx's pull."""

@@ -113,7 +113,7 @@ class UniMiSS:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre, in_turn=True)
+        targets, observed = self._taught(teacher, views, centre, one_by_one=True)
         for name, view in in_turn(targets, views.shape[1]):
             h = look(student, views[:, [view]], name, slices=self.config.slices_per_volume)
             terms = cross_entropies_of_view(student, name, h, view, targets, self.config.student_temperature)
@@ -122,14 +122,14 @@ class UniMiSS:
             observed = {}
 
     def _taught(
-        self, teacher: Network, views: Tensor, centre: Centre, *, in_turn: bool = False
+        self, teacher: Network, views: Tensor, centre: Centre, *, one_by_one: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) by representation, and what it did."""
         rank: Rank = 2 if views.ndim == 5 else 3
         with torch.no_grad():
             slices = self.config.slices_per_volume
             seen = {
-                name: (look_in_turn if in_turn else look)(teacher, views, name, slices=slices)
+                name: (look_in_turn if one_by_one else look)(teacher, views, name, slices=slices)
                 for name in self.representations(rank)
             }
             targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))

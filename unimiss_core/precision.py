@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 64
+"""At most so many are met in float32."""
 
 HIDDEN_VALUES = 2**21
 """Of an MLP's hidden layer at a time: 4 MB in bfloat16."""
@@ -110,27 +111,26 @@ class _MLPInParts(torch.autograd.Function):
         return of_x, *of_layers
 
 
-def _parts(x: Tensor, inner: Tensor) -> list[Tensor]:
-    """x (B, N, C), as rows (R, C) of some scans at a time: of as many in each part, for every number of rows costs
-    kernels of its own, and so few that the hidden layer stays in the processor's cache."""
-    fitting = (n for n in range(1, len(x) + 1) if len(x) % n == 0 and n * x.shape[1] * len(inner) <= HIDDEN_VALUES)
-    return [part.flatten(0, -2) for part in x.split(max(fitting, default=1))]
+def _parts(x: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
+    """x (B, N, C), as rows (R, C) of some scans at a time: so few that the hidden layer stays in the processor's cache,
+    and as many in each part, to one scan, for every number of rows costs kernels of its own."""
+    count = -(-math.prod(x.shape[:-1]) * len(inner) // HIDDEN_VALUES)
+    return tuple(part.flatten(0, -2) for part in x.tensor_split(max(1, min(len(x), count))))
 
 
 def _as_they_meet(x: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
-    """Weights and biases in the precision in which the rows of each part of x meet them."""
-    dtype = in_fitting_precision(_parts(x, layers[0])[0]).dtype
+    """Weights and biases in the precision in which the rows of x meet them."""
+    dtype = torch.float32 if is_few(x) else torch.bfloat16
     return [layer.to(dtype) for layer in layers]
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(R, I) -> (R, O) in bfloat16, as `Linear` has it."""
-    rows = in_fitting_precision(rows)
-    return torch.addmm(bias, rows, weight.mT).to(torch.bfloat16)
+    """(R, I) -> (R, O) in bfloat16, by a product in the weight's precision."""
+    return torch.addmm(bias, rows.to(weight.dtype), weight.mT).to(torch.bfloat16)
 
 
 def _linear_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of its outcome (R, O) -> the gradients of the rows (R, I), in bfloat16, of the weight (O, I) and the bias (O)."""
-    grad, rows = in_fitting_precision(grad), in_fitting_precision(rows)
+    grad, rows = grad.to(weight.dtype), rows.to(weight.dtype)
     of_rows = (grad @ weight).to(torch.bfloat16)
     return of_rows, grad.mT @ rows, grad.sum(0, dtype=torch.float32)

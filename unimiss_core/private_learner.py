@@ -146,7 +146,8 @@ class PrivateLearner(Learner):
         parts = dict(self.micro_batch)
         loss, apart = self._gather_in_parts_that_fit(views, rank, 1.0)
         self.micro_batch = parts
-        prototypes = cast(PrototypesGradient, apart[0]) if apart else None  # the only one that is kept apart
+        # `_keeps_apart` lets no other gradient be.
+        prototypes = cast(PrototypesGradient, apart[0]) if apart else None
         if PROTOTYPES not in names:
             prototypes = None
         elif prototypes and not (prototypes.is_rows and prototypes.weight.grad is None):

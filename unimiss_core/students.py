@@ -89,7 +89,7 @@ def gathering(student: Student) -> Iterator[list[GatheredGradient]]:
         yield []
         return
     found: list[GatheredGradient] = []
-    layers = [layer for layer in student.modules() if isinstance(layer, Gathers)]
+    layers = [layer for layer in student.modules() if isinstance(layer, Gathers) and layer.weight.requires_grad]
     with student.head.gathering() as prototypes, gathered_by(layers) as gradients:
         yield found
         found += [prototypes, *(gradient for gradient in gradients if not gradient.products.is_empty)]

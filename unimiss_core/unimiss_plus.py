@@ -62,7 +62,7 @@ class UniMiSSPlus:
         if views.ndim == 5:
             yield self(student, teacher, views, centre)
             return
-        targets, observed = self._taught(teacher, views, centre, in_turn=True)
+        targets, observed = self._taught(teacher, views, centre, one_by_one=True)
         count = views.shape[1]
         for name, view in in_turn(self._looks(views), count):
             h, errors = self._look(student, views[:, [view]], name)
@@ -73,13 +73,13 @@ class UniMiSSPlus:
             observed = {}
 
     def _taught(
-        self, teacher: Network, views: Tensor, centre: Centre, *, in_turn: bool = False
+        self, teacher: Network, views: Tensor, centre: Centre, *, one_by_one: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Observed]]:
         """The teacher's targets (B, V, K) of the scans as they are, by representation, and what it did."""
         rank: Rank = 2 if views.ndim == 5 else 3
         (own,) = self.representations(rank)
         with torch.no_grad():
-            seen = {own: (look_in_turn if in_turn else look)(teacher, views, own)}
+            seen = {own: (look_in_turn if one_by_one else look)(teacher, views, own)}
             targets = targets_of(teacher, seen, centre, self.config.teacher_temperature_of(rank))
         return targets, {own: observe(seen[own], targets[own])}
 
