@@ -189,7 +189,7 @@ def test_a_step_trains_what_its_rank_reaches_whoever_is_drawn(rank: Rank, object
     model = {"prototypes": 16, "reconstruction": objective == "unimiss_plus"}
     of = study(objective={"name": objective}, model=model)
     running = PrivateLearner(of, ranks={2, 3}, noise=Recorded())
-    if (apart := running._gather_gradients(patient(rank, 1, 0), rank, 1.0).prototypes) is not None:
+    for apart in running._gather_gradients(patient(rank, 1, 0), rank, 1.0).apart:
         apart.write()
     reached = {name for name, p in running.student.named_parameters() if p.grad is not None}
     assert set(running.trained_names(rank, 0)) == reached
