@@ -174,7 +174,7 @@ class SiteTraining(Config):
     views_in_turn, activation_checkpointing or compile."""
     views_in_turn: bool = False
     """Hold a volume's slices of one view, or one view of the volume itself, at a time: a seventh less memory for a
-    seventh more time in bf16 (docs/performance.md)."""
+    sixth more time in bf16 (docs/performance.md)."""
     activation_checkpointing: bool = False
     """Recompute a part of the forward pass instead of keeping it, with views in turn, one at a time: for cards on which
     even one scan does not fit."""
