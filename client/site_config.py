@@ -176,8 +176,8 @@ class SiteTraining(Config):
     """Hold a volume's slices of one view, or one view of the volume itself, at a time: a seventh less memory for a
     sixth more time in bf16 (docs/performance.md)."""
     activation_checkpointing: bool = False
-    """Recompute a part of the forward pass instead of keeping it, with views in turn, one at a time: for cards on which
-    even one scan does not fit."""
+    """Recompute a part of the forward pass instead of keeping it, with views in turn: for cards on which even one scan
+    does not fit."""
     compile: bool = False
     """Compile the network at a round's start, which takes minutes: for GPUs, and rounds much longer than that. Where
     it fails, the round goes on without."""

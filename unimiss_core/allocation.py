@@ -27,6 +27,10 @@ _LARGE_AT_FIRST, _LARGE_LATER = 256 << 10, 32 << 20
 """Bytes from which an allocation has pages of its own. The second is what glibc itself comes to, and its most."""
 
 
+_SET_BY_SOMEONE = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+"""Variables by which an operator sets them."""
+
+
 class MemoryOfSteps:
     """Which sizes of scans have been met."""
 
@@ -42,10 +46,6 @@ class MemoryOfSteps:
         with large_apart() if self._is_needed and sizes - self._met else nullcontext():
             yield
         self._met |= sizes
-
-
-_SET_BY_SOMEONE = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
-"""Variables by which an operator does."""
 
 
 @contextmanager

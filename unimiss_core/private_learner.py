@@ -150,7 +150,7 @@ class PrivateLearner(Learner):
         prototypes = cast(PrototypesGradient, apart[0]) if apart else None
         if PROTOTYPES not in names:
             prototypes = None
-        elif prototypes and not (prototypes.is_rows and prototypes.weight.grad is None):
+        elif prototypes and not prototypes.is_rows:
             prototypes.write()
             prototypes = None
         found = {name: p.grad for name, p in self.student.named_parameters() if name in names and p.grad is not None}
