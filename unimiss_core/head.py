@@ -57,8 +57,8 @@ class Prototypes(nn.Module):
     """Scores against K directions: a linear layer without bias whose rows count as if they had length 1.
 
     The function of weight normalisation with its gain held at 1, as published. Ours because torch's weight_norm
-    breaks per-sample gradients and costs four times as much. Always in float32: with few rows of h the product is
-    bound by reading the prototypes once, and a copy of them in half precision would cost more than it saves.
+    breaks per-sample gradients, and because its gradient is a whole matrix. Always in float32: with few rows of h the
+    product is bound by reading the prototypes once, and a copy of them in half precision would cost more than it saves.
     """
 
     def __init__(self, bottleneck: int, prototypes: int) -> None:
