@@ -17,6 +17,7 @@ import hmac
 import json
 import os
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,9 @@ from client import workers
 from client.cache_room import check_spare, forget_unfinished, make_room, prepared_bytes
 from client.candidates import Candidate
 from client.catalogue import FEW_BYTES, Catalogue, catalogue, read, safe_here, state_of
+from client.decoders import decoders
 from client.patients import check_known, load_secret
+from client.reasons import OF_DECODERS, PASSING
 from client.site_config import SiteConfig
 from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
@@ -40,11 +43,12 @@ from unimiss_core.scan import RANKS, Modality, Rank
 from unimiss_core.sealing import Damaged, Seal, read_seal
 from unimiss_core.study import PlanConfig
 
-_VERSION = 4
+_VERSION = 5
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 FULL = 65535
-_PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
-"""Reasons that may be gone next time: what they stopped is tried again."""
+_LEAST_PAUSE_S, _PAUSE = 60.0, 9.0
+"""What may pass (`client.reasons.PASSING`) is tried again after so many seconds, and so many times as long as looking
+took: a link to nowhere, which never passes, costs an archive of half a million files a tenth of a processor at most."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
     if (library := _remembered(site, file, state)) is not None:
         check_known(site, library.assumed if by_patient else {})
         return library
+    began = time.monotonic()
     found = catalogue(
         site.data,
         secret,
@@ -181,8 +186,7 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
     )
     check_known(site, found.assumed if by_patient else {})
     library = _library(site, found, _built(site, plan, found, secret, show, evicts))
-    if not _PASSING & library.left_out.keys():
-        _remember(site, file, state, library)
+    _remember(site, file, state, library, took_s=time.monotonic() - began)
     return library
 
 
@@ -205,9 +209,10 @@ def _built(
         for index, outcome in _outcomes(tasks, site.workers):
             if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
                 raise _unwritable(site, outcome.detail)
-            record = outcome if isinstance(outcome, _Record) else _Record(tasks[index].stamp, reason=outcome.reason)
-            records[record.stamp] = record
-            if record.reason not in _PASSING:
+            if isinstance(outcome, ScanError):
+                outcome = _Record(tasks[index].stamp, reason=outcome.reason, decoders=decoders())
+            record = records[outcome.stamp] = outcome
+            if record.reason not in PASSING:
                 journal.write(json.dumps(asdict(record)) + "\n")
                 journal.flush()
             done += 1
@@ -228,6 +233,8 @@ class _Record:
     spacing_mm: tuple[float, ...] = ()
     offset: int = 0
     reason: str = ""
+    decoders: str = ""
+    """Those that were there when a reason was found."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +346,8 @@ def _read_records(folder: Path) -> dict[str, _Record]:
 def _is_done(record: _Record | None, site: SiteConfig) -> bool:
     if record is None or (record.offset == 0 and not record.reason and site.state_key is None):  # it was sealed then
         return False
+    if record.reason in OF_DECODERS and record.decoders != decoders():
+        return False
     return bool(record.reason) or scan_file(site.cache_folder, record.key, site.state_key).exists()
 
 
@@ -355,22 +364,29 @@ def _library_file(folder: Path, plan: PlanConfig, *, by_patient: bool) -> Path:
     return folder / f"{kind}-{hashlib.sha256(plan.canonical().encode()).hexdigest()[:16]}.json"
 
 
-def _remember(site: SiteConfig, file: Path, state: str, library: Library) -> None:
+def _remember(site: SiteConfig, file: Path, state: str, library: Library, *, took_s: float) -> None:
     places = ("path", "key_file")  # which are the site file's
     scans = [{name: value for name, value in vars(scan).items() if name not in places} for scan in library.scans]
     content = {"version": _VERSION, "state": state, "scans": scans, "left_out": dict(library.left_out)}
     content["sealed"] = site.state_key is not None
     content["assumed"] = list(library.assumed.items())  # JSON's keys are text
+    now = time.time()
+    content |= {"decoders": decoders(), "at": now, "again": now + max(_LEAST_PAUSE_S, _PAUSE * took_s)}
     durable.write_text(file, json.dumps(content))
 
 
 def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
-    """What `file` holds, where neither folders nor cache have changed since."""
+    """What `file` holds, where neither folders nor cache have changed since, and nothing is to be tried again."""
     folder = file.parent
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = content["version"], content["state"], content.get("sealed", False)
         if found != (_VERSION, state, site.state_key is not None):
+            return None
+        left_out = content["left_out"].keys()
+        if left_out & OF_DECODERS and content["decoders"] != decoders():
+            return None
+        if left_out & PASSING and not content["at"] <= time.time() < content["again"]:
             return None
         scans = tuple(
             CachedScan(
@@ -381,7 +397,7 @@ def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
             for raw in content["scans"]
         )
         assumed = {int(number): int(count) for number, count in content["assumed"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     present = set(folder.iterdir())
     return Library(scans, content["left_out"], assumed) if all(scan.path in present for scan in scans) else None

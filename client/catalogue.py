@@ -24,7 +24,7 @@ from client.patients import Listed, Patient, patient_of, read_table, ruled_patie
 from client.series import Group, Header, Stack, sort_out
 from client.site_config import DataSource
 from client.volumes import assemble
-from unimiss_core.errors import ScanError
+from unimiss_core.errors import ConfigError, ScanError
 from unimiss_core.scan import Modality, Scan
 
 _FEW_FILES = 256
@@ -190,16 +190,20 @@ def safe_here(candidates: Sequence[Candidate]) -> bool:
 
 
 def _files_of(source: DataSource) -> dict[str, Listed | None]:
-    """Files to look at, below the folder, in order: all of them, or those that the table lists."""
+    """Files to look at, below the folder, in order: all of them, or those that the table lists. Raises ConfigError: a
+    wrong table."""
     if source.table is None:
         return dict.fromkeys(_walk(source.folder))
     found: dict[str, Listed | None] = {}
     for below, listed in read_table(source.table).items():
         path = source.folder / below
-        if path.is_dir():  # a row may name the folder of a series
-            found |= {(below / file).as_posix(): listed for file in _walk(path)}
-        else:
-            found[below.as_posix()] = listed
+        is_series = path.is_dir()  # a row may name its folder
+        for file in [(below / name).as_posix() for name in _walk(path)] if is_series else [below.as_posix()]:
+            if found.setdefault(file, listed) != listed:
+                raise ConfigError(
+                    f"table {source.table.path}: lists a file both by itself and by its folder, with another patient "
+                    "or modality"
+                )
     return found
 
 

@@ -22,9 +22,11 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from client.dicom_bytes import DEFLATED, PixelRoom, check_inflation, pixel_room
 from client.dicom_rules import CLASS_OF_MODALITY, DICOMDIR, SECONDARY_CAPTURE, modality_of, pixels_reason, type_reason
-from client.dicom_values import between, bounds, grey_of, without_unused_bits
+from client.dicom_values import as_stored, between, bounds, grey_of, without_unused_bits
+from client.frames import Frame
 from client.patients import dicom_patient_text, patient_of
-from client.series import Frame, Header
+from client.reasons import reason_of
+from client.series import Header
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality
 
@@ -40,7 +42,8 @@ _HEADER_TAGS = [
     "ImagerPixelSpacing", "EstimatedRadiographicMagnificationFactor", "ImagePositionPatient",
     "ImageOrientationPatient", "EchoTime", "EchoNumbers", "DiffusionBValue", "TemporalPositionIdentifier",
     "TriggerTime", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "BurnedInAnnotation",
-    "RecognizableVisualFeatures", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "RecognizableVisualFeatures", "ComplexImageComponent", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
@@ -72,12 +75,7 @@ def read_header(path: Path, file: str, secret: bytes) -> Header:
         except (ScanError, MemoryError):
             raise
         except Exception as error:  # pydicom raises a dozen kinds on damaged files
-            raise ScanError(_open_reason(error)) from None
-
-
-def _open_reason(error: Exception) -> str:
-    """The system's own errors have a number; pydicom raises OSError for content, too."""
-    return "cannot_open" if isinstance(error, OSError) and error.errno is not None else "damaged_header"
+            raise ScanError(reason_of(error, "damaged_header")) from None
 
 
 def _open(path: Path) -> tuple[Dataset, PixelRoom | None]:
@@ -155,7 +153,7 @@ def _reason(dataset: Dataset, room: PixelRoom | None, sop_class: str, modality: 
     if _text(dataset, "BurnedInAnnotation").upper() == "YES":
         return "burned_in_annotation"
     image_type = [word.strip().upper() for word in _texts(dataset, "ImageType")]
-    if by_type := type_reason(image_type, modality):
+    if by_type := type_reason(image_type, modality, _text(dataset, "ComplexImageComponent")):
         return by_type
     impossible = pixels_reason(
         rows=_count(dataset, "Rows"),
@@ -203,6 +201,7 @@ def _plain_frame(dataset: Dataset, file: str, number: int, modality: Modality, *
         spacing_mm=_spacing(dataset),
         contrast=(str(echo), str(_numbers(dataset, "DiffusionBValue", 1)), *kinds),
         time=(*time, _number(dataset, "AcquisitionTime"), _number(dataset, "InstanceNumber")),
+        acquisition=_number(dataset, "AcquisitionNumber"),
     )
 
 
@@ -228,7 +227,7 @@ def _enhanced_frame(
                 return item
         return Dataset()
 
-    content = macro("FrameContentSequence")
+    content, of_mr = macro("FrameContentSequence"), macro("MRImageFrameTypeSequence")
     kinds = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
     frame_type = [word.upper() for name in kinds for word in _texts(macro(name), "FrameType")]
     echo = _numbers(macro("MREchoSequence"), "EffectiveEchoTime", 1)
@@ -245,7 +244,8 @@ def _enhanced_frame(
             _number(content, "FrameAcquisitionNumber"),
             _number(dataset, "InstanceNumber"),
         ),
-        reason=type_reason(frame_type, modality),
+        acquisition=_number(content, "FrameAcquisitionNumber"),
+        reason=type_reason(frame_type, modality, _text(of_mr, "ComplexImageComponent")),
     )
 
 
@@ -310,7 +310,7 @@ def read_frames(path: Path, numbers: Sequence[int]) -> NDArray[np.float32]:
         except MemoryError:
             raise
         except Exception as error:
-            raise ScanError(_open_reason(error)) from None
+            raise ScanError(reason_of(error, "damaged_header")) from None
         return np.stack([_frame_values(dataset, number) for number in numbers])
 
 
@@ -360,7 +360,7 @@ def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.f
     padding = _numbers(dataset, "PixelPaddingValue", 1)
     if padding is not None:
         limit = _numbers(dataset, "PixelPaddingRangeLimit", 1) or padding
-        outside = between(stored, padding[0], limit[0])
+        outside = between(stored, as_stored(padding[0], stored), as_stored(limit[0], stored))
         if outside.any() and not outside.all():
             lowest = values[~outside].min()
             # In CT it mostly lies below any window, and stays as every other converter leaves it.

@@ -72,13 +72,16 @@ def modality_of(sop_class: str, modality: str) -> Modality | None:
     return CLASSES.get(sop_class) if sop_class else MODALITIES.get(modality)
 
 
-def type_reason(image_type: Sequence[str], modality: Modality) -> str:
-    """Whether the words of ImageType mean something else than a plain picture of the body."""
+def type_reason(image_type: Sequence[str], modality: Modality, component: str = "") -> str:
+    """Whether the words of ImageType, or ComplexImageComponent of an enhanced MR, mean something else than a plain
+    picture of the body."""
     for word in image_type[2:]:
         reason = _IMAGE_TYPES.get(word, "")
         # In an X-ray or PET these words mean something else.
         if reason and (modality in ("CT", "MR") or reason not in ("phase_image", "parameter_map")):
             return reason
+    if modality == "MR" and _IMAGE_TYPES.get(component.upper()) == "phase_image":
+        return "phase_image"
     if image_type[:1] == ["DERIVED"] and {"MPR", "REFORMATTED"} & set(image_type[2:]):
         return "derived_image"
     # Every PET is computed, and scanners say so; a CT or MR that says so was made from another series.

@@ -40,6 +40,17 @@ def bounds(stored: NDArray[Any], *, bits: int) -> tuple[float, float]:
     return 0.0, 2.0**bits - 1
 
 
+def as_stored(value: float, stored: NDArray[Any]) -> float:
+    """A padding value as it stands among `stored` ones: a header may give it without sign where these have one, and the
+    other way round, for both are the same bits."""
+    if stored.dtype.kind not in "iu":
+        return value
+    kind = np.iinfo(stored.dtype)
+    if value > kind.max:
+        return value - 2.0**kind.bits
+    return value + 2.0**kind.bits if value < kind.min else value
+
+
 def between(stored: NDArray[Any], one: float, other: float) -> NDArray[np.bool_]:
     """Where values lie in [one, other], whichever is larger: the range in which a scanner wrote no picture."""
     return np.asarray((stored >= min(one, other)) & (stored <= max(one, other)))

@@ -15,6 +15,7 @@ import numpy as np
 from nibabel.imageglobals import logger as _nibabel_logger
 from numpy.typing import NDArray
 
+from client.reasons import reason_of
 from client.series import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM
 from client.volumes import canonical, spacing_of
 from unimiss_core.errors import ScanError
@@ -84,8 +85,8 @@ def _first_volume(image: Any) -> NDArray[np.float32]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return np.asarray(image.dataobj[first], dtype=np.float32).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error):
-        raise ScanError("truncated_pixels") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ScanError(reason_of(error, "truncated_pixels")) from None
     except MemoryError:
         raise
     except Exception:
@@ -100,8 +101,8 @@ def _opened(path: Path) -> Iterator[Any]:
     with gzip.open(path) if zipped else path.open("rb") as stream:
         try:
             start = stream.read(540)  # the longer of both headers
-        except (OSError, EOFError, zlib.error):
-            raise ScanError("not_an_image") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise ScanError(reason_of(error, "not_an_image")) from None
         if not _magic(start):
             raise ScanError("not_an_image")
         kind: Any = nibabel.Nifti2Image if start[4:8] == b"n+2\0" else nibabel.Nifti1Image
@@ -115,8 +116,8 @@ def _opened(path: Path) -> Iterator[Any]:
                 _check_size(image, path, zipped)
         except (ScanError, MemoryError):
             raise
-        except Exception:
-            raise ScanError("damaged_header") from None
+        except Exception as error:
+            raise ScanError(reason_of(error, "damaged_header")) from None
         yield image
 
 

@@ -129,7 +129,11 @@ def read_table(table: TableConfig) -> dict[PurePosixPath, Listed]:
     for number, row in enumerate(rows, start=2):
         if any(row[column] not in allowed for column, allowed in table.where.items()):
             continue
+        if not any(isinstance(value, str) and value.strip() for value in row.values()):
+            continue  # ",,": as a spreadsheet ends a table
         name = PurePosixPath((row[table.file] or "").strip())
+        if not name.parts:  # it would name the whole folder
+            raise ConfigError(f"table {table.path}, line {number}: column '{table.file}' is empty")
         if name.is_absolute() or ".." in name.parts:
             raise ConfigError(f"table {table.path}, line {number}: column '{table.file}' must stay below the folder")
         patient = (row[table.patient] or "").strip() if table.patient else None

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from client.reasons import reason_of
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 
@@ -39,8 +40,8 @@ def read_picture(path: Path, modality: Modality) -> Scan:
                 values = _grey(image)
         except (ScanError, MemoryError):
             raise
-        except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files
-            raise ScanError("cannot_decode") from None
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
+            raise ScanError(reason_of(error, "cannot_decode")) from None
     # Dots per inch in a picture speak of screens and printers, not of the patient.
     return Scan(values[None], (1.0, 1.0), modality, spacing_known=False)
 
@@ -54,10 +55,8 @@ def _open(path: Path) -> Image.Image:
         raise ScanError("too_large") from None
     except MemoryError:
         raise
-    except FileNotFoundError:
-        raise ScanError("cannot_open") from None
-    except Exception:
-        raise ScanError("damaged_header") from None
+    except Exception as error:
+        raise ScanError(reason_of(error, "damaged_header")) from None
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         image.close()

@@ -3,7 +3,13 @@
 `docs/reading.md` lists the same codes with the rules behind them; a test holds the two and the code together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+
+PASSING: Set[str] = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
+"""What may be gone next time: a scan that was left out for it is tried again."""
+
+OF_DECODERS: Set[str] = frozenset(("needs_extra_jpeg12", "cannot_decode"))
+"""What another decoder may mend."""
 
 REASONS: Mapping[str, str] = {
     # Files that are no scan or cannot be opened as one
@@ -65,3 +71,9 @@ REASONS: Mapping[str, str] = {
     "uneven_offsets": "slices that lie beside each other unevenly",
     "tilt_too_steep": "a gantry tilt of more than 45 degrees",
 }
+
+
+def reason_of(error: Exception, otherwise: str) -> str:
+    """`cannot_open` where the system failed, whose errors have a number, and which may not fail next time; else
+    `otherwise`, for readers raise OSError for content, too."""
+    return "cannot_open" if isinstance(error, OSError) and error.errno is not None else otherwise

@@ -14,17 +14,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from client.frames import MIN_SLICES, SPACING_TOLERANCE, Frame, by_place, close_to, heights, pixels_aside, volumes_among
 from client.patients import Patient
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality
 
-Vector = tuple[float, float, float]
 Kind = Literal["2d", "3d"]
 
-MIN_SLICES = 3
-"""Fewer frames at different positions are no volume."""
-SPACING_TOLERANCE = 0.02
-"""Two gaps are equal where they differ by less than this share of the smaller, or by 0.02 mm."""
 MAX_INTERPOLATED = 0.1
 """At most this share of a finished volume's slices is made up between neighbours."""
 MAX_SPACING_MM = 30.0
@@ -32,55 +28,6 @@ MIN_SPACING_MM = 0.01
 MAX_VOXELS = 2**29
 """A larger scan is refused; 2**29 is 512 x 512 x 2048."""
 _NO_VOLUME = frozenset(("missing_slices", "uneven_spacing", "uneven_offsets", "too_few_slices", "tilt_too_steep"))
-_SAME_DIRECTION = 2e-3
-_SAME_POSITION_MM = 1e-2
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Where a frame lies in the patient: centre of its first voxel, directions of length 1, steps in mm."""
-
-    position: NDArray[np.float64]
-    row: NDArray[np.float64]
-    """Direction along a row: of rising column index."""
-    column: NDArray[np.float64]
-    spacing_mm: tuple[float, float]
-
-    @property
-    def normal(self) -> NDArray[np.float64]:
-        normal = np.cross(self.row, self.column)
-        return np.asarray(normal / np.linalg.norm(normal))
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One frame of one DICOM file, as its header describes it; no pixel has been read."""
-
-    file: str
-    """Path below the source's folder."""
-    number: int
-    """Index of the frame in its file, from 0."""
-    position: Vector | None
-    """Centre of the first voxel."""
-    orientation: tuple[float, float, float, float, float, float] | None
-    """Direction along a row, then down a column, as in ImageOrientationPatient."""
-    spacing_mm: tuple[float, float] | None
-    """(down the rows, along the columns), as in PixelSpacing."""
-    contrast: tuple[str, ...] = ()
-    """Echo, b-value, frame type: what tells volumes of one series apart that are all wanted."""
-    time: tuple[float, ...] = ()
-    """Temporal position, acquisition, instance: at one place, the smallest comes first."""
-    reason: str = ""
-    """Why this frame is left out; empty where it is not."""
-
-    @property
-    def plane(self) -> Plane:
-        """Of a frame whose geometry is known to be good (`_geometry_problem` found none)."""
-        assert self.position is not None
-        assert self.orientation is not None
-        assert self.spacing_mm is not None
-        row, column = np.array(self.orientation[:3]), np.array(self.orientation[3:])
-        return Plane(np.array(self.position), row, column, self.spacing_mm)
 
 
 @dataclass(frozen=True)
@@ -208,9 +155,8 @@ def _sort_alike(headers: list[Header], *, interpolate: bool) -> list[Group]:
         else:
             usable.append(frame)
     groups += [Group(members, tuple(bad), None, reason) for reason, bad in refused.items()]
-    for part in _parallel(usable):
-        for pile in _by_contrast(part):
-            groups += _pile_up(members, pile, first.matrix, interpolate=interpolate)
+    for volume in volumes_among(usable):
+        groups += _pile_up(members, volume, first.matrix, interpolate=interpolate)
     return groups
 
 
@@ -252,31 +198,6 @@ def _plausible(spacing_mm: Iterable[float]) -> bool:
     return all(MIN_SPACING_MM <= value <= MAX_SPACING_MM for value in spacing_mm)
 
 
-def _parallel(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Split by orientation and pixel spacing, each within a tolerance."""
-    parts: list[tuple[NDArray[np.float64], list[Frame]]] = []
-    for frame in frames:
-        plane = frame.plane
-        facts = np.concatenate([plane.row, plane.column, np.log(plane.spacing_mm)])
-        for known, members in parts:
-            if np.abs(known - facts).max() < _SAME_DIRECTION:
-                members.append(frame)
-                break
-        else:
-            parts.append((facts, [frame]))
-    return [members for _, members in parts]
-
-
-def _by_contrast(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Split by echo, b-value and frame type, unless each value stands for one frame only (then it says nothing)."""
-    parts: dict[tuple[str, ...], list[Frame]] = {}
-    for frame in frames:
-        parts.setdefault(frame.contrast, []).append(frame)
-    if len(parts) == len(frames):
-        return [list(frames)] if frames else []
-    return list(parts.values())
-
-
 # ---------------------------------------------------------------------------------------------------------- geometry
 
 
@@ -284,7 +205,7 @@ def _pile_up(
     headers: tuple[Header, ...], frames: list[Frame], matrix: tuple[int, int], *, interpolate: bool
 ) -> list[Group]:
     """Frames of one orientation and contrast -> volumes, extra time points, duplicates, refusals."""
-    places = _by_place(frames)
+    places = by_place(frames)
     chosen = [place[0] for place in places]
     rest = [frame for place in places for frame in place[1:]]
     groups = []
@@ -308,29 +229,10 @@ def _pile_up(
     return groups
 
 
-def _by_place(frames: list[Frame]) -> list[list[Frame]]:
-    """Frames along the normal, those at one place together, in time order."""
-    heights = _heights(frames)
-    places: list[list[Frame]] = []
-    bottom = -np.inf
-    for index in np.argsort(heights, kind="stable"):
-        if heights[index] - bottom < _SAME_POSITION_MM:
-            places[-1].append(frames[index])
-        else:
-            places.append([frames[index]])
-            bottom = heights[index]
-    return [sorted(place, key=lambda frame: (frame.time, frame.file, frame.number)) for place in places]
-
-
-def _heights(frames: Sequence[Frame]) -> NDArray[np.float64]:
-    """(N,) position of each frame along the normal of the first, in mm."""
-    return np.array([frame.position for frame in frames]) @ frames[0].plane.normal
-
-
 def _even_runs(frames: list[Frame], *, interpolate: bool) -> list[tuple[list[Frame], list[int] | str]]:
     """Cut sorted frames into runs of one spacing: (frames, the slots they fill, or the reason of a refusal)."""
-    gaps = np.diff(_heights(frames))
-    unit = float(np.median(gaps[_close(gaps, _commonest(gaps))]))
+    gaps = np.diff(heights(frames))
+    unit = float(np.median(gaps[close_to(gaps, _commonest(gaps))]))
     if len(frames) < MIN_SLICES:
         return [(frames, "too_few_slices")]
     steps = np.rint(gaps / unit).astype(int)
@@ -341,7 +243,7 @@ def _even_runs(frames: list[Frame], *, interpolate: bool) -> list[tuple[list[Fra
     start = 0
     while start < len(frames):
         stop = start + 1
-        while stop < len(frames) and _close(gaps[start:stop], gaps[start]).all():
+        while stop < len(frames) and close_to(gaps[start:stop], gaps[start]).all():
             stop += 1
         run = frames[start:stop]
         # Where the gap that ends this run opens the next, the shared slice stays with this one.
@@ -364,12 +266,8 @@ def _joined(runs: list[tuple[list[Frame], list[int] | str]]) -> list[tuple[list[
 def _commonest(gaps: NDArray[np.float64]) -> float:
     """The gap with the most others close to it; the smallest of equals."""
     ordered = np.sort(gaps)
-    votes = [int(_close(ordered, gap).sum()) for gap in ordered]
+    votes = [int(close_to(ordered, gap).sum()) for gap in ordered]
     return float(ordered[int(np.argmax(votes))])
-
-
-def _close(gaps: NDArray[np.float64], gap: float) -> NDArray[np.bool_]:
-    return np.abs(gaps - gap) <= np.maximum(0.02, SPACING_TOLERANCE * np.minimum(np.abs(gaps), abs(gap)))
 
 
 def _slots(steps: NDArray[np.int_], *, interpolate: bool) -> list[int] | str:
@@ -384,8 +282,8 @@ def _stack(frames: list[Frame], slots: list[int] | str, matrix: tuple[int, int])
     """The recipe of a volume. Raises ScanError where there is none."""
     if isinstance(slots, str):
         raise ScanError(slots)
-    heights = _heights(frames)
-    gap_mm = float(heights[-1] - heights[0]) / slots[-1]
+    at = heights(frames)
+    gap_mm = float(at[-1] - at[0]) / slots[-1]
     if not _plausible([gap_mm]):
         raise ScanError("bad_spacing", f"slices {gap_mm:.4g} mm apart")
     if (slots[-1] + 1) * matrix[0] * matrix[1] > MAX_VOXELS:
@@ -403,12 +301,10 @@ def _shifts(frames: list[Frame]) -> tuple[tuple[float, float], ...]:
     A tilted gantry makes it grow evenly from slice to slice. Raises ScanError(uneven_offsets) where it does not, and
     ScanError(tilt_too_steep) beyond 45 degrees.
     """
-    plane = frames[0].plane
-    off = np.array([frame.position for frame in frames]) - plane.position
-    pixels = np.stack([off @ plane.column / plane.spacing_mm[0], off @ plane.row / plane.spacing_mm[1]], axis=1)
+    plane, pixels = frames[0].plane, pixels_aside(frames)
     if np.abs(pixels).max() < 0.5:
         return ()
-    along = off @ plane.normal
+    along = heights(frames) - heights(frames[:1])
     even = np.outer(along / along[-1], pixels[-1])
     if np.abs(pixels - even).max() > 1.0:
         raise ScanError("uneven_offsets", "slices lie beside each other unevenly")

@@ -279,3 +279,14 @@ def _require_data(site: SiteConfig) -> None:
         raise ConfigError(
             f"site '{site.name}': its file names what is not there\n" + "\n".join(f"  - {line}" for line in problems)
         )
+    for key, folder in (("state", site.state), ("cache", site.cache_folder)):
+        if any(_is_read_through(source, folder) for source in site.data):
+            raise ConfigError(
+                f"site '{site.name}': '{key}': {folder} lies in a folder of scans, and what is written there would be "
+                "taken for new scans with each round; point it elsewhere"
+            )
+
+
+def _is_read_through(source: DataSource, folder: Path) -> bool:
+    """Whether every file below `folder` is looked at as a scan."""
+    return source.table is None and folder.resolve().is_relative_to(source.folder.resolve())

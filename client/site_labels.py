@@ -27,11 +27,13 @@ from client import workers
 from client.cache import FULL, CachedScan, Library, scan_file, write_scan
 from client.cache_room import forget_unfinished
 from client.catalogue import read_one
+from client.decoders import decoders
 from client.label_config import LabelData
 from client.label_tables import Case, LabelTable, labels_in
 from client.labelled import MaskError, labels_of, mask_at, places_in
 from client.labelled_room import STAMP, LabelledRoom
 from client.patients import load_secret, patient_of
+from client.reasons import OF_DECODERS, PASSING
 from client.site_config import SiteConfig
 from client.telling import tell_if_heard, tell_once_if_heard
 from unimiss_core import durable, progress
@@ -43,9 +45,8 @@ from unimiss_core.sealing import read_seal
 from unimiss_core.study import PlanConfig, StudyConfig
 from unimiss_core.task_config import SegmentationConfig, SupervisionConfig
 
-_VERSION = 2
+_VERSION = 3
 """Of what is kept; a change of rules, readers or `prepare` moves it."""
-_PASSING = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
 _TOLD = 5
 """Lines of a table that are told of; the others are counted."""
 
@@ -266,6 +267,8 @@ class _Record:
     """sha256 of the values; 32 hex digits: equal scans have equal ones, whatever their files are called."""
     reason: str = ""
     detail: str = ""
+    decoders: str = ""
+    """Those that were there when a reason was found."""
 
 
 def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, secret: bytes, folder: Path) -> _Task:
@@ -315,8 +318,8 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], room: LabelledRoom, *, is
         if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
             raise ConfigError(f"the cache cannot be written: {outcome.detail}")
         task = tasks[missing[place]]
-        record = _Record(reason=outcome.reason, detail=outcome.detail) if isinstance(outcome, ScanError) else outcome
-        if record.reason not in _PASSING:
+        record = outcome if isinstance(outcome, _Record) else _left_out(outcome)
+        if record.reason not in PASSING:
             durable.write_text(task.record, json.dumps(asdict(record)))
         if not record.reason:
             room.take(task.stamp, sum(path.stat().st_size for path in _names(task)))
@@ -328,11 +331,17 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], room: LabelledRoom, *, is
     return whole
 
 
+def _left_out(error: ScanError) -> _Record:
+    return _Record(reason=error.reason, detail=error.detail, decoders=decoders())
+
+
 def _kept(task: _Task) -> _Record | None:
     try:
         raw = json.loads(task.record.read_text(encoding="utf-8"))
         record = _Record(**raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm")})
     except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if record.reason in OF_DECODERS and record.decoders != decoders():
         return None
     files = [] if record.reason else _names(task)
     sealed = task.key_file is not None

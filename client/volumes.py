@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from client.series import MAX_VOXELS, Plane, Stack
+from client.frames import Plane
+from client.series import MAX_VOXELS, Stack
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 

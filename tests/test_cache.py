@@ -107,6 +107,57 @@ def test_what_may_pass_is_tried_again(site, monkeypatch):
     monkeypatch.setattr(cache, "_outcomes", lambda tasks, _: enumerate([times_out, *map(cache.build, tasks[1:])]))
     assert open_library(site, PLAN).left_out == {"timed_out": 1}
     monkeypatch.undo()
+    monkeypatch.setattr(cache.time, "time", later := Clock(61))
+    assert len(open_library(site, PLAN).scans) == 3
+    assert later.asked
+
+
+class Clock:
+    """So many seconds ahead of the machine's."""
+
+    def __init__(self, ahead_s: float) -> None:
+        self._began, self.asked = time.time() + ahead_s, 0
+
+    def __call__(self) -> float:
+        self.asked += 1
+        return self._began
+
+
+def test_what_does_not_pass_is_not_looked_for_with_each_message(site, monkeypatch):
+    """Each is a process of its own, which would look at every header of the archive again."""
+    looked: list[str] = []
+    really = look_module.look_at
+
+    def look_at(folder, file, secret):
+        looked.append(file)
+        return really(folder, file, secret)
+
+    monkeypatch.setattr(look_module, "look_at", look_at)
+    (site.data[0].folder / "dangling").symlink_to("nowhere")
+    first = open_library(site, PLAN)
+    assert first.left_out == {"cannot_open": 1}
+    looked.clear()
+    assert open_library(site, PLAN) == first
+    assert not looked
+    (site.data[0].folder / "dangling").unlink()  # what changes is seen at once
+    assert not open_library(site, PLAN).left_out
+    looked.clear()
+    monkeypatch.setattr(cache.time, "time", Clock(-3600))  # nor is a clock that was put back waited for
+    (site.data[0].folder / "dangling").symlink_to("nowhere")
+    open_library(site, PLAN)
+    looked.clear()
+    monkeypatch.setattr(cache.time, "time", Clock(-7200))
+    open_library(site, PLAN)
+    assert looked
+
+
+def test_another_decoder_is_given_what_could_not_be_decoded(site, monkeypatch):
+    cannot = ScanError("needs_extra_jpeg12")
+    monkeypatch.setattr(cache, "_outcomes", lambda tasks, _: enumerate([cannot, *map(cache.build, tasks[1:])]))
+    assert open_library(site, PLAN).left_out == {"needs_extra_jpeg12": 1}
+    monkeypatch.undo()
+    assert open_library(site, PLAN).left_out == {"needs_extra_jpeg12": 1}
+    monkeypatch.setattr(cache, "decoders", lambda: "pylibjpeg-libjpeg 2.3.0")
     assert len(open_library(site, PLAN).scans) == 3
 
 
@@ -282,7 +333,7 @@ def test_a_record_is_one_line_of_json(site):
     lines = (site.cache_folder / "built.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if line]
     assert len(records) == 3
-    assert set(records[0]) == {"stamp", "key", "shape", "spacing_mm", "offset", "reason"}
+    assert set(records[0]) == {"stamp", "key", "shape", "spacing_mm", "offset", "reason", "decoders"}
 
 
 def full_disk(*_: object, **__: object) -> None:

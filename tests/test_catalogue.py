@@ -12,7 +12,7 @@ from client.pictures import write_png
 from client.site_config import DataSource, TableConfig
 from tests.series_files import pattern, write_radiograph, write_series
 from tests.shared_files import DATA, needs
-from unimiss_core.errors import ScanError
+from unimiss_core.errors import ConfigError, ScanError
 from unimiss_core.scan import Scan
 
 SECRET = b"s" * 32
@@ -135,6 +135,16 @@ def test_only_files_of_the_table_count(tmp_path):
     taken = {(one.kind, one.modality, one.patient) for one in found.candidates}
     assert taken == {("2d", "MR", patient_of("1", SECRET).key), ("3d", "CT", patient_of("2", SECRET).key)}
     assert reasons(found) == {"cannot_open": 1}
+
+
+def test_a_file_that_its_folder_lists_for_another_patient_is_refused(tmp_path):
+    picture(tmp_path / "scans" / "one" / "a.png")
+    table = TableConfig(path=tmp_path / "t.csv", patient="who")
+    table.path.write_text("file,who\none,1\none/a.png,1\n")
+    assert len(look(tmp_path / "scans", table=table).candidates) == 1
+    table.path.write_text("file,who\none,1\none/a.png,2\n")
+    with pytest.raises(ConfigError, match="lists a file both by itself and by its folder"):
+        look(tmp_path / "scans", table=table)
 
 
 def test_dicom_without_a_patient_is_left_out_unless_the_site_knows_better(tmp_path):

@@ -82,6 +82,21 @@ def test_padding_of_a_radiograph_lies_at_its_low_end(tmp_path):
     np.testing.assert_array_equal(values[4:], pixels[4:])
 
 
+@pytest.mark.parametrize("without_sign", [False, True])
+def test_padding_of_signed_pixels_may_be_given_without_sign(tmp_path, without_sign):
+    """As the same bits: 0x8000 is -32768 there."""
+    pixels = GREY.astype(np.int16)
+    pixels[:4] = -32768
+
+    def pad(dataset):
+        dataset.add_new("PixelPaddingValue", *(("US", 32768) if without_sign else ("SS", -32768)))
+
+    write_dicom(tmp_path / "a", pixels, {"Modality": "CR", "PatientID": "invented"}, adjust=pad)
+    values = read_frames(tmp_path / "a", [0])[0]
+    assert (values[:4] == pixels[4:].min()).all()
+    np.testing.assert_array_equal(values[4:], pixels[4:])
+
+
 def test_the_transfer_syntax_does_not_matter(tmp_path):
     for name, syntax in (("a", ImplicitVRLittleEndian), ("b", DeflatedExplicitVRLittleEndian), ("c", None)):
         write_dicom(tmp_path / name, GREY, CT)
@@ -162,6 +177,26 @@ def test_an_enhanced_object_gives_each_frame_its_place_and_scale(tmp_path):
     assert found.frames[2].spacing_mm == (0.9, 0.7)
     values = read_frames(tmp_path / "a", [2, 0])
     np.testing.assert_array_equal(values, [(GREY + 2) * 3.0 - 2, GREY])
+
+
+@pytest.mark.parametrize(
+    ("component", "reason"), [("MAGNITUDE", ""), ("PHASE", "phase_image"), ("REAL", "phase_image")]
+)
+@pytest.mark.parametrize("of_frames", [False, True])
+def test_an_enhanced_mr_says_by_component_what_is_no_picture(tmp_path, component, reason, of_frames):
+    def enhance(dataset):
+        frame, told = Dataset(), Dataset()
+        told.ComplexImageComponent = component
+        if of_frames:
+            frame.MRImageFrameTypeSequence = [told]
+        dataset.ComplexImageComponent = "MIXED" if of_frames else component
+        dataset.SharedFunctionalGroupsSequence = [Dataset()]
+        dataset.PerFrameFunctionalGroupsSequence = [frame]
+
+    facts = {"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.1", "PatientID": "invented"}
+    write_dicom(tmp_path / "a", GREY[None], facts, adjust=enhance)
+    found = header(tmp_path / "a")
+    assert (found.frames[0].reason if of_frames else found.reason) == reason
 
 
 def test_a_palette_and_colours_mean_grey_only_where_they_are():

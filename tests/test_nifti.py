@@ -1,3 +1,4 @@
+import errno
 import gzip
 import itertools
 import tracemalloc
@@ -138,3 +139,20 @@ def test_voxels_that_begin_behind_the_file_are_refused(tmp_path):
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(ScanError, match="truncated_pixels"):
         check_header(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(errno.ESTALE, "stale"), "cannot_open"), (OSError("CRC check failed"), "truncated_pixels")],
+)
+def test_a_disk_that_fails_is_no_fault_of_the_scan(tmp_path, monkeypatch, error, reason):
+    """The system's errors have a number; such a scan is tried again."""
+    save(tmp_path / "a.nii.gz", np.ones(SHAPE, np.int16), np.eye(4))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(nibabel.arrayproxy.ArrayProxy, "__getitem__", fail)
+    with pytest.raises(ScanError) as found:
+        read_nifti(tmp_path / "a.nii.gz", "CT")
+    assert found.value.reason == reason

@@ -76,8 +76,14 @@ def test_a_table_lists_the_rows_that_its_filter_keeps(tmp_path):
         ("file,kind\na,tree\n", {"modality": "kind"}, "line 2: column 'kind'"),
         ("file,who\na,1\na,2\n", {"patient": "who"}, "line 3: lists a file again"),
         ("file,who\n../a,1\n", {}, "line 2: column 'file' must stay below"),
+        ("file,who\na,1\n,2\n", {}, "line 3: column 'file' is empty"),
+        ("file,who\n.,1\n", {}, "line 2: column 'file' is empty"),
     ],
 )
 def test_a_wrong_table_is_refused_by_line_without_quoting_it(tmp_path, text, settings, message):
     with pytest.raises(ConfigError, match=message):
         read_table(table(tmp_path, text, **settings))
+
+
+def test_rows_that_a_spreadsheet_leaves_empty_list_nothing(tmp_path):
+    assert list(read_table(table(tmp_path, "file,who\na,1\n,\n , \n", patient="who"))) == [PurePosixPath("a")]

@@ -1,9 +1,10 @@
+import errno
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from client.pictures import check_header, looks_like_picture, read_picture, write_png
 from unimiss_core.errors import ScanError
@@ -77,3 +78,19 @@ def test_a_cut_file_cannot_be_decoded(tmp_path):
     assert looks_like_picture((tmp_path / "b.png").read_bytes())
     with pytest.raises(ScanError, match="cannot_decode"):
         read_picture(tmp_path / "b.png", "XR")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(errno.EIO, "input/output error"), "cannot_open"), (OSError("broken"), "cannot_decode")],
+)
+def test_a_disk_that_fails_is_no_fault_of_the_picture(tmp_path, monkeypatch, error, reason):
+    write_png(tmp_path / "a.png", GREY.astype(np.uint8))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(ScanError) as found:
+        read_picture(tmp_path / "a.png", "XR")
+    assert found.value.reason == reason

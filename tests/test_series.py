@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from client.frames import Frame
 from client.patients import Patient
-from client.series import Frame, Header, sort_out
+from client.series import Header, sort_out
 from client.volumes import assemble, canonical, straighten
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -20,6 +21,7 @@ def header(index: int, position, **facts) -> Header:
         spacing_mm=facts.pop("spacing_mm", (0.9, 0.7)),
         contrast=facts.pop("contrast", ()),
         time=facts.pop("time", (float(index),)),
+        acquisition=facts.pop("acquisition", 0.0),
     )
     known = Header(
         file=f"{index:03d}",
@@ -104,6 +106,55 @@ def test_echoes_orientations_matrices_and_frames_of_reference_are_volumes_of_the
         along = np.array((-3, 0, 0) if "orientation" in change else (0, 0, 3))
         more = [header(offset + step, along * step, **change) for step in range(3)]
         assert outcome(first + more) == [("used", 3), ("used", 3)], change
+
+
+def made(headers) -> list[list[str]]:
+    """The files of each volume, from bottom to top."""
+    groups = sort_out(headers, interpolate=False)
+    return sorted([frame.file for frame in group.stack.frames] for group in groups if group.stack)
+
+
+def several(count, *, first=0, aside=0.0, start=0.0, tilt=0.0, **facts) -> list[Header]:
+    """`count` slices 3 mm apart; aside, tilt: by how many mm along a row they lie, all alike and more from slice to
+    slice."""
+    places = [(aside + tilt * index, 0, start + 3 * index) for index in range(count)]
+    return [header(first + index, place, **facts) for index, place in enumerate(places)]
+
+
+def names(first, count) -> list[str]:
+    return [f"{first + index:03d}" for index in range(count)]
+
+
+@pytest.mark.parametrize("upper", [8, 10])
+def test_stations_beside_each_other_are_volumes_of_their_own(upper):
+    legs, pelvis = several(8), several(upper, first=20, aside=250.0)
+    assert made(legs + pelvis) == [names(0, 8), names(20, upper)]
+    again = several(upper, first=40, aside=250.0)  # the upper station at a later time
+    assert made(legs + pelvis + again) == [names(0, 8), names(20, upper)]
+
+
+def test_time_points_under_a_tilted_gantry_are_no_stations():
+    early, late = several(12, tilt=0.2, time=(1.0,)), several(12, first=20, tilt=0.2, time=(2.0,))
+    assert made(early + late) == [names(0, 12)]
+    assert outcome(early + late) == [("later_time_point", 12), ("used", 12)]
+
+
+def test_a_phase_of_a_part_is_a_volume_of_its_own():
+    whole, part = several(20, acquisition=2.0), several(6, first=40, start=9.0, acquisition=1.0)
+    assert made(whole + part) == [names(0, 20), names(40, 6)]
+    assert outcome(several(20) + several(6, first=40, start=9.0)) == [("duplicate", 6), ("used", 20)]
+    broken = part[:2] + part[3:]
+    assert outcome(whole + broken) == [("duplicate", 5), ("used", 20)]  # what it alone would be is unclear
+
+
+def test_parts_of_a_volume_that_were_acquired_one_after_the_other_stay_together():
+    lower, upper = several(5, acquisition=1.0), several(5, first=20, start=15.0, acquisition=2.0)
+    odd, even = (
+        [header(index, (0, 0, 3 * index), acquisition=float(index % 2)) for index in range(parity, 10, 2)]
+        for parity in (0, 1)
+    )
+    assert made(lower + upper) == [[*names(0, 5), *names(20, 5)]]
+    assert made(odd + even) == [names(0, 10)]
 
 
 def test_a_frame_of_reference_in_every_slice_says_nothing():

@@ -35,7 +35,8 @@ TRAINING = {
 def simulated(tmp_path: Path, *, overrides: object = None, **site: object) -> Simulation:
     study = {"name": "toy", "objective": {"slices_per_volume": 4, "teacher_temperature": 0.02}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    raw = {"study": "study.yaml", "sites": [{"name": "north", "data": [{"folder": "."}], **site}]}
+    (tmp_path / "scans").mkdir(exist_ok=True)
+    raw = {"study": "study.yaml", "sites": [{"name": "north", "data": [{"folder": "scans"}], **site}]}
     path = tmp_path / "simulation.yaml"
     path.write_text(yaml.safe_dump({**raw, "overrides": overrides or {}}))
     return read_simulation(path)
@@ -70,6 +71,13 @@ def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: P
     _write_site(site, tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "sites" / "north" / "site.yaml").read_text()
     assert "change the simulation's file instead" in text.splitlines()[0]
+
+
+def test_a_state_folder_among_the_scans_is_refused(tmp_path: Path) -> None:
+    (site,) = simulated(tmp_path, data=[{"folder": "."}]).config.sites
+    _write_site(site, tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match="'state': .* lies in a folder of scans, .*; point it elsewhere"):
+        load_site(tmp_path / "out" / "sites" / "north" / "site.yaml")
 
 
 def test_a_ledger_that_was_begun_anew_is_forgotten_by_the_simulations_own_file(tmp_path: Path) -> None:
