@@ -47,6 +47,8 @@ TAUGHT = (
 THIS, RANDOM, PIXELS = "this encoder", "random encoder", "bare pixels"
 _IN_WORDS = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
 _HEADS = {"gain": "this minus random"}
+_MOST_NAMED = 20
+"""Labels that are told by name; more are counted."""
 _JUDGES = {"linear": "linear probe", "neighbours": "nearest neighbours"}
 
 
@@ -169,6 +171,7 @@ def _judged(
 ) -> dict[str, Any]:
     """Figures of one question: judge -> encoder -> figure, each with its interval."""
     there = [name for name in classes or sorted(set(labels)) if name in labels]
+    _require_labels(labels, found.patients)
     place = {name: f"{number:03}" for number, name in enumerate(there)}  # `probe` takes classes in the order of texts
     known = np.array([place[label] for label in labels]), np.array(found.patients)
     scored = np.array(found.scored) if any(found.scored) else None
@@ -188,6 +191,20 @@ def _judged(
         "reason": one.reason or None,
         "figures": {} if one.reason else {name: _figures(of) for name, of in judges.items()},
     }
+
+
+def _require_labels(labels: Sequence[str], patients: Sequence[str]) -> None:
+    """Raises ConfigError, which names none of them: these are many, and most stand for one patient, as where folders of
+    patients were given for folders of labels."""
+    owners: dict[str, set[str]] = {}
+    for label, patient in zip(labels, patients, strict=True):
+        owners.setdefault(label, set()).add(patient)
+    alone = sum(len(whose) == 1 for whose in owners.values())
+    if len(owners) > _MOST_NAMED and 2 * alone > len(owners):
+        raise ConfigError(
+            f"--data: asks to tell {len(owners)} labels apart, of which {alone} are of one patient each, so they look "
+            "like patients; give a folder whose folders are called by their label, or a table"
+        )
 
 
 def _figures(probed: Mapping[str, Probe]) -> dict[str, dict[str, merit.Figure]]:
@@ -238,6 +255,8 @@ def _difference(of: Figure, floor: Figure, weights: Floats) -> Floats:
 def _in_words(told: Mapping[str, Any]) -> str:
     kind = "images" if told["rank"] == 2 else "volumes"
     classes = ", ".join(f"{name} {count}" for name, count in told["classes"].items())
+    if len(told["classes"]) > _MOST_NAMED:
+        classes = f"{len(told['classes'])} classes"
     lines = [f"{told['question']}: {told['scans']} {kind} of {told['patients']} patients ({classes})"]
     if told["reason"]:
         return f"{lines[0]}\n  no figure: {told['reason']}\n"

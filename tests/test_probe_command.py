@@ -1,6 +1,7 @@
 """`unimiss probe`: its figures against scikit-learn's on the features of `unimiss embed`, from every kind of DATA."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,9 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
 
     def refused(told: str, *arguments: str, code: int = 2) -> None:
         assert main(["probe", *arguments]) == code
-        said = capsys.readouterr().err
-        assert told in said, said
+        heard = capsys.readouterr()
+        assert told in heard.err, heard.err
+        assert "PATIENT-" not in heard.err + heard.out
 
     refused("is neither 'scratch', nor a checkpoint's folder", str(tmp_path / "nowhere"), "--data", root)
     refused("--data", "scratch", "--data", str(tmp_path / "nowhere"))
@@ -171,6 +173,10 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
     refused("--key: begins with 'scratch'", "scratch", "--data", root, "--key", "x.pub")
     (tmp_path / "empty" / "a").mkdir(parents=True)
     refused("holds no labelled scan", "scratch", "--data", str(tmp_path / "empty"), code=3)
+    for number in range(21):
+        (tmp_path / "archive" / f"PATIENT-{number}").mkdir(parents=True)
+        shutil.copy(tmp_path / "pictures" / "secret0.png", tmp_path / "archive" / f"PATIENT-{number}")
+    refused("21 are of one patient each, so they look like patients", "scratch", "--data", str(tmp_path / "archive"))
     write(tmp_path / "x.npz", "no archive")
     refused("is no MedMNIST .npz", "scratch", "--data", str(tmp_path / "x.npz"))
     assert main(["probe", "scratch", "--data", table, "--root", root]) == 0
