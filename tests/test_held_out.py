@@ -230,8 +230,12 @@ def test_a_scan_that_cannot_be_asked_about_costs_the_figure_and_not_the_round(
 def test_a_model_that_answers_no_numbers_is_not_ranked_by_the_order_of_the_table(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out.Inference, "chances", lambda _, __, scans: np.full((len(scans), 2), np.nan))
-    assert measured_by(opened(run.sites[0], run.study)) == {}
+    heard, answers = list[str](), lambda _, x: torch.full((len(x), 2), torch.nan)
+    monkeypatch.setattr("unimiss_core.tasks.TaskModel.forward", answers)
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        assert measured_by(opened(run.sites[0], run.study)) == {}
+    assert len(heard) == 1
+    assert heard[0].startswith("north: does not measure the shared model: its answers are not all numbers")
 
 
 def test_a_figure_of_a_few_patients_is_told_to_nobody(tmp_path: Path) -> None:
