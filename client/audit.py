@@ -13,10 +13,12 @@ from pydantic import Field
 
 from client.site_config import state_folder
 from unimiss_core.audit_log import AuditLog, Count, Digest, Entry, Fingerprint, Word, by_kind, counted
+from unimiss_core.chain import Head
 from unimiss_core.config import RUN, Name
 
 Run = Annotated[str, Field(pattern=f"^{RUN}$")]
-Head = Annotated[str, Field(pattern="^[0-9]{1,12}:[0-9a-f]{64}$")]
+HeadText = Annotated[str, Field(pattern="^[0-9]{1,12}:[0-9a-f]{64}$")]
+"""Of a `Head`."""
 Epsilon = Annotated[float, Field(ge=0)]
 
 
@@ -55,7 +57,7 @@ class Introduced(_OfStudy):
     scans_3d: Count
     left_out: Count
     sha256: Digest
-    ledger: Head | None = None
+    ledger: HeadText | None = None
 
 
 class Replied(_OfStudy):
@@ -72,7 +74,7 @@ class Replied(_OfStudy):
     epsilon: Epsilon | None = None
     """What patients have cost under this study's name, this reply included; None where nothing is charged, or it is too
     much to tell."""
-    ledger: Head | None = None
+    ledger: HeadText | None = None
     """Where the ledger stood."""
 
 
@@ -97,7 +99,7 @@ class Daemon(Entry):
 class Operator(Entry):
     """Somebody at the site typed a command. coordinator: fingerprint of its signing key."""
 
-    kind: Literal["init", "join", "clear", "leave", "check"]
+    kind: Literal["init", "join", "clear", "leave", "check", "begin_ledger"]
     site: Name | None = None
     fingerprint: Fingerprint | None = None
     coordinator: Fingerprint | None = None
@@ -116,6 +118,17 @@ def site_log(state: Path) -> SiteLog:
 def log_of(site_file: Path) -> SiteLog:
     """The audit log of the site of this file. Raises ConfigError."""
     return site_log(state_folder(site_file))
+
+
+def last_ledger(log: SiteLog) -> Head | None:
+    """Where the site's ledger of private rounds stood when something that tells it left last; None where nothing did,
+    or a person has begun another since. Raises ConfigError: the log cannot be read."""
+    for entry in log.backwards(holding=b"ledger"):
+        if entry.kind == "begin_ledger":
+            return None
+        if isinstance(entry, Introduced | Replied) and entry.ledger is not None:
+            return Head.of(entry.ledger)
+    return None
 
 
 def summary(entries: Sequence[Entry]) -> Iterator[str]:

@@ -77,12 +77,14 @@ def run(home: Home, note: Note) -> None:
 
 
 def is_running(state: Path) -> bool:
-    """Whether a daemon holds this state folder."""
+    """Whether a daemon holds this state folder. Raises PermissionError: this user may not look."""
     try:
         with (state / LOCK).open("rb") as file, locks.locked(file, shared=True, wait=False):
             return False
     except BlockingIOError:
         return True
+    except PermissionError:
+        raise
     except OSError:
         return False
 

@@ -207,15 +207,15 @@ class Ledger:
         """Whether it has any entry. Nothing is written."""
         return bool(self._log.read().entries)
 
-    def check_known(self, known: Head) -> None:
-        """Raises LedgerError: `known`, which a coordinator saw as this ledger's head, is not in it. So it is an older
-        copy, or another ledger, and forgets releases that were made."""
+    def check_known(self, known: Head, *, by: str = "the coordinator has seen") -> None:
+        """Raises LedgerError: `known`, which was this ledger's head when somebody looked, is not in it. So it is an
+        older copy, or another ledger, and forgets releases that were made. by: who looked, for the message."""
         with self._log.writing() as log:
             chain = log.chain
         if not chain.holds(known):
             raise LedgerError(
-                f"the coordinator has seen entry {known.seq} of this site's ledger, which is not in it (it holds "
-                f"{chain.head.seq}): the state folder was put back to an older one, or begun anew; {WAY_OUT}"
+                f"{by} entry {known.seq} of this site's ledger, which is not in it (it holds {chain.head.seq}): the "
+                f"state folder, or the ledger in it, was put back to an older one, or begun anew; {WAY_OUT}"
             )
 
     def site_account(self) -> Account:

@@ -7,11 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from client import accounting
+from client.audit import last_ledger, log_of
 from client.ledger import Account, Ledger, ledger_of
 from client.site_config import load_site
-from client.terms import terms
+from client.terms import check_ledger, terms
 from unimiss_core.config import load
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import ConfigError, LedgerError
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
@@ -21,20 +22,41 @@ HOLDING = dict(zip(accounting.ALL_RANKS, ("images", "volumes", "both"), strict=T
 def show(site_file: Path, study_file: Path | None, console: Console) -> None:
     """Print the accounts, and how many rounds of a study they allow. The whole chain is verified; nothing is written.
 
-    Raises LedgerError: the ledger is damaged; ConfigError: a file is wrong, or the study charges no patient.
+    Raises LedgerError: the ledger is damaged, or was put back; ConfigError: a file is wrong, or the study charges no
+    patient.
     """
     site = load_site(site_file, reads_scans=False)
     study = load(StudyConfig, study_file) if study_file else None
     if study is not None and study.privacy.mode != "patient":
         raise ConfigError(f"{study_file}: the study charges no patient (privacy.mode: {study.privacy.mode})")
     ledger = ledger_of(site)
+    taken_part_in = list(terms(site, ledger))
     console.print(_accounts(site.name, ledger))
-    console.print(*terms(site, ledger), sep="\n", markup=False, highlight=False)
+    console.print(*taken_part_in, sep="\n", markup=False, highlight=False)
     if study is not None:
         held = site.privacy.ranks.intersection(study.ranks)
         console.print(_rounds_left(ledger, study, held))
         if held and (why := ledger.first_refused(study, held)) is not None:
             console.print(f"A new run would be refused: {why}.", markup=False, highlight=False)
+
+
+def begin_anew(site_file: Path) -> str:
+    """Write down in the audit log that a ledger which lacks what the log tells of goes on from what it holds; what to
+    tell the person who decided so. Raises LedgerError: what there is of it is damaged; AuditError, ConfigError."""
+    site, log = load_site(site_file, reads_scans=False), log_of(site_file)
+    ledger = ledger_of(site)
+    held, known = ledger.head, last_ledger(log)
+    try:
+        check_ledger(site, ledger)
+        return f"{site.name}: its ledger holds all that its audit log tells of; there is nothing to begin anew"
+    except LedgerError:
+        assert known is not None
+        log.record("begin_ledger")
+    return (
+        f"{site.name}: the audit log told of {known.seq} entries, and the ledger goes on from the {held.seq} that it "
+        "holds. What the others charged is counted no more: lower privacy.max_epsilon by what is known of it, and ask "
+        "each coordinator to name this site under forget_ledgers"
+    )
 
 
 def _accounts(site: str, ledger: Ledger) -> Table:

@@ -170,6 +170,11 @@ def _say_terms(site_file: Path, console: "Console", report: "CheckReport", study
 def _add_ledger(parser: argparse.ArgumentParser) -> None:
     _add_site_file(parser)
     parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="say how many rounds of it the limits allow")
+    parser.add_argument(
+        "--begin-anew",
+        action="store_true",
+        help="where the ledger was lost or put back: go on from what there is (docs/privacy.md, 'The ledger', first)",
+    )
     parser.set_defaults(act=_ledger)
 
 
@@ -179,6 +184,8 @@ def _ledger(options: argparse.Namespace) -> None:
 
     from client import ledger_report
 
+    if options.begin_anew:
+        print(ledger_report.begin_anew(_site_file(options)))
     ledger_report.show(_site_file(options), options.study, Console(width=None if sys.stdout.isatty() else 120))
 
 
@@ -275,7 +282,7 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(
         "look at this machine, its line to the coordinator and its scans; no scan leaves", _add_check, {3, 6}
     ),
-    "ledger": Command("say what patients have cost, and what is left; verifies the ledger", _add_ledger, {6}),
+    "ledger": Command("say what patients have cost, and what is left; verifies the ledger", _add_ledger, {6, 8}),
     "audit": Command("say what was asked of this site and what left it; verifies the log", _add_audit, {8}),
     "make-key": Command("make a key to seal this site's own files with (state_key)", _add_make_key),
     "clear": Command(

@@ -7,6 +7,7 @@ patients one by taking part in a private study, refuses the others, until its fi
 
 from collections.abc import Iterator
 
+from client.audit import last_ledger, site_log
 from client.hold import Hold
 from client.ledger import Ledger
 from client.site_config import PatientLimits, SiteConfig
@@ -18,7 +19,8 @@ from unimiss_core.study import StudyConfig
 
 def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
     """Raises PrivacyBudgetError: the study does not protect patients, and the site asks for it; ConfigError: the study
-    is patient-level, and the site cannot take part in such; LedgerError: the ledger is damaged."""
+    is patient-level, and the site cannot take part in such; LedgerError: the ledger is damaged, or was put back."""
+    check_ledger(config, ledger)
     if study.privacy.mode == "patient":
         if (lacking := _lacking(config.privacy)) is not None:
             raise ConfigError(f"site '{config.name}': takes part in no patient-level study: {lacking}")
@@ -33,6 +35,13 @@ def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
             f"site takes part in patient-level studies alone: {why}. To take part all the same, and outside of what is "
             "counted, set privacy.allow_unprotected: true in the site file"
         )
+
+
+def check_ledger(config: SiteConfig, ledger: Ledger) -> None:
+    """Raises LedgerError: by the site's own audit log, the ledger was put back or begun anew; and as `Ledger`. A state
+    folder that was put back as a whole takes the log with it: that, coordinators notice (`Ledger.check_known`)."""
+    if (known := last_ledger(site_log(config.state))) is not None:
+        ledger.check_known(known, by="this site's own audit log tells of")
 
 
 def check_rounds(config: SiteConfig, study: StudyConfig, run: str, ledger: Ledger) -> None:
@@ -60,6 +69,7 @@ def terms(config: SiteConfig, ledger: Ledger, *, unowned: int = 0) -> Iterator[s
 
     unowned: scans of which nothing says whose they are, where they were looked at.
     """
+    check_ledger(config, ledger)
     limits, is_charged = config.privacy, ledger.is_begun
     if (lacking := _lacking(limits)) is not None:
         yield f"Patient-level studies: no; {lacking}."

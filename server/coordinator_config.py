@@ -70,6 +70,9 @@ class CoordinatorConfig(Config):
     after the run."""
     probe_every: Annotated[int, Field(gt=0)] | None = None
     """Also after so many rounds, each time; sites wait meanwhile. None: at the end alone."""
+    ledgers: Path | None = None
+    """File in which is kept, over all runs, how far each site's ledger of private rounds is known to have come
+    (`server.known_ledgers`). None: each run knows its own alone."""
     forget_ledgers: tuple[Name, ...] = ()
     """Sites whose ledger of private rounds was begun anew, as those answer for who protect their patients' data
     (docs/privacy.md, 'The ledger'): what was known of it is forgotten whenever this coordinator starts."""
@@ -123,6 +126,7 @@ def load_coordinator(path: Path) -> CoordinatorConfig:
             "start": config.start and base / config.start,
             "start_key": config.start_key and base / config.start_key,
             "signing_key": config.signing_key and base / config.signing_key,
+            "ledgers": config.ledgers and base / config.ledgers,
             "probe": tuple(base / probe for probe in config.probe),
         }
     )

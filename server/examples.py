@@ -6,7 +6,7 @@ address: "{address}"   # under which sites reach this machine; another host need
 """
 
 COORDINATOR = """\
-# How every study is run: a coordinator file without study, out, sites and signing_key, which `unimiss-server run` adds.
+# How every study is run: a coordinator file without what `unimiss-server run` adds (study, out, sites, keys, ledgers).
 # Every setting and its meaning: server/coordinator_config.py
 min_sites: 2
 min_replies: 2

@@ -7,6 +7,7 @@ audit.jsonl, .head      what was done here, chained
 certificates/           authority.crt, server.crt, signing.pub: not secret
 secrets/                authority.key, server.key, signing.key, superexec: 0600 in a folder of 0700
 sites/                  NAME.yaml: an approved or revoked site; NAME.welcome.yaml: what it was given
+ledgers.json            how far each site's ledger of private rounds has come, as far as it told
 runs/STUDY/             one folder for each study, as docs/artefacts.md says
 flower/                 Flower's own home, SuperLink's database and the logs of what we start
 """
@@ -101,6 +102,11 @@ class Home:
 
     def welcome(self, name: str) -> Path:
         return self.sites / f"{name}.welcome.yaml"
+
+    @property
+    def ledgers(self) -> Path:
+        """As `server.known_ledgers`."""
+        return self.path / "ledgers.json"
 
     @property
     def runs(self) -> Path:

@@ -22,6 +22,7 @@ from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import SpareMemory
 from server.exchange import Exchange, Reply, bytes_of
 from server.global_state import GlobalState
+from server.known_ledgers import KnownLedgers, furthest
 from server.one_round import OneRound
 from server.quorum import TooFew
 from server.released_rounds import record_of
@@ -76,6 +77,7 @@ class Federation:
         self._config = config
         self._folder = folder_of(config)
         self._record = record_of(config.out, study)
+        self._ledgers = KnownLedgers(config.ledgers)
         self._layout = travelling_layout(study)
         self._update_layout = update_layout(study)
         self._roster = Roster(grid, config, self._note_refused)
@@ -97,6 +99,7 @@ class Federation:
         """
         with self._as_config_error(), self._folder.alone(), self._reported():
             state = self._restore_or_start(resume=resume)
+            self._recall_ledgers(state)
             if state.round == 0 and self._study.task == "pretrain":
                 check_adaptation(self._folder.load(0))
             self._tell_of_site_level()
@@ -194,10 +197,7 @@ class Federation:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
             progress.report(progress.Note(f"resuming after round {found.manifest.round}"))
             self._note_release_gone_on_with(found.manifest.round)
-            state = GlobalState.restored(found, self._study, self._layout)
-            for site in self._config.forget_ledgers:
-                state.attendance.ledgers.pop(site, None)
-            return state
+            return GlobalState.restored(found, self._study, self._layout)
         if resume:
             progress.report(progress.Note("there was no finished round to resume: a new run begins"))
         if (told := _untrained_for_ever(self._study, self._config)) is not None:
@@ -205,6 +205,14 @@ class Federation:
         state = GlobalState.initial(first_student(self._study, self._config), self._study, self._layout)
         state.save(self._folder, self._study)
         return state
+
+    def _recall_ledgers(self, state: GlobalState) -> None:
+        """What this run's checkpoint and all other runs know of them, but of those that were begun anew."""
+        forgotten, own = self._config.forget_ledgers, state.attendance.ledgers
+        for site in forgotten:
+            own.pop(site, None)
+        self._ledgers.note(own, forgotten=forgotten)
+        own.update(furthest(own, self._ledgers.read()))
 
     def _note_release_gone_on_with(self, round: int) -> None:
         if round > 0:
@@ -273,6 +281,7 @@ class Federation:
         row["global"] |= self._probed(state)
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
+        self._ledgers.note(state.attendance.ledgers)
         self._audit.released(run=self._folder.run, round=state.round, manifest=self._folder.manifest_of(state.round))
         best = self._best()
         self._folder.prune_checkpoints(state.round, self._config.keep_checkpoints, best=best.round if best else None)

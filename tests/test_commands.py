@@ -40,6 +40,12 @@ def test_each_commands_help_says_what_it_does_and_lists_its_exit_codes_as_the_do
         (AuditError("line 3 is damaged"), 8, "x: line 3 is damaged\n"),
         (RoundError("too few"), 5, "x: too few\nThe same command goes on from there.\n"),
         (KeyboardInterrupt(), 130, "x: interrupted\n"),
+        (
+            PermissionError(13, "Permission denied", "/secret/of/a/patient"),
+            2,
+            "x: what it needs is not this user's (Permission denied); type the command as the user whom the program "
+            "runs as, which owns its folders\n",
+        ),
     ],
 )
 def test_an_error_is_one_message_and_its_exit_code(

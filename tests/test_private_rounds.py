@@ -208,14 +208,14 @@ def test_a_study_that_cannot_keep_its_promise_is_refused_before_the_first_round(
     assert Refusal.found_in(answer) == Refusal("promise")
 
 
-def test_a_ledger_that_was_put_back_is_noticed(tmp_path: Path) -> None:
+def test_a_state_folder_that_was_put_back_is_noticed_by_what_the_coordinator_knows(tmp_path: Path) -> None:
     study, hospital = private_study(), Hospital(tmp_path)
-    state = tmp_path / "state"
+    state, files = tmp_path / "state", ("ledger.jsonl", "ledger.head", "audit.jsonl", "audit.head")
     with hospital.asked() as ask:
         ask(Hello(study, RUN).pack(), "query")
-        old = {name: (state / name).read_bytes() for name in ("ledger.jsonl", "ledger.head") if (state / name).exists()}
+        old = {name: (state / name).read_bytes() for name in files if (state / name).exists()}
         head = Head.of(facts_of(ask(request(study), "train"))["ledger"])
-        for name in ("ledger.jsonl", "ledger.head"):
+        for name in files:
             (state / name).unlink()
             if name in old:
                 (state / name).write_bytes(old[name])
@@ -264,11 +264,48 @@ def test_a_simulations_screen_which_is_its_coordinators_is_told_no_loss_and_no_c
     assert {event.loss for event in events if isinstance(event, progress.StepDone)} == {None}
 
 
+def rounds_of(hospital: Hospital, study: StudyConfig, run: str, *, count: int = 2) -> list[str]:
+    """What the site says to its introduction, and to each round."""
+    said = []
+    with hospital.asked() as ask:
+        for content, kind in [
+            (Hello(study, run).pack(), "query"),
+            *((request(study, n + 1), "train") for n in range(count)),
+        ]:
+            told = facts_of(ask(content, kind))
+            said.append(str(told.get("reason", told.get("status", "ok"))))
+    return said
+
+
+def test_a_ledger_that_was_put_back_is_noticed_by_the_sites_own_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a coordinator that knows nothing of it, and for another run."""
+    hospital, state = Hospital(tmp_path), tmp_path / "state"
+    assert rounds_of(hospital, private_study(), RUN, count=1) == ["ok", "ok"]
+    older = {name: (state / name).read_bytes() for name in ("ledger.jsonl", "ledger.head")}
+    assert rounds_of(hospital, private_study(), RUN) == ["ok"] * 3
+    for name, content in older.items():
+        (state / name).write_bytes(content)
+    others = private_study(name="beta"), small_study(2, name="unprotected")
+    for study in others:
+        assert rounds_of(hospital, study, RUN, count=0) == ["ledger"]
+    site = str(tmp_path / "site.yaml")
+    assert main(["ledger", site]) == 6
+    assert "this site's own audit log tells of entry 4 of this site's ledger" in capsys.readouterr().err
+    assert main(["ledger", site, "--begin-anew"]) == 0
+    assert "told of 4 entries, and the ledger goes on from the 2 that it holds" in capsys.readouterr().out
+    assert rounds_of(hospital, private_study(name="beta"), RUN, count=0) == ["ok"]
+    assert main(["ledger", site, "--begin-anew"]) == 0
+    assert "nothing to begin anew" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("grown", [False, True])
 def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_path: Path, grown: bool) -> None:
     """grown: the ledger that was put back has grown past the head that is known, by another run's rounds."""
     study, hospital = private_study(3), Hospital(tmp_path / "north")
     config = CoordinatorConfig(study=Path("unused"), out=tmp_path / "out", retry_s=0, round_tries=1, wait_s=1)
+    config = config.model_copy(update={"ledgers": tmp_path / "ledgers.json"})
     state = tmp_path / "north" / "state"
 
     def run(config: CoordinatorConfig, *, resume: bool) -> int:
@@ -285,7 +322,7 @@ def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_p
     with progress.listen(kill_after_the_first), pytest.raises(Killed):
         run(config, resume=False)
     kept = {name: (state / name).read_bytes() for name in ("ledger.jsonl", "ledger.head")}
-    for name in kept:
+    for name in ("ledger.jsonl", "ledger.head", "audit.jsonl", "audit.head"):  # as a state folder that was lost
         (state / name).unlink()
     if grown:
         with hospital.asked() as ask:
@@ -295,6 +332,10 @@ def test_a_coordinator_remembers_over_its_own_restart_where_a_ledger_stood(tmp_p
         assert len(hospital.entries) > len(kept["ledger.jsonl"].splitlines())
     with pytest.raises(RoundError, match="ledger"):
         run(config, resume=True)
+    anew = config.model_copy(update={"out": tmp_path / "another-run"})
+    with pytest.raises(RoundError, match="ledger"):
+        run(anew, resume=False)
+    assert run(anew.model_copy(update={"ledgers": None}), resume=True) == 3  # nothing else would tell
     assert run(config.model_copy(update={"forget_ledgers": ("north",)}), resume=True) == 3
 
 

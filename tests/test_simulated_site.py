@@ -76,7 +76,7 @@ def test_a_generated_site_file_says_that_it_is_not_the_one_to_change(tmp_path: P
 def test_a_state_folder_among_the_scans_is_refused(tmp_path: Path) -> None:
     (site,) = simulated(tmp_path, data=[{"folder": "."}]).config.sites
     _write_site(site, tmp_path, tmp_path / "out")
-    with pytest.raises(ConfigError, match="'state': .* lies in a folder of scans, .*; point it elsewhere"):
+    with pytest.raises(ConfigError, match=r"'state': .* lies in a folder of scans, .*; point it elsewhere"):
         load_site(tmp_path / "out" / "sites" / "north" / "site.yaml")
 
 

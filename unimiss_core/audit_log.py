@@ -9,7 +9,7 @@ Whoever may write to the folder can make up another chain that is whole, or put 
 such a person cannot change is a head that was noted elsewhere: `audit --head` prints it, `audit --expect` looks for it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -81,6 +81,10 @@ class AuditLog(Generic[EntryT]):
         """All entries, verified from the first to the last. Raises AuditError: the log is damaged; ConfigError: it
         cannot be read."""
         return self._log.read()
+
+    def backwards(self, *, holding: bytes) -> Iterator[EntryT]:
+        """As `ChainedLog.backwards`."""
+        return self._log.backwards(holding=holding)
 
     def _entry_of(self, line: bytes) -> EntryT:
         kind = _KIND.validate_json(line).kind

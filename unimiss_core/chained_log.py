@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar, cast
@@ -116,6 +116,17 @@ class ChainedLog(Generic[LinkT]):
                 return self._verified(b"", Chain())[0]
             with self._path.open("rb") as file, locked(file, shared=True):
                 return self._verified(file.read(), Chain())[0]
+
+    def backwards(self, *, holding: bytes) -> Iterator[LinkT]:
+        """Entries whose line holds these bytes, from the last back, each decoded as it is asked for: for a question to
+        a log of years. Nothing is verified, and lines that are damaged are passed over. Raises ConfigError: it cannot
+        be read."""
+        with self._told():
+            content = self._path.read_bytes() if self._path.exists() else b""
+        for line in reversed(content.split(b"\n")):
+            if holding in line:
+                with suppress(ValueError):
+                    yield self._decode(line)
 
     @contextmanager
     def writing(self) -> Iterator[Writing[LinkT]]:
@@ -236,7 +247,9 @@ class ChainedLog(Generic[LinkT]):
         try:
             yield
         except OSError as error:
+            mend = "make room on the disk of the state folder"
+            if isinstance(error, PermissionError):
+                mend = "give the state folder, and all that is in it, to the user whom this program runs as"
             raise ConfigError(
-                f"{self._name(self._path)} cannot be read or written: {error.strerror or 'unknown error'}; make room "
-                "on the disk of the state folder, and see that this program may write there"
+                f"{self._name(self._path)} cannot be read or written: {error.strerror or 'unknown error'}; {mend}"
             ) from None

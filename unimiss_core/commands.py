@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from unimiss_core.errors import UnimissError
+from unimiss_core.errors import ConfigError, UnimissError
 
 INTERRUPTED = 130
 EXIT_CODES: Mapping[int, str] = {
@@ -65,6 +65,13 @@ def exit_code_of(act: Callable[[], None], name: str, *, interrupted: str) -> int
         way_on = "\nThe same command goes on from there." if error.resumes else ""
         print(f"{name}: {error}{way_on}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        print(
+            f"{name}: what it needs is not this user's ({error.strerror}); type the command as the user whom the "
+            "program runs as, which owns its folders",
+            file=sys.stderr,
+        )
+        return ConfigError.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED

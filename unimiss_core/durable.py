@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,13 +13,15 @@ PARTIAL = ".partial"
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
-    """Replace `path` by `payload`: after a crash it holds the old content or the new, never a mixture.
+    """Replace `path` by `payload`: after a crash it holds the old content or the new, never a mixture. It stays its
+    owner's, and of its mode.
 
     Raises OSError: it holds the old content, and nothing half written takes room.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
+            _give_to_owner_of(path, file.fileno())
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
@@ -27,6 +30,16 @@ def write_bytes(path: Path, payload: bytes) -> None:
         raise
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def _give_to_owner_of(path: Path, descriptor: int) -> None:
+    """What root writes for a daemon, by a command that mends something, the daemon must be able to read. Raises
+    OSError."""
+    with suppress(FileNotFoundError):
+        replaced = path.stat()
+        if os.name == "posix" and os.geteuid() == 0:
+            os.fchown(descriptor, replaced.st_uid, replaced.st_gid)
+            os.fchmod(descriptor, stat.S_IMODE(replaced.st_mode))
 
 
 def write_text(path: Path, text: str) -> None:

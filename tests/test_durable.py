@@ -1,0 +1,29 @@
+"""Files that appear whole, and stay whose they were."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from unimiss_core import durable
+
+AN_OTHER = 65534
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can write for another user")
+def test_what_root_replaces_stays_its_owners(tmp_path: Path) -> None:
+    """`sudo unimiss-site clear` must not take the daemon's files away from it."""
+    kept, new = tmp_path / "audit.head", tmp_path / "new"
+    kept.write_text("old")
+    kept.chmod(0o640)
+    os.chown(kept, AN_OTHER, AN_OTHER)
+    before = os.umask(0o077)
+    try:
+        for path in (kept, new):
+            durable.write_text(path, "content")
+    finally:
+        os.umask(before)
+    assert kept.read_text() == "content"
+    found = kept.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (AN_OTHER, AN_OTHER, 0o640)
+    assert (new.stat().st_uid, new.stat().st_mode & 0o777) == (0, 0o600)
