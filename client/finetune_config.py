@@ -76,7 +76,7 @@ class GivenSplit(Config):
 
     name: Literal["given"] = "given"
     validation: OpenFraction = 0.2
-    """Share of the training patients that validate, where none are given for that."""
+    """Share of the training patients that validate, rounded up to patients, where none are given for that."""
     seed: Seed | None = None
     """By which those are drawn; None takes the file's."""
 
