@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from client import site_command
-from server import server_command
+from server import server_command, simulate_command
 from unimiss_core.commands import OF_EVERY_COMMAND, Command, Program
 from unimiss_core.errors import AuditError, RoundError
 
@@ -66,3 +66,12 @@ def test_what_every_command_may_end_with_has_a_meaning(capsys: pytest.CaptureFix
         server_command.main(["no such command"])
     assert ended.value.code in OF_EVERY_COMMAND
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_what_a_simulation_may_end_with_is_what_its_help_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        simulate_command.main(["--help"])
+    (told,) = re.findall(r"Exit codes: (.*)\.", " ".join(capsys.readouterr().out.split()))
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "docs" / "artefacts.md").read_text(), re.MULTILINE)
+    documented = [code for code, whose in rows if whose == "every command" or "`unimiss-simulate`" in whose]
+    assert re.findall(r"(?:^|, )(\d+) ", told) == documented
