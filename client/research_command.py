@@ -115,7 +115,7 @@ def _probe(options: argparse.Namespace) -> None:
     source = source_of(
         options.data,
         root=options.root,
-        columns=Columns(options.scan, options.label, options.patient),
+        columns={name: told for name in Columns._fields if (told := getattr(options, name)) is not None},
         patient_pattern=options.patient_pattern,
         modality=options.modality,
     )
@@ -326,7 +326,7 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     probe.add_argument("--data", type=Path, required=True, metavar="DATA", help="labelled scans")
     probe.add_argument("--root", type=Path, metavar="FOLDER", help="where a table's paths begin (default: its own)")
     for column in ("scan", "label", "patient"):
-        probe.add_argument(f"--{column}", default=column, metavar="COLUMN", help=f"of a table (default: {column})")
+        probe.add_argument(f"--{column}", metavar="COLUMN", help=f"of a table (default: {column})")
     probe.add_argument(
         "--patient-pattern",
         metavar="REGEX",
