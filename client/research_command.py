@@ -272,9 +272,9 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "finetune",
         help="train a model for a task from an encoder and labelled scans",
         epilog="docs/finetuning.md says what the file holds and what is written; configs/finetune has examples. Scans "
-        "are called by the line of their table, unless --show-paths names their files. Exit codes: 0 done, 1 the loss "
-        "was not finite, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad checkpoint or "
-        "state, 130 interrupted.",
+        "are called by the line of their table, unless --show-paths names their files. Exit codes: 0 done, 1 loss or "
+        "answers were not finite, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad "
+        "checkpoint or state, 130 interrupted.",
     )
     tune.add_argument("config", type=Path, metavar="CONFIG.yaml")
     tune.add_argument("--resume", action="store_true", help="go on after the last epoch that was finished")
