@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from client.health import CONTACT, HEALTH, REFUSED, read_contact, read_refused, write
+from client.health import CONTACT, HEALTH, NOISE_ALONE, REFUSED, read_contact, read_refused, write
 from client.home import Home
 from client.site_config import SiteConfig, load_site
 from client.supervision import Note, Supervision
@@ -124,7 +124,12 @@ def _prepare(site: SiteConfig) -> _Folders:
     """Raises ConfigError: the disk is full, say."""
     folders = _Folders(site.state.absolute())
     try:
-        for told_before in (HEALTH, CONTACT, REFUSED):  # the first names a process, whose number is another's by now
+        for told_before in (
+            HEALTH,
+            CONTACT,
+            REFUSED,
+            NOISE_ALONE,
+        ):  # the first names a process, whose number is another's by now
             (site.state / told_before).unlink(missing_ok=True)
         shutil.rmtree(folders.flower, ignore_errors=True)  # nothing in it outlives a daemon
         folders.empty.mkdir(parents=True)

@@ -1,14 +1,15 @@
-"""How the daemon is doing: three small files in the state folder, which `unimiss-site status` reads from any terminal.
+"""How the daemon is doing: four small files in the state folder, which `unimiss-site status` reads from any terminal.
 
 contact.json is the gate's: what it hears from the coordinator. health.json is the daemon's: what it starts and why it
-waits. refused.json is the ClientApp's and the gate's: why this site last refused what it was asked. Each appears whole
-or not at all, and none names a patient, a scan or a path.
+waits. refused.json is the ClientApp's and the gate's: why this site last refused what it was asked. noise-alone.json is
+the ClientApp's: that a private study finds no scan here. Each appears whole or not at all, and none names a patient, a
+scan or a path.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,7 +17,8 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from unimiss_core import durable
-from unimiss_core.config import Config
+from unimiss_core.config import Config, Name
+from unimiss_core.scan import Rank
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ HealthT = TypeVar("HealthT", bound=Config)
 CONTACT = "contact.json"
 HEALTH = "health.json"
 REFUSED = "refused.json"
+NOISE_ALONE = "noise-alone.json"
 
 
 class Contact(Config):
@@ -86,6 +89,15 @@ class Refused(Config):
     """As its coordinator was told: a code of `unimiss_core.reasons`."""
     words: str
     """For the site's operator, of one or more lines."""
+
+
+class NoiseAlone(Config):
+    """A private study's last round, or its introduction, found no scan of these ranks; there while that is so."""
+
+    at: float
+    """Seconds since 1970."""
+    study: Name
+    ranks: tuple[Rank, ...]
 
 
 class ContactBook:
@@ -137,6 +149,19 @@ def tell_of_refusal(folder: Path, reason: str, words: str) -> None:
     Never raises: no such word may keep an answer from leaving."""
     with suppress(Exception):
         write(folder / REFUSED, Refused(at=time.time(), reason=reason, words=words))
+
+
+def note_noise_alone(folder: Path, study: str, ranks: Sequence[Rank]) -> None:
+    """ranks: of which a private study finds no scan; none takes the word back. Never raises, as `tell_of_refusal`."""
+    with suppress(Exception):
+        if ranks:
+            write(folder / NOISE_ALONE, NoiseAlone(at=time.time(), study=study, ranks=tuple(ranks)))
+        else:
+            (folder / NOISE_ALONE).unlink(missing_ok=True)
+
+
+def read_noise_alone(folder: Path) -> NoiseAlone | None:
+    return _read(NoiseAlone, folder / NOISE_ALONE)
 
 
 def read_contact(folder: Path) -> Contact | None:

@@ -12,7 +12,7 @@ from client.hold import Hold
 from client.ledger import Asked
 from client.ledger_entries import Request
 from client.site import Site
-from client.telling import tell, tell_if_heard, tell_of_scans
+from client.telling import tell, tell_if_heard, tell_of_noise_alone, tell_of_scans
 from client.trainer import beginning, run_round
 from unimiss_core.chain import Head
 from unimiss_core.codec import Layout
@@ -116,6 +116,7 @@ def _charged(site: Site, asked: Asked, request: TrainRequest, layout: Layout) ->
     with hold.at_work(asked.as_charged):
         with cause_kept_here(site.config.name):
             reply = undisclosed(run_round(site, request), site.ranks)
+            tell_of_noise_alone(site, site.library)  # an archive may be gone since the introduction
             payload = to_keep(reply.pack(layout, site.study.wire.dtype))
         hold.check()  # on a disk without locks another may have failed meanwhile: then it is not told that this did not
         with cause_kept_here(site.config.name):  # that there is no room now may be what scans took of it

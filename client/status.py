@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from client.daemon import is_running
-from client.health import LASTING, PROBLEMS, Contact, Health, read_contact, read_health, read_refused
+from client.health import (
+    LASTING,
+    PROBLEMS,
+    Contact,
+    Health,
+    read_contact,
+    read_health,
+    read_noise_alone,
+    read_refused,
+)
 
 STALE_S = 120.0
 """Longer than this without an answer, and without a word why, a coordinator is told to be silent."""
@@ -16,11 +25,13 @@ STALE_S = 120.0
 def as_json(state: Path) -> str:
     """All that is known, for a monitor."""
     contact, health, refused = read_contact(state), read_health(state), read_refused(state)
+    alone = read_noise_alone(state)
     facts: dict[str, Any] = {
         "running": is_running(state),
         "daemon": health.model_dump() if health else None,
         "contact": contact.model_dump() if contact else None,
         "refused": refused.model_dump() if refused else None,
+        "noise_alone": alone.model_dump() if alone else None,
     }
     return json.dumps(facts, indent=1)
 
@@ -43,6 +54,12 @@ def lines(state: Path, now: float) -> Iterator[str]:
         first, *more = refused.words.splitlines()
         yield f"refused      at {at(refused.at)}, with the reason `{refused.reason}`: {first}"
         yield from (f"             {line}" for line in more)
+    if (alone := read_noise_alone(state)) is not None:
+        kinds = " and ".join(f"{rank}D" for rank in alone.ranks)
+        yield (
+            f"scans        study {alone.study} found no usable {kinds} scan at {at(alone.at)}: its rounds are charged "
+            "all the same, and such steps are noise alone; is the archive mounted? `unimiss-site check`"
+        )
 
 
 def at(seconds: float) -> str:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client.health import note_noise_alone
 from unimiss_core import progress
 
 if TYPE_CHECKING:  # whoever has a word to say needs no more than that
@@ -48,13 +49,26 @@ def tell_of_scans(site: "Site", library: "Library") -> None:
         tell(name, f"left out {told}; see unimiss-site check")
     for rank in sorted(site.ranks):
         held, asked = len(library.of_rank(rank)), study.batch.of(rank)
-        if site.is_private and not held:
-            tell(name, f"no usable {rank}D scan for this study: its {rank}D steps are noise alone (privacy.holds)")
-        elif held < asked and not site.is_private:
+        if held < asked and not site.is_private:
             tell(name, f"each {rank}D batch of {asked} is drawn from {held} scans: some stand in it repeatedly")
+    if site.is_private:
+        tell_of_noise_alone(site, library)
     if study.privacy.mode == "patient":
         _tell_of_shared_scans(name, library)
         _tell_of_weak_deltas(name, {study.privacy.delta, site.config.privacy.delta}, library)
+
+
+def tell_of_noise_alone(site: "Site", library: "Library") -> None:
+    """Say of which ranks a private study finds no scan, and let `unimiss-site status` say so. Its rounds are answered
+    and charged all the same, for that there is none is not told; so an archive that was not mounted would cost its
+    patients round after round, and nobody would know."""
+    missing = [rank for rank in sorted(site.ranks) if not library.of_rank(rank)]
+    for rank in missing:
+        tell(
+            site.config.name,
+            f"no usable {rank}D scan for this study: its {rank}D steps are noise alone (privacy.holds), and charged",
+        )
+    note_noise_alone(site.config.state, site.study.name, missing)
 
 
 def _tell_of_shared_scans(site: str, library: "Library") -> None:

@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from client import accounting, cache, ledger, private_round
 from client import site as sites
 from client.app import app
+from client.health import read_noise_alone
 from client.pictures import write_png
 from client.site_command import main
 from server.coordinator_config import CoordinatorConfig
@@ -222,6 +223,31 @@ def test_a_state_folder_that_was_put_back_is_noticed_by_what_the_coordinator_kno
         told = Introduction.unpack(ask(Hello(study, RUN).pack(), "query"))
         assert told.ledger == BEGINNING
         assert Refusal.found_in(ask(request(study, 2, head=head), "train")) == Refusal("ledger")
+
+
+def test_an_archive_that_is_gone_in_mid_run_is_told_at_the_site_alone(tmp_path: Path) -> None:
+    study, hospital, state = private_study(3), Hospital(tmp_path), tmp_path / "state"
+    events: list[progress.Event] = []
+    with hospital.asked() as ask, progress.listen(events.append):
+        ask(Hello(study, RUN).pack(), "query")
+        there = facts_of(ask(request(study, 1), "train"))
+        assert read_noise_alone(state) is None
+        (tmp_path / "scans").rename(tmp_path / "unmounted")
+        (tmp_path / "scans").mkdir()
+        gone = facts_of(ask(request(study, 2), "train"))
+        assert gone.keys() == there.keys()
+        assert gone["status"] == "ok"
+        told = [event.text for event in events if isinstance(event, progress.Note) and "noise alone" in event.text]
+        assert told == [
+            "north: no usable 2D scan for this study: its 2D steps are noise alone (privacy.holds), and charged"
+        ]
+        alone = read_noise_alone(state)
+        assert alone is not None
+        assert (alone.study, alone.ranks) == (study.name, (2,))
+        (tmp_path / "scans").rmdir()
+        (tmp_path / "unmounted").rename(tmp_path / "scans")
+        ask(request(study, 3), "train")
+        assert read_noise_alone(state) is None
 
 
 @pytest.mark.parametrize("planted", ["sent first", "loss in clear"])

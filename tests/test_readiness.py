@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from client import listening, readiness, status
-from client.health import CONTACT, HEALTH, PROBLEMS, Contact, Health, write
+from client.health import CONTACT, HEALTH, PROBLEMS, Contact, Health, note_noise_alone, write
 from client.listening import Listener, listeners_of
 from client.reachability import reach
 from client.readiness import Point, points
@@ -207,6 +207,17 @@ def test_status_in_words(
     if contact is not None:
         write(tmp_path / CONTACT, contact)
     assert said in "\n".join(status.lines(tmp_path, NOW))
+
+
+def test_status_tells_of_a_private_study_that_finds_no_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "is_running", lambda _: True)
+    write(tmp_path / HEALTH, RUNS)
+    note_noise_alone(tmp_path, "first", [2, 3])
+    (line,) = [line for line in status.lines(tmp_path, NOW) if line.startswith("scans ")]
+    assert "study first found no usable 2D and 3D scan at " in line
+    assert json.loads(status.as_json(tmp_path))["noise_alone"]["ranks"] == [2, 3]
+    note_noise_alone(tmp_path, "first", [])
+    assert not any(line.startswith("scans ") for line in status.lines(tmp_path, NOW))
 
 
 def test_status_of_a_daemon_that_is_gone(tmp_path: Path) -> None:

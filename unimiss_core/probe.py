@@ -36,6 +36,8 @@ class Probe:
     labels: NDArray[np.int64]
     """(N,), numbers into `classes`."""
     patients: NDArray[np.str_]
+    """(N,), numbered as they first appear: what they are called, which a site's secret decides, must not deal them to
+    other folds or draws."""
     classes: tuple[str, ...]
     scores: Floats | None = None
     """(N, K)"""
@@ -77,7 +79,7 @@ def probe(
         return found
     if scored is None:
         splits = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed)
-        parts = list(splits.split(features, found.labels, patients))
+        parts = list(splits.split(features, found.labels, found.patients))
     else:
         parts = [(np.flatnonzero(~scored), np.flatnonzero(scored))]
     scores, folds = np.zeros((len(labels), len(found.classes))), np.zeros(len(labels), dtype=np.int64)
@@ -154,7 +156,7 @@ def plane(features: NDArray[np.float32]) -> Floats:
 def _unscored(features: NDArray[np.float32], labels: NDArray[np.str_], patients: NDArray[np.str_]) -> Probe:
     """The set by class numbers, with the reason why it cannot be probed where there is one."""
     classes, numbers = np.unique(labels, return_inverse=True)
-    found = Probe(numbers.astype(np.int64), patients, tuple(str(c) for c in classes))
+    found = Probe(numbers.astype(np.int64), _in_order_of_appearance(patients), tuple(str(c) for c in classes))
     if not np.isfinite(features).all():
         return _refused(found, "features are not finite: the training diverged")
     if len(classes) < 2:
@@ -164,6 +166,12 @@ def _unscored(features: NDArray[np.float32], labels: NDArray[np.str_], patients:
         patients_of = "1 patient" if fewest == 1 else f"{fewest} patients"
         return _refused(found, f"a class has only {patients_of}, at least {LEAST_PATIENTS} are needed")
     return found
+
+
+def _in_order_of_appearance(names: NDArray[np.str_]) -> NDArray[np.str_]:
+    """Equal names -> equal numbers, as text, of which the first name has the lowest."""
+    number: dict[str, int] = {}
+    return np.array([f"{number.setdefault(str(name), len(number)):09}" for name in names], dtype=np.str_)
 
 
 def _scored(found: Probe, scores: Floats, folds: NDArray[np.int64], scored: NDArray[np.bool_] | None) -> Probe:
