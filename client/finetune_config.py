@@ -76,7 +76,7 @@ class GivenSplit(Config):
 
     name: Literal["given"] = "given"
     validation: OpenFraction = 0.2
-    """Share of the training patients that validate, where none are given for that."""
+    """Share of the training patients that validate, rounded up to patients, where none are given for that."""
     seed: Seed | None = None
     """By which those are drawn; None takes the file's."""
 
@@ -218,9 +218,9 @@ def load_finetune(path: Path, *, data_root: Path | None = None, out: Path | None
     )
 
 
-def init_from(text: str, otherwise: InitConfig) -> InitConfig:
-    """What a command line's --init says: scratch, a checkpoint's folder or a released file. A key that the file asks
-    for holds of another checkpoint, too. Raises ConfigError."""
+def init_from(text: str, otherwise: InitConfig, *, named: str = "--init") -> InitConfig:
+    """What a command line says to begin with: scratch, a checkpoint's folder or a released file. A key that the file
+    asks for holds of another checkpoint, too. named: what the command calls it. Raises ConfigError."""
     path = Path(text).absolute()
     if text == "scratch":
         return otherwise if isinstance(otherwise, FromScratch) else FromScratch()
@@ -228,7 +228,7 @@ def init_from(text: str, otherwise: InitConfig) -> InitConfig:
         return FromCheckpoint(folder=path, key=otherwise.key if isinstance(otherwise, FromCheckpoint) else None)
     if path.is_file():
         return FromReleased(file=path)
-    raise ConfigError(f"--init {text}: is neither 'scratch', nor a checkpoint's folder, nor a released file")
+    raise ConfigError(f"{named} {text}: is neither 'scratch', nor a checkpoint's folder, nor a released file")
 
 
 def signed_by(key: Path, init: InitConfig) -> FromCheckpoint:

@@ -18,7 +18,7 @@ from client.site_config import SiteConfig
 from client.site_labels import LabelledScan
 from client.telling import tell, tell_once_if_heard
 from unimiss_core.device import is_out_of_memory
-from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError
 from unimiss_core.figures import VALIDATION_AUC, VALIDATION_DICE
 from unimiss_core.study import StudyConfig
 from unimiss_core.tasks import TaskModel, load_task_model
@@ -83,6 +83,8 @@ def measured(
         value = _figure(site, study, scans, student, device)
     except ConfigError as error:
         why = str(error)
+    except NonFiniteLossError:
+        why = "its answers are not all numbers"
     except OSError:
         why = "a held-out scan cannot be read"
     except (MemoryError, RuntimeError) as error:
@@ -103,7 +105,7 @@ def _figure(
     student: Mapping[str, Tensor],
     device: torch.device,
 ) -> float:
-    """Raises ConfigError, OSError: a scan was changed, or is gone."""
+    """Raises ConfigError, OSError: a scan was changed, or is gone; NonFiniteLossError: the model answers no numbers."""
     assert study.finetune is not None
     task = study.finetune.task
     dense = task.name == "segmentation"
@@ -118,11 +120,9 @@ def _held_out(study: StudyConfig, scans: Sequence[CachedScan]) -> list[LabelledS
 
 
 def _auc(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float:
-    """Mean over the classes that some scan is of and some is not; of two classes that of the second. NaN of none, and
-    where the model answers with what is no number, which would be ranked by the table's order."""
+    """Mean over the classes that some scan is of and some is not; of two classes that of the second. NaN of
+    none."""
     chances = inference.chances_of_all(model, scans)
-    if not np.isfinite(chances).all():
-        return float("nan")
     areas = inference.areas(chances, inference.truth([scan.target for scan in scans]))
     known = areas[np.isfinite(areas)]
     return float(known.mean()) if len(known) else float("nan")

@@ -4,7 +4,7 @@ Legend of shapes: N scans, K outputs of the model, C channels, S spatial axes - 
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from client import merit
 from client.labelled import Grid
 from client.task_training import autocast
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import ConfigError, NonFiniteLossError
 from unimiss_core.resampling import as_they_are
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
 from unimiss_core.tasks import TaskModel
@@ -51,11 +51,15 @@ class Inference:
 
     @torch.inference_mode()
     def chances(self, model: TaskModel, scans: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-        """(N, K) of a classification, each scan (C, *S) in [0, 1] seen whole, all at a time."""
+        """(N, K) of a classification, each scan (C, *S) in [0, 1] seen whole, all at a time.
+
+        Raises NonFiniteLossError: some answer is no number.
+        """
         assert isinstance(self.task, ClassificationConfig)
         x = torch.stack([whole(values, self.size) for values in scans])
         with autocast(self.device, self.precision):
             logits = model.eval()(x.to(self.device)).float()
+        _require_numbers([logits])
         found = logits.sigmoid() if self.task.kind == "multi_label" else logits.softmax(1)
         return np.asarray(found.cpu().double().numpy())
 
@@ -79,10 +83,10 @@ class Inference:
         return np.array([merit.auc(chances[:, k], truth[:, k] == 1, once)[0] for k in told])
 
     def voxel_chances(self, model: TaskModel, values: NDArray[np.float32]) -> Tensor:
-        """Of a mask: values (C, *S) in [0, 1] -> (K, *S) on the CPU."""
+        """Of a mask: values (C, *S) in [0, 1] -> (K, *S) on the CPU. Raises NonFiniteLossError, as `chances`."""
         from client import segmenting  # MONAI takes seconds to import, and a classification needs none
 
-        return segmenting.probabilities(
+        found = segmenting.probabilities(
             model.eval(),
             values,
             self.size,
@@ -91,6 +95,8 @@ class Inference:
             device=self.device,
             autocast=autocast(self.device, self.precision),
         )
+        _require_numbers(found)  # class by class, for a scan may be large
+        return found
 
     def mask(self, model: TaskModel, values: NDArray[np.float32], grid: Grid | None) -> NDArray[np.uint8]:
         """The class of each voxel, post-processed: (*grid.shape) on the source's grid, (*S) without a grid."""
@@ -99,6 +105,16 @@ class Inference:
         chances = self.voxel_chances(model, values)
         found = segmenting.likeliest(chances) if grid is None else segmenting.likeliest_at_source(chances, grid)
         return segmenting.keep_largest(found, [1 + self.task.classes.index(name) for name in self.keep_largest])
+
+
+def _require_numbers(answers: Iterable[Tensor]) -> None:
+    """Before they are ranked or made classes: what is no number would be so by its place alone, and in a table sorted
+    by class look right. Weights and loss may all be finite. Raises NonFiniteLossError."""
+    if not all(bool(each.isfinite().all()) for each in answers):
+        raise NonFiniteLossError(
+            "the model's answers are not all numbers: its training diverged; take a smaller training.lr, or precision "
+            "fp32 for bf16"
+        )
 
 
 def check_extra(task: TaskConfig) -> None:

@@ -13,7 +13,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -119,13 +119,34 @@ def check_known(site: SiteConfig, assumed: Mapping[int, int]) -> None:
 
 def read_table(table: TableConfig) -> dict[PurePosixPath, Listed]:
     """The files that a table lists, after `where`, with what it says of each. Raises ConfigError."""
+    listed: dict[PurePosixPath, Listed] = {}
+    for number, name, row in _rows(table):
+        patient = (row[table.patient] or "").strip() if table.patient else None
+        entry = Listed(patient=patient, modality=_table_modality(table, row, number))
+        if listed.setdefault(name, entry) != entry:
+            raise ConfigError(f"table {table.path}, line {number}: lists a file again with another patient or modality")
+    return listed
+
+
+def read_column(table: TableConfig, column: str) -> dict[PurePosixPath, str]:
+    """What a column says of each file that `read_table` finds, empty where it says nothing. Raises ConfigError."""
+    told: dict[PurePosixPath, str] = {}
+    for number, name, row in _rows(table, column):
+        text = (row[column] or "").strip()
+        if told.setdefault(name, text) != text:
+            raise ConfigError(f"table {table.path}, line {number}: lists a file again with another '{column}'")
+    return told
+
+
+def _rows(table: TableConfig, *more: str) -> Iterator[tuple[int, PurePosixPath, dict[str, str]]]:
+    """Line, file and row, after `where`; a file may come again. more: columns that must be there, besides the table's
+    own. Raises ConfigError."""
     try:
         with table.path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(f"table {table.path}: cannot be read as a CSV in UTF-8 with a header line") from None
-    _check_columns(table, rows)
-    listed: dict[PurePosixPath, Listed] = {}
+    _check_columns(table, rows, *more)
     for number, row in enumerate(rows, start=2):
         if any(row[column] not in allowed for column, allowed in table.where.items()):
             continue
@@ -136,18 +157,14 @@ def read_table(table: TableConfig) -> dict[PurePosixPath, Listed]:
             raise ConfigError(f"table {table.path}, line {number}: column '{table.file}' is empty")
         if name.is_absolute() or ".." in name.parts:
             raise ConfigError(f"table {table.path}, line {number}: column '{table.file}' must stay below the folder")
-        patient = (row[table.patient] or "").strip() if table.patient else None
-        entry = Listed(patient=patient, modality=_table_modality(table, row, number))
-        if listed.setdefault(name, entry) != entry:
-            raise ConfigError(f"table {table.path}, line {number}: lists a file again with another patient or modality")
-    return listed
+        yield number, name, row
 
 
-def _check_columns(table: TableConfig, rows: list[dict[str, str]]) -> None:
+def _check_columns(table: TableConfig, rows: list[dict[str, str]], *more: str) -> None:
     if not rows:
         raise ConfigError(f"table {table.path}: holds no rows")
     known = list(rows[0])
-    wanted = [table.file, *filter(None, (table.patient, table.modality)), *table.where]
+    wanted = [table.file, *filter(None, (table.patient, table.modality)), *table.where, *more]
     problems = []
     for column in wanted:
         if column not in known:

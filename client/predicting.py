@@ -30,7 +30,7 @@ from client.outputs import make_new_folder
 from client.reading import Origin, Reading
 from unimiss_core import durable, progress
 from unimiss_core.device import device_of, is_out_of_memory
-from unimiss_core.errors import CheckpointError, ConfigError, ScanError
+from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, ScanError
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Modality, Scan
@@ -93,7 +93,12 @@ def predict(
     answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
     if len(reading):
         progress.report(progress.Note(f"asking about {len(reading)} scan(s) on {chosen}"))
-    done = _write_table(out / _TABLE, answers.lines(_asked(reading, manifest)))
+    try:
+        done = _write_table(out / _TABLE, answers.lines(_asked(reading, manifest)))
+    except NonFiniteLossError:
+        raise CheckpointError(
+            f"{model}: its answers are not all numbers: its training diverged; fine-tune it again"
+        ) from None
     reading.explain()
     if show_paths:
         _write_table(out / _LEFT_OUT, ({"file": files[0], "reason": reason} for files, reason in reading.left_out))

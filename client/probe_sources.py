@@ -7,10 +7,10 @@ FINETUNE.yaml          a classification's labels and its own split
 """
 
 import csv
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -55,7 +55,14 @@ class Columns(NamedTuple):
     patient: str = "patient"
 
 
-USUAL = Columns()
+Kind = Literal["a folder", "a table", "a MedMNIST file", "a fine-tuning's file"]
+_USE: Mapping[str, tuple[Kind, ...]] = {
+    "--root": ("a table", "a fine-tuning's file"),
+    **dict.fromkeys((f"--{column}" for column in Columns._fields), ("a table",)),
+    "--patient-pattern": ("a folder",),
+    "--modality": ("a folder", "a table"),
+}
+"""What each option says something about; where it would be passed over in silence it is refused."""
 
 
 class Source(Protocol):
@@ -72,24 +79,43 @@ def source_of(
     data: Path,
     *,
     root: Path | None = None,
-    columns: Columns = USUAL,
+    columns: Mapping[str, str] = {},
     patient_pattern: str | None = None,
     modality: Modality | None = None,
 ) -> Source:
     """What --data names. root: where a table's paths begin; None takes the table's own folder. columns: of a
-    table. patient_pattern: as of a site's data folder. Raises ConfigError."""
+    table, by the names in `Columns`, where they are called otherwise. patient_pattern: as of a site's data folder.
+
+    Raises ConfigError: also of an option that says nothing about such data."""
+    kind = _kind_of(data)
+    given = {"--root": root, "--patient-pattern": patient_pattern, "--modality": modality}
+    given |= {f"--{name}": told for name, told in columns.items()}
+    if idle := [name for name in _USE if given.get(name) is not None and kind not in _USE[name]]:
+        raise ConfigError(f"{' and '.join(idle)}: of no use where --data is {kind}; leave it out")
     if root is not None and not root.is_dir():
         raise ConfigError(f"--root {root}: is no folder")
+    match kind:
+        case "a folder":
+            return _Folders(data, patient_pattern, modality)
+        case "a fine-tuning's file":
+            config = load_finetune(data, data_root=root)
+            return _Table(config, config.name, _tested_by(config))
+        case "a MedMNIST file":
+            return _Table(_of_medmnist(data), data.stem)
+        case "a table":
+            called = Columns(**columns)
+            return _Table(_of_csv(data, root or data.parent, called, modality), called.label)
+
+
+def _kind_of(data: Path) -> Kind:
+    """Raises ConfigError: there is nothing."""
     if data.is_dir():
-        return _Folders(data, patient_pattern, modality)
+        return "a folder"
     if not data.is_file():
         raise ConfigError(f"--data {data}: is neither a folder nor a file")
     if data.suffix in (".yaml", ".yml"):
-        config = load_finetune(data, data_root=root)
-        return _Table(config, config.name, _tested_by(config))
-    if data.suffix == ".npz":
-        return _Table(_of_medmnist(data), data.stem)
-    return _Table(_of_csv(data, root or data.parent, columns, modality), columns.label)
+        return "a fine-tuning's file"
+    return "a MedMNIST file" if data.suffix == ".npz" else "a table"
 
 
 class _Folders:
@@ -165,19 +191,34 @@ def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None
     """What a fine-tuning's file would say of the table. Raises ConfigError."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, there = list(reader), reader.fieldnames
     except (OSError, UnicodeDecodeError, csv.Error):
         raise ConfigError(f"table {table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
-    there = list(rows[0]) if rows else []
+    if there is None:
+        raise ConfigError(f"table {table.name}: holds no rows")
     if missing := [name for name in columns if name not in there]:
         raise ConfigError(
             f"table {table.name}: has no column {', '.join(missing)}; give --scan, --label or --patient "
             "where they are called otherwise"
         )
-    classes = sorted({(row[columns.label] or "").strip() for row in rows})
+    classes = _labels_in(rows, columns.label, table.name)
     data = {"table": str(table.absolute()), "folder": str(root.absolute()), "modality": modality}
     data |= columns._asdict()
     return _config(classes, data, where=f"table {table.name}", is_given="split" in there)
+
+
+def _labels_in(rows: Sequence[Mapping[str, str | None]], column: str, table: str) -> list[str]:
+    """Each once, in their order as texts. Raises ConfigError: there is no line, or a line without one."""
+    if not rows:
+        raise ConfigError(f"table {table}: holds no rows")
+    labels = [(row[column] or "").strip() for row in rows]
+    if bare := [number for number, label in enumerate(labels, start=2) if not label]:
+        raise ConfigError(
+            f"table {table}: {len(bare)} line(s) have no label in column '{column}', as line {bare[0]}; label each "
+            "scan, or take its line out"
+        )
+    return sorted(set(labels))
 
 
 def _of_medmnist(file: Path) -> FinetuneConfig:

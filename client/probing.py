@@ -111,7 +111,8 @@ def run_probe(
 
 def _beginning(checkpoint: str, study: Path | None, key: Path | None) -> Beginning:
     asked = None if study is None else load(StudyConfig, study)
-    init = init_from(checkpoint, FromScratch() if asked is None else FromScratch(model=asked.model))
+    scratch = FromScratch() if asked is None else FromScratch(model=asked.model)
+    init = init_from(checkpoint, scratch, named="CHECKPOINT")
     if asked is not None and not isinstance(init, FromScratch):
         raise ConfigError("--study: says what 'scratch' is; a checkpoint knows its model and plan itself")
     return begin(signed_by(key, init) if key else init, None if asked is None else asked.plan)

@@ -115,7 +115,7 @@ def _probe(options: argparse.Namespace) -> None:
     source = source_of(
         options.data,
         root=options.root,
-        columns=Columns(options.scan, options.label, options.patient),
+        columns={name: told for name in Columns._fields if (told := getattr(options, name)) is not None},
         patient_pattern=options.patient_pattern,
         modality=options.modality,
     )
@@ -272,9 +272,9 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "finetune",
         help="train a model for a task from an encoder and labelled scans",
         epilog="docs/finetuning.md says what the file holds and what is written; configs/finetune has examples. Scans "
-        "are called by the line of their table, unless --show-paths names their files. Exit codes: 0 done, 1 the loss "
-        "was not finite, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad checkpoint or "
-        "state, 130 interrupted.",
+        "are called by the line of their table, unless --show-paths names their files. Exit codes: 0 done, 1 loss or "
+        "answers were not finite, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad "
+        "checkpoint or state, 130 interrupted.",
     )
     tune.add_argument("config", type=Path, metavar="CONFIG.yaml")
     tune.add_argument("--resume", action="store_true", help="go on after the last epoch that was finished")
@@ -326,7 +326,7 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     probe.add_argument("--data", type=Path, required=True, metavar="DATA", help="labelled scans")
     probe.add_argument("--root", type=Path, metavar="FOLDER", help="where a table's paths begin (default: its own)")
     for column in ("scan", "label", "patient"):
-        probe.add_argument(f"--{column}", default=column, metavar="COLUMN", help=f"of a table (default: {column})")
+        probe.add_argument(f"--{column}", metavar="COLUMN", help=f"of a table (default: {column})")
     probe.add_argument(
         "--patient-pattern",
         metavar="REGEX",

@@ -3,6 +3,8 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from math import ceil
 
 from client.finetune_config import FinetuneConfig, FoldSplit
 from client.label_tables import PARTS, Case, Part
@@ -42,16 +44,24 @@ def _of_fold(cases: Sequence[Case], split: FoldSplit, seed: int) -> Split:
 
 
 def _with_validation(cases: Sequence[Case], share: float, seed: int) -> Split:
-    """Every n-th patient of each class validates, n being the nearest to 1 / share."""
-    dealt = _dealt(cases, max(2, round(1 / share)), seed)
+    """share x patients, rounded up, validate: of a fifth every fifth patient in the order that `_ordered` gives, the
+    first among them, and of any share as evenly through it, so that each class has its part."""
+    exact = Fraction(str(share))  # 0.07 is 7 of 100; the float next to it would make that 8
+    order = _ordered(cases, seed)
+    chosen = {p for place, p in enumerate(order) if ceil(exact * (place + 1)) > ceil(exact * place)}
     return {
-        "train": tuple(case for case in cases if dealt[case.patient] != 0),
-        "validation": tuple(case for case in cases if dealt[case.patient] == 0),
+        "train": tuple(case for case in cases if case.patient not in chosen),
+        "validation": tuple(case for case in cases if case.patient in chosen),
     }
 
 
 def _dealt(cases: Iterable[Case], piles: int, seed: int) -> dict[str, int]:
-    """Patient -> pile. Patients of one kind are dealt in turn, rare kinds first, so that each pile has its share.
+    """Patient -> pile. Patients are dealt in turn, so that each pile has its share of each kind."""
+    return {patient: place % piles for place, patient in enumerate(_ordered(cases, seed))}
+
+
+def _ordered(cases: Iterable[Case], seed: int) -> list[str]:
+    """All patients, those of one kind together, rare kinds first.
 
     A patient's kind is the rarest target among its scans. The order within a kind is that of sha256(seed, patient).
     """
@@ -62,8 +72,7 @@ def _dealt(cases: Iterable[Case], piles: int, seed: int) -> dict[str, int]:
         known = kinds.get(case.patient)
         if known is None or (often[case.target], case.target) < (often[known], known):
             kinds[case.patient] = case.target
-    order = sorted(kinds, key=lambda p: (often[kinds[p]], kinds[p], hashlib.sha256(f"{seed}/{p}".encode()).digest()))
-    return {patient: place % piles for place, patient in enumerate(order)}
+    return sorted(kinds, key=lambda p: (often[kinds[p]], kinds[p], hashlib.sha256(f"{seed}/{p}".encode()).digest()))
 
 
 def _check_patients(parts: Split) -> None:

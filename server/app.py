@@ -19,7 +19,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from server import uploads
+from server import said, uploads
 from server.coordinator_config import CoordinatorConfig, load_coordinator
 from server.display import Display
 from server.failure import told_by_flower
@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     with _shown(context):
         config = load_coordinator(coordinator_file(grid, context))
         uploads.bound(config.deadline_s)
-        with _end_kept(context, RunFolder(config.out)):
+        with _end_kept(context, RunFolder(config.out)), _said_elsewhere(context, config.out):
             run(grid, config, resume=resume)
 
 
@@ -65,6 +65,16 @@ def _end_kept(context: Context, folder: RunFolder) -> Iterator[None]:
         with suppress(OSError):  # there may be no folder, or no room in it
             folder.note_end(context.run_id, error)
         raise
+
+
+@contextmanager
+def _said_elsewhere(context: Context, out: Path) -> Iterator[None]:
+    """`unimiss-server run` shows what this process says, where it began it."""
+    if not _names_study(str(context.run_config.get("coordinator", ""))):
+        yield
+        return
+    with said.kept(out):
+        yield
 
 
 def _to_resume(context: Context) -> dict[str, str]:
@@ -106,8 +116,7 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
 def coordinator_file(grid: Grid, context: Context) -> Path:
     """The coordinator file that the run configuration names, or that the simulation it names makes."""
     if named := str(context.run_config.get("coordinator", "")):
-        is_study = re.fullmatch(NAME, named) and VARIABLE in os.environ
-        return Home.chosen(None).run_file(named) if is_study else Path(named).expanduser()
+        return Home.chosen(None).run_file(named) if _names_study(named) else Path(named).expanduser()
     if simulation := str(context.run_config.get("simulation", "")):
         from server.simulate import prepare_for_engine  # the only way from the coordinator to a site's code
 
@@ -116,3 +125,8 @@ def coordinator_file(grid: Grid, context: Context) -> Path:
         "the run configuration names no run; give --run-config 'coordinator=\"/path/coordinator.yaml\"' "
         "or 'simulation=\"/path/simulation.yaml\"'"
     )
+
+
+def _names_study(coordinator: str) -> bool:
+    """Of the coordinator's folder that the environment names; else it is a path."""
+    return bool(re.fullmatch(NAME, coordinator)) and VARIABLE in os.environ

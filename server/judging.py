@@ -86,6 +86,9 @@ def _answers(model: TaskModel, found: ProbeSet, asked: SupervisionConfig) -> Pro
     numbers = np.array([task.classes.index(label) for label in found.labels])
     if lacking := sorted(set(task.classes) - set(found.labels)):
         return Probe(numbers, found.patients, task.classes, reason=f"no scan is of class {lacking[0]}")
-    shares = torch.cat([model(part.float()).softmax(-1) for part in found.scans.split(BATCH)])
+    logits = torch.cat([model(part.float()) for part in found.scans.split(BATCH)])
+    if not logits.isfinite().all():  # they would be ranked by the order of the set
+        return Probe(numbers, found.patients, task.classes, reason="the model's answers are not finite: it diverged")
+    shares = logits.softmax(-1)
     scores: NDArray[np.float64] = shares.double().numpy()
     return Probe(numbers, found.patients, task.classes, scores, np.zeros(len(numbers), dtype=np.int64))

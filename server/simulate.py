@@ -9,11 +9,10 @@ This is the only file of the coordinator's side that may import a site's code.
 and the artefacts of any run (docs/artefacts.md).
 """
 
-import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
@@ -21,10 +20,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from flwr.app import Context, RecordDict, UserConfig
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from client.cache import open_library
 from client.label_config import LabelsConfig
+from client.patients import read_column
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.reading import read_scans
@@ -38,7 +39,7 @@ from unimiss_core.config import Config, Name, dump_yaml, load, parse, read_yaml
 from unimiss_core.errors import ConfigError, ScanError, UnimissError
 from unimiss_core.plan import prepare as prepare_scan
 from unimiss_core.scan import Rank
-from unimiss_core.study import StudyConfig
+from unimiss_core.study import PlanConfig, StudyConfig
 from unimiss_core.views import draw_batch, generator_for, whole
 
 EXAMPLES = 6
@@ -72,7 +73,7 @@ class SimulatedProbe(Config):
     phantom: PhantomConfig | None = None
     rank: Rank
     label: str
-    """Column of the table with the label."""
+    """Column of the table with the label; a scan whose label is empty is left out, and counted on the screen."""
     positive: tuple[str, ...] | None = None
     """Labels that count as positive, all others as negative; None keeps every label a class of its own."""
 
@@ -316,17 +317,10 @@ def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path
     progress.report(progress.Note(f"reading the labelled scans of {probe.name}"))
     scans, labels, patients = [], [], []
     for source in _sources(probe, base, out):
-        column = _label_column(probe, source)
-        for origin, scan in read_scans([source], study.plan):
-            if scan.rank == probe.rank and (label := column.get(origin.files[0])):
-                try:
-                    values, _ = prepare_scan(scan, study.plan)
-                except ScanError as error:
-                    progress.report(progress.Note(f"{probe.name}: left out 1 {error.reason}"))
-                    continue
-                scans.append(whole(values, size).numpy().astype(np.float16))
-                labels.append(str(int(label in probe.positive)) if probe.positive else label)
-                patients.append(origin.patient)
+        for patient, label, values in _labelled_scans(probe, source, study.plan):
+            scans.append(whole(values, size).numpy().astype(np.float16))
+            labels.append(str(int(label in probe.positive)) if probe.positive else label)
+            patients.append(patient)
     if not scans:
         raise ConfigError(f"probe '{probe.name}': no scan of rank {probe.rank} with a label in column '{probe.label}'")
     packed = io.BytesIO()
@@ -335,20 +329,34 @@ def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path
     return path
 
 
-def _label_column(probe: SimulatedProbe, source: DataSource) -> dict[str, str]:
-    """File -> label, from the source's table. Raises ConfigError: no folder, no table, or no such column."""
+def _labelled_scans(
+    probe: SimulatedProbe, source: DataSource, plan: PlanConfig
+) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
+    """Patient, label and prepared values of each scan of the source; at its end, how many had no label is told.
+
+    Raises ConfigError: no folder, no table, or no such column in it.
+    """
     if not source.folder.is_dir():
         raise ConfigError(f"probe '{probe.name}': {source.folder} is not a folder")
     if source.table is None:
         raise ConfigError(f"probe '{probe.name}': its folder needs a table with the column '{probe.label}'")
-    try:
-        with source.table.path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise ConfigError(f"probe '{probe.name}': table {source.table.path} cannot be read as CSV") from None
-    if rows and (missing := {probe.label, source.table.file} - rows[0].keys()):
-        raise ConfigError(f"{source.table.path}: no column {sorted(missing)}; it has {', '.join(rows[0])}")
-    return {row[source.table.file]: row[probe.label] for row in rows}
+    column = read_column(source.table, probe.label)
+    count = unlabelled = 0
+    for origin, scan in read_scans([source], plan):
+        if scan.rank != probe.rank:
+            continue
+        count += 1
+        below = PurePosixPath(origin.files[0])
+        if not (label := next((column[name] for name in (below, *below.parents) if name in column), "")):
+            unlabelled += 1  # by a row of its own or, of a series, of its folder
+            continue
+        try:
+            yield origin.patient, label, prepare_scan(scan, plan)[0]
+        except ScanError as error:
+            progress.report(progress.Note(f"{probe.name}: left out 1 {error.reason}"))
+    if unlabelled:
+        told = f"{unlabelled} of {count} scans of rank {probe.rank}, which have no label in column '{probe.label}'"
+        progress.report(progress.Note(f"{probe.name}: left out {told}"))
 
 
 def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:

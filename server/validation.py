@@ -63,11 +63,11 @@ def best_of(measured: Mapping[int, Mapping[str, float]]) -> Best | None:
 
 def _is_better(sites: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """By the sites that measured both, for patients differ from site to site; they must be most of those that measured
-    the best so far. Where they are less than half of those that measure now, the best is by the word of too few: a site
-    that told a single figure decides nothing."""
-    both = sites.keys() & best.keys()
-    if 2 * len(both) < len(sites):
+    the best so far, or it stays. Where these are less than half as many as measure now, the best is by the word of too
+    few, and goes: a site that told a single figure decides nothing."""
+    if 2 * len(best) < len(sites):
         return True
+    both = sites.keys() & best.keys()
     return 2 * len(both) > len(best) and math.fsum(sites[name] - best[name] for name in both) > 0
 
 

@@ -1,10 +1,12 @@
-"""A run as its artefacts tell it, shown as a simulation is: each new line of metrics becomes the round's events."""
+"""A run as its artefacts tell it, shown as a simulation is: each new line of metrics becomes the round's events, and
+what the ServerApp said besides is said again."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from server.run_folder import RunFolder
+from server.said import Said
 from unimiss_core import progress
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.progress import RoundDone, RoundStarted, SiteReplied
@@ -16,12 +18,18 @@ class Watching:
     def __init__(self, folder: RunFolder, rounds: int) -> None:
         self._folder = folder
         self._rounds = rounds
+        self._said = Said(folder.path)
         self._told = max((row["round"] for row in folder.metric_rows()), default=0)
         """The last round that was told, or was there before."""
         self._seen = self._stamp()
 
     def look(self) -> None:
-        """Tell what is new; to be called now and then."""
+        """Tell what is new; to be called now and then. Rounds first: what a run says last looks back at all of them."""
+        self._look_for_rounds()
+        for event in self._said.new():
+            progress.report(event)
+
+    def _look_for_rounds(self) -> None:
         if (stamp := self._stamp()) == self._seen:
             return
         self._seen = stamp

@@ -1,12 +1,13 @@
 """What the programs of several commands say of themselves."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from client import site_command
-from server import server_command
+from client import research_command, site_command
+from server import server_command, simulate_command
 from unimiss_core.commands import OF_EVERY_COMMAND, Command, Program
 from unimiss_core.errors import AuditError, RoundError
 
@@ -66,3 +67,27 @@ def test_what_every_command_may_end_with_has_a_meaning(capsys: pytest.CaptureFix
         server_command.main(["no such command"])
     assert ended.value.code in OF_EVERY_COMMAND
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_what_a_simulation_may_end_with_is_what_its_help_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        simulate_command.main(["--help"])
+    (told,) = re.findall(r"Exit codes: (.*)\.", " ".join(capsys.readouterr().out.split()))
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "docs" / "artefacts.md").read_text(), re.MULTILINE)
+    documented = [code for code, whose in rows if whose == "every command" or "`unimiss-simulate`" in whose]
+    assert re.findall(r"(?:^|, )(\d+) ", told) == documented
+
+
+RESEARCH = "import|embed|verify|export|finetune|predict|probe|plan-privacy|audit-privacy"
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem
+)
+def test_a_command_with_arguments_that_a_page_names_is_one(page: Path) -> None:
+    """Brackets stand about what may be left out, and a kind of export is called FORM, or one of several."""
+    for told in re.findall(rf"`unimiss ((?:{RESEARCH}) [^`]*)`", page.read_text(encoding="utf-8")):
+        if re.search(r" --\S+$", told):  # names the option, and no value
+            continue
+        typed = re.sub(r"--to \S+", "--to onnx", told.replace("[", "").replace("]", ""))
+        research_command._parser().parse_args(shlex.split(typed))

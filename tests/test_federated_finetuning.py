@@ -201,6 +201,10 @@ def test_the_model_is_judged_on_public_scans_as_its_own_probabilities_say(
     folder = RunFolder(out)
     figures = judge(folder, [tmp_path / "public.npz"], study, folder.load(1).teacher, is_last=True)["public"]
     assert figures["auc"] == pytest.approx(expected)
+    overflows = {name: torch.full_like(tensor, 3e38) for name, tensor in folder.load(1).teacher.items()}  # each finite
+    figures = judge(folder, [tmp_path / "public.npz"], study, overflows, is_last=False)["public"]
+    assert (figures["auc"], figures["gain"]) == (None, None)
+    assert figures["reason"] == "the model's answers are not finite: it diverged"
     np.savez(tmp_path / "other.npz", scans=scans.numpy(), labels=np.array(["ill"] * 12), patients=names)
     with pytest.raises(ConfigError, match="no class of the study, as 'ill'"):
         judge(folder, [tmp_path / "other.npz"], study, folder.load(1).teacher, is_last=True)

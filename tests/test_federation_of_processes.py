@@ -59,6 +59,11 @@ def test_all_rounds_are_finished_with_every_site(run: Run) -> None:
     assert told == [dict.fromkeys(SITES, "ok")] * 2
 
 
+def test_the_operator_sees_what_the_server_app_says(run: Run) -> None:
+    """A process of SuperLink's own, whose screen is a log."""
+    assert "\nthere was no finished round to resume: a new run begins\n" in run.federation.coordinator.log.read_text()
+
+
 def test_the_model_is_signed_by_the_coordinator_and_by_nobody_else(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

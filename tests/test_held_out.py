@@ -143,6 +143,25 @@ def test_sites_that_told_a_figure_once_do_not_choose_the_round() -> None:
     assert validation.best_of(easy) == validation.Best(0, pytest.approx(0.6), 3)
 
 
+@pytest.mark.parametrize(
+    ("later", "best"),
+    [
+        ({"c": 0.1}, 4),
+        ({"c": 1.0, "d": 1.0}, 4),
+        ({"c": 1.0, "d": 1.0, "e": 1.0, "f": 1.0}, 4),
+        ({"a": 1.0, "c": 1.0, "d": 1.0}, 4),
+        ({"c": 0.5, "d": 0.5, "e": 0.5, "f": 0.5, "g": 0.5}, 5),
+        ({"a": 0.95, "b": 0.95, "c": 0.1}, 5),
+    ],
+    ids=["another", "others", "twice as many", "half, and others", "more than twice as many", "both"],
+)
+def test_the_best_round_is_not_given_up_for_the_word_of_other_sites(later: dict[str, float], best: int) -> None:
+    """Unless they are so many that it was the word of a few: patients differ from site to site."""
+    found = validation.best_of({4: {"a": 0.9, "b": 0.91}, 5: later})
+    assert found is not None
+    assert found.round == best
+
+
 def test_figures_that_the_study_did_not_ask_for_are_in_no_report(run: Run, tmp_path: Path) -> None:
     """A site tells them all the same."""
     for study in (task_study(3), masks_study(), None):
@@ -230,8 +249,12 @@ def test_a_scan_that_cannot_be_asked_about_costs_the_figure_and_not_the_round(
 def test_a_model_that_answers_no_numbers_is_not_ranked_by_the_order_of_the_table(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out.Inference, "chances", lambda _, __, scans: np.full((len(scans), 2), np.nan))
-    assert measured_by(opened(run.sites[0], run.study)) == {}
+    heard, answers = list[str](), lambda _, x: torch.full((len(x), 2), torch.nan)
+    monkeypatch.setattr("unimiss_core.tasks.TaskModel.forward", answers)
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        assert measured_by(opened(run.sites[0], run.study)) == {}
+    assert len(heard) == 1
+    assert heard[0].startswith("north: does not measure the shared model: its answers are not all numbers")
 
 
 def test_a_figure_of_a_few_patients_is_told_to_nobody(tmp_path: Path) -> None:

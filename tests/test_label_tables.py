@@ -1,4 +1,6 @@
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +313,35 @@ def test_several_seeds_may_train_on_the_patients_of_one_split() -> None:
     one, other = (split_cases(cases, folds(0, seed=seed, drawn_by=1)) for seed in (2, 3))
     assert one == other == split_cases(cases, folds(0, seed=1))
     assert one != split_cases(cases, folds(0, seed=2))
+
+
+@pytest.mark.parametrize(("share", "count"), [(s / 100, 100) for s in range(1, 96, 3)] + [(0.3, 7), (0.07, 300)])
+def test_as_many_patients_validate_as_the_share_says(share: float, count: int) -> None:
+    """Rounded up; and of a class of a quarter of them as large a share, to one patient."""
+    cases = [replace(case, part="train") for case in patients(count)]
+    config = configured(Path(), MASKS, {"table": "t.csv"}, split={"name": "given", "validation": share})
+    owners = {case.patient: case.target for case in split_cases(cases, config)["validation"]}
+    whole = round(share * 100) * count
+    assert len(owners) == -(-whole // 100)
+    assert sum(target == (1,) for target in owners.values()) == pytest.approx(whole / 400, abs=1)
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 5, 10])
+def test_a_share_of_one_in_n_is_every_nth_patient_as_it_was_dealt_before(every: int) -> None:
+    """So that results with these shares stay those of their seeds; a third is not written so, and rounds."""
+    cases = [replace(case, part="train") for case in patients(90)]
+    config = configured(Path(), BINARY, {"table": "t.csv"}, split={"name": "given", "validation": 1 / every})
+    found = {case.patient for case in split_cases(cases, config)["validation"]}
+    owners = {case.patient: case.target for case in cases}
+    order = sorted(owners, key=lambda p: (owners[p] == (0,), hashlib.sha256(f"0/{p}".encode()).digest()))  # rare first
+    assert found == set(order[::every])
+
+
+def test_a_share_that_leaves_nobody_to_train_is_refused() -> None:
+    cases = [replace(case, part="train") for case in patients(5, rare=2)]
+    config = configured(Path(), BINARY, {"table": "t.csv"}, split={"name": "given", "validation": 0.9})
+    with pytest.raises(ConfigError, match="split: nobody is left for train; give more patients, or other shares"):
+        split_cases(cases, config)
 
 
 def test_a_class_that_a_part_lacks_is_told_with_the_fold() -> None:

@@ -161,11 +161,17 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
         assert told in heard.err, heard.err
         assert "PATIENT-" not in heard.err + heard.out
 
-    refused("is neither 'scratch', nor a checkpoint's folder", str(tmp_path / "nowhere"), "--data", root)
+    nowhere = str(tmp_path / "nowhere")
+    refused(f"CHECKPOINT {nowhere}: is neither 'scratch', nor a checkpoint's folder", nowhere, "--data", root)
     refused("--data", "scratch", "--data", str(tmp_path / "nowhere"))
     refused("nowhere: is no folder", "scratch", "--data", table, "--root", str(tmp_path / "nowhere"))
     refused("has no column kind; give --scan, --label or --patient", "scratch", "--data", table, "--label", "kind")
     refused("holds one class alone", "scratch", "--data", write(tmp_path / "one.csv", "scan,label,patient\na.png,x,1"))
+    header = write(tmp_path / "header.csv", "scan,label,patient\n")
+    refused("table header.csv: holds no rows", "scratch", "--data", header)
+    refused("table void.csv: holds no rows", "scratch", "--data", write(tmp_path / "void.csv", ""))
+    bare = write(tmp_path / "bare.csv", "scan,label,patient\na.png,x,1\nb.png,,2\nc.png,y,3\nd.png, ,4\n")
+    refused("table bare.csv: 2 line(s) have no label in column 'label', as line 3", "scratch", "--data", bare)
     torn = "scan,label,patient,split\na.png,x,1,train\nb.png,y,1,test"
     refused("1 patient(s) stand in the test part and in another", "scratch", "--data", write(tmp_path / "b.csv", torn))
     refused("needs a group named patient", "scratch", "--data", root, "--patient-pattern", "x")
@@ -181,6 +187,34 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
     refused("is no MedMNIST .npz", "scratch", "--data", str(tmp_path / "x.npz"))
     assert main(["probe", "scratch", "--data", table, "--root", root]) == 0
     assert "no figure: a class has only 3 patients, at least 5 are needed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ("t.csv", ("--patient-pattern", "(")),
+        ("pictures", ("--root", "pictures")),
+        ("pictures", ("--label", "label")),
+        ("pictures", ("--scan", "s", "--patient", "p")),
+        ("x.npz", ("--modality", "CT")),
+        ("x.npz", ("--root", "pictures")),
+        ("x.yaml", ("--patient-pattern", "(?P<patient>p)")),
+        ("x.yaml", ("--modality", "CT")),
+        ("x.yaml", ("--label", "kind")),
+    ],
+)
+def test_an_option_that_says_nothing_about_the_data_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str, options: tuple[str]
+) -> None:
+    pictures(tmp_path, 6)
+    write(tmp_path / "x.npz", "no archive")
+    write(tmp_path / "x.yaml", "no: file")
+    monkeypatch.chdir(tmp_path)
+    assert main(["probe", "scratch", "--data", data, *options]) == 2
+    kind = {"t.csv": "a table", "pictures": "a folder", "x.npz": "a MedMNIST file", "x.yaml": "a fine-tuning's file"}
+    named = " and ".join(option for option in options if option.startswith("--"))
+    told = f"{named}: of no use where --data is {kind[data]}; leave it out"
+    assert told in capsys.readouterr().err
 
 
 def write(path: Path, text: str) -> str:

@@ -3,14 +3,18 @@
 import fcntl
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from client import accounting
 from client.cache import open_private_library
+from client.phantoms import PhantomConfig, write_hospital
+from client.pictures import write_png
 from client.site_config import SiteTraining, load_site
 from server.coordinator_config import load_coordinator
-from server.simulate import Simulation, _write_site, prepare, read_simulation, simulate
+from server.simulate import Simulation, _probe_file, _write_site, prepare, read_simulation, simulate
+from unimiss_core import progress
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Rank
@@ -151,3 +155,89 @@ def test_a_second_run_in_the_folder_is_refused_before_anything_is_written(tmp_pa
         with pytest.raises(ConfigError, match="another coordinator is at work in it"):
             simulate(tmp_path / "simulation.yaml", out)
     assert [path.name for path in out.iterdir()] == ["run.lock"]
+
+
+# ------------------------------------------------------------------------------------------------------------ probes
+
+
+def probed(tmp_path: Path, *, rank: Rank = 2, **table: object) -> tuple[dict[str, str], list[str]]:
+    """Patient -> label of a probe of tmp_path's scans and t.csv, and what was said."""
+    source = {"folder": "scans", "table": {"path": "t.csv", "patient": "who", **table}}
+    probe = {"name": "p", "data": [source], "rank": rank, "label": "ill"}
+    simulation = simulated(tmp_path)
+    path = tmp_path / "simulation.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "probe": [probe]}))
+    simulation, heard = read_simulation(path), list[str]()
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        file = _probe_file(simulation.config.probe[0], simulation.study, tmp_path, tmp_path / "out")
+    with np.load(file) as held:
+        return dict(zip(held["patients"].tolist(), held["labels"].tolist(), strict=True)), heard
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (count, 40, 44), dtype=np.uint8)
+    (folder / "scans" / "a").mkdir(parents=True)
+    for number in range(count):
+        write_png(folder / "scans" / "a" / f"{number}.png", noise[number])
+
+
+@pytest.mark.parametrize(
+    ("start", "file", "label"),
+    [
+        ("", "a/{}.png", "{}"),
+        ("\ufeff", "a/{}.png", "{}"),
+        ("", "./a/{}.png", "{}"),
+        ("", "a/{}.png ", " {} "),
+        ("", "a//{}.png", "{}"),
+    ],
+    ids=["plain", "with a byte order mark", "from here", "with blanks", "with a slash twice"],
+)
+def test_a_probe_finds_the_labels_of_all_scans_that_a_site_finds(
+    tmp_path: Path, start: str, file: str, label: str
+) -> None:
+    write_pictures(tmp_path, 4)
+    lines = [f"{file.format(number)},{label.format('yn'[number % 2])},p{number}" for number in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join([f"{start}file,ill,who", *lines]), encoding="utf-8")
+    found, heard = probed(tmp_path)
+    assert sorted(found.values()) == ["n", "n", "y", "y"]
+    assert heard == ["reading the labelled scans of p"]
+
+
+def test_a_probe_says_how_many_scans_have_no_label(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 4)
+    (tmp_path / "t.csv").write_text("file,ill,who\na/0.png,y,p0\na/1.png,,p1\na/2.png, ,p2\na/3.png,n,p3\n")
+    found, heard = probed(tmp_path)
+    assert sorted(found.values()) == ["n", "y"]
+    assert "p: left out 2 of 4 scans of rank 2, which have no label in column 'ill'" in heard
+
+
+def test_a_series_may_be_listed_by_its_folder(tmp_path: Path) -> None:
+    raw = {"kind": "ct", "patients": 2, "volume_shape": [16, 32, 36], "volume_spacing_mm": [16.0, 10.0, 10.0]}
+    write_hospital(parse(PhantomConfig, raw, where=""), tmp_path / "scans")
+    folders = sorted(path.relative_to(tmp_path / "scans") for path in (tmp_path / "scans" / "scans").iterdir())
+    lines = [f"{folder.as_posix()}/,{label},{folder.name}" for folder, label in zip(folders, "yn", strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,ill,who", *lines]))
+    found, _ = probed(tmp_path, rank=3)
+    assert sorted(found.values()) == ["n", "y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("file,il,who\na/0.png,y,p\n", r"no column 'ill' \(did you mean 'il'\?\)"),
+        ("file,ill,who\n", "holds no rows"),
+        ("file,ill,who\na/0.png,y,p\n./a/0.png,n,p\n", "line 3: lists a file again with another 'ill'"),
+    ],
+)
+def test_a_probes_table_is_read_as_a_sites(tmp_path: Path, text: str, told: str) -> None:
+    write_pictures(tmp_path, 1)
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        probed(tmp_path)
+
+
+def test_rows_that_the_filter_leaves_out_give_a_probe_no_label(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 1)
+    (tmp_path / "t.csv").write_text("file,ill,who,reader\na/0.png,y,p,A\na/0.png,n,p,B\n")
+    found, _ = probed(tmp_path, where={"reader": ["A"]})
+    assert list(found.values()) == ["y"]

@@ -352,3 +352,12 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, hospitals: Path
     assert "Traceback" not in err
     assert run(config, out, "--resume") == 0
     assert [row["round"] for row in rows(out)] == [1, 2]
+
+
+def test_a_simulation_whose_only_site_holds_nothing_ends_as_its_help_says(
+    hospitals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    sites = [{"name": "empty", "data": [{"folder": "empty"}]}]
+    assert run(simulation(tmp_path, hospitals, sites=sites), tmp_path / "out") == 5
+    assert "no_usable_scans" in capsys.readouterr().err

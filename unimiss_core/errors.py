@@ -12,7 +12,7 @@ UnimissError            1  anything below that has no code of its own
 ├── AuditError          8  what was done cannot be written down, or the log of it is damaged
 ├── PolicyError         1  a study asks for more than the site's policy allows; nothing was read for it
 ├── PrivacyBudgetError  1  a round would cost patients, or sites, more than is allowed; nothing was read for it
-├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken
+├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken, or a model answers them
 ├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
 ├── MemoryTooSmallError 1  a device cannot hold a training step on a single scan
 ├── ExportError         1  an exported model does not answer as the one that it was made of; nothing of it was left
@@ -89,7 +89,8 @@ class PrivacyBudgetError(UnimissError):
 
 
 class NonFiniteLossError(UnimissError):
-    """A training step met NaN or infinity; nothing was changed by it, and the next batch may be tried."""
+    """A training step met NaN or infinity; nothing was changed by it, and the next batch may be tried. Or a model that
+    is asked answers with them; nothing is made of its answers."""
 
 
 class DeviceError(UnimissError):
