@@ -10,7 +10,7 @@ It listens to `unimiss_core.progress` and changes nothing about the run. Events 
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from server.wording import counted, duration, printable, significant
 from unimiss_core import checkpoint, progress
-from unimiss_core.figures import COLLAPSE_WAY_OUT
+from unimiss_core.figures import COLLAPSE_WAY_OUT, STEPS_THAT_TEACH
 from unimiss_core.progress import Collapsed, Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
 
 LASTING = frozenset(("no_labels",))
@@ -90,8 +90,8 @@ class Tally:
     """Sites whose update counted in this round."""
     losses: list[Mapping[str, float]] = field(default_factory=list)
     """Mean loss by site, of each round."""
-    collapsed: dict[str, int] = field(default_factory=dict)
-    """The last round in which a site showed signs of collapse."""
+    collapsed: dict[str, Collapsed] = field(default_factory=dict)
+    """The last sign of collapse that a site showed."""
     _steps: dict[str, float] = field(default_factory=dict)
     _missed: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(site, why) -> finished rounds in which it did not count."""
@@ -116,7 +116,7 @@ class Tally:
                 self.counting += counts
                 self._causes[event.site] = "" if counts else _status(event)
             case Collapsed():
-                self.collapsed[event.site] = event.round
+                self.collapsed[event.site] = event
             case RoundDone():
                 silent = [
                     SiteReplied(event.round, site, "absent", "no reply in time")
@@ -171,11 +171,8 @@ class Tally:
             moved = [f"{printable(site)} {significant(first[site])} to {significant(last[site])}" for site in shared]
             start = "first round" if self._first_round == 1 else f"round {self._first_round}"
             lines.append(f"Mean loss, {start} to last: {', '.join(moved)}.")
-        if fallen := [printable(site) for site, last in sorted(self.collapsed.items()) if last == self.rounds_done]:
-            lines.append(
-                f"Collapsed in round {self.rounds_done}, so that nothing is learned: {', '.join(fallen)}; "
-                f"{COLLAPSE_WAY_OUT}."
-            )
+        if fallen := [last for _, last in sorted(self.collapsed.items()) if last.round == self.rounds_done]:
+            lines.append(_nothing_learned(fallen))
         return lines
 
     def _missed_so_far(self) -> Counter[tuple[str, str]]:
@@ -315,6 +312,16 @@ class _Words(ProgressColumn):
     def render(self, task: Task) -> Text:
         words = task.fields[self._field]
         return words if isinstance(words, Text) else Text(str(words))
+
+
+def _nothing_learned(last: Sequence[Collapsed]) -> str:
+    """last: of each site whose last round told no scan from another."""
+    sites, steps = ", ".join(printable(one.site) for one in last), max(one.steps for one in last)
+    if steps < STEPS_THAT_TEACH:
+        return (
+            f"Too short to learn, {steps} of some {STEPS_THAT_TEACH} steps: all scans of {sites} still get one answer."
+        )
+    return f"Collapsed in round {last[0].round}, so that nothing is learned: {sites}; {COLLAPSE_WAY_OUT}."
 
 
 def _preparation(event: Preparing) -> str:

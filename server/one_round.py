@@ -240,7 +240,8 @@ class OneRound:
             progress.report(progress.Note(f"{answer.site}: {skipped:g} batches gave NaN or infinity and were skipped"))
         for sign in signs_in_round(self._study, answer.round, answer.diagnostics):
             log.warning("round=%d site=%s collapse: %s", answer.round, answer.site, sign)
-            progress.report(progress.Collapsed(self._round, answer.site, sign))
+            steps = answer.round * self._study.schedule.local_steps
+            progress.report(progress.Collapsed(self._round, answer.site, sign, steps))
 
     def _is_quorate(self) -> bool:
         return len(self.counted) >= self._config.min_replies

@@ -10,8 +10,8 @@ from server.charts import Compared, Estimate, Reference, Series
 from server.markup import Html, joined, tag
 from server.report_pieces import card_table, caution, grid, in_words, legend, note, section, whole
 from server.wording import listed
+from unimiss_core.figures import STEPS_THAT_TEACH
 
-STEPS_THAT_TEACH = 800
 """Optimiser steps of a site below which the published recipe has not left the uniform answer in our pilots."""
 
 _COLUMNS = ("Task", "Input", "Scans", "Positive", "Bare pixels", "Before", "After", "Change")

@@ -8,6 +8,7 @@ from server.artefacts import Artefacts, SiteRecord
 from server.markup import Html, joined, tag
 from server.report_pieces import because, card_table, caution, labelled, lines, note, number, section, whole
 from server.wording import byte_count, counted, duration, listed
+from unimiss_core.figures import STEPS_THAT_TEACH
 
 _SCANS = {"2d": "image", "3d": "volume"}
 _COLUMNS = ("Site", "Trains on", "Scans", "Rounds", "Steps", "To the site", "From the site", "Time")
@@ -68,6 +69,10 @@ def _end(run: Artefacts) -> str:
 def _collapse(run: Artefacts) -> list[str]:
     if not (sites := list(run.collapsed())):
         return []
+    assert run.study is not None
+    if (steps := run.rounds[-1].round * run.study.schedule.local_steps) < STEPS_THAT_TEACH:
+        said = f": after {steps} of some {STEPS_THAT_TEACH} steps all scans of {listed(sites)} still get one answer."
+        return [" ", tag("b", None, "This run is too short to learn"), said]
     said = f": {listed(sites)} last told no scan from another, so nothing is learned there; see Collapse below."
     return [" ", tag("b", None, "The run has collapsed"), said]
 

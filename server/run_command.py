@@ -160,7 +160,7 @@ class _Loop:
         self._children = children
         self._control = control
         self._submission = submission
-        self._watching = Watching(composed.folder, submission.rounds)
+        self._watching = Watching(composed.folder)
         self._registry = registry
         self._since = time.time()
         self._nodes_at = self._written_at = float("-inf")

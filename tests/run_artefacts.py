@@ -52,8 +52,8 @@ def without(record: Mapping[str, Any], status: str, reason: str) -> dict[str, An
     return {**record, **silent, "status": status, "reason": reason}
 
 
-def study(rounds: int, **settings: object) -> StudyConfig:
-    raw = {**settings, "schedule": {"rounds": rounds, "local_steps": 40}, "optimiser": {"warmup_steps": 20}}
+def study(rounds: int, *, local_steps: int = 40, **settings: object) -> StudyConfig:
+    raw = {**settings, "schedule": {"rounds": rounds, "local_steps": local_steps}, "optimiser": {"warmup_steps": 20}}
     return parse(StudyConfig, {"name": "three-hospitals", **raw}, where="")
 
 

@@ -110,14 +110,22 @@ def test_a_site_that_is_still_at_work_is_not_said_to_have_missed_a_round_that_it
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_that_ended_collapsed_says_so_at_its_end_with_a_way_out(terminal: bool) -> None:
     first, second = round_events(1, 2), round_events(2, 2)
-    first.insert(-1, Collapsed(1, "gamma", "image: all targets are alike"))
-    second.insert(-1, Collapsed(2, "beta", "volume: all targets are alike"))
+    first.insert(-1, Collapsed(1, "gamma", "image: all targets are alike", 500))
+    second.insert(-1, Collapsed(2, "beta", "volume: all targets are alike", 1000))
     text = shown([*first, *second], terminal=terminal)
     assert "gamma: image: all targets are alike" in text
     assert text.splitlines()[-1] == (
         "Collapsed in round 2, so that nothing is learned: beta; docs/objectives.md says under Collapse what to try."
     )
     assert "Collapsed in round" not in shown([*first, *round_events(2, 2)], terminal=terminal)
+
+
+def test_a_run_of_few_steps_is_called_too_short_and_not_collapsed() -> None:
+    events = round_events(1, 1)
+    events.insert(-1, Collapsed(1, "beta", "volume: all targets are alike", 100))
+    assert shown(events).splitlines()[-1] == (
+        "Too short to learn, 100 of some 800 steps: all scans of beta still get one answer."
+    )
 
 
 def test_a_log_says_once_that_a_sites_scans_are_ready() -> None:

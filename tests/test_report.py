@@ -117,8 +117,8 @@ def test_skipped_batches_have_a_panel_where_there_are_any(tmp_path: Path, skippe
     assert "skipped" not in section(page, "Collapse").text
 
 
-def collapsed_run(out: Path, *, sites: list[str]) -> Node:
-    """Two rounds of 40 steps, of which 20 are warm-up; at the end the targets of `sites` are uniform."""
+def collapsed_run(out: Path, *, sites: list[str], local_steps: int = 400) -> Node:
+    """Two rounds, of whose steps 20 are warm-up; at the end the targets of `sites` are uniform."""
     records = round_records(2)
     for site in records[1]["sites"]:
         mean = 6.23 if site in sites else 3.0
@@ -128,8 +128,15 @@ def collapsed_run(out: Path, *, sites: list[str]) -> Node:
         }
         if site not in sites:
             records[1]["sites"][site]["diagnostics"]["target_entropy_image"] = 1.0
-    write_run(out, records, rounds=2)
+    write_run(out, records, rounds=2, local_steps=local_steps)
     return report_of(out)
+
+
+def test_a_run_of_few_steps_is_called_too_short_and_not_collapsed(tmp_path: Path) -> None:
+    page = collapsed_run(tmp_path, sites=["beta-ct"], local_steps=50)
+    (verdict,) = page.all("p", **{"class": "verdict"})
+    assert "too short to learn: after 100 of some 800 steps all scans of beta-ct still get one answer" in verdict.text
+    assert "collapsed" not in verdict.text
 
 
 def test_a_collapsed_run_is_called_so_at_its_top_and_with_a_way_out(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,17 +19,13 @@ from server.children import Children
 from server.composition import compose
 from server.contacts import Contacts
 from server.coordinator_config import load_coordinator
-from server.display import Tally
 from server.home import Home
 from server.run_command import alone, runner, stop
-from server.run_folder import RunFolder
 from server.running import Running, children_of, status
 from server.server_command import main
 from server.server_config import ServerConfig
-from server.watching import Watching, tell
 from tests.coordinator_home import approved_site, found_home, write_study
 from tests.run_artefacts import round_records
-from unimiss_core import progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
 
@@ -216,38 +211,6 @@ def test_status_tells_why_a_run_was_stopped(home: Home, tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert "no run is at work" in said
     assert "toy: 0 rounds finished; stopped: too few replied\N{REPLACEMENT CHARACTER}[2J" in said
-
-
-def test_rounds_that_others_finish_are_shown_once(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    first, second, third = round_records(3)
-    folder.append_metrics(first)
-    watching = Watching(folder, 3)
-    told: list[progress.Event] = []
-    look: Callable[[], None] = watching.look
-    with progress.listen(told.append):
-        look()
-        folder.append_metrics(second)
-        look()
-        look()
-        folder.append_metrics(third)
-        look()
-    assert [event.round for event in told if isinstance(event, progress.RoundDone)] == [2, 3]
-    replied = [(event.round, event.site) for event in told if isinstance(event, progress.SiteReplied)]
-    assert replied == [(number, site) for number in (2, 3) for site in sorted(first["sites"])]
-
-
-def test_the_time_of_rounds_that_others_finish_counts_from_the_first_ones_beginning() -> None:
-    """Each is told of when it is over: two of 70 s and 75 s, and 5 s between, take 150 s, and not the last 80."""
-    now = [1000.0]
-    tally = Tally(clock=lambda: now[0])
-    first, second = round_records(2)
-    with progress.listen(lambda event: tally.count(event) and None):
-        tell(first | {"seconds": 70.0}, 2)
-        assert tally.seconds_left() == 70.0
-        now[0] += 80.0
-        tell(second | {"seconds": 75.0}, 2)
-    assert tally.summary()[0] == "Finished 2 of 2 rounds in 2 min 30 s."
 
 
 def test_running_survives_its_own_file(tmp_path: Path) -> None:

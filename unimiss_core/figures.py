@@ -12,6 +12,9 @@ REPRESENTATIONS = ("image", "volume", "slices", "radiograph")
 OF_TARGETS = ("target_entropy", "mean_target_entropy", "feature_std", "effective_rank")
 """By representation; see `unimiss_core.collapse`."""
 COLLAPSE_WAY_OUT = "docs/objectives.md says under Collapse what to try"
+STEPS_THAT_TEACH = 800
+"""Of a site in self-distillation, before differences mean anything: a younger run that tells no scan from another has
+not collapsed, it has hardly begun."""
 
 OF_STEPS = ("grad_norm", "skipped_batches", "global_distance", "own_share")
 

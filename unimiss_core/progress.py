@@ -25,7 +25,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class RoundStarted:
-    """ago_s: how long ago that was, where another process is at work and tells of a round when it is over."""
+    """ago_s: how long ago that was, where another process is at work and tells of it a little later."""
 
     round: int
     rounds: int
@@ -60,11 +60,12 @@ class SiteReplied:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """What a site's figures of a round say: nothing is learned of one kind of scan."""
+    """What a site's figures of a round say: nothing is learned of one kind of scan. steps: of the study, so far."""
 
     round: int
     site: str
     sign: str
+    steps: int
 
 
 @dataclass(frozen=True)
