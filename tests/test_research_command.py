@@ -108,6 +108,19 @@ def test_a_scan_is_embedded_in_the_range_that_training_saw(tmp_path: Path) -> No
     np.testing.assert_allclose(np.load(out)["features"], expected, atol=1e-4)
 
 
+def test_scans_that_do_not_say_what_they_are_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read as anything else, a CT gives other features than training saw."""
+    folder = nano_checkpoint(tmp_path / "round-0001")
+    voxels = np.random.default_rng(0).normal(size=(1, 20, 40, 40)).astype(np.float32)
+    (tmp_path / "scans").mkdir()
+    write_nifti(tmp_path / "scans" / "a.nii.gz", Scan(voxels, (3.0, 2.0, 2.0), "OT"))
+    for given, said in (([], True), (["--modality", "CT"], False), (["--modality", "MR"], False)):
+        out = tmp_path / f"{'-'.join(given)}.npz"
+        assert main(["embed", str(folder), str(tmp_path / "scans"), "--out", str(out), *given]) == 0
+        heard = capsys.readouterr()
+        assert ("1 scan(s) do not say what they are" in heard.out + heard.err) == said
+
+
 def test_paths_stay_out_of_the_result_unless_asked_for(tmp_path: Path) -> None:
     folder = nano_checkpoint(tmp_path / "round-0001")
     source = saved(tmp_path / "scans.npy", np.zeros((1, 1, 64, 64), np.float32))
