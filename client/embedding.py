@@ -153,8 +153,8 @@ def _read_scans(
         progress.report(progress.StepDone("scans", number, len(reading), None))
     reading.explain()
     if unnamed := sum(candidate.modality == "OT" for candidate in reading.found.candidates):
-        told = f"{unnamed} scan(s) do not say what they are; where they are CT, say so: with --modality CT they are read"
-        progress.report(progress.Note(f"{told} in Hounsfield units, as training read CT"))
+        told = f"{unnamed} scan(s) do not say what they are; where they are CT, say so: with --modality CT they are"
+        progress.report(progress.Note(f"{told} read in Hounsfield units, as training read CT"))
 
 
 def _batches(scans: Iterator[_Prepared], size: int) -> Iterator[list[_Prepared]]:

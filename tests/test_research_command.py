@@ -115,7 +115,7 @@ def test_scans_that_do_not_say_what_they_are_are_told(tmp_path: Path, capsys: py
     (tmp_path / "scans").mkdir()
     write_nifti(tmp_path / "scans" / "a.nii.gz", Scan(voxels, (3.0, 2.0, 2.0), "OT"))
     for given, said in (([], True), (["--modality", "CT"], False), (["--modality", "MR"], False)):
-        out = tmp_path / f"{'-'.join(given)}.npz"
+        out = tmp_path / f"features{len(given)}{given[-1:]}.npz"
         assert main(["embed", str(folder), str(tmp_path / "scans"), "--out", str(out), *given]) == 0
         heard = capsys.readouterr()
         assert ("1 scan(s) do not say what they are" in heard.out + heard.err) == said
