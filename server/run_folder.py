@@ -89,6 +89,10 @@ class RunFolder:
         return self.path / "ended.json"
 
     @property
+    def _finished(self) -> Path:
+        return self.path / "finished.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder for what a round keeps on disk until it ends."""
         return self.path / f"updates{durable.PARTIAL}"
@@ -163,7 +167,8 @@ class RunFolder:
         latest, record = self.check(study, resume=resume), record_of(self.path, study)
         for left in (self.scratch, self._pruned):  # gigabytes, where a coordinator was killed
             shutil.rmtree(left, ignore_errors=True)
-        self._stopped.unlink(missing_ok=True)
+        for kept in (self._stopped, self._finished):
+            kept.unlink(missing_ok=True)
         if latest is None:
             if record is not None:
                 record.begin(0, anew=not self._identity.exists())
@@ -205,6 +210,15 @@ class RunFolder:
             return str(json.loads(self._stopped.read_text(encoding="utf-8"))["error"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
+
+    def note_finished(self, round: int) -> None:
+        """Keep that all was done that comes after this round, the study's last, too: until the run is begun again."""
+        durable.write_text(self._finished, json.dumps({"round": round}) + "\n")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `note_finished` was the last that a coordinator did here."""
+        return self._finished.exists()
 
     def note_end(self, run: int, error: UnimissError) -> None:
         """Keep what the ServerApp of a Flower run ended with, for `unimiss-server run`, which is another process."""
