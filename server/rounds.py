@@ -112,6 +112,7 @@ class Federation:
         if state.round == 0 and self._study.task == "pretrain":
             check_adaptation(self._folder.load(0))
         self._tell_of_site_level()
+        self._probe_where_due(state)
         hello = Hello(self._study, self._folder.run)
         while state.round < self._study.schedule.rounds:
             state = self._next_round(state, hello)
@@ -137,6 +138,7 @@ class Federation:
                 after, update_norm, took = self._completed(work, state.round + 1, hello)
                 self._audit.settle()
         self._close(after, update_norm, work.lines, took)
+        self._probe_where_due(after)
         return after
 
     def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[Group, float], float]:
@@ -254,18 +256,24 @@ class Federation:
         figure = figure_of(self._study)
         return None if figure is None else best_in(self._folder.metric_rows(), figure)
 
-    def _probed(self, state: GlobalState) -> dict[str, Any]:
-        """{"probe": figures}; nothing where none is due, or it fails: a trained round is not lost for that."""
-        if self._probe is None or not self._config.is_probed(state.round, self._study.schedule.rounds):
-            return {}
+    def _probe_where_due(self, state: GlobalState) -> None:
+        """Measure the teacher of a finished round, where that is due and not done yet: a round whose probe fails, or is
+        cut off, is not lost for that, and a run that is gone on with makes up for the newest one."""
+        rounds = self._study.schedule.rounds
+        if self._probe is None or not self._config.is_probed(state.round, rounds):
+            return
+        if not any(
+            row["round"] == state.round and "probe" not in row.get("global", {}) for row in self._folder.metric_rows()
+        ):
+            return  # the initial weights have no line
         try:
-            return {"probe": self._probe(state.teacher, is_last=state.round == self._study.schedule.rounds)}
+            figures = self._probe(state.teacher, is_last=state.round == rounds)
+            self._folder.add_to_metrics(state.round, {"probe": figures})
         except Exception as error:
             log.error("the probe failed: %s", where(error))
             progress.report(
                 progress.Note(f"the probe of round {state.round} failed; the log says where. Nothing is lost")
             )
-            return {}
 
     def _close(
         self, state: GlobalState, update_norm: Mapping[Group, float], lines: Mapping[str, SiteRound], took: float
@@ -282,7 +290,6 @@ class Federation:
         }
         if self._record is not None:
             row["global"]["site_epsilon"] = self._record.epsilon()
-        row["global"] |= self._probed(state)
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
         self._ledgers.note(state.attendance.ledgers)

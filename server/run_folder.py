@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -200,6 +200,16 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def add_to_metrics(self, round: int, figures: Mapping[str, Any]) -> None:
+        """Put figures of the model into the line of a round that is finished already. Raises ValueError: one of them is
+        not finite."""
+        json.dumps(figures, allow_nan=False)
+        rows = self.metric_rows()
+        for row in rows:
+            if row["round"] == round:
+                row.setdefault("global", {}).update(figures)
+        self._write_metrics(rows)
+
     def note_stop(self, facts: Mapping[str, Any]) -> None:
         """Keep why the run ended before its last round, until it is gone on with."""
         durable.write_text(self._stopped, json.dumps(facts, sort_keys=True) + "\n")
@@ -286,8 +296,10 @@ class RunFolder:
         durable.write_text(self._identity, json.dumps({"run": secrets.token_hex(8)}) + "\n")
 
     def _forget_rounds_after(self, round: int) -> None:
-        kept = [row for row in self.metric_rows() if row["round"] <= round]
-        durable.write_text(self.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
+        self._write_metrics([row for row in self.metric_rows() if row["round"] <= round])
+
+    def _write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        durable.write_text(self.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
 def folder_of(config: CoordinatorConfig) -> RunFolder:
