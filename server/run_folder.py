@@ -233,6 +233,7 @@ class RunFolder:
     def note_end(self, run: int, error: UnimissError) -> None:
         """Keep what the ServerApp of a Flower run ended with, for `unimiss-server run`, which is another process."""
         facts = {"run": run, "error": str(error), "exit_code": error.exit_code, "resumes": error.resumes}
+        facts["round"] = self._rounds_done()
         durable.write_text(self._ended, json.dumps(facts, sort_keys=True) + "\n")
 
     def how_it_ended(self, run: int) -> dict[str, Any]:
@@ -244,13 +245,16 @@ class RunFolder:
         return facts if isinstance(facts, dict) and facts.get("run") == run else {}
 
     def why_its_last_try_ended(self) -> str:
-        """Of whichever Flower run; empty where a round was finished since, or no ServerApp said so."""
+        """Of whichever Flower run; empty where a round was finished since, or the run, or no ServerApp said so."""
         try:
-            if self.metrics.exists() and self.metrics.stat().st_mtime_ns >= self._ended.stat().st_mtime_ns:
-                return ""
-            return str(json.loads(self._ended.read_text(encoding="utf-8"))["error"])
+            facts = json.loads(self._ended.read_text(encoding="utf-8"))
+            return "" if self.is_finished or self._rounds_done() > facts["round"] else str(facts["error"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
+
+    def _rounds_done(self) -> int:
+        """A line of metrics beyond it is of a round that was cut off."""
+        return max(checkpoint.numbered(self.checkpoints), default=0)
 
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
@@ -299,7 +303,10 @@ class RunFolder:
         self._write_metrics([row for row in self.metric_rows() if row["round"] <= round])
 
     def _write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        durable.write_text(self.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+        """Nothing is written where nothing changes."""
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        if not self.metrics.exists() or self.metrics.read_text(encoding="utf-8") != text:
+            durable.write_text(self.metrics, text)
 
 
 def folder_of(config: CoordinatorConfig) -> RunFolder:
