@@ -15,6 +15,7 @@ from unimiss_core.checkpoint import Manifest
 from unimiss_core.embedding import encoder_of
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.exported import ExportedConfig
+from unimiss_core.gaussian_privacy import gaussian_epsilon
 from unimiss_core.keys import SigningPublicKey
 from unimiss_core.network import check_tensors, empty_network
 from unimiss_core.privacy import mechanisms
@@ -133,11 +134,15 @@ def _record_of(folder: Path, manifest: Manifest) -> tuple[StudyConfig | None, Tr
 
 
 def _spent(study: StudyConfig | None, rounds: int, counted: TrainedBy | None) -> float | None:
-    """Of a patient the dearest that a site's can have cost, by the study's own numbers; of a site what its run says."""
+    """Of a patient the dearest that a site's can have cost, by the study's own numbers; of a site what its run says,
+    which may have lost lines, and never less than one release for each round comes to."""
     if study is None or study.privacy.mode == "none":
         return None
     if study.privacy.mode == "site":
-        return None if counted is None else counted.site_epsilon
+        if counted is None or counted.site_epsilon is None:
+            return None
+        promise = study.privacy
+        return max(counted.site_epsilon, gaussian_epsilon(promise.noise_multiplier, rounds, promise.delta))
     taken = range(1, rounds + 1)
     with suppress(ConfigError):  # too much to be told
         delta = study.privacy.delta

@@ -64,7 +64,7 @@ def group_weights(scans: Mapping[Rank, int], groups: Collection[Group], weightin
 
 
 def largest_product(config: AggregationConfig) -> float:
-    """Bound on |w_ig * value| over all updates that can be admitted."""
+    """Bound on |w_ig * value| over all updates that can be admitted; a study is refused above LARGEST_SUMMAND."""
     (weight,) = group_weights({2: config.max_scans, 3: 0}, ["2d"], config.weighting).values()
     return config.max_update_norm * weight
 

@@ -1,28 +1,32 @@
 """What a run left in its output folder, read back; docs/artefacts.md says what each file holds.
 
 A run may have been stopped at any moment, so any file may be missing or end in mid-line. Reading never
-fails for that: what cannot be read is left out and named in `Artefacts.gaps`, one sentence each.
+fails for that: what cannot be read is left out and named in `Artefacts.gaps`, one sentence each. A figure that cannot
+be right is left out alone: what one site wrote costs nobody else's figures, and no round.
 """
 
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from server.released_rounds import record_of
+from server.wording import counted
 from unimiss_core.collapse import signs_in_round
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
-from unimiss_core.wire import LARGEST_FIGURE
+from unimiss_core.wire import LARGEST_COUNT, LARGEST_FIGURE, LONGEST_S
 
 ReadT = TypeVar("ReadT")
+RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 def _measured(raw: Any) -> Any:
@@ -38,8 +42,8 @@ def _is_diverged(value: Any) -> bool:
 
 
 Figures = Annotated[Mapping[str, float], BeforeValidator(_measured)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST_S)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Difference = Annotated[float, Field(ge=-1, le=1)]
 
@@ -136,6 +140,8 @@ class Artefacts:
     after: Mapping[str, ProbeRecord]
     gaps: tuple[str, ...]
     stop: StopRecord | None = None
+    released: tuple[int, ...] = ()
+    """Only under site-level privacy: the round of each release, in the order in which they were made."""
 
     @property
     def counts_are_told(self) -> bool:
@@ -178,14 +184,18 @@ def read_artefacts(out: Path) -> Artefacts:
     """Everything in `out` that a report shows. Raises nothing for missing or damaged files."""
     gaps: list[str] = []
     report = out / "report"
+    study = _read(out / "study.yaml", lambda path: load(StudyConfig, path), gaps)
     return Artefacts(
-        study=_read(out / "study.yaml", lambda path: load(StudyConfig, path), gaps),
+        study=study,
         rounds=_read(out / "metrics.jsonl", lambda path: _rounds(path, gaps), gaps) or (),
         views={path.stem.removeprefix("views-"): path.read_bytes() for path in sorted(report.glob("views-*.png"))},
         projections=_read_if_present(report / "probe-projection.npz", _projections, gaps),
         before=_read_if_present(report / "probe-before.json", _probe, gaps),
         after=_read_if_present(report / "probe-after.json", _probe, gaps),
-        stop=_read(out / "stopped.json", _stop, gaps) if (out / "stopped.json").exists() else None,
+        stop=_read(out / "stopped.json", lambda path: _stop(path, gaps), gaps)
+        if (out / "stopped.json").exists()
+        else None,
+        released=_released(out, study, gaps),
         gaps=tuple(gaps),
     )
 
@@ -211,7 +221,7 @@ def _rounds(path: Path, gaps: list[str]) -> tuple[RoundRecord, ...]:
     by_number: dict[int, RoundRecord] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            record = RoundRecord.model_validate(json.loads(line))
+            record = _as_far_as_right(RoundRecord, json.loads(line), f"Line {number} of {path.name}", gaps)
         except ValueError:
             gaps.append(f"Line {number} of {path.name} is damaged or incomplete and was left out.")
         else:
@@ -219,8 +229,50 @@ def _rounds(path: Path, gaps: list[str]) -> tuple[RoundRecord, ...]:
     return tuple(by_number[number] for number in sorted(by_number))
 
 
-def _stop(path: Path) -> StopRecord:
-    return StopRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+def _as_far_as_right(kind: type[RecordT], raw: Any, told_of: str, gaps: list[str]) -> RecordT:
+    """The record without what cannot be right in it; without a site's line where that lacks its status. Raises
+    ValueError: then there is none."""
+    wrong = 0
+    while True:
+        try:
+            record = kind.model_validate(raw)
+        except ValidationError as error:
+            wrong += len(places := {_place_of(one["type"], one["loc"]) for one in error.errors()})
+            for place in sorted(places, key=len, reverse=True):
+                _take_out(raw, place)
+        else:
+            if wrong:
+                gaps.append(f"{told_of}: {counted(wrong, 'figure')} cannot be right and {_left_out(wrong)}.")
+            return record
+
+
+def _place_of(error: str, place: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Of what must go, for the rest to be right: what lacks something, or is wrong itself."""
+    return tuple(place[:-1] if error == "missing" else place)
+
+
+def _take_out(raw: Any, place: Sequence[int | str]) -> None:
+    """Raises ValueError: it is no part of what the record says of a site or of the model, but the record's own."""
+    if len(place) < 2:
+        raise ValueError
+    for key in place[:-1]:
+        raw = raw[key]
+    raw.pop(place[-1], None)
+
+
+def _left_out(wrong: int) -> str:
+    return "was left out" if wrong == 1 else "were left out"
+
+
+def _stop(path: Path, gaps: list[str]) -> StopRecord:
+    return _as_far_as_right(StopRecord, json.loads(path.read_text(encoding="utf-8")), path.name, gaps)
+
+
+def _released(out: Path, study: StudyConfig | None, gaps: list[str]) -> tuple[int, ...]:
+    """Nothing where the study promises no site-level privacy, or there is no record."""
+    if study is None or (record := record_of(out, study)) is None or not (path := out / "released.json").exists():
+        return ()
+    return _read(path, lambda _: tuple(record.rounds), gaps) or ()
 
 
 def _probe(path: Path) -> Mapping[str, ProbeRecord]:

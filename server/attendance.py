@@ -70,9 +70,10 @@ class Attendance:
     def usual_size(self, round: int) -> float | None:
         """The median size of updates that counted before `round`; None where too few have to tell.
 
-        Those of `round` itself do not matter, so that the order in which they arrive does not.
+        Those of `round` itself do not matter, so that the order in which they arrive does not. Nor do updates of zeros:
+        beside one that changed nothing every other is infinitely large.
         """
-        sizes = [size for earlier, found in self.sizes.items() if earlier < round for size in found]
+        sizes = [size for earlier, found in self.sizes.items() if earlier < round for size in found if size > 0]
         return statistics.median(sizes) if len(sizes) >= LEAST_SIZES else None
 
     def facts(self) -> dict[str, Any]:

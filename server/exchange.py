@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,19 @@ def pulled(grid: Grid, message_id: str) -> Reply | None:
         log.warning("a reply cannot be read: %s", where(error))
         return Reply(None)
     return None if found is None else Reply(found)
+
+
+@contextmanager
+def read_or_malformed() -> Iterator[None]:
+    """For what is made of one site's reply before any of it counts: whatever that raises costs the site its round, and
+    never the run. The log says where, and nothing that the site wrote. Raises WireError."""
+    try:
+        yield
+    except WireError:
+        raise
+    except Exception as error:
+        log.warning("a reply cannot be read: %s", where(error))
+        raise WireError("malformed", "the reply cannot be read") from None
 
 
 def content_of(reply: Reply) -> Any:

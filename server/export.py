@@ -7,7 +7,7 @@ from pathlib import Path
 from server.artefacts import read_artefacts
 from server.founding import Note, unnoted
 from server.home import Home
-from server.model_card import model_card
+from server.model_card import model_card, site_epsilon_by
 from unimiss_core import checkpoint, durable, keys, trained_by
 from unimiss_core.checkpoint import MANIFEST, SIGNATURE, STUDENT, TEACHER
 from unimiss_core.config import load
@@ -38,10 +38,12 @@ def export(home: Home, study: str, out: Path, *, round: int | None = None, note:
             if told.digest() != found.study_digest:
                 raise CheckpointError(f"{source}: is of another study than {run / STUDY}; put back the file as it was")
             shutil.copyfile(run / STUDY, partial / STUDY)
-            card = model_card(found, told, read_artefacts(run), signed_by=keys.fingerprint(key))
+            artefacts = read_artefacts(run)
+            card = model_card(found, told, artefacts, signed_by=keys.fingerprint(key))
             (partial / CARD).write_text(card, encoding="utf-8")
             if (counted := trained_by.of_run(run, found.round)) is not None:
-                trained_by.write(partial, counted)
+                paid = site_epsilon_by(told, found.round, artefacts)
+                trained_by.write(partial, counted.model_copy(update={"site_epsilon": paid}))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
     digest = hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()

@@ -7,6 +7,8 @@ from server.artefacts import Artefacts
 from server.wording import counted
 from unimiss_core.card_wording import literally, plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.checkpoint import Manifest
+from unimiss_core.gaussian_privacy import gaussian_epsilon
+from unimiss_core.privacy_config import SitePrivacyConfig
 from unimiss_core.study import StudyConfig
 
 
@@ -83,5 +85,18 @@ def _how_it_is_used(study: StudyConfig) -> str:
 
 def privacy_in_words(study: StudyConfig, round: int, run: Artefacts) -> str:
     """What the study promises of the patients or sites that it was trained on."""
-    paid = [one.whole.site_epsilon for one in run.rounds if one.round <= round and one.whole.site_epsilon is not None]
-    return promise_in_words(study, max(paid, default=None))
+    return promise_in_words(study, site_epsilon_by(study, round, run))
+
+
+def site_epsilon_by(study: StudyConfig, round: int, run: Artefacts) -> float | None:
+    """Under site-level privacy: what a site has paid by the release of this round that took part in every one.
+
+    The most that any of these says, so that a line or file that is damaged or lost makes it no less: the metrics, the
+    record of what was released, and that each round was released once.
+    """
+    promise = study.privacy
+    if not isinstance(promise, SitePrivacyConfig):
+        return None
+    told = [one.whole.site_epsilon for one in run.rounds if one.round <= round and one.whole.site_epsilon is not None]
+    noted = max((number for number, one in enumerate(run.released, start=1) if one == round), default=0)
+    return max([gaussian_epsilon(promise.noise_multiplier, max(noted, round), promise.delta), *told])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from server.admission import admit
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import Asked, Exchange, Reply, bytes_of, content_of, status_of
+from server.exchange import Asked, Exchange, Reply, bytes_of, content_of, read_or_malformed, status_of
 from server.global_state import GlobalState
 from server.measured import measured
 from server.quorum import too_few_updates
@@ -197,24 +197,22 @@ class OneRound:
 
     def _admitted(self, reply: Reply, site: Introduction, round: int, line: SiteRound) -> TrainReply:
         """The reply to the request of `round`, if it may count; `line` then says what it held. Raises WireError."""
-        content = content_of(reply)
-        line.bytes_up += num_bytes(content)
-        try:
+        with read_or_malformed():
+            content = content_of(reply)
+            line.bytes_up += num_bytes(content)
             answer = TrainReply.unpack(content, layout_for(site.ranks, self._update_layout), self._study.wire.dtype)
-        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
-            raise WireError("malformed", "the reply cannot be read") from None
-        answer = replace(answer, update=measured(answer.update))
-        self._roster.registration.check_counts(answer)
-        size = admit(
-            answer,
-            asked=site,
-            run=self._run,
-            round=round,
-            study=self._study,
-            study_digest=self._digest,
-            num_values=sum(spec.size for specs in layout_for(site.ranks, self._layout).values() for spec in specs),
-            usual_size=self._state.attendance.usual_size(self._round),
-        )
+            answer = replace(answer, update=measured(answer.update))
+            self._roster.registration.check_counts(answer)
+            size = admit(
+                answer,
+                asked=site,
+                run=self._run,
+                round=round,
+                study=self._study,
+                study_digest=self._digest,
+                num_values=sum(spec.size for specs in layout_for(site.ranks, self._layout).values() for spec in specs),
+                usual_size=self._state.attendance.usual_size(self._round),
+            )
         self._sizes.append(size)
         self._state.attendance.note_ledger(site.site, answer.ledger)
         line.describe(answer)

@@ -11,7 +11,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server.coordinator_config import CoordinatorConfig
-from server.exchange import Reply, introduction_of, pulled, pushed, status_of
+from server.exchange import Reply, introduction_of, pulled, pushed, read_or_malformed, status_of
 from server.patience import Called, Patience
 from server.quorum import is_in_vain, too_few_sites
 from server.registration import Registration
@@ -155,7 +155,8 @@ class Roster:
                 continue
             del self._greeted[message_id]
             try:
-                introduction = introduction_of(reply)
+                with read_or_malformed():
+                    introduction = introduction_of(reply)
                 self.registration.check(introduction, greeted.node)
                 if introduction.site in {site.site for site in self.sites.values()}:
                     raise WireError("name_taken", "another connected site goes by the same name")

@@ -97,23 +97,30 @@ class Federation:
         a resumed run goes on from there. PrivacyBudgetError: under site-level privacy, rounds were released so often
         that another would cost sites more than the study promises.
         """
-        with self._as_config_error(), self._folder.alone(), self._reported():
-            state = self._restore_or_start(resume=resume)
-            self._recall_ledgers(state)
-            if state.round == 0 and self._study.task == "pretrain":
-                check_adaptation(self._folder.load(0))
-            self._tell_of_site_level()
-            hello = Hello(self._study, self._folder.run)
-            while state.round < self._study.schedule.rounds:
-                state = self._next_round(state, hello)
-            begun = self._config.start is not None
-            release_model(self._folder, self._study, round=state.round, from_start=begun)
-            if (best := self._best()) is not None:
-                held = self._folder.checkpoint_of(best.round)
-                where = (
-                    held if held.is_dir() else "its checkpoint is gone, as where the run went back to an earlier one"
-                )
-                progress.report(progress.Note(f"{best.in_words()}: {where}"))
+        with self._as_config_error(), self._folder.alone():
+            try:
+                state = self._to_the_last_round(resume=resume)
+            finally:
+                is_reported = self._write_report()
+            if is_reported:
+                self._folder.note_finished(state.round)
+        return state
+
+    def _to_the_last_round(self, *, resume: bool) -> GlobalState:
+        state = self._restore_or_start(resume=resume)
+        self._recall_ledgers(state)
+        if state.round == 0 and self._study.task == "pretrain":
+            check_adaptation(self._folder.load(0))
+        self._tell_of_site_level()
+        self._probe_where_due(state)
+        hello = Hello(self._study, self._folder.run)
+        while state.round < self._study.schedule.rounds:
+            state = self._next_round(state, hello)
+        release_model(self._folder, self._study, round=state.round, from_start=self._config.start is not None)
+        if (best := self._best()) is not None:
+            held = self._folder.checkpoint_of(best.round)
+            where = held if held.is_dir() else "its checkpoint is gone, as where the run went back to an earlier one"
+            progress.report(progress.Note(f"{best.in_words()}: {where}"))
         return state
 
     def _tell_of_site_level(self) -> None:
@@ -131,6 +138,7 @@ class Federation:
                 after, update_norm, took = self._completed(work, state.round + 1, hello)
                 self._audit.settle()
         self._close(after, update_norm, work.lines, took)
+        self._probe_where_due(after)
         return after
 
     def _completed(self, work: OneRound, round: int, hello: Hello) -> tuple[GlobalState, dict[Group, float], float]:
@@ -180,18 +188,16 @@ class Federation:
                 self._folder.note_stop({"round": round, "error": told, "sites": sites})
             raise
 
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Write the report at the end, however that comes; a report that fails hides no other failure."""
+    def _write_report(self) -> bool:
+        """However the run ends; whether it could be. A report that fails hides no other failure."""
         try:
-            yield
-        finally:
-            try:
-                if (self._folder.path / "study.yaml").exists():  # else it is no run's
-                    self._report(self._folder.path)
-            except OSError as error:
-                log.error("the report could not be written: %s", where(error))
-                progress.report(progress.Note("the report could not be written; what was finished is saved"))
+            if (self._folder.path / "study.yaml").exists():  # else it is no run's
+                self._report(self._folder.path)
+        except OSError as error:
+            log.error("the report could not be written: %s", where(error))
+            progress.report(progress.Note("the report could not be written; what was finished is saved"))
+            return False
+        return True
 
     def _restore_or_start(self, *, resume: bool) -> GlobalState:
         if (found := self._folder.begin(self._study, resume=resume)) is not None:
@@ -250,18 +256,24 @@ class Federation:
         figure = figure_of(self._study)
         return None if figure is None else best_in(self._folder.metric_rows(), figure)
 
-    def _probed(self, state: GlobalState) -> dict[str, Any]:
-        """{"probe": figures}; nothing where none is due, or it fails: a trained round is not lost for that."""
-        if self._probe is None or not self._config.is_probed(state.round, self._study.schedule.rounds):
-            return {}
+    def _probe_where_due(self, state: GlobalState) -> None:
+        """Measure the teacher of a finished round, where that is due and not done yet: a round whose probe fails, or is
+        cut off, is not lost for that, and a run that is gone on with makes up for the newest one."""
+        rounds = self._study.schedule.rounds
+        if self._probe is None or not self._config.is_probed(state.round, rounds):
+            return
+        if not any(
+            row["round"] == state.round and "probe" not in row.get("global", {}) for row in self._folder.metric_rows()
+        ):
+            return  # the initial weights have no line
         try:
-            return {"probe": self._probe(state.teacher, is_last=state.round == self._study.schedule.rounds)}
+            figures = self._probe(state.teacher, is_last=state.round == rounds)
+            self._folder.add_to_metrics(state.round, {"probe": figures})
         except Exception as error:
             log.error("the probe failed: %s", where(error))
             progress.report(
                 progress.Note(f"the probe of round {state.round} failed; the log says where. Nothing is lost")
             )
-            return {}
 
     def _close(
         self, state: GlobalState, update_norm: Mapping[Group, float], lines: Mapping[str, SiteRound], took: float
@@ -278,7 +290,6 @@ class Federation:
         }
         if self._record is not None:
             row["global"]["site_epsilon"] = self._record.epsilon()
-        row["global"] |= self._probed(state)
         self._folder.append_metrics(row)
         state.save(self._folder, self._study)
         self._ledgers.note(state.attendance.ledgers)

@@ -66,5 +66,5 @@ def _digest(reply: Reply) -> str | None:
         return None
     try:
         return content_digest(message.content)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
         return None  # a peer may send what only looks like a message

@@ -23,7 +23,7 @@ from server.refusals import Note
 from server.registry import Registry
 from server.running import Running, children_of
 from server.server_config import ServerConfig
-from server.submission import Submission, rounds_done
+from server.submission import Submission, is_finished, rounds_done
 from server.watching import Watching
 from unimiss_core import locks, progress
 from unimiss_core.config import load
@@ -74,11 +74,12 @@ class Stop:
 
 
 def run(home: Home, study_file: Path, *, note: Note = unnoted) -> Composed:
-    """Run a study to its last round. Raises UnimissError: why it ended before, and whether it may be gone on with."""
+    """Run a study to its end: its last round, and all that comes after it. Raises UnimissError: why it ended before,
+    and whether it may be gone on with."""
     with alone(home), Stop().heard() as stop:
         config = load(ServerConfig, home.server)
         composed = compose(home, study_file)
-        if rounds_done(composed.folder) < composed.study.schedule.rounds:
+        if not is_finished(composed.folder, composed.study.schedule.rounds):
             home.running.unlink(missing_ok=True)  # of a `run` that was killed
             superlink.prepare(home, config)
             note("run", {"study": composed.study.name})
@@ -190,8 +191,8 @@ class _Loop:
         """For the run's report and `status`, where the ServerApp had no time to say more."""
         folder = self._composed.folder
         with suppress(OSError, UnimissError):  # there may be no room, or a checkpoint that is damaged
-            if not folder.why_it_stopped():
-                round = rounds_done(folder) + 1
+            round = rounds_done(folder) + 1
+            if round <= self._submission.rounds and not folder.why_it_stopped():
                 folder.note_stop({"round": round, "error": "its operator stopped it", "sites": {}})
 
     def _step(self) -> bool:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -89,6 +89,10 @@ class RunFolder:
         return self.path / "ended.json"
 
     @property
+    def _finished(self) -> Path:
+        return self.path / "finished.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder for what a round keeps on disk until it ends."""
         return self.path / f"updates{durable.PARTIAL}"
@@ -163,7 +167,8 @@ class RunFolder:
         latest, record = self.check(study, resume=resume), record_of(self.path, study)
         for left in (self.scratch, self._pruned):  # gigabytes, where a coordinator was killed
             shutil.rmtree(left, ignore_errors=True)
-        self._stopped.unlink(missing_ok=True)
+        for kept in (self._stopped, self._finished):
+            kept.unlink(missing_ok=True)
         if latest is None:
             if record is not None:
                 record.begin(0, anew=not self._identity.exists())
@@ -195,6 +200,16 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def add_to_metrics(self, round: int, figures: Mapping[str, Any]) -> None:
+        """Put figures of the model into the line of a round that is finished already. Raises ValueError: one of them is
+        not finite."""
+        json.dumps(figures, allow_nan=False)
+        rows = self.metric_rows()
+        for row in rows:
+            if row["round"] == round:
+                row.setdefault("global", {}).update(figures)
+        self._write_metrics(rows)
+
     def note_stop(self, facts: Mapping[str, Any]) -> None:
         """Keep why the run ended before its last round, until it is gone on with."""
         durable.write_text(self._stopped, json.dumps(facts, sort_keys=True) + "\n")
@@ -206,9 +221,19 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
+    def note_finished(self, round: int) -> None:
+        """Keep that all was done that comes after this round, the study's last, too: until the run is begun again."""
+        durable.write_text(self._finished, json.dumps({"round": round}) + "\n")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `note_finished` was the last that a coordinator did here."""
+        return self._finished.exists()
+
     def note_end(self, run: int, error: UnimissError) -> None:
         """Keep what the ServerApp of a Flower run ended with, for `unimiss-server run`, which is another process."""
         facts = {"run": run, "error": str(error), "exit_code": error.exit_code, "resumes": error.resumes}
+        facts["round"] = self._rounds_done()
         durable.write_text(self._ended, json.dumps(facts, sort_keys=True) + "\n")
 
     def how_it_ended(self, run: int) -> dict[str, Any]:
@@ -220,13 +245,16 @@ class RunFolder:
         return facts if isinstance(facts, dict) and facts.get("run") == run else {}
 
     def why_its_last_try_ended(self) -> str:
-        """Of whichever Flower run; empty where a round was finished since, or no ServerApp said so."""
+        """Of whichever Flower run; empty where a round was finished since, or the run, or no ServerApp said so."""
         try:
-            if self.metrics.exists() and self.metrics.stat().st_mtime_ns >= self._ended.stat().st_mtime_ns:
-                return ""
-            return str(json.loads(self._ended.read_text(encoding="utf-8"))["error"])
+            facts = json.loads(self._ended.read_text(encoding="utf-8"))
+            return "" if self.is_finished or self._rounds_done() > facts["round"] else str(facts["error"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
+
+    def _rounds_done(self) -> int:
+        """A line of metrics beyond it is of a round that was cut off."""
+        return max(checkpoint.numbered(self.checkpoints), default=0)
 
     def metric_rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
@@ -272,8 +300,13 @@ class RunFolder:
         durable.write_text(self._identity, json.dumps({"run": secrets.token_hex(8)}) + "\n")
 
     def _forget_rounds_after(self, round: int) -> None:
-        kept = [row for row in self.metric_rows() if row["round"] <= round]
-        durable.write_text(self.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
+        self._write_metrics([row for row in self.metric_rows() if row["round"] <= round])
+
+    def _write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Nothing is written where nothing changes."""
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        if not self.metrics.exists() or self.metrics.read_text(encoding="utf-8") != text:
+            durable.write_text(self.metrics, text)
 
 
 def folder_of(config: CoordinatorConfig) -> RunFolder:

@@ -1,8 +1,9 @@
 """A run from its first submission to an end that our own artefacts vouch for.
 
 Flower loses a run whose ServerApp dies, and its own word of how a run ended says little; so what counts is the run's
-folder: its newest checkpoint, and ended.json, in which the ServerApp says why it stopped. Whatever may get better is
-submitted again, to go on from the last round, with pauses that grow; whatever needs a person ends with that message.
+folder: its newest checkpoint; ended.json, in which the ServerApp says why it stopped; and finished.json, which it
+leaves when the last round's model, audit and report are written, too. Whatever may get better is submitted again, to go
+on from the last round, with pauses that grow; whatever needs a person ends with that message.
 """
 
 import logging
@@ -47,6 +48,11 @@ def rounds_done(folder: RunFolder) -> int:
     return 0 if newest is None else checkpoint.round_of(newest)
 
 
+def is_finished(folder: RunFolder, rounds: int) -> bool:
+    """Whether the last of so many rounds is done, and all that comes after it. Raises CheckpointError."""
+    return rounds_done(folder) >= rounds and folder.is_finished
+
+
 def _without_ways(error: str) -> str:
     """What a ServerApp says that lacks sites or updates, without what a person could do: `server.quorum`. It is tried
     again by itself first, and `unimiss-server status` has it whole."""
@@ -72,13 +78,13 @@ class Submission:
     _asked_at: float = field(default=0.0, init=False)
 
     def step(self) -> bool:
-        """Do what is due; True when the last round is finished. To be called every second or so.
+        """Do what is due; True when the run is finished. To be called every second or so.
 
         Raises RunEnded; ControlError, where SuperLink does not answer: the next step tries again.
         """
         now = self.clock()
         if self.run is None:
-            if rounds_done(self.folder) >= self.rounds:
+            if is_finished(self.folder, self.rounds):
                 return True
             if now >= self.not_before:
                 self._submit(now)
@@ -99,16 +105,20 @@ class Submission:
 
     def _judge(self, run: int, now: float, details: str) -> bool:
         self.run = None
-        if (done := rounds_done(self.folder)) >= self.rounds:
+        told, done = self.folder.how_it_ended(run), rounds_done(self.folder)
+        if not told and is_finished(self.folder, self.rounds):
             return True
-        told = self.folder.how_it_ended(run)
-        error = str(told.get("error", details or "its process is gone; flower/superexec.log may say why"))
+        gone = "its process is gone" + (", or the report could not be written" if done >= self.rounds else "")
+        error = str(told.get("error", details or f"{gone}; flower/superexec.log may say why"))
         code = int(told.get("exit_code", 1))
         if not told.get("resumes", True):
             raise RunEnded(error, code, resumes=False)
         self.fruitless = 0 if done > self._began_with else self.fruitless + 1
         if self.fruitless >= self.patience.tries:
-            raise RunEnded(f"{self.fruitless} tries finished no round; the last: {error}", code, resumes=True)
+            failed = "did not bring the run to its end, though all rounds are done" if done >= self.rounds else ""
+            raise RunEnded(
+                f"{self.fruitless} tries {failed or 'finished no round'}; the last: {error}", code, resumes=True
+            )
         pause = min(self.patience.pause_s * 2 ** max(self.fruitless - 1, 0), self.patience.longest_s)
         self.not_before = now + pause
         log.warning("run=%s ended after round %s (%s); tried again in %g s", run, done, _without_ways(error), pause)

@@ -381,6 +381,36 @@ def test_what_lets_a_site_count_more_than_its_clip_is_refused(
     parse(StudyConfig, {"name": "x", **raw}, where="x")
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "told"),
+    [
+        ({"max_update_norm": 1e30}, "max_update_norm=1e+30 must be at most 1e+12: "),
+        ({"max_update_norm": 1.01e12}, "be switched off; write a norm that no honest update comes near"),
+        ({"max_update_norm": 1e30, "rule": "median"}, "max_update_norm=1e+30 must be at most 1e+12"),
+        ({"max_update_norm": 1.01e6, "weighting": "scans"}, "max_update_norm=1.01e+06 times max_scans must be at most"),
+        ({"max_update_norm": 1.01e9, "weighting": "sqrt"}, "max_update_norm=1.01e+09 times the root of max_scans must"),
+        ({"max_scans": 1_000_000_001, "weighting": "scans"}, ", or a lower max_scans"),
+        ({"max_scans": 10**400, "weighting": "scans"}, "must be at most"),
+        ({"max_scans": 10**400, "weighting": "sqrt", "max_update_norm": 1e-300}, "must be at most"),
+    ],
+)
+def test_a_bound_that_the_sum_of_updates_cannot_bear_is_refused(aggregation: dict[str, object], told: str) -> None:
+    assert told in problems({"name": "x", "aggregation": aggregation})
+
+
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        {"max_update_norm": 1e12, "max_scans": 10**400},
+        {"max_update_norm": 1e6, "weighting": "scans"},
+        {"max_update_norm": 1e9, "weighting": "sqrt"},
+        {"max_scans": 10**9, "weighting": "scans"},
+    ],
+)
+def test_a_bound_up_to_what_the_sum_of_updates_bears_is_taken(aggregation: dict[str, object]) -> None:
+    parse(StudyConfig, {"name": "x", "aggregation": aggregation}, where="x")
+
+
 def test_what_is_made_of_noised_updates_is_free_at_patient_level_but_counts_are_not() -> None:
     raw = {"name": "x", "privacy": PATIENT, "batch": LARGE, "wire": {"dtype": "int8"}}
     free = {"rule": "median", "late_weight": 0.5, "server_optimiser": {"name": "fedadam"}}

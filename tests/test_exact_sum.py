@@ -17,6 +17,7 @@ from server.exact_sum import MOST_SUMMANDS, ExactSum, SpareMemory
 from tests.federation import StubSite, metric_rows
 from tests.test_rounds import federate
 from unimiss_core import stretches
+from unimiss_core.study import LARGEST_SUMMAND
 
 LARGEST = 1e3
 CANCELLING = st.builds(math.ldexp, st.sampled_from([-1.0, 1.0, 3.0]), st.sampled_from([0, -1, -24, -53, -54, -80]))
@@ -165,3 +166,18 @@ def test_a_round_of_more_sites_than_an_int64_holds_comes_to_the_same_bits(
         name: line["status"] for name, line in metric_rows(tmp_path / "crowded")[0]["sites"].items()
     } == dict.fromkeys("abcde", "ok")
     assert all(torch.equal(crowded.student[name], plain.student[name]) for name in plain.student)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1000.0])
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 6e-8])
+def test_under_the_largest_bound_of_a_study_no_update_is_rounded_as_float32_rounds(size: float, weight: float) -> None:
+    """And under one that a study is refused for, all are lost."""
+    generator = torch.Generator().manual_seed(3)
+    updates = [size * (2 * torch.rand(5000, generator=generator) - 1) for _ in range(5)]
+    expected = sum(update.double() for update in updates) / len(updates)
+    for largest, share in ((LARGEST_SUMMAND, 2.0**-29), (1e36, None)):
+        total = ExactSum(largest)
+        for update in updates:
+            total.add({"a": update}, weight)
+        error = (total.take_whole("a") / (weight * len(updates)) - expected).abs().max().item()
+        assert error < size * share if share else error > size / 10

@@ -228,6 +228,23 @@ def test_a_checkpoint_that_was_handed_on_brings_its_counts_along(tmp_path: Path)
     assert "By this round a site has paid 12.3." in card
 
 
+def test_a_card_says_no_less_than_was_released_where_the_metrics_have_lost_lines(tmp_path: Path) -> None:
+    settings = {
+        "privacy": {"mode": "site", "max_epsilon": 50.0, "noise_multiplier": 2.0, "clip_norm": 1.0, "sites": 3},
+        "aggregation": {"weighting": "uniform", "max_size_ratio": None},
+        "model": NANO.model_dump(mode="json"),
+    }
+    first = round_records(1)
+    first[0]["global"]["site_epsilon"] = 1.99
+    write_run(tmp_path / "run", first, rounds=4, **settings)
+    assert export(in_a_run(tmp_path / "run", study(4, **settings), 3), tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    paid = float(card.split("By this round a site has paid ")[1].split()[0].rstrip("."))
+    accountant = pld.PLDAccountant()
+    accountant.compose(dp_event.SelfComposedDpEvent(dp_event.GaussianDpEvent(2.0), 3))
+    assert paid == pytest.approx(accountant.get_epsilon(1e-5), rel=0.01)
+
+
 def test_what_is_not_known_of_a_checkpoint_is_not_made_up(tmp_path: Path) -> None:
     folder = in_a_run(tmp_path / "run", study(4, model=NANO.model_dump(mode="json")), 2)
     write_run(tmp_path / "run", round_records(4), rounds=5)  # of another study

@@ -25,6 +25,7 @@ from server.running import Running, children_of, status
 from server.server_command import main
 from server.server_config import ServerConfig
 from tests.coordinator_home import approved_site, found_home, write_study
+from tests.federation import random_tensors, saved_checkpoint, whole_layout
 from tests.run_artefacts import round_records
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
@@ -199,9 +200,55 @@ def test_status_tells_why_the_last_try_ended_until_a_round_is_finished(home: Hom
     assert f"toy: 0 rounds finished{said}" in status(home, at_work=False, now=NOW)
     Running("toy", 2, NOW.timestamp() - 60, False, 1, ()).write(home.running)
     assert f"toy: 0 rounds of 2 finished{said}" in status(home, at_work=True, now=NOW)
-    for row in round_records(1):
-        folder.append_metrics(row)
+    (row,) = round_records(1)
+    folder.append_metrics(row)
+    assert any("its last try" in line for line in status(home, at_work=True, now=NOW))  # it may be cut off here
+    saved_checkpoint(folder.checkpoint_of(1), round=1)
     assert not any("its last try" in line for line in status(home, at_work=True, now=NOW))
+
+
+def test_status_tells_it_in_the_next_try_too(home: Home, tmp_path: Path) -> None:
+    """Whether that begins with whole metrics, or takes away a line whose checkpoint was never written."""
+    composed = compose(home, write_study(tmp_path / "study.yaml"))
+    (folder := composed.folder).begin(composed.study, resume=False)
+    saved_checkpoint(folder.checkpoint_of(1), round=1, study=composed.study, **weights())
+    first, second = round_records(2)
+    folder.append_metrics(first)
+    for cut_off in (False, True):
+        if cut_off:
+            folder.append_metrics(second)
+        folder.note_end(1, UnimissError("no room"))
+        assert _line_of_toy(home).endswith("; its last try ended: no room")
+        folder.begin(composed.study, resume=True)
+        assert "toy: 1 round finished, the last with " in (line := _line_of_toy(home))
+        assert line.endswith("; its last try ended: no room")
+    folder.append_metrics(second)
+    saved_checkpoint(folder.checkpoint_of(2), round=2, study=composed.study, **weights())
+    assert "its last try" not in _line_of_toy(home)
+
+
+def test_status_tells_nothing_of_a_try_before_the_run_came_to_its_end(home: Home, tmp_path: Path) -> None:
+    """The last round was done then, so that no further one is."""
+    composed = compose(home, write_study(tmp_path / "study.yaml"))
+    (folder := composed.folder).begin(composed.study, resume=False)
+    for row in round_records(2):
+        folder.append_metrics(row)
+    saved_checkpoint(folder.checkpoint_of(2), round=2, study=composed.study, **weights())
+    folder.note_end(1, UnimissError("no room"))
+    assert _line_of_toy(home).endswith("; its last try ended: no room")
+    folder.note_finished(2)
+    assert "its last try" not in _line_of_toy(home)
+
+
+def _line_of_toy(home: Home) -> str:
+    (line,) = [line for line in status(home, at_work=False, now=NOW) if line.startswith("toy: ")]
+    return line
+
+
+def weights() -> dict[str, object]:
+    """Of a model of the study, as a checkpoint to resume from holds them."""
+    tensors = random_tensors(whole_layout(), 0)
+    return {"student": tensors, "teacher": tensors, "server_json": "{}"}
 
 
 def test_status_tells_why_a_run_was_stopped(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from server.run_folder import RunFolder
 from server.server_config import Patience
 from server.submission import RunEnded, Submission
 from unimiss_core import checkpoint
-from unimiss_core.errors import ConfigError, RoundError, UnimissError
+from unimiss_core.errors import AuditError, ConfigError, RoundError, RunFolderError, UnimissError
 
 LOST = RunState(is_finished=True, how="failed", details="No heartbeat received from the task")
 
@@ -72,6 +72,7 @@ def test_a_run_that_finishes_is_submitted_once(trial: Trial) -> None:
     assert not trial.after(60)
     trial.rounds_done = 3
     assert not trial.after(60)  # its report is still being written
+    trial.folder.note_finished(3)
     trial.link.states[run] = RunState(is_finished=True, how="completed", details="")
     assert trial.after(60)
     assert len(trial.link.submitted) == 1
@@ -79,8 +80,15 @@ def test_a_run_that_finishes_is_submitted_once(trial: Trial) -> None:
 
 def test_a_finished_run_is_not_submitted(trial: Trial) -> None:
     trial.rounds_done = 3
+    trial.folder.note_finished(3)
     assert trial.submission.step()
     assert trial.link.submitted == []
+
+
+def test_a_run_that_went_back_to_an_earlier_round_is_not_finished(trial: Trial) -> None:
+    trial.folder.note_finished(3)
+    trial.rounds_done = 2
+    trial.begin()
 
 
 def test_what_flower_calls_completed_is_not_believed(trial: Trial) -> None:
@@ -91,11 +99,45 @@ def test_what_flower_calls_completed_is_not_believed(trial: Trial) -> None:
     assert len(trial.link.submitted) == 2
 
 
-def test_what_flower_calls_failed_is_finished_where_all_rounds_are(trial: Trial) -> None:
-    """A report that could not be written, say."""
+def test_what_flower_calls_failed_is_finished_where_the_run_says_so(trial: Trial) -> None:
     trial.ended(trial.begin())
     trial.rounds_done = 3
+    trial.folder.note_finished(3)
     assert trial.after(60)
+
+
+def test_a_run_that_was_killed_after_its_last_round_is_submitted_again_until_it_is_finished(trial: Trial) -> None:
+    """The model, or the report, may not be there yet."""
+    run = trial.begin()
+    trial.rounds_done = 3
+    trial.ended(run)
+    assert not trial.after(60)
+    trial.now += 60
+    trial.ended(trial.begin())
+    trial.folder.note_finished(3)
+    assert trial.after(60)
+    assert len(trial.link.submitted) == 2
+
+
+def test_how_it_ended_goes_before_how_many_rounds_are_done(trial: Trial) -> None:
+    run = trial.begin()
+    trial.rounds_done = 3
+    trial.ended(run, AuditError("the audit log cannot be written to"))
+    with pytest.raises(RunEnded, match="the audit log cannot be written to") as caught:
+        trial.after(60)
+    assert caught.value.exit_code == 8
+
+
+def test_a_disk_that_stays_full_after_the_last_round_is_told_as_that(trial: Trial) -> None:
+    trial.rounds_done = 3
+    for _ in range(3):
+        trial.ended(trial.begin(), RunFolderError("no room"))
+        assert not trial.after(60)
+        trial.now += 60
+    trial.ended(trial.begin(), RunFolderError("no room"))
+    with pytest.raises(RunEnded, match=r"4 tries did not bring the run to its end, .* the last: no room") as caught:
+        trial.after(60)
+    assert caught.value.resumes
 
 
 def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_round(trial: Trial) -> None:

@@ -285,6 +285,10 @@ ServerOptimiserConfig = Annotated[
     NAME_ALONE,
 ]
 
+LARGEST_SUMMAND = 1e12
+"""Of a weight times a norm. What the sum of updates drops of a value is at most 2^-94 of the power of two above its
+largest possible summand (`server.exact_sum`), here 2^-54: 2^-30 of values of 6e-8, which float32 rounds to 2^-24."""
+
 
 class AggregationConfig(Config):
     """How the coordinator joins updates; see `server.aggregation`."""
@@ -299,7 +303,7 @@ class AggregationConfig(Config):
     max_scans: Positive = 1_000_000
     """A site that claims more is refused: under `sqrt` and `scans` a claim is a weight."""
     max_update_norm: Annotated[float, Field(gt=0)] = 1e3
-    """An update with a larger L2 norm is refused."""
+    """An update with a larger L2 norm is refused. Times the largest weight, LARGEST_SUMMAND at most."""
     max_size_ratio: Annotated[float, Field(gt=1)] | None = 10.0
     """An update whose values have a root mean square of more than this many times the median of the updates that
     counted in the last three rounds is refused; None asks nothing."""
@@ -314,7 +318,24 @@ class AggregationConfig(Config):
                 f"weighting={self.weighting} has no meaning under the rule {self.rule.name}, where each site counts 1: "
                 "a claim of many scans must not buy influence; write weighting: uniform"
             )
+        self._check_largest_summand()
         return self
+
+    def _check_largest_summand(self) -> None:
+        """Raises ValueError: a weight times a norm may be larger than the sum of updates bears."""
+        weight, times = {
+            "uniform": (1, ""),
+            "sqrt": (self.max_scans, " times the root of max_scans"),
+            "scans": (self.max_scans, " times max_scans"),
+        }[self.weighting]
+        most = min(LARGEST_SUMMAND / self.max_update_norm, 1e150)  # whose square is still a float
+        if weight > (most * most if self.weighting == "sqrt" else most):
+            raise ValueError(
+                f"max_update_norm={self.max_update_norm:g}{times} must be at most {LARGEST_SUMMAND:g}: the sum of the "
+                "updates keeps room for the largest that may come, and with more room it would lose small ones, in the "
+                "end all. The check cannot be switched off; write a norm that no honest update comes near, as the "
+                f"default, 1000{', or a lower max_scans' if times else ''}"
+            )
 
 
 class WireConfig(Config):

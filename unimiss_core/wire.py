@@ -12,7 +12,6 @@ the content. A sender's claim is checked here for type and form; whether it may 
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,8 @@ PROTOCOL = 4
 
 LARGEST_FIGURE = 1e30
 """Beyond it a figure has diverged; means and charts of such numbers overflow."""
+LONGEST_S, LARGEST_COUNT = 1e12, 2**63 - 1
+"""Seconds that a site may say it worked, and scans, files or steps; a run's artefacts hold no more."""
 STUDY_LIMIT = 65_536
 """Characters of a study; the longest of ours has some 4,000."""
 FIGURES_LIMIT = 16_384
@@ -98,7 +99,7 @@ class Introduction:
         facts = _facts(content)
         if not re.fullmatch(NAME, site := _take(facts, "site", str)):
             raise WireError("malformed", "the site's name is not of the agreed form")
-        left_out = max(0, _take(facts, "left_out", int))
+        left_out = max(0, _count(facts, "left_out"))
         return cls(site=site, scans=_counts(facts), left_out=left_out, ledger=_ledger(facts))
 
 
@@ -217,8 +218,8 @@ class TrainReply:
     def unpack(cls, content: RecordDict, layout: Layout, dtype: str) -> Self:
         """layout: only the groups that the coordinator asked this site for; any other is a WireError."""
         facts = _facts(content)
-        if not (math.isfinite(seconds := _take(facts, "seconds", float)) and seconds >= 0):
-            raise WireError("malformed", "'seconds' should be a finite number of at least 0")
+        if not 0 <= (seconds := _take(facts, "seconds", float)) <= LONGEST_S:
+            raise WireError("malformed", f"'seconds' should be a number from 0 to {LONGEST_S:g}")
         if more := arrays_in(content).keys() - {"update"}:
             raise WireError("malformed", f"the reply holds arrays beside its update, in {len(more)} parts")
         return cls(
@@ -228,7 +229,7 @@ class TrainReply:
             study_digest=_take(facts, "study_digest", str),
             update=_tensors(content, "update", layout, dtype, codec.view),
             scans=_counts(facts),
-            steps=_take(facts, "steps", int),
+            steps=_count(facts, "steps"),
             seconds=seconds,
             losses=_figures(facts, "losses", is_loss),
             diagnostics=_figures(facts, "diagnostics", is_diagnostic),
@@ -388,8 +389,15 @@ def _count_facts(scans: Mapping[Rank, int]) -> dict[str, int]:
     return {f"scans_{rank}d": scans.get(rank, 0) for rank in RANKS}
 
 
+def _count(facts: Mapping[str, Any], name: str) -> int:
+    """A whole number, of either sign, that a run's artefacts can hold."""
+    if abs(count := _take(facts, name, int)) > LARGEST_COUNT:
+        raise WireError("malformed", f"'{name}' should be at most {LARGEST_COUNT}")
+    return count
+
+
 def _counts(facts: Mapping[str, Any]) -> dict[Rank, int]:
-    counts = {rank: _take(facts, f"scans_{rank}d", int) for rank in RANKS}
+    counts = {rank: _count(facts, f"scans_{rank}d") for rank in RANKS}
     if min(counts.values()) < 0:
         raise WireError("counts", "a number of scans is below zero")
     return counts
