@@ -240,7 +240,8 @@ def test_site_paths_count_from_the_site_file(tmp_path: Path) -> None:
 )
 def test_devices_are_one_name_or_a_list(tmp_path: Path, written: str, devices: tuple[str, ...]) -> None:
     path = tmp_path / "site.yaml"
-    path.write_text(f"name: a\ndata: [{{folder: .}}]\nstate: state\n{written}\n")
+    (tmp_path / "scans").mkdir()
+    path.write_text(f"name: a\ndata: [{{folder: scans}}]\nstate: state\n{written}\n")
     site = load_site(path)
     assert site.devices == devices
     path.write_text(dump_yaml(site))
