@@ -18,13 +18,14 @@ from client.execution import look_over
 from client.health import REFUSED, tell_of_refusal
 from client.ledger import ledger_of
 from client.message_facts import answer_entry, named_by, request_facts
-from client.policy import check_groups, check_policy
+from client.obstacles import check_may_come
+from client.policy import check_groups
 from client.private_round import private_introduction, private_round
 from client.site import Site, name_of, open_site, site_file
 from client.site_config import load_site, state_folder
 from client.site_labels import check_labels
 from client.telling import tell_if_heard, tell_of_scans
-from client.terms import check_rounds, check_terms
+from client.terms import check_rounds
 from client.trainer import run_round
 from unimiss_core.codec import Layout
 from unimiss_core.errors import (
@@ -157,10 +158,9 @@ def _introduction(site: Site) -> Introduction:
 
 
 def _admitted(context: Context, study: StudyConfig, run: str) -> Site:
-    """This node's site, where it takes part in `study`; no scan is read. Raises PolicyError, and as `check_terms`."""
+    """This node's site, where it takes part in `study`; no scan is read. Raises as `check_may_come`."""
     site = open_site(context, study, run)
-    check_policy(site.config, study, run)
-    check_terms(site.config, study, site.ledger)
+    check_may_come(site.config, study, run, site.ledger)
     check_labels(site.config, study)
     return site
 

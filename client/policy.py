@@ -25,12 +25,17 @@ what is unfinished."""
 
 def check_policy(config: SiteConfig, study: StudyConfig, run: str) -> None:
     """Raises PolicyError, which names all that the site's policy does not allow. Nothing is read but sizes of files."""
-    found = [*beyond(config.policy, study), *_no_room(config, study, run)]
-    if found:
+    if found := list(refusals(config, study, run)):
         raise PolicyError(
             f"study '{study.name}' ({study.digest()}) is refused by this site's own policy (`policy` in site.yaml):\n"
             + "\n".join(found)
         )
+
+
+def refusals(config: SiteConfig, study: StudyConfig, run: str | None = None) -> Iterator[str]:
+    """What the site's policy does not allow of a run, a line for each; without `run`, of a new one."""
+    yield from beyond(config.policy, study)
+    yield from _no_room(config, study, run)
 
 
 def check_groups(config: SiteConfig, groups: Collection[str]) -> None:
@@ -108,10 +113,10 @@ def _finest(study: StudyConfig) -> float:
     return min(study.plan.volume_spacing_mm + (study.plan.image_spacing_mm or ()))
 
 
-def _no_room(config: SiteConfig, study: StudyConfig, run: str) -> Iterator[str]:
+def _no_room(config: SiteConfig, study: StudyConfig, run: str | None) -> Iterator[str]:
     """A coordinator may begin as many runs as it likes, and each is remembered for months."""
     places = [path for path in (config.state / "runs", models_folder(config.state)) if path.is_dir()]
-    if run_folder(config.state, run).exists() or not places:
+    if not places or (run is not None and run_folder(config.state, run).exists()):
         return
     used, need = sum(map(_size, places)), REMEMBERED_BYTES * _parameters(study)
     if used + need > (most := config.policy.runs_limit_gb * 1e9):

@@ -28,7 +28,7 @@ from client.series import Kind
 from client.site_config import RANKS_BY_NAME, DataSource, PatientLimits
 from unimiss_core.errors import ConfigError, ScanError
 from unimiss_core.plan import prepare
-from unimiss_core.scan import Modality, Scan
+from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
 
 FORMAT = 1
@@ -71,6 +71,11 @@ class CheckReport:
     @property
     def used(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.decision == "used")
+
+    @property
+    def ranks(self) -> frozenset[Rank]:
+        """Of the scans in use."""
+        return frozenset(rank for rank in RANKS if any(entry.kind == f"{rank}d" for entry in self.used))
 
     @property
     def unowned(self) -> int:

@@ -99,8 +99,8 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError: no such folder or file, or the machine is not ready; NoUsableScanError: nothing in it can be
-    used."""
+    """Raises ConfigError: no such folder or file, the machine is not ready, or the site would refuse the study;
+    NoUsableScanError: nothing in it can be used."""
     from rich.console import Console
 
     from client import site_check
@@ -134,8 +134,7 @@ def _check(options: argparse.Namespace) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(site_check.tables(report, show_paths=options.show_paths))
-    if data.is_file():
-        _say_terms(data, console, report, study)
+    is_refused = data.is_file() and _say_terms(data, console, report, study)
     if options.report is not None:
         _write(options.report, json.dumps(site_check.as_json(report, show_paths=options.show_paths), indent=1) + "\n")
     if not report.used:
@@ -143,28 +142,36 @@ def _check(options: argparse.Namespace) -> None:
             "the table says why, and --show-paths names the files" if report.files_seen else "there is no file to read"
         )
         raise NoUsableScanError(f"no usable scan; {said}")
-    if amiss:
-        raise ConfigError(f"{amiss} of what stands above the scans must be mended before this site can take part")
+    ends = [f"{amiss} of what stands above the scans must be mended before this site can take part"] if amiss else []
+    ends += ["this study would be refused, for what is said above"] if is_refused else []
+    if ends:
+        raise ConfigError("\n".join(ends))
 
 
-def _say_terms(site_file: Path, console: "Console", report: "CheckReport", study: "StudyConfig | None") -> None:
-    """Which studies a site takes part in, and what its file says otherwise than was found. Raises LedgerError, and
-    ConfigError where its table of labels is wrong."""
+def _say_terms(site_file: Path, console: "Console", report: "CheckReport", study: "StudyConfig | None") -> bool:
+    """Which studies a site takes part in, what its file says otherwise than was found, and why it would refuse `study`;
+    whether it would. Raises LedgerError, and ConfigError where its table of labels is wrong."""
     from client import policy
     from client.ledger import ledger_of
+    from client.obstacles import obstacles
     from client.site_check import otherwise_declared
     from client.site_config import load_site
     from client.site_labels import labels_told
     from client.terms import terms
 
     site = load_site(site_file)
+    ledger = ledger_of(site)
     said = [
         *policy.in_words(site.policy),
         *labels_told(site, study),
-        *terms(site, ledger_of(site), unowned=report.unowned),
+        *terms(site, ledger, unowned=report.unowned),
         *otherwise_declared(report, site.privacy),
     ]
-    console.print(*said, sep="\n", markup=False, highlight=False)
+    refused = list(obstacles(site, study, ledger, ranks=report.ranks, unowned=report.unowned)) if study else []
+    if study is not None:
+        said.append(f"Study '{study.name}' ({study.digest()}) would be {'refused:' if refused else 'let in.'}")
+    console.print(*said, *(f"- {line}" for line in refused), sep="\n", markup=False, highlight=False)
+    return bool(refused)
 
 
 def _add_ledger(parser: argparse.ArgumentParser) -> None:

@@ -92,7 +92,7 @@ def check_labels(config: SiteConfig, study: StudyConfig) -> None:
     """
     if study.finetune is None:
         return
-    if (lacking := _lacking(config, study.finetune)) is not None:
+    if (lacking := lacking_labels(config, study.finetune)) is not None:
         told = f"takes no part in study '{study.name}': {lacking}"
         tell_once_if_heard(config.name, told, state=config.state)  # each round asks again
         raise WireError("no_labels", "the site has no labels for the study's task")
@@ -104,7 +104,8 @@ def check_labels(config: SiteConfig, study: StudyConfig) -> None:
         )
 
 
-def _lacking(config: SiteConfig, asked: SupervisionConfig) -> str | None:
+def lacking_labels(config: SiteConfig, asked: SupervisionConfig) -> str | None:
+    """What a study asks of labels and the site file does not have; None where it has all."""
     labels, task = config.labels, asked.task
     named = ", ".join(map(on_one_line, task.classes))
     if labels is None:
@@ -129,7 +130,7 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
         yield "Studies that fine-tune: none; the site file has no `labels`."
     elif study is None or study.finetune is None:
         yield f"Studies that fine-tune: those for {', '.join(labels.classes)} (labels)."
-    elif (lacking := _lacking(config, study.finetune)) is not None:
+    elif (lacking := lacking_labels(config, study.finetune)) is not None:
         yield f"Study '{study.name}': no; {lacking}."
     else:
         table = _table(labels.data, study)
