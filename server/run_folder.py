@@ -194,6 +194,13 @@ class RunFolder:
         if (above := next(p for p in (self.path, *self.path.parents) if p.exists())) and not above.is_dir():
             raise ConfigError(f"{self.path}: {above} is a file; give another folder")
 
+    def rounds(self) -> int | None:
+        """How many the run's study has; None where no study stands here yet, or one that cannot be read."""
+        for name in ("study.yaml", "study-requested.yaml"):
+            with suppress(ConfigError):
+                return load(StudyConfig, self.path / name).schedule.rounds
+        return None
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")

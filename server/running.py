@@ -66,7 +66,7 @@ def status(home: Home, *, at_work: bool, now: datetime) -> Iterator[str]:
     running = Running.read(home.running) if at_work else None
     yield from _process_lines(running, at_work, now)
     for folder in sorted(home.runs.iterdir()) if home.runs.is_dir() else []:
-        yield _run_line(RunFolder(folder), running)
+        yield from _run_lines(RunFolder(folder), running, at_work)
     contacts, refused = Contacts.read(home.front_status)
     for name in sorted(contacts.sites.keys() | _approved(home)):
         yield _site_line(name, contacts.sites.get(name), now)
@@ -88,19 +88,31 @@ def _process_lines(running: Running | None, at_work: bool, now: datetime) -> Ite
         yield f"  {child.name} {state}{again}"
 
 
-def _run_line(folder: RunFolder, running: Running | None) -> str:
-    rows = folder.metric_rows()
+def _run_lines(folder: RunFolder, running: Running | None, at_work: bool) -> Iterator[str]:
+    rows, rounds = folder.metric_rows(), folder.rounds()
     is_this = running is not None and running.study == folder.path.name
-    of = f" of {running.rounds}" if running is not None and is_this else ""
-    last = f"{folder.path.name}: {counted(len(rows), 'round')}{of} finished"
+    counts = counted(len(rows), "round") if rounds is None else f"{len(rows)} of {counted(rounds, 'round')}"
+    last = f"{folder.path.name}: {counts} finished"
     if rows:
         counting = [name for name, site in rows[-1]["sites"].items() if site["status"] in ("ok", "late")]
         last += f", the last with {', '.join(map(printable, sorted(counting))) or 'no site'}"
     if not is_this and (error := folder.why_it_stopped()):
-        last += f"; stopped: {printable(error)}"
+        last += f"; stopped: {_indented(error)}"
     elif error := folder.why_its_last_try_ended():
-        last += f"; its last try ended: {printable(error)}"
-    return last
+        last += f"; its last try ended: {_indented(error)}"
+    yield from last.split("\n")
+    is_starting = at_work and running is None  # which study's, nobody knows yet
+    if rounds is None or is_this or is_starting:
+        return
+    if len(rows) < rounds:
+        yield "  not at work; unimiss-server run STUDY.yaml goes on with it"
+    elif not folder.is_finished:
+        yield "  its model, audit log or report may lack; unimiss-server run STUDY.yaml brings it to its end"
+
+
+def _indented(message: str) -> str:
+    """Line by line, as it was written, below the line in which it begins."""
+    return "\n    ".join(map(printable, message.strip().split("\n")))
 
 
 def _approved(home: Home) -> set[str]:

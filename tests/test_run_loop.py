@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_says_so_afterwards(home: Home, composed: Composed
         loop_of(home, composed, Link(), Processes()).until_the_end(stop)
     told = json.loads((composed.folder.path / "stopped.json").read_text())
     assert told == {"round": 1, "error": "its operator stopped it", "sites": {}}
-    assert "toy: 0 rounds finished; stopped: its operator stopped it" in status(
+    assert "toy: 0 of 2 rounds finished; stopped: its operator stopped it" in status(
         home, at_work=False, now=datetime.now(UTC)
     )
 

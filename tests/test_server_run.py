@@ -184,7 +184,7 @@ def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: P
     Running("toy", 2, NOW.timestamp() - 60, True, 0, children_of(family)).write(home.running)
     assert list(status(home, at_work=True, now=NOW)) == [
         "running toy for 1 min 00 s",
-        "toy: 1 round of 2 finished, the last with alpha-xray, beta-ct, gamma-mixed",
+        "toy: 1 of 2 rounds finished, the last with alpha-xray, beta-ct, gamma-mixed",
         "alpha: heard 3.0 s ago",
         "beta: heard 4 min 00 s ago; its clock is 6 min 40 s behind, so that nothing of it is taken: "
         "at most 305 s behind or 5 s ahead is allowed",
@@ -197,9 +197,9 @@ def test_status_tells_why_the_last_try_ended_until_a_round_is_finished(home: Hom
     folder = compose(home, write_study(tmp_path / "study.yaml")).folder
     folder.note_end(1, UnimissError("1 of at least 2 sites are there; beta: policy"))
     said = "; its last try ended: 1 of at least 2 sites are there; beta: policy"
-    assert f"toy: 0 rounds finished{said}" in status(home, at_work=False, now=NOW)
+    assert f"toy: 0 of 2 rounds finished{said}" in status(home, at_work=False, now=NOW)
     Running("toy", 2, NOW.timestamp() - 60, False, 1, ()).write(home.running)
-    assert f"toy: 0 rounds of 2 finished{said}" in status(home, at_work=True, now=NOW)
+    assert f"toy: 0 of 2 rounds finished{said}" in status(home, at_work=True, now=NOW)
     (row,) = round_records(1)
     folder.append_metrics(row)
     assert any("its last try" in line for line in status(home, at_work=True, now=NOW))  # it may be cut off here
@@ -220,7 +220,7 @@ def test_status_tells_it_in_the_next_try_too(home: Home, tmp_path: Path) -> None
         folder.note_end(1, UnimissError("no room"))
         assert _line_of_toy(home).endswith("; its last try ended: no room")
         folder.begin(composed.study, resume=True)
-        assert "toy: 1 round finished, the last with " in (line := _line_of_toy(home))
+        assert "toy: 1 of 2 rounds finished, the last with " in (line := _line_of_toy(home))
         assert line.endswith("; its last try ended: no room")
     folder.append_metrics(second)
     saved_checkpoint(folder.checkpoint_of(2), round=2, study=composed.study, **weights())
@@ -257,7 +257,35 @@ def test_status_tells_why_a_run_was_stopped(home: Home, tmp_path: Path, capsys: 
     assert main(["status", "--home", str(home.path)]) == 0
     said = capsys.readouterr().out
     assert "no run is at work" in said
-    assert "toy: 0 rounds finished; stopped: too few replied\N{REPLACEMENT CHARACTER}[2J" in said
+    assert "toy: 0 of 2 rounds finished; stopped: too few replied\N{REPLACEMENT CHARACTER}[2J" in said
+
+
+def test_status_keeps_the_lines_of_what_is_stored(home: Home, tmp_path: Path) -> None:
+    folder = compose(home, write_study(tmp_path / "study.yaml")).folder
+    folder.note_stop({"error": "2 sites sent nothing:\nalpha: policy\nbeta: \x1b[2J\n", "round": 1, "sites": {}})
+    told = list(status(home, at_work=False, now=NOW))
+    first = told.index("toy: 0 of 2 rounds finished; stopped: 2 sites sent nothing:")
+    assert told[first + 1 : first + 3] == ["    alpha: policy", "    beta: \N{REPLACEMENT CHARACTER}[2J"]
+
+
+def test_status_tells_a_run_that_was_killed_from_one_that_is_finished(home: Home, tmp_path: Path) -> None:
+    """Nobody wrote down how either ended."""
+    folder = compose(home, write_study(tmp_path / "study.yaml")).folder
+    first, second = round_records(2)
+    folder.append_metrics(first)
+    way_on = "  not at work; unimiss-server run STUDY.yaml goes on with it"
+    told = list(status(home, at_work=False, now=NOW))
+    assert told[1].startswith("toy: 1 of 2 rounds finished")
+    assert told[2] == way_on
+    assert way_on not in status(home, at_work=True, now=NOW)  # it may be the one that is starting
+    Running("another", 2, NOW.timestamp(), True, 0, ()).write(home.running)
+    assert way_on in status(home, at_work=True, now=NOW)
+    folder.append_metrics(second)
+    told = list(status(home, at_work=False, now=NOW))
+    assert told[1].startswith("toy: 2 of 2 rounds finished")
+    assert told[2] == "  its model, audit log or report may lack; unimiss-server run STUDY.yaml brings it to its end"
+    folder.note_finished(2)
+    assert not any("STUDY.yaml" in line for line in list(status(home, at_work=False, now=NOW))[1:])
 
 
 def test_running_survives_its_own_file(tmp_path: Path) -> None:
