@@ -197,7 +197,11 @@ def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given:
             if row[column] not in ("0", "1"):
                 yield f"'{column}' must be 0 or 1"
     elif isinstance(task, ClassificationConfig) and row[data.label] not in task.classes:
-        yield f"'{data.label}' is none of {', '.join(task.classes)}"
+        classes = ", ".join(task.classes)
+        if row[data.label]:
+            yield f"column '{data.label}' holds another class than {classes}"
+        else:
+            yield f"column '{data.label}' is empty; expected one of {classes}"
     if given and row[data.split].lower() not in _SPELLINGS:
         yield f"'{data.split}' must be train, validation or test"
 

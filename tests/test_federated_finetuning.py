@@ -402,7 +402,8 @@ def test_a_label_that_is_no_class_is_told_by_its_line(tmp_path: Path) -> None:
     path = hospital(tmp_path / "north", "north")
     table = tmp_path / "north" / "labels.csv"
     table.write_text(table.read_text().replace("lesion", "leison", 1))
-    with pytest.raises(ConfigError, match=r"labels: table labels.csv: 1 problem.*\n.*line 3: 'label' is none of clear"):
+    told = r"labels: table labels.csv: 1 problem.*\n.*line 3: column 'label' holds another class than clear"
+    with pytest.raises(ConfigError, match=told):
         open_labelled(opened(path, task_study()).config, task_study())
 
 
@@ -418,7 +419,7 @@ def test_in_a_private_study_a_wrong_line_is_left_out_and_told_at_the_site_alone(
         library = open_labelled(opened(site, study).config, study)
     assert len(library.scans) == 3
     assert library.left_out == {"cannot_open": 1, "label_unfit": 1}
-    assert "north: labels left out: line 3: 'label' is none of clear, lesion" in heard
+    assert "north: labels left out: line 3: column 'label' holds another class than clear, lesion" in heard
     federate(tmp_path / "out", [site], study)
     line = metric_rows(tmp_path / "out")[0]["sites"]["north"]
     assert (line["status"], line["scans"], line["losses"], line["seconds"]) == ("ok", {"2d": 1, "3d": 0}, {}, 0.0)

@@ -98,9 +98,16 @@ def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path)
     )
     with pytest.raises(ConfigError) as told:
         table(tmp_path, text)
-    for piece in ("line 2: 'scan'", "line 3: 'label'", "line 4: 'patient'", "line 4: 'split'", "line 5: lists"):
+    for piece in ("line 2: 'scan'", "line 3: column 'label'", "line 4: 'patient'", "line 4: 'split'", "line 5: lists"):
         assert piece in str(told.value)
     assert "Miller" not in str(told.value)
+
+
+def test_a_cell_that_is_no_class_is_told_apart_from_one_that_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as told:
+        table(tmp_path, "scan,label,patient\na.png,0,1\nb.png,,2\n")
+    assert "line 2: column 'label' holds another class than no, yes" in str(told.value)
+    assert "line 3: column 'label' is empty; expected one of no, yes" in str(told.value)
 
 
 WRONG = (
