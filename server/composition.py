@@ -31,7 +31,7 @@ def compose(home: Home, study_file: Path) -> Composed:
     """
     study = load(StudyConfig, study_file)
     folder = RunFolder(home.run(study.name))
-    folder.check(study, resume=True)
+    folder.check(study, resume=True, else_way="or give this one another `name:`, which its sites must allow, too")
     asked, file = folder.path / "study-requested.yaml", home.run_file(study.name)
     sites = Registry(home).approved()
     if not sites:  # an empty list would mean every node

@@ -142,9 +142,10 @@ class RunFolder:
                 self._finish_pruning()
                 _held.reset(token)
 
-    def check(self, study: StudyConfig, *, resume: bool) -> Path | None:
+    def check(self, study: StudyConfig, *, resume: bool, else_way: str = "or give a new folder") -> Path | None:
         """The checkpoint folder to go on from, or None for a fresh run; nothing is written.
 
+        else_way: what a person who wants this study can do where the folder holds another one's run.
         Raises ConfigError: the folder cannot be one, holds a run and `resume` is False, or a run of another study.
         """
         self._require_no_file_in_its_way()
@@ -157,7 +158,7 @@ class RunFolder:
             changed = ", ".join(sorted(_differences(held.model_dump(), study.model_dump())))
             raise ConfigError(
                 f"{self.path}: holds a run of another study (different: {changed}); "
-                "resume with the study it was started with, or give a new folder"
+                f"resume with the study it was started with, {else_way}"
             )
         return latest
 

@@ -61,6 +61,21 @@ def test_a_study_that_is_edited_later_is_run_as_it_was_asked_for(home: Home, tmp
     assert load_coordinator(composed.file).study.read_text() != "name: other"
 
 
+def test_a_study_that_was_changed_since_its_run_began_is_told_a_way_that_there_is(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run` takes no folder: it is called as the study is."""
+    folder = compose(home, write_study(tmp_path / "study.yaml")).folder
+    (folder.path / "study.yaml").write_text((tmp_path / "study.yaml").read_text())
+    monkeypatch.setattr("server.run_folder.checkpoint.latest", lambda found: found / "round-0001")
+    changed = write_study(tmp_path / "study.yaml", schedule={"rounds": 5, "local_steps": 2})
+    assert main(["run", str(changed), "--home", str(home.path)]) == 2
+    told = capsys.readouterr().err
+    assert "holds a run of another study (different: schedule.rounds)" in told
+    assert "or give this one another `name:`, which its sites must allow, too" in told
+    assert "new folder" not in told
+
+
 @pytest.mark.parametrize("key", ["study", "out", "sites", "signing_key"])
 def test_what_run_adds_is_not_the_operators_to_write(home: Home, tmp_path: Path, key: str) -> None:
     home.coordinator.write_text(yaml.safe_dump({key: "x"}))
