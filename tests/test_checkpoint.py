@@ -1,6 +1,8 @@
 """A checkpoint comes back whole, equal runs give equal bytes, and any change is noticed."""
 
+import errno
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +56,36 @@ def test_state_of_the_server_is_read_to_resume_and_needed_for_nothing_else(tmp_p
     assert checkpoint.verify(tmp_path / "c")[1] == checkpoint.SERVERS_OWN
     with pytest.raises(CheckpointError, match=r"server\.(safetensors|json) is missing"):
         checkpoint.load(tmp_path / "c", to_resume=True)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_its_files_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    """Whoever may read the manifest may read what it tells of."""
+    before = os.umask(umask)
+    try:
+        save(tmp_path / "c", server_tensors={})
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "c").iterdir()} == dict.fromkeys(
+        ("manifest.json", "student.safetensors", "teacher.safetensors", "server.json"), 0o666 & ~umask
+    )
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "student.safetensors"])
+def test_what_another_user_may_not_read_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(tmp_path / "c")
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read \(Permission denied\); have its owner let you"):
+        checkpoint.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("odd", ["momentum.nothing.of.that.name", "without_prefix"])

@@ -18,6 +18,7 @@ import binascii
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,9 +109,10 @@ def save(
         files[_SERVER_TENSORS] = server_tensors
     with durable.new_folder(folder) as partial:
         (partial / _SERVER_JSON).write_bytes(server_json.encode())
+        mode = stat.S_IMODE((partial / _SERVER_JSON).stat().st_mode)  # what a new file gets here
         paths = [partial / name for name in files]
         with ThreadPoolExecutor(2 * len(files)) as together:  # writing, hashing and the disk leave Python to others
-            list(together.map(_write, paths, files.values()))
+            list(together.map(lambda path, held: _write(path, held, mode=mode), paths, files.values()))
             synced = together.map(durable.sync, paths)
             digests = dict(zip(files, together.map(_sha256_of, paths), strict=True))
             list(synced)
@@ -183,13 +185,22 @@ def read_manifest(folder: Path, *, key: SigningPublicKey | None = None) -> Manif
             _require_signature(folder, written, key)
         require_version(written, path, FORMAT_VERSION)
         manifest = Manifest.model_validate_json(written)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder}: no manifest.json there; give a checkpoint folder such as OUT/checkpoints/{folder_name(7)}"
         ) from None
+    except OSError as error:
+        raise unreadable(folder, MANIFEST, error) from None
     except ValidationError:
         raise CheckpointError(f"{path}: is not a manifest of this program; take another copy") from None
     return manifest
+
+
+def unreadable(folder: Path, name: str, error: OSError) -> CheckpointError:
+    """Of a file that is there, so that nobody looks for another copy of it."""
+    way_out = "have its owner let you read it, or type this as its owner" if isinstance(error, PermissionError) else ""
+    told = f"{folder}: {name} cannot be read ({error.strerror})"
+    return CheckpointError(f"{told}; {way_out}" if way_out else told)
 
 
 def require_version(written: bytes, path: Path, version: int) -> None:
@@ -230,6 +241,8 @@ def latest(checkpoints: Path) -> Path | None:
 def _require_signature(folder: Path, manifest: bytes, key: SigningPublicKey) -> None:
     try:
         signature = base64.b64decode((folder / SIGNATURE).read_bytes().strip(), validate=True)
+    except PermissionError as error:
+        raise unreadable(folder, SIGNATURE, error) from None
     except OSError:
         raise CheckpointError(
             f"{folder}: holds no {SIGNATURE}, and should be signed by {fingerprint(key)}; take a signed copy from who "
@@ -248,10 +261,11 @@ def _plain(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def _write(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+def _write(path: Path, tensors: "Mapping[str, Tensor]", *, mode: int) -> None:
     from safetensors.torch import save_file
 
     save_file(_plain(tensors), path)  # straight to disk: as bytes they take as much memory again
+    path.chmod(mode)  # safetensors makes it readable by its owner alone, whatever the umask, as if it were a secret
 
 
 def _sha256_of(path: Path) -> str:
@@ -264,6 +278,8 @@ def _read_checked(folder: Path, name: str, digest: str) -> bytes:
         raise CheckpointError(f"{folder}: the manifest names '{name}', which is not a file of this folder")
     try:
         payload = (folder / name).read_bytes()
+    except PermissionError as error:
+        raise unreadable(folder, name, error) from None
     except (OSError, ValueError):  # ValueError: a name that no file can have
         raise CheckpointError(f"{folder}: {name} is missing; take another copy of the checkpoint") from None
     if hashlib.sha256(payload).hexdigest() != digest:

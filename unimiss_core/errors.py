@@ -5,7 +5,7 @@ UnimissError            1  anything below that has no code of its own
 │   ├── RunFolderError  2  a run's folder holds a run already, is in use, or cannot be written to
 │   └── UnknownPatientError 2  a private study would have to guess whose a site's files are
 ├── NoUsableScanError   3  a data folder holds nothing that can be trained on
-├── CheckpointError     4  a checkpoint is missing, damaged, of another version or not signed by whom it should be
+├── CheckpointError     4  a checkpoint is missing, not readable, damaged, of another version or not signed as asked
 ├── RoundError          5  a round could not be completed (too few sites replied)
 ├── LedgerError         6  the record of what patients have cost is damaged, or was put back to an older one
 ├── PrivacyClaimError   7  an audit measured what contradicts a study's promise of privacy

@@ -119,6 +119,8 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
     try:
         manifest = _manifest_in(folder / MANIFEST)
         payload = (folder / _TENSORS).read_bytes()
+    except PermissionError as error:
+        raise checkpoint.unreadable(folder, Path(error.filename).name, error) from None
     except OSError:
         raise CheckpointError(
             f"{folder}: holds no model; give the folder that `unimiss finetune` wrote, with {MANIFEST} and {_TENSORS}"
