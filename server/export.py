@@ -1,6 +1,7 @@
 """`unimiss-server export`: a finished round's model as a folder to hand on, without what is the coordinator's own."""
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def export(home: Home, study: str, out: Path, *, round: int | None = None, note:
     model card and the number of sites, as the folder `out`.
 
     study: its name, as its folder below `runs` is called. Raises ConfigError: no such study or `out` is not empty;
-    CheckpointError: no such round, damaged, or not signed by this coordinator.
+    CheckpointError: no such round, damaged, not readable, or not signed by this
+    coordinator; AuditError, as `note`, upon which nothing of `out` is left.
     """
     source = _source(home, study, round)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -44,10 +46,10 @@ def export(home: Home, study: str, out: Path, *, round: int | None = None, note:
             if (counted := trained_by.of_run(run, found.round)) is not None:
                 paid = site_epsilon_by(told, found.round, artefacts)
                 trained_by.write(partial, counted.model_copy(update={"site_epsilon": paid}))
+            digest = hashlib.sha256((partial / MANIFEST).read_bytes()).hexdigest()
+            note("export", {"study": study, "round": found.round, "manifest": digest})  # first: else nothing is left
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
-    digest = hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()
-    note("export", {"study": study, "round": found.round, "manifest": digest})
+        raise _of_what(error, run, out) from None
     return found
 
 
@@ -68,9 +70,21 @@ def _source(home: Home, study: str, round: int | None) -> Path:
     return source
 
 
+def _of_what(error: OSError, run: Path, out: Path) -> ConfigError:
+    """Of the run nothing is written and of `out` nothing is read, so the place says which it was."""
+    place = Path(os.fsdecode(error.filename or out))
+    if place.is_relative_to(run):
+        return ConfigError(f"{place}: cannot be read ({error.strerror}); nothing was exported")
+    return ConfigError(f"--out {out}: cannot be written ({error.strerror})")
+
+
 def _copy(source: Path, into: Path, name: str) -> None:
     try:
         shutil.copyfile(source / name, into / name)
     except FileNotFoundError:
         if name != SIGNATURE:  # what is unsigned is told when the copy is loaded
             raise CheckpointError(f"{source}: {name} is missing; take a round that is whole") from None
+    except PermissionError as error:
+        if error.filename != str(source / name):  # it could not be written
+            raise
+        raise checkpoint.unreadable(source, name, error) from None

@@ -1,6 +1,7 @@
 """Signatures of checkpoints, from the round that makes one to who is handed it: what was changed on the way is told."""
 
 import base64
+import errno
 import hashlib
 import json
 import re
@@ -285,6 +286,49 @@ def test_the_card_says_what_is_promised(tmp_path: Path, privacy: dict[str, objec
     objective = {"centre_momentum": 0.9999}
     study = small_study(privacy=privacy, aggregation=aggregation, objective=objective)
     assert told in privacy_in_words(study, 1, read_artefacts(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "told"),
+    [
+        ("student.safetensors", 4, "round-0002: student.safetensors cannot be read (Permission denied)"),
+        ("study.yaml", 2, "runs/toy/study.yaml: cannot be read (Permission denied); nothing was exported"),
+    ],
+)
+def test_what_may_not_be_read_is_named_and_not_the_folder_to_write(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    name: str, code: int, told: str,
+) -> None:  # fmt: skip
+    copy = shutil.copyfile
+
+    def refused(source: Path, target: Path) -> None:
+        if source.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", refused)
+    assert export(home, tmp_path / "out") == code
+    said = capsys.readouterr().err
+    assert told in said
+    assert "--out" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_is_told_by_its_option(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert export(home, tmp_path / "file" / "out") == 2
+    assert f"--out {tmp_path / 'file' / 'out'}: cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_nothing_is_exported_that_cannot_be_written_down(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home.path / "audit.head").write_text("another\n")
+    assert export(home, tmp_path / "out") == 8
+    assert "audit.head" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_handed_on_is_told(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
