@@ -47,7 +47,7 @@ def embed_input(
 
     source: an .npy array (N, C, *S), taken as it is; or a folder of scans of any rank, or one file, each prepared by
         the checkpoint's plan and seen whole. What cannot be read is left out.
-    out: .npz or .parquet (`client.feature_files`): features, the rank of each scan and, but of an array, its key
+    out: a new .npz or .parquet (`client.feature_files`): features, the rank of each scan and, but of an array, its key
         (`client.reading`); with `show_paths` also its first file below the folder, to join labels by. Rows stand in the
         array's order, or in that of `client.reading`.
         A fine-tuned model takes scans of its task's rank, and leaves the others out.
@@ -58,7 +58,7 @@ def embed_input(
     encoder = beginning.encoder()
     encoder.to(device_of(device))
     check_ending(out)
-    check_file("--out", out)
+    check_file("--out", out, must_be_new=True)
     is_array = source.suffix == ".npy"
     scans = _array_scans(source) if is_array else _read_scans(source, beginning, modality, show_paths=show_paths)
     try:

@@ -6,11 +6,14 @@ from pathlib import Path
 from unimiss_core.errors import ConfigError
 
 
-def check_file(option: str, path: Path) -> None:
-    """Makes no folder yet. Raises ConfigError: `path` is a folder, or nothing can be written beside it."""
+def check_file(option: str, path: Path, *, must_be_new: bool = False) -> None:
+    """Makes no folder yet. Raises ConfigError: `path` is a folder, or a file and must be new, or nothing can be written
+    beside it."""
     try:
         if path.is_dir():
             raise ConfigError(f"{option} {path}: is a folder; give the name of a file")
+        if must_be_new and path.exists():
+            raise ConfigError(f"{option} {path}: exists; give another name, or delete it first")
         nearest = next(folder for folder in path.absolute().parents if folder.exists())
         with tempfile.TemporaryFile(dir=nearest):
             pass

@@ -64,7 +64,7 @@ def test_an_imported_release_embeds_as_the_published_code_does(tmp_path: Path) -
     assert main(["import", str(tmp_path / "released.pth"), str(tmp_path / "imported")]) == 0
     assert checkpoint.read_manifest(tmp_path / "imported").model.size == "tiny"
     for rank, scans in {2: image("x2d"), 3: volume("x3d")}.items():
-        source, out = saved(tmp_path / "scans.npy", scans.numpy()), tmp_path / "features.npz"
+        source, out = saved(tmp_path / "scans.npy", scans.numpy()), tmp_path / f"features{rank}d.npz"
         assert main(["embed", str(tmp_path / "imported"), str(source), "--out", str(out)]) == 0
         np.testing.assert_allclose(np.load(out)["features"], golden("tiny")[f"features{rank}d"], atol=1e-5, rtol=0)
 
@@ -197,6 +197,7 @@ def test_half_precision_and_integers_are_numbers_too(tmp_path: Path) -> None:
         source = saved(tmp_path / "scans.npy", scans.astype(dtype))
         assert main(["embed", str(folder), str(source), "--out", str(out)]) == 0
         rows.append(np.load(out)["features"])
+        out.unlink()
     assert all(np.array_equal(rows[0], row) for row in rows[1:])
 
 
@@ -235,6 +236,17 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
         assert main(["embed", str(folder), str(source), "--out", str(out)]) == 2
         assert told in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_features_that_were_written_before_are_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = nano_checkpoint(tmp_path / "round-0001")
+    source = saved(tmp_path / "scans.npy", np.zeros((1, 1, 64, 64), np.float32))
+    (out := tmp_path / "features.npz").write_text("mine")
+    assert main(["embed", str(folder), str(source), "--out", str(out)]) == 2
+    assert f"--out {out}: exists; give another name, or delete it first" in capsys.readouterr().err
+    assert out.read_text() == "mine"
 
 
 def test_a_checkpoint_that_is_not_what_its_manifest_says_is_refused(
