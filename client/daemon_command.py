@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -53,9 +54,6 @@ def _status(options: argparse.Namespace) -> None:
     from client import status
     from client.daemon import is_running
 
-    home = Home.named(options.home)
-    if home.has_left:
-        raise ConfigError(f"{home.path}: this site has left its coordinator, and its keys are gone; nothing runs here")
     state = _state(Home.chosen(options.home))
     print(status.as_json(state) if options.json else "\n".join(status.lines(state, time.time())))
     if not is_running(state):
@@ -75,7 +73,7 @@ def _leave(options: argparse.Namespace) -> None:
     if not options.yes:
         raise ConfigError(
             f"{home.path}: leaving stops the daemon and destroys this site's keys, for good; the ledger and the audit "
-            "log stay. To do it: unimiss-site leave --yes"
+            f"log stay. To do it: unimiss-site leave --yes{_as_typed(options)}"
         )
     if is_running(site.state):
         print("the daemon is asked to stop; that can take a minute", flush=True)
@@ -83,6 +81,11 @@ def _leave(options: argparse.Namespace) -> None:
     print(f"{site.name}: has left; its keys are gone. Its ledger and audit log stay: `audit` and `ledger` {home.site}")
     print(_what_stays(site))
     print(f"Tell the coordinator's operator, who then types: unimiss-server revoke {site.name} --yes")
+
+
+def _as_typed(options: argparse.Namespace) -> str:
+    """The folder, where the command line named one: what is told to be typed must not mean another site's."""
+    return "" if options.home is None else f" --home {shlex.quote(str(options.home))}"
 
 
 def _what_stays(site: "SiteConfig") -> str:

@@ -33,8 +33,13 @@ class Home:
     @classmethod
     def chosen(cls, given: Path | None) -> Self:
         """The folder that --home or the environment names, else the current one. Raises ConfigError: `init` made none
-        there."""
+        there, or its site has left."""
         home = cls.named(given)
+        if home.has_left:
+            raise ConfigError(
+                f"{home.path}: this site has left its coordinator, and its keys are gone; nothing runs here. What was "
+                f"done and spent is still told: unimiss-site audit {home.site}, unimiss-site ledger {home.site}"
+            )
         if not home.private_key.is_file():
             raise ConfigError(
                 f"{home.path}: is not a site's folder; make one with `unimiss-site init`, or name it with --home or "

@@ -253,14 +253,16 @@ def test_leaving_destroys_the_keys_and_keeps_what_the_hospital_answers_for(
     (state / "audit.jsonl").write_text("what has left")
     home = ["--home", str(pair.site.path)]
     assert main(["leave", *home]) == 2
+    assert f"unimiss-site leave --yes --home {pair.site.path}" in capsys.readouterr().err
     assert pair.site.private_key.exists()
     assert main(["leave", "--yes", *home]) == 0
     out = capsys.readouterr().out
     assert "unimiss-server revoke alpha" in out
     for stays in ("cache", "runs", "patient_secret"):
         assert str(state / stays) in out
-    assert main(["status", *home]) == 2
-    assert "this site has left" in capsys.readouterr().err
+    for command in ("status", "check", "run"):
+        assert main([command, *home]) == 2
+        assert "this site has left" in capsys.readouterr().err
     assert not pair.site.private_key.exists()
     assert not pair.site.tls_key.exists()
     assert {path.name for path in state.iterdir()} >= {"ledger.jsonl", "audit.jsonl"}
