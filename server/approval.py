@@ -54,10 +54,7 @@ def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
     """Shut the site `name` out, from its next request on; False where it was already. Raises ConfigError: no such
     site."""
     registry = Registry(home)
-    known = registry.sites()
-    if (site := known.get(name)) is None:
-        there = f"there are: {', '.join(known)}" if known else "no site was ever approved here"
-        raise ConfigError(f"'{name}' is no site of {home.path}; {there}")
+    site = known_site(home, name)
     if site.status == "revoked" and name not in registry.put_back():
         return False
     key = keys.site_public_key(site.public_key, name)
@@ -65,6 +62,15 @@ def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
     home.welcome(name).unlink(missing_ok=True)
     note("revoke", {"site": name, "fingerprint": keys.fingerprint(key)})
     return True
+
+
+def known_site(home: Home, name: str) -> ApprovedSite:
+    """Approved or revoked. Raises ConfigError: there is none of that name."""
+    known = Registry(home).sites()
+    if (site := known.get(name)) is None:
+        there = f"there are: {', '.join(known)}" if known else "no site was ever approved here"
+        raise ConfigError(f"'{name}' is no site of {home.path}; {there}")
+    return site
 
 
 def renew(home: Home, *, now: datetime, every: bool = False, note: Note = unnoted) -> list[str]:

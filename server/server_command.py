@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -77,15 +78,17 @@ def _add_revoke(parser: argparse.ArgumentParser) -> None:
 
 def _revoke(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
-    from server.approval import revoke
+    from server.approval import known_site, revoke
     from server.audit import coordinator_log
     from server.home import Home
 
     home = Home.chosen(options.home)
     if not options.yes:
+        known_site(home, options.site)
+        typed = "" if options.home is None else f" --home {shlex.quote(str(options.home))}"
         raise ConfigError(
             f"'{options.site}': would be shut out at once and for ever, for neither this name nor its key is given "
-            f"again; see `unimiss-server sites`. To do it: unimiss-server revoke {options.site} --yes"
+            f"again; see `unimiss-server sites`. To do it: unimiss-server revoke {options.site} --yes{typed}"
         )
     is_new = revoke(home, options.site, note=coordinator_log(home.audit).record)
     said = "shut out from its next request on" if is_new else "was revoked before"

@@ -144,6 +144,12 @@ def test_an_address_that_is_none_is_told_and_nothing_made(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("port", ["0", "99999"])
+def test_a_port_that_there_cannot_be_is_told_with_the_range(port: str) -> None:
+    with pytest.raises(ValueError, match=f"a port is a number from 1 to 65535, got {port}"):
+        host_and_port(f"127.0.0.1:{port}")
+
+
 def test_addresses_are_taken_apart() -> None:
     assert host_and_port("unimiss.example.org:443") == ("unimiss.example.org", 443)
     assert host_and_port("127.0.0.1:9000") == ("127.0.0.1", 9000)
@@ -189,6 +195,7 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
     server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
     unsure = server("revoke", "alpha")
     assert (unsure.code, "at once and for ever" in unsure.err) == (2, True)
+    assert f"unimiss-server revoke alpha --yes --home {server.folder}" in unsure.err
     assert Home(server.folder).welcome("alpha").exists()
     assert "shut out from its next request on" in server("revoke", "alpha", "--yes").out
     assert not Home(server.folder).welcome("alpha").exists()
@@ -207,8 +214,9 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
 def test_revoking_an_unknown_site_tells_who_is_known(server: Typed, alpha: Typed) -> None:
     assert "no site was ever approved here" in server("revoke", "beta", "--yes").err
     server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
-    said = server("revoke", "beta", "--yes")
-    assert (said.code, "there are: alpha" in said.err) == (2, True)
+    for words in (("beta", "--yes"), ("beta",)):
+        said = server("revoke", *words)
+        assert (said.code, "'beta' is no site" in said.err, "there are: alpha" in said.err) == (2, True, True)
 
 
 def test_the_wrong_paper_is_told_on_either_side(server: Typed, alpha: Typed) -> None:

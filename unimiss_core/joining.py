@@ -50,8 +50,10 @@ def host_and_port(address: str) -> HostAndPort:
     """Of HOST:PORT or [IPv6]:PORT. Raises ValueError, in words."""
     host, colon, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
-    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not host or not port.isascii() or not port.isdigit():
         raise ValueError(f"expected HOST:PORT, such as unimiss.example.org:443, got {address!r}")
+    if not 0 < int(port) < 65536:
+        raise ValueError(f"a port is a number from 1 to 65535, got {port}")
     if not _is_ip(bare) and (not _DNS_NAME.fullmatch(bare) or bare.replace(".", "").isdigit()):
         raise ValueError(f"expected a DNS name in lower case or an IP address before the port, got {host!r}")
     if (":" in bare) != (host != bare):
