@@ -3,6 +3,8 @@
 SERVER = """\
 # The coordinator's processes. Every setting and its meaning: server/server_config.py
 address: "{address}"   # under which sites reach this machine; another host needs another `unimiss-server init`
+# listen: "{listen}"   # what the public side binds to; "0.0.0.0" is every IPv4 address of this machine. Without this
+# line it is that, or the host of `address` alone where that is a loopback one, as in a trial on one machine
 """
 
 COORDINATOR = """\

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from server import examples
 from server.home import Home
+from server.server_config import usually_bound
 from unimiss_core import certificates, durable, keys
 from unimiss_core.errors import ConfigError
 from unimiss_core.joining import HostAndPort, host_and_port
@@ -49,7 +50,7 @@ def found(path: Path, address: str, *, now: datetime, note: Note = unnoted) -> H
         home.flower.chmod(0o700)  # SuperLink's database holds updates while they travel
         durable.write_text(home.study, examples.STUDY)
         durable.write_text(home.coordinator, examples.COORDINATOR)
-        durable.write_text(home.server, examples.SERVER.format(address=address))
+        durable.write_text(home.server, examples.SERVER.format(address=address, listen=usually_bound(public.host)))
     except OSError as error:
         raise ConfigError(f"{home.path}: cannot be written to ({error.strerror}); mend that, then delete it") from None
     note("init", {"address": address})

@@ -132,10 +132,10 @@ async def serve(home: Home, config: ServerConfig, note: Note) -> None:
         certificate=home.server_certificate, key=home.server_key, authority=home.authority_certificate
     )
     try:
-        listener = bound_socket(config.listen, config.port)
+        listener = bound_socket(config.host, config.port)
     except OSError as error:
         raise ConfigError(
-            f"{home.server}: the public side cannot begin on {config.listen} port {config.port} ({error.strerror})"
+            f"{home.server}: the public side cannot begin on {config.host} port {config.port} ({error.strerror})"
         ) from None
     allow_descriptors(4 * config.limits.connections)
     stop = asyncio.Event()

@@ -110,7 +110,7 @@ def _with_children(home: Home, config: ServerConfig, composed: Composed, stop: S
     try:
         done, rounds = rounds_done(composed.folder), composed.study.schedule.rounds
         goes_on = f"{composed.study.name}: goes on after round {done} of {rounds}; " if done else ""
-        progress.report(progress.Note(f"{goes_on}starting SuperLink and the public side"))
+        progress.report(progress.Note(f"{goes_on}starting SuperLink and the public side ({config.bound})"))
         children.start(stop)
         submission = Submission(control, composed.folder, rounds, config.patience)
         _Loop(home, composed, children, control, registry, submission).until_the_end(stop)

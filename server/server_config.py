@@ -1,5 +1,7 @@
 """server.yaml: where sites reach the coordinator, and what its public side allows."""
 
+import ipaddress
+from contextlib import suppress
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -11,6 +13,16 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Megabytes = Annotated[float, Field(gt=0)]
+
+
+def usually_bound(host: str) -> str:
+    """Where sites come by `host`: that address alone where it is a loopback one, which no other machine reaches."""
+    if host == "localhost":
+        return "127.0.0.1"
+    with suppress(ValueError):  # a name
+        if ipaddress.ip_address(host).is_loopback:
+            return host
+    return "0.0.0.0"
 
 
 class FrontLimits(Config):
@@ -64,8 +76,9 @@ class Patience(Config):
 class ServerConfig(Config):
     address: PublicAddress
     """HOST:PORT by which sites reach this machine; HOST stands in the server's certificate."""
-    listen: str = "0.0.0.0"
-    """The address that the public side binds to; "::" is every address of both kinds."""
+    listen: str | None = None
+    """The address that the public side binds to; "0.0.0.0" is every IPv4 address of this machine, "::" every address of
+    both kinds. None is "0.0.0.0", or the host of `address` where that is a loopback one: trials stay on the machine."""
     listen_port: Port | None = None
     """None is the port of `address`; another one where a router passes that on."""
     superlink_port: Port = 8000
@@ -80,6 +93,17 @@ class ServerConfig(Config):
         if self.port == self.superlink_port:
             raise ValueError(f"superlink_port={self.superlink_port} must differ from the public side's port")
         return self
+
+    @property
+    def host(self) -> str:
+        """That the public side binds to."""
+        return self.listen or usually_bound(host_and_port(self.address).host)
+
+    @property
+    def bound(self) -> str:
+        """The same in words, with the port."""
+        every = {"0.0.0.0": "every IPv4 address of this machine", "::": "every address of this machine"}
+        return f"{every.get(self.host, self.host)}, port {self.port}"
 
     @property
     def port(self) -> int:

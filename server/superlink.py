@@ -65,7 +65,7 @@ def prepare(home: Home, config: ServerConfig) -> None:
     """Make ready what the processes find on the disk. Raises ConfigError: a port is taken, the folder is not ours."""
     for host, port, key in (
         (LOOPBACK, config.superlink_port, "superlink_port"),
-        (config.listen, config.port, "address"),
+        (config.host, config.port, "address"),
     ):
         _require_free(home, host, port, key)
     try:

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,14 +20,16 @@ from server.children import Children
 from server.composition import compose
 from server.contacts import Contacts
 from server.coordinator_config import load_coordinator
+from server.founding import found
 from server.home import Home
-from server.run_command import alone, runner, stop
+from server.run_command import alone, run, runner, stop
 from server.running import Running, children_of, status
 from server.server_command import main
 from server.server_config import ServerConfig
 from tests.coordinator_home import approved_site, found_home, write_study
 from tests.federation import random_tensors, saved_checkpoint, whole_layout
 from tests.run_artefacts import round_records
+from unimiss_core import progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
 
@@ -94,6 +97,54 @@ def test_a_wrong_setting_is_told_by_the_operators_own_file(home: Home, tmp_path:
     home.coordinator.write_text("min_sites: 2")
     with pytest.raises(ConfigError, match=r"home/coordinator\.yaml: .*\n.*min_sites=2"):
         compose(home, write_study(tmp_path / "study.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "host", "told"),
+    [
+        ("unimiss.example.org:443", {}, "0.0.0.0", "every IPv4 address of this machine, port 443"),
+        ("192.0.2.7:443", {"listen": "192.0.2.7", "listen_port": 9443}, "192.0.2.7", "192.0.2.7, port 9443"),
+        ("127.0.0.1:9443", {}, "127.0.0.1", "127.0.0.1, port 9443"),
+        ("localhost:9443", {}, "127.0.0.1", "127.0.0.1, port 9443"),
+        ("[::1]:9443", {}, "::1", "::1, port 9443"),
+        ("127.0.0.1:9443", {"listen": "::"}, "::", "every address of this machine, port 9443"),
+    ],
+)
+def test_a_trial_on_one_machine_is_open_to_that_machine_alone(
+    address: str, settings: dict[str, Any], host: str, told: str
+) -> None:
+    config = ServerConfig(address=address, **settings)
+    assert (config.host, config.bound) == (host, told)
+
+
+@pytest.mark.parametrize(
+    ("address", "listen"), [("127.0.0.1:9443", "127.0.0.1"), ("unimiss.example.org:443", "0.0.0.0")]
+)
+def test_init_writes_down_what_is_bound_and_how_that_is_changed(tmp_path: Path, address: str, listen: str) -> None:
+    home = found(tmp_path / "home", address, now=NOW)
+    assert f'# listen: "{listen}" ' in home.server.read_text()
+    assert load(ServerConfig, home.server).host == listen
+
+
+def test_run_says_what_is_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unstarted:
+        def start(self, _stop: object) -> None:
+            raise ConfigError("not today")
+
+        def end(self) -> None:
+            pass
+
+    with socket.socket() as first, socket.socket() as second:
+        for one in (first, second):
+            one.bind(("127.0.0.1", 0))
+        port, superlink_port = (one.getsockname()[1] for one in (first, second))
+    home = found_home(tmp_path / "home", port=port, superlink_port=superlink_port, min_sites=1)
+    approved_site(home, "alpha")
+    monkeypatch.setattr(superlink, "family", lambda *_: Unstarted())
+    heard: list[progress.Event] = []
+    with progress.listen(heard.append), pytest.raises(ConfigError, match="not today"):
+        run(home, write_study(tmp_path / "study.yaml"))
+    assert any(f"the public side (127.0.0.1, port {port})" in getattr(event, "text", "") for event in heard)
 
 
 @pytest.mark.parametrize("key", ["superlink_port", "address"])
