@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from client.finetune_config import FinetuneConfig
 from client.site_config import SiteConfig, load_site
-from unimiss_core.config import dump_yaml, load, parse, read_yaml
+from server.coordinator_config import CoordinatorConfig
+from server.server_config import ServerConfig
+from server.simulate import SimulationConfig
+from unimiss_core.config import Config, dump_yaml, load, parse, read_yaml
 from unimiss_core.errors import ConfigError
+from unimiss_core.file_kinds import KEYS
 from unimiss_core.study import StudyConfig
 
 ROOT = Path(__file__).parents[1]
@@ -418,3 +423,44 @@ def test_what_is_made_of_noised_updates_is_free_at_patient_level_but_counts_are_
     parse(StudyConfig, {**raw, "aggregation": free}, where="x")
     told = problems({**raw, "aggregation": {"weighting": "scans"}})
     assert "aggregation.weighting=scans weighs sites by counts of scans, which are not released in mode patient" in told
+
+
+# -- a file of another kind -------------------------------------------------------------------------------------------
+
+KINDS: dict[str, type[Config]] = {
+    "a study file": StudyConfig,
+    "a simulation file": SimulationConfig,
+    "a site file": SiteConfig,
+    "a coordinator file": CoordinatorConfig,
+    "a fine-tuning file": FinetuneConfig,
+    "a coordinator's server.yaml": ServerConfig,
+}
+
+
+def test_the_keys_by_which_kinds_of_files_are_told_are_those_of_their_classes() -> None:
+    assert {kind: set(keys) for kind, keys in KEYS.items()} == {
+        name: set(kind.model_fields) for name, kind in KINDS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "told"),
+    [
+        ("study/nano.yaml", SimulationConfig, "this is a study file, by its keys; expected a simulation file"),
+        ("coordinator/example.yaml", StudyConfig, "this is a coordinator file, by its keys; expected a study file"),
+        ("simulation/private_demo.yaml", StudyConfig, "this is a simulation file, by its keys; expected a study file"),
+        ("study/nano.yaml", FinetuneConfig, "this is a study file, by its keys; expected a fine-tuning file"),
+        ("finetune/hippocampus.yaml", SiteConfig, "this is a fine-tuning file, by its keys; expected a site file"),
+        ("site/example.yaml", StudyConfig, "this is a site file, by its keys; expected a study file"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_as_one(file: str, kind: type[Config], told: str) -> None:
+    path = ROOT / "configs" / file
+    with pytest.raises(ConfigError) as caught:
+        load(kind, path)
+    assert str(caught.value) == f"{path}: {told}"
+
+
+def test_a_file_with_a_mistake_in_it_is_no_file_of_another_kind() -> None:
+    assert "unknown key 'out'" in problems({"name": "x", "seed": 1, "out": "there"})
+    assert "unknown key 'modle'" in problems({"name": "x", "modle": {}, "data": []})

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import ErrorDetails
 
 from unimiss_core.errors import ConfigError
+from unimiss_core.file_kinds import taken_for
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -98,6 +99,8 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
     except TypeError as error:
         raise ConfigError(f"{where}: {error}; write dates and binary values as text in quotes") from None
     except ValidationError as error:
+        if (mixed_up := taken_for(kind.model_fields, raw)) is not None:
+            raise ConfigError(f"{where}: this is {mixed_up[0]}, by its keys; expected {mixed_up[1]}") from None
         found = error.errors(include_url=False)
         # A list whose entries failed is reported as too short as well, which says nothing new.
         inside = {detail["loc"][:depth] for detail in found for depth in range(len(detail["loc"]))}
