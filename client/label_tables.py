@@ -35,9 +35,7 @@ _SPELLINGS: Mapping[str, Part] = {
 }
 _SHOWN = 5
 """Problems of a table that a message tells; the others are counted."""
-_WAY_OUT = (
-    "correct the path, or the folder that paths begin from (data_root, or --data, of a fine-tuning; --root of a probe)"
-)
+_WAY_OUT = "correct it, or the folder that paths begin from (data_root, or --data, of a fine-tuning; --root of a probe)"
 
 
 @dataclass(frozen=True)
@@ -75,37 +73,47 @@ def label_table(config: FinetuneConfig) -> LabelTable:
     data = config.data
     if isinstance(data, MedMnistData):
         assert isinstance(config.task, ClassificationConfig)
-        _must_be_a_file("data.file", data.file)
+        _must_be_a_file("data.file", data.file, config.data_root)
         return LabelTable(_of_medmnist(data, config.task), data.file.parent)
-    return labels_in(data, config.task, given=config.split.name == "given")
+    return labels_in(data, config.task, given=config.split.name == "given", root=config.data_root)
 
 
-def labels_in(data: LabelData, task: TaskConfig, *, given: bool = False, one_by_one: bool = False) -> LabelTable:
+def labels_in(
+    data: LabelData, task: TaskConfig, *, given: bool = False, one_by_one: bool = False, root: Path | None = None
+) -> LabelTable:
     """given: the table says which part each scan is for. one_by_one: a line of a table, or a case of a folder, that
-    cannot be used is left out and decides about no other patient's, nor whether there is a table at all.
+    cannot be used is left out and decides about no other patient's, nor whether there is a table at all. root: what the
+    paths of `data` were written below, so that they can be told as they are written.
 
     Raises ConfigError, as `label_table`; one_by_one, of what is wrong with the whole of it.
     """
     if isinstance(data, CsvData):
-        _must_be_a_file("data.table", data.table)
-        _must_be_a_folder(data.folder)
+        _must_be_a_file("data.table", data.table, root)
+        _must_be_a_folder(data.folder, root)
         cases, problems = _of_csv(data, task, given=given, one_by_one=one_by_one)
         return LabelTable(cases, data.folder, data.modality, problems)
     if not isinstance(task, SegmentationConfig):
         raise ConfigError("data: an msd folder holds masks; the task must be segmentation")
-    _must_be_a_folder(data.folder)
+    _must_be_a_folder(data.folder, root)
     return _of_msd(data, task, one_by_one=one_by_one)
 
 
-def _must_be_a_file(setting: str, path: Path) -> None:
+def _must_be_a_file(setting: str, path: Path, root: Path | None) -> None:
     """Raises ConfigError: nothing is there, which is another mistake than a file of another kind."""
     if not path.is_file():
-        raise ConfigError(f"{setting}: there is no file {path.name} where it says; {_WAY_OUT}")
+        raise ConfigError(f"{setting}: there is no file {_as_written(path, root)}; {_WAY_OUT}")
 
 
-def _must_be_a_folder(path: Path) -> None:
+def _must_be_a_folder(path: Path, root: Path | None) -> None:
     if not path.is_dir():
-        raise ConfigError(f"data.folder: there is no folder {path.name} where it says; {_WAY_OUT}")
+        raise ConfigError(f"data.folder: there is no folder {_as_written(path, root)}; {_WAY_OUT}")
+
+
+def _as_written(path: Path, root: Path | None) -> str:
+    """In the file that names it, and below which folder."""
+    if root is None:
+        return f"{path.name} where it says"
+    return f"{path.relative_to(root)} in {root}" if path.is_relative_to(root) else str(path)
 
 
 # --------------------------------------------------------------------------------------------------------------- CSV

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.finetune_config import FinetuneConfig
+from client.finetune_config import FinetuneConfig, load_finetune
 from client.label_tables import Case, LabelTable, label_table, labels_in
 from client.splits import split_cases
 from unimiss_core.config import parse
@@ -82,14 +82,27 @@ def test_a_path_that_no_file_can_have_is_told_by_its_line(tmp_path: Path) -> Non
 def test_a_path_that_leads_nowhere_is_told_as_that_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("scan,label,patient\na.png,yes,1\n")
     wrong = {
-        r"data\.table: there is no file u\.csv .* --data": (BINARY, {"table": "u.csv"}),
-        r"data\.folder: there is no folder pictures": (BINARY, {"table": "t.csv", "folder": "pictures"}),
-        r"data\.folder: there is no folder hippocampus": (MASKS, {"name": "msd", "folder": "hippocampus"}),
-        r"data\.file: there is no file m\.npz": (BINARY, {"name": "medmnist", "file": "m.npz"}),
+        r"data\.table: there is no file .*u\.csv.* --data": (BINARY, {"table": "u.csv"}),
+        r"data\.folder: there is no folder .*pictures": (BINARY, {"table": "t.csv", "folder": "pictures"}),
+        r"data\.folder: there is no folder .*hippocampus": (MASKS, {"name": "msd", "folder": "hippocampus"}),
+        r"data\.file: there is no file .*m\.npz": (BINARY, {"name": "medmnist", "file": "m.npz"}),
     }
     for told, (task, data) in wrong.items():
         with pytest.raises(ConfigError, match=told):
             label_table(configured(tmp_path, task, data))
+
+
+def test_a_path_that_leads_nowhere_is_told_as_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    raw = {"name": "x", "task": BINARY, "init": {"name": "scratch"}, "data": {"table": "nih/labels.csv"}}
+    for more, told in (
+        ({"data_root": "archive"}, f"data.table: there is no file nih/labels.csv in {tmp_path / 'archive'};"),
+        ({"data": {"table": "/nowhere/labels.csv"}}, "data.table: there is no file /nowhere/labels.csv;"),
+    ):
+        file.write_text(json.dumps(raw | more))
+        with pytest.raises(ConfigError) as caught:
+            label_table(load_finetune(file))
+        assert str(caught.value).startswith(told)
 
 
 def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path) -> None:
@@ -270,7 +283,7 @@ def test_a_medmnist_file_brings_its_split(tmp_path: Path) -> None:
     found = label_table(configured(tmp_path, BINARY, data))
     assert [(case.part, case.target) for case in found.cases[2:4]] == [("validation", (0,)), ("validation", (1,))]
     assert found.cases[5].place == ("test_images", 1)
-    with pytest.raises(ConfigError, match=r"data\.file: there is no file gone\.npz"):
+    with pytest.raises(ConfigError, match=r"data\.file: there is no file .*gone\.npz"):
         label_table(configured(tmp_path, BINARY, {"name": "medmnist", "file": "gone.npz"}))
     with pytest.raises(ConfigError, match=r"train_labels has 1 column\(s\).* expected 2"):
         label_table(configured(tmp_path, {**BINARY, "kind": "multi_label"}, data))
