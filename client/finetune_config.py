@@ -228,7 +228,8 @@ def init_from(text: str, otherwise: InitConfig, *, named: str = "--init") -> Ini
         return FromCheckpoint(folder=path, key=otherwise.key if isinstance(otherwise, FromCheckpoint) else None)
     if path.is_file():
         return FromReleased(file=path)
-    raise ConfigError(f"{named} {text}: is neither 'scratch', nor a checkpoint's folder, nor a released file")
+    what = "is neither" if path.exists() else "does not exist"
+    raise ConfigError(f"{named} {text}: {what}; give 'scratch', a checkpoint's folder or a released file")
 
 
 def signed_by(key: Path, init: InitConfig) -> FromCheckpoint:

@@ -24,7 +24,7 @@ from client.site_config import DataSource
 from client.splits import split_cases
 from unimiss_core import progress
 from unimiss_core.config import parse
-from unimiss_core.errors import ConfigError, ScanError
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.scan import Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
 from unimiss_core.task_config import ClassificationConfig
@@ -72,7 +72,7 @@ class Source(Protocol):
     """Possible answers, of two the one looked for last; None takes what labels there are, in their order as texts."""
 
     def scans(self, plan: PlanConfig) -> Iterator[Known]:
-        """What cannot be read is left out, and told."""
+        """What cannot be read is left out, and told. Raises NoUsableScanError: there is nothing to read."""
 
 
 def source_of(
@@ -112,7 +112,8 @@ def _kind_of(data: Path) -> Kind:
     if data.is_dir():
         return "a folder"
     if not data.is_file():
-        raise ConfigError(f"--data {data}: is neither a folder nor a file")
+        what = "is neither a folder nor a file" if data.exists() else "does not exist"
+        raise ConfigError(f"--data {data}: {what}")
     if data.suffix in (".yaml", ".yml"):
         return "a fine-tuning's file"
     return "a MedMNIST file" if data.suffix == ".npz" else "a table"
@@ -136,6 +137,8 @@ class _Folders:
             if below:
                 yield Known(scan, (label,), origin.patient, is_scored=False)
             progress.report(progress.StepDone("scans", number, len(reading), None))
+        if not reading.found.files_seen:
+            raise NoUsableScanError(f"--data {self._source.folder}: holds no file")
         if bare:
             progress.report(progress.Note(f"left out: {bare} scan(s) that lie in no label's folder"))
         reading.explain()

@@ -147,9 +147,7 @@ def _look(
     for reason, count in sorted(left_out.items()):
         progress.report(progress.Note(f"left out: {count} {reason}: {REASONS[reason]}"))
     if not seen:
-        raise NoUsableScanError(
-            "--data: holds no labelled scan that can be used; notes above say why, if there was any"
-        )
+        raise NoUsableScanError("--data: holds no labelled scan that can be used; the notes above say why")
     return seen
 
 

@@ -63,5 +63,5 @@ def test_paths_are_below_the_file_or_below_the_data_root_of_the_command(tmp_path
 def test_a_command_line_may_say_what_to_begin_with(tmp_path: Path) -> None:
     assert init_from(str(tmp_path), FromScratch()) == FromCheckpoint(folder=tmp_path)
     assert init_from("scratch", FromCheckpoint(folder=tmp_path)) == FromScratch()
-    with pytest.raises(ConfigError, match="neither 'scratch'"):
+    with pytest.raises(ConfigError, match="does not exist; give 'scratch'"):
         init_from(str(tmp_path / "gone"), FromScratch())

@@ -162,8 +162,8 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
         assert "PATIENT-" not in heard.err + heard.out
 
     nowhere = str(tmp_path / "nowhere")
-    refused(f"CHECKPOINT {nowhere}: is neither 'scratch', nor a checkpoint's folder", nowhere, "--data", root)
-    refused("--data", "scratch", "--data", str(tmp_path / "nowhere"))
+    refused(f"CHECKPOINT {nowhere}: does not exist; give 'scratch', a checkpoint's folder", nowhere, "--data", root)
+    refused("nowhere: does not exist", "scratch", "--data", nowhere)
     refused("nowhere: is no folder", "scratch", "--data", table, "--root", str(tmp_path / "nowhere"))
     refused("has no column kind; give --scan, --label or --patient", "scratch", "--data", table, "--label", "kind")
     refused("holds one class alone", "scratch", "--data", write(tmp_path / "one.csv", "scan,label,patient\na.png,x,1"))
@@ -178,7 +178,9 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
     refused("is a folder; give the name of a file", "scratch", "--data", root, "--out", str(tmp_path))
     refused("--key: begins with 'scratch'", "scratch", "--data", root, "--key", "x.pub")
     (tmp_path / "empty" / "a").mkdir(parents=True)
-    refused("holds no labelled scan", "scratch", "--data", str(tmp_path / "empty"), code=3)
+    refused("empty: holds no file", "scratch", "--data", str(tmp_path / "empty"), code=3)
+    write(tmp_path / "empty" / "a" / "notes.txt", "no scan")
+    refused("holds no labelled scan that can be used; the notes", "scratch", "--data", str(tmp_path / "empty"), code=3)
     for number in range(21):
         (tmp_path / "archive" / f"PATIENT-{number}").mkdir(parents=True)
         shutil.copy(tmp_path / "pictures" / "secret0.png", tmp_path / "archive" / f"PATIENT-{number}")
