@@ -74,6 +74,7 @@ def begin(init: InitConfig, plan: PlanConfig | None = None) -> Beginning:
 
 def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning:
     """Of a round of pretraining, of a round of a federation that fine-tuned, or of a fine-tuned model's folder."""
+    checkpoint.require_there(init.folder)
     if task_checkpoint.is_there(init.folder) and not (init.folder / checkpoint.MANIFEST).is_file():
         require_unsigned(init.folder, init.key)
         tuned, told = task_checkpoint.load(init.folder)

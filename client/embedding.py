@@ -140,7 +140,7 @@ def _read_scans(
     path: Path, beginning: Beginning, modality: Modality | None, *, show_paths: bool
 ) -> Iterator[_Prepared]:
     if not path.exists():
-        raise ConfigError(f"{path}: is neither an .npy file nor a folder of scans")
+        raise ConfigError(f"{path}: does not exist; give a folder of scans, one file or an .npy array")
     reading = Reading.of_path(path, beginning.plan, modality)
     for number, (origin, scan) in enumerate(reading, start=1):
         try:

@@ -66,6 +66,7 @@ def read_source(folder: Path, *, student: bool, key: SigningPublicKey | None, li
     Raises CheckpointError: nothing there that can be exported, damaged, of another version, or not signed by that key.
     Raises ConfigError: `student` or `key` with a fine-tuned model, which has neither.
     """
+    checkpoint.require_there(folder)
     if (folder / checkpoint.MANIFEST).is_file():
         if rank_of_task(checkpoint.read_manifest(folder, key=key)) is None:
             return _pretrained(folder, student=student, key=key, licence=licence)

@@ -97,7 +97,8 @@ class Reading:
             source = DataSource(folder=path, modality=modality)
             return cls.of_sources([source], plan, nameless=True, looked=report_looked)
         if not path.is_file():
-            raise ConfigError(f"{path}: is neither a folder of scans nor a file")
+            what = "is neither a folder nor a file" if path.exists() else "does not exist"
+            raise ConfigError(f"{path}: {what}; give a folder of scans, or one file")
         return cls(catalogue_one(path, modality, interpolate=_interpolates(plan)))
 
     def __len__(self) -> int:

@@ -260,6 +260,8 @@ def _sources(data: Path) -> tuple[Sequence["DataSource"], int | None]:
         site = load_site(data)
         look_over(site)
         return site.data, site.workers
+    if not data.exists():
+        raise ConfigError(f"{data}: does not exist; give a folder of scans or a site file (.yaml)")
     raise ConfigError(f"{data}: expected a folder of scans or a site file (.yaml), and it is neither")
 
 

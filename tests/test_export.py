@@ -317,6 +317,7 @@ def test_what_is_damaged_or_of_another_version_is_not_exported(
         ("round-0001", ["--to", "safetensors", "--licence", "my own\x1b"], 2, "'my own\\x1b': give an SPDX identifier"),
         ("tuned", ["--to", "safetensors", "--student"], 2, "has no student and no signature; leave both out"),
         ("tuned", ["--to", "onnx", "--input-size", "16", "64", "64"], 2, "is for scans of 2 axes, 3 were given"),
+        ("nowhere", ["--to", "safetensors"], 4, "nowhere: does not exist"),
         ("full", ["--to", "safetensors"], 4, "holds neither a checkpoint (manifest.json) nor a fine-tuned model"),
         ("x" * 300, ["--to", "safetensors"], 2, "cannot be used (File name too long); check the paths given"),
         ("round-0001", ["--to", "onnx", "--input-size", "999999", "999999"], 2, "need more memory than there is"),

@@ -339,7 +339,8 @@ def test_what_is_no_model_of_this_program_is_refused_in_one_message(
         assert told in said, said
         assert said.count("\n") == 1
 
-    refused(tmp_path / "nowhere", "holds no model; give the folder that `unimiss finetune` wrote")
+    refused(tmp_path / "nowhere", "nowhere: does not exist")
+    refused(scans, "holds no model; give the folder that `unimiss finetune` wrote")
     refused(nano_checkpoint(tmp_path / "round-0001"), "is a checkpoint of pretraining, which answers no task")
     refused(untrained(tmp_path / "diverged", BALL, diverged=True), "its weights are not all numbers")
     model = untrained(tmp_path / "model", LABELS)
@@ -364,6 +365,6 @@ def test_an_output_that_holds_something_and_scans_that_are_nowhere_are_told(
 ) -> None:
     model = untrained(tmp_path / "model", LABELS)
     assert main(["predict", str(model), str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
-    assert "is neither a folder of scans nor a file" in capsys.readouterr().err
+    assert "nowhere: does not exist; give a folder of scans, or one file" in capsys.readouterr().err
     assert main(["predict", str(model), str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "exists and is not empty; give a new folder" in capsys.readouterr().err

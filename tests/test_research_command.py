@@ -286,6 +286,17 @@ sys.exit(main({arguments!r}))
     assert "Traceback" not in done.stderr
 
 
+def test_what_does_not_exist_is_told_as_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = nano_checkpoint(tmp_path / "round-0001"), ["--out", str(tmp_path / "features.npz")]
+    nowhere = str(tmp_path / "nowhere")
+    assert main(["embed", nowhere, str(tmp_path), *out]) == 4
+    assert f"{nowhere}: does not exist" in capsys.readouterr().err
+    assert main(["embed", str(folder), nowhere, *out]) == 2
+    assert f"{nowhere}: does not exist; give a folder of scans" in capsys.readouterr().err
+    assert main(["verify", nowhere]) == 4
+    assert f"{nowhere}: does not exist" in capsys.readouterr().err
+
+
 def test_every_mistake_has_its_exit_code(tmp_path: Path) -> None:
     folder, empty = nano_checkpoint(tmp_path / "round-0001"), tmp_path / "empty"
     empty.mkdir()

@@ -153,10 +153,14 @@ def test_exit_codes_tell_an_empty_folder_from_a_wrong_command(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["check", str(tmp_path / "empty")]) == 3
     assert "there is no file to read" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("no site file")
+    assert main(["check", str(tmp_path / "notes.txt")]) == 2
     assert main(["check", str(tmp_path / "gone")]) == 2
     assert main(["check", str(tmp_path / "empty"), "--report", str(tmp_path / "gone" / "r.json")]) == 2
     assert main(["check"]) == 2  # there is no site's folder here
-    assert "expected a folder of scans or a site file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "expected a folder of scans or a site file" in said
+    assert "gone: does not exist; give a folder of scans or a site file" in said
 
 
 @pytest.mark.usefixtures("folder")

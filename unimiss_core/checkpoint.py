@@ -186,6 +186,7 @@ def read_manifest(folder: Path, *, key: SigningPublicKey | None = None) -> Manif
         require_version(written, path, FORMAT_VERSION)
         manifest = Manifest.model_validate_json(written)
     except (FileNotFoundError, NotADirectoryError):
+        require_there(folder)
         raise CheckpointError(
             f"{folder}: no manifest.json there; give a checkpoint folder such as OUT/checkpoints/{folder_name(7)}"
         ) from None
@@ -194,6 +195,17 @@ def read_manifest(folder: Path, *, key: SigningPublicKey | None = None) -> Manif
     except ValidationError:
         raise CheckpointError(f"{path}: is not a manifest of this program; take another copy") from None
     return manifest
+
+
+def require_there(folder: Path) -> None:
+    """Raises CheckpointError: there is nothing at all, which is another mistake than a folder that holds something
+    else; or nobody may look into it."""
+    try:
+        is_there, _ = folder.exists(), (folder / MANIFEST).exists()
+    except PermissionError as error:
+        raise CheckpointError(f"{folder}: cannot be looked into ({error.strerror})") from None
+    if not is_there:
+        raise CheckpointError(f"{folder}: does not exist; check the path")
 
 
 def unreadable(folder: Path, name: str, error: OSError) -> CheckpointError:

@@ -63,6 +63,7 @@ def load_tuned(folder: Path, *, key: SigningPublicKey | None = None) -> tuple[Ta
     it: what no signature covers is not read in its place. Raises CheckpointError: as `task_checkpoint.load` and
     `checkpoint.load`; or a round that answers nothing, or nobody knows what. ConfigError: a key, where nobody signs.
     """
+    checkpoint.require_there(folder)
     if (folder / checkpoint.MANIFEST).is_file():
         if rank_of_task(checkpoint.read_manifest(folder, key=key)) is None:
             raise CheckpointError(
