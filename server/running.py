@@ -3,14 +3,16 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from server.children import Children
 from server.contacts import AHEAD_S, BEHIND_S, Contact, Contacts
+from server.coordinator_config import load_coordinator
 from server.home import Home
 from server.registry import Registry
 from server.run_folder import RunFolder
+from server.said import at_work as round_at_work
 from server.wording import counted, duration, printable
 from unimiss_core import durable
 from unimiss_core.errors import ConfigError
@@ -67,6 +69,8 @@ def status(home: Home, *, at_work: bool, now: datetime) -> Iterator[str]:
     yield from _process_lines(running, at_work, now)
     for folder in sorted(home.runs.iterdir()) if home.runs.is_dir() else []:
         yield from _run_lines(RunFolder(folder), running, at_work)
+        if running is not None and running.study == folder.name:
+            yield from _round_lines(home, running.study, now)
     contacts, refused = Contacts.read(home.front_status)
     for name in sorted(contacts.sites.keys() | _approved(home)):
         yield _site_line(name, contacts.sites.get(name), now)
@@ -108,6 +112,36 @@ def _run_lines(folder: RunFolder, running: Running | None, at_work: bool) -> Ite
         yield "  not at work; unimiss-server run STUDY.yaml goes on with it"
     elif not folder.is_finished:
         yield "  its model, audit log or report may lack; unimiss-server run STUDY.yaml brings it to its end"
+
+
+def _round_lines(home: Home, study: str, now: datetime) -> Iterator[str]:
+    """Of the round at work: who has answered, who is waited for, and for how long at most."""
+    if (work := round_at_work(home.run(study))) is None:
+        return
+    counting = sorted(site for site, reply in work.replied.items() if reply.status in ("ok", "late"))
+    yield (
+        f"  round {work.round}, asked for {duration(now.timestamp() - work.since)} ago: "
+        f"{', '.join(map(printable, counting)) or 'no site'} counted"
+    )
+    for site, reply in sorted(work.replied.items()):
+        if site not in counting:
+            yield f"    {printable(site)} did not count: {printable(f'{reply.status} {reply.reason}'.rstrip())}"
+    if work.silent:
+        approved = _approved(home)
+        named = [printable(site) + ("" if site in approved else " (revoked)") for site in work.silent]
+        yield f"    waits for {', '.join(named)}{_until(home, study, work.since)}"
+
+
+def _until(home: Home, study: str, since: float) -> str:
+    try:
+        config = load_coordinator(home.run_file(study))
+    except ConfigError:
+        return ""
+    latest = datetime.fromtimestamp(since + config.deadline_s, UTC)
+    return (
+        f", until {latest:%Y-%m-%d %H:%M} UTC (deadline_s), and a quarter longer where fewer than "
+        f"{config.min_replies} count by then (min_replies)"
+    )
 
 
 def _indented(message: str) -> str:

@@ -24,6 +24,7 @@ from server.founding import found
 from server.home import Home
 from server.run_command import alone, run, runner, stop
 from server.running import Running, children_of, status
+from server.said import kept
 from server.server_command import main
 from server.server_config import ServerConfig
 from tests.coordinator_home import approved_site, found_home, write_study
@@ -257,6 +258,26 @@ def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: P
         "gamma: not heard since the public side began",
         "refused at the public side since it began: no_certificate 12",
     ]
+
+
+def test_status_tells_who_is_waited_for_and_until_when(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = compose(home, write_study(tmp_path / "study.yaml")).folder
+    Running("toy", 2, NOW.timestamp() - 900, True, 0, ()).write(home.running)
+    monkeypatch.setattr("server.said.time.time", lambda: NOW.timestamp() - 600)
+    with kept(folder.path):
+        progress.report(progress.RoundStarted(1, 2, ("alpha", "beta", "gamma", "delta")))
+        progress.report(progress.SiteReplied(1, "delta", "ok", ""))
+        progress.report(progress.SiteReplied(1, "gamma", "refused", "policy"))
+    told = list(status(home, at_work=True, now=NOW))
+    place = told.index("  round 1, asked for 10 min 00 s ago: delta counted")
+    waits = told[place + 2]
+    assert told[place + 1] == "    gamma did not count: refused policy"
+    assert waits.startswith("    waits for alpha, beta (revoked), until 2026-03-01 ")
+    with kept(folder.path):
+        progress.report(progress.RoundDone(1, 2, 700.0))
+    assert not any("waits for" in line for line in status(home, at_work=True, now=NOW))
 
 
 def test_status_tells_why_the_last_try_ended_until_a_round_is_finished(home: Home, tmp_path: Path) -> None:
