@@ -228,7 +228,7 @@ def init_from(text: str, otherwise: InitConfig, *, named: str = "--init") -> Ini
         return FromCheckpoint(folder=path, key=otherwise.key if isinstance(otherwise, FromCheckpoint) else None)
     if path.is_file():
         return FromReleased(file=path)
-    what = "is neither" if path.exists() else "does not exist"
+    what = "is neither a folder nor a file" if path.exists() else "does not exist"
     raise ConfigError(f"{named} {text}: {what}; give 'scratch', a checkpoint's folder or a released file")
 
 

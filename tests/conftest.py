@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from unimiss_core.checkpoint import Checkpoint
 
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""As `make test` has it, and before torch is imported: bits hang on how many threads share a sum."""
+
 LONGEST = (
     "test_federation_of_processes",
     "test_transports",

@@ -67,5 +67,5 @@ def test_what_is_left_out_on_the_way_counts_with_what_was_left_out_before(tmp_pa
     assert reading.reasons == {"blank": 2, "not_an_image": 1}
     with pytest.raises(NoUsableScanError, match="2 blank, 1 not_an_image"):
         reading.require(0)
-    with pytest.raises(ConfigError, match="neither a folder of scans nor a file"):
+    with pytest.raises(ConfigError, match="nowhere: does not exist; give a folder of scans, or one file"):
         Reading.of_path(tmp_path / "nowhere", PLAN)

@@ -48,7 +48,7 @@ def test_a_start_of_another_model_and_one_that_is_not_there_are_told(tmp_path: P
     other = small_study(model={"prototypes": 8})
     with pytest.raises(ConfigError, match=r"holds another model .*\"prototypes\":16.* than the study asks for"):
         run(tmp_path / "out", StubSite("a", {2: 3}), start, other)
-    with pytest.raises(CheckpointError, match="no manifest"):
+    with pytest.raises(CheckpointError, match="nothing: does not exist; check the path"):
         run(tmp_path / "out", StubSite("a", {2: 3}), tmp_path / "nothing")
 
 
