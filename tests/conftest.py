@@ -28,6 +28,17 @@ LONGEST = (
 """Files of minutes, begun first, so that no process is left with one of them when the others have ended."""
 
 
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """Commands set variables for their children (`server.server_command`), and a process of tests goes on."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() | before.keys():
+        if name != "PYTEST_CURRENT_TEST" and os.environ.get(name) != before.get(name):
+            os.environ.pop(name, None)
+            os.environ.update({name: before[name]} if name in before else {})
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
