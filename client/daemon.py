@@ -124,12 +124,8 @@ def _prepare(site: SiteConfig) -> _Folders:
     """Raises ConfigError: the disk is full, say."""
     folders = _Folders(site.state.absolute())
     try:
-        for told_before in (
-            HEALTH,
-            CONTACT,
-            REFUSED,
-            NOISE_ALONE,
-        ):  # the first names a process, whose number is another's by now
+        # The first names a process, whose number is another's by now.
+        for told_before in (HEALTH, CONTACT, REFUSED, NOISE_ALONE):
             (site.state / told_before).unlink(missing_ok=True)
         shutil.rmtree(folders.flower, ignore_errors=True)  # nothing in it outlives a daemon
         folders.empty.mkdir(parents=True)

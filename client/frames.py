@@ -3,7 +3,7 @@
 N is a number of frames. Positions and directions are DICOM patient coordinates in mm (LPS).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,16 +80,21 @@ def volumes_among(frames: Sequence[Frame]) -> Iterator[list[Frame]]:
 
 def _parallel(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Split by orientation and pixel spacing, each within a tolerance."""
+    planes = [frame.plane for frame in frames]
+    facts = [np.concatenate([plane.row, plane.column, np.log(plane.spacing_mm)]) for plane in planes]
+    return _alike(frames, facts, _SAME_DIRECTION)
+
+
+def _alike(frames: Sequence[Frame], facts: Iterable[NDArray[np.float64]], tolerance: float) -> list[list[Frame]]:
+    """Split by facts of each frame, which goes to the first part whose first frame's differ by less than this."""
     parts: list[tuple[NDArray[np.float64], list[Frame]]] = []
-    for frame in frames:
-        plane = frame.plane
-        facts = np.concatenate([plane.row, plane.column, np.log(plane.spacing_mm)])
+    for frame, own in zip(frames, facts, strict=True):
         for known, members in parts:
-            if np.abs(known - facts).max() < _SAME_DIRECTION:
+            if np.abs(known - own).max() < tolerance:
                 members.append(frame)
                 break
         else:
-            parts.append((facts, [frame]))
+            parts.append((own, [frame]))
     return [members for _, members in parts]
 
 
@@ -108,15 +113,7 @@ def _stations(frames: list[Frame]) -> list[list[Frame]]:
     a volume of its own. (A tilted gantry moves the heights of one volume, and all frames of a height alike.)"""
     if all(np.abs(pixels_aside(place)).max() < _SAME_STATION_PIXELS for place in by_place(frames)):
         return [frames]
-    stations: list[tuple[NDArray[np.float64], list[Frame]]] = []
-    for frame, where in zip(frames, pixels_aside(frames), strict=True):
-        for known, members in stations:
-            if np.abs(known - where).max() < _SAME_STATION_PIXELS:
-                members.append(frame)
-                break
-        else:
-            stations.append((where, [frame]))
-    parts = [members for _, members in stations]
+    parts = _alike(frames, pixels_aside(frames), _SAME_STATION_PIXELS)
     return parts if len(parts) > 1 and all(len(by_place(part)) >= MIN_SLICES for part in parts) else [frames]
 
 

@@ -40,8 +40,9 @@ class KnownLedgers:
 
     def note(self, heads: Mapping[str, Head], *, forgotten: Collection[str] = ()) -> None:
         """Keep whichever is further, and nothing older of the `forgotten`. Raises as `read`."""
-        known = {site: head for site, head in self.read().items() if site not in forgotten}
-        if self._path is not None and (found := furthest(known, heads)) != self.read():
+        before = self.read()
+        known = {site: head for site, head in before.items() if site not in forgotten}
+        if self._path is not None and (found := furthest(known, heads)) != before:
             told = {site: str(head) for site, head in sorted(found.items())}
             durable.write_text(self._path, json.dumps(told, indent=1) + "\n")
 

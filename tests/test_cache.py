@@ -74,15 +74,21 @@ def test_a_second_opening_reads_nothing_and_gives_the_same(site, built):
     assert len(built) == 3
 
 
-def test_unchanged_folders_open_without_a_look_at_a_header(site, monkeypatch):
-    looked: list[str] = []
+@pytest.fixture
+def looked(monkeypatch) -> list[str]:
+    """Files whose headers were looked at."""
+    found: list[str] = []
     really = look_module.look_at
 
     def look_at(folder, file, secret):
-        looked.append(file)
+        found.append(file)
         return really(folder, file, secret)
 
     monkeypatch.setattr(look_module, "look_at", look_at)
+    return found
+
+
+def test_unchanged_folders_open_without_a_look_at_a_header(site, looked):
     events: list[progress.Event] = []
     first = open_library(site, PLAN)
     assert len(looked) == 9
@@ -123,16 +129,8 @@ class Clock:
         return self._began
 
 
-def test_what_does_not_pass_is_not_looked_for_with_each_message(site, monkeypatch):
+def test_what_does_not_pass_is_not_looked_for_with_each_message(site, looked, monkeypatch):
     """Each is a process of its own, which would look at every header of the archive again."""
-    looked: list[str] = []
-    really = look_module.look_at
-
-    def look_at(folder, file, secret):
-        looked.append(file)
-        return really(folder, file, secret)
-
-    monkeypatch.setattr(look_module, "look_at", look_at)
     (site.data[0].folder / "dangling").symlink_to("nowhere")
     first = open_library(site, PLAN)
     assert first.left_out == {"cannot_open": 1}
