@@ -22,9 +22,9 @@ from server.home import Home
 from server.refusals import Note
 from server.registry import Registry
 from server.running import Running, children_of
+from server.said import Said
 from server.server_config import ServerConfig
 from server.submission import Submission, is_finished, rounds_done
-from server.watching import Watching
 from unimiss_core import locks, progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
@@ -161,7 +161,7 @@ class _Loop:
         self._children = children
         self._control = control
         self._submission = submission
-        self._watching = Watching(composed.folder)
+        self._said = Said(composed.folder.path)
         self._registry = registry
         self._since = time.time()
         self._nodes_at = self._written_at = float("-inf")
@@ -177,7 +177,7 @@ class _Loop:
         while not stop():
             self._children.look_after()
             finished = self._step()
-            self._watching.look()
+            self._said.say_again()
             self._write()
             if finished:
                 return

@@ -36,15 +36,20 @@ def kept(folder: Path) -> Iterator[None]:
 
 
 class Said:
-    """What was said of a run's folder since this was made."""
+    """What another process says of the run in a folder from now on, shown as a simulation is."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _FILE
         self._read = self._path.stat().st_size if self._path.exists() else 0
         """Bytes that were read, or were there before."""
 
-    def new(self, now: float) -> list[Event]:
-        """Each once; a line that is being written waits until it is whole. now: seconds since 1970."""
+    def say_again(self) -> None:
+        """Tell `unimiss_core.progress` what is new, each once; to be called now and then."""
+        for event in self._new(time.time()):
+            progress.report(event)
+
+    def _new(self, now: float) -> list[Event]:
+        """A line that is being written waits until it is whole. now: seconds since 1970."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._read)

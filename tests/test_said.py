@@ -12,8 +12,7 @@ from server import app, said, superlink
 from server.composition import Composed, compose
 from server.display import Tally
 from server.home import Home
-from server.run_folder import RunFolder
-from server.watching import Watching
+from server.said import Said
 from tests.coordinator_home import approved_site, found_home, write_study
 from unimiss_core import progress
 from unimiss_core.progress import Collapsed, Event, Note, RoundDone, RoundStarted, SiteReplied, StepDone
@@ -49,14 +48,14 @@ def say(folder: Path, events: Iterable[Event]) -> None:
 
 def test_what_another_process_says_of_its_rounds_is_said_again_as_it_comes(tmp_path: Path, told: list[Event]) -> None:
     say(tmp_path, a_round(1))
-    watching = Watching(RunFolder(tmp_path))
-    watching.look()
+    heard = Said(tmp_path)
+    heard.say_again()
     told.clear()
     for part in (a_round(2)[:2], a_round(2)[2:], a_round(3)):
         say(tmp_path, [*part, StepDone("alpha-xray", 1, 2, 5.0)])
         told.clear()
-        watching.look()
-        watching.look()
+        heard.say_again()
+        heard.say_again()
         assert [replace(e, ago_s=0.0) if isinstance(e, RoundStarted) else e for e in told] == part
 
 
@@ -65,16 +64,16 @@ def test_the_time_of_rounds_counts_from_their_beginning(
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr(said.time, "time", lambda: now[0])
-    watching = Watching(RunFolder(tmp_path))
+    heard = Said(tmp_path)
     say(tmp_path, [RoundStarted(1, 3, SITES)])
     told.clear()
     now[0] += 1.5
-    watching.look()
+    heard.say_again()
     assert told == [RoundStarted(1, 3, SITES, ago_s=1.5)]
     say(tmp_path, [RoundStarted(2, 3, SITES)])
     told.clear()
     now[0] -= 60.0  # a clock that was put back
-    watching.look()
+    heard.say_again()
     assert told == [RoundStarted(2, 3, SITES)]
 
 
@@ -93,11 +92,11 @@ def test_the_round_at_work_tells_who_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_what_collapsed_is_named_in_its_rounds_and_at_the_end(tmp_path: Path, told: list[Event]) -> None:
-    tally, watching = Tally(clock=lambda: 0.0), Watching(RunFolder(tmp_path))
+    tally, heard = Tally(clock=lambda: 0.0), Said(tmp_path)
     for number, collapsed in {1: (), 2: SITES, 3: ("beta-ct",)}.items():
         say(tmp_path, a_round(number, collapsed=collapsed))
         told.clear()
-        watching.look()
+        heard.say_again()
         for event in told:
             tally.count(event)
     assert [event for event in told if isinstance(event, Collapsed)] == [Collapsed(3, "beta-ct", SIGN, 900)]
@@ -106,7 +105,7 @@ def test_what_collapsed_is_named_in_its_rounds_and_at_the_end(tmp_path: Path, to
 
 def test_notes_of_another_process_are_shown_once_in_their_order(tmp_path: Path, told: list[Event]) -> None:
     say(tmp_path, [Note("of an earlier run")])
-    watching = Watching(RunFolder(tmp_path))
+    heard = Said(tmp_path)
     note = '{"at": 7.0, "event": "Note", "text": "'
     lines = [note + 'a \\u00e9"}\n', note + "torn", ' off"}\n', "[]\n7\n{}\nno line\n", note + 'c"}\n']
     shown = []
@@ -114,8 +113,8 @@ def test_notes_of_another_process_are_shown_once_in_their_order(tmp_path: Path, 
         told.clear()
         with (tmp_path / "said.jsonl").open("a") as file:
             file.write(line)
-        watching.look()
-        watching.look()
+        heard.say_again()
+        heard.say_again()
         shown.append([event.text for event in told if isinstance(event, Note)])
     assert shown == [["a é"], [], ["torn off"], [], ["c"]]
 
@@ -147,11 +146,11 @@ def test_the_server_app_of_a_coordinators_folder_alone_keeps_what_it_says(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(app, "run", lambda *_, **__: progress.report(Note("best: round 2")))
     monkeypatch.setattr(app.uploads, "bound", lambda _: None)
-    watching = Watching(composed.folder)
+    heard = Said(composed.folder.path)
     asked = "toy" if is_named else str(composed.file)
     app.main(None, Context(1, 1, {}, RecordDict(), {"coordinator": asked}))  # type: ignore[arg-type]
     told.clear()
-    watching.look()
+    heard.say_again()
     assert told == ([Note("best: round 2")] if is_named else [])
     kept = composed.folder.path / "said.jsonl"
     assert kept.exists() == is_named
