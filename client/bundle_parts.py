@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from client.catalogue import read_one
+from client.inference import require_numbers
 from client.labelled import as_stored, as_values, grid_of
 from client.masks import write_at_source
 from client.task_training import autocast
@@ -140,7 +141,7 @@ def run(
     postprocessing: Callable[[Item], Item],
 ) -> int:
     """Answer every scan, one at a time; how many there were. What cannot be read is left out, and logged with its
-    reason."""
+    reason. Raises NonFiniteLossError: an answer is not all numbers, of which a class or a mask would look right."""
     predictor.eval()
     count = 0
     for number in range(len(dataset)):
@@ -151,7 +152,9 @@ def run(
                 raise
             _log.warning("left out: scan %d of %d: %s", number + 1, len(dataset), reason)
             continue
-        postprocessing({**item, "pred": inferer(item["image"][None], predictor)[0]})
+        answer = inferer(item["image"][None], predictor)[0]
+        require_numbers([answer])
+        postprocessing({**item, "pred": answer})
         count += 1
     return count
 

@@ -59,7 +59,7 @@ class Inference:
         x = torch.stack([whole(values, self.size) for values in scans])
         with autocast(self.device, self.precision):
             logits = model.eval()(x.to(self.device)).float()
-        _require_numbers([logits])
+        require_numbers([logits])
         found = logits.sigmoid() if self.task.kind == "multi_label" else logits.softmax(1)
         return np.asarray(found.cpu().double().numpy())
 
@@ -95,7 +95,7 @@ class Inference:
             device=self.device,
             autocast=autocast(self.device, self.precision),
         )
-        _require_numbers(found)  # class by class, for a scan may be large
+        require_numbers(found)  # class by class, for a scan may be large
         return found
 
     def mask(self, model: TaskModel, values: NDArray[np.float32], grid: Grid | None) -> NDArray[np.uint8]:
@@ -107,7 +107,7 @@ class Inference:
         return segmenting.keep_largest(found, [1 + self.task.classes.index(name) for name in self.keep_largest])
 
 
-def _require_numbers(answers: Iterable[Tensor]) -> None:
+def require_numbers(answers: Iterable[Tensor]) -> None:
     """Before they are ranked or made classes: what is no number would be so by its place alone, and in a table sorted
     by class look right. Weights and loss may all be finite. Raises NonFiniteLossError."""
     if not all(bool(each.isfinite().all()) for each in answers):

@@ -1,6 +1,7 @@
 """Bundles are loaded and run by MONAI itself, and answer as the fine-tuning did that they were made from."""
 
 import csv
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from client import bundle_parts
 from client.bundle_parts import MaskAtSource
 from client.labelled import Grid
 from client.monai_bundle import metadata
@@ -19,6 +21,7 @@ from client.research_command import main
 from tests.test_finetune import QUICK, pictures, write_config
 from tests.test_labelled import write_case
 from tests.test_research_command import nano_checkpoint
+from unimiss_core.errors import NonFiniteLossError
 from unimiss_core.scan import Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_checkpoint import TaskManifest
@@ -138,6 +141,14 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
     assert len(told) == 3
     assert "left out: scan 4 of 4: other_rank" in told
     assert not any(str(tmp_path) in one for one in told)
+
+
+def test_a_bundle_whose_answers_are_no_numbers_writes_none_of_them() -> None:
+    written: list[object] = []
+    items = [{"image": torch.full((1, 4, 4), value)} for value in (1.0, math.nan, 1.0)]
+    with pytest.raises(NonFiniteLossError, match="not all numbers"):
+        bundle_parts.run(items, torch.nn.Identity(), lambda image, network: network(image), written.append)
+    assert len(written) == 1
 
 
 def test_a_bundle_names_no_patient_and_no_place(classified: Path) -> None:
