@@ -142,7 +142,7 @@ def _read_scans(
     if not path.exists():
         raise ConfigError(f"{path}: does not exist; give a folder of scans, one file or an .npy array")
     reading = Reading.of_path(path, beginning.plan, modality)
-    for number, (origin, scan) in enumerate(reading, start=1):
+    for origin, scan in reading:
         try:
             values = beginning.seen_whole(scan)
         except ScanError as error:
@@ -150,7 +150,7 @@ def _read_scans(
         else:
             names = (("key", origin.key), *((("file", origin.files[0]),) if show_paths else ()))
             yield _Prepared(values.numpy(), names)
-        progress.report(progress.StepDone("scans", number, len(reading), None))
+        progress.report(progress.StepDone("scans", origin.number, len(reading), None))
     reading.explain()
     if unnamed := sum(candidate.modality == "OT" for candidate in reading.found.candidates):
         told = f"{unnamed} scan(s) do not say what they are; where they are CT, say so: with --modality CT they are"

@@ -3,7 +3,6 @@
 Messages name a table's lines by number and a folder's files by their place, never a patient or a path below a root.
 """
 
-import csv
 import difflib
 import json
 import re
@@ -14,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from client.csv_tables import SURPLUS, rows_of
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
 from client.medmnist import opened_arrays
@@ -123,18 +123,20 @@ def _of_csv(
     data: CsvData, task: TaskConfig, *, given: bool, one_by_one: bool
 ) -> tuple[tuple[Case, ...], tuple[str, ...]]:
     """Cases, and of lines that are left out what is wrong with them. one_by_one: as of `labels_in`."""
-    rows, columns = _rows_of(data.table, one_by_one=one_by_one)
+    columns, rows = rows_of(data.table, named=data.table.name, keeps_bytes=one_by_one)
     if not rows and not one_by_one:
         raise ConfigError(f"table {data.table.name}: holds no rows")
     _check_columns(data, task, columns, given=given)
+    surplus = [row.number for row in rows if row.has_surplus]
     kept = [
-        (number, {name: (text or "").strip() for name, text in row.items() if isinstance(name, str)})
-        for number, row in enumerate(rows, start=2)
-        if all((row[column] or "").strip() in allowed for column, allowed in data.where.items())
+        (row.number, row.cells)
+        for row in rows
+        if row.number not in surplus and all(row.cells[column] in allowed for column, allowed in data.where.items())
     ]
-    if not kept and not one_by_one:
+    if not kept and not surplus and not one_by_one:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
-    problems = [(number, said) for number, row in kept for said in _problems(row, data, task, given=given)]
+    problems = [(number, SURPLUS) for number in surplus]
+    problems += [(number, said) for number, row in kept for said in _problems(row, data, task, given=given)]
     unread = {number for number, _ in problems} if one_by_one else set()
     problems += _listed_again([line for line in kept if line[0] not in unread], data, by_patient=one_by_one)
     if not one_by_one:
@@ -144,20 +146,6 @@ def _of_csv(
         wrong.setdefault(number, []).append(said)
     cases = tuple(_case(number, row, data, task) for number, row in kept if number not in wrong)
     return cases, tuple(f"line {number}: {', '.join(wrong[number])}" for number in sorted(wrong))
-
-
-def _rows_of(table: Path, *, one_by_one: bool) -> tuple[list[dict[str, str | None]], Sequence[str]]:
-    """Lines, and names of columns. one_by_one: bytes that are no UTF-8 cost the line they stand in, not the table.
-
-    Raises ConfigError: it is no CSV. A quotation mark that nothing closes is told, for it takes all that follows along.
-    """
-    try:
-        errors = "surrogateescape" if one_by_one else "strict"
-        with table.open(encoding="utf-8-sig", errors=errors, newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            return list(reader), reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise ConfigError(f"table {table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
 
 
 def _listed_again(

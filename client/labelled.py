@@ -49,6 +49,8 @@ class Grid:
     steps: tuple[float, ...]
     """Source voxels between two prepared ones, along each axis."""
     affine: NDArray[np.float64] | None
+    spacing_known: bool = True
+    """Whether `spacing_mm` are millimetres; of a picture without it, they are pixels."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def as_values(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
 def grid_of(scan: Scan, spacing_mm: Sequence[float]) -> Grid:
     """Of a scan that was prepared to this spacing."""
     steps = tuple(new / old for new, old in zip(spacing_mm, scan.spacing_mm, strict=True))
-    return Grid(scan.voxels.shape[1:], scan.spacing_mm, steps, scan.affine)
+    return Grid(scan.voxels.shape[1:], scan.spacing_mm, steps, scan.affine, scan.spacing_known)
 
 
 class MaskError(Exception):

@@ -6,17 +6,17 @@ What the key is made of comes, in this order, from the source's table, from its 
 (DICOM PatientID and its issuer).
 """
 
-import csv
 import difflib
 import hashlib
 import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from client.csv_tables import SURPLUS, rows_of
 from client.site_config import DataSource, SiteConfig, TableConfig
 from unimiss_core.errors import ConfigError, ScanError, UnknownPatientError
 from unimiss_core.scan import Modality
@@ -121,7 +121,7 @@ def read_table(table: TableConfig) -> dict[PurePosixPath, Listed]:
     """The files that a table lists, after `where`, with what it says of each. Raises ConfigError."""
     listed: dict[PurePosixPath, Listed] = {}
     for number, name, row in _rows(table):
-        patient = (row[table.patient] or "").strip() if table.patient else None
+        patient = row[table.patient] if table.patient else None
         entry = Listed(patient=patient, modality=_table_modality(table, row, number))
         if listed.setdefault(name, entry) != entry:
             raise ConfigError(f"table {table.path}, line {number}: lists a file again with another patient or modality")
@@ -132,43 +132,38 @@ def read_column(table: TableConfig, column: str) -> dict[PurePosixPath, str]:
     """What a column says of each file that `read_table` finds, empty where it says nothing. Raises ConfigError."""
     told: dict[PurePosixPath, str] = {}
     for number, name, row in _rows(table, column):
-        text = (row[column] or "").strip()
-        if told.setdefault(name, text) != text:
+        if told.setdefault(name, row[column]) != row[column]:
             raise ConfigError(f"table {table.path}, line {number}: lists a file again with another '{column}'")
     return told
 
 
-def _rows(table: TableConfig, *more: str) -> Iterator[tuple[int, PurePosixPath, dict[str, str]]]:
+def _rows(table: TableConfig, *more: str) -> Iterator[tuple[int, PurePosixPath, Mapping[str, str]]]:
     """Line, file and row, after `where`; a file may come again. more: columns that must be there, besides the table's
     own. Raises ConfigError."""
-    try:
-        with table.path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise ConfigError(f"table {table.path}: cannot be read as a CSV in UTF-8 with a header line") from None
-    _check_columns(table, rows, *more)
-    for number, row in enumerate(rows, start=2):
-        if any(row[column] not in allowed for column, allowed in table.where.items()):
-            continue
-        if not any(isinstance(value, str) and value.strip() for value in row.values()):
-            continue  # ",,": as a spreadsheet ends a table
-        name = PurePosixPath((row[table.file] or "").strip())
-        if not name.parts:  # it would name the whole folder
-            raise ConfigError(f"table {table.path}, line {number}: column '{table.file}' is empty")
-        if name.is_absolute() or ".." in name.parts:
-            raise ConfigError(f"table {table.path}, line {number}: column '{table.file}' must stay below the folder")
-        yield number, name, row
-
-
-def _check_columns(table: TableConfig, rows: list[dict[str, str]], *more: str) -> None:
+    columns, rows = rows_of(table.path, named=str(table.path))
     if not rows:
         raise ConfigError(f"table {table.path}: holds no rows")
-    known = list(rows[0])
+    _check_columns(table, columns, *more)
+    for row in rows:
+        where = f"table {table.path}, line {row.number}"
+        if row.has_surplus:
+            raise ConfigError(f"{where}: {SURPLUS}")
+        if any(row.cells[column] not in allowed for column, allowed in table.where.items()):
+            continue
+        name = PurePosixPath(row.cells[table.file])
+        if not name.parts:  # it would name the whole folder
+            raise ConfigError(f"{where}: column '{table.file}' is empty")
+        if name.is_absolute() or ".." in name.parts:
+            raise ConfigError(f"{where}: column '{table.file}' must stay below the folder")
+        yield row.number, name, row.cells
+
+
+def _check_columns(table: TableConfig, known: Sequence[str], *more: str) -> None:
     wanted = [table.file, *filter(None, (table.patient, table.modality)), *table.where, *more]
     problems = []
     for column in wanted:
         if column not in known:
-            near = difflib.get_close_matches(column, [str(name) for name in known], n=1)
+            near = difflib.get_close_matches(column, known, n=1)
             problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
     if problems:
         raise ConfigError(f"table {table.path}: " + "; ".join(problems))
@@ -177,9 +172,8 @@ def _check_columns(table: TableConfig, rows: list[dict[str, str]], *more: str) -
 def _table_modality(table: TableConfig, row: Mapping[str, str], number: int) -> Modality | None:
     if table.modality is None:
         return None
-    text = row[table.modality] or ""
     # The first word decides: 'MR_T1' is MR.
-    word = re.split(r"[^A-Z]", text.strip().upper(), maxsplit=1)[0]
+    word = re.split(r"[^A-Z]", row[table.modality].upper(), maxsplit=1)[0]
     if word not in MODALITY_NAMES:
         raise ConfigError(
             f"table {table.path}, line {number}: column '{table.modality}' must hold one of "

@@ -51,8 +51,6 @@ Line = Mapping[str, Any]
 class Asked:
     """A scan as the model sees it."""
 
-    number: int
-    """Its place in the order of reading, from 1; those that are left out have theirs, too."""
     origin: Origin
     values: NDArray[np.float32]
     """(C, *S) in [0, 1]"""
@@ -160,18 +158,16 @@ def _is_like(kind: Modality, known: Sequence[Modality]) -> bool:
 
 def _asked(reading: Reading, manifest: TaskManifest) -> Iterator[Asked]:
     """The scans that the model can be asked about; the others are counted."""
-    number = 0
     for origin, scan in reading:
-        number += 1  # noqa: SIM113  # `enumerate` would hold on to the scan
         try:
             values, grid = _prepared(scan, manifest)
         except ScanError as error:
             reading.leave_out(origin, error.reason)
         else:
             del scan
-            yield Asked(number, origin, values, grid)
+            yield Asked(origin, values, grid)
             del values
-        progress.report(progress.StepDone("scans", number, len(reading), None))
+        progress.report(progress.StepDone("scans", origin.number, len(reading), None))
 
 
 def _prepared(scan: Scan, manifest: TaskManifest) -> tuple[NDArray[np.float32], Grid]:
@@ -222,7 +218,7 @@ class _Answers:
 
     def _segmented(self, one: Asked) -> Line:
         classes = self.inference.mask(self.model, one.values, one.grid)
-        name, (source, *_) = f"scan-{one.number:05d}", one.origin.paths
+        name, (source, *_) = f"scan-{one.origin.number:05d}", one.origin.paths
         path = write_at_source(self.out / "masks", name, classes, one.grid.affine, source)
         if self.dicom_seg:
             self._write_dicom_seg(path.with_name(f"{name}.dcm"), classes, one)
@@ -242,12 +238,14 @@ class _Answers:
         if affine is None or origin.format != "dicom":
             return
         if not write_dicom_seg(path, classes, affine, origin.paths, self.manifest):
-            told = f"scan {one.number}: no DICOM SEG, for its files lack what that must repeat; the NIfTI is there"
+            told = (
+                f"scan {one.origin.number}: no DICOM SEG, for its files lack what that must repeat; the NIfTI is there"
+            )
             progress.report(progress.Note(told))
 
     def _named(self, one: Asked) -> Line:
         origin = one.origin
-        return {"scan": one.number, "key": origin.key, **({"file": origin.files[0]} if self.show_paths else {})}
+        return {"scan": one.origin.number, "key": origin.key, **({"file": origin.files[0]} if self.show_paths else {})}
 
 
 def _batches(scans: Iterable[Asked], size: int) -> Iterator[list[Asked]]:

@@ -6,7 +6,6 @@ FILE.npz               MedMNIST; each image counts as a patient
 FINETUNE.yaml          a classification's labels and its own split
 """
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from client.csv_tables import Row, rows_of
 from client.finetune_config import FinetuneConfig, load_finetune
 from client.label_tables import label_table
 from client.labelled import read_cases
@@ -131,12 +131,12 @@ class _Folders:
     def scans(self, plan: PlanConfig) -> Iterator[Known]:
         reading = Reading.of_sources([self._source], plan, looked=report_looked)
         bare = 0
-        for number, (origin, scan) in enumerate(reading, start=1):
+        for origin, scan in reading:
             label, _, below = origin.files[0].partition("/")
             bare += not below
             if below:
                 yield Known(scan, (label,), origin.patient, is_scored=False)
-            progress.report(progress.StepDone("scans", number, len(reading), None))
+            progress.report(progress.StepDone("scans", origin.number, len(reading), None))
         if not reading.found.files_seen:
             raise NoUsableScanError(f"--data {self._source.folder}: holds no file")
         if bare:
@@ -192,13 +192,8 @@ def _tested_by(config: FinetuneConfig) -> Set[int]:
 
 def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None) -> FinetuneConfig:
     """What a fine-tuning's file would say of the table. Raises ConfigError."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows, there = list(reader), reader.fieldnames
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise ConfigError(f"table {table.name}: cannot be read as a CSV in UTF-8 with a header line") from None
-    if there is None:
+    there, rows = rows_of(table, named=table.name)
+    if not there:
         raise ConfigError(f"table {table.name}: holds no rows")
     if missing := [name for name in columns if name not in there]:
         raise ConfigError(
@@ -211,17 +206,16 @@ def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None
     return _config(classes, data, where=f"table {table.name}", is_given="split" in there)
 
 
-def _labels_in(rows: Sequence[Mapping[str, str | None]], column: str, table: str) -> list[str]:
+def _labels_in(rows: Sequence[Row], column: str, table: str) -> list[str]:
     """Each once, in their order as texts. Raises ConfigError: there is no line, or a line without one."""
     if not rows:
         raise ConfigError(f"table {table}: holds no rows")
-    labels = [(row[column] or "").strip() for row in rows]
-    if bare := [number for number, label in enumerate(labels, start=2) if not label]:
+    if bare := [row.number for row in rows if not row.cells[column]]:
         raise ConfigError(
             f"table {table}: {len(bare)} line(s) have no label in column '{column}', as line {bare[0]}; label each "
             "scan, or take its line out"
         )
-    return sorted(set(labels))
+    return sorted({row.cells[column] for row in rows})
 
 
 def _of_medmnist(file: Path) -> FinetuneConfig:

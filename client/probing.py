@@ -84,7 +84,7 @@ def run_probe(
     """
     for option, path in {"--out": out, "--set-out": set_out}.items():
         if path is not None:
-            check_file(option, path)
+            check_file(option, path, must_be_new=True)
     beginning = _beginning(checkpoint, study, key)
     if beginning.rank is not None:
         progress.report(progress.Note(TAUGHT))
@@ -170,7 +170,7 @@ def _judged(
 ) -> dict[str, Any]:
     """Figures of one question: judge -> encoder -> figure, each with its interval."""
     there = [name for name in classes or sorted(set(labels)) if name in labels]
-    _require_labels(labels, found.patients)
+    named = [] if _look_like_patients(labels, found.patients) else there
     place = {name: f"{number:03}" for number, name in enumerate(there)}  # `probe` takes classes in the order of texts
     known = np.array([place[label] for label in labels]), np.array(found.patients)
     scored = np.array(found.scored) if any(found.scored) else None
@@ -186,15 +186,15 @@ def _judged(
         "scans": len(labels),
         "patients": len(set(found.patients)),
         "judged": len(one.labels),
-        "classes": {name: labels.count(name) for name in there},
+        "classes": {name: labels.count(name) for name in named},
         "reason": one.reason or None,
         "figures": {} if one.reason else {name: _figures(of) for name, of in judges.items()},
     }
 
 
-def _require_labels(labels: Sequence[str], patients: Sequence[str]) -> None:
-    """Raises ConfigError, which names none of them: these are many, and most stand for one patient, as where folders of
-    patients were given for folders of labels."""
+def _look_like_patients(labels: Sequence[str], patients: Sequence[str]) -> bool:
+    """Whether most labels stand for one patient, as where folders of patients were given for folders of labels: then
+    none is named. Raises ConfigError, which names none either: there are many."""
     owners: dict[str, set[str]] = {}
     for label, patient in zip(labels, patients, strict=True):
         owners.setdefault(label, set()).add(patient)
@@ -204,6 +204,7 @@ def _require_labels(labels: Sequence[str], patients: Sequence[str]) -> None:
             f"--data: asks to tell {len(owners)} labels apart, of which {alone} are of one patient each, so they look "
             "like patients; give a folder whose folders are called by their label, or a table"
         )
+    return 2 * alone > len(owners)
 
 
 def _figures(probed: Mapping[str, Probe]) -> dict[str, dict[str, merit.Figure]]:
@@ -256,6 +257,8 @@ def _in_words(told: Mapping[str, Any]) -> str:
     classes = ", ".join(f"{name} {count}" for name, count in told["classes"].items())
     if len(told["classes"]) > _MOST_NAMED:
         classes = f"{len(told['classes'])} classes"
+    if not told["classes"]:
+        classes = "labels are not named, for most are of one patient each"
     lines = [f"{told['question']}: {told['scans']} {kind} of {told['patients']} patients ({classes})"]
     if told["reason"]:
         return f"{lines[0]}\n  no figure: {told['reason']}\n"

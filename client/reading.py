@@ -34,6 +34,8 @@ class Origin:
     patient: str
     """Key of the patient, comparable within one `Reading`."""
     format: Format
+    number: int
+    """Place in the order of reading, from 1, among all that looked usable by their headers."""
     frames: tuple[int, ...] = ()
     """Of DICOM: which frames of the files, in the order of slices."""
 
@@ -113,7 +115,7 @@ class Reading:
             else workers.run(read, candidates, workers=1, time_limit_s=_TIME_LIMIT_S)  # one keeps the order
         )
         for index, outcome in outcomes:
-            origin = _origin(candidates[index])
+            origin = _origin(index + 1, candidates[index])
             if isinstance(outcome, ScanError):
                 self.leave_out(origin, outcome.reason)
                 continue
@@ -164,6 +166,6 @@ def _interpolates(plan: PlanConfig | None) -> bool:
     return plan is not None and plan.missing_slices == "interpolate"
 
 
-def _origin(candidate: Candidate) -> Origin:
+def _origin(number: int, candidate: Candidate) -> Origin:
     frames = () if candidate.stack is None else tuple(frame.number for frame in candidate.stack.frames)
-    return Origin(candidate.folder, candidate.files, candidate.patient, candidate.format, frames)
+    return Origin(candidate.folder, candidate.files, candidate.patient, candidate.format, number, frames)

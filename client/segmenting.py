@@ -157,7 +157,7 @@ def measures(
     truth: NDArray[np.uint8],
     number: int,
     *,
-    spacing_mm: Sequence[float],
+    spacing_mm: Sequence[float] | None,
     tolerance_mm: float,
 ) -> Measures:
     """How well one class was found in one scan; both masks (*S).
@@ -165,10 +165,13 @@ def measures(
     dice. hd95_mm: 95th percentile of the distances between the surfaces, of both directions the larger. surface_dice:
     share of both surfaces that lies within the tolerance of the other (Nikolov et al. 2021). Where the class is in
     neither, nothing can be said; where it is in one alone, Dice and surface Dice are 0, and there is no distance.
+    Where the spacing is not known, there is Dice alone.
     """
     one, other = found == number, truth == number
     if not one.any() and not other.any():
         return {"dice": None, "hd95_mm": None, "surface_dice": None}
+    if spacing_mm is None:
+        return {"dice": dice(found, truth, number), "hd95_mm": None, "surface_dice": None}
     if not one.any() or not other.any():
         return {"dice": 0.0, "hd95_mm": None, "surface_dice": 0.0}
     masks = torch.from_numpy(one)[None, None].float(), torch.from_numpy(other)[None, None].float()

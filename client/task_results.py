@@ -29,6 +29,8 @@ from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
 from unimiss_core.tasks import TaskModel
 
 Figures = dict[str, Any]
+_NOT_WRITTEN = ("patient", "in_one_alone")
+"""What a row of cases.csv is summed up by, and does not tell."""
 
 
 class Classifying:
@@ -121,7 +123,7 @@ class Segmenting:
                 source = self._table.folder / one.case.file
                 write_at_source(out / "predictions", f"line-{one.case.number:05d}", classes, one.grid.affine, source)
             progress.report(progress.StepDone(part, done, len(scans), float("nan")))
-        _add_rows(out / "cases.csv", [{k: v for k, v in row.items() if k != "patient"} for row in rows])
+        _add_rows(out / "cases.csv", [{k: v for k, v in row.items() if k not in _NOT_WRITTEN} for row in rows])
         return self._figures(rows)
 
     def _measured(self, one: Labelled, classes: NDArray[np.uint8], part: Part, files: bool) -> list[dict[str, Any]]:
@@ -130,12 +132,14 @@ class Segmenting:
             truth = one.mask
             spacing = tuple(step * old for step, old in zip(one.grid.steps, one.grid.spacing_mm, strict=True))
         assert truth is not None
+        known = spacing if one.grid.spacing_known else None
         return [
             {
                 **_named(one, part, files),
                 "patient": one.case.patient,
                 "class": name,
-                **self._masks.measures(classes, truth, number, spacing_mm=spacing, tolerance_mm=self._tolerance_mm),
+                **self._masks.measures(classes, truth, number, spacing_mm=known, tolerance_mm=self._tolerance_mm),
+                "in_one_alone": bool((classes == number).any() != (truth == number).any()),
             }
             for number, name in enumerate(self._task.classes, start=1)
         ]
@@ -149,7 +153,7 @@ class Segmenting:
                     own = [row for row in rows if row["class"] == each]
                     values, patients = [row[name] for row in own], [row["patient"] for row in own]
                     figures[f"{name}/{each}"] = merit.mean_over_patients(values, patients)
-        figures["missed_or_made_up"] = sum(row["dice"] == 0 and row["hd95_mm"] is None for row in rows)
+        figures["missed_or_made_up"] = sum(row["in_one_alone"] for row in rows)
         return figures
 
     def _numbers(self) -> range:

@@ -116,6 +116,21 @@ def test_every_wrong_line_is_told_by_number_and_none_of_its_text(tmp_path: Path)
     assert "Miller" not in str(told.value)
 
 
+SHIFTED = "scan,label,patient\na.png,yes,small, left,P1\n\nb.png,no,P2,\n"
+"""Of the mark of a text without quotation marks: its second half would be the patient."""
+
+
+def test_a_line_with_more_cells_than_the_header_is_told_and_a_spreadsheets_last_comma_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 problem") as raised:
+        table(tmp_path, SHIFTED)
+    assert "line 2: has more cells than the header line; put quotation marks" in str(raised.value)
+    (tmp_path / "t.csv").write_text(SHIFTED)
+    config = configured(tmp_path, BINARY, {"table": "t.csv"})
+    found = labels_in(config.data, config.task, one_by_one=True)
+    assert [(case.number, case.patient) for case in found.cases] == [(4, "P2")]  # the line that an editor shows
+    assert len(found.left_out) == 1
+
+
 def test_a_cell_that_is_no_class_is_told_apart_from_one_that_is_empty(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as told:
         table(tmp_path, "scan,label,patient\na.png,0,1\nb.png,,2\n")

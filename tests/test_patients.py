@@ -78,6 +78,8 @@ def test_a_table_lists_the_rows_that_its_filter_keeps(tmp_path):
         ("file,who\n../a,1\n", {}, "line 2: column 'file' must stay below"),
         ("file,who\na,1\n,2\n", {}, "line 3: column 'file' is empty"),
         ("file,who\n.,1\n", {}, "line 2: column 'file' is empty"),
+        ("file,who\n\na,1\nb,a mark, left,2\n", {"patient": "who"}, "line 4: has more cells than the header line"),
+        ('file,who\na,"1\nb,2\nc,3\n', {}, "cannot be read as a CSV"),  # it would take b and c along
     ],
 )
 def test_a_wrong_table_is_refused_by_line_without_quoting_it(tmp_path, text, settings, message):

@@ -26,6 +26,7 @@ from unimiss_core.study import ModelConfig
 
 def figures_of(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     out = tmp_path / "figures.json"
+    out.unlink(missing_ok=True)
     assert main(["probe", *arguments, "--out", str(out)]) == 0
     return json.loads(out.read_text())  # type: ignore[no-any-return]
 
@@ -187,8 +188,26 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
     refused("21 are of one patient each, so they look like patients", "scratch", "--data", str(tmp_path / "archive"))
     write(tmp_path / "x.npz", "no archive")
     refused("is no MedMNIST .npz", "scratch", "--data", str(tmp_path / "x.npz"))
+    for option in ("--out", "--set-out"):
+        refused(f"{option} {table}: exists; give another name", "scratch", "--data", table, option, table)
     assert main(["probe", "scratch", "--data", table, "--root", root]) == 0
     assert "no figure: a class has only 3 patients, at least 5 are needed" in capsys.readouterr().out
+
+
+def test_folders_of_few_patients_are_named_neither_on_the_screen_nor_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path, 6)
+    for number in range(6):
+        folder = tmp_path / "archive" / f"MILLER-{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "pictures" / f"secret{number}.png", folder)
+    data = (str(tmp_path / "archive"), "--patient-pattern", "(?P<patient>MILLER-.)")
+    (told,) = figures_of(tmp_path, "scratch", "--data", *data)
+    assert (told["scans"], told["patients"], told["classes"]) == (6, 3, {})
+    said = capsys.readouterr()
+    assert "labels are not named, for most are of one patient each" in said.out
+    assert "MILLER" not in said.out + said.err + json.dumps(told)
 
 
 @pytest.mark.parametrize(

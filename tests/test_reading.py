@@ -69,3 +69,11 @@ def test_what_is_left_out_on_the_way_counts_with_what_was_left_out_before(tmp_pa
         reading.require(0)
     with pytest.raises(ConfigError, match="nowhere: does not exist; give a folder of scans, or one file"):
         Reading.of_path(tmp_path / "nowhere", PLAN)
+
+
+def test_a_scan_that_turns_out_unusable_when_it_is_read_keeps_its_number(tmp_path: Path) -> None:
+    files = sorted(volumes(tmp_path / "scans", 3).iterdir())
+    files[1].write_bytes(files[1].read_bytes()[:1500])  # its header is whole
+    reading = Reading.of_path(tmp_path / "scans", PLAN)
+    assert [(origin.number, origin.files) for origin, _ in reading] == [(1, ("0.nii.gz",)), (3, ("2.nii.gz",))]
+    assert len(reading.left_out) == 1

@@ -115,6 +115,8 @@ def test_a_class_that_is_missing_is_told_apart_from_one_that_was_missed() -> Non
     assert measures(nothing, nothing, 1, spacing_mm=(1, 1, 1), tolerance_mm=1)["dice"] is None
     missed = measures(nothing, truth, 1, spacing_mm=(1, 1, 1), tolerance_mm=1)
     assert missed == {"dice": 0.0, "hd95_mm": None, "surface_dice": 0.0}
+    without = measures(truth, truth, 1, spacing_mm=None, tolerance_mm=1)  # pixels are no millimetres
+    assert without == {"dice": 1.0, "hd95_mm": None, "surface_dice": None}
     assert dice(found, truth, 2) is None
 
 

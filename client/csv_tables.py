@@ -1,0 +1,44 @@
+"""Tables that a hospital or a researcher wrote: CSV in UTF-8 with a header line."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from unimiss_core.errors import ConfigError
+
+SURPLUS = "has more cells than the header line; put quotation marks around a text that holds a comma"
+"""What is wrong with such a line: which text is which column's cannot be told, whose scan it is least of all."""
+
+
+@dataclass(frozen=True)
+class Row:
+    number: int
+    """Line of the file at which it ends, from 1: what messages and results call it."""
+    cells: Mapping[str, str]
+    """Column -> its text without space around it; empty where the line ends before it."""
+    has_surplus: bool
+    """Whether there is text beyond the last column."""
+
+
+def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tuple[str, ...], list[Row]]:
+    """Names of columns, and the lines below but those without any text, such as a spreadsheet ends a table with.
+
+    named: what messages call it. keeps_bytes: bytes that are no UTF-8 cost the line they stand in, not the table.
+    Raises ConfigError: it is no CSV. A quotation mark that nothing closes is told, for it takes all that follows along.
+    """
+    try:
+        errors = "surrogateescape" if keeps_bytes else "strict"
+        with table.open(encoding="utf-8-sig", errors=errors, newline="") as file:
+            reader = csv.DictReader(file, strict=True, restval="")
+            rows = [_row(reader.line_num, raw) for raw in reader]
+            columns = tuple(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError(f"table {named}: cannot be read as a CSV in UTF-8 with a header line") from None
+    return columns, [row for row in rows if row.has_surplus or any(row.cells.values())]
+
+
+def _row(number: int, raw: dict[str | None, str | list[str]]) -> Row:
+    """raw: of `csv.DictReader`, which keeps what is beyond the last column under None."""
+    cells = {name: text.strip() for name, text in raw.items() if name is not None and isinstance(text, str)}
+    return Row(number, cells, has_surplus=any(text.strip() for text in raw.get(None, ())))
