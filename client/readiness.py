@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from client.audit import site_log
 from client.health import PROBLEMS, read_health
 from client.home import Home
 from client.listening import listeners_of
@@ -20,7 +21,7 @@ from client.site_config import SiteConfig
 from unimiss_core import bundle
 from unimiss_core.certificates import days_left, read_certificate
 from unimiss_core.device import devices_of
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import AuditError, ConfigError
 
 Mark = Literal["good", "warning", "bad"]
 
@@ -44,6 +45,7 @@ class Point:
 def points(home: Home, site: SiteConfig) -> Iterator[Point]:
     """All that is looked at, in the order in which a person would mend it. Raises ConfigError: keys are damaged."""
     yield _private(home)
+    yield _audit_log(site)
     yield Point("good", "code", f"the bundle that may run here has the sha256 {bundle.fab_hash()}")
     yield from _room(site)
     yield from _devices(site)
@@ -65,6 +67,15 @@ def _private(home: Home) -> Point:
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             return Point("bad", "keys", f"{path.name} can be read by other users; take that away: chmod -R go= keys")
     return Point("good", "keys", "the private key can be read by this user alone")
+
+
+def _audit_log(site: SiteConfig) -> Point:
+    """Damaged, it lets no daemon begin."""
+    try:
+        lines = len(site_log(site.state).read().entries)
+    except (AuditError, ConfigError) as error:
+        return Point("bad", "audit log", str(error))
+    return Point("good", "audit log", f"whole, {lines} lines")
 
 
 def _room(site: SiteConfig) -> Iterator[Point]:

@@ -82,14 +82,26 @@ class CoordinatorConfig(Config):
         return self.identity == "simulated"
 
     @property
+    def is_composed(self) -> bool:
+        """Whether `unimiss-server run` made it of the folder's own and of the sites that are approved."""
+        return self.ledgers is not None
+
+    @property
     def file_in_words(self) -> str:
-        """The file that its operator wrote: a simulation's coordinator file is written anew at each start."""
-        return "simulation file" if self.is_simulated else "coordinator file"
+        """The file that its operator wrote: those of a simulation and of a run are written anew at each start."""
+        return (
+            "simulation file" if self.is_simulated else "coordinator.yaml" if self.is_composed else "coordinator file"
+        )
 
     @property
     def names_its_sites(self) -> bool:
         """Whether that file lists the sites, so that one may be taken out."""
-        return self.is_simulated or bool(self.sites)
+        return self.is_simulated or (bool(self.sites) and not self.is_composed)
+
+    @property
+    def goes_on_by(self) -> str:
+        """What its operator does to go on with a run that ended."""
+        return "`unimiss-server run` again" if self.is_composed else "resume"
 
     def called(self, quorum: Literal["min_sites", "min_replies"]) -> str:
         """A setting of the quorum, as that file has it."""

@@ -45,8 +45,8 @@ Where the run was begun from a start, that was trained on scans of its own, of w
 ## Files
 
 `teacher.safetensors` is what embedding and fine-tuning use; `student.safetensors` is what the next round would train.
-`manifest.json` names every file that the run kept, and two of them, `server.json` and `server.safetensors`, were not
-handed on: only resuming needs them. `manifest.sig` signs the manifest. This page is not signed.
+`manifest.json` names every file that the run kept; `server.json`, and `server.safetensors` where there is one, were not
+handed on, for only resuming needs them. `manifest.sig` signs the manifest. This page is not signed.
 
     unimiss verify FOLDER --key signing.pub
     {_how_it_is_used(study)}

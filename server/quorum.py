@@ -52,7 +52,11 @@ def _too_few(
     begins: str, lines: Mapping[str, SiteRound], left: int, study: StudyConfig, config: CoordinatorConfig
 ) -> TooFew:
     in_vain = is_in_vain(lines)
-    mend = "No time mends this; a person can" if in_vain else f"Mend the sites{_or_the_study(lines)}, then resume"
+    mend = (
+        "No time mends this; a person can"
+        if in_vain
+        else f"Mend the sites{_or_the_study(lines)}, then {config.goes_on_by}"
+    )
     ways = "".join(f"\n  - {way}" for way in (*_mends(lines), *_without(left, study, config)))
     return TooFew(f"{begins}. {mend}:{ways}", lasting=in_vain)
 
@@ -79,7 +83,8 @@ def _without(left: int, study: StudyConfig, config: CoordinatorConfig) -> Iterat
         )
     elif left:
         out = "; who is taken out of its `sites` is not asked any more" if config.names_its_sites else ""
-        yield f"without them: lower {sites} and {replies} of the {config.file_in_words} to {left}, then resume{out}"
+        lower = f"lower {sites} and {replies} of the {config.file_in_words} to {left}"
+        yield f"without them: {lower}, then {config.goes_on_by}{out}"
     yield "or leave it at this: what was finished is saved, and the last checkpoint is whole"
 
 

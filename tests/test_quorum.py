@@ -131,6 +131,9 @@ def test_the_way_on_without_them_names_the_file_that_its_reader_wrote() -> None:
     assert f"{without}; who is taken out of its `sites` is not asked" in told(small_study(), reasons, sites=sites)
     simulated = told(small_study(), reasons, identity="simulated")
     assert "lower quorum.min_sites and quorum.min_replies of the simulation file to 2, then resume; who" in simulated
+    composed = told(small_study(), reasons, sites=sites, ledgers=Path("ledgers.json"))  # as `unimiss-server run` does
+    assert "min_replies of the coordinator.yaml to 2, then `unimiss-server run` again\n" in composed
+    assert "resume" not in composed
     assert {"min_sites", "min_replies"} <= Quorum.model_fields.keys()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from client import listening, readiness, status
+from client.audit import site_log
 from client.health import CONTACT, HEALTH, PROBLEMS, Contact, Health, note_noise_alone, write
 from client.listening import Listener, listeners_of
 from client.reachability import reach
@@ -43,12 +44,23 @@ def test_all_is_well(pair: Joined, port: int) -> None:
     with answering(pair.coordinator, port, lambda _: at(0)) as heard:
         all_of_it = found(pair)
     assert {point.mark for point in all_of_it.values()} <= {"good", "warning"}  # a small disk is a warning
-    for what in ("keys", "code", "inbound", "certificate", "coordinator", "clock", "device cpu"):
+    for what in ("keys", "audit log", "code", "inbound", "certificate", "coordinator", "clock", "device cpu"):
         assert all_of_it[what].mark == "good", all_of_it[what]
     assert heard.peers == ["alpha"]
     ((method, path, headers),) = heard.requests
     assert (method, path, headers["content-length"]) == ("POST", "/v1/fleet/send-node-heartbeat", "0")
     assert "flwr-signature" not in headers  # without it nothing can come of the question
+
+
+def test_an_audit_log_with_which_no_daemon_begins_is_bad(pair: Joined) -> None:
+    state = load_site(pair.site.site).state
+    site_log(state).record("init", site="alpha")
+    assert found(pair)["audit log"].words == "whole, 1 lines"
+    log = state / "audit.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"init", b"inot", 1))
+    point = found(pair)["audit log"]
+    assert point.mark == "bad"
+    assert "docs/audit.md" in point.words
 
 
 @pytest.mark.parametrize(

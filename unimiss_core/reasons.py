@@ -96,7 +96,8 @@ REASONS: Mapping[str, Reason] = {
     "set_aside": Reason("the site failed in several rounds in a row; it is asked again later"),
     "not_registered": Reason(
         "the coordinator file does not name the site, or names it with another key",
-        "give it an entry under `sites` of the coordinator file, by the name in its site file and with its own key",
+        "`unimiss-server approve` it, or give it an entry under `sites` of the coordinator file that you start a run "
+        "by, with the name in its site file and its own key",
     ),
     "name_taken": Reason("another connected site goes by the same name"),
     "protocol": Reason("the site speaks another version of the protocol", _BOTH_VERSIONS),
