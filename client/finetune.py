@@ -3,7 +3,7 @@
 OUT/model.json, model.safetensors    the model of the best epoch (`unimiss_core.task_checkpoint`)
 OUT/metrics.json                     figures with intervals, last of all: where it stands, the work is done
 OUT/curves.csv                       loss and validation score by epoch
-OUT/state.safetensors, prepared/     only while it runs: what going on needs, and the prepared scans
+OUT/state.safetensors, prepared/     only while it runs: what going on needs, and the prepared scans; finetune.lock
 and what `client.task_results` writes
 """
 
@@ -28,6 +28,7 @@ from client.labelled import Labelled, prepare_cases
 from client.splits import split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
+from client.tuning_folder import METRICS, alone_in, check_folder
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of
 from unimiss_core.errors import ConfigError
@@ -36,7 +37,7 @@ from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 
-_METRICS, _PREPARED = "metrics.json", "prepared"
+_PREPARED = "prepared"
 _RESULTS = ("predictions.csv", "cases.csv", "predictions")
 
 
@@ -63,14 +64,15 @@ def finetune(
     config = config.model_copy(update=changed)
     chosen = device_of(config.device)
     check_extra(config.task)
-    _check_folder(config.out, resume=resume)
+    check_folder(config.out, resume=resume)
     beginning = begin(config.init, config.plan)
     _check_rank(config, beginning)
     table = label_table(config)
     split = split_cases(table.cases, config)
-    _make(config.out)
-    goes_on = (config.out / task_training.STATE).exists()
-    with _removed_afterwards(config.out / _PREPARED) as folder:
+    with alone_in(config.out, resume=resume), _removed_afterwards(config.out / _PREPARED) as folder:
+        goes_on = (config.out / task_training.STATE).exists()
+        if resume and not goes_on:
+            progress.report(progress.Note("there is nothing to go on with yet: begins anew"))
         _say_how_it_begins(config, beginning, chosen)
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
@@ -91,7 +93,7 @@ def finetune(
         _write_model(config, beginning, training, table.modality, kinds)
         task_training.set_tensors_(training.model, training.best)
         _write_results(config, judge, training, parts, show_paths=show_paths)
-    (config.out / task_training.STATE).unlink(missing_ok=True)
+        (config.out / task_training.STATE).unlink(missing_ok=True)
     print(f"{out or config.out.resolve()}: model of epoch {training.progress.best_epoch}, figures and predictions")
 
 
@@ -150,23 +152,6 @@ def _check_rank(config: FinetuneConfig, beginning: Beginning) -> None:
             f"init: was fine-tuned for scans of rank {beginning.rank}, and holds nothing of rank {config.task.rank}, "
             "which task.rank asks for; give a checkpoint of pretraining, or one of that rank"
         )
-
-
-def _check_folder(out: Path, *, resume: bool) -> None:
-    """Raises ConfigError: a fine-tuning is there that this one would overwrite, or is finished."""
-    if (out / _METRICS).exists():
-        raise ConfigError("out: holds a finished fine-tuning; give another folder with --out")
-    if (out / task_training.STATE).exists() and not resume:
-        raise ConfigError("out: holds a fine-tuning that was interrupted; go on with --resume, or give another --out")
-    if resume and not (out / task_training.STATE).exists():
-        progress.report(progress.Note("there is nothing to go on with yet: begins anew"))
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: the folder {out} cannot be made ({error.strerror}); give another with --out") from None
 
 
 def _digest(
@@ -279,7 +264,7 @@ def _write_results(
         "best_epoch": training.progress.best_epoch,
         "parts": figures,
     }
-    durable.write_text(config.out / _METRICS, json.dumps(told, indent=2) + "\n")
+    durable.write_text(config.out / METRICS, json.dumps(told, indent=2) + "\n")
     for part in judged:
         for line in _lines(figures[part]):
             print(f"{part}: {line}")
