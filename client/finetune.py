@@ -160,11 +160,11 @@ def _digest(
     parts: Mapping[Part, Sequence[Labelled]],
     modality: Modality | None,
 ) -> str:
-    """Of all that decides the result: settings without places, the pretrained tensors, which scans are in which part,
-    those left out that could not be read, and what they were taken for."""
+    """Of all that decides the result: settings without places, the pretrained tensors, which scans and masks are in
+    which part, to the last bit, and what they were taken for."""
     settings = config.model_dump(mode="json", exclude={"out", "device", "data_root", "data", "init"})
-    found = [(part, one.case) for part, scans in parts.items() for one in scans]
-    cases = [[part, case.number, case.file, case.target, case.mask] for part, case in found]
+    found = [(part, one) for part, scans in parts.items() for one in scans]
+    cases = [[part, one.case.number, one.case.target, one.key, one.mask_key] for part, one in found]
     told = [settings, beginning.plan.canonical(), beginning.model.canonical(), beginning.digest, cases, modality]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
