@@ -21,6 +21,11 @@ from unimiss_core.task_config import TaskConfig
 from unimiss_core.tuned_round import has_head, rank_of_task, require_tensors_of_model, require_unsigned, study_of
 from unimiss_core.views import whole
 
+TAUGHT = (
+    "this encoder was taught by labels: what follows holds for patients who neither trained it nor chose its epoch, of "
+    "the others it shows what is remembered"
+)
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -37,6 +42,11 @@ class Beginning:
     """What its head answers; None of pretraining, where heads stayed at their sites, and where nothing says."""
     size: tuple[int, ...] | None = None
     """S of scans of `rank`, as its task has it; None where nothing says, and of pretraining."""
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether labels trained it, of patients about whom it must not be asked as if it had never seen them."""
+        return self.rank is not None
 
     @property
     def digest(self) -> str | None:

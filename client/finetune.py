@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from client import task_training
-from client.beginning import Beginning, begin
+from client.beginning import TAUGHT, Beginning, begin
 from client.finetune_config import FinetuneConfig, init_from, load_finetune, signed_by
 from client.inference import check_extra
 from client.label_tables import Part, label_table
@@ -92,7 +92,7 @@ def finetune(
         kinds = sorted({one.modality for one in parts["train"]})
         _write_model(config, beginning, training, table.modality, kinds)
         task_training.set_tensors_(training.model, training.best)
-        _write_results(config, judge, training, parts, show_paths=show_paths)
+        _write_results(config, beginning, judge, training, parts, show_paths=show_paths)
         (config.out / task_training.STATE).unlink(missing_ok=True)
     print(f"{out or config.out.resolve()}: model of epoch {training.progress.best_epoch}, figures and predictions")
 
@@ -179,6 +179,8 @@ def _say_how_it_begins(config: FinetuneConfig, beginning: Beginning, device: tor
             f"trains {config.training.trains} on {device}; reading the labelled scans, prepared by {plan} plan"
         )
     )
+    if beginning.is_taught:
+        progress.report(progress.Note(TAUGHT))
 
 
 def _head_in_words(config: FinetuneConfig, beginning: Beginning) -> str:
@@ -220,6 +222,7 @@ def _write_model(
         plan=beginning.plan,
         began_with=beginning.name,
         pretrained_digest=beginning.digest,
+        taught_by_labels=beginning.is_taught,
         trained=config.training.trains,
         seed=config.seed,
         epoch=training.progress.best_epoch,
@@ -234,6 +237,7 @@ def _write_model(
 
 def _write_results(
     config: FinetuneConfig,
+    beginning: Beginning,
     judge: Classifying | Segmenting,
     training: Training,
     parts: Mapping[Part, Sequence[Labelled]],
@@ -258,6 +262,7 @@ def _write_results(
         "name": config.name,
         "task": config.task.name,
         "began_with": config.init.name,
+        "taught_by_labels": beginning.is_taught,
         "trained": config.training.trains,
         "seed": config.seed,
         "epochs": training.progress.epoch,

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from client import merit
-from client.beginning import Beginning, begin
+from client.beginning import TAUGHT, Beginning, begin
 from client.finetune_config import FromScratch, init_from, signed_by
 from client.outputs import check_file
 from client.probe_sources import Source
@@ -40,10 +40,6 @@ Features = NDArray[np.float32]
 Figure = Callable[[Floats], Floats]
 """Of weightings (R, N): (R,)."""
 
-TAUGHT = (
-    "this encoder was taught by labels: what follows holds for patients who neither trained it nor chose its epoch, of "
-    "the others it shows what is remembered"
-)
 THIS, RANDOM, PIXELS = "this encoder", "random encoder", "bare pixels"
 _IN_WORDS = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
 _HEADS = {"gain": "this minus random"}
@@ -86,7 +82,7 @@ def run_probe(
         if path is not None:
             check_file(option, path)
     beginning = _beginning(checkpoint, study, key)
-    if beginning.rank is not None:
+    if beginning.is_taught:
         progress.report(progress.Note(TAUGHT))
     chosen = device_of(device)
     encoders = {THIS: beginning.encoder()}
@@ -97,7 +93,7 @@ def run_probe(
     seen = _look(source, beginning, encoders, batch, keeps_scans=set_out is not None)
     if set_out is not None:
         _write_set(set_out, source, seen)
-    taught = {"taught_by_labels": beginning.rank is not None}
+    taught = {"taught_by_labels": beginning.is_taught}
     told = [
         _judged(question, rank, [labels[place] for labels in found.labels], found, source.classes) | taught
         for rank, found in sorted(seen.items())

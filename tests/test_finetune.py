@@ -179,6 +179,22 @@ def test_a_fine_tuning_does_not_go_on_with_masks_that_are_others_by_now(
     assert "is of another fine-tuning" in capsys.readouterr().err
 
 
+def test_what_begins_with_a_fine_tuned_model_is_not_called_unseen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its patients may have trained that model: another fold tests whom the first trained on."""
+    path = write_config(tmp_path, **pictures(tmp_path, 18), training={**QUICK, "epochs": 1})
+    for out, more, taught in (("first", [], False), ("second", ["--init", str(tmp_path / "first")], True)):
+        assert main(["finetune", str(path), "--out", str(tmp_path / out), *more]) == 0
+        assert ("was taught by labels" in capsys.readouterr().err) == taught
+        for name in ("metrics.json", "model.json"):
+            assert json.loads((tmp_path / out / name).read_text())["taught_by_labels"] == taught
+        assert main(["export", str(tmp_path / out), "--to", "safetensors", "--out", str(tmp_path / f"{out}-x")]) == 0
+        card = (tmp_path / f"{out}-x" / "README.md").read_text()
+        assert ("that it never saw" in card) == (not taught)
+        assert ("an earlier fine-tuning may have trained on them" in card) == taught
+
+
 def test_nobody_is_trained_on_and_judged_by_under_two_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each picture stands there a second time, under another name and patient: of those in two parts the one that
     judges stays. Oracle: the split by patients, and the files' own bytes."""
