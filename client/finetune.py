@@ -21,7 +21,7 @@ import torch
 
 from client import task_training
 from client.beginning import TAUGHT, Beginning, begin
-from client.finetune_config import FinetuneConfig, init_from, load_finetune, signed_by
+from client.finetune_config import FinetuneConfig, MedMnistData, init_from, load_finetune, signed_by
 from client.inference import check_extra
 from client.label_tables import Part, label_table
 from client.labelled import Labelled, prepare_cases
@@ -29,6 +29,7 @@ from client.splits import split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
 from client.tuning_folder import METRICS, alone_in, check_folder
+from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of
 from unimiss_core.errors import ConfigError
@@ -76,6 +77,8 @@ def finetune(
         _say_how_it_begins(config, beginning, chosen)
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
+        if table.modality is None and not isinstance(config.data, MedMnistData):
+            tell_of_unnamed((one.modality for found in parts.values() for one in found), "data.modality: CT")
         digest = _digest(config, beginning, parts, table.modality)
         size = config.task.size_for(beginning.model)
         judge = (

@@ -25,6 +25,7 @@ from client.finetune_config import FromScratch, init_from, signed_by
 from client.outputs import check_file
 from client.probe_sources import Source
 from client.reasons import REASONS
+from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress
 from unimiss_core.backbone import Backbone
 from unimiss_core.config import load
@@ -32,7 +33,7 @@ from unimiss_core.device import device_of
 from unimiss_core.embedding import bare_pixels, embed
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.probe import Probe, neighbours, probe
-from unimiss_core.scan import Rank
+from unimiss_core.scan import Modality, Rank
 from unimiss_core.study import StudyConfig
 
 Floats = NDArray[np.float64]
@@ -123,8 +124,8 @@ def _look(
     """Rank -> its scans. Raises NoUsableScanError: there is none."""
     seen: dict[Rank, Seen] = {}
     waiting: dict[Rank, list[NDArray[np.float32]]] = {}
-    left_out = Counter[str]()
-    for known in source.scans(beginning.plan):
+    left_out, kinds = Counter[str](), Counter[Modality]()
+    for known in source.scans(beginning.plan, beginning.modality):
         rank = known.scan.rank
         try:
             x = beginning.seen_whole(known.scan).numpy()
@@ -132,6 +133,7 @@ def _look(
             left_out[error.reason] += 1
             continue
         found = seen.setdefault(rank, Seen())
+        kinds[known.scan.modality] += 1
         found.labels.append(known.labels)
         found.patients.append(known.patient)
         found.scored.append(known.is_scored)
@@ -142,6 +144,8 @@ def _look(
         _embed(seen[rank], held, encoders, keeps_scans=keeps_scans)
     for reason, count in sorted(left_out.items()):
         progress.report(progress.Note(f"left out: {count} {reason}: {REASONS[reason]}"))
+    if source.way_to_name is not None and beginning.modality is None:
+        tell_of_unnamed(kinds.elements(), source.way_to_name)
     if not seen:
         raise NoUsableScanError("--data: holds no labelled scan that can be used; the notes above say why")
     return seen

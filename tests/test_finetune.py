@@ -224,6 +224,32 @@ def test_nobody_is_trained_on_and_judged_by_under_two_names(tmp_path: Path, caps
     assert not any(name in said for name in ("miller", "smith", "secret", "again"))
 
 
+@pytest.mark.parametrize(("modality", "told"), [(None, True), ("CT", False), ("OT", False)])
+def test_volumes_that_do_not_say_what_they_are_are_told_before_training(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    modality: str | None,
+    told: bool,
+) -> None:
+    for number in range(4):
+        write_case(tmp_path, f"c{number}", number)
+    path = write_config(
+        tmp_path,
+        task={"name": "segmentation", "rank": 3, "classes": ["ball"]},
+        data={"name": "msd", "folder": ".", "modality": modality},
+        split={"folds": 2, "validation": 0.5},
+    )
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("client.finetune._training", stopped)
+    assert main(["finetune", str(path)]) == 130
+    said = capsys.readouterr().err
+    assert ("4 scan(s) do not say what they are; where they are CT, say so: with data.modality: CT" in said) == told
+
+
 def test_a_segmentation_writes_its_masks_in_the_geometry_of_the_scans(tmp_path: Path) -> None:
     for number in range(6):
         write_case(tmp_path, f"c{number}", number, spacing=(1.0, 0.9, 1.1))
