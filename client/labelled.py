@@ -333,7 +333,9 @@ def _apart(scan: Scan, other: NDArray[np.float64]) -> float:
 
 
 def _key(array: NDArray[Any]) -> str:
-    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array).data)  # without a second copy of a large scan
+    return digest.hexdigest()
 
 
 def _kept(path: Path, array: NDArray[Any]) -> NDArray[Any]:
