@@ -15,11 +15,16 @@ from unimiss_core.keys import read_signing_public_key
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.plan import prepare
 from unimiss_core.released import read_released
-from unimiss_core.scan import Rank, Scan
+from unimiss_core.scan import Modality, Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tuned_round import has_head, rank_of_task, require_tensors_of_model, require_unsigned, study_of
 from unimiss_core.views import whole
+
+TAUGHT = (
+    "this encoder was taught by labels: what follows holds for patients who neither trained it nor chose its epoch, of "
+    "the others it shows what is remembered"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,13 @@ class Beginning:
     """What its head answers; None of pretraining, where heads stayed at their sites, and where nothing says."""
     size: tuple[int, ...] | None = None
     """S of scans of `rank`, as its task has it; None where nothing says, and of pretraining."""
+    modality: Modality | None = None
+    """What a fine-tuned model took scans for whose files do not say it; None of all else."""
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether labels trained it, of patients about whom it must not be asked as if it had never seen them."""
+        return self.rank is not None
 
     @property
     def digest(self) -> str | None:
@@ -79,7 +91,8 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
         require_unsigned(init.folder, init.key)
         tuned, told = task_checkpoint.load(init.folder)
         task, model, tensors = told.task, told.model, tensors_of(tuned)
-        return Beginning("checkpoint", model, plan or told.plan, tensors, task.rank, task, task.size_for(model))
+        about = task.rank, task, task.size_for(model), told.modality
+        return Beginning("checkpoint", model, plan or told.plan, tensors, *about)
     found = checkpoint.load(init.folder, key=read_signing_public_key(init.key) if init.key else None)
     manifest, rank = found.manifest, rank_of_task(found.manifest)
     if rank is None:

@@ -15,6 +15,7 @@ from client.feature_files import Labels, check_ending, feature_file
 from client.finetune_config import FromCheckpoint
 from client.outputs import check_file
 from client.reading import Reading
+from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import progress
 from unimiss_core.backbone import Backbone
 from unimiss_core.device import device_of, is_out_of_memory
@@ -51,7 +52,8 @@ def embed_input(
         (`client.reading`); with `show_paths` also its first file below the folder, to join labels by. Rows stand in the
         array's order, or in that of `client.reading`.
         A fine-tuned model takes scans of its task's rank, and leaves the others out.
-    key: the public key that must have signed the checkpoint. modality: of files that do not say it.
+    key: the public key that must have signed the checkpoint. modality: of files that do not say it; None takes what a
+        fine-tuned model was trained with.
     Raises ConfigError, CheckpointError, NoUsableScanError.
     """
     beginning = begin(FromCheckpoint(folder=checkpoint, key=key))
@@ -141,6 +143,7 @@ def _read_scans(
 ) -> Iterator[_Prepared]:
     if not path.exists():
         raise ConfigError(f"{path}: does not exist; give a folder of scans, one file or an .npy array")
+    modality = modality or beginning.modality
     reading = Reading.of_path(path, beginning.plan, modality)
     for origin, scan in reading:
         try:
@@ -152,9 +155,8 @@ def _read_scans(
             yield _Prepared(values.numpy(), names)
         progress.report(progress.StepDone("scans", origin.number, len(reading), None))
     reading.explain()
-    if unnamed := sum(candidate.modality == "OT" for candidate in reading.found.candidates):
-        told = f"{unnamed} scan(s) do not say what they are; where they are CT, say so: with --modality CT they are"
-        progress.report(progress.Note(f"{told} read in Hounsfield units, as training read CT"))
+    if modality is None:
+        tell_of_unnamed(candidate.modality for candidate in reading.found.candidates)
 
 
 def _batches(scans: Iterator[_Prepared], size: int) -> Iterator[list[_Prepared]]:

@@ -168,7 +168,11 @@ def _judged(source: Tuned) -> str:
     scans, patients = source.figures.get("scans"), source.figures.get("patients")
     if not (scans and patients and isinstance(scans, int) and isinstance(patients, int)):
         return ""
-    which = "that it never saw" if source.judged_on == "test" else "that decided when training stopped"
+    which = "that decided when training stopped"
+    if source.judged_on == "test":
+        unseen = source.manifest.taught_by_labels is False
+        earlier = "that this fine-tuning did not train on; an earlier fine-tuning may have trained on them"
+        which = "that it never saw" if unseen else earlier
     return f"{scans} scans of {patients} patients {which}"
 
 

@@ -3,7 +3,7 @@
 OUT/model.json, model.safetensors    the model of the best epoch (`unimiss_core.task_checkpoint`)
 OUT/metrics.json                     figures with intervals, last of all: where it stands, the work is done
 OUT/curves.csv                       loss and validation score by epoch
-OUT/state.safetensors, prepared/     only while it runs: what going on needs, and the prepared scans
+OUT/state.safetensors, prepared/     only while it runs: what going on needs, and the prepared scans; finetune.lock
 and what `client.task_results` writes
 """
 
@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 
 from client import task_training
-from client.beginning import Beginning, begin
-from client.finetune_config import FinetuneConfig, init_from, load_finetune, signed_by
+from client.beginning import TAUGHT, Beginning, begin
+from client.finetune_config import FinetuneConfig, MedMnistData, init_from, load_finetune, signed_by
 from client.inference import check_extra
 from client.label_tables import Part, label_table
 from client.labelled import Labelled, prepare_cases
 from client.splits import split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
+from client.tuning_folder import METRICS, alone_in, check_folder
+from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of
 from unimiss_core.errors import ConfigError
@@ -36,7 +38,7 @@ from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 
-_METRICS, _PREPARED = "metrics.json", "prepared"
+_PREPARED = "prepared"
 _RESULTS = ("predictions.csv", "cases.csv", "predictions")
 
 
@@ -63,17 +65,20 @@ def finetune(
     config = config.model_copy(update=changed)
     chosen = device_of(config.device)
     check_extra(config.task)
-    _check_folder(config.out, resume=resume)
+    check_folder(config.out, resume=resume)
     beginning = begin(config.init, config.plan)
     _check_rank(config, beginning)
     table = label_table(config)
     split = split_cases(table.cases, config)
-    _make(config.out)
-    goes_on = (config.out / task_training.STATE).exists()
-    with _removed_afterwards(config.out / _PREPARED) as folder:
+    with alone_in(config.out, resume=resume), _removed_afterwards(config.out / _PREPARED) as folder:
+        goes_on = (config.out / task_training.STATE).exists()
+        if resume and not goes_on:
+            progress.report(progress.Note("there is nothing to go on with yet: begins anew"))
         _say_how_it_begins(config, beginning, chosen)
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
+        if table.modality is None and not isinstance(config.data, MedMnistData):
+            tell_of_unnamed((one.modality for found in parts.values() for one in found), "data.modality: CT")
         digest = _digest(config, beginning, parts, table.modality)
         size = config.task.size_for(beginning.model)
         judge = (
@@ -90,8 +95,8 @@ def finetune(
         kinds = sorted({one.modality for one in parts["train"]})
         _write_model(config, beginning, training, table.modality, kinds)
         task_training.set_tensors_(training.model, training.best)
-        _write_results(config, judge, training, parts, show_paths=show_paths)
-    (config.out / task_training.STATE).unlink(missing_ok=True)
+        _write_results(config, beginning, judge, training, parts, show_paths=show_paths)
+        (config.out / task_training.STATE).unlink(missing_ok=True)
     print(f"{out or config.out.resolve()}: model of epoch {training.progress.best_epoch}, figures and predictions")
 
 
@@ -152,34 +157,17 @@ def _check_rank(config: FinetuneConfig, beginning: Beginning) -> None:
         )
 
 
-def _check_folder(out: Path, *, resume: bool) -> None:
-    """Raises ConfigError: a fine-tuning is there that this one would overwrite, or is finished."""
-    if (out / _METRICS).exists():
-        raise ConfigError("out: holds a finished fine-tuning; give another folder with --out")
-    if (out / task_training.STATE).exists() and not resume:
-        raise ConfigError("out: holds a fine-tuning that was interrupted; go on with --resume, or give another --out")
-    if resume and not (out / task_training.STATE).exists():
-        progress.report(progress.Note("there is nothing to go on with yet: begins anew"))
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: the folder {out} cannot be made ({error.strerror}); give another with --out") from None
-
-
 def _digest(
     config: FinetuneConfig,
     beginning: Beginning,
     parts: Mapping[Part, Sequence[Labelled]],
     modality: Modality | None,
 ) -> str:
-    """Of all that decides the result: settings without places, the pretrained tensors, which scans are in which part,
-    those left out that could not be read, and what they were taken for."""
+    """Of all that decides the result: settings without places, the pretrained tensors, which scans and masks are in
+    which part, to the last bit, and what they were taken for."""
     settings = config.model_dump(mode="json", exclude={"out", "device", "data_root", "data", "init"})
-    found = [(part, one.case) for part, scans in parts.items() for one in scans]
-    cases = [[part, case.number, case.file, case.target, case.mask] for part, case in found]
+    found = [(part, one) for part, scans in parts.items() for one in scans]
+    cases = [[part, one.case.number, one.case.target, one.key, one.mask_key] for part, one in found]
     told = [settings, beginning.plan.canonical(), beginning.model.canonical(), beginning.digest, cases, modality]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -194,6 +182,8 @@ def _say_how_it_begins(config: FinetuneConfig, beginning: Beginning, device: tor
             f"trains {config.training.trains} on {device}; reading the labelled scans, prepared by {plan} plan"
         )
     )
+    if beginning.is_taught:
+        progress.report(progress.Note(TAUGHT))
 
 
 def _head_in_words(config: FinetuneConfig, beginning: Beginning) -> str:
@@ -235,6 +225,7 @@ def _write_model(
         plan=beginning.plan,
         began_with=beginning.name,
         pretrained_digest=beginning.digest,
+        taught_by_labels=beginning.is_taught,
         trained=config.training.trains,
         seed=config.seed,
         epoch=training.progress.best_epoch,
@@ -249,6 +240,7 @@ def _write_model(
 
 def _write_results(
     config: FinetuneConfig,
+    beginning: Beginning,
     judge: Classifying | Segmenting,
     training: Training,
     parts: Mapping[Part, Sequence[Labelled]],
@@ -273,13 +265,14 @@ def _write_results(
         "name": config.name,
         "task": config.task.name,
         "began_with": config.init.name,
+        "taught_by_labels": beginning.is_taught,
         "trained": config.training.trains,
         "seed": config.seed,
         "epochs": training.progress.epoch,
         "best_epoch": training.progress.best_epoch,
         "parts": figures,
     }
-    durable.write_text(config.out / _METRICS, json.dumps(told, indent=2) + "\n")
+    durable.write_text(config.out / METRICS, json.dumps(told, indent=2) + "\n")
     for part in judged:
         for line in _lines(figures[part]):
             print(f"{part}: {line}")

@@ -5,9 +5,10 @@ Legend of shapes: C channels, S spatial axes - (H, W) or (D, H, W).
 What is kept (uint16 values and uint8 masks, mapped into memory) lies in the fine-tuning's folder only while it runs.
 """
 
+import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from client import nifti, pictures
 from client.catalogue import read_one
 from client.finetune_config import FinetuneConfig, MedMnistData
-from client.label_tables import Case, LabelTable, Part
+from client.label_tables import PARTS, Case, LabelTable, Part
 from client.medmnist import opened_arrays
 from client.reasons import REASONS
 from client.splits import Split, check_parts
@@ -69,6 +70,10 @@ class Labelled:
     """Class that is there -> (n, rank) indices of some of its voxels."""
     modality: Modality = "OT"
     """As the scan was read."""
+    key: str = ""
+    """sha256 of `values`: equal scans have equal ones, whatever their files are called."""
+    mask_key: str = ""
+    """sha256 of the mask on the source's own grid."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,8 +121,10 @@ def prepare_cases(
 ) -> dict[Part, list[Labelled]]:
     """Read and prepare the scans of every part into `folder`, which is made anew.
 
-    A scan that cannot be read is left out, and a note says which lines. Raises ConfigError: masks that do not go with
-    their scans, or hold nothing, all in one message; a class that no training mask holds. Raises NoUsableScanError.
+    A scan that cannot be read is left out, and a note says which lines; so is one that equals, to the last bit, another
+    by which the model is judged: one person may stand there under two names. Raises ConfigError: masks that do not go
+    with their scans, or hold nothing, all in one message; a class that no training mask holds. Raises
+    NoUsableScanError.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -145,8 +152,35 @@ def prepare_cases(
     for reason, lines in unread.items():
         told = ", ".join(lines[:_SHOWN]) + (" and others" if len(lines) > _SHOWN else "")
         progress.report(progress.Note(f"left out: {len(lines)} scan(s), {reason}: {REASONS[reason]} ({told})"))
+    parts = _without_copies(parts, shown)
     _check(parts, wrong, config, show_paths=show_paths)
     return parts
+
+
+def _without_copies(
+    parts: Mapping[Part, Sequence[Labelled]], shown: Callable[[Case], str]
+) -> dict[Part, list[Labelled]]:
+    """Without scans that equal one of a part that judges them: no test scan trains or stops training, and no validation
+    scan trains."""
+    kept: dict[Part, list[Labelled]] = {part: [] for part in parts}
+    judging: dict[str, Case] = {}
+    copies: list[str] = []
+    for part in reversed(PARTS):
+        for one in parts[part]:
+            if one.key in judging:
+                copies.append(f"{shown(one.case)} is {shown(judging[one.key])}")
+            else:
+                kept[part].append(one)
+        judging |= {one.key: one.case for one in kept[part]}
+    if copies:
+        told = ", ".join(copies[:_SHOWN]) + (" and others" if len(copies) > _SHOWN else "")
+        progress.report(
+            progress.Note(
+                f"left out: {len(copies)} scan(s) that equal one of another part to the last bit, by which the model "
+                f"is judged ({told})"
+            )
+        )
+    return kept
 
 
 def _check(
@@ -246,8 +280,9 @@ def _prepared(
             f"the scan is {kinds[scan.rank]}, expected {kinds[task.rank]}; correct task.rank, or leave it out"
         )
     values, spacing = prepare(scan, plan)
-    kept = _kept(folder / f"{case.number:06d}.npy", as_stored(values))
-    found = Labelled(case, kept, grid_of(scan, spacing), modality=scan.modality)
+    stored = as_stored(values)
+    kept = _kept(folder / f"{case.number:06d}.npy", stored)
+    found = Labelled(case, kept, grid_of(scan, spacing), modality=scan.modality, key=_key(stored))
     if not isinstance(task, SegmentationConfig):
         return found
     if isinstance(mask, MaskError):
@@ -258,6 +293,7 @@ def _prepared(
     return replace(
         found,
         mask=_kept(folder / f"{case.number:06d}-mask.npy", beside),
+        mask_key=_key(labels),
         reference=_kept(folder / f"{case.number:06d}-reference.npy", labels) if keeps_reference else None,
         places=places_in(beside),
     )
@@ -296,6 +332,12 @@ def _apart(scan: Scan, other: NDArray[np.float64]) -> float:
         [[d, h, w, 1] for d in (0, lengths[0] - 1) for h in (0, lengths[1] - 1) for w in (0, lengths[2] - 1)]
     )
     return float(np.linalg.norm(corners @ (scan.affine - other).T, axis=1).max())
+
+
+def _key(array: NDArray[Any]) -> str:
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array).data)  # without a second copy of a large scan
+    return digest.hexdigest()
 
 
 def _kept(path: Path, array: NDArray[Any]) -> NDArray[Any]:

@@ -28,6 +28,7 @@ from client.labelled import Grid, as_stored, as_values, grid_of
 from client.masks import write_at_source
 from client.outputs import make_new_folder
 from client.reading import Origin, Reading
+from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, ScanError
@@ -87,7 +88,7 @@ def predict(
     make_new_folder("--out", out)
     reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
     inference = _inference(manifest, chosen, batch)
-    unlike = _unlike_training(reading, manifest)
+    unlike = _unlike_training(reading, manifest, says_modality=modality is not None)
     answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
     if len(reading):
         progress.report(progress.Note(f"asking about {len(reading)} scan(s) on {chosen}"))
@@ -133,8 +134,9 @@ def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Infe
     )
 
 
-def _unlike_training(reading: Reading, manifest: TaskManifest) -> dict[Modality, int]:
-    """Kind -> how many scans of the model's rank are of it, for each kind that it was not trained on; all are told."""
+def _unlike_training(reading: Reading, manifest: TaskManifest, *, says_modality: bool) -> dict[Modality, int]:
+    """Kind -> how many scans of the model's rank are of it, for each kind that it was not trained on; all are told. Of
+    a model of which nothing says that, scans are told that do not say their own."""
     known = manifest.trained_on
     kinds = Counter(one.modality for one in reading.found.candidates if one.kind == f"{manifest.task.rank}d")
     unlike = {kind: count for kind, count in sorted(kinds.items()) if known and not _is_like(kind, known)}
@@ -147,6 +149,8 @@ def _unlike_training(reading: Reading, manifest: TaskManifest) -> dict[Modality,
             "where they are CT, say so with --modality CT" if kind == "OT" else "its answers were never judged on such"
         )
         progress.report(progress.Note(f"{told}; {way_out}"))
+    if not known and not says_modality:
+        tell_of_unnamed(kinds.elements())
     return unlike
 
 

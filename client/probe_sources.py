@@ -7,14 +7,14 @@ FINETUNE.yaml          a classification's labels and its own split
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from client.csv_tables import Row, rows_of
-from client.finetune_config import FinetuneConfig, load_finetune
+from client.finetune_config import FinetuneConfig, MedMnistData, load_finetune
 from client.label_tables import label_table
 from client.labelled import read_cases
 from client.medmnist import opened_arrays
@@ -32,6 +32,7 @@ from unimiss_core.task_config import ClassificationConfig
 _SHOWN = 5
 """Lines of a table that a note names for one reason."""
 _THERE = ("no", "yes")
+_SAY_CT = "--modality CT"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,12 @@ class Source(Protocol):
     classes: tuple[str, ...] | None
     """Possible answers, of two the one looked for last; None takes what labels there are, in their order as texts."""
 
-    def scans(self, plan: PlanConfig) -> Iterator[Known]:
-        """What cannot be read is left out, and told. Raises NoUsableScanError: there is nothing to read."""
+    way_to_name: str | None
+    """What the user may say for scans to be read as CT; None where it was said what they are, or never matters."""
+
+    def scans(self, plan: PlanConfig, modality: Modality | None) -> Iterator[Known]:
+        """modality: of scans of which neither their files nor the source says it. What cannot be read is left out, and
+        told. Raises NoUsableScanError: there is nothing to read."""
 
 
 def source_of(
@@ -99,12 +104,14 @@ def source_of(
             return _Folders(data, patient_pattern, modality)
         case "a fine-tuning's file":
             config = load_finetune(data, data_root=root)
-            return _Table(config, config.name, _tested_by(config))
+            way_to_name = None if isinstance(config.data, MedMnistData) else "data.modality: CT"
+            return _Table(config, config.name, _tested_by(config), way_to_name)
         case "a MedMNIST file":
             return _Table(_of_medmnist(data), data.stem)
         case "a table":
             called = Columns(**columns)
-            return _Table(_of_csv(data, root or data.parent, called, modality), called.label)
+            config = _of_csv(data, root or data.parent, called, modality)
+            return _Table(config, called.label, way_to_name=_SAY_CT)
 
 
 def _kind_of(data: Path) -> Kind:
@@ -127,9 +134,11 @@ class _Folders:
         self.classes: tuple[str, ...] | None = None
         raw = {"folder": str(folder), "patient_pattern": patient_pattern, "modality": modality}
         self._source = parse(DataSource, raw, where="--patient-pattern")
+        self.way_to_name = None if modality else _SAY_CT
 
-    def scans(self, plan: PlanConfig) -> Iterator[Known]:
-        reading = Reading.of_sources([self._source], plan, looked=report_looked)
+    def scans(self, plan: PlanConfig, modality: Modality | None) -> Iterator[Known]:
+        source = self._source.model_copy(update={"modality": self._source.modality or modality})
+        reading = Reading.of_sources([source], plan, looked=report_looked)
         bare = 0
         for origin, scan in reading:
             label, _, below = origin.files[0].partition("/")
@@ -147,13 +156,16 @@ class _Folders:
 class _Table:
     """Scans that a table names, or the arrays of a MedMNIST file."""
 
-    def __init__(self, config: FinetuneConfig, question: str, tested: Set[int] | None = None) -> None:
+    def __init__(
+        self, config: FinetuneConfig, question: str, tested: Set[int] | None = None, way_to_name: str | None = None
+    ) -> None:
         """question: what is asked where it is one thing. tested: numbers of the cases that are judged; None asks the
-        table. Raises ConfigError."""
+        table. way_to_name: as of `Source`, where the table does not say it. Raises ConfigError."""
         if not isinstance(config.task, ClassificationConfig):
             raise ConfigError("--data: names masks; a probe is of classes, so give a classification's file")
         self._config, self._task = config, config.task
         self._table = label_table(config)
+        self.way_to_name = None if self._table.modality else way_to_name
         cases = self._table.cases
         self._tested = {case.number for case in cases if case.part == "test"} if tested is None else tested
         both = {c.patient for c in cases if c.number in self._tested} & {
@@ -167,9 +179,10 @@ class _Table:
         self.questions = self._task.classes if several else (question,)
         self.classes: tuple[str, ...] | None = _THERE if several else self._task.classes
 
-    def scans(self, plan: PlanConfig) -> Iterator[Known]:
+    def scans(self, plan: PlanConfig, modality: Modality | None) -> Iterator[Known]:
         cases, left_out = self._table.cases, dict[str, list[int]]()
-        for number, (case, scan, _) in enumerate(read_cases(cases, self._table, self._config, plan), start=1):
+        table = replace(self._table, modality=self._table.modality or modality)
+        for number, (case, scan, _) in enumerate(read_cases(cases, table, self._config, plan), start=1):
             if isinstance(scan, ScanError):
                 left_out.setdefault(scan.reason, []).append(case.number)
             else:

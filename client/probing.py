@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from client import merit
-from client.beginning import Beginning, begin
+from client.beginning import TAUGHT, Beginning, begin
 from client.finetune_config import FromScratch, init_from, signed_by
 from client.outputs import check_file
 from client.probe_sources import Source
 from client.reasons import REASONS
+from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress
 from unimiss_core.backbone import Backbone
 from unimiss_core.config import load
@@ -32,7 +33,7 @@ from unimiss_core.device import device_of
 from unimiss_core.embedding import bare_pixels, embed
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.probe import Probe, neighbours, probe
-from unimiss_core.scan import Rank
+from unimiss_core.scan import Modality, Rank
 from unimiss_core.study import StudyConfig
 
 Floats = NDArray[np.float64]
@@ -40,10 +41,6 @@ Features = NDArray[np.float32]
 Figure = Callable[[Floats], Floats]
 """Of weightings (R, N): (R,)."""
 
-TAUGHT = (
-    "this encoder was taught by labels: what follows holds for patients who neither trained it nor chose its epoch, of "
-    "the others it shows what is remembered"
-)
 THIS, RANDOM, PIXELS = "this encoder", "random encoder", "bare pixels"
 _IN_WORDS = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
 _HEADS = {"gain": "this minus random"}
@@ -86,7 +83,7 @@ def run_probe(
         if path is not None:
             check_file(option, path, must_be_new=True)
     beginning = _beginning(checkpoint, study, key)
-    if beginning.rank is not None:
+    if beginning.is_taught:
         progress.report(progress.Note(TAUGHT))
     chosen = device_of(device)
     encoders = {THIS: beginning.encoder()}
@@ -97,7 +94,7 @@ def run_probe(
     seen = _look(source, beginning, encoders, batch, keeps_scans=set_out is not None)
     if set_out is not None:
         _write_set(set_out, source, seen)
-    taught = {"taught_by_labels": beginning.rank is not None}
+    taught = {"taught_by_labels": beginning.is_taught}
     told = [
         _judged(question, rank, [labels[place] for labels in found.labels], found, source.classes) | taught
         for rank, found in sorted(seen.items())
@@ -127,8 +124,8 @@ def _look(
     """Rank -> its scans. Raises NoUsableScanError: there is none."""
     seen: dict[Rank, Seen] = {}
     waiting: dict[Rank, list[NDArray[np.float32]]] = {}
-    left_out = Counter[str]()
-    for known in source.scans(beginning.plan):
+    left_out, kinds = Counter[str](), Counter[Modality]()
+    for known in source.scans(beginning.plan, beginning.modality):
         rank = known.scan.rank
         try:
             x = beginning.seen_whole(known.scan).numpy()
@@ -136,6 +133,7 @@ def _look(
             left_out[error.reason] += 1
             continue
         found = seen.setdefault(rank, Seen())
+        kinds[known.scan.modality] += 1
         found.labels.append(known.labels)
         found.patients.append(known.patient)
         found.scored.append(known.is_scored)
@@ -146,6 +144,8 @@ def _look(
         _embed(seen[rank], held, encoders, keeps_scans=keeps_scans)
     for reason, count in sorted(left_out.items()):
         progress.report(progress.Note(f"left out: {count} {reason}: {REASONS[reason]}"))
+    if source.way_to_name is not None and beginning.modality is None:
+        tell_of_unnamed(kinds.elements(), source.way_to_name)
     if not seen:
         raise NoUsableScanError("--data: holds no labelled scan that can be used; the notes above say why")
     return seen

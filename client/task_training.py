@@ -211,7 +211,7 @@ def check_state(folder: Path, digest: str) -> Mapping[str, Any]:
         raise CheckpointError(_UNREADABLE) from None
     if of != digest:
         raise CheckpointError(
-            f"{STATE} is of another fine-tuning: its file, its labels or what it began with have changed; "
+            f"{STATE} is of another fine-tuning: its file, its scans, its labels or what it began with have changed; "
             "put them back, or begin anew in another folder"
         )
     return kept

@@ -37,6 +37,7 @@ def tuned(folder: Path, part: str = "test", **figures: Any) -> Path:
         plan=PlanConfig(),
         began_with="checkpoint",
         pretrained_digest="ab" * 32,
+        taught_by_labels=False,
         trained="full",
         seed=3,
         epoch=7,

@@ -1,5 +1,7 @@
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from client.finetune_config import load_finetune
+from client.label_tables import label_table
 from client.pictures import write_png
 from client.research_command import main
+from client.splits import split_cases
 from tests.shared_files import DATA, needs
 from tests.test_labelled import SHAPE, ball, write_case
 from tests.test_research_command import nano_checkpoint
@@ -134,9 +140,114 @@ def test_a_fine_tuning_does_not_go_on_with_scans_that_are_others_by_now(
     assert main(["finetune", str(path), *out, "--resume"]) == 4
     assert "is of another fine-tuning" in capsys.readouterr().err
     write_config(tmp_path, **settings)
-    (tmp_path / "pictures" / "secret3.png").write_bytes(b"gone")
+    picture = tmp_path / "pictures" / "secret3.png"
+    before = picture.read_bytes()
+    write_png(picture, 255 - np.asarray(Image.open(picture)))
+    assert main(["finetune", str(path), *out, "--resume"]) == 4
+    assert "its scans" in capsys.readouterr().err
+    picture.write_bytes(b"gone")
     assert main(["finetune", str(path), *out, "--resume"]) == 4
     assert "is of another fine-tuning" in capsys.readouterr().err
+    picture.write_bytes(before)
+    assert main(["finetune", str(path), *out, "--resume"]) == 0
+
+
+def test_a_fine_tuning_does_not_go_on_with_masks_that_are_others_by_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        write_case(tmp_path, f"c{number}", number)
+    path = write_config(
+        tmp_path,
+        task={"name": "segmentation", "rank": 3, "classes": ["ball"], "input_size": [16, 33, 33]},
+        data={"name": "msd", "folder": ".", "modality": "MR"},
+        split={"folds": 2, "validation": 0.5},
+        training={"epochs": 1, "steps_per_epoch": 1, "batch": 1},
+    )
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("client.finetune._write_model", killed)
+        assert main(["finetune", str(path)]) == 130
+    file = tmp_path / "labelsTr" / "c2.nii.gz"
+    mask = nibabel.load(file)
+    turned = np.flip(np.asarray(mask.dataobj), 0).copy()  # as many voxels, elsewhere
+    nibabel.save(nibabel.Nifti1Image(turned, mask.affine), file)
+    assert main(["finetune", str(path), "--resume"]) == 4
+    assert "is of another fine-tuning" in capsys.readouterr().err
+
+
+def test_what_begins_with_a_fine_tuned_model_is_not_called_unseen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its patients may have trained that model: another fold tests whom the first trained on."""
+    path = write_config(tmp_path, **pictures(tmp_path, 18), training={**QUICK, "epochs": 1})
+    for out, more, taught in (("first", [], False), ("second", ["--init", str(tmp_path / "first")], True)):
+        assert main(["finetune", str(path), "--out", str(tmp_path / out), *more]) == 0
+        assert ("was taught by labels" in capsys.readouterr().err) == taught
+        for name in ("metrics.json", "model.json"):
+            assert json.loads((tmp_path / out / name).read_text())["taught_by_labels"] == taught
+        assert main(["export", str(tmp_path / out), "--to", "safetensors", "--out", str(tmp_path / f"{out}-x")]) == 0
+        card = (tmp_path / f"{out}-x" / "README.md").read_text()
+        assert ("that it never saw" in card) == (not taught)
+        assert ("an earlier fine-tuning may have trained on them" in card) == taught
+
+
+def test_nobody_is_trained_on_and_judged_by_under_two_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each picture stands there a second time, under another name and patient: of those in two parts the one that
+    judges stays. Oracle: the split by patients, and the files' own bytes."""
+    settings = pictures(tmp_path, 18)
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    for number in range(18):
+        shutil.copy(tmp_path / "pictures" / f"secret{number}.png", tmp_path / "pictures" / f"again{number}.png")
+        lines.append(lines[number + 1].replace("secret", "again").replace("miller", "smith"))
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    path = write_config(tmp_path, **settings, training={**QUICK, "epochs": 1})
+    config = load_finetune(path)
+    table = label_table(config)
+    split = split_cases(table.cases, config)
+    held = {part: [(table.folder / case.file).read_bytes() for case in cases] for part, cases in split.items()}
+    kept = {
+        "test": len(held["test"]),
+        "validation": sum(one not in held["test"] for one in held["validation"]),
+        "train": sum(one not in held["test"] + held["validation"] for one in held["train"]),
+    }
+    assert kept["train"] < len(held["train"])
+    assert main(["finetune", str(path)]) == 0
+    said = capsys.readouterr().err
+    assert {part: int(count) for part, count in re.findall(r"(train|validation|test) (\d+) of \d+ p", said)} == kept
+    assert f"left out: {36 - sum(kept.values())} scan(s) that equal one of another part to the last bit" in said
+    first, other = map(int, re.findall(r"\(line (\d+) is line (\d+)", said)[0])
+    assert abs(first - other) == 18
+    assert not any(name in said for name in ("miller", "smith", "secret", "again"))
+
+
+@pytest.mark.parametrize(("modality", "told"), [(None, True), ("CT", False), ("OT", False)])
+def test_volumes_that_do_not_say_what_they_are_are_told_before_training(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    modality: str | None,
+    told: bool,
+) -> None:
+    for number in range(4):
+        write_case(tmp_path, f"c{number}", number)
+    path = write_config(
+        tmp_path,
+        task={"name": "segmentation", "rank": 3, "classes": ["ball"]},
+        data={"name": "msd", "folder": ".", "modality": modality},
+        split={"folds": 2, "validation": 0.5},
+    )
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("client.finetune._training", stopped)
+    assert main(["finetune", str(path)]) == 130
+    said = capsys.readouterr().err
+    assert ("4 scan(s) do not say what they are; where they are CT, say so: with data.modality: CT" in said) == told
 
 
 def test_a_segmentation_writes_its_masks_in_the_geometry_of_the_scans(tmp_path: Path) -> None:
@@ -230,9 +341,7 @@ def test_what_masks_need_is_asked_for_before_scans_are_read(
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_example_finds_its_scans_and_splits_them(path: Path) -> None:
     from client.beginning import begin
-    from client.finetune_config import FromScratch, load_finetune
-    from client.label_tables import label_table
-    from client.splits import split_cases
+    from client.finetune_config import FromScratch
 
     config = load_finetune(path, data_root=DATA)
     if not isinstance(config.init, FromScratch):

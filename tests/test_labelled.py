@@ -150,10 +150,10 @@ def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_medmnist_image_counts_as_on_the_plans_grid(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 255, (4, 14, 15, 16)).astype(np.uint8)
-    labels = np.array([[0], [1], [0], [1]])
-    arrays = {f"{n}_{k}": a for n in ("train", "val", "test") for k, a in (("images", images), ("labels", labels))}
-    np.savez(tmp_path / "m.npz", **arrays)
+    each = np.random.default_rng(0).integers(0, 255, (3, 4, 14, 15, 16)).astype(np.uint8)
+    images, labels = each[2], np.array([[0], [1], [0], [1]])
+    arrays = {f"{name}_images": of for name, of in zip(("train", "val", "test"), each, strict=True)}
+    np.savez(tmp_path / "m.npz", **arrays, train_labels=labels, val_labels=labels, test_labels=labels)
     task = {"name": "classification", "rank": 3, "classes": ["no", "yes"]}
     config = configured(tmp_path, task, {"name": "medmnist", "file": "m.npz"}, split={"name": "given"})
     parts = read(tmp_path, config, PLAN.model_copy(update={"percentiles": (0.0, 100.0)}))

@@ -271,6 +271,13 @@ def test_what_a_model_took_values_for_is_remembered(tmp_path: Path) -> None:
         drawn.append(np.asarray(nibabel.load(out / "masks" / "scan-00001.nii.gz").dataobj))
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
+    features = []
+    for name, asked in (("known", []), ("said", ["--modality", "CT"]), ("other", [])):
+        out = tmp_path / f"{name}.npz"
+        assert main(["embed", str(tmp_path / name), str(scans), "--out", str(out), *asked]) == 0
+        features.append(np.load(out)["features"])
+    np.testing.assert_array_equal(features[0], features[1])
+    assert (features[0] != features[2]).any()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +304,9 @@ def test_scans_of_another_kind_than_the_model_was_tuned_on_are_told_by_kind(
     assert [line.split(" than ")[0] for line in said.splitlines() if "WARNING" in line] == [
         f"WARNING: {one}" for one in told
     ]
-    assert ("--modality CT" in said) == bool(told)
+    unnamed = not trained_on  # nothing is known that they could be unlike
+    assert ("2 scan(s) do not say what they are" in said) == unnamed
+    assert ("--modality CT" in said) == (bool(told) or unnamed)
     found = json.loads((out / "predicted.json").read_text())
     assert (found["scans"], found["unlike_training"]) == (3, {"MR": 1, "OT": 2} if told else {})
 

@@ -13,14 +13,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
+from client.beginning import begin
+from client.finetune_config import FromCheckpoint
+from client.nifti import write_nifti
 from client.pictures import write_png
+from client.probe_sources import source_of
 from client.research_command import main
 from server.probing import read_probe_set
 from tests.series_files import write_series
 from tests.test_finetune import QUICK, pictures
+from tests.test_predict import BALL, untrained
 from tests.test_research_command import nano_checkpoint
 from unimiss_core.network import build_network
 from unimiss_core.probe import neighbours, probe
+from unimiss_core.scan import Scan
 from unimiss_core.study import ModelConfig
 
 
@@ -113,6 +119,35 @@ def test_folders_label_what_lies_below_them_and_dicom_says_whose_it_is(
 
 def noise(shape: tuple[int, ...], seed: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+def test_volumes_that_do_not_say_what_they_are_are_told_and_read_as_the_model_read_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NIfTI in folders, in a table, in a fine-tuning's file; a model that took its own for CT takes these for CT."""
+    data, lines = tmp_path / "data", ["scan,label,patient"]
+    for number in range(12):
+        label = ["plain", "rough"][number % 2]
+        values = np.random.default_rng(number).normal(0, 200 + 800 * (number % 2), (1, 8, 16, 16)).astype(np.float32)
+        (data / label).mkdir(parents=True, exist_ok=True)
+        write_nifti(data / label / f"{number}.nii.gz", Scan(values, (2.0, 2.0, 2.0), "OT"))
+        lines.append(f"{label}/{number}.nii.gz,{label},p{number}")
+    (data / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "rank": 3, "classes": ["plain", "rough"]}
+    raw = {"name": "x", "task": task, "init": {"name": "scratch"}, "data": {"table": "t.csv", "folder": "."}}
+    (data / "x.yaml").write_text(yaml.safe_dump({**raw, "split": {"folds": 3, "validation": 0.5}}))
+    unsaid = "12 scan(s) do not say what they are; where they are CT, say so: with "
+    for source, way_out in (("", "--modality CT"), ("t.csv", "--modality CT"), ("x.yaml", "data.modality: CT")):
+        figures_of(tmp_path, "scratch", "--data", str(data / source))
+        assert f"{unsaid}{way_out}" in capsys.readouterr().err
+    known = untrained(tmp_path / "known", BALL, modality="CT")
+    figures_of(tmp_path, str(known), "--data", str(data / "t.csv"))
+    assert unsaid not in capsys.readouterr().err
+    for source in ("", "t.csv", "x.yaml"):
+        for model, read_as in ((known, "CT"), (untrained(tmp_path / f"other{source}", BALL), "OT")):
+            beginning = begin(FromCheckpoint(folder=model))
+            found = source_of(data / source).scans(beginning.plan, beginning.modality)
+            assert {one.scan.modality for one in found} == {read_as}
 
 
 def test_a_medmnist_file_and_a_fine_tunings_file_are_judged_by_their_own_split(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ class TaskManifest(Config):
     """unknown: of a federation's round by itself, which does not say what its run was begun from."""
     pretrained_digest: str | None
     """sha256 of the pretrained tensors' names and values; None from scratch, or where nothing is known."""
+    taught_by_labels: bool | None = None
+    """Whether what it began with had been fine-tuned, perhaps on scans that judge this one; None: nobody told."""
     trained: Literal["linear_probe", "frozen", "full"]
     seed: int
     epoch: int = Field(ge=0)
