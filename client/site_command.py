@@ -234,15 +234,16 @@ def _add_clear(parser: argparse.ArgumentParser) -> None:
 
 
 def _clear(options: argparse.Namespace) -> None:
-    """Raises ConfigError."""
+    """Raises ConfigError, and AuditError where nothing can be written down: then all stays as it is. Of one that was
+    written down and could not be done the log says more than was done, and the next try is written down, too."""
     from client.audit import log_of
     from client.hold import Hold
     from client.site_config import load_site
 
     site_file = _site_file(options)
     site = load_site(site_file, reads_scans=False)
-    is_cleared = Hold(site).clear()
     log_of(site_file).record("clear")
+    is_cleared = Hold(site).clear()
     if is_cleared:
         print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
     else:
