@@ -79,6 +79,9 @@ def _leave(options: argparse.Namespace) -> None:
         print("the daemon is asked to stop; that can take a minute", flush=True)
     leave(home, site, log_of(home.site).record)
     print(f"{site.name}: has left; its keys are gone. Its ledger and audit log stay: `audit` and `ledger` {home.site}")
+    print(
+        f"Under another name they go on by: unimiss-site init FOLDER --name NAME --state {shlex.quote(str(site.state))}"
+    )
     print(_what_stays(site))
     print(f"Tell the coordinator's operator, who then types: unimiss-server revoke {site.name} --yes")
 

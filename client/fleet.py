@@ -21,6 +21,8 @@ MOST_ANSWER_BYTES = 32 << 20
 
 _NO_RUN = frozenset({502, 503, 504})
 
+_HEARTBEAT = "/flwr.proto.Fleet/SendNodeHeartbeat"
+
 
 class Line(FleetHttpClient):
     """Flower's Fleet client, to one coordinator."""
@@ -49,6 +51,10 @@ class Line(FleetHttpClient):
             self._contact.answered()
         else:
             self._contact.failed(problem)
+        if response.is_server_error and context.rpc_method == _HEARTBEAT:
+            # Flower sends another after 502 to 504 alone. After 500, as SuperLink says while its disk is full or its
+            # database is locked, the thread would end, and the SuperNode with it, and the round at work.
+            raise httpx.ReadError("the coordinator took no heartbeat", request=context.request)
         return response
 
 

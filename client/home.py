@@ -18,6 +18,12 @@ from unimiss_core.errors import ConfigError
 VARIABLE = "UNIMISS_SITE_HOME"
 """Of the environment: names the folder where no --home does."""
 
+PATIENTS_OF_BEFORE = (
+    "If its patients took part before, under another name, let 'state' be the folder of then: what they have cost is "
+    "in the ledger there (docs/site.md, 'Another name')."
+)
+"""For a site whose ledger is empty."""
+
 
 @dataclass(frozen=True)
 class Home:

@@ -1,15 +1,18 @@
 """`unimiss-site init` and `join`: a site's folder, its key pair, and the trust in one coordinator."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.daemon import is_running
 from client.home import Home
+from client.site_config import state_folder
 from unimiss_core import certificates, durable, keys
 from unimiss_core.config import Config, Name, parse, read_yaml
 from unimiss_core.errors import ConfigError
-from unimiss_core.joining import Welcome, in_yaml, join_request, read_welcome
+from unimiss_core.joining import UNDER_ANOTHER_NAME, Welcome, in_yaml, join_request, read_welcome
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ data:
   # - folder: /path/to/png                   # pictures do not: here the file name begins with the patient's number
   #   patient_pattern: "^(?P<patient>[0-9]+)_"
   #   modality: XR
-state: state                                 # on local disk, readable by the daemon alone
+state: {state:<37} # on local disk, readable by the daemon alone
 devices: auto
 policy:                                      # what may be asked of this site: docs/audit.md
   studies: []                                # which may come, by name or sha256; when another asks, it is told here
@@ -65,21 +68,27 @@ def unnoted(kind: str, facts: Mapping[str, str | int | float]) -> None:
     log.info("%s %s", kind, " ".join(f"{key}={value}" for key, value in facts.items()))
 
 
-def begin(path: Path, name: str, *, note: Note = unnoted) -> Begun:
+def begin(path: Path, name: str, *, state: Path | None = None, note: Note = unnoted) -> Begun:
     """Make a site's folder at `path`: its key pair, its join request, and a site file where there is none.
 
-    Raises ConfigError: the name cannot be one, the folder holds a site's keys or another site's file, or cannot be
-    written to.
+    state: the state folder of a site of the same patients, whose ledger and audit log go on under this name; None
+    begins both. Raises ConfigError: the name cannot be one, the folder holds a site's keys or another site's file, or
+    cannot be written to; `state` is no state folder, a daemon has it, or the site file that is there names another.
     """
     parse(_Named, {"name": name}, where="--name")
     home = Home(path.absolute())
+    state = state and state.resolve()
     if home.keys.exists():
         raise ConfigError(
             f"{home.path}: holds a site's keys already; to join, give the .join.yaml in it, or keys/site.pub, to the "
-            "coordinator's operator. Another site needs another folder"
+            f"coordinator's operator. Another site needs another folder; of the same patients: {UNDER_ANOTHER_NAME}"
         )
     if home.site.exists() and (held := site_name(home)) != name:
         raise ConfigError(f"{home.site}: is of the site '{held}', not '{name}'; give that name, or another folder")
+    if state is not None:
+        _require_left(state)
+        if home.site.exists() and state_folder(home.site).resolve() != state:
+            raise ConfigError(f"{home.site}: is there already, and says another 'state' than --state {state}")
     key = keys.new_site_key()
     request = join_request(name, key.public_key())
     try:
@@ -90,7 +99,8 @@ def begin(path: Path, name: str, *, note: Note = unnoted) -> Begun:
         )
         durable.write_text(home.join_request(name), in_yaml(request, told))
         if not home.site.exists():
-            durable.write_text(home.site, SITE_FILE.format(name=name))
+            told = "state" if state is None else json.dumps(str(state))
+            durable.write_text(home.site, SITE_FILE.format(name=name, state=told))
     except OSError as error:
         raise ConfigError(f"{home.path}: cannot be written to ({error.strerror}); mend that, then try again") from None
     note("init", {"site": name, "fingerprint": request.fingerprint})
@@ -109,7 +119,7 @@ def join(home: Home, path: Path, *, note: Note = unnoted) -> Joined:
     if before is not None and before.fingerprint != paper.fingerprint:
         raise ConfigError(
             f"{path}: is of another coordinator ({paper.fingerprint}) than this site has joined "
-            f"({before.fingerprint}); a folder joins one. To change: `unimiss-site leave`, then `init` in another"
+            f"({before.fingerprint}); a folder joins one. To change: unimiss-site leave, then {UNDER_ANOTHER_NAME}"
         )
     try:
         durable.write_text(home.authority, paper.authority)
@@ -126,6 +136,23 @@ def site_name(home: Home) -> str:
     """As the site file says it. Raises ConfigError."""
     raw = read_yaml(home.site)
     return parse(_Named, {"name": raw.get("name")} if isinstance(raw, dict) else raw, where=str(home.site)).name
+
+
+def _require_left(state: Path) -> None:
+    """Raises ConfigError: this is no site's state folder, or its daemon runs."""
+    try:
+        if not (state / "audit.jsonl").is_file():
+            raise ConfigError(
+                f"--state {state}: is no site's state folder, for there is no audit.jsonl in it, which each has from "
+                "`init` on; name the folder that 'state' says in the site file of before"
+            )
+        if is_running(state):
+            raise ConfigError(
+                f"--state {state}: a daemon runs with it; stop that first (`unimiss-site leave`, or systemctl stop). "
+                "One state folder serves one daemon at a time"
+            )
+    except PermissionError as error:
+        raise ConfigError(f"--state {state}: cannot be read ({error.strerror}); be the daemon's user") from None
 
 
 def _write_pair(home: Home, key: keys.SiteKey, line: str) -> None:

@@ -41,21 +41,36 @@ def _site_file(options: argparse.Namespace) -> Path:
 def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--name", required=True, metavar="NAME", help="what coordinator and reports call this site")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="the state folder that this site had under another name: its ledger and audit log go on",
+    )
     parser.set_defaults(act=_init)
 
 
 def _init(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
     from client.audit import log_of
-    from client.home import Home
+    from client.home import PATIENTS_OF_BEFORE, Home
     from client.joining import begin
 
     site_file = Home(options.folder).site
-    begun = begin(options.folder, options.name, note=lambda kind, facts: log_of(site_file).record(kind, facts))
+    begun = begin(
+        options.folder,
+        options.name,
+        state=options.state,
+        note=lambda kind, facts: log_of(site_file).record(kind, facts),
+    )
     print(f"{begun.home.path}: the site {options.name}; its private key stays in {begun.home.keys}")
     print(f"fingerprint  {begun.fingerprint}")
     print(f"Give {begun.join_request} to the coordinator's operator, and read the fingerprint to them by telephone.")
-    print(f"Then fill in {begun.home.site}.")
+    if options.state is None:
+        print(f"Then fill in {begun.home.site}. {PATIENTS_OF_BEFORE}")
+    else:
+        print(f"Then fill in {begun.home.site}: data, and privacy, policy and state_key as the site file of before has")
+        print("them. Ledger and audit log of before go on.")
 
 
 def _add_join(parser: argparse.ArgumentParser) -> None:
@@ -234,15 +249,16 @@ def _add_clear(parser: argparse.ArgumentParser) -> None:
 
 
 def _clear(options: argparse.Namespace) -> None:
-    """Raises ConfigError."""
+    """Raises ConfigError, and AuditError where nothing can be written down: then all stays as it is. Of one that was
+    written down and could not be done the log says more than was done, and the next try is written down, too."""
     from client.audit import log_of
     from client.hold import Hold
     from client.site_config import load_site
 
     site_file = _site_file(options)
     site = load_site(site_file, reads_scans=False)
-    is_cleared = Hold(site).clear()
     log_of(site_file).record("clear")
+    is_cleared = Hold(site).clear()
     if is_cleared:
         print(f"{site.name}: private rounds may begin again; the next one that fails holds them anew")
     else:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from client.audit import last_ledger, site_log
 from client.hold import Hold
+from client.home import PATIENTS_OF_BEFORE
 from client.ledger import Ledger
 from client.site_config import PatientLimits, SiteConfig
 from client.telling import tell
@@ -84,6 +85,8 @@ def terms(config: SiteConfig, ledger: Ledger, *, unowned: int = 0) -> Iterator[s
             spent = ledger.site_account().spent if is_charged else 0.0  # accountants take seconds to load
             most = f"at most {limits.max_epsilon:g} over all studies, of which {spent:.3g} is spent"
         yield f"Patient-level studies: yes, as a site with {' and '.join(limits.holds or ())}; epsilon: {most}."
+        if limits.max_epsilon is not None and not is_charged:
+            yield f"Nothing was charged here yet. {PATIENTS_OF_BEFORE}"
     if (held := Hold(config).in_words()) is not None:
         yield f"Held: {held}."
     if (why := _protected(limits, ledger)) is not None:

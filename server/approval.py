@@ -1,7 +1,8 @@
 """Who may take part: `unimiss-server approve`, `revoke` and `renew`.
 
 A name stands for one institution and one key for ever: neither is given twice, so that what a run's folder, a ledger or
-an audit log says of a site goes on to mean that site. A site that lost its key comes back under a new name.
+an audit log says of a site goes on to mean that site. A site that lost its key comes back under a new name, with the
+state folder that it had: ledgers are known here by name, so nothing here could tell what its patients have paid.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from unimiss_core import certificates, durable, keys
 from unimiss_core.certificates import Authority
 from unimiss_core.config import dump_yaml, parse, read_yaml
 from unimiss_core.errors import ConfigError
-from unimiss_core.joining import host_and_port, in_yaml, read_join_request, read_welcome, welcome
+from unimiss_core.joining import UNDER_ANOTHER_NAME, host_and_port, in_yaml, read_join_request, read_welcome, welcome
 
 RENEW_WITHIN_DAYS = 180
 """Certificates that run out sooner are made anew."""
@@ -153,13 +154,13 @@ def _require_free(name: str, key: keys.SitePublicKey, known: Mapping[str, Approv
         if site.status == "revoked" and (same_key or site.name == name):
             what = "name" if site.name == name else f"key, of '{site.name}',"
             raise ConfigError(
-                f"'{name}': this {what} was revoked and is not given again; let the site begin anew with another name "
-                "in another folder: unimiss-site init"
+                f"'{name}': this {what} was revoked and is not given again; let the site come back under another name: "
+                f"{UNDER_ANOTHER_NAME}"
             )
         if site.name == name and not same_key:
             raise ConfigError(
                 f"'{name}': was approved with another key ({_fingerprint(site)}); if the site made a new one, revoke "
-                "this name and let it join under another"
+                f"this name and let it join under another: {UNDER_ANOTHER_NAME}"
             )
         if site.name != name and same_key:
             raise ConfigError(f"'{name}': the site '{site.name}' has this key already; each site makes its own")
@@ -178,7 +179,7 @@ def _authority(home: Home, now: datetime) -> Authority:
     if certificates.days_left(certificate, now) <= 0:
         raise ConfigError(
             f"{home.authority_certificate}: has run out; make a new coordinator's folder with `unimiss-server init`, "
-            "which every site joins anew"
+            f"which every site joins anew: {UNDER_ANOTHER_NAME}"
         )
     return Authority(certificate, key)
 

@@ -5,7 +5,7 @@ An update's size is the root mean square of its values (`server.admission.admit`
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from unimiss_core.chain import BEGINNING, Head
@@ -15,15 +15,17 @@ SIZE_ROUNDS = 3
 LEAST_SIZES = 3
 """Updates that must have counted in them before they say anything."""
 LONGEST_PAUSE = 16
-"""Most rounds between two tries of a site that keeps failing."""
+"""Most rounds between two tries of a site that keeps failing. Where patients pay for a try, and no answer came in time,
+there is no such bound: a site that is too slow for its deadline is asked a dozen times in a thousand rounds."""
 
 
 @dataclass(frozen=True)
 class Failures:
-    """How often in a row a site failed, and in which round last."""
+    """How often in a row a site failed, in which round last, and whether that was because no answer came in time."""
 
     in_a_row: int
     last_round: int
+    unanswered: bool = False
 
 
 @dataclass
@@ -46,19 +48,22 @@ class Attendance:
         if head is not None and head.seq >= self.ledgers.get(site, BEGINNING).seq:
             self.ledgers[site] = head
 
-    def note(self, site: str, round: int, *, counted: bool) -> None:
-        """A site that was asked in `round` counted, or did not."""
+    def note(self, site: str, round: int, *, counted: bool, unanswered: bool = False) -> None:
+        """A site that was asked in `round` counted, or did not. unanswered: nothing came of it in time."""
         before = self.failures.pop(site, Failures(0, 0))
         if not counted:
             again = before.last_round == round  # a round that is tried again is one round
-            self.failures[site] = before if again else Failures(before.in_a_row + 1, round)
+            self.failures[site] = Failures(before.in_a_row + (not again), round, unanswered)
 
-    def is_set_aside(self, site: str, round: int, after: int) -> bool:
-        """Whether a site that failed `after` times in a row, or more often, is to be left out of `round`."""
+    def is_set_aside(self, site: str, round: int, after: int, *, patients_pay: bool = False) -> bool:
+        """Whether a site that failed `after` times in a row, or more often, is to be left out of `round`. patients_pay:
+        for each try, whatever comes of it."""
         failed = self.failures.get(site)
         if failed is None or failed.in_a_row < after:
             return False
-        pause: int = min(2 ** (failed.in_a_row - after), LONGEST_PAUSE)
+        pause: int = 2 ** (failed.in_a_row - after)
+        if not (patients_pay and failed.unanswered):
+            pause = min(pause, LONGEST_PAUSE)
         return round <= failed.last_round + pause
 
     def note_sizes(self, round: int, sizes: Sequence[float]) -> None:
@@ -79,7 +84,7 @@ class Attendance:
     def facts(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "failures": {site: [failed.in_a_row, failed.last_round] for site, failed in self.failures.items()},
+            "failures": {site: list(astuple(failed)) for site, failed in self.failures.items()},
             "sizes": {str(round): sorted(sizes) for round, sizes in self.sizes.items()},
             "ledgers": {site: str(head) for site, head in self.ledgers.items()},
         }

@@ -343,7 +343,7 @@ def _status(event: SiteReplied) -> str:
 
 def _refusal(event: SiteReplied) -> str:
     if event.at_work_on is not None:
-        said = f"is still at work on round {event.at_work_on}; that update may count late"
+        said = f"is still at work on round {event.at_work_on}; that update counts late, if at all"
     else:
         said = "counted late" if event.status == "late" else f"did not count: {_status(event)}"
     return f"round {event.round}: {event.site} {said}"

@@ -81,6 +81,11 @@ class Exchange:
         """Node -> the round that it may still answer in time to count; another request would only queue behind it."""
         return {asked.node_id: asked.round for asked in self._waiting.values() if self._is_of_use(asked)}
 
+    @property
+    def too_late(self) -> dict[int, int]:
+        """Node -> the earlier round that it may still be at work on, though its answer is of no use any more."""
+        return {asked.node_id: asked.round for asked in self._waiting.values() if not self._is_of_use(asked)}
+
     def ask(self, node_id: int, site: Introduction, content: RecordDict) -> bool:
         """Send `site` this round's request; False where its node is not there any more: no reply is waited for then."""
         message = Message(content, node_id, "train", ttl=self._time_to_live_s, group_id=str(self._round))

@@ -1,6 +1,7 @@
 """One round: sites are asked, and their updates checked and folded in as they arrive."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from server.admission import admit
@@ -52,6 +53,7 @@ class OneRound:
         self._study = study
         self._run = run
         self._digest = study.digest()
+        self._patients_pay = study.privacy.mode == "patient"
         self._config = config
         self._layout = layout
         self._update_layout = update_layout
@@ -105,7 +107,8 @@ class OneRound:
             is_late = line.status != "refused" and line.reason in ("busy", "discounted")
             self._slow.note(name, self._round, late=deadline_passed or is_late)
             if line.bytes_down or line.counts:
-                self._state.attendance.note(name, self._round, counted=line.counts)
+                unanswered = line.reason == "no_reply"
+                self._state.attendance.note(name, self._round, counted=line.counts, unanswered=unanswered)
         self._require_quorum()
         after, update_norm = self._total.applied_to(self._state, self._round)
         after.taught = self._state.taught | self._taught
@@ -131,20 +134,32 @@ class OneRound:
         return {name: SiteRound("absent", "not_connected") for name in missing}
 
     def _lines_of_sites(self, *, again: bool) -> dict[str, SiteRound]:
-        """Not asked: sites still at work on an earlier round, and, in the first try, those that keep failing, if there
-        are others."""
+        """Not asked: sites at work on an earlier round that may still count; and, in the first try, if there are
+        others, those that keep failing, and, where patients pay for each answer, those whose last one is overdue:
+        another would begin too late."""
         lines = {site.site: SiteRound(left_out=site.left_out) for site in self._roster.sites.values()}
-        for node_id, round in self._exchange.at_work.items():
-            if round < self._round and node_id in self._roster.sites:
-                name = self._roster.sites[node_id].site
+        for name, round in self._sites_of(self._exchange.at_work):
+            if round < self._round:
                 lines[name].reason, self._at_work_on[name] = "busy", round
         free = [name for name, line in lines.items() if not line.reason]
         attendance, after = self._state.attendance, self._config.set_aside_after
-        aside = [name for name in free if attendance.is_set_aside(name, self._round, after)]
+        behind = dict(self._sites_of(self._exchange.too_late)) if self._patients_pay else {}
+        aside = [
+            name
+            for name in free
+            if name in behind or attendance.is_set_aside(name, self._round, after, patients_pay=self._patients_pay)
+        ]
         if not again and len(free) - len(aside) >= self._config.min_replies:
             for name in aside:
-                lines[name].reason = "set_aside"
+                lines[name].reason = "busy" if name in behind else "set_aside"
+            self._at_work_on |= behind
         return lines
+
+    def _sites_of(self, rounds: Mapping[int, int]) -> Iterator[tuple[str, int]]:
+        """rounds: by node; those of nodes that are not there any more are left out."""
+        for node_id, round in rounds.items():
+            if node_id in self._roster.sites:
+                yield self._roster.sites[node_id].site, round
 
     def _ask_all(self) -> None:
         progress.report(progress.RoundStarted(self._round, self._study.schedule.rounds, tuple(self.lines)))

@@ -102,7 +102,7 @@ def test_a_site_that_is_still_at_work_is_not_said_to_have_missed_a_round_that_it
         RoundDone(3, 3, 12.0, {"alpha": 5.0}),
     ]
     text = shown(events, terminal=terminal)
-    assert text.count("round 3: beta is still at work on round 2; that update may count late") == 1
+    assert text.count("round 3: beta is still at work on round 2; that update counts late, if at all") == 1
     assert text.count("round 3: beta counted late") == 1
     assert "did not count" not in text
 

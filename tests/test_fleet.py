@@ -4,13 +4,16 @@ import gzip
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+from flwr.supercore.primitives.asymmetric import generate_key_pairs
+from flwr.supernode import fleet_http_connection
 
 from client import fleet
 from client.fleet import Line, Lines, problem_told
@@ -161,6 +164,40 @@ def test_what_an_answer_means(status: int, detail: str, problem: str | None) -> 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[1]", b"\xff"])
 def test_an_answer_that_is_no_json_is_no_approval(body: bytes) -> None:
     assert problem_told(httpx.Response(401, content=body)) == "signature"
+
+
+@pytest.mark.parametrize("status", [500, 501, 503])
+def test_a_heartbeat_that_a_server_in_trouble_did_not_take_is_sent_again(
+    pair: Joined, port: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Flower's own connection: an exception would end its thread, and with it the round at work."""
+    beats: list[Callable[[], bool]] = []
+    heard: list[tuple[bool, str | None]] = []
+
+    class Sender:
+        is_running = False
+
+        def __init__(self, beat: Callable[[], bool]) -> None:
+            beats.append(beat)
+
+        def start(self) -> None:
+            pass
+
+    monkeypatch.setattr(fleet_http_connection, "HeartbeatSender", Sender)
+    monkeypatch.setattr(fleet_http_connection, "FleetHttpClient", Lines(tls_of(pair.site), ContactBook(state_of(pair))))
+    answers: Iterator[Answer] = iter(
+        [
+            OK,
+            (status, {}, b"database is locked"),
+            (200, {}, SendNodeHeartbeatResponse(success=True).SerializeToString()),
+        ]
+    )
+    with (
+        answering(pair.coordinator, port, lambda _: next(answers, OK)),
+        fleet_http_connection.http_request_response(f"127.0.0.1:{port}", False, None, generate_key_pairs()),
+    ):
+        heard = [(beats[0](), problem_of(pair)) for _ in range(2)]
+    assert heard == [(False, "no_run" if status == 503 else "answer"), (True, None)]  # Flower's block hides exceptions
 
 
 def test_a_site_that_has_not_joined_is_told_so(pair: Joined) -> None:

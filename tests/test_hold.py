@@ -14,6 +14,7 @@ import pytest
 from flwr.app import RecordDict
 
 from client import accounting, hold, private_round
+from client.audit import log_of
 from client.hold import Hold
 from client.home import Home
 from client.ledger_entries import Request
@@ -22,7 +23,7 @@ from client.site_command import main
 from client.site_config import SiteConfig, load_site
 from tests.federation import RUN
 from tests.test_private_rounds import IMAGES, Hospital, facts_of, private_study, remembered_epsilon, request
-from unimiss_core import progress
+from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import Hello, Refusal, TrainRequest
@@ -358,6 +359,28 @@ def test_on_a_full_disk_no_round_begins(site: SiteConfig, monkeypatch: pytest.Mo
         pytest.fail("began")
     monkeypatch.undo()
     assert not Hold(site).clear()
+
+
+def test_clearing_is_written_down_before_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what could not be written down nothing is done; of what could not be done the log tells all the same."""
+    site_file = tmp_path / "site.yaml"
+    (tmp_path / "scans").mkdir()
+    site_file.write_text("name: a\ndata: [{folder: scans}]\nstate: state\n")
+    site = load_site(site_file)
+    with pytest.raises(WireError, match="undisclosed"):
+        fail(site, FAILED)
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    for at, name, code, logged in ((durable, "append", 8, []), (Path, "unlink", 2, ["clear"])):
+        with monkeypatch.context() as patched:
+            patched.setattr(at, name, full)
+            assert main(["clear", str(site_file)]) == code
+        assert Hold(site).in_words() is not None
+        assert [entry.kind for entry in log_of(site_file).read().entries] == logged
+    assert main(["clear", str(site_file)]) == 0
+    assert Hold(site).in_words() is None
 
 
 def test_a_damaged_mark_holds(site: SiteConfig) -> None:

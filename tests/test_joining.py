@@ -8,14 +8,19 @@ import pytest
 import yaml
 
 from client import site_command
+from client.audit import log_of
+from client.daemon import LOCK
 from client.home import Home as SiteHome
-from client.site_config import SiteConfig
+from client.ledger import Ledger
+from client.site_config import SiteConfig, load_site
 from server import server_command
 from server.approval import approve, renew
 from server.coordinator_config import CoordinatorConfig
 from server.home import Home
 from tests.test_certificates import NOW, handshake
-from unimiss_core import certificates, keys, tls
+from tests.test_ledger import private
+from tests.test_ledger_command import charge
+from unimiss_core import certificates, keys, locks, tls
 from unimiss_core.config import load, parse, read_yaml
 from unimiss_core.errors import ConfigError
 from unimiss_core.joining import host_and_port, read_welcome
@@ -51,6 +56,14 @@ class Typed:
         at = ["--home", str(self.folder)] if home else []
         code = self.main([*map(str, words), *at])  # type: ignore[operator]
         return Said(code, *self.capsys.readouterr())
+
+
+def filled_in(typed: Typed) -> Path:
+    """The site file, its data folder being there."""
+    (typed.folder / "scans").mkdir()
+    site_file = typed.folder / "site.yaml"
+    site_file.write_text(site_file.read_text().replace("/path/to/dicom", "scans"))
+    return site_file
 
 
 def begun(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> Typed:
@@ -209,6 +222,57 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
         said = server("approve", *words)
         assert (said.code, "was revoked and is not given again" in said.err) == (2, True), said.err
     assert "alpha  revoked" in server("sites").out
+
+
+def test_under_another_name_ledger_and_audit_log_go_on(
+    server: Typed, alpha: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As each message of a name that is not given again says."""
+    server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
+    charge(filled_in(alpha), private("ward", rounds=9), range(1, 4))
+    (alpha.folder / "state").rename(moved := tmp_path / "var: lib #1")  # as on a disk of its own
+    server("revoke", "alpha", "--yes")
+    refused = server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml").err
+    assert "unimiss-site init FOLDER --name NAME --state STATE" in refused
+    beta = Typed(site_command.main, tmp_path / "beta", capsys)
+    said = beta("init", beta.folder, "--name", "beta", "--state", moved, home=False)
+    assert (said.code, "privacy, policy and state_key" in said.out) == (0, True)
+    assert server("approve", "beta", "--key", beta.folder / "beta.join.yaml").code == 0
+    assert beta("join", Home(server.folder).welcome("beta")).code == 0
+    site_file = filled_in(beta)
+    site = load_site(site_file)
+    assert site.state == moved
+    assert not (beta.folder / "state").exists()
+    again = Ledger(site.state, site.privacy, lambda *_: 1.0)
+    assert again.head.seq == again.site_account().rounds == 3
+    told = log_of(site_file).read().entries
+    assert [(entry.kind, entry.model_dump().get("site")) for entry in told] == [
+        ("init", "alpha"),
+        ("init", "beta"),
+        ("join", "beta"),
+    ]
+
+
+def test_only_a_state_folder_that_nobody_uses_is_gone_on_with(
+    alpha: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beta, state = Typed(site_command.main, tmp_path / "beta", capsys), alpha.folder / "state"
+
+    def begin(state: Path) -> Said:
+        return beta("init", beta.folder, "--name", "beta", "--state", state, home=False)
+
+    for wrong in (tmp_path / "nowhere", alpha.folder):
+        said = begin(wrong)
+        assert (said.code, "is no site's state folder" in said.err) == (2, True)
+    with (state / LOCK).open("ab") as file, locks.locked(file):
+        said = begin(state)
+    assert (said.code, "a daemon runs with it; stop that first" in said.err) == (2, True)
+    assert not beta.folder.exists()
+    beta.folder.mkdir()
+    (beta.folder / "site.yaml").write_text("name: beta\nstate: elsewhere\n")
+    said = begin(state)
+    assert (said.code, "says another 'state'" in said.err) == (2, True)
+    assert not (beta.folder / "keys").exists()
 
 
 def test_revoking_an_unknown_site_tells_who_is_known(server: Typed, alpha: Typed) -> None:

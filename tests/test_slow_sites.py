@@ -1,13 +1,17 @@
 """A deadline that is too short for a site is told with what the site needs."""
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from server import exchange
+from server.attendance import Attendance
 from server.slow_sites import SlowSites
-from tests.federation import StubSite, good_answer
-from tests.test_faults import exact_study, federate, site
+from tests.federation import StubSite, good_answer, metric_rows
+from tests.test_faults import exact_study, federate, raises, site
+from tests.test_private_rounds import private_study
 from unimiss_core import progress
 from unimiss_core.wire import TrainReply, TrainRequest
 
@@ -52,3 +56,60 @@ def test_a_site_whose_updates_all_come_late_is_told_of(tmp_path: Path) -> None:
     (text,) = [event.text for event in heard if isinstance(event, progress.Note) and event.text.startswith("slow ")]
     assert text.startswith("slow was not done in time in 2 rounds in a row")
     assert "deadline_s is 1 s" in text
+
+
+# -- where patients pay for each answer, whether it comes in time or not -----------------------------------------------
+
+
+@pytest.mark.parametrize("others_suffice", [True, False])
+def test_a_site_that_is_late_is_not_asked_behind_that_unless_the_round_needs_it(
+    tmp_path: Path, others_suffice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "GRACE", 60)  # requests live as long as the test
+    next_began = threading.Event()
+
+    def slow(request: TrainRequest, of: StubSite) -> TrainReply:
+        assert next_began.wait(20)
+        return good_answer(request, of)
+
+    def prompt(request: TrainRequest, of: StubSite) -> TrainReply:
+        if request.round == 2:
+            next_began.set()
+        return good_answer(request, of)
+
+    def other(request: TrainRequest, of: StubSite) -> TrainReply:
+        return good_answer(request, of) if others_suffice or request.round == 1 else raises(request, of)
+
+    late = site("slow", slow)
+    sites = [late, site("a", prompt), site("b", other)]
+    federate(tmp_path, sites, private_study(2), deadline_s=0.5, min_sites=2, min_replies=2)
+    first, second = ([row["sites"][name]["reason"] for name in ("slow", "a", "b")] for row in metric_rows(tmp_path))
+    assert first == ["no_reply", "", ""]
+    assert second == (["busy", "", ""] if others_suffice else ["", "", "failed"])
+    assert [request.round for request in late.requests] == ([1] if others_suffice else [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("patients_pay", "unanswered", "asked"),
+    [(True, True, 12), (True, False, 64), (False, True, 64)],
+    ids=["paid for nothing", "refused, which costs nothing", "nobody pays"],
+)
+def test_a_site_that_never_answers_in_time_is_asked_ever_less_where_patients_pay(
+    patients_pay: bool, unanswered: bool, asked: int
+) -> None:
+    """In the rounds 1, 2, 3, then after pauses of 1, 2, 4, ...: 12 to round 523, and the next would be 1036."""
+    attendance, rounds = Attendance(), []
+    for round in range(1, 1001):
+        if not attendance.is_set_aside("slow", round, 3, patients_pay=patients_pay):
+            rounds.append(round)
+            attendance.note("slow", round, counted=False, unanswered=unanswered)
+        attendance = Attendance.of(attendance.facts())  # as a checkpoint keeps it
+    assert len(rounds) == asked
+    assert rounds[:7] == [1, 2, 3, 5, 8, 13, 22]
+    attendance.note("slow", 1001, counted=True)
+    assert not attendance.is_set_aside("slow", 1002, 3, patients_pay=patients_pay)
+
+
+def test_a_checkpoint_of_before_does_not_tell_who_was_late() -> None:
+    found = Attendance.of({"failures": {"slow": [9, 5]}, "sizes": {}})
+    assert [found.is_set_aside("slow", round, 3, patients_pay=True) for round in (21, 22)] == [True, False]

@@ -159,6 +159,18 @@ def test_the_ledgers_account_says_that_charged_patients_are_protected(
     assert "Other studies: no, for its patients were charged before" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("limit", [8.0, None])
+def test_a_limit_over_an_empty_ledger_is_told_what_it_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: float | None
+) -> None:
+    site = Hospital(tmp_path, privacy={"max_epsilon": limit}).folder / "site.yaml"
+    for expected in (limit is not None, False):
+        assert main(["ledger", str(site)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("took part before, under another name" in said) is expected
+        charge(site, private_study(), range(1, 2))
+
+
 def test_check_does_not_promise_what_scans_of_unknown_patients_will_refuse(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

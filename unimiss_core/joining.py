@@ -39,6 +39,12 @@ Fingerprint = Annotated[str, Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")]
 _DNS_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _PURPOSE = "unimiss welcome 1"
 
+UNDER_ANOTHER_NAME = (
+    "unimiss-site init FOLDER --name NAME --state STATE, where STATE is the state folder of before, so that what its "
+    "patients have cost goes on to count"
+)
+"""How a site that lost its key, or whose name was revoked, comes back: to stand in a message."""
+
 
 class HostAndPort(NamedTuple):
     host: str

@@ -55,7 +55,7 @@ class SiteReplied:
     status: str
     reason: str
     at_work_on: int | None = None
-    """The earlier round that a site is still at work on, whose update may count late."""
+    """The earlier round that a site is still at work on, whose update counts late, if at all."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ REASONS: Mapping[str, Reason] = {
     "no_introduction": Reason("the site did not say in time who it is"),
     "no_reply": Reason("no reply: the site is gone, or the deadline passed"),
     "busy": Reason(
-        "the site is still at work on a round, and its update counts when it comes; or, by its own word, on a private "
+        "the site is still at work on a round, whose update counts late, if at all; or, by its own word, on a private "
         "round of another run"
     ),
     "discounted": Reason(
