@@ -263,9 +263,16 @@ def _prepared(
 
 def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> NDArray[np.uint8]:
     """The mask's classes (*S), 0 for background. Raises MaskError: of another geometry, other values, or empty."""
+    if (scan.affine is None) != (mask.affine is None):
+        which = "mask" if scan.affine is None else "scan"
+        raise MaskError(
+            f"the {which} alone says where it lies in the patient, so how one is turned against the other cannot be "
+            "known; give a mask of the scan's own kind: NIfTI for NIfTI and for slices and volumes in DICOM, 8-bit "
+            "grey PNG or TIFF for pictures and for X-rays in DICOM"
+        )
     if mask.voxels.shape[1:] != scan.voxels.shape[1:]:
         raise MaskError(f"the scan has {scan.voxels.shape[1:]} voxels, its mask {mask.voxels.shape[1:]}")
-    if scan.affine is not None and mask.affine is not None:
+    if mask.affine is not None:
         apart = _apart(scan, mask.affine)
         if apart > _AGREE * min(scan.spacing_mm):
             raise MaskError(
