@@ -165,8 +165,9 @@ def _asked(reading: Reading, manifest: TaskManifest) -> Iterator[Asked]:
         number += 1  # noqa: SIM113  # `enumerate` would hold on to the scan
         try:
             values, grid = _prepared(scan, manifest)
-        except ScanError as error:
-            reading.leave_out(origin, error.reason)
+        except (ScanError, MemoryError) as error:
+            del scan
+            reading.leave_out(origin, error.reason if isinstance(error, ScanError) else "out_of_memory")
         else:
             del scan
             yield Asked(number, origin, values, grid)
@@ -211,14 +212,25 @@ class _Answers:
     def _classified(self, scans: Sequence[Asked]) -> Iterator[Line]:
         task = self.inference.task
         assert isinstance(task, ClassificationConfig)
-        chances = self.inference.chances(self.model, [one.values for one in scans])
-        for one, told in zip(scans, chances, strict=True):
+        for one, told in self._chances(scans):
             there = told >= LIKELY if task.kind == "multi_label" else np.arange(len(told)) == told.argmax()
             yield {
                 **self._named(one),
                 **{f"p/{name}": f"{chance:.6f}" for name, chance in zip(task.classes, told, strict=True)},
                 "predicted": ";".join(name for name, is_it in zip(task.classes, there, strict=True) if is_it),
             }
+
+    def _chances(self, scans: Sequence[Asked]) -> list[tuple[Asked, NDArray[np.float64]]]:
+        """Of each scan (K,). Where memory ends, each is asked about alone, and those that it ends for are left out."""
+        try:
+            return list(zip(scans, self.inference.chances(self.model, [one.values for one in scans]), strict=True))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(scans) > 1:
+            return [answer for one in scans for answer in self._chances([one])]
+        self.reading.leave_out(scans[0].origin, "out_of_memory")
+        return []
 
     def _segmented(self, one: Asked) -> Line:
         classes = self.inference.mask(self.model, one.values, one.grid)

@@ -327,6 +327,40 @@ def test_a_scan_that_does_not_fit_into_memory_costs_itself_alone(
     assert [line["scan"] for line in rows_of(tmp_path / "out" / "predictions.csv")] == ["2"]
 
 
+def test_a_picture_that_does_not_fit_into_memory_leaves_those_of_its_batch_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is too large to be prepared, another for the model; three are as they are without the two."""
+    from client import inference, predicting
+
+    model, scans = untrained(tmp_path / "model", LABELS), tmp_path / "scans"
+    scans.mkdir()
+    for number, width in enumerate((60, 61, 60, 62, 60)):
+        Image.fromarray(noise((50, width), number).astype(np.uint8)).save(scans / f"{number}.png")
+    prepare, chances = predicting.prepare, inference.Inference.chances
+
+    def fits(scan: Scan, plan: PlanConfig) -> Any:
+        if scan.voxels.shape[2] == 61:
+            raise MemoryError
+        return prepare(scan, plan)
+
+    def seen(self: inference.Inference, model: Any, values: list[np.ndarray]) -> np.ndarray:
+        if any(one.shape[2] == 62 for one in values):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+        return chances(self, model, values)
+
+    monkeypatch.setattr(predicting, "prepare", fits)
+    monkeypatch.setattr(inference.Inference, "chances", seen)
+    assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "predicted.json").read_text())
+    assert (told["scans"], told["left_out"]) == (3, {"out_of_memory": 2})
+    lines = rows_of(tmp_path / "out" / "predictions.csv")
+    assert [line["scan"] for line in lines] == ["1", "3", "5"]
+    assert main(["predict", str(model), str(scans / "2.png"), "--out", str(tmp_path / "alone")]) == 0
+    (alone,) = rows_of(tmp_path / "alone" / "predictions.csv")
+    assert float(alone["p/a"]) == pytest.approx(float(lines[1]["p/a"]), abs=2e-6)
+
+
 def test_what_is_no_model_of_this_program_is_refused_in_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
