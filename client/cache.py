@@ -251,7 +251,7 @@ def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[
     unfolded = sum(prepared_bytes(task.candidate, task.plan) for task in tasks)
     if unfolded <= FEW_BYTES and safe_here([task.candidate for task in tasks]):
         return workers.run_here(build, tasks)
-    return workers.run(build, tasks, workers=processes, time_limit_s=300.0)
+    return workers.run(build, tasks, workers=processes, time_limit_s=workers.READING_LIMIT_S)
 
 
 def build(task: _Build) -> _Record:

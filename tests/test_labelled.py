@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
+import client.labelled
 from client.catalogue import read_one
 from client.dicom import write_dicom
 from client.finetune_config import AugmentationConfig, FinetuneConfig
@@ -16,6 +17,7 @@ from client.nifti import write_nifti
 from client.pictures import write_png
 from client.splits import split_cases
 from client.training_views import crop_of, window_of
+from tests import crashing_reader
 from tests.series_files import write_radiograph
 from tests.test_label_tables import configured
 from unimiss_core.errors import ConfigError, NoUsableScanError
@@ -227,6 +229,50 @@ def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
         (tmp_path / f"{number}.png").write_bytes(b"nothing")
     with pytest.raises(NoUsableScanError, match="none of the labelled scans"):
         read(tmp_path, config)
+
+
+def test_a_scan_that_crashes_its_decoder_is_left_out_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where native codecs take part another process reads; where none do this one reads the same."""
+    lines = ["scan,label,patient,split"]
+    for number in range(4):
+        write_png(tmp_path / f"{number}.png", np.random.default_rng(number).integers(0, 255, (40, 50)).astype(np.uint8))
+        lines.append(f"{number}.png,{['no', 'yes'][number % 2]},p{number},{['train', 'val'][number // 2]}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "rank": 2, "classes": ["no", "yes"]}
+    config = configured(tmp_path, task, {"table": "t.csv", "folder": "."}, split={"name": "given"})
+    expected = [one.whole() for part in read(tmp_path, config).values() for one in part]
+    crashing_reader.write_compressed(tmp_path / "bad.dcm")
+    (tmp_path / "t.csv").write_text("\n".join([*lines[:2], "bad.dcm,no,p9,train", *lines[2:]]))
+    monkeypatch.setattr(client.labelled, "read_pair", crashing_reader.read_pair)
+    notes: list[Any] = []
+    with listen(notes.append):
+        parts = read(tmp_path, config)
+    assert [n.text for n in notes if isinstance(n, Note)] == [
+        "left out: 1 scan(s), reader_crashed: made its decoder crash (line 3)"
+    ]
+    found = [one.whole() for part in parts.values() for one in part]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_scan_that_cannot_be_prepared_in_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(8):
+        write_case(tmp_path, f"c{number}", number)
+    small, calls = prepare, []
+
+    def first_too_large(scan: Scan, plan: PlanConfig) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            raise MemoryError
+        return small(scan, plan)
+
+    monkeypatch.setattr(client.labelled, "prepare", first_too_large)
+    notes: list[Any] = []
+    with listen(notes.append):
+        parts = read(tmp_path)
+    assert sum(map(len, parts.values())) == 7
+    assert "1 scan(s), out_of_memory" in next(n.text for n in notes if isinstance(n, Note))
 
 
 def test_a_medmnist_image_counts_as_on_the_plans_grid(tmp_path: Path) -> None:
