@@ -254,8 +254,10 @@ class _Answers:
         if affine is None or origin.format != "dicom":
             return
         if not write_dicom_seg(path, classes, affine, origin.paths, self.manifest):
-            told = f"scan {one.number}: no DICOM SEG, for its files lack what that must repeat; the NIfTI is there"
-            progress.report(progress.Note(told))
+            why = "for its files lack what that must repeat"
+            if any(origin.frames):  # the second frame of a file, say
+                why = "which highdicom does not make of such an enhanced (multi-frame) object"
+            progress.report(progress.Note(f"scan {one.number}: no DICOM SEG, {why}; the NIfTI is there"))
 
     def _named(self, one: Asked) -> Line:
         origin = one.origin

@@ -11,9 +11,11 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from client import research_command
+from client.dicom import write_dicom
 from client.nifti import write_nifti
 from client.research_command import main
 from tests.series_files import write_series
@@ -205,6 +207,33 @@ def test_a_dicom_seg_says_of_each_voxel_of_its_series_what_the_nifti_says(
         list(of_instance), combine_segments=True, assert_missing_frames_are_empty=True
     )
     np.testing.assert_array_equal(again, expected)
+
+
+def test_an_enhanced_object_gets_no_dicom_seg_and_its_files_are_not_blamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each frame says for itself how it lies, as makers write it."""
+    pytest.importorskip("highdicom", reason="the extra dicomseg, which CI installs, is not there")
+
+    def enhance(dataset: Dataset) -> None:
+        frames = []
+        for number in range(30):
+            frame, place, lies, measures = Dataset(), Dataset(), Dataset(), Dataset()
+            place.ImagePositionPatient, lies.ImageOrientationPatient = [0, 0, 2.0 * number], [1, 0, 0, 0, 1, 0]
+            measures.PixelSpacing = [1, 1]
+            frame.PlanePositionSequence, frame.PlaneOrientationSequence = [place], [lies]
+            frame.PixelMeasuresSequence = [measures]
+            frames.append(frame)
+        dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [Dataset()], frames
+
+    (tmp_path / "scans").mkdir()
+    facts = {"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.1", "PatientID": "miller"}
+    write_dicom(tmp_path / "scans" / "a.dcm", noise((30, 40, 36)).astype(np.int16), facts, adjust=enhance)
+    model, out = untrained(tmp_path / "model", BALL), tmp_path / "out"
+    assert main(["predict", str(model), str(tmp_path / "scans"), "--out", str(out), "--dicom-seg"]) == 0
+    said = capsys.readouterr().err
+    assert "scan 1: no DICOM SEG, which highdicom does not make of such an enhanced (multi-frame) object; the" in said
+    assert sorted(path.name for path in (out / "masks").iterdir()) == ["scan-00001.nii.gz"]
 
 
 def test_dicom_seg_without_highdicom_or_masks_is_told(
