@@ -9,6 +9,7 @@ from torch import Tensor
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.backbone import Backbone
+from unimiss_core.device import is_out_of_memory
 from unimiss_core.embedding import encoder_of
 from unimiss_core.errors import ScanError
 from unimiss_core.keys import read_signing_public_key
@@ -66,8 +67,13 @@ class Beginning:
         """(C, *S) as the encoder takes it: prepared by the plan, and resized as a whole. Raises ScanError."""
         if self.rank not in {None, scan.rank}:
             raise ScanError("other_rank")
-        values, _ = prepare(scan, self.plan)
-        return whole(values, self.size or self.model.size_of(scan.rank))
+        try:
+            values, _ = prepare(scan, self.plan)
+            return whole(values, self.size or self.model.size_of(scan.rank))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ScanError("out_of_memory") from None
 
     def random_encoder(self, seed: int = 0) -> Backbone:
         """What an encoder of these sizes is before it has seen a scan."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from client.catalogue import read_one
+from client.catalogue import read_one_apart
 from client.inference import require_numbers
 from client.labelled import as_stored, as_values, grid_of
 from client.masks import write_at_source
@@ -63,7 +63,7 @@ class Prepared:
         """Raises ScanError: the scan cannot be read, or is of the other rank."""
         plan, task = self._manifest.plan, self._manifest.task
         source = Path(item["image"])
-        scan = read_one(source, self._manifest.modality, interpolate=plan.missing_slices == "interpolate")
+        scan = read_one_apart(source, self._manifest.modality, interpolate=plan.missing_slices == "interpolate")
         if scan.rank != task.rank:
             raise ScanError("other_rank")
         values, spacing = prepare(scan, plan)

@@ -43,7 +43,7 @@ from unimiss_core.scan import RANKS, Modality, Rank
 from unimiss_core.sealing import Damaged, Seal, read_seal
 from unimiss_core.study import PlanConfig
 
-_VERSION = 5
+_VERSION = 6
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 FULL = 65535
 _LEAST_PAUSE_S, _PAUSE = 60.0, 9.0
@@ -251,7 +251,7 @@ def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[
     unfolded = sum(prepared_bytes(task.candidate, task.plan) for task in tasks)
     if unfolded <= FEW_BYTES and safe_here([task.candidate for task in tasks]):
         return workers.run_here(build, tasks)
-    return workers.run(build, tasks, workers=processes, time_limit_s=300.0)
+    return workers.run(build, tasks, workers=processes, time_limit_s=workers.READING_LIMIT_S)
 
 
 def build(task: _Build) -> _Record:

@@ -149,14 +149,32 @@ def read(candidate: Candidate) -> Scan:
 def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Scan:
     """The one scan that a file, or the folder of a series, holds; arguments as of `DataSource` and `catalogue`.
 
-    Raises ScanError: there is none, with its reason, or `several_scans`.
+    For a worker, or files that are known to be safe (`safe_here`). Raises ScanError: there is none, with its reason, or
+    `several_scans`.
     """
+    return read(_only_one(path, modality, interpolate=interpolate))
+
+
+def read_one_apart(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Scan:
+    """`read_one`, in a process of its own where a codec may crash or much memory is asked for. Raises as it does."""
+    found = [_only_one(path, modality, interpolate=interpolate)]
+    ((_, outcome),) = (
+        workers.run_here(read, found)
+        if safe_here(found)
+        else workers.run(read, found, time_limit_s=workers.READING_LIMIT_S)
+    )
+    if isinstance(outcome, ScanError):
+        raise outcome
+    return outcome
+
+
+def _only_one(path: Path, modality: Modality | None, *, interpolate: bool) -> Candidate:
     found = catalogue_one(path, modality, interpolate=interpolate)
     if len(found.candidates) > 1:
         raise ScanError("several_scans", f"{len(found.candidates)} scans")
     if not found.candidates:
         raise ScanError(next((one.reason for one in (*found.left_out, *found.unreadable)), "not_an_image"))
-    return read(found.candidates[0])
+    return found.candidates[0]
 
 
 def catalogue_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Catalogue:

@@ -36,7 +36,8 @@ def write_dicom_seg(
     """Write classes (D, H, W), in canonical axes with their affine to RAS+; whether it was done.
 
     Frames lie as the slices of the series do, rows and columns alike. Not done: a series whose files do not say what
-    such an object must repeat of them.
+    such an object must repeat of them; an enhanced object of which highdicom cannot find it, as each frame says it for
+    itself (Siemens), or which holds private groups of frames (Philips).
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

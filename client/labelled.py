@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client import nifti, pictures
-from client.catalogue import read_one
+from client import nifti, pictures, workers
+from client.candidates import Candidate
+from client.catalogue import catalogue_one, read_one, safe_here
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_tables import PARTS, Case, LabelTable, Part
 from client.medmnist import opened_arrays
@@ -147,6 +148,8 @@ def prepare_cases(
                 parts[part].append(_prepared(case, scan, mask, plan, config, folder, keeps_reference=part == "test"))
             except ScanError as error:
                 unread.setdefault(error.reason, []).append(shown(case))
+            except MemoryError:
+                unread.setdefault("out_of_memory", []).append(shown(case))
             except MaskError as error:
                 wrong.append(f"{shown(case)}: {error}")
     for reason, lines in unread.items():
@@ -211,20 +214,52 @@ Read = tuple[Case, Scan | ScanError, "Scan | MaskError | None"]
 
 
 def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig, plan: PlanConfig) -> Iterator[Read]:
-    """Each case with its scan, and its mask where the task has them; or what was wrong with either."""
+    """Each case with its scan, and its mask where the task has them; or what was wrong with either.
+
+    In their order. Where there is much to read, or codecs take part that may crash, a worker does it.
+    """
     if isinstance(config.data, MedMnistData):
         yield from _of_arrays(cases, config.data.file, config, plan)
         return
     interpolate = plan.missing_slices == "interpolate"
-    for case in cases:
-        scan: Scan | ScanError
-        try:
-            scan = read_one(table.folder / case.file, table.modality, interpolate=interpolate)
-        except ScanError as error:
-            scan = error
-        except OSError:
-            scan = ScanError("cannot_open")
-        yield case, scan, mask_at(table.folder / case.mask) if case.mask else None
+    pairs = [
+        _Pair(table.folder / case.file, table.folder / case.mask if case.mask else None, table.modality, interpolate)
+        for case in cases
+    ]
+    outcomes = (
+        workers.run_here(read_pair, pairs)
+        if _safe_here(pairs)
+        else workers.run(read_pair, pairs, workers=1, time_limit_s=workers.READING_LIMIT_S)  # one keeps the order
+    )
+    for index, outcome in outcomes:
+        yield cases[index], *((outcome, None) if isinstance(outcome, ScanError) else outcome)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A scan to be read, and its mask."""
+
+    scan: Path
+    mask: Path | None
+    modality: Modality | None
+    interpolate: bool
+
+
+def read_pair(pair: _Pair) -> tuple[Scan, Scan | MaskError | None]:
+    """Raises ScanError: the scan cannot be read."""
+    scan = read_one(pair.scan, pair.modality, interpolate=pair.interpolate)
+    return scan, None if pair.mask is None else mask_at(pair.mask)
+
+
+def _safe_here(pairs: Sequence[_Pair]) -> bool:
+    """`safe_here` of all the scans, whose headers are looked at until it is not."""
+    found: list[Candidate] = []
+    for pair in pairs:
+        outcome = workers.attempt(catalogue_one, pair.scan)
+        found += () if isinstance(outcome, ScanError) else outcome.candidates
+        if not safe_here(found):
+            return False
+    return True
 
 
 def mask_at(path: Path) -> Scan | MaskError:
@@ -301,9 +336,16 @@ def _prepared(
 
 def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> NDArray[np.uint8]:
     """The mask's classes (*S), 0 for background. Raises MaskError: of another geometry, other values, or empty."""
+    if (scan.affine is None) != (mask.affine is None):
+        which = "mask" if scan.affine is None else "scan"
+        raise MaskError(
+            f"the {which} alone says where it lies in the patient, so how one is turned against the other cannot be "
+            "known; give a mask of the scan's own kind: NIfTI for NIfTI and for slices and volumes in DICOM, 8-bit "
+            "grey PNG or TIFF for pictures and for X-rays in DICOM"
+        )
     if mask.voxels.shape[1:] != scan.voxels.shape[1:]:
         raise MaskError(f"the scan has {scan.voxels.shape[1:]} voxels, its mask {mask.voxels.shape[1:]}")
-    if scan.affine is not None and mask.affine is not None:
+    if mask.affine is not None:
         apart = _apart(scan, mask.affine)
         if apart > _AGREE * min(scan.spacing_mm):
             raise MaskError(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from client.reasons import reason_of
 from client.series import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM
-from client.volumes import canonical, spacing_of
+from client.volumes import canonical, image_of, spacing_of
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 
@@ -60,21 +60,10 @@ def read_nifti(path: Path, modality: Modality) -> Scan:
     with _opened(path) as image:
         affine, _ = _affine(image)
         voxels = _first_volume(image)
+    if 1 in voxels.shape:
+        return image_of(voxels[None], affine, modality)
     turned, affine = canonical(voxels[None], affine)
-    spacing = spacing_of(affine)
-    if 1 in turned.shape[1:]:
-        return _image(turned, spacing, modality, affine)
-    return Scan(turned, spacing, modality, affine)
-
-
-def _image(
-    voxels: NDArray[np.float32], spacing: tuple[float, ...], modality: Modality, affine: NDArray[np.float64]
-) -> Scan:
-    """(C, D, H, W) with an axis of length one -> an image without it; its affine keeps the order (that axis, H, W)."""
-    thin = voxels.shape[1:].index(1)
-    kept = [axis for axis in range(3) if axis != thin]
-    ordered = affine[:, [thin, *kept, 3]]
-    return Scan(np.take(voxels, 0, thin + 1), tuple(spacing[axis] for axis in kept), modality, ordered)
+    return Scan(turned, spacing_of(affine), modality, affine)
 
 
 def _first_volume(image: Any) -> NDArray[np.float32]:

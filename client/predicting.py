@@ -165,8 +165,9 @@ def _asked(reading: Reading, manifest: TaskManifest) -> Iterator[Asked]:
     for origin, scan in reading:
         try:
             values, grid = _prepared(scan, manifest)
-        except ScanError as error:
-            reading.leave_out(origin, error.reason)
+        except (ScanError, MemoryError) as error:
+            del scan
+            reading.leave_out(origin, error.reason if isinstance(error, ScanError) else "out_of_memory")
         else:
             del scan
             yield Asked(origin, values, grid)
@@ -211,14 +212,25 @@ class _Answers:
     def _classified(self, scans: Sequence[Asked]) -> Iterator[Line]:
         task = self.inference.task
         assert isinstance(task, ClassificationConfig)
-        chances = self.inference.chances(self.model, [one.values for one in scans])
-        for one, told in zip(scans, chances, strict=True):
+        for one, told in self._chances(scans):
             there = told >= LIKELY if task.kind == "multi_label" else np.arange(len(told)) == told.argmax()
             yield {
                 **self._named(one),
                 **{f"p/{name}": f"{chance:.6f}" for name, chance in zip(task.classes, told, strict=True)},
                 "predicted": ";".join(name for name, is_it in zip(task.classes, there, strict=True) if is_it),
             }
+
+    def _chances(self, scans: Sequence[Asked]) -> list[tuple[Asked, NDArray[np.float64]]]:
+        """Of each scan (K,). Where memory ends, each is asked about alone, and those that it ends for are left out."""
+        try:
+            return list(zip(scans, self.inference.chances(self.model, [one.values for one in scans]), strict=True))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(scans) > 1:
+            return [answer for one in scans for answer in self._chances([one])]
+        self.reading.leave_out(scans[0].origin, "out_of_memory")
+        return []
 
     def _segmented(self, one: Asked) -> Line:
         classes = self.inference.mask(self.model, one.values, one.grid)
@@ -242,10 +254,10 @@ class _Answers:
         if affine is None or origin.format != "dicom":
             return
         if not write_dicom_seg(path, classes, affine, origin.paths, self.manifest):
-            told = (
-                f"scan {one.origin.number}: no DICOM SEG, for its files lack what that must repeat; the NIfTI is there"
-            )
-            progress.report(progress.Note(told))
+            why = "for its files lack what that must repeat"
+            if any(origin.frames):  # the second frame of a file, say
+                why = "which highdicom does not make of such an enhanced (multi-frame) object"
+            progress.report(progress.Note(f"scan {one.origin.number}: no DICOM SEG, {why}; the NIfTI is there"))
 
     def _named(self, one: Asked) -> Line:
         origin = one.origin

@@ -21,8 +21,6 @@ from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.study import PlanConfig
 
-_TIME_LIMIT_S = 300.0
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -112,7 +110,7 @@ class Reading:
         outcomes = (
             workers.run_here(read, candidates)
             if safe_here(candidates)
-            else workers.run(read, candidates, workers=1, time_limit_s=_TIME_LIMIT_S)  # one keeps the order
+            else workers.run(read, candidates, workers=1, time_limit_s=workers.READING_LIMIT_S)  # one keeps the order
         )
         for index, outcome in outcomes:
             origin = _origin(index + 1, candidates[index])

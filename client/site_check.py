@@ -114,7 +114,7 @@ def check(
         for number, candidate in enumerate(found.candidates, start=1)
     ]
     outcomes: dict[int, _Examined | ScanError] = {}
-    for index, outcome in workers.run(examine, tasks, workers=processes, time_limit_s=300.0):
+    for index, outcome in workers.run(examine, tasks, workers=processes, time_limit_s=workers.READING_LIMIT_S):
         if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
             raise ConfigError(f"--save-nifti {nifti_folder}: cannot be written ({outcome.detail})")
         outcomes[index] = outcome

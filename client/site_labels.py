@@ -45,7 +45,7 @@ from unimiss_core.sealing import read_seal
 from unimiss_core.study import PlanConfig, StudyConfig
 from unimiss_core.task_config import SegmentationConfig, SupervisionConfig
 
-_VERSION = 3
+_VERSION = 4
 """Of what is kept; a change of rules, readers or `prepare` moves it."""
 _TOLD = 5
 """Lines of a table that are told of; the others are counted."""
@@ -315,7 +315,9 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], room: LabelledRoom, *, is
     found = [_kept(task) for task in tasks]
     missing = [place for place, record in enumerate(found) if record is None]
     done = len(tasks) - len(missing)
-    for place, outcome in workers.run(build, [tasks[place] for place in missing], workers=site.workers):
+    to_read = [tasks[place] for place in missing]
+    outcomes = workers.run(build, to_read, workers=site.workers, time_limit_s=workers.READING_LIMIT_S)
+    for place, outcome in outcomes:
         if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
             raise ConfigError(f"the cache cannot be written: {outcome.detail}")
         task = tasks[missing[place]]
@@ -328,7 +330,7 @@ def _records(site: SiteConfig, tasks: Sequence[_Task], room: LabelledRoom, *, is
         done += 1
         progress.report(progress.Preparing(site.name, done, len(tasks), is_secret=is_secret))
     whole = [record for record in found if record is not None]
-    _tell_of_left_out(site, [tasks[place] for place in missing], [whole[place] for place in missing])
+    _tell_of_left_out(site, to_read, [whole[place] for place in missing])
     return whole
 
 

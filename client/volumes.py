@@ -23,7 +23,7 @@ def assemble(stack: Stack, pixels: NDArray[np.float32], modality: Modality) -> S
         spacing = first.spacing_mm or (1.0, 1.0)
         return Scan(pixels, spacing, modality, spacing_known=first.spacing_mm is not None)
     if stack.kind == "2d":
-        return Scan(pixels, stack.spacing_mm, modality, _affine(first.plane, 1.0))
+        return image_of(pixels[None], _affine(first.plane, 1.0), modality)
     affine = _affine(first.plane, stack.gap_mm)
     if stack.shifts:
         pixels, moved = straighten(pixels, stack.shifts)
@@ -65,10 +65,30 @@ def canonical(
     voxels = voxels.transpose(0, *(axis + 1 for axis in best))
     for axis in range(3):
         if agreement[axis, best[axis]] < 0:
-            reordered[:3, 3] += reordered[:3, axis] * (voxels.shape[axis + 1] - 1)
-            reordered[:3, axis] *= -1
-            voxels = np.flip(voxels, axis + 1)
+            voxels = _turned_over(voxels, reordered, axis)
     return np.ascontiguousarray(voxels), reordered
+
+
+def _turned_over(voxels: NDArray[np.float32], affine: NDArray[np.float64], axis: int) -> NDArray[np.float32]:
+    """(C, X, Y, Z) with the order along a spatial axis reversed; the affine is changed in place."""
+    affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis + 1] - 1)
+    affine[:3, axis] *= -1
+    return np.flip(voxels, axis + 1)
+
+
+def image_of(voxels: NDArray[np.float32], affine: NDArray[np.float64], modality: Modality) -> Scan:
+    """(C, X, Y, Z), of which one axis has length 1, with its (4, 4) affine to RAS+ -> the image as it is shown.
+
+    An axial slice has posterior down, any other the head up, however its rows and columns are stored.
+    """
+    turned, affine = canonical(voxels, affine)
+    thin = turned.shape[1:].index(1)
+    if thin > 0:
+        turned = _turned_over(turned, affine, 0)
+    kept = [axis for axis in range(3) if axis != thin]
+    spacing = spacing_of(affine)
+    image = np.ascontiguousarray(np.take(turned, 0, thin + 1))
+    return Scan(image, tuple(spacing[axis] for axis in kept), modality, affine[:, [thin, *kept, 3]])
 
 
 def straighten(

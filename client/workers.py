@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 
 MEMORY_LIMIT_BYTES = 12 * 2**30
 """Address space of one worker: a scan that needs more is refused by the allocation, not by the kernel."""
+READING_LIMIT_S = 300.0
+"""For a worker that reads a whole scan."""
 
 
 def run(

@@ -1,18 +1,24 @@
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
+import client.labelled
+from client.catalogue import read_one
+from client.dicom import write_dicom
 from client.finetune_config import AugmentationConfig, FinetuneConfig
 from client.label_tables import Case, label_table
-from client.labelled import Grid, Labelled, prepare_cases
+from client.labelled import Grid, Labelled, MaskError, labels_of, mask_at, prepare_cases
 from client.nifti import write_nifti
 from client.pictures import write_png
 from client.splits import split_cases
 from client.training_views import crop_of, window_of
+from tests import crashing_reader
+from tests.series_files import write_radiograph
 from tests.test_label_tables import configured
 from unimiss_core.errors import ConfigError, NoUsableScanError
 from unimiss_core.plan import prepare, resample_labels
@@ -66,17 +72,43 @@ def test_scan_and_mask_are_prepared_onto_one_grid(tmp_path: Path) -> None:
     np.testing.assert_array_equal(one.reference, ball(SHAPE, (10, 11, 8), 5))
 
 
-def test_labels_are_resampled_to_the_nearest_voxel_of_the_scans_own_grid() -> None:
-    """Oracle: scipy's interpolation of order 0 at the places where the scan's values are taken."""
-    labels = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
-    scan = Scan(labels[None].astype(np.float32), (1.3, 0.7, 2.9), "OT")
+def test_labels_go_to_the_largest_share_of_a_class_on_the_scans_own_grid() -> None:
+    """Oracle: scipy's linear interpolation of each class, at the places where the scan's values are taken."""
+    labels = np.random.default_rng(0).integers(0, 4, (5, 6, 6)).astype(np.uint8).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    scan = Scan(labels[None].astype(np.float32), (2.6, 2.3, 2.9), "OT")  # finer in the plan: nothing is averaged
     values, spacing = prepare(scan, PLAN)
     steps = [new / old for new, old in zip(spacing, scan.spacing_mm, strict=True)]
     axes = [
-        (np.arange(n) - (n - 1) / 2) * s + (m - 1) / 2 for n, s, m in zip(values.shape[1:], steps, SHAPE, strict=True)
+        (np.arange(n) - (n - 1) / 2) * s + (m - 1) / 2
+        for n, s, m in zip(values.shape[1:], steps, labels.shape, strict=True)
     ]
-    expected = map_coordinates(labels, np.meshgrid(*axes, indexing="ij"), order=0, mode="nearest")
-    np.testing.assert_array_equal(resample_labels(labels, values.shape[1:], steps), expected)
+    places = np.meshgrid(*axes, indexing="ij")
+    shares = [map_coordinates((labels == k).astype(float), places, order=1, mode="nearest") for k in range(4)]
+    first, second = np.sort(shares, axis=0)[[-1, -2]]
+    clear = first - second > 1e-4
+    found = resample_labels(labels, values.shape[1:], steps)
+    np.testing.assert_array_equal(found[clear], np.argmax(shares, axis=0)[clear])
+    assert clear.mean() > 0.95
+
+
+@pytest.mark.parametrize(("old", "new"), [(0.5, 1.0), (1.0, 3.0), (0.5, 2.0), (1.0, 0.5)])
+def test_labels_move_no_way_where_points_lie_between_two_old_ones(old: float, new: float) -> None:
+    rng, shape, moved = np.random.default_rng(0), (40, 44), []
+    for _ in range(40):
+        centre = np.array(shape) / 2 + rng.uniform(-4, 4, 2)
+        disc = ball(shape, tuple(centre), 11)
+        grid = [round(n * old / new) for n in shape]
+        found = np.argwhere(resample_labels(disc, grid, [new / old] * 2)).mean(0)
+        back = (found - (np.array(grid) - 1) / 2) * new / old + (np.array(shape) - 1) / 2
+        moved.append(back - np.argwhere(disc).mean(0))
+    assert np.abs(np.mean(moved, axis=0)).max() < 0.1
+
+
+def test_labels_stay_on_a_grid_that_stays_and_the_background_has_what_is_halved() -> None:
+    labels = np.random.default_rng(0).integers(0, 5, SHAPE).astype(np.uint8)
+    np.testing.assert_array_equal(resample_labels(labels, SHAPE, (1.0, 1.0, 1.0)), labels)
+    halves = np.array([[0, 0, 2, 2, 1, 1, 0, 0]], np.uint8).repeat(4, 0)
+    np.testing.assert_array_equal(resample_labels(halves, (4, 7), (1.0, 1.0)), [[0, 0, 2, 1, 1, 0, 0]] * 4)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +130,56 @@ def test_a_mask_that_does_not_go_with_its_scan_is_refused(tmp_path: Path, mask: 
     assert "1 labelled scan(s) do not fit" in str(error.value)
     assert "line 8" in str(error.value)
     assert "miller" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scan", "alone"), [("s.png", "mask"), ("s.nii", "scan"), ("xray.dcm", "mask"), ("ct.dcm", "scan")]
+)
+def test_a_mask_of_another_kind_than_its_scan_is_refused_for_nothing_says_how_it_is_turned(
+    tmp_path: Path, scan: str, alone: str
+) -> None:
+    """Square, so that even a transposed one would pass unseen."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40)).astype(np.uint8)
+    write_png(tmp_path / "s.png", pixels)
+    write_nifti(tmp_path / "s.nii", Scan(pixels[None].astype(np.float32), (1.0, 1.0), "OT"))
+    write_radiograph(tmp_path / "xray.dcm", pixels.astype(np.uint16))
+    lies = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [1, 1]}
+    write_dicom(tmp_path / "ct.dcm", pixels.astype(np.int16), {"Modality": "CT", "RescaleIntercept": 0, **lies})
+    inside = ball((40, 40), (10, 20), 5)
+    write_png(tmp_path / "m.png", inside)
+    write_nifti(tmp_path / "m.nii", Scan(inside[None].astype(np.float32), (1.0, 1.0), "OT"))
+    found, of_kind = read_one(tmp_path / scan), ("m.png", "m.nii")[alone == "scan"]
+    other = ("m.nii", "m.png")[alone == "scan"]
+    with pytest.raises(MaskError, match=f"^the {alone} alone says where it lies"):
+        labels_of(found, masked(tmp_path / other), classes=1, may_be_empty=False)
+    if scan != "ct.dcm":
+        np.testing.assert_array_equal(
+            labels_of(found, masked(tmp_path / of_kind), classes=1, may_be_empty=False), inside
+        )
+
+
+def masked(path: Path) -> Scan:
+    mask = mask_at(path)
+    assert isinstance(mask, Scan)
+    return mask
+
+
+@pytest.mark.parametrize(
+    "orientation", [(1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1), (0, 0, 1, 1, 0, 0)]
+)
+def test_a_nifti_mask_with_a_dicom_slices_own_geometry_lies_on_it(tmp_path: Path, orientation: tuple[int, ...]) -> None:
+    """Made as a converter does: the slice's pixels as they are stored, its geometry as the standard defines it."""
+    pixels = np.random.default_rng(0).integers(0, 999, (30, 20)).astype(np.int16)
+    lies = {"ImagePositionPatient": [5, 6, 7], "ImageOrientationPatient": list(orientation), "PixelSpacing": [1.5, 0.5]}
+    write_dicom(tmp_path / "s.dcm", pixels, {"Modality": "MR", **lies})
+    affine = np.eye(4)
+    row, column = np.reshape(orientation, (2, 3)).astype(float)
+    affine[:3] = np.stack([row * 0.5, column * 1.5, np.cross(row, column) * 4, [5, 6, 7]], axis=1)
+    affine[:2] *= -1
+    nibabel.save(nibabel.Nifti1Image((pixels.T[..., None] > 500).astype(np.uint8), affine), tmp_path / "m.nii")
+    scan = read_one(tmp_path / "s.dcm")
+    labels = labels_of(scan, masked(tmp_path / "m.nii"), classes=1, may_be_empty=False)
+    np.testing.assert_array_equal(labels, scan.voxels[0] > 500)
 
 
 def test_an_empty_mask_may_be_allowed_but_not_a_class_that_nobody_has(tmp_path: Path) -> None:
@@ -147,6 +229,50 @@ def test_an_unreadable_scan_is_left_out_with_its_line(tmp_path: Path) -> None:
         (tmp_path / f"{number}.png").write_bytes(b"nothing")
     with pytest.raises(NoUsableScanError, match="none of the labelled scans"):
         read(tmp_path, config)
+
+
+def test_a_scan_that_crashes_its_decoder_is_left_out_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where native codecs take part another process reads; where none do this one reads the same."""
+    lines = ["scan,label,patient,split"]
+    for number in range(4):
+        write_png(tmp_path / f"{number}.png", np.random.default_rng(number).integers(0, 255, (40, 50)).astype(np.uint8))
+        lines.append(f"{number}.png,{['no', 'yes'][number % 2]},p{number},{['train', 'val'][number // 2]}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "rank": 2, "classes": ["no", "yes"]}
+    config = configured(tmp_path, task, {"table": "t.csv", "folder": "."}, split={"name": "given"})
+    expected = [one.whole() for part in read(tmp_path, config).values() for one in part]
+    crashing_reader.write_compressed(tmp_path / "bad.dcm")
+    (tmp_path / "t.csv").write_text("\n".join([*lines[:2], "bad.dcm,no,p9,train", *lines[2:]]))
+    monkeypatch.setattr(client.labelled, "read_pair", crashing_reader.read_pair)
+    notes: list[Any] = []
+    with listen(notes.append):
+        parts = read(tmp_path, config)
+    assert [n.text for n in notes if isinstance(n, Note)] == [
+        "left out: 1 scan(s), reader_crashed: made its decoder crash (line 3)"
+    ]
+    found = [one.whole() for part in parts.values() for one in part]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_scan_that_cannot_be_prepared_in_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(8):
+        write_case(tmp_path, f"c{number}", number)
+    small, calls = prepare, []
+
+    def first_too_large(scan: Scan, plan: PlanConfig) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            raise MemoryError
+        return small(scan, plan)
+
+    monkeypatch.setattr(client.labelled, "prepare", first_too_large)
+    notes: list[Any] = []
+    with listen(notes.append):
+        parts = read(tmp_path)
+    assert sum(map(len, parts.values())) == 7
+    assert "1 scan(s), out_of_memory" in next(n.text for n in notes if isinstance(n, Note))
 
 
 def test_a_medmnist_image_counts_as_on_the_plans_grid(tmp_path: Path) -> None:

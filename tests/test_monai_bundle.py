@@ -6,22 +6,25 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 
+import client.catalogue
 from client import bundle_parts
-from client.bundle_parts import MaskAtSource
+from client.bundle_parts import MaskAtSource, Prepared
 from client.labelled import Grid
 from client.monai_bundle import metadata
 from client.nifti import write_nifti
 from client.research_command import main
+from tests import crashing_reader
 from tests.test_finetune import QUICK, pictures, write_config
 from tests.test_labelled import write_case
 from tests.test_research_command import nano_checkpoint
-from unimiss_core.errors import NonFiniteLossError
+from unimiss_core.errors import NonFiniteLossError, ScanError
 from unimiss_core.scan import Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_checkpoint import TaskManifest
@@ -141,6 +144,15 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(
     assert len(told) == 3
     assert "left out: scan 4 of 4: other_rank" in told
     assert not any(str(tmp_path) in one for one in told)
+
+
+def test_a_scan_that_crashes_its_decoder_does_not_crash_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.catalogue, "read", crashing_reader.crash)
+    manifest: Any = SimpleNamespace(modality=None, plan=PlanConfig(), task=SimpleNamespace(rank=2))
+    with pytest.raises(ScanError, match="reader_crashed"):
+        Prepared(manifest)({"image": str(crashing_reader.write_compressed(tmp_path / "bad.dcm"))})
 
 
 def test_a_bundle_whose_answers_are_no_numbers_writes_none_of_them() -> None:

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from client.nifti import check_header, read_nifti, write_nifti
+from client.nifti import check_header, read_nifti, write_mask, write_nifti
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Scan
 
@@ -21,24 +21,50 @@ def save(path, voxels, affine, **header):
     nibabel.save(image, path)
 
 
-def test_every_orientation_reads_as_the_same_volume(tmp_path):
-    world = np.random.default_rng(0).integers(0, 999, SHAPE).astype(np.int16)  # axes R, A, S
-    spacing = np.array([0.8, 1.1, 2.5])
+SPACING = np.array([0.8, 1.1, 2.5])
+
+
+def every_orientation(world):
+    """(X, Y, Z) along R, A, S from the origin -> the same in each order and direction of axes, with its affine."""
     for order in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
             voxels, affine = world.transpose(order), np.eye(4)
-            affine[:3, :3] = np.diag(spacing)[:, list(order)]
+            affine[:3, :3] = np.diag(SPACING)[:, list(order)]
             for axis, sign in enumerate(signs):
                 if sign < 0:
                     affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
                     affine[:3, axis] *= -1
                     voxels = np.flip(voxels, axis)
-            save(tmp_path / "a.nii", np.ascontiguousarray(voxels), affine)
-            scan = read_nifti(tmp_path / "a.nii", "CT")
-            # S first and rising, then A to P, then R to L.
-            np.testing.assert_array_equal(scan.voxels[0], world[::-1, ::-1].transpose(2, 1, 0))
-            np.testing.assert_allclose(scan.spacing_mm, spacing[[2, 1, 0]], atol=1e-6)
-            np.testing.assert_allclose(scan.affine @ [0, 0, 0, 1], [0.8 * 4, 1.1 * 6, 0, 1], atol=1e-5)
+            yield np.ascontiguousarray(voxels), affine
+
+
+def test_every_orientation_reads_as_the_same_volume(tmp_path):
+    world = np.random.default_rng(0).integers(0, 999, SHAPE).astype(np.int16)  # axes R, A, S
+    for voxels, affine in every_orientation(world):
+        save(tmp_path / "a.nii", voxels, affine)
+        scan = read_nifti(tmp_path / "a.nii", "CT")
+        # S first and rising, then A to P, then R to L.
+        np.testing.assert_array_equal(scan.voxels[0], world[::-1, ::-1].transpose(2, 1, 0))
+        np.testing.assert_allclose(scan.spacing_mm, SPACING[[2, 1, 0]], atol=1e-6)
+        np.testing.assert_allclose(scan.affine @ [0, 0, 0, 1], [0.8 * 4, 1.1 * 6, 0, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("thin", [0, 1, 2])  # sagittal, coronal, axial
+def test_every_orientation_of_a_slice_reads_as_it_is_shown_and_its_mask_goes_back(tmp_path, thin):
+    """Head up, posterior down in an axial slice and to the right in a sagittal one, the patient's left to the right."""
+    world = np.random.default_rng(thin).integers(0, 2, [1 if axis == thin else n for axis, n in enumerate(SHAPE)])
+    shown = (world[0, ::-1, ::-1].T, world[::-1, 0, ::-1].T, world[::-1, ::-1, 0].T)[thin]
+    corner = [[0, 6, 3], [4, 0, 3], [4, 6, 0]][thin]  # of the first pixel: A and S; R and S; R and A
+    for voxels, affine in every_orientation(world.astype(np.int16)):
+        save(tmp_path / "a.nii", voxels, affine)
+        scan = read_nifti(tmp_path / "a.nii", "CT")
+        np.testing.assert_array_equal(scan.voxels[0], shown)
+        np.testing.assert_allclose(scan.spacing_mm, SPACING[[[2, 1], [2, 0], [1, 0]][thin]], atol=1e-6)
+        np.testing.assert_allclose(scan.affine @ [0, 0, 0, 1], [*(SPACING * corner), 1], atol=1e-5)
+        write_mask(tmp_path / "m.nii", scan.voxels[0].astype(np.uint8), scan.affine, like=tmp_path / "a.nii")
+        mask = nibabel.load(tmp_path / "m.nii")
+        np.testing.assert_array_equal(np.asarray(mask.dataobj), voxels)
+        np.testing.assert_allclose(mask.affine, affine, atol=1e-5)
 
 
 def test_what_is_written_reads_back(tmp_path):

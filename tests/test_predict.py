@@ -11,9 +11,11 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from client import research_command
+from client.dicom import write_dicom
 from client.nifti import write_nifti
 from client.research_command import main
 from tests.series_files import write_series
@@ -207,6 +209,33 @@ def test_a_dicom_seg_says_of_each_voxel_of_its_series_what_the_nifti_says(
     np.testing.assert_array_equal(again, expected)
 
 
+def test_an_enhanced_object_gets_no_dicom_seg_and_its_files_are_not_blamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each frame says for itself how it lies, as makers write it."""
+    pytest.importorskip("highdicom", reason="the extra dicomseg, which CI installs, is not there")
+
+    def enhance(dataset: Dataset) -> None:
+        frames = []
+        for number in range(30):
+            frame, place, lies, measures = Dataset(), Dataset(), Dataset(), Dataset()
+            place.ImagePositionPatient, lies.ImageOrientationPatient = [0, 0, 2.0 * number], [1, 0, 0, 0, 1, 0]
+            measures.PixelSpacing = [1, 1]
+            frame.PlanePositionSequence, frame.PlaneOrientationSequence = [place], [lies]
+            frame.PixelMeasuresSequence = [measures]
+            frames.append(frame)
+        dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [Dataset()], frames
+
+    (tmp_path / "scans").mkdir()
+    facts = {"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.1", "PatientID": "miller"}
+    write_dicom(tmp_path / "scans" / "a.dcm", noise((30, 40, 36)).astype(np.int16), facts, adjust=enhance)
+    model, out = untrained(tmp_path / "model", BALL), tmp_path / "out"
+    assert main(["predict", str(model), str(tmp_path / "scans"), "--out", str(out), "--dicom-seg"]) == 0
+    said = capsys.readouterr().err
+    assert "scan 1: no DICOM SEG, which highdicom does not make of such an enhanced (multi-frame) object; the" in said
+    assert sorted(path.name for path in (out / "masks").iterdir()) == ["scan-00001.nii.gz"]
+
+
 def test_dicom_seg_without_highdicom_or_masks_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +363,40 @@ def test_a_scan_that_does_not_fit_into_memory_costs_itself_alone(
     told = json.loads((tmp_path / "out" / "predicted.json").read_text())
     assert (told["scans"], told["left_out"]) == (1, {"out_of_memory": 1})
     assert [line["scan"] for line in rows_of(tmp_path / "out" / "predictions.csv")] == ["2"]
+
+
+def test_a_picture_that_does_not_fit_into_memory_leaves_those_of_its_batch_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is too large to be prepared, another for the model; three are as they are without the two."""
+    from client import inference, predicting
+
+    model, scans = untrained(tmp_path / "model", LABELS), tmp_path / "scans"
+    scans.mkdir()
+    for number, width in enumerate((60, 61, 60, 62, 60)):
+        Image.fromarray(noise((50, width), number).astype(np.uint8)).save(scans / f"{number}.png")
+    prepare, chances = predicting.prepare, inference.Inference.chances
+
+    def fits(scan: Scan, plan: PlanConfig) -> Any:
+        if scan.voxels.shape[2] == 61:
+            raise MemoryError
+        return prepare(scan, plan)
+
+    def seen(self: inference.Inference, model: Any, values: list[np.ndarray]) -> np.ndarray:
+        if any(one.shape[2] == 62 for one in values):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+        return chances(self, model, values)
+
+    monkeypatch.setattr(predicting, "prepare", fits)
+    monkeypatch.setattr(inference.Inference, "chances", seen)
+    assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "predicted.json").read_text())
+    assert (told["scans"], told["left_out"]) == (3, {"out_of_memory": 2})
+    lines = rows_of(tmp_path / "out" / "predictions.csv")
+    assert [line["scan"] for line in lines] == ["1", "3", "5"]
+    assert main(["predict", str(model), str(scans / "2.png"), "--out", str(tmp_path / "alone")]) == 0
+    (alone,) = rows_of(tmp_path / "alone" / "predictions.csv")
+    assert float(alone["p/a"]) == pytest.approx(float(lines[1]["p/a"]), abs=2e-6)
 
 
 def test_what_is_no_model_of_this_program_is_refused_in_one_message(

@@ -267,6 +267,30 @@ def test_every_voxel_keeps_its_place_in_the_patient(orientation):
     np.testing.assert_allclose(directions, [[0, 0, -1], [0, -1, 0], [1, 0, 0]], atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("rows_and_columns", "wanted"),
+    [
+        ((AXIAL, (0.0, -1, 0, 1, 0, 0), (-1.0, 0, 0, 0, -1, 0)), AXIAL),
+        (((1.0, 0, 0, 0, 0, -1), (0.0, 0, 1, 1, 0, 0), (-1.0, 0, 0, 0, 0, -1)), (1.0, 0, 0, 0, 0, -1)),
+        (((0.0, 1, 0, 0, 0, -1), (0.0, 0, 1, 0, -1, 0), (0.0, -1, 0, 0, 0, 1)), (0.0, 1, 0, 0, 0, -1)),
+    ],
+)
+def test_a_lone_slice_is_an_image_as_it_is_shown_whatever_its_rows_and_columns_are(rows_and_columns, wanted):
+    """To the right: left, of a sagittal slice posterior. Down: posterior, of others inferior."""
+    for orientation in rows_and_columns:
+        (group,) = sort_out([header(0, (1.0, 2, 3), orientation=orientation)], interpolate=False)
+        pixels = np.random.default_rng(3).random((1, ROWS, COLUMNS)).astype(np.float32)
+        scan = assemble(group.stack, pixels, "MR")
+        to_index = np.linalg.inv(scan.affine)
+        for r, c in np.ndindex(ROWS, COLUMNS):
+            place = np.array([1.0, 2, 3]) + np.array(orientation[3:]) * 0.9 * r + np.array(orientation[:3]) * 0.7 * c
+            d, h, w, _ = np.rint(to_index @ [-place[0], -place[1], place[2], 1]).astype(int)
+            assert d == 0
+            assert scan.voxels[0, h, w] == pixels[0, r, c]
+        down, right = (scan.affine[:3, 1:3] / scan.spacing_mm).T * [-1, -1, 1]
+        np.testing.assert_allclose([*right, *down], wanted, atol=1e-9)
+
+
 def test_canonical_axes_stay_as_they_are():
     voxels = np.random.default_rng(2).random((1, 3, 4, 5)).astype(np.float32)
     affine = np.array([[0, 0, -1.0, 9], [0, -2, 0, 8], [3, 0, 0, 7], [0, 0, 0, 1]])

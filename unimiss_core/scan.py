@@ -27,8 +27,9 @@ class Scan:
     """An image or a volume in physical values and canonical axes.
 
     voxels: (C, *S), float32; HU for CT, stored values after rescale otherwise. C is 1 for grey.
-        The last axis points to the patient's left, the one before to posterior (a volume) or down the picture
-        (an image), and the first axis of a volume to superior: an axial slice shows as a radiologist sees it.
+        Of a volume the axes point to superior, posterior and the patient's left: an axial slice shows as a radiologist
+        sees it. So does an image: an axial slice with posterior down, a coronal or sagittal one with inferior down,
+        the patient's left or posterior to the right. An image without geometry is as it is stored.
     spacing_mm: distance between voxel centres along each of S.
     affine: (4, 4) from indices along S - (d, h, w), or (0, h, w) for an image - to patient millimetres in RAS+;
         None where the source has no geometry (PNG).
