@@ -43,7 +43,7 @@ from unimiss_core.scan import RANKS, Modality, Rank
 from unimiss_core.sealing import Damaged, Seal, read_seal
 from unimiss_core.study import PlanConfig
 
-_VERSION = 6
+READING_VERSION = 6
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 FULL = 65535
 _LEAST_PAUSE_S, _PAUSE = 60.0, 9.0
@@ -310,7 +310,7 @@ def _recipe(candidate: Candidate, plan: PlanConfig) -> str:
         stack = candidate.stack
         frames = [[order[frame.file], frame.number] for frame in stack.frames]
         frames += [stack.slots, stack.shifts, stack.gap_mm]
-    return json.dumps([_VERSION, candidate.modality, frames, plan.canonical()])
+    return json.dumps([READING_VERSION, candidate.modality, frames, plan.canonical()])
 
 
 def _stamp(candidate: Candidate, plan: PlanConfig, secret: bytes) -> str:
@@ -367,7 +367,7 @@ def _library_file(folder: Path, plan: PlanConfig, *, by_patient: bool) -> Path:
 def _remember(site: SiteConfig, file: Path, state: str, library: Library, *, took_s: float) -> None:
     places = ("path", "key_file")  # which are the site file's
     scans = [{name: value for name, value in vars(scan).items() if name not in places} for scan in library.scans]
-    content = {"version": _VERSION, "state": state, "scans": scans, "left_out": dict(library.left_out)}
+    content = {"version": READING_VERSION, "state": state, "scans": scans, "left_out": dict(library.left_out)}
     content["sealed"] = site.state_key is not None
     content["assumed"] = list(library.assumed.items())  # JSON's keys are text
     now = time.time()
@@ -381,7 +381,7 @@ def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = content["version"], content["state"], content.get("sealed", False)
-        if found != (_VERSION, state, site.state_key is not None):
+        if found != (READING_VERSION, state, site.state_key is not None):
             return None
         left_out = content["left_out"].keys()
         if left_out & OF_DECODERS and content["decoders"] != decoders():

@@ -6,6 +6,7 @@ Nothing is trained but a linear layer on frozen features; the other judge, neare
 encoders are judged on the same patients, so that a difference is not their luck (`unimiss_core.probe`).
 """
 
+import hashlib
 import io
 import json
 from collections import Counter
@@ -125,6 +126,7 @@ def _look(
     seen: dict[Rank, Seen] = {}
     waiting: dict[Rank, list[NDArray[np.float32]]] = {}
     left_out, kinds = Counter[str](), Counter[Modality]()
+    known_by: set[bytes] = set()
     for known in source.scans(beginning.plan, beginning.modality):
         rank = known.scan.rank
         try:
@@ -132,6 +134,12 @@ def _look(
         except ScanError as error:
             left_out[error.reason] += 1
             continue
+        if (
+            digest := hashlib.sha256(np.ascontiguousarray(x).data).digest()
+        ) in known_by:  # under another name it would teach what it is judged by
+            left_out["duplicate"] += 1
+            continue
+        known_by.add(digest)
         found = seen.setdefault(rank, Seen())
         kinds[known.scan.modality] += 1
         found.labels.append(known.labels)

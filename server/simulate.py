@@ -23,7 +23,7 @@ from flwr.app import Context, RecordDict, UserConfig
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from client.cache import open_library
+from client.cache import READING_VERSION, open_library
 from client.label_config import LabelsConfig
 from client.patients import read_column
 from client.phantoms import PhantomConfig, write_hospital
@@ -309,8 +309,9 @@ def _anchored(source: DataSource, base: Path) -> DataSource:
 def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path) -> Path:
     """Read the labelled scans once, through the ordinary readers, and keep them as the coordinator takes them."""
     size = study.size_of(probe.rank)
-    settings = hashlib.sha256(f"{probe.canonical()} {study.plan.canonical()} {study.views.canonical()} {size}".encode())
-    path = out / "probe" / settings.hexdigest()[:8] / f"{probe.name}.npz"
+    told = (READING_VERSION, probe.canonical(), study.plan.canonical(), study.views.canonical(), size)
+    settings = hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()
+    path = out / "probe" / settings[:8] / f"{probe.name}.npz"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -219,7 +219,8 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
     refused("holds no labelled scan that can be used; the notes", "scratch", "--data", str(tmp_path / "empty"), code=3)
     for number in range(21):
         (tmp_path / "archive" / f"PATIENT-{number}").mkdir(parents=True)
-        shutil.copy(tmp_path / "pictures" / "secret0.png", tmp_path / "archive" / f"PATIENT-{number}")
+        noise = np.random.default_rng(number).integers(0, 255, (40, 44)).astype(np.uint8)
+        write_png(tmp_path / "archive" / f"PATIENT-{number}" / "a.png", noise)
     refused("21 are of one patient each, so they look like patients", "scratch", "--data", str(tmp_path / "archive"))
     write(tmp_path / "x.npz", "no archive")
     refused("is no MedMNIST .npz", "scratch", "--data", str(tmp_path / "x.npz"))
@@ -227,6 +228,22 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
         refused(f"{option} {table}: exists; give another name", "scratch", "--data", table, option, table)
     assert main(["probe", "scratch", "--data", table, "--root", root]) == 0
     assert "no figure: a class has only 3 patients, at least 5 are needed" in capsys.readouterr().out
+
+
+def test_a_scan_under_two_patients_does_not_teach_what_it_is_judged_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels that hang on nothing are told rightly of each copy by whoever saw the other."""
+    pictures(tmp_path, 20)
+    lines = ["scan,label,patient"]
+    for number in range(20):
+        shutil.copy(tmp_path / "pictures" / f"secret{number}.png", tmp_path / "pictures" / f"again{number}.png")
+        label = "ab"[number // 2 % 2]
+        lines += [f"secret{number}.png,{label},p{number}", f"again{number}.png,{label},q{number}"]
+    table = write(tmp_path / "pictures" / "both.csv", "\n".join(lines))
+    (told,) = figures_of(tmp_path, "scratch", "--data", table)
+    assert (told["scans"], told["patients"]) == (20, 20)
+    assert "left out: 20 duplicate: a copy of a file" in capsys.readouterr().err
 
 
 def test_folders_of_few_patients_are_named_neither_on_the_screen_nor_in_the_file(
