@@ -21,6 +21,10 @@ from unimiss_core.joining import UNDER_ANOTHER_NAME, host_and_port, in_yaml, rea
 
 RENEW_WITHIN_DAYS = 180
 """Certificates that run out sooner are made anew."""
+ANOTHER_FOLDER = (
+    "make a new coordinator's folder with `unimiss-server init`, which every site joins anew: " + UNDER_ANOTHER_NAME
+)
+"""What is left where the authority's own certificate runs out."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,10 @@ def renew(home: Home, *, now: datetime, every: bool = False, note: Note = unnote
     server = certificates.read_certificate(home.server_certificate)
     if every or certificates.days_left(server, now) < RENEW_WITHIN_DAYS:
         make_server_certificate(home, authority, host_and_port(address_of(home)).host, now)
-        made.append(f"{home.server_certificate}, which the next start of `unimiss-server run` uses")
+        made.append(
+            f"{home.server_certificate}; with a run at work, `unimiss-server stop` and `run` before the old one runs "
+            "out: the public side shows it at once, SuperLink from its next start on"
+        )
     for site in Registry(home).approved():
         if every or not _welcome_lasts(home, site.name, now):
             key = keys.site_public_key(site.public_key, site.name)
@@ -177,10 +184,7 @@ def _authority(home: Home, now: datetime) -> Authority:
     if certificates.key_of(certificate) != keys.pem_of_public(key.public_key()):
         raise ConfigError(f"{home.authority_certificate}: is not of the key in {home.secrets}; put back a backup")
     if certificates.days_left(certificate, now) <= 0:
-        raise ConfigError(
-            f"{home.authority_certificate}: has run out; make a new coordinator's folder with `unimiss-server init`, "
-            f"which every site joins anew: {UNDER_ANOTHER_NAME}"
-        )
+        raise ConfigError(f"{home.authority_certificate}: has run out; {ANOTHER_FOLDER}")
     return Authority(certificate, key)
 
 

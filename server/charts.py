@@ -6,8 +6,10 @@ All panels are 320 units wide and stand in a grid whose columns are about as wid
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,14 @@ STYLES = 8
 """Colours and markers of the style sheet; the ninth series starts over."""
 
 _DENSE = 40
-"""Above this many points of a line, markers would run together and are left away."""
+"""Above this many points of a line, markers would run together and are left away; values show on hovering."""
+_MOST_POINTS = 300
+"""Of a line: about one for each unit of its width. Of more, `_thinned` draws those that can be seen."""
+_MOST_BARS = 120
+_MOST_CELLS = 66
+"""Of a strip: two units wide each."""
 _MOST_DOTS = 1500
+"""Of a panel. Where its lines have more points than that, none answers to hovering."""
 _ROW = 52
 """Height of a row with an estimate before and after."""
 
@@ -38,7 +46,7 @@ class Series:
     style: int
 
     def values(self) -> list[float]:
-        return [y for _, y in self.points if y is not None and math.isfinite(y)]
+        return [y for _, y in self.points if _is_drawn(y)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,9 @@ def line_panel(
     marks = [*_gridlines(y), *_round_ticks(x, rounds)]
     if reference:
         marks += _reference(y, reference)
-    marks += [_line(one, x, y) for one in series]
+    drawn = [_thinned(one.points) for one in series]
+    with_hints = sum(map(len, drawn)) <= _MOST_DOTS
+    marks += [_line(one, points, x, y, with_hints) for one, points in zip(series, drawn, strict=True)]
     described = "; ".join(_described(one) for one in series)
     return _panel(title, marks, f"{title} over rounds. {described}.", HEIGHT)
 
@@ -85,33 +95,52 @@ def bounds_of(series: Sequence[Series], *, include: Sequence[float] = ()) -> tup
 
 
 def traffic_panel(title: str, rounds: Sequence[int], sites: Mapping[str, Sequence[tuple[int, int]]]) -> Html:
-    """Stacked bars per round: above the line what sites sent, below what was sent to them.
+    """Stacked bars per round: above the line what sites sent, below what was sent to them. Of many rounds each bar is
+    the mean of several.
 
     sites: name -> (bytes down, bytes up) for each of `rounds`.
     """
-    down = [sum(site[i][0] for site in sites.values()) for i in range(len(rounds))]
-    up = [sum(site[i][1] for site in sites.values()) for i in range(len(rounds))]
+    size = rounds_in_one(len(rounds), _MOST_BARS)
+    spans = [slice(i, i + size) for i in range(0, len(rounds), size)]
+    means = {name: [_mean_traffic(site[span]) for span in spans] for name, site in sites.items()}
+    down = [sum(site[i][0] for site in means.values()) for i in range(len(spans))]
+    up = [sum(site[i][1] for site in means.values()) for i in range(len(spans))]
     x = _round_axis(rounds)
     # Room above and below the bars for the words that say which way is which.
     y = Axis(-max([1, *down]), max([1, *up]), HEIGHT - BOTTOM - 16, TOP + 12)
-    width = max(0.6, min(18.0, 0.72 * (WIDTH - LEFT - RIGHT - 16) / max(1, rounds[-1] - rounds[0] + 1)))
+    room = 0.72 * (WIDTH - LEFT - RIGHT - 16) / max(1, rounds[-1] - rounds[0] + 1)
+    width = max(0.6, min(18.0, room * size))
     marks = [*_gridlines(y, _round_bytes), *_round_ticks(x, rounds)]
-    for i, number in enumerate(rounds):
-        bars = []
+    for i, span in enumerate(spans):
+        first, last = rounds[span][0], rounds[span][-1]
+        left, bars = x((first + last) / 2) - width / 2, []
         for way in (0, 1):
             base = 0.0
-            for style, site in enumerate(sites.values()):
+            for style, site in enumerate(means.values()):
                 top = base + site[i][way] * (1 if way else -1)
-                bars.append(_bar(x(number) - width / 2, width, y(base), y(top), style))
+                bars.append(_bar(left, width, y(base), y(top), style))
                 base = top
-        hint = f"round {number}: {byte_count(up[i])} from sites, {byte_count(down[i])} to sites"
+        named = f"round {first}" if first == last else f"rounds {first}\N{EN DASH}{last}, in each"
+        hint = f"{named}: {byte_count(up[i])} from sites, {byte_count(down[i])} to sites"
         marks.append(tag("g", None, tag("title", None, hint), *bars))
     zero = y(0)
     marks.append(tag("line", {"class": "axis", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": zero, "y2": zero}))
     marks.append(_text("from the sites", WIDTH - RIGHT, TOP + 4, "note end"))
     marks.append(_text("to the sites", WIDTH - RIGHT, HEIGHT - BOTTOM - 4, "note end"))
-    text = f"{title}: {byte_count(sum(up))} from sites and {byte_count(sum(down))} to sites over {len(rounds)} rounds."
-    return _panel(title, marks, text, HEIGHT)
+    whole_down, whole_up = (sum(one[way] for site in sites.values() for one in site) for way in (0, 1))
+    text = (
+        f"{title}: {byte_count(whole_up)} from sites and {byte_count(whole_down)} to sites over {len(rounds)} rounds."
+    )
+    return _panel(title if size == 1 else f"{title}: each bar the mean of {size}", marks, text, HEIGHT)
+
+
+def _mean_traffic(rounds: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    return sum(down for down, _ in rounds) / len(rounds), sum(up for _, up in rounds) / len(rounds)
+
+
+def rounds_in_one(rounds: int, most: int) -> int:
+    """How many rounds share a bar or a cell, so that there are `most` at most."""
+    return max(1, math.ceil(rounds / most))
 
 
 def scatter_panel(title: str, points: NDArray[np.float64], labels: NDArray[np.str_], styles: Mapping[str, int]) -> Html:
@@ -179,12 +208,20 @@ def _reach_of(rows: Sequence[Compared], chance: float) -> tuple[float, float]:
     return min(values) - 0.03, max(values) + 0.03
 
 
+def rounds_of_cell(rounds: int) -> int:
+    """How many rounds a cell of `attendance` stands for."""
+    return rounds_in_one(rounds, _MOST_CELLS)
+
+
 def attendance(statuses: Sequence[str]) -> Html:
-    """A strip with one cell for each round; a status other than ok has a shape of its own."""
+    """A strip with one cell for each round, or, of many, for several, that shows what most of them were; a status other
+    than ok has a shape of its own."""
     width, height = 132, 14
-    step = min(12.0, width / max(1, len(statuses)))
+    size = rounds_of_cell(len(statuses))
+    shown = [Counter(statuses[i : i + size]).most_common(1)[0][0] for i in range(0, len(statuses), size)]
+    step = min(12.0, width / max(1, len(shown)))
     cells: list[Html] = []
-    for i, status in enumerate(statuses):
+    for i, status in enumerate(shown):
         kind = status if status in _CELL else "absent"
         y, tall = _CELL[kind]
         place: dict[str, float] = {"x": i * step + 0.5, "y": y, "width": max(step - 2, 0.7 * step), "height": tall}
@@ -277,21 +314,40 @@ def _reference(y: Axis, reference: Reference) -> list[Html]:
     ]
 
 
-def _line(series: Series, x: Axis, y: Axis) -> Html:
-    """A line broken where a value is missing, a marker at each value, and the value itself on hovering."""
-    drawn = [(px, py) for px, py in series.points]
+def _thinned(points: Sequence[Point]) -> Sequence[Point]:
+    """Of too many points to be seen apart, `_MOST_POINTS` at most: the first, the last, and of each stretch between the
+    least and the greatest value, so that the line reaches as far up and down as before. A gap that is shorter than a
+    stretch, two units of the line's width, closes."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    inner, stretches = points[1:-1], _MOST_POINTS // 2 - 1
+    edges = [i * len(inner) // stretches for i in range(stretches + 1)]
+    kept = [points[0]]
+    for start, end in itertools.pairwise(edges):
+        values = [(y, x) for x, y in inner[start:end] if _is_drawn(y)]
+        kept += sorted({(x, y) for y, x in (min(values), max(values))}) if values else [(inner[start][0], None)]
+    return [*kept, points[-1]]
+
+
+def _is_drawn(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _line(series: Series, points: Sequence[Point], x: Axis, y: Axis, with_hints: bool) -> Html:
+    """A line through `points`, broken where a value is missing. Few have a marker each; of more the value shows on
+    hovering, where the panel is to have hints."""
     runs: list[list[tuple[float, float]]] = [[]]
-    for px, py in drawn:
-        if py is None or not math.isfinite(py):
-            runs.append([])
-        else:
+    for px, py in points:
+        if _is_drawn(py):
             runs[-1].append((px, py))
+        else:
+            runs.append([])
     paths = [
         tag("polyline", {"class": "line", "points": " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in run)})
         for run in runs
         if len(run) > 1
     ]
-    visible = len(drawn) <= _DENSE
+    visible = len(points) <= _DENSE
     markers = [
         tag(
             "g",
@@ -299,7 +355,7 @@ def _line(series: Series, x: Axis, y: Axis) -> Html:
             tag("title", None, f"{series.name}, round {px:g}: {significant(py)}"),
             _shape(series.style, x(px), y(py), 2.6 if visible else 4),
         )
-        for run in runs
+        for run in (runs if visible or with_hints else [])
         for px, py in run
     ]
     return tag("g", {"class": f"s{series.style % STYLES}"}, *paths, *markers)

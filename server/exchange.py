@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx
 from flwr.app import Message, RecordDict
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.serverapp import Grid
+from flwr.superlink.grid import HttpGrid
 
 from unimiss_core.errors import WireError, where
 from unimiss_core.wire import Introduction, Refusal, num_bytes
@@ -58,7 +60,7 @@ class Exchange:
     reply is still of use when its round was closed.
 
     Messages live until then - until twice the deadline, where late replies count - after which Flower neither delivers
-    them nor takes a reply.
+    them nor takes a reply. What the request was made of, SuperLink is then told to drop.
     """
 
     def __init__(self, grid: Grid, *, deadline_s: float, late_count: bool) -> None:
@@ -74,7 +76,9 @@ class Exchange:
         """A try of the round: its deadline runs from now; requests whose time is over are forgotten."""
         now = time.monotonic()
         self._round, self._deadline = round, now + self._deadline_s
-        self._waiting = {key: asked for key, asked in self._waiting.items() if now < asked.expires_at}
+        for message_id in [key for key, asked in self._waiting.items() if now >= asked.expires_at]:
+            del self._waiting[message_id]
+            dropped(self._grid, message_id)
 
     @property
     def at_work(self) -> dict[int, int]:
@@ -105,6 +109,8 @@ class Exchange:
                 if (reply := pulled(self._grid, message_id)) is None:
                     continue
                 some_arrived = True
+                if reply.message is None or reply.message.has_error():  # by SuperLink, perhaps, of a node that is gone
+                    dropped(self._grid, message_id)
                 if self._is_of_use(asked := self._waiting.pop(message_id)):
                     yield asked, reply
                 del reply  # or it would be held while the next is pulled
@@ -144,6 +150,22 @@ def pulled(grid: Grid, message_id: str) -> Reply | None:
         log.warning("a reply cannot be read: %s", where(error))
         return Reply(None)
     return None if found is None else Reply(found)
+
+
+def dropped(grid: Grid, message_id: str) -> None:
+    """Let SuperLink forget what a message was made of, the whole model of a round among it: it does so when the node
+    confirms the message, and else keeps it, long after the message itself, until the run ends.
+
+    The confirmation, sent in the node's place, is no public interface of Flower's: the version is pinned, and
+    tests/test_dropped_requests.py holds it to this. A grid in this process has nothing to drop.
+    """
+    if not isinstance(grid, HttpGrid):
+        return
+    request = ConfirmMessageReceivedRequest(node=grid.node, run_id=grid.run.run_id, message_object_id=message_id)
+    try:
+        grid._runtime_client.ConfirmMessageReceived(request)
+    except (OSError, httpx.HTTPError) as error:  # it costs room on the disk, and must not cost the round
+        log.warning("SuperLink keeps a request that nobody fetched: %s", where(error))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from unimiss_core import durable, tether
 from unimiss_core.certificates import identity
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, UnimissError
-from unimiss_core.tls import coordinator_side
+from unimiss_core.tls import Shown, coordinator_side
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,19 @@ Identify = Callable[[bytes], tuple[bytes, str]]
 
 
 class Front:
-    """A door and the house behind it. status: the file that `unimiss-server status` reads."""
+    """A door and the house behind it. status: the file that `unimiss-server status` reads. renew: called now and then,
+    takes up another certificate where there is one."""
 
-    def __init__(self, house: House, tls: ssl.SSLContext, identify: Identify, status: Path) -> None:
+    def __init__(
+        self,
+        house: House,
+        tls: ssl.SSLContext,
+        identify: Identify,
+        status: Path,
+        renew: Callable[[], None] = lambda: None,
+    ) -> None:
         self._house = house
+        self._renew = renew
         self._identify = identify
         self._status = status
         self._door = Door(tls, house.limits, house.refusals, self._talk)
@@ -91,6 +100,7 @@ class Front:
     async def _keep_account(self) -> None:
         while True:
             self._house.refusals.tell_due()
+            self._renew()
             await self._write_status()
             await asyncio.sleep(WRITE_S)
 
@@ -143,7 +153,8 @@ async def serve(home: Home, config: ServerConfig, note: Note) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with upstream_client(config.superlink_port, home.authority_certificate, config.limits) as upstream:
         house = House(Registry(home), upstream, config.limits, Refusals(note), home.passage)
-        await Front(house, tls, identity, home.front_status).run(listener, stop)
+        shown = Shown(tls, home.server_certificate, home.server_key)
+        await Front(house, tls, identity, home.front_status, shown.renew).run(listener, stop)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

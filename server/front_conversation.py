@@ -21,6 +21,7 @@ from server.front_given import CONFIRM, PULL_MESSAGES, PULL_OBJECT, Given
 from server.front_replies import PUSH_OBJECT, NoRoom, NotTaken, Replies
 from server.front_rules import (
     ANSWER_HEADERS,
+    FAILED,
     HEAD_BYTES,
     MEDIA_TYPE,
     NOT_TAKEN,
@@ -171,6 +172,8 @@ class Conversation:
         await self._return(httpx.Response(200, headers=headers, content=content))
 
     async def _return(self, answer: httpx.Response) -> None:
+        if answer.status_code == FAILED:
+            answer = httpx.Response(503, json={"detail": "coordinator_failed"})
         if answer.status_code in NOT_TAKEN:
             self._house.refusals.add("not_taken", self._name)
         headers = [(name, value) for name, value in answer.headers.raw if name.lower() in ANSWER_HEADERS]

@@ -65,7 +65,7 @@ Reason = Literal[
     "length",  # none told, or one above the limit; an answer of too many objects
     "forged",  # an answer that is not the site's own, or answers nothing; a part that is not the one announced
     "not_given",  # an object, or the receipt of a message, that was not for this site
-    "not_taken",  # SuperLink did not: the node's number is another's, the signature is wrong, or it failed over it
+    "not_taken",  # SuperLink did not: the node's number is another's, or the signature is wrong
     "slow",
     "busy",  # more connections or requests than are allowed at once
 ]
@@ -85,8 +85,11 @@ STATUS: Mapping[Reason, int] = {
 """HTTP's word for each. A SuperNode ends at 401 and goes on trying at 503. Of the others, those with a certificate get
 SuperLink's own word, and the rest are cut off before HTTP."""
 
-NOT_TAKEN = frozenset({400, 401, 404, 405, 422, 500})
+NOT_TAKEN = frozenset({400, 401, 404, 405, 422})
 """SuperLink's words for what no SuperNode sends. 403 is a run that is over, 412 a node that is held for live still."""
+FAILED = 500
+"""SuperLink's word where it failed, as on a full disk, or a database that is locked for more than 5 s. A SuperNode ends
+at it and goes on trying at 503, which it is told in its place."""
 
 
 class Refused(Exception):  # noqa: N818 - what became of a request, not a fault of ours

@@ -49,7 +49,9 @@ def site_table(run: Artefacts) -> Html:
     if not run.sites:
         return section("Sites", note("No round has been recorded, so nothing is known about the sites."), *gaps)
     rows = [_site_row(run, name) for name in run.sites]
-    return section("Sites", card_table(_COLUMNS, rows, numbers=_NUMBERS, foot=_total_row(run)), *gaps)
+    size = charts.rounds_of_cell(len(run.rounds))
+    strips = [note(f"A cell of a strip is {size} rounds, and shows what most of them were.")] if size > 1 else []
+    return section("Sites", card_table(_COLUMNS, rows, numbers=_NUMBERS, foot=_total_row(run)), *strips, *gaps)
 
 
 def _faithfulness(run: Artefacts) -> str:

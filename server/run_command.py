@@ -11,11 +11,12 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server import superlink
-from server.children import Children
+from server import expiry, superlink
+from server.children import ChildError, Children
 from server.composition import Composed, compose
 from server.founding import unnoted
 from server.home import Home
@@ -40,6 +41,10 @@ NODES_S = 10.0
 """Between two looks whether a site was approved or revoked meanwhile."""
 HANGS_S = 180.0
 """A SuperLink that is silent for so long does not come back by itself; a busy machine starts one within that."""
+HANGS = 5
+"""So many in a row that it was started again for this, and answered nothing since, end the run."""
+DATES_S, TELL_DATES_S = 60.0, 86400.0
+"""Between two looks whether a certificate has run out; between two warnings that one soon will."""
 WRITE_S = 5.0
 """Between two notes of how it stands, for `status`."""
 STOP_S = 90.0
@@ -81,6 +86,7 @@ def run(home: Home, study_file: Path, *, note: Note = unnoted) -> Composed:
         composed = compose(home, study_file)
         if not is_finished(composed.folder, composed.study.schedule.rounds):
             home.running.unlink(missing_ok=True)  # of a `run` that was killed
+            expiry.require_lasting(home, now=datetime.now(UTC))
             superlink.prepare(home, config)
             note("run", {"study": composed.study.name})
             with _end_noted(note, composed.study.name):
@@ -164,7 +170,9 @@ class _Loop:
         self._said = Said(composed.folder.path)
         self._registry = registry
         self._since = time.time()
-        self._nodes_at = self._written_at = float("-inf")
+        self._nodes_at = self._written_at = self._dates_at = self._dates_told_at = float("-inf")
+        self._hung = 0
+        """How often in a row SuperLink was started again because it answered nothing."""
         self._told = ""
         """The last that SuperLink failed with: said once, not every second."""
         self._can_write = True
@@ -173,8 +181,9 @@ class _Loop:
         """Whether runs that an earlier `run` left at SuperLink are stopped."""
 
     def until_the_end(self, stop: Stop) -> None:
-        """Raises RunEnded, Interrupted."""
+        """Raises RunEnded, Interrupted, RunOut, ChildError."""
         while not stop():
+            self._look_at_dates()
             self._children.look_after()
             finished = self._step()
             self._said.say_again()
@@ -184,20 +193,39 @@ class _Loop:
             time.sleep(TICK_S)
         with suppress(UnimissError):
             self._control.stop_all()
-        self._note_stop()
+        self._note_stop("its operator stopped it")
         raise Interrupted("stopped; what was finished is saved")
 
-    def _note_stop(self) -> None:
+    def _look_at_dates(self) -> None:
+        """Raises RunOut."""
+        if (now := time.monotonic()) - self._dates_at < DATES_S:
+            return
+        self._dates_at, today = now, datetime.now(UTC)
+        try:
+            expiry.require_lasting(self._home, now=today)
+        except expiry.RunOut as error:
+            self._note_stop(str(error))
+            raise expiry.RunOut(f"{error}. What was finished is saved", resumes=error.resumes) from None
+        except ConfigError as error:  # somebody may be putting back a backup; what is at work has read it
+            log.warning("%s", error)
+        if now - self._dates_told_at >= TELL_DATES_S:
+            self._dates_told_at = now
+            for line in expiry.ending_soon(self._home, now=today):
+                progress.report(progress.Note(line))
+
+    def _note_stop(self, why: str) -> None:
         """For the run's report and `status`, where the ServerApp had no time to say more."""
         folder = self._composed.folder
         with suppress(OSError, UnimissError):  # there may be no room, or a checkpoint that is damaged
             round = rounds_done(folder) + 1
             if round <= self._submission.rounds and not folder.why_it_stopped():
-                folder.note_stop({"round": round, "error": "its operator stopped it", "sites": {}})
+                folder.note_stop({"round": round, "error": why, "sites": {}})
 
     def _step(self) -> bool:
         from server.control import ControlError
 
+        if self._control.silent_s() == 0.0:  # it answered, if only with no
+            self._hung = 0
         try:
             if not self._is_tidy:
                 self._control.stop_all()
@@ -214,8 +242,15 @@ class _Loop:
             return False
 
     def _end_where_it_hangs(self) -> None:
-        """A SuperLink that runs and answers nothing for long is ended, upon which it is started again."""
+        """A SuperLink that runs and answers nothing for long is ended, upon which it is started again. Raises
+        ChildError: that has been of no use."""
         if min(self._control.silent_s(), self._children.runs_s(superlink.SUPERLINK)) > HANGS_S:
+            self._hung += 1
+            if self._hung > HANGS:
+                raise ChildError(
+                    f"SuperLink was started again {HANGS} times in a row and answers nothing; "
+                    f"{self._home.flower / 'superlink.log'} may say why. What was finished is saved"
+                )
             log.warning("SuperLink has not answered for %g s; it is started again", HANGS_S)
             self._children.end_one(superlink.SUPERLINK)
 

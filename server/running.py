@@ -9,6 +9,7 @@ from pathlib import Path
 from server.children import Children
 from server.contacts import AHEAD_S, BEHIND_S, Contact, Contacts
 from server.coordinator_config import load_coordinator
+from server.expiry import ending_soon
 from server.home import Home
 from server.registry import Registry
 from server.run_folder import RunFolder
@@ -67,6 +68,7 @@ def status(home: Home, *, at_work: bool, now: datetime) -> Iterator[str]:
     """How the folder's runs, processes and sites stand, in lines. at_work: whether a `run` holds the folder."""
     running = Running.read(home.running) if at_work else None
     yield from _process_lines(running, at_work, now)
+    yield from ending_soon(home, now=now)
     for folder in sorted(home.runs.iterdir()) if home.runs.is_dir() else []:
         yield from _run_lines(RunFolder(folder), running, at_work)
         if running is not None and running.study == folder.name:

@@ -7,9 +7,9 @@ from pathlib import Path
 import yaml
 
 from server.approval import approve
-from server.founding import found
+from server.founding import found, make_server_certificate
 from server.home import Home
-from unimiss_core import keys
+from unimiss_core import certificates, keys
 from unimiss_core.joining import read_welcome
 
 
@@ -32,6 +32,14 @@ def approved_site(home: Home, name: str) -> tuple[Path, Path]:
     paper, _ = read_welcome(approve(home, name, folder / "site.pub", now=datetime.now(UTC)).welcome)
     (folder / "site.crt").write_text(paper.certificate)
     return folder / "site.key", folder / "site.crt"
+
+
+def server_certificate_ends(home: Home, at: datetime) -> None:
+    """Give the folder another certificate of the server, as one that was made long ago would be."""
+    authority = certificates.Authority(
+        certificates.read_certificate(home.authority_certificate), keys.read_site_key(home.authority_key)
+    )
+    make_server_certificate(home, authority, "localhost", at - certificates.LEAF_LASTS)
 
 
 def write_study(path: Path, **changes: object) -> Path:

@@ -257,3 +257,27 @@ def test_files_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
         tls.site_side(certificate=alpha.certificate, key=listener.key, authority=alpha.authority)
     with pytest.raises(ConfigError, match=r"absent.key: is missing"):
         tls.site_side(certificate=alpha.certificate, key=tmp_path / "absent.key", authority=alpha.authority)
+
+
+def test_a_renewed_certificate_is_shown_from_the_next_connection_on(tmp_path: Path) -> None:
+    """One that is of another key leaves the one before."""
+    ours, late = authority(), NOW - certificates.LEAF_LASTS - timedelta(days=1)
+    listener, alpha = server(tmp_path, ours, now=late), site(tmp_path, ours)
+    context = listener.on_the_coordinators_side()
+    shown = tls.Shown(context, listener.certificate, listener.key)
+    assert not handshake(context, alpha.on_the_sites_side())  # it has run out
+
+    def write(key: keys.SiteKey) -> None:
+        made = certificates.server_certificate(ours, key.public_key(), host=HOST, now=NOW)
+        partial = tmp_path / "partial"
+        partial.write_text(certificates.as_pem(made))
+        partial.replace(listener.certificate)
+        shown.renew()
+
+    write(keys.read_site_key(listener.key))
+    assert handshake(context, alpha.on_the_sites_side())
+    write(keys.new_site_key())
+    assert handshake(context, alpha.on_the_sites_side())
+    listener.certificate.unlink()
+    shown.renew()
+    assert handshake(context, alpha.on_the_sites_side())

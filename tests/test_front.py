@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import socket
 import ssl
@@ -410,6 +411,19 @@ def test_errors_of_the_superlink_pass_as_they_are(talk: Callable[..., None], sit
         assert refused(front) == [("not_taken", "alpha")]
 
     talk(conversation, link=StubSuperLink(answer=answer))
+
+
+def test_a_superlink_that_fails_is_no_fault_of_the_site(talk: Callable[..., None], site: Identity) -> None:
+    """A full disk there, or a locked database: a SuperNode ends at 500, and tries again at 503."""
+    link = StubSuperLink(answer=b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 2\r\n\r\n{}")
+
+    async def conversation(front: Running) -> None:
+        call = await front.connect(site)
+        status, body = await call.ask(request(site, path=b"/v1/fleet/send-node-heartbeat"))
+        assert (status, json.loads(body)) == (503, {"detail": "coordinator_failed"})
+        assert refused(front) == []
+
+    talk(conversation, link=link)
 
 
 def test_flowers_own_way_of_asking_passes(talk: Callable[..., None], site: Identity) -> None:

@@ -208,8 +208,11 @@ def test_a_site_hears_at_once_that_its_run_is_over(talk: Callable[..., None], si
     talk(conversation, link)
 
 
-def test_what_superlink_did_not_get_is_passed_on_again(talk: Callable[..., None], sites: Sequence[Identity]) -> None:
-    link, reply = Link(says={PART: 503}), Reply()
+@pytest.mark.parametrize("says", [500, 503])
+def test_what_superlink_did_not_get_is_passed_on_again(
+    talk: Callable[..., None], sites: Sequence[Identity], says: int
+) -> None:
+    link, reply = Link(says={PART: says}), Reply()
 
     async def conversation(front: Running) -> None:
         call = await front.connect(sites[0])

@@ -1,4 +1,4 @@
-"""Who is let in: read anew at each question, and nobody where a file cannot be read."""
+"""Who is let in: read anew at each question, and nobody new where a file cannot be read."""
 
 import os
 from datetime import UTC, datetime
@@ -68,17 +68,84 @@ def test_a_file_of_the_same_length_and_time_that_took_its_place_is_read(home: Ho
     assert (registry.holder_of(first_pem), registry.holder_of(second_pem)) == (None, "alpha")
 
 
-@pytest.mark.parametrize("text", ["", "name: alpha", "{", "name: alpha\npublic_key: ssh-rsa AAAA\n"])
+DAMAGED = ["", "name: alpha", "{", "name: alpha\npublic_key: ssh-rsa AAAA\n", "name: alpha\nstatus: appro"]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_file_lets_its_site_not_in_and_the_others_are_not_kept_out(home: Home, text: str) -> None:
     (alpha, alpha_pem), (beta, beta_pem) = a_key(), a_key()
     write(home, "alpha", alpha)
     write(home, "beta", beta)
-    registry = Registry(home)
-    assert registry.holder_of(alpha_pem) == "alpha"
     home.site("alpha").write_text(text)
+    registry = Registry(home)
     assert (registry.holder_of(alpha_pem), registry.holder_of(beta_pem)) == (None, "beta")
     with pytest.raises(ConfigError, match=r"alpha\.yaml"):
         registry.sites()
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_half_a_file_goes_on_to_mean_what_the_whole_did(
+    home: Home, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An editor writes it anew; a site that hears in between that it is not approved would end its round."""
+    alpha, pem = a_key()
+    write(home, "alpha", alpha)
+    registry = Registry(home)
+    assert registry.holder_of(pem) == "alpha"
+    home.site("alpha").write_text(text)
+    for _ in range(3):
+        assert registry.holder_of(pem) == "alpha"
+    assert len(caplog.messages) == 1
+    with pytest.raises(ConfigError, match=r"alpha\.yaml"):  # and nobody else takes it for whole
+        registry.approved()
+    write(home, "beta", alpha)
+    assert registry.holder_of(pem) is None  # a key of two
+    home.site("beta").unlink()
+    write(home, "alpha", alpha, "revoked")
+    assert registry.holder_of(pem) is None
+    home.site("alpha").write_text(text)
+    assert registry.holder_of(pem) is None
+    write(home, "alpha", alpha)
+    assert registry.holder_of(pem) == "alpha"
+    home.site("alpha").unlink()
+    assert registry.holder_of(pem) is None
+    home.site("alpha").write_text(text)
+    assert registry.holder_of(pem) is None
+
+
+@pytest.mark.parametrize("text", ["name: alpha\nstatus: revokd\n", "{name: alpha, status: 'revoked", "status: rev"])
+def test_half_a_file_that_denies_a_site_shuts_it_out(home: Home, text: str) -> None:
+    alpha, pem = a_key()
+    write(home, "alpha", alpha)
+    registry = Registry(home)
+    assert registry.holder_of(pem) == "alpha"
+    home.site("alpha").write_text(text)
+    assert registry.holder_of(pem) is None
+
+
+def test_half_a_file_brings_no_revoked_site_back(home: Home) -> None:
+    """Its own file was revoked between two questions, and then saved by half: the audit log remembers."""
+    alpha, pem = a_key()
+    note = coordinator_log(home.audit).record
+    write(home, "alpha", alpha)
+    registry = Registry(home)
+    assert registry.holder_of(pem) == "alpha"
+    assert revoke(home, "alpha", note=note)
+    home.site("alpha").write_text("name: al")
+    assert registry.holder_of(pem) is None
+    write(home, "alpha", alpha)  # or was saved by half before
+    assert registry.holder_of(pem) is None
+
+
+def test_half_a_file_is_asked_for_in_the_audit_log_at_each_question(home: Home) -> None:
+    alpha, pem = a_key()
+    write(home, "alpha", alpha)
+    registry = Registry(home)
+    assert registry.holder_of(pem) == "alpha"
+    home.site("alpha").write_text("name: al")
+    assert registry.holder_of(pem) == "alpha"
+    coordinator_log(home.audit).record("revoke", {"site": "alpha", "fingerprint": keys.fingerprint(alpha)})
+    assert registry.holder_of(pem) is None
 
 
 def test_a_file_under_another_name_lets_nobody_in(home: Home) -> None:

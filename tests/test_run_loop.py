@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from server import app, run_command, superlink
+from server.children import ChildError
 from server.composition import Composed, compose
 from server.control import Control, ControlError, RunState
 from server.home import VARIABLE, Home
@@ -21,8 +22,10 @@ from server.run_command import Interrupted, Stop
 from server.running import status
 from server.server_config import ServerConfig
 from server.submission import Submission
-from tests.coordinator_home import approved_site, found_home, write_study
+from tests.coordinator_home import approved_site, found_home, server_certificate_ends, write_study
+from unimiss_core import progress
 from unimiss_core.config import load
+from unimiss_core.errors import ConfigError
 from unimiss_core.keys import pem_of_public, site_public_key
 
 
@@ -98,6 +101,54 @@ def test_a_superlink_that_hangs_is_started_again(
     processes = Processes(ran=ran)
     loop_of(home, composed, Link(is_silent=True, silent=silent), processes)._step()
     assert processes.ended == ended
+
+
+def test_a_superlink_that_hangs_for_ever_ends_the_run(
+    home: Home, composed: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_command, "NODES_S", 0.0)
+    link, processes = Link(is_silent=True, silent=181.0), Processes(ran=181.0)
+    loop = loop_of(home, composed, link, processes)
+    for _ in range(run_command.HANGS):
+        loop._step()
+    link.is_silent, link.silent = False, 0.0
+    loop._step()  # it answers once: they are no more in a row
+    link.is_silent, link.silent = True, 181.0
+    for _ in range(run_command.HANGS):
+        loop._step()
+    assert len(processes.ended) == 2 * run_command.HANGS
+    with pytest.raises(ChildError, match=r"superlink\.log"):
+        loop._step()
+
+
+def test_a_certificate_that_runs_out_ends_the_run_and_says_which(
+    home: Home, composed: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[object] = []
+    monkeypatch.setattr(run_command, "DATES_S", 0.0)
+    loop = loop_of(home, composed, Link(), Processes())
+    server_certificate_ends(home, datetime.now(UTC) + timedelta(days=12.5))
+    with progress.listen(notes.append):
+        for _ in range(3):
+            loop._look_at_dates()
+    server_certificate_ends(home, datetime.now(UTC))
+    with pytest.raises(ConfigError) as error:
+        loop.until_the_end(Stop())
+    assert "server.crt: has run out; `unimiss-server renew`" in str(error.value)
+    assert error.value.resumes
+    (note,) = notes  # once a day, not at each look
+    assert isinstance(note, progress.Note)
+    assert "the server's certificate lasts 12 days" in note.text
+    assert "server.crt: has run out" in (composed.folder.why_it_stopped() or "")
+
+
+def test_a_certificate_that_cannot_be_read_for_a_moment_ends_nothing(
+    home: Home, composed: Composed, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody puts back a backup; SuperLink has read it."""
+    home.server_certificate.write_text("")
+    loop_of(home, composed, Link(), Processes())._look_at_dates()
+    assert "server.crt: expected one certificate" in caplog.text
 
 
 def test_a_control_knows_how_long_nothing_has_answered(home: Home) -> None:

@@ -1,10 +1,13 @@
 """What TLS demands on either side of the line between a site and a coordinator: 1.2 or later, and a certificate of the
 coordinator's authority from both. No other authority counts, whatever the machine trusts."""
 
+import logging
 import ssl
 from pathlib import Path
 
 from unimiss_core.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def coordinator_side(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
@@ -16,6 +19,36 @@ def coordinator_side(*, certificate: Path, key: Path, authority: Path) -> ssl.SS
     context.num_tickets = 0
     context.set_alpn_protocols(["http/1.1"])
     return _armed(context, certificate, key, authority)
+
+
+class Shown:
+    """The certificate that a `coordinator_side` in use shows; another in the same file, as `unimiss-server renew`
+    writes it, is shown from the next connection on."""
+
+    def __init__(self, context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+        self._context, self._certificate, self._key = context, certificate, key
+        self._seen = self._state()
+
+    def renew(self) -> None:
+        """Look at the file. What cannot be read, or is of another key, leaves what is shown."""
+        if (state := self._state()) in (self._seen, ()):
+            return
+        self._seen = state
+        try:
+            for context in (
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+                self._context,
+            ):  # one that fails is left half armed
+                context.load_cert_chain(self._certificate, self._key, password=_no_passphrase)
+        except OSError:  # ssl.SSLError is one
+            log.warning("%s is not taken up: it is damaged, or not of %s", self._certificate, self._key.name)
+
+    def _state(self) -> tuple[int, ...]:
+        try:
+            seen = self._certificate.stat()
+        except OSError:
+            return ()
+        return seen.st_mtime_ns, seen.st_ino
 
 
 def site_side(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
