@@ -278,20 +278,25 @@ class Federation:
     def _close(
         self, state: GlobalState, update_norm: Mapping[Group, float], lines: Mapping[str, SiteRound], took: float
     ) -> None:
-        """Write the round's metrics, then its checkpoint; from here on it is done. Under site-level privacy it is
-        counted as released before anything of it is written."""
-        if self._record is not None:
-            self._record.note(state.round)
+        """Write the round's checkpoint and metrics; from here on it is done.
+
+        Under site-level privacy it is counted as released before anybody can see anything of it, and after the disk has
+        taken its checkpoint: a disk that is full costs nothing.
+        """
         row: dict[str, Any] = {
             "round": state.round,
             "seconds": round_s(took),
             "sites": {name: vars(line) for name, line in sorted(lines.items())},
             "global": {"update_norm": update_norm},
         }
-        if self._record is not None:
-            row["global"]["site_epsilon"] = self._record.epsilon()
-        self._folder.append_metrics(row)
-        state.save(self._folder, self._study)
+
+        def count_and_tell() -> None:
+            if self._record is not None:
+                self._record.note(state.round)
+                row["global"]["site_epsilon"] = self._record.epsilon()
+            self._folder.append_metrics(row)
+
+        state.save(self._folder, self._study, before=count_and_tell)
         self._ledgers.note(state.attendance.ledgers)
         self._audit.released(run=self._folder.run, round=state.round, manifest=self._folder.manifest_of(state.round))
         best = self._best()

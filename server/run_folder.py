@@ -1,7 +1,7 @@
 """The folder of a run: what it is called, where each artefact lies, and that a crash leaves it readable.
 
-docs/artefacts.md describes every file. A round's metrics are written before its checkpoint, so that every checkpoint
-has its line; lines beyond the last checkpoint belong to a round that was cut off, and resuming removes them.
+docs/artefacts.md describes every file. A round's metrics are written before its checkpoint gets its name, so that every
+checkpoint has its line; lines beyond the last checkpoint belong to a round that was cut off, and resuming removes them.
 """
 
 import json
@@ -166,7 +166,8 @@ class RunFolder:
         """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does, and as
         `ReleasedRounds.begin` where the study promises site-level privacy."""
         latest, record = self.check(study, resume=resume), record_of(self.path, study)
-        for left in (self.scratch, self._pruned):  # gigabytes, where a coordinator was killed
+        unfinished = self.checkpoints.glob(f"*{durable.PARTIAL}")
+        for left in (self.scratch, self._pruned, *unfinished):  # gigabytes, where a coordinator was killed
             shutil.rmtree(left, ignore_errors=True)
         for kept in (self._stopped, self._finished):
             kept.unlink(missing_ok=True)
