@@ -262,9 +262,7 @@ class Federation:
         rounds = self._study.schedule.rounds
         if self._probe is None or not self._config.is_probed(state.round, rounds):
             return
-        if not any(
-            row["round"] == state.round and "probe" not in row.get("global", {}) for row in self._folder.metric_rows()
-        ):
+        if not any(row["round"] == state.round and "probe" not in row["global"] for row in self._folder.metric_rows()):
             return  # the initial weights have no line
         try:
             figures = self._probe(state.teacher, is_last=state.round == rounds)
