@@ -38,7 +38,7 @@ from server.task_release import release_model
 from server.validation import Best, best_in, figure_of
 from unimiss_core import progress
 from unimiss_core.adaptation import check_adaptation
-from unimiss_core.errors import PrivacyBudgetError, RoundError, RunFolderError, where
+from unimiss_core.errors import AuditDiskError, PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.students import travelling_layout, update_layout
@@ -164,9 +164,13 @@ class Federation:
 
     @contextmanager
     def _as_config_error(self) -> Iterator[None]:
-        """The folder's OSErrors, with the way out; not those of the network."""
+        """The folder's OSErrors, with the way out; not those of the network. Where the disk has no room for a line of
+        the audit log, the run may be gone on with, too."""
         try:
             yield
+        except AuditDiskError as error:
+            error.resumes = True  # of an `init`, say, that is not true
+            raise
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
