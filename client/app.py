@@ -29,6 +29,7 @@ from client.terms import check_rounds
 from client.trainer import run_round
 from unimiss_core.codec import Layout
 from unimiss_core.errors import (
+    AuditDiskError,
     AuditError,
     ConfigError,
     DeviceError,
@@ -86,6 +87,7 @@ REASONS: dict[type[Exception], str] = {
     PrivacyBudgetError: "budget",
     PolicyError: "policy",
     AuditError: "audit",
+    AuditDiskError: "audit",
     LedgerError: "ledger",
     UnknownPatientError: "undisclosed",
 }

@@ -8,7 +8,8 @@
       private-7a...json the same for patient-level studies, whose rules of reading keep patients apart
 
 A scan's name is the sha256 of its source bytes, of how its frames are joined, and of the plan; a file that changes
-gets another name, and so does every scan when the plan does. Files appear whole or not at all.
+gets another name, and so does every scan when the plan does. Files appear whole or not at all. How long
+what stands beside the scans is kept, `client.cache_journal` says.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client import workers
+from client.cache_journal import Record, forget_unused, library_file, note_use, plan_digest, read_journal
 from client.cache_room import check_spare, forget_unfinished, make_room, prepared_bytes
 from client.candidates import Candidate
 from client.catalogue import FEW_BYTES, Catalogue, catalogue, read, safe_here, state_of
@@ -170,10 +172,11 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
     secret = load_secret(site.state)
     folder = site.cache_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state, file = state_of(site.data, secret), _library_file(folder, plan, by_patient=by_patient)
+    state, file = state_of(site.data, secret), library_file(folder, plan, by_patient=by_patient)
     site.seal()  # a key that cannot be read is told before hours of reading scans
     if (library := _remembered(site, file, state)) is not None:
         check_known(site, library.assumed if by_patient else {})
+        note_use(file)
         return library
     began = time.monotonic()
     found = catalogue(
@@ -192,28 +195,31 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
 
 def _built(
     site: SiteConfig, plan: PlanConfig, found: Catalogue, secret: bytes, show: Callable[[int, int], None], evicts: bool
-) -> list["_Record"]:
+) -> list[Record]:
     """What became of each candidate; those that no journal knows are read now. show: is told how many of how many."""
     folder = site.cache_folder
     forget_unfinished(folder)
-    records = _read_records(folder)
+    forget_unused(folder)
+    book = read_journal(folder)
+    records = book.records
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
+    book.tidy(plan_digest(plan), stamps)
     missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), site)]
     wanted = [found.candidates[index] for index in missing]
     make_room(site, wanted, plan, kept=_names(site, records, stamps), evicts=evicts)
     tasks = [_Build(found.candidates[index], plan, stamps[index], folder, site.state_key) for index in missing]
     done = len(stamps) - len(tasks)
     show(done, len(stamps))
-    with (folder / "built.jsonl").open("a", encoding="utf-8") as journal:
+    with book.path.open("a", encoding="utf-8") as journal:
         journal.write("\n")  # ends a line that a crash may have cut
         for index, outcome in _outcomes(tasks, site.workers):
             if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
                 raise _unwritable(site, outcome.detail)
             if isinstance(outcome, ScanError):
-                outcome = _Record(tasks[index].stamp, reason=outcome.reason, decoders=decoders())
+                outcome = Record(tasks[index].stamp, reason=outcome.reason, decoders=decoders(), plan=plan_digest(plan))
             record = records[outcome.stamp] = outcome
             if record.reason not in PASSING:
-                journal.write(json.dumps(asdict(record)) + "\n")
+                journal.write(record.line())
                 journal.flush()
             done += 1
             show(done, len(stamps))
@@ -221,20 +227,6 @@ def _built(
 
 
 # ---------------------------------------------------------------------------------------------------------- building
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One line of built.jsonl: a prepared scan, or the reason why there is none."""
-
-    stamp: str
-    key: str = ""
-    shape: tuple[int, ...] = ()
-    spacing_mm: tuple[float, ...] = ()
-    offset: int = 0
-    reason: str = ""
-    decoders: str = ""
-    """Those that were there when a reason was found."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +238,7 @@ class _Build:
     key_file: Path | None
 
 
-def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[int, _Record | ScanError]]:
+def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[int, Record | ScanError]]:
     # What is read here has no limit of memory, so a scan must be far from it: else its others would decide about it.
     unfolded = sum(prepared_bytes(task.candidate, task.plan) for task in tasks)
     if unfolded <= FEW_BYTES and safe_here([task.candidate for task in tasks]):
@@ -254,14 +246,14 @@ def _outcomes(tasks: Sequence[_Build], processes: int | None) -> Iterator[tuple[
     return workers.run(build, tasks, workers=processes, time_limit_s=workers.READING_LIMIT_S)
 
 
-def build(task: _Build) -> _Record:
+def build(task: _Build) -> Record:
     """Read and prepare one scan and put it into the cache, unless its content is there already."""
     key = content_key(task.candidate, task.plan)
     path = scan_file(task.folder, key, task.key_file)
     values, spacing = prepare(read(task.candidate), task.plan)
     seal = None if task.key_file is None else read_seal(task.key_file)
     offset = write_scan(path, np.rint(values * FULL).astype(np.uint16), seal)
-    return _Record(task.stamp, key, values.shape, spacing, offset)
+    return Record(task.stamp, key, values.shape, spacing, offset, plan=plan_digest(task.plan))
 
 
 def scan_file(folder: Path, key: str, key_file: Path | None) -> Path:
@@ -326,24 +318,7 @@ def _stamp(candidate: Candidate, plan: PlanConfig, secret: bytes) -> str:
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def _read_records(folder: Path) -> dict[str, _Record]:
-    records = {}
-    try:
-        lines = (folder / "built.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    for line in filter(None, lines):
-        try:
-            raw = json.loads(line)
-            raw |= {name: tuple(raw[name]) for name in ("shape", "spacing_mm")}
-            record = _Record(**raw)
-        except (ValueError, TypeError, KeyError):
-            continue  # a line cut off by a crash: its scan is built again
-        records[record.stamp] = record
-    return records
-
-
-def _is_done(record: _Record | None, site: SiteConfig) -> bool:
+def _is_done(record: Record | None, site: SiteConfig) -> bool:
     if record is None or (record.offset == 0 and not record.reason and site.state_key is None):  # it was sealed then
         return False
     if record.reason in OF_DECODERS and record.decoders != decoders():
@@ -351,17 +326,12 @@ def _is_done(record: _Record | None, site: SiteConfig) -> bool:
     return bool(record.reason) or scan_file(site.cache_folder, record.key, site.state_key).exists()
 
 
-def _names(site: SiteConfig, records: Mapping[str, _Record], stamps: Sequence[str]) -> set[str]:
+def _names(site: SiteConfig, records: Mapping[str, Record], stamps: Sequence[str]) -> set[str]:
     found = (records[stamp].key for stamp in stamps if stamp in records)
     return {scan_file(site.cache_folder, key, site.state_key).name for key in found}
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
-
-
-def _library_file(folder: Path, plan: PlanConfig, *, by_patient: bool) -> Path:
-    kind = "private" if by_patient else "library"
-    return folder / f"{kind}-{hashlib.sha256(plan.canonical().encode()).hexdigest()[:16]}.json"
 
 
 def _remember(site: SiteConfig, file: Path, state: str, library: Library, *, took_s: float) -> None:
@@ -403,7 +373,7 @@ def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
     return Library(scans, content["left_out"], assumed) if all(scan.path in present for scan in scans) else None
 
 
-def _library(site: SiteConfig, found: Catalogue, records: Sequence[_Record]) -> Library:
+def _library(site: SiteConfig, found: Catalogue, records: Sequence[Record]) -> Library:
     reasons = Counter(entry.reason for entry in (*found.left_out, *found.unreadable))
     scans: dict[tuple[str, str], CachedScan] = {}
     for candidate, record in zip(found.candidates, records, strict=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 from server.founding import Note, make_server_certificate, unnoted
 from server.home import Home
 from server.registry import ApprovedSite, Registry
+from server.revocations import Revocations
 from unimiss_core import certificates, durable, keys
 from unimiss_core.certificates import Authority
 from unimiss_core.config import dump_yaml, parse, read_yaml
@@ -57,21 +58,27 @@ def approve(home: Home, name: str, key_file: Path, *, now: datetime, note: Note 
 
 def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
     """Shut the site `name` out, from its next request on; False where it was already. Raises ConfigError: no such
-    site."""
+    site.
+
+    The file comes first, so that a disk too full for the audit log keeps nobody in; what was cut off between the two,
+    the same command again brings to its end.
+    """
     registry = Registry(home)
-    site = known_site(home, name)
-    if site.status == "revoked" and name not in registry.put_back():
-        return False
+    site = known_site(home, name, registry)
     key = keys.site_public_key(site.public_key, name)
+    told = {"site": name, "fingerprint": keys.fingerprint(key)}
+    is_written = site.status == "revoked" and name not in registry.put_back()
+    if is_written and told["fingerprint"] in Revocations(home.audit).last():
+        return False
     _write(home, site.model_copy(update={"status": "revoked"}), key)
     home.welcome(name).unlink(missing_ok=True)
-    note("revoke", {"site": name, "fingerprint": keys.fingerprint(key)})
+    note("revoke", told)
     return True
 
 
-def known_site(home: Home, name: str) -> ApprovedSite:
+def known_site(home: Home, name: str, registry: Registry | None = None) -> ApprovedSite:
     """Approved or revoked. Raises ConfigError: there is none of that name."""
-    known = Registry(home).sites()
+    known = (registry or Registry(home)).sites()
     if (site := known.get(name)) is None:
         there = f"there are: {', '.join(known)}" if known else "no site was ever approved here"
         raise ConfigError(f"'{name}' is no site of {home.path}; {there}")

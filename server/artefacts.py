@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from server.released_rounds import record_of
 from server.wording import counted
+from unimiss_core import metric_lines
 from unimiss_core.collapse import signs_in_round
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
@@ -187,7 +188,7 @@ def read_artefacts(out: Path) -> Artefacts:
     study = _read(out / "study.yaml", lambda path: load(StudyConfig, path), gaps)
     return Artefacts(
         study=study,
-        rounds=_read(out / "metrics.jsonl", lambda path: _rounds(path, gaps), gaps) or (),
+        rounds=_read(out / metric_lines.NAME, lambda path: _rounds(path, gaps), gaps) or (),
         views={path.stem.removeprefix("views-"): path.read_bytes() for path in sorted(report.glob("views-*.png"))},
         projections=_read_if_present(report / "probe-projection.npz", _projections, gaps),
         before=_read_if_present(report / "probe-before.json", _probe, gaps),
@@ -219,9 +220,9 @@ def _read_if_present(path: Path, read: Callable[[Path], Mapping[str, ReadT]], ga
 
 def _rounds(path: Path, gaps: list[str]) -> tuple[RoundRecord, ...]:
     by_number: dict[int, RoundRecord] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(metric_lines.parsed(path), start=1):
         try:
-            record = _as_far_as_right(RoundRecord, json.loads(line), f"Line {number} of {path.name}", gaps)
+            record = _as_far_as_right(RoundRecord, line, f"Line {number} of {path.name}", gaps)
         except ValueError:
             gaps.append(f"Line {number} of {path.name} is damaged or incomplete and was left out.")
         else:

@@ -1,7 +1,7 @@
 """What the coordinator holds between rounds, and how it is saved and found again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -65,8 +65,8 @@ class GlobalState:
             optimiser={name: t for name, t in found.server_tensors.items() if name.startswith(optimisers.PREFIXES)},
         )
 
-    def save(self, folder: RunFolder, study: StudyConfig) -> None:
-        """Write it as its round's checkpoint, in one rename."""
+    def save(self, folder: RunFolder, study: StudyConfig, before: Callable[[], object] = lambda: None) -> None:
+        """Write it as its round's checkpoint, in one rename. before: as of `durable.new_folder`."""
         book = {"retention": self.retention, "taught": self.taught, "attendance": self.attendance.facts()}
         held = {_RELEASED + name: tensor for name, tensor in (self.release.before or {}).items()}
         checkpoint.save(
@@ -81,4 +81,5 @@ class GlobalState:
             server_json=json.dumps(book, sort_keys=True),
             server_tensors={**self.optimiser, **held},
             signing_key=folder.signing_key,
+            before=before,
         )

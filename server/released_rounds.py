@@ -2,12 +2,17 @@
 
     OUT/released.json       {"rounds": [1, 2, 2, 3], "study": "4e0ace08..."}
 
-A round's number is written, and on the disk, before anything that was made with its noise is: metrics, probe,
-checkpoint and the requests of the next round. Each draw of noise is a release that sites pay for. A round that is done
-again, from an older checkpoint or because the newest one was lost, stands there twice, and the study pays for both.
+A round's number is written, and on the disk, before anybody can see what was made with its noise: metrics, probe,
+checkpoint and the requests of the next round. A round that is done again, from an older checkpoint or because the
+newest one was lost, stands there twice, and the study pays for both.
 
-- **What a crash costs**: one release, where it falls between the record and the checkpoint, or the disk is full there.
-  For all that the record knows the noised sum was seen by then; it never errs the other way.
+- **What costs nothing**: noise that was drawn in vain. The checkpoint is on the disk as `.partial` before the round is
+  counted, so that a disk too full for it, or a crash until then, ends the round uncounted, and it is done again with
+  another draw. Nothing of the first one left this process but for files that no run reads and that the next start
+  deletes, on a disk that holds the sites' updates themselves; nor does what ended it hang on what was drawn.
+- **What a crash costs**: one release, where it falls between the record and the checkpoint's name, or where the disk
+  has no room for the line of metrics that is written there. For all that the record knows the noised sum was seen by
+  then; it never errs the other way.
 - **What it cannot notice**: that the whole folder is a copy, or an older copy that was put back; nor a run of the same
   study in another folder. Each goes on from the record that it finds.
 """

@@ -38,7 +38,7 @@ from server.task_release import release_model
 from server.validation import Best, best_in, figure_of
 from unimiss_core import progress
 from unimiss_core.adaptation import check_adaptation
-from unimiss_core.errors import PrivacyBudgetError, RoundError, RunFolderError, where
+from unimiss_core.errors import AuditDiskError, PrivacyBudgetError, RoundError, RunFolderError, where
 from unimiss_core.groups import Group
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.students import travelling_layout, update_layout
@@ -164,9 +164,13 @@ class Federation:
 
     @contextmanager
     def _as_config_error(self) -> Iterator[None]:
-        """The folder's OSErrors, with the way out; not those of the network."""
+        """The folder's OSErrors, with the way out; not those of the network. Where the disk has no room for a line of
+        the audit log, the run may be gone on with, too."""
         try:
             yield
+        except AuditDiskError as error:
+            error.resumes = True  # of an `init`, say, that is not true
+            raise
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
@@ -262,9 +266,7 @@ class Federation:
         rounds = self._study.schedule.rounds
         if self._probe is None or not self._config.is_probed(state.round, rounds):
             return
-        if not any(
-            row["round"] == state.round and "probe" not in row.get("global", {}) for row in self._folder.metric_rows()
-        ):
+        if not any(row["round"] == state.round and "probe" not in row["global"] for row in self._folder.metric_rows()):
             return  # the initial weights have no line
         try:
             figures = self._probe(state.teacher, is_last=state.round == rounds)
@@ -278,20 +280,25 @@ class Federation:
     def _close(
         self, state: GlobalState, update_norm: Mapping[Group, float], lines: Mapping[str, SiteRound], took: float
     ) -> None:
-        """Write the round's metrics, then its checkpoint; from here on it is done. Under site-level privacy it is
-        counted as released before anything of it is written."""
-        if self._record is not None:
-            self._record.note(state.round)
+        """Write the round's checkpoint and metrics; from here on it is done.
+
+        Under site-level privacy it is counted as released before anybody can see anything of it, and after the disk has
+        taken its checkpoint: a disk that is full costs nothing.
+        """
         row: dict[str, Any] = {
             "round": state.round,
             "seconds": round_s(took),
             "sites": {name: vars(line) for name, line in sorted(lines.items())},
             "global": {"update_norm": update_norm},
         }
-        if self._record is not None:
-            row["global"]["site_epsilon"] = self._record.epsilon()
-        self._folder.append_metrics(row)
-        state.save(self._folder, self._study)
+
+        def count_and_tell() -> None:
+            if self._record is not None:
+                self._record.note(state.round)
+                row["global"]["site_epsilon"] = self._record.epsilon()
+            self._folder.append_metrics(row)
+
+        state.save(self._folder, self._study, before=count_and_tell)
         self._ledgers.note(state.attendance.ledgers)
         self._audit.released(run=self._folder.run, round=state.round, manifest=self._folder.manifest_of(state.round))
         best = self._best()

@@ -1,17 +1,16 @@
 """The folder of a run: what it is called, where each artefact lies, and that a crash leaves it readable.
 
-docs/artefacts.md describes every file. A round's metrics are written before its checkpoint, so that every checkpoint
-has its line; lines beyond the last checkpoint belong to a round that was cut off, and resuming removes them.
+docs/artefacts.md describes every file. A round's metrics are written before its checkpoint gets its name, so that every
+checkpoint has its line; lines beyond the last checkpoint belong to a round that was cut off, and resuming removes them.
 """
 
 import json
-import os
 import re
 import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from server.coordinator_config import CoordinatorConfig
 from server.released_rounds import record_of
-from unimiss_core import checkpoint, durable
+from unimiss_core import checkpoint, durable, metric_lines
 from unimiss_core.config import RUN, dump_yaml, load
 from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError, UnimissError
 from unimiss_core.keys import SigningKey, read_signing_key
@@ -50,7 +49,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / metric_lines.NAME
 
     @property
     def audit(self) -> Path:
@@ -166,7 +165,8 @@ class RunFolder:
         """Make the folder ready; the checkpoint to go on from, or None for a fresh run. Raises as `check` does, and as
         `ReleasedRounds.begin` where the study promises site-level privacy."""
         latest, record = self.check(study, resume=resume), record_of(self.path, study)
-        for left in (self.scratch, self._pruned):  # gigabytes, where a coordinator was killed
+        unfinished = self.checkpoints.glob(f"*{durable.PARTIAL}")
+        for left in (self.scratch, self._pruned, *unfinished):  # gigabytes, where a coordinator was killed
             shutil.rmtree(left, ignore_errors=True)
         for kept in (self._stopped, self._finished):
             kept.unlink(missing_ok=True)
@@ -188,7 +188,7 @@ class RunFolder:
             record.begin(found.manifest.round, anew=False)
         if not self._identity.exists():  # deleted, or begun before runs had names
             self._draw_run()
-        self._forget_rounds_after(found.manifest.round)
+        metric_lines.forget_rounds_after(self.metrics, found.manifest.round)
         return found
 
     def _require_no_file_in_its_way(self) -> None:
@@ -203,20 +203,12 @@ class RunFolder:
         return None
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        metric_lines.append(self.metrics, row)
 
     def add_to_metrics(self, round: int, figures: Mapping[str, Any]) -> None:
         """Put figures of the model into the line of a round that is finished already. Raises ValueError: one of them is
         not finite."""
-        json.dumps(figures, allow_nan=False)
-        rows = self.metric_rows()
-        for row in rows:
-            if row["round"] == round:
-                row.setdefault("global", {}).update(figures)
-        self._write_metrics(rows)
+        metric_lines.change(self.metrics, round, lambda row: row | {"global": row.get("global", {}) | dict(figures)})
 
     def note_stop(self, facts: Mapping[str, Any]) -> None:
         """Keep why the run ended before its last round, until it is gone on with."""
@@ -264,10 +256,9 @@ class RunFolder:
         """A line of metrics beyond it is of a round that was cut off."""
         return max(checkpoint.numbered(self.checkpoints), default=0)
 
-    def metric_rows(self) -> list[dict[str, Any]]:
-        if not self.metrics.exists():
-            return []
-        return list(_whole_rows(self.metrics.read_text(encoding="utf-8")))
+    def metric_rows(self) -> list[metric_lines.Row]:
+        """As `metric_lines.rows`: damaged lines are passed over."""
+        return metric_lines.rows(self.metrics)
 
     def prune_checkpoints(self, newest: int, keep: int, *, best: int | None = None) -> None:
         """Remove all but the `keep` newest, the best, where one is known, and round 0, which the report compares with.
@@ -307,31 +298,10 @@ class RunFolder:
     def _draw_run(self) -> None:
         durable.write_text(self._identity, json.dumps({"run": secrets.token_hex(8)}) + "\n")
 
-    def _forget_rounds_after(self, round: int) -> None:
-        self._write_metrics([row for row in self.metric_rows() if row["round"] <= round])
-
-    def _write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Nothing is written where nothing changes."""
-        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-        if not self.metrics.exists() or self.metrics.read_text(encoding="utf-8") != text:
-            durable.write_text(self.metrics, text)
-
 
 def folder_of(config: CoordinatorConfig) -> RunFolder:
     """Raises ConfigError: the signing key cannot be read."""
     return RunFolder(config.out, read_signing_key(config.signing_key) if config.signing_key else None)
-
-
-def _whole_rows(text: str) -> Iterator[dict[str, Any]]:
-    """Every line that was written to its end; a crash can cut off the last."""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(row, dict) or not isinstance(row.get("round"), int):
-            return
-        yield row
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], at: str = "") -> Iterator[str]:

@@ -97,7 +97,8 @@ def _process_lines(running: Running | None, at_work: bool, now: datetime) -> Ite
 def _run_lines(folder: RunFolder, running: Running | None, at_work: bool) -> Iterator[str]:
     rows, rounds = folder.metric_rows(), folder.rounds()
     is_this = running is not None and running.study == folder.path.name
-    counts = counted(len(rows), "round") if rounds is None else f"{len(rows)} of {counted(rounds, 'round')}"
+    done = rows[-1]["round"] if rows else 0
+    counts = counted(done, "round") if rounds is None else f"{done} of {counted(rounds, 'round')}"
     last = f"{folder.path.name}: {counts} finished"
     if rows:
         counting = [name for name, site in rows[-1]["sites"].items() if site["status"] in ("ok", "late")]
@@ -110,7 +111,7 @@ def _run_lines(folder: RunFolder, running: Running | None, at_work: bool) -> Ite
     is_starting = at_work and running is None  # which study's, nobody knows yet
     if rounds is None or is_this or is_starting:
         return
-    if len(rows) < rounds:
+    if done < rounds:
         yield "  not at work; unimiss-server run STUDY.yaml goes on with it"
     elif not folder.is_finished:
         yield "  its model, audit log or report may lack; unimiss-server run STUDY.yaml brings it to its end"

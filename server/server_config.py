@@ -84,7 +84,7 @@ class ServerConfig(Config):
     superlink_port: Port = 8000
     """Of Flower's SuperLink, on 127.0.0.1. Whoever may open it can run code here: no other users on this machine."""
     log_mb: Megabytes = 32.0
-    """Of each process' log; when it is full, it becomes NAME.log.1 in place of the one before."""
+    """Of each file of a process' log; when it is full, it becomes NAME.log.1, and that NAME.log.2, up to NAME.log.4."""
     patience: Patience = Patience()
     limits: FrontLimits = FrontLimits()
 

@@ -14,10 +14,10 @@ retention, what the server optimiser makes of a step - follows from such steps a
   about another, and move the sum by 2 C. n is a divisor that everybody knows, not a count of replies. Fewer than n are
   refused by the quorum; not for privacy's sake, for noise and divisor do not hang on them, but because the step would
   be shorter than the study says.
-- **What a round releases.** One sum with one draw of noise, counted before it is made (`server.released_rounds`). A try
-  of a round that fails asked sites with what the round before had released, and took no sum. A round that is done
-  again, after a crash or from an older checkpoint, draws anew and is another release. Noise is never kept, nor drawn
-  from the study's seed.
+- **What a round releases.** One sum with one draw of noise, counted before anybody can see it
+  (`server.released_rounds`). A try of a round that fails asked sites with what the round before had released, and took
+  no sum. A round that is done again draws anew, and is another release where it was counted before. Noise is never
+  kept, nor drawn from the study's seed.
 - **What is promised.** Of two federations that differ in what one site's updates hold, nothing being one of them. Who
   takes part and who fails is not hidden, nor is whether a round came about. One archive put in another's place moves
   the sum by up to 2 C, and costs what half the noise would.

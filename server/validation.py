@@ -72,7 +72,8 @@ def _is_better(sites: Mapping[str, float], best: Mapping[str, float]) -> bool:
 
 
 def best_in(rows: Iterable[Mapping[str, Any]], figure: str) -> Best | None:
-    """Of lines of metrics.jsonl. An update that came late tells of an earlier model, and is not looked at."""
+    """Of lines of metrics.jsonl, as `unimiss_core.metric_lines.rows` gives them. An update that came late tells of an
+    earlier model, and is not looked at."""
     return best_of(by_round(((row["round"], _told_in_time(row["sites"])) for row in rows), figure))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client import cache, cache_room
+from client import cache, cache_journal, cache_room
 from client import catalogue as look_module
 from client.cache import open_library, open_private_library
 from client.cache_room import prepared_bytes
@@ -331,7 +331,53 @@ def test_a_record_is_one_line_of_json(site):
     lines = (site.cache_folder / "built.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if line]
     assert len(records) == 3
-    assert set(records[0]) == {"stamp", "key", "shape", "spacing_mm", "offset", "reason", "decoders"}
+    assert set(records[0]) == {"stamp", "key", "shape", "spacing_mm", "offset", "reason", "decoders", "plan"}
+
+
+def journal_of(site: SiteConfig) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (site.cache_folder / "built.jsonl").read_text().splitlines() if line]
+
+
+def plans(count: int) -> list[PlanConfig]:
+    return [PlanConfig(image_longest_side=64 + number) for number in range(count)]
+
+
+@pytest.mark.parametrize("opened", [open_library, open_private_library])
+def test_what_plans_left_that_were_not_used_for_long_goes(site, built, opened):
+    """The plan at hand and one that was used since stay; so do prepared scans, which `cache_limit_gb` bounds."""
+    write_radiograph(site.data[0].folder / "blank", np.full((9, 9), 7, np.uint8), attributes={"PatientID": "two"})
+    site = site.model_copy(update={"data": (DataSource(folder=site.data[0].folder, patient_pattern="(?P<patient>.)"),)})
+    old, used, now, late = plans(4)
+    for plan in (old, used, now):
+        opened(site, plan)
+    for file in (files := [*site.cache_folder.glob("library-*"), *site.cache_folder.glob("private-*")]):
+        os.utime(file, (time.time() - 91 * 86_400,) * 2)
+    assert len(files) == 3
+    opened(site, used)
+    opened(site, late)
+    kept = {cache_journal.plan_digest(plan) for plan in (used, late)}
+    assert {file.stem.partition("-")[2] for file in site.cache_folder.glob("*-*.json")} == kept
+    assert len(list(site.cache_folder.glob("*.npy"))) == 4 * 3
+    for scan in site.cache_folder.glob("*.npy"):
+        scan.unlink()
+    built.clear()
+    opened(site, late)
+    assert len(built) == 3  # the left-out one is remembered
+    assert {line["plan"] for line in journal_of(site) if line["reason"]} == kept
+
+
+def test_the_journal_does_not_grow_with_each_scan_that_went_and_came(site):
+    """Two plans, of which the room bears one, take turns; then all files are touched, as a copying job may do."""
+    used = sum(scan.path.stat().st_size for scan in open_library(site, PLAN).scans)
+    tight = site.model_copy(update={"cache_limit_gb": 1.3 * used / 1e9})
+    for number in range(12):
+        open_library(tight, PLAN if number % 2 else PlanConfig(percentiles=(1.0, 99.0)))
+        assert len(journal_of(site)) <= 3 * 5
+    for number in range(12):
+        for file in site.data[0].folder.rglob("*.png"):
+            os.utime(file, (number, number))
+        open_library(site, PLAN)
+        assert len(journal_of(site)) <= 3 * 5
 
 
 def full_disk(*_: object, **__: object) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from server import children
+from server import children, superlink
 from server.children import ChildError, Children, Member, Recipe
+from server.home import Home
+from server.server_config import ServerConfig
 from unimiss_core import tether
+from unimiss_core.child import KEPT_LOGS
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -137,6 +140,14 @@ def test_a_full_log_makes_room(tmp_path: Path, family: Callable[..., Children]) 
     until(lambda: (log := one.log_of(one.members[0])).exists() and log.read_text().endswith(" 99\n"))
     assert one.log_of(one.members[0]).stat().st_size <= 1_000
     assert (tmp_path / "a.log.1").exists()
+
+
+def test_the_coordinators_page_tells_what_room_logs_take() -> None:
+    config = ServerConfig(address="127.0.0.1:9443")
+    files, logs = 1 + KEPT_LOGS, len(superlink.family(Home(Path("/home")), config).recipes)
+    told = f"of each {files} files of {config.log_mb:g} MB (`log_mb`), {files * logs * config.log_mb:g} MB in all"
+    page = " ".join((ROOT / "docs" / "coordinator.md").read_text(encoding="utf-8").split())
+    assert told in page
 
 
 def test_none_outlives_its_starter_however_that_ends() -> None:

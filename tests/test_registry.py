@@ -12,7 +12,7 @@ from server.home import Home
 from server.registry import ApprovedSite, Registry, registered
 from unimiss_core import keys
 from unimiss_core.config import dump_yaml, load
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import AuditError, ConfigError
 
 
 def write(home: Home, name: str, key: keys.SitePublicKey, status: str = "approved", file: str = "") -> None:
@@ -224,6 +224,27 @@ def test_a_file_from_before_its_site_was_revoked_lets_nobody_in(home: Home, capl
     assert "revoked" in home.site("alpha").read_text()
     assert not Registry(home).put_back()
     assert not revoke(home, "alpha", note=note)
+
+
+def test_a_revocation_that_the_audit_log_lacks_is_written_by_the_same_command_again(home: Home) -> None:
+    """The disk was full at the log's line, or the process was killed before it."""
+    alpha, pem = a_key()
+    write(home, "alpha", alpha)
+    before = home.site("alpha").read_bytes()
+
+    def full(*_: object) -> None:
+        raise AuditError("no room")
+
+    with pytest.raises(AuditError):
+        revoke(home, "alpha", note=full)
+    assert Registry(home).holder_of(pem) is None  # it is out all the same
+    note = coordinator_log(home.audit).record
+    assert revoke(home, "alpha", note=note)
+    assert not revoke(home, "alpha", note=note)
+    assert home.audit.read_text().count('"revoke"') == 1
+    home.site("alpha").write_bytes(before)
+    assert Registry(home).holder_of(pem) is None
+    assert Registry(home).put_back() == {"alpha"}
 
 
 def test_what_was_done_with_a_key_last_is_what_counts(home: Home) -> None:

@@ -169,10 +169,10 @@ def test_a_resumed_run_of_steps_sends_and_ends_with_the_same_bits(tmp_path: Path
     class Cut(Exception):  # noqa: N818
         pass
 
-    def save_until_cut(self: GlobalState, *where: object) -> None:
+    def save_until_cut(self: GlobalState, *where: object, **named: object) -> None:
         if self.round == cut + 1:
             raise Cut
-        save(self, *where)  # type: ignore[arg-type]
+        save(self, *where, **named)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GlobalState, "save", save_until_cut)

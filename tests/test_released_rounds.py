@@ -1,5 +1,6 @@
 """Site-level privacy: every release is counted before it is made, also of a round that is done again."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from server.run_folder import RunFolder
 from tests import test_rounds
 from tests.federation import metric_rows, small_study
 from tests.test_site_level import federate, site_study, xray
-from unimiss_core import checkpoint
+from unimiss_core import checkpoint, durable
 from unimiss_core.errors import CheckpointError, PrivacyBudgetError, RunFolderError
 from unimiss_core.gaussian_privacy import gaussian_epsilon
 from unimiss_core.study import StudyConfig
@@ -115,10 +116,10 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, what: type, name: str, out: Path,
     """The coordinator dies instead of doing this for a round after the first checkpoint."""
     whole: Callable[..., object] = getattr(what, name)
 
-    def die(*arguments: object) -> object:
+    def die(*arguments: object, **named: object) -> object:
         if (out / "checkpoints" / "round-0000").exists():
             raise Killed
-        return whole(*arguments)
+        return whole(*arguments, **named)
 
     monkeypatch.setattr(what, name, die)
     with pytest.raises(Killed):
@@ -129,12 +130,13 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, what: type, name: str, out: Path,
 @pytest.mark.parametrize(
     ("what", "name", "counted"),
     [
-        (ReleasedRounds, "note", []),  # nothing of the round was written
+        (GlobalState, "save", []),  # nothing of the round was written
+        (ReleasedRounds, "note", []),  # nor can anything be seen of it
         (RunFolder, "append_metrics", [1]),
-        (GlobalState, "save", [1]),
+        (Path, "rename", [1]),  # that of the checkpoint
     ],
 )
-def test_a_release_is_counted_before_anything_of_it_is_written(
+def test_a_release_is_counted_before_anything_of_it_can_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: type, name: str, counted: list[int]
 ) -> None:
     study = study_of(1)
@@ -143,6 +145,38 @@ def test_a_release_is_counted_before_anything_of_it_is_written(
     run(tmp_path, study, resume=True)
     assert recorded(tmp_path) == [*counted, 1]
     assert charged(tmp_path) == {1: paid(len(counted) + 1)}
+
+
+def test_a_disk_too_full_for_a_checkpoint_costs_nothing_however_often_it_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `unimiss-server run` tries, by itself; the study affords no release more than it has rounds."""
+    study, whole = study_of(3, affords=3), durable.sync
+
+    def full(path: Path) -> None:
+        if path.parent.name.startswith("round-0002"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path)
+
+    monkeypatch.setattr(durable, "sync", full)
+    for attempt in range(6):
+        with pytest.raises(RunFolderError, match="No space left on device; make room, then resume"):
+            run(tmp_path, study, resume=attempt > 0)
+        assert recorded(tmp_path) == [1]
+        assert charged(tmp_path) == {1: paid(1)}
+    monkeypatch.undo()
+    run(tmp_path, study, resume=True)
+    assert recorded(tmp_path) == [1, 2, 3]
+    assert charged(tmp_path) == {1: paid(1), 2: paid(2), 3: paid(3)}
+
+
+def test_what_a_killed_coordinator_left_of_a_checkpoint_is_gone_when_the_run_goes_on(tmp_path: Path) -> None:
+    """It holds noise that nobody paid for."""
+    run(tmp_path, study_of(1))
+    (left := tmp_path / "checkpoints" / "round-0002.partial").mkdir()
+    (left / "student.safetensors").write_bytes(b"half")
+    RunFolder(tmp_path).begin(study_of(1), resume=True)
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(

@@ -374,15 +374,15 @@ def test_resumed_run_ends_bit_identical_to_an_unbroken_one(
 
     unbroken = federate(tmp_path / "a", [xray(), ct()], study)
 
-    save = GlobalState.save
+    rename = Path.rename
 
-    def save_until_cut(state: GlobalState, folder: RunFolder, study: StudyConfig) -> None:
-        if state.round == cut + 1:
-            raise Cut  # metrics of this round are written, its checkpoint is not
-        save(state, folder, study)
+    def rename_until_cut(path: Path, name: Path) -> Path:
+        if name.name == checkpoint.folder_name(cut + 1):
+            raise Cut  # metrics of this round are written, its checkpoint is not there yet
+        return rename(path, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GlobalState, "save", save_until_cut)
+        patch.setattr(Path, "rename", rename_until_cut)
         with pytest.raises(Cut):
             federate(tmp_path / "b", [xray(), ct()], study)
     resumed = federate(tmp_path / "b", [xray(), ct()], study, resume=True)

@@ -306,11 +306,11 @@ def test_a_sum_that_was_taken_before_a_crash_reached_nobody(tmp_path: Path, monk
 
     save = GlobalState.save
 
-    def die_in_round_1(self: GlobalState, *rest: object) -> None:
+    def die_in_round_1(self: GlobalState, *rest: object, **named: object) -> None:
         if self.round == 1:
             lost.append(self.student)
             raise Killed
-        save(self, *rest)  # type: ignore[arg-type]
+        save(self, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(GlobalState, "save", die_in_round_1)
     with pytest.raises(Killed):

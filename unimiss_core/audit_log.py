@@ -18,7 +18,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from unimiss_core.chained_log import Chain, ChainedLog, Link
-from unimiss_core.errors import AuditError, ConfigError
+from unimiss_core.errors import AuditDiskError, AuditError, ConfigError
 
 WAY_OUT = "docs/audit.md says what to do"
 
@@ -66,16 +66,16 @@ class AuditLog(Generic[EntryT]):
     def record(self, kind: str, facts: Facts | None = None, **more: Any) -> None:
         """Add an entry; when this returns, it is on the disk, and what it says may be done.
 
-        Raises AuditError: the disk is full, the folder cannot be written to, or the log's end is damaged. ValueError,
-        which is our own mistake: no such kind, or not with these facts.
+        Raises AuditDiskError: the disk is full, or the folder cannot be written to; AuditError: the log's end is
+        damaged. ValueError, which is our own mistake: no such kind, or not with these facts.
         """
         if kind not in self._kinds:
             raise ValueError(f"no kind of audit entry is called {kind}")
         told = {"kind": kind, "time": self._clock(), **(facts or {}), **more}
         try:
             self._log.append(partial(self._kinds[kind], **told))
-        except ConfigError as error:
-            raise AuditError(f"nothing leaves and nothing is done that is not written down: {error}") from None
+        except ConfigError as error:  # of the disk; a damaged log is an AuditError already
+            raise AuditDiskError(f"nothing leaves and nothing is done that is not written down: {error}") from None
 
     def read(self) -> Chain[EntryT]:
         """All entries, verified from the first to the last. Raises AuditError: the log is damaged; ConfigError: it

@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,16 +98,17 @@ def save(
     server_json: str = "{}",
     server_tensors: "Mapping[str, Tensor] | None" = None,
     signing_key: SigningKey | None = None,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a checkpoint as `folder`, in one rename.
 
     server_tensors: named `prefix.name` after the parameter they belong to, and of its shape. signing_key: of who makes
-    it; None leaves it unsigned.
+    it; None leaves it unsigned. before: as of `durable.new_folder`.
     """
     files = {STUDENT: student, TEACHER: teacher}
     if server_tensors:
         files[_SERVER_TENSORS] = server_tensors
-    with durable.new_folder(folder) as partial:
+    with durable.new_folder(folder, before=before) as partial:
         (partial / _SERVER_JSON).write_bytes(server_json.encode())
         mode = stat.S_IMODE((partial / _SERVER_JSON).stat().st_mode)  # what a new file gets here
         paths = [partial / name for name in files]

@@ -15,7 +15,7 @@ from typing import IO, Self
 
 LOG_BYTES = 10 << 20
 KEPT_LOGS = 4
-"""Files of LOG_BYTES beside the one that is written to."""
+"""Older files beside the one that is written to, each as large."""
 LONGEST_LINE = 1 << 16
 
 

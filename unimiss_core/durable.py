@@ -3,7 +3,7 @@
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -74,20 +74,24 @@ def append(file: BinaryIO, payload: bytes) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, before: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """Yield a folder to fill; it becomes `path` (replacing an older one) only when the block ends well. Where the block
-    raises, nothing of it stays."""
+    raises, or the disk does not take it all, nothing of it stays.
+
+    before: done when all of it is on the disk, and nothing but its name is left to change.
+    """
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        for below in partial.rglob("*"):
+            sync_folder(below) if below.is_dir() else sync(below)
+        sync_folder(partial)
+        before()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for below in partial.rglob("*"):
-        sync_folder(below) if below.is_dir() else sync(below)
-    sync_folder(partial)
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)

@@ -10,6 +10,7 @@ UnimissError            1  anything below that has no code of its own
 ├── LedgerError         6  the record of what patients have cost is damaged, or was put back to an older one
 ├── PrivacyClaimError   7  an audit measured what contradicts a study's promise of privacy
 ├── AuditError          8  what was done cannot be written down, or the log of it is damaged
+│   └── AuditDiskError  8  the former, for want of room or of rights; a run goes on once that is mended
 ├── PolicyError         1  a study asks for more than the site's policy allows; nothing was read for it
 ├── PrivacyBudgetError  1  a round would cost patients, or sites, more than is allowed; nothing was read for it
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken, or a model answers them
@@ -78,6 +79,10 @@ class AuditError(UnimissError):
     """An audit log cannot be relied upon, or not be written to; nothing that belongs into it is done."""
 
     exit_code = 8
+
+
+class AuditDiskError(AuditError):
+    """The disk is full at a line of an audit log, or its folder cannot be written to; the log itself is sound."""
 
 
 class PolicyError(UnimissError):

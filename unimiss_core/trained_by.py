@@ -4,18 +4,14 @@ A run's `metrics.jsonl` names its sites, and stays with the coordinator; beside 
 `trained_by.json`, which counts them.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, ValidationError
 
-from unimiss_core import durable
+from unimiss_core import durable, metric_lines
 from unimiss_core.config import Config
 
 NAME = "trained_by.json"
-_METRICS = "metrics.jsonl"
 _COUNTED = ("ok", "late")
 
 
@@ -44,13 +40,13 @@ def write(folder: Path, told: TrainedBy) -> None:
 def of_run(out: Path, round: int) -> TrainedBy | None:
     """Up to this round, from the metrics in a run's folder (docs/artefacts.md); None where there are none.
 
-    A line that was cut off is left out; of a round that was written twice, the later line counts.
+    A damaged line is left out; of a round that was written twice, the later line counts.
     """
     try:
-        lines = (out / _METRICS).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        rows = metric_lines.rows(out / metric_lines.NAME)
+    except OSError:
         return None
-    rounds = {record["round"]: record for line in lines if (record := _record(line)) and record["round"] <= round}
+    rounds = {row["round"]: row for row in rows if row["round"] <= round}
     if not rounds:
         return None
     ranks: dict[str, set[str]] = {}
@@ -58,20 +54,10 @@ def of_run(out: Path, round: int) -> TrainedBy | None:
         for name, site in record["sites"].items():
             if site["status"] in _COUNTED:
                 ranks.setdefault(name, set()).update(rank for rank, count in (site.get("scans") or {}).items() if count)
-    paid = [record.get("global", {}).get("site_epsilon") for record in rounds.values()]
+    paid = [record["global"].get("site_epsilon") for record in rounds.values()]
     return TrainedBy(
         sites=len(ranks),
         with_images=sum("2d" in there for there in ranks.values()),
         with_volumes=sum("3d" in there for there in ranks.values()),
         site_epsilon=max((one for one in paid if one is not None), default=None),
     )
-
-
-def _record(line: str) -> Mapping[str, Any] | None:
-    """One line of the metrics; None where it is not whole."""
-    try:
-        record: Mapping[str, Any] = json.loads(line)
-        statuses = [site["status"] for site in record["sites"].values()]
-        return record if isinstance(record["round"], int) and all(isinstance(one, str) for one in statuses) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
