@@ -121,6 +121,7 @@ def join(home: Home, path: Path, *, note: Note = unnoted) -> Joined:
             f"{path}: is of another coordinator ({paper.fingerprint}) than this site has joined "
             f"({before.fingerprint}); a folder joins one. To change: unimiss-site leave, then {UNDER_ANOTHER_NAME}"
         )
+    note("join", {"site": name, "coordinator": paper.fingerprint})
     try:
         durable.write_text(home.authority, paper.authority)
         durable.write_text(home.certificate, paper.certificate)
@@ -128,7 +129,6 @@ def join(home: Home, path: Path, *, note: Note = unnoted) -> Joined:
         durable.write_text(home.welcome, in_yaml(paper))  # last: whoever finds it finds the others
     except OSError as error:
         raise ConfigError(f"{home.path}: cannot be written to ({error.strerror}); mend that, then try again") from None
-    note("join", {"site": name, "coordinator": paper.fingerprint})
     return Joined(name, paper.address, paper.fingerprint, is_new=before is None)
 
 

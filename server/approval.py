@@ -17,7 +17,7 @@ from server.revocations import Revocations
 from unimiss_core import certificates, durable, keys
 from unimiss_core.certificates import Authority
 from unimiss_core.config import dump_yaml, parse, read_yaml
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import AuditError, ConfigError
 from unimiss_core.joining import UNDER_ANOTHER_NAME, host_and_port, in_yaml, read_join_request, read_welcome, welcome
 
 RENEW_WITHIN_DAYS = 180
@@ -45,14 +45,14 @@ def approve(home: Home, name: str, key_file: Path, *, now: datetime, note: Note 
     key = _given_key(name, key_file)
     known = Registry(home).sites()
     is_new = _require_free(name, key, known)
-    if is_new or not _welcome_lasts(home, name, now):
-        authority = _authority(home, now)
-        if is_new:
-            site = parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where="SITE")
-            _write(home, site, key)
-        _write_welcome(home, authority, name, key, now)
+    authority = _authority(home, now) if is_new or not _welcome_lasts(home, name, now) else None
     told = keys.fingerprint(key)
     note("approve", {"site": name, "fingerprint": told})
+    if is_new:
+        site = parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where="SITE")
+        _write(home, site, key)
+    if authority is not None:
+        _write_welcome(home, authority, name, key, now)
     return Approved(name, told, home.welcome(name), is_new)
 
 
@@ -72,7 +72,11 @@ def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
         return False
     _write(home, site.model_copy(update={"status": "revoked"}), key)
     home.welcome(name).unlink(missing_ok=True)
-    note("revoke", told)
+    try:
+        note("revoke", told)
+    except AuditError as error:
+        out = f"'{name}' is shut out, and that could not be written down: {error}"
+        raise type(error)(f"{out}; after that revoke it again, so that it is remembered") from None
     return True
 
 
@@ -90,18 +94,19 @@ def renew(home: Home, *, now: datetime, every: bool = False, note: Note = unnote
     approved sites; what was made, in words. Keys and the authority stay. Raises ConfigError."""
     authority, made = _authority(home, now), list[str]()
     server = certificates.read_certificate(home.server_certificate)
-    if every or certificates.days_left(server, now) < RENEW_WITHIN_DAYS:
+    is_servers_due = every or certificates.days_left(server, now) < RENEW_WITHIN_DAYS
+    due = [site for site in Registry(home).approved() if every or not _welcome_lasts(home, site.name, now)]
+    note("renew", {"certificates": is_servers_due + len(due)})
+    if is_servers_due:
         make_server_certificate(home, authority, host_and_port(address_of(home)).host, now)
         made.append(
             f"{home.server_certificate}; with a run at work, `unimiss-server stop` and `run` before the old one runs "
             "out: the public side shows it at once, SuperLink from its next start on"
         )
-    for site in Registry(home).approved():
-        if every or not _welcome_lasts(home, site.name, now):
-            key = keys.site_public_key(site.public_key, site.name)
-            _write_welcome(home, authority, site.name, key, now)
-            made.append(f"{home.welcome(site.name)}, for `unimiss-site join` at the site")
-    note("renew", {"certificates": len(made)})
+    for site in due:
+        key = keys.site_public_key(site.public_key, site.name)
+        _write_welcome(home, authority, site.name, key, now)
+        made.append(f"{home.welcome(site.name)}, for `unimiss-site join` at the site")
     return made
 
 

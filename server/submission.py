@@ -121,5 +121,7 @@ class Submission:
             )
         pause = min(self.patience.pause_s * 2 ** max(self.fruitless - 1, 0), self.patience.longest_s)
         self.not_before = now + pause
-        log.warning("run=%s ended after round %s (%s); tried again in %g s", run, done, _without_ways(error), pause)
+        short = _without_ways(error)
+        ways = "" if short == error else "; `unimiss-server status` says what can be done meanwhile"
+        log.warning("run=%s ended after round %s (%s); tried again in %g s%s", run, done, short, pause, ways)
         return False

@@ -224,6 +224,30 @@ def test_a_name_and_a_key_that_were_revoked_do_not_come_back(
     assert "alpha  revoked" in server("sites").out
 
 
+def test_what_cannot_be_written_down_is_not_done_but_to_shut_a_site_out(
+    server: Typed, alpha: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beta, home = begun(tmp_path / "beta", capsys, "beta"), Home(server.folder)
+    server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
+    sound, welcome = home.audit.read_bytes(), home.welcome("alpha").read_bytes()
+    home.audit.write_bytes(sound.replace(b'"approve"', b'"approvd"'))
+    assert server("approve", "beta", "--key", beta.folder / "beta.join.yaml").code == 8
+    assert server("renew", "--all").code == 8
+    assert (home.site("beta").exists(), home.welcome("alpha").read_bytes()) == (False, welcome)
+    said = server("revoke", "alpha", "--yes")
+    assert (said.code, "'alpha' is shut out, and that could not be written down" in said.err) == (8, True), said.err
+    assert "revoke it again" in said.err
+    assert "alpha  revoked" in server("sites").out
+    home.audit.write_bytes(sound)
+    assert server("revoke", "alpha", "--yes").code == 0
+    assert b'"revoke"' in home.audit.read_bytes()
+    log = alpha.folder / "state" / "audit.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"init"', b'"inot"'))
+    (tmp_path / "welcome.yaml").write_bytes(welcome)
+    assert alpha("join", tmp_path / "welcome.yaml").code == 8
+    assert not SiteHome(alpha.folder).welcome.exists()
+
+
 def test_under_another_name_ledger_and_audit_log_go_on(
     server: Typed, alpha: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

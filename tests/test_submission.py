@@ -174,7 +174,10 @@ def test_what_is_tried_again_by_itself_is_not_said_to_need_a_person(
     trial.ended(trial.begin(), RoundError(told))
     trial.after(5.0)
     (said,) = caplog.messages
-    assert said.endswith("(1 of at least 2 sites are there; beta: policy); tried again in 10 s")
+    assert said.endswith(
+        "(1 of at least 2 sites are there; beta: policy); tried again in 10 s; `unimiss-server status` says "
+        "what can be done meanwhile"
+    )
 
 
 def test_an_error_that_lasts_ends_it_at_once(trial: Trial) -> None:
