@@ -8,8 +8,17 @@ from PIL import Image, ImageFile
 
 from client.pictures import check_header, looks_like_picture, read_picture, write_png
 from unimiss_core.errors import ScanError
+from unimiss_core.plan import prepare
+from unimiss_core.study import PlanConfig
 
 GREY = (np.arange(35 * 22) * 7 % 251).reshape(35, 22)
+
+
+def test_a_picture_of_a_ct_keeps_its_contrast(tmp_path):
+    # Its grey values are no Hounsfield units, whose window is 2048 wide.
+    write_png(tmp_path / "a.png", GREY.astype(np.uint8))
+    values, _ = prepare(read_picture(tmp_path / "a.png", "CT"), PlanConfig())
+    assert np.ptp(values) > 0.9
 
 
 def test_png_of_8_and_16_bit_reads_back_exactly(tmp_path):
