@@ -42,9 +42,8 @@ def read_picture(path: Path, modality: Modality) -> Scan:
             raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, ... on damaged files
             raise ScanError(reason_of(error, "cannot_decode")) from None
-    # Dots per inch in a picture speak of screens and printers, not of the patient; and its grey values were made to be
-    # looked at: those of a CT are no Hounsfield units, whose window would leave a tenth of the contrast.
-    return Scan(values[None], (1.0, 1.0), "OT" if modality == "CT" else modality, spacing_known=False)
+    # Dots per inch in a picture speak of screens and printers, not of the patient.
+    return Scan(values[None], (1.0, 1.0), modality, spacing_known=False, is_calibrated=False)
 
 
 def _open(path: Path) -> Image.Image:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,10 +57,22 @@ class Seen:
     labels: list[tuple[str, ...]] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
     scored: list[bool] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    """Of the prepared values: equal ones are of one scan, whatever it is called."""
     features: dict[str, list[Features]] = field(default_factory=dict)
     """Name of an encoder -> batches (n, E)."""
     scans: list[NDArray[np.float16]] = field(default_factory=list)
     """Batches (n, C, *S), where they are asked for."""
+
+    def drop(self, places: Collection[int]) -> None:
+        """Leave out the scans at these places."""
+        kept = [place for place in range(len(self.labels)) if place not in places]
+        self.labels = [self.labels[place] for place in kept]
+        self.patients = [self.patients[place] for place in kept]
+        self.scored = [self.scored[place] for place in kept]
+        self.digests = [self.digests[place] for place in kept]
+        self.features = {name: [np.concatenate(batches)[kept]] for name, batches in self.features.items()}
+        self.scans = [np.concatenate(self.scans)[kept]] if self.scans else []
 
 
 def run_probe(
@@ -126,7 +138,6 @@ def _look(
     seen: dict[Rank, Seen] = {}
     waiting: dict[Rank, list[NDArray[np.float32]]] = {}
     left_out, kinds = Counter[str](), Counter[Modality]()
-    known_by: set[bytes] = set()
     for known in source.scans(beginning.plan, beginning.modality):
         rank = known.scan.rank
         try:
@@ -134,29 +145,39 @@ def _look(
         except ScanError as error:
             left_out[error.reason] += 1
             continue
-        if (
-            digest := hashlib.sha256(np.ascontiguousarray(x).data).digest()
-        ) in known_by:  # under another name it would teach what it is judged by
-            left_out["duplicate"] += 1
-            continue
-        known_by.add(digest)
         found = seen.setdefault(rank, Seen())
         kinds[known.scan.modality] += 1
         found.labels.append(known.labels)
         found.patients.append(known.patient)
         found.scored.append(known.is_scored)
+        found.digests.append(hashlib.sha256(np.ascontiguousarray(x).data).digest())
         waiting.setdefault(rank, []).append(x)
         if len(waiting[rank]) == batch:
             _embed(found, waiting.pop(rank), encoders, keeps_scans=keeps_scans)
     for rank, held in waiting.items():
         _embed(seen[rank], held, encoders, keeps_scans=keeps_scans)
-    for reason, count in sorted(left_out.items()):
+    for found in seen.values():
+        copies = _teaching_copies(found)
+        found.drop(copies)
+        left_out["duplicate"] += len(copies)
+    for reason, count in sorted((+left_out).items()):
         progress.report(progress.Note(f"left out: {count} {reason}: {REASONS[reason]}"))
     if source.way_to_name is not None and beginning.modality is None:
         tell_of_unnamed(kinds.elements(), source.way_to_name)
     if not seen:
         raise NoUsableScanError("--data: holds no labelled scan that can be used; the notes above say why")
     return seen
+
+
+def _teaching_copies(found: Seen) -> set[int]:
+    """Places of scans that would teach a model what it is judged by, under another name: by a split those that teach,
+    without one all but the first patient's."""
+    if any(found.scored):
+        judged = {digest for digest, scored in zip(found.digests, found.scored, strict=True) if scored}
+        return {place for place, digest in enumerate(found.digests) if digest in judged and not found.scored[place]}
+    first: dict[bytes, str] = {}
+    named = enumerate(zip(found.digests, found.patients, strict=True))
+    return {place for place, (digest, patient) in named if first.setdefault(digest, patient) != patient}
 
 
 def _embed(

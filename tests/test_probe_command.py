@@ -230,20 +230,24 @@ def test_what_cannot_be_probed_is_told_in_one_message(tmp_path: Path, capsys: py
     assert "no figure: a class has only 3 patients, at least 5 are needed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("has_split", [False, True])
 def test_a_scan_under_two_patients_does_not_teach_what_it_is_judged_by(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], has_split: bool
 ) -> None:
-    """Labels that hang on nothing are told rightly of each copy by whoever saw the other."""
+    """Whoever judges stays; copies among those who teach may stay, too."""
     pictures(tmp_path, 20)
-    lines = ["scan,label,patient"]
+    lines = ["scan,label,patient" + ",split" * has_split]
     for number in range(20):
+        label, part = "ab"[number // 2 % 2], ["train", "test"][number % 4 == 3]
         shutil.copy(tmp_path / "pictures" / f"secret{number}.png", tmp_path / "pictures" / f"again{number}.png")
-        label = "ab"[number // 2 % 2]
-        lines += [f"secret{number}.png,{label},p{number}", f"again{number}.png,{label},q{number}"]
+        lines.append(f"secret{number}.png,{label},p{number}" + ",train" * has_split)
+        lines.append(f"again{number}.png,{label},q{number}" + f",{part}" * has_split)
     table = write(tmp_path / "pictures" / "both.csv", "\n".join(lines))
-    (told,) = figures_of(tmp_path, "scratch", "--data", table)
-    assert (told["scans"], told["patients"]) == (20, 20)
-    assert "left out: 20 duplicate: a copy of a file" in capsys.readouterr().err
+    (told,) = figures_of(tmp_path, "scratch", "--data", table, "--set-out", str(tmp_path / "set.npz"))
+    left = 5 if has_split else 20
+    assert (told["scans"], told["patients"], told["judged"]) == (40 - left, 40 - left, 5 if has_split else 20)
+    assert len(np.load(tmp_path / "set.npz")["scans"]) == 40 - left
+    assert f"left out: {left} duplicate: a copy of a file" in capsys.readouterr().err
 
 
 def test_folders_of_few_patients_are_named_neither_on_the_screen_nor_in_the_file(

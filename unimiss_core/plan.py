@@ -16,8 +16,8 @@ from unimiss_core.study import PlanConfig
 
 _SAMPLED_VOXELS = 2**22
 """Percentiles of a larger scan are taken over every k-th voxel."""
-_EQUAL = 1e-5
-"""Shares of two classes that differ by less are equal but for rounding."""
+_HALFWAY = 1e-6
+"""Old points: so near to the middle of two, a point lies between them but for rounding."""
 
 
 def prepare(scan: Scan, plan: PlanConfig) -> tuple[NDArray[np.float32], tuple[float, ...]]:
@@ -28,7 +28,8 @@ def prepare(scan: Scan, plan: PlanConfig) -> tuple[NDArray[np.float32], tuple[fl
     Raises ScanError: `blank` (nothing to see), `not_finite` (NaN or infinity in more than half of the voxels).
     """
     values = _finite(scan.voxels)
-    low, high = plan.ct_window_hu if scan.modality == "CT" else _bounds(values, plan.percentiles)
+    in_hu = scan.modality == "CT" and scan.is_calibrated
+    low, high = plan.ct_window_hu if in_hu else _bounds(values, plan.percentiles)
     values = ((np.clip(values, low, high) - low) / (high - low)).astype(np.float32)
     if np.ptp(values) < 1e-6:
         raise ScanError("blank")
@@ -81,53 +82,27 @@ def resample(values: NDArray[np.float32], axis: int, length: int, step: float) -
 
 
 def resample_labels(labels: NDArray[np.uint8], shape: Sequence[int], steps: Sequence[float]) -> NDArray[np.uint8]:
-    """Labels (*S) on the grid that `prepare` gives their scan: each point takes the class with the largest share there.
+    """Labels (*S) on the grid that `prepare` gives their scan: each point takes its nearest old one.
 
-    Shares are resampled as the scan's values are, so that masks move no way; the nearest label would lie half a voxel
-    off wherever a point lies halfway between two. Of equal shares, as far as float32 tells, the lowest class is taken,
-    and the background is 0. Each class costs its bounding box alone.
+    Where points lie halfway between two, as at twice the spacing, they take the upper and the lower one in turns, like
+    the fields of a chessboard: always the upper would move a mask by half an old point, and a vote, in which edges are
+    ties, would take its rim away and thin things altogether. So a mask keeps its place and its volume, on average.
     steps: old points between two new ones along each axis, as in `resample`.
     """
-    weights = [
-        None if _is_same(old, new, step) else resample(np.eye(old, dtype=np.float32), 0, new, step)  # (new, old)
-        for old, new, step in zip(labels.shape, shape, steps, strict=True)
-    ]
-    best, background = np.zeros(shape, dtype=np.float32), np.ones(shape, dtype=np.float32)
-    found = np.zeros(shape, dtype=np.uint8)
-    for number in np.unique(labels[labels > 0]):
-        box = _box_of(labels == number)
-        share = (labels[box] == number).astype(np.float32)
-        reached = list(box)
-        for axis, weight in enumerate(weights):
-            if weight is None:
-                continue
-            reached[axis] = _stretch_of(np.asarray(weight[:, box[axis]].any(axis=1)))
-            share = np.moveaxis(np.tensordot(weight[reached[axis], box[axis]], share, (1, axis)), 0, axis)
-        there = tuple(reached)
-        background[there] -= share
-        more = share > best[there] + _EQUAL
-        found[there][more] = number
-        np.maximum(best[there], share, out=best[there])
-    found[best <= background + _EQUAL] = 0
-    return found
+    lower, upper = [], []
+    for old, new, step in zip(labels.shape, shape, steps, strict=True):
+        centres = (np.arange(new) - (new - 1) / 2) * step + (old - 1) / 2
+        if _is_same(old, new, step):
+            centres = np.arange(new)
+        lower.append(np.ceil(centres - 0.5 - _HALFWAY).clip(0, old - 1).astype(int))
+        upper.append(np.floor(centres + 0.5 + _HALFWAY).clip(0, old - 1).astype(int))
+    is_dark = sum(np.ogrid[tuple(map(slice, shape))]) % 2 == 1
+    return np.where(is_dark, labels[np.ix_(*upper)], labels[np.ix_(*lower)])
 
 
 def _is_same(old: int, new: int, step: float) -> bool:
     """Whether a grid along one axis is to stay as it is."""
     return new == old and abs(step - 1) < 1e-3
-
-
-def _box_of(inside: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The smallest box around what is true, which is something."""
-    axes = range(inside.ndim)
-    across = [tuple(other for other in axes if other != axis) for axis in axes]
-    return tuple(_stretch_of(np.asarray(inside.any(axis=others))) for others in across)
-
-
-def _stretch_of(inside: NDArray[np.bool_]) -> slice:
-    """From the first that is true to the last; empty where none is."""
-    places = np.flatnonzero(inside)
-    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
 
 
 def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -41,6 +41,8 @@ class Scan:
     affine: NDArray[np.float64] | None = None
     spacing_known: bool = True
     """False where the source states no spacing (PNG): spacing_mm is then 1 for each pixel."""
+    is_calibrated: bool = True
+    """False of a picture (PNG): its grey values were made to be looked at, and those of a CT are no HU."""
 
     def __post_init__(self) -> None:
         if self.voxels.ndim - 1 != len(self.spacing_mm):
