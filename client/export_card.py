@@ -170,7 +170,7 @@ def _judged(source: Tuned) -> str:
         return ""
     which = "that decided when training stopped"
     if source.judged_on == "test":
-        unseen = source.manifest.taught_by_labels is False
+        unseen = source.manifest.taught_by_labels is False or source.manifest.began_with == "scratch"
         earlier = "that this fine-tuning did not train on; an earlier fine-tuning may have trained on them"
         which = "that it never saw" if unseen else earlier
     return f"{scans} scans of {patients} patients {which}"

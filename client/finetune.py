@@ -21,6 +21,7 @@ import torch
 
 from client import task_training
 from client.beginning import TAUGHT, Beginning, begin
+from client.cache import READING_VERSION
 from client.finetune_config import FinetuneConfig, MedMnistData, init_from, load_finetune, signed_by
 from client.inference import check_extra
 from client.label_tables import Part, label_table
@@ -226,6 +227,7 @@ def _write_model(
         began_with=beginning.name,
         pretrained_digest=beginning.digest,
         taught_by_labels=beginning.is_taught,
+        reading=READING_VERSION,
         trained=config.training.trains,
         seed=config.seed,
         epoch=training.progress.best_epoch,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from client.cache import READING_VERSION
 from client.dicom_seg import check_highdicom, write_dicom_seg
 from client.inference import Inference, check_extra
 from client.labelled import Grid, as_stored, as_values, grid_of
@@ -91,6 +92,7 @@ def predict(
     unlike = _unlike_training(reading, manifest, says_modality=modality is not None)
     answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
     if len(reading):
+        _tell_of_other_reading(manifest)
         progress.report(progress.Note(f"asking about {len(reading)} scan(s) on {chosen}"))
     try:
         done = _write_table(out / _TABLE, answers.lines(_asked(reading, manifest)))
@@ -119,6 +121,17 @@ def _check_dicom_seg(manifest: TaskManifest) -> None:
     if not isinstance(manifest.task, SegmentationConfig) or manifest.task.rank != 3:
         raise ConfigError("--dicom-seg: the model draws no masks of volumes; leave the option out")
     check_highdicom()
+
+
+def _tell_of_other_reading(manifest: TaskManifest) -> None:
+    """Where a model of images was fine-tuned at one place when the same files were read otherwise."""
+    if manifest.task.rank == 2 and manifest.trained_in == "epochs" and manifest.reading != READING_VERSION:
+        progress.report(
+            progress.Note(
+                "the model was fine-tuned by another version of this program, to which single slices in NIfTI and "
+                "DICOM, or pictures of CT, may have looked otherwise; where it is asked about such, fine-tune it again"
+            )
+        )
 
 
 def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Inference:

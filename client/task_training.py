@@ -31,6 +31,8 @@ from unimiss_core.tasks import TaskModel, freeze_, rate_groups
 from unimiss_core.views import generator_for
 
 STATE = "state.safetensors"
+_VERSION = "2"
+"""Of the state: of what its digest is made."""
 _UNREADABLE = f"{STATE} cannot be read; begin anew in another folder"
 _HEAVIEST = 20.0
 """Largest weight of a class in the loss, against an even share: a class of three scans must not lead the steps."""
@@ -176,7 +178,7 @@ class Training:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for number, state in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{key}": value.detach().cpu() for key, value in state.items()}
-        told = {"digest": digest, "progress": json.dumps(asdict(self.progress))}
+        told = {"version": _VERSION, "digest": digest, "progress": json.dumps(asdict(self.progress))}
         durable.write_bytes(folder / STATE, as_bytes({n: t.contiguous() for n, t in tensors.items()}, metadata=told))
 
     def restore(self, folder: Path, digest: str) -> None:
@@ -206,9 +208,14 @@ def check_state(folder: Path, digest: str) -> Mapping[str, Any]:
     try:
         with safe_open(folder / STATE, "pt") as file:
             told = file.metadata()
-        of, kept = told["digest"], dict(json.loads(told["progress"]))
+        version, of, kept = told.get("version"), told["digest"], dict(json.loads(told["progress"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         raise CheckpointError(_UNREADABLE) from None
+    if version != _VERSION:
+        raise CheckpointError(
+            f"{STATE} was written by another version of this program, with which this one does not go on; begin anew "
+            "in another folder, or go on with that version"
+        )
     if of != digest:
         raise CheckpointError(
             f"{STATE} is of another fine-tuning: its file, its scans, its labels or what it began with have changed; "

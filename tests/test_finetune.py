@@ -115,6 +115,11 @@ def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
     assert main(["finetune", str(path), "--out", str(parts), "--resume", "--init", other]) == 4
     said = capsys.readouterr().err
     assert "is of another fine-tuning" in said
+    state = (parts / "state.safetensors").read_bytes()
+    (parts / "state.safetensors").write_bytes(state.replace(b'"version":"2"', b'"version":"1"'))
+    assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 4
+    assert "was written by another version of this program" in capsys.readouterr().err
+    (parts / "state.safetensors").write_bytes(state)
     assert main(["finetune", str(path), "--out", str(parts)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 0

@@ -65,13 +65,17 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_classification_answers_what_it_answered_when_it_was_measured(tmp_path: Path, precision: str) -> None:
+def test_a_classification_answers_what_it_answered_when_it_was_measured(
+    tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_config(tmp_path, **pictures(tmp_path, 18), training={**QUICK, "precision": precision})
     assert main(["finetune", str(path), "--show-paths"]) == 0
     out = tmp_path / "predicted"
     measured = rows_of(tmp_path / "out" / "predictions.csv")
     asked = ["predict", str(tmp_path / "out"), str(tmp_path / "pictures"), "--out", str(out), "--show-paths"]
+    capsys.readouterr()
     assert main([*asked, "--batch", "5"]) == 0
+    assert "another version of this program" not in capsys.readouterr().err
     found = {row["file"]: row for row in rows_of(out / "predictions.csv")}
     assert len(found) == 18
     for row in measured:
@@ -271,6 +275,7 @@ def test_what_cannot_be_used_is_counted_with_its_reason_and_the_rest_goes_on(
         assert line["predicted"] == ";".join(likely)
     said = capsys.readouterr()
     assert "left out: 1 cannot_decode: its compressed pixels cannot be decoded" in said.err
+    assert "fine-tuned by another version of this program" in said.err  # which it does not say
     assert "miller" not in said.out + said.err + "".join(p.read_text() for p in out.iterdir())
     keys = [line["key"] for line in lines]
     assert len(set(keys)) == 3
