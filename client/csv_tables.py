@@ -1,7 +1,7 @@
 """Tables that a hospital or a researcher wrote: CSV in UTF-8 with a header line."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,10 @@ class Row:
     has_surplus: bool
     """Whether there is text beyond the last column."""
 
+    def is_among(self, where: Mapping[str, Sequence[str]]) -> bool:
+        """Whether each of these columns holds one of its texts, space around either aside."""
+        return all(self.cells[column] in map(str.strip, allowed) for column, allowed in where.items())
+
 
 def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tuple[str, ...], list[Row]]:
     """Names of columns, and the lines below but those without any text, such as a spreadsheet ends a table with.
@@ -33,7 +37,12 @@ def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tupl
             reader = csv.DictReader(file, strict=True, restval="")
             rows = [_row(reader.line_num, raw) for raw in reader]
             columns = tuple(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except csv.Error:
+        raise ConfigError(
+            f"table {named}: line {reader.line_num} is no CSV, or one before it: a quotation mark is open, or stands "
+            "within a text, where it must be doubled"
+        ) from None
+    except (OSError, UnicodeDecodeError):
         raise ConfigError(f"table {named}: cannot be read as a CSV in UTF-8 with a header line") from None
     return columns, [row for row in rows if row.has_surplus or any(row.cells.values())]
 

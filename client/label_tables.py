@@ -128,11 +128,7 @@ def _of_csv(
         raise ConfigError(f"table {data.table.name}: holds no rows")
     _check_columns(data, task, columns, given=given)
     surplus = [row.number for row in rows if row.has_surplus]
-    kept = [
-        (row.number, row.cells)
-        for row in rows
-        if row.number not in surplus and all(row.cells[column] in allowed for column, allowed in data.where.items())
-    ]
+    kept = [(row.number, row.cells) for row in rows if row.number not in surplus and row.is_among(data.where)]
     if not kept and not surplus and not one_by_one:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
     problems = [(number, SURPLUS) for number in surplus]

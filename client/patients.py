@@ -148,7 +148,7 @@ def _rows(table: TableConfig, *more: str) -> Iterator[tuple[int, PurePosixPath, 
         where = f"table {table.path}, line {row.number}"
         if row.has_surplus:
             raise ConfigError(f"{where}: {SURPLUS}")
-        if any(row.cells[column] not in allowed for column, allowed in table.where.items()):
+        if not row.is_among(table.where):
             continue
         name = PurePosixPath(row.cells[table.file])
         if not name.parts:  # it would name the whole folder

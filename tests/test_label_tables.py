@@ -195,7 +195,7 @@ def test_a_quotation_mark_that_nothing_closes_is_told_for_it_would_swallow_all_t
     (tmp_path / "t.csv").write_text('scan,label,patient\na.png,no,1\nb.png,yes,"2\nc.png,no,3\n')
     config = configured(tmp_path, BINARY, {"table": "t.csv"})
     for one_by_one in (False, True):
-        with pytest.raises(ConfigError, match="cannot be read as a CSV"):
+        with pytest.raises(ConfigError, match="line 4 is no CSV, or one before it: a quotation mark is open"):
             labels_in(config.data, config.task, one_by_one=one_by_one)
 
 

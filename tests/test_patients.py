@@ -79,7 +79,11 @@ def test_a_table_lists_the_rows_that_its_filter_keeps(tmp_path):
         ("file,who\na,1\n,2\n", {}, "line 3: column 'file' is empty"),
         ("file,who\n.,1\n", {}, "line 2: column 'file' is empty"),
         ("file,who\n\na,1\nb,a mark, left,2\n", {"patient": "who"}, "line 4: has more cells than the header line"),
-        ('file,who\na,"1\nb,2\nc,3\n', {}, "cannot be read as a CSV"),  # it would take b and c along
+        (
+            'file,who\na,"1\nb,2\nc,3\n',
+            {},
+            "line 4 is no CSV, or one before it: a quotation mark is open",
+        ),  # it would take b and c along
     ],
 )
 def test_a_wrong_table_is_refused_by_line_without_quoting_it(tmp_path, text, settings, message):
@@ -89,3 +93,8 @@ def test_a_wrong_table_is_refused_by_line_without_quoting_it(tmp_path, text, set
 
 def test_rows_that_a_spreadsheet_leaves_empty_list_nothing(tmp_path):
     assert list(read_table(table(tmp_path, "file,who\na,1\n,\n , \n", patient="who"))) == [PurePosixPath("a")]
+
+
+def test_space_around_a_text_says_nothing_in_a_table_or_in_what_is_asked_of_it(tmp_path):
+    listed = read_table(table(tmp_path, "file,part\na, train\nb,test\nc,train \n", where={"part": [" train"]}))
+    assert list(listed) == [PurePosixPath("a"), PurePosixPath("c")]
