@@ -96,5 +96,5 @@ def test_rows_that_a_spreadsheet_leaves_empty_list_nothing(tmp_path):
 
 
 def test_space_around_a_text_says_nothing_in_a_table_or_in_what_is_asked_of_it(tmp_path):
-    listed = read_table(table(tmp_path, "file,part\na, train\nb,test\nc,train \n", where={"part": [" train"]}))
+    listed = read_table(table(tmp_path, "file,part\na, train\nb,test\nc,train \n", where={"part": (" train",)}))
     assert list(listed) == [PurePosixPath("a"), PurePosixPath("c")]
