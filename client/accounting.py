@@ -74,7 +74,7 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
 
     Releases that are alike are told as the dearer of them (`_fewer_kinds`), for PRV's time grows with the kinds, and a
     ledger keeps them for ever. Up to MOST_KINDS kinds this adds a few thousandths at most. More are joined whatever
-    it adds, and where that is much, the Renyi bound is told.
+    it adds; the Renyi bound, for which nothing is joined, is told where it is less.
 
     Raises ConfigError, before anything large is allocated: epsilon is above LARGEST by the Renyi bound, so that it is
     not worth working out; or delta is below SMALLEST_DELTA; or the grid of a usable answer would exceed MOST_POINTS.
@@ -83,9 +83,12 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     if not taken:
         return 0.0
     kinds = _fewer_kinds(taken)
-    bounded = taken if len(kinds) == MOST_KINDS else kinds
-    bound = _bound_worth_telling(bounded, delta, _ORDERS if len(bounded) <= MOST_KINDS else _WHOLE_ORDERS)
-    return _by_prv(kinds, delta, bound, _error_that_fits(kinds, delta, bound, MOST_POINTS))
+    orders = _ORDERS if len(taken) <= MOST_KINDS else _WHOLE_ORDERS
+    bound = _bound_worth_telling(taken, delta, orders)
+    of_kinds = epsilon_by_renyi(kinds, delta, orders=orders)  # beside which the grid's error is to be small
+    if not of_kinds <= LARGEST:
+        return bound
+    return _by_prv(kinds, delta, bound, _error_that_fits(kinds, delta, of_kinds, MOST_POINTS))
 
 
 def _fewer_kinds(taken: Sequence[Mechanism]) -> Sequence[Mechanism]:
@@ -93,7 +96,9 @@ def _fewer_kinds(taken: Sequence[Mechanism]) -> Sequence[Mechanism]:
 
     Two kinds become one, of the smaller noise and the larger rate: whoever sees its releases can make either's of them,
     by adding noise, and by putting noise alone in the place of some. Joined are neighbours, by rate to a tenth and then
-    by noise, those first that add least to the cost.
+    by noise, those first that add least to the cost. Up to MOST_KINDS a pair is joined only where that adds little to
+    its own cost, too: of a release with hardly any noise and a tiny rate the cost is next to endless, though delta
+    covers it, and a share of that would make any other as dear.
     """
     ordered = sorted(taken, key=lambda each: (round(10 * math.log(each.sampling_rate)), each.noise_multiplier))
     noise, rate, steps = np.array(ordered, dtype=np.float64).T
@@ -101,10 +106,12 @@ def _fewer_kinds(taken: Sequence[Mechanism]) -> Sequence[Mechanism]:
     while len(noise) > 1:
         alone = _costs(noise, rate, steps)
         joined = np.minimum(noise[1:], noise[:-1]), np.maximum(rate[1:], rate[:-1]), steps[1:] + steps[:-1]
-        added = _costs(*joined) - alone[1:] - alone[:-1]
-        least = int(added.argmin())
+        apart = alone[1:] + alone[:-1]
+        added = _costs(*joined) - apart
+        few = len(noise) <= MOST_KINDS
+        least = int(np.where(added <= ALIKE * apart, added, math.inf).argmin() if few else added.argmin())
         spare -= added[least]
-        if spare < 0 and len(noise) <= MOST_KINDS:
+        if few and (spare < 0 or added[least] > ALIKE * apart[least]):
             break
         pairs = zip((noise, rate, steps), joined, strict=True)
         noise, rate, steps = (np.r_[each[:least], both[least], each[least + 2 :]] for each, both in pairs)

@@ -39,8 +39,8 @@ def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tupl
             columns = tuple(reader.fieldnames or ())
     except csv.Error:
         raise ConfigError(
-            f"table {named}: line {reader.reader.line_num} is no CSV, or one before it: a quotation mark is open, or stands "
-            "within a text, where it must be doubled"
+            f"table {named}: line {reader.reader.line_num} is no CSV, or one before it: a quotation mark is open, or "
+            "stands within a text, where it must be doubled"
         ) from None
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"table {named}: cannot be read as a CSV in UTF-8 with a header line") from None

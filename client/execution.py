@@ -65,7 +65,7 @@ def learner_for(
         patients_at_once=config.patients_at_once,
         micro_batch={rank: size for rank, size in asked.items() if isinstance(size, int)},
     )
-    if config.compile:
+    if config.compile and study.privacy.mode != "patient":
         tell(config.name, "compile: the first steps take minutes each, while the network is compiled")
     kind = PrivateLearner if study.privacy.mode == "patient" else Learner
     learner = kind(study, ranks=ranks, execution=execution, team=team, tell=partial(tell, config.name))

@@ -170,8 +170,8 @@ class SiteTraining(Config):
     micro_batch: MicroBatchConfig = MicroBatchConfig()
     patients_at_once: Annotated[int, Field(gt=0)] = 1
     """In private rounds, patients whose gradients are worked out together: for GPUs that one patient alone leaves idle.
-    Each takes the memory of a gradient and of its activations. Not in bf16, nor with
-    views_in_turn, activation_checkpointing or compile."""
+    Each takes the memory of a gradient and of its activations. Not in bf16, nor with views_in_turn or
+    activation_checkpointing."""
     views_in_turn: bool = False
     """Hold a volume's slices of one view, or one view of the volume itself, at a time: a seventh less memory for a
     sixth more time in bf16 (docs/performance.md)."""
@@ -180,7 +180,7 @@ class SiteTraining(Config):
     does not fit."""
     compile: bool = False
     """Compile the network at a round's start, which takes minutes: for GPUs, and rounds much longer than that. Where
-    it fails, the round goes on without."""
+    it fails, the round goes on without. Not in private rounds."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """CPU threads for training, for each process; None leaves torch's choice, or shares the cores among processes."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0

@@ -24,6 +24,7 @@ from client.accounting import (
     _fewer_kinds,
     check_study,
     epsilon,
+    epsilon_by_renyi,
 )
 from client.ledger import Ledger
 from client.site_config import PatientLimits
@@ -198,6 +199,26 @@ def test_however_many_kinds_are_joined_what_is_told_is_a_bound(
 def kinds_of(most: int) -> st.SearchStrategy[list[Mechanism]]:
     kind = st.builds(Mechanism, exponents(-1, 1), exponents(-4, 0), st.integers(1, 100))
     return st.lists(kind, min_size=1, max_size=most)
+
+
+@pytest.mark.parametrize(
+    "cheap", [Mechanism(0.14, 1e-6, 1), Mechanism(0.12, 1e-6, 1), Mechanism(0.25, 1e-6, 2), Mechanism(0.1, 1e-7, 9)]
+)
+def test_a_release_that_delta_covers_makes_no_other_dearer(cheap: Mechanism) -> None:
+    """Its Renyi divergences are endless nearly, and of them a share would buy joining all that is honest."""
+    honest = [Mechanism(1.0, 0.02, 500), Mechanism(3.0, 0.02, 4000)]
+    assert epsilon([cheap], 1e-5) < 0.1
+    assert epsilon([cheap, *honest], 1e-5) < epsilon(honest, 1e-5) + 0.1
+
+
+def test_nothing_is_told_above_the_bound_for_which_nothing_is_joined() -> None:
+    history = [
+        Mechanism(0.6744572634864814, 5.146476179285298e-05, 4),
+        Mechanism(0.17894165058789654, 0.06207891439488128, 1),
+        Mechanism(0.13282187037192708, 3.52596240330623e-05, 57),
+    ]
+    delta = 0.00014118645662484505
+    assert epsilon(history, delta) <= epsilon_by_renyi(history, delta)
 
 
 @given(kinds_of(40))

@@ -83,3 +83,18 @@ def test_effective_rank_counts_directions() -> None:
     assert effective_rank(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0]))) == pytest.approx(3)
     assert effective_rank(torch.diag(torch.tensor([1.0, 0.0, 0.0]))) == pytest.approx(1)
     assert effective_rank(torch.zeros(3, 3)) == 0.0
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 3e-3, 1e-2])
+@pytest.mark.parametrize("width", [128, 256])
+def test_rounding_is_no_direction_of_features_that_are_nearly_one_point(spread: float, width: int) -> None:
+    """Of 50 steps, in float32. Oracle: features that deviate along one direction have one, of no length none."""
+    point, along = unit(2, width)
+    batches = [
+        F.normalize(
+            point + spread * torch.randn((64, 1, 1), generator=torch.Generator().manual_seed(n)) * along, dim=-1
+        )
+        for n in range(50)
+    ]
+    figures = figures_of([(h, torch.full((64, 1, K), 1 / K)) for h in batches])
+    assert figures["effective_rank_image"] == pytest.approx(1.0 if spread > 1e-3 else 0.0, abs=0.05)

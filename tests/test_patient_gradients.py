@@ -139,13 +139,8 @@ def test_where_memory_runs_out_fewer_are_worked_out_together_and_none_is_lost() 
     ]
 
 
-@pytest.mark.parametrize(
-    "other", [{"precision": "bf16"}, {"views_in_turn": True}, {"activation_checkpointing": True}, {"compile": True}]
-)
-def test_what_it_does_not_go_with_turns_it_off_and_is_told(
-    other: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("unimiss_core.execution.COMPILER", "eager")
+@pytest.mark.parametrize("other", [{"precision": "bf16"}, {"views_in_turn": True}, {"activation_checkpointing": True}])
+def test_what_it_does_not_go_with_turns_it_off_and_is_told(other: dict[str, object]) -> None:
     running, _, told = taking(4, **other)
     assert running._at_once == 1
     assert len(told) == 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from client.canaries import CanaryObjective, canary_views
 from tests.federation import Placed, small_study
+from unimiss_core.execution import Execution
 from unimiss_core.groups import group_of
 from unimiss_core.learner import PROTOTYPES, Learner
 from unimiss_core.network import Network, tensors_of
@@ -327,6 +328,17 @@ def test_of_several_processes_one_adds_the_noise() -> None:
         running = PrivateLearner(study(), ranks={2}, noise=noise, team=Placed(place, 2))
         running.private_step([patient(2, 1, place)], rank=2, step=1)
     assert [noise.deviations for noise in noises] == [[2.0 * CLIP, CENTRE_NOISE], []]
+
+
+def test_nothing_is_compiled_so_that_a_compiler_that_fails_for_one_patient_changes_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In bf16 the six others were seen to move the sum by 0.05 clip norms, for which nobody was charged."""
+    monkeypatch.setattr("unimiss_core.learner.compile_", lambda _: pytest.fail("compiled"))
+    told: list[str] = []
+    running = PrivateLearner(study(), ranks={2}, execution=Execution(compile=True), tell=told.append)
+    assert told == ["compile is not used: in a private study one patient must not decide how others are worked out"]
+    assert not running.execution.compile
 
 
 def test_a_plain_study_is_refused() -> None:

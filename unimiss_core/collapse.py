@@ -20,6 +20,9 @@ from unimiss_core.study import StudyConfig
 
 ALIKE = 0.02
 """Targets that tell less than this share of log K of their scan are alike."""
+_ROUNDING = 8
+"""Of float32: what a difference of two means may be off by in one direction, as a share of either. Bottlenecks are of
+norm 1, so a direction in which they deviate by less than 0.001 is not counted as one."""
 
 
 @dataclass
@@ -93,9 +96,12 @@ def signs_of_collapse(figures: Mapping[str, float], prototypes: int) -> list[str
     return signs
 
 
-def effective_rank(covariance: Tensor) -> float:
-    """exp of the entropy of the eigenvalues' shares (Roy and Vetterli 2007): covariance (E, E) -> 1 to E; 0 of none."""
-    values = torch.linalg.eigvalsh(covariance.double().cpu()).clamp(min=0)
+def effective_rank(covariance: Tensor, *, least: float = 0.0) -> float:
+    """exp of the entropy of the eigenvalues' shares (Roy and Vetterli 2007): covariance (E, E) -> 1 to E; 0 of none.
+
+    least: eigenvalues below it are none, for rounding has as much in every direction."""
+    values = torch.linalg.eigvalsh(covariance.double().cpu())
+    values = values.where(values > least, 0.0)
     if not values.sum() > 0:
         return 0.0
     return float(torch.special.entr(values / values.sum()).sum().exp())
@@ -103,9 +109,10 @@ def effective_rank(covariance: Tensor) -> float:
 
 def _figures(observed: Observed) -> dict[str, float]:
     covariance = observed.second_moment - torch.outer(observed.bottleneck, observed.bottleneck)
+    rounding = _ROUNDING * torch.finfo(torch.float32).eps * observed.second_moment.trace().item()
     return {
         "target_entropy": observed.target_entropy.item(),
         "mean_target_entropy": torch.special.entr(observed.target).sum().item(),
         "feature_std": math.sqrt(max(0.0, covariance.trace().item())),
-        "effective_rank": effective_rank(covariance),
+        "effective_rank": effective_rank(covariance, least=rounding),
     }

@@ -17,12 +17,13 @@ for it, several are worked out side by side (`unimiss_core.patient_gradients`).
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from unimiss_core.execution import out_of_memory_by_its_name
+from unimiss_core.execution import PLAIN, Execution, out_of_memory_by_its_name
 from unimiss_core.gathering import GatheredGradient
 from unimiss_core.groups import group_of, groups_of_ranks
 from unimiss_core.learner import PROTOTYPES, Learner, StepReport
@@ -53,12 +54,17 @@ class PrivateLearner(Learner):
     """
 
     def __init__(self, study: StudyConfig, *, noise: Noise | None = None, **settings: Any) -> None:
-        """settings: as of `Learner`. Raises ValueError: the study is not in this mode."""
-        super().__init__(study, **settings)
+        """settings: as of `Learner`; of its execution `compile` is not used: where it fails for one patient, all who
+        come after would be worked out otherwise, and the sum would move by more than that patient's share. Raises
+        ValueError: the study is not in this mode."""
+        asked: Execution = settings.get("execution", PLAIN)
+        super().__init__(study, **{**settings, "execution": replace(asked, compile=False)})
         if not isinstance(study.privacy, PatientPrivacyConfig):
             raise ValueError(f"the study's privacy mode is {study.privacy.mode}, not patient")
         self._privacy = study.privacy
         self.noise = noise or GaussianNoise(self.device)
+        if asked.compile:
+            self._tell("compile is not used: in a private study one patient must not decide how others are worked out")
         self._tell = _once(self._tell)  # what is tried again for each patient would be told for each
         self._at_once = self._patients_at_once()
 
@@ -116,10 +122,10 @@ class PrivateLearner(Learner):
 
     def _patients_at_once(self) -> int:
         asked, execution = self.execution.patients_at_once, self.execution
-        if asked > 1 and (execution.precision == "bf16" or execution.in_pieces or execution.compile):
+        if asked > 1 and (execution.precision == "bf16" or execution.in_pieces):
             self._tell(
-                "patients_at_once is not used: it goes with none of precision: bf16, views_in_turn, "
-                "activation_checkpointing and compile (docs/performance.md)"
+                "patients_at_once is not used: it goes with none of precision: bf16, views_in_turn and "
+                "activation_checkpointing (docs/performance.md)"
             )
             return 1
         return asked
