@@ -4,6 +4,7 @@
       3f6c...b2.npy     one scan: (C, *S) uint16, value = stored / 65535, named by content and plan
       3f6c...b2.sealed  the same, where the site has a key: its values alone, opened whole for each crop
       built.jsonl       what was read with which result, one line each: finished work is never done again
+      built.lock        held by whoever writes it
       library-7a...json what one plan made of the folders, and their state then: unchanged folders need no reading
       private-7a...json the same for patient-level studies, whose rules of reading keep patients apart
 
@@ -30,7 +31,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client import workers
-from client.cache_journal import Record, forget_unused, library_file, note_use, plan_digest, read_journal
+from client.cache_journal import Record, forget_unused, library_file, note_use, open_journal, plan_digest, tidy
 from client.cache_room import check_spare, forget_unfinished, make_room, prepared_bytes
 from client.candidates import Candidate
 from client.catalogue import FEW_BYTES, Catalogue, catalogue, read, safe_here, state_of
@@ -200,18 +201,16 @@ def _built(
     folder = site.cache_folder
     forget_unfinished(folder)
     forget_unused(folder)
-    book = read_journal(folder)
-    records = book.records
     stamps = [_stamp(candidate, plan, secret) for candidate in found.candidates]
-    book.tidy(plan_digest(plan), stamps)
-    missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), site)]
-    wanted = [found.candidates[index] for index in missing]
-    make_room(site, wanted, plan, kept=_names(site, records, stamps), evicts=evicts)
-    tasks = [_Build(found.candidates[index], plan, stamps[index], folder, site.state_key) for index in missing]
-    done = len(stamps) - len(tasks)
-    show(done, len(stamps))
-    with book.path.open("a", encoding="utf-8") as journal:
-        journal.write("\n")  # ends a line that a crash may have cut
+    tidy(folder, plan_digest(plan), stamps)
+    with open_journal(folder) as journal:
+        records = journal.records
+        missing = [index for index, stamp in enumerate(stamps) if not _is_done(records.get(stamp), site)]
+        wanted = [found.candidates[index] for index in missing]
+        make_room(site, wanted, plan, kept=_names(site, records, stamps), evicts=evicts)
+        tasks = [_Build(found.candidates[index], plan, stamps[index], folder, site.state_key) for index in missing]
+        done = len(stamps) - len(tasks)
+        show(done, len(stamps))
         for index, outcome in _outcomes(tasks, site.workers):
             if isinstance(outcome, ScanError) and outcome.reason == "cannot_write":
                 raise _unwritable(site, outcome.detail)
@@ -219,8 +218,7 @@ def _built(
                 outcome = Record(tasks[index].stamp, reason=outcome.reason, decoders=decoders(), plan=plan_digest(plan))
             record = records[outcome.stamp] = outcome
             if record.reason not in PASSING:
-                journal.write(record.line())
-                journal.flush()
+                journal.note(record)
             done += 1
             show(done, len(stamps))
     return [records[stamp] for stamp in stamps]

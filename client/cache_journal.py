@@ -9,17 +9,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from unimiss_core import durable
+from unimiss_core import durable, locks
 from unimiss_core.study import PlanConfig
 
 KEPT_DAYS = 90.0
 """A plan is forgotten when it was not used in these days."""
-_JOURNAL = "built.jsonl"
+_JOURNAL, _LOCK = "built.jsonl", "built.lock"
 
 
 @dataclass(frozen=True)
@@ -41,42 +42,64 @@ class Record:
         return json.dumps(asdict(self)) + "\n"
 
 
-@dataclass(frozen=True)
 class Journal:
-    """built.jsonl as it was read. records: by stamp, in the order in which they were written last."""
+    """built.jsonl, open to be added to. records: by stamp, in the order in which they were written last."""
 
-    path: Path
-    records: dict[str, Record]
-    lines: int
+    def __init__(self, file: BinaryIO, records: dict[str, Record]) -> None:
+        self._file, self.records = file, records
+        self._file.write(b"\n")  # ends a line that a crash may have cut
 
-    def tidy(self, plan: str, stamps: Collection[str]) -> None:
-        """Write the file anew without lines that are of no use, where these are most of it. plan: the one at hand, and
-        the stamps of its candidates. On a full disk it stays as it is."""
-        used = {file.stem.partition("-")[2] for file in _libraries(self.path.parent)} - {plan}
-        present = {file.name.partition(".")[0] for file in self.path.parent.iterdir()}
-        newest = {record.key: record.stamp for record in self.records.values()}  # a file that moved has another stamp
+    def note(self, record: Record) -> None:
+        """Raises OSError."""
+        self._file.write(record.line().encode())
+
+
+@contextmanager
+def open_journal(folder: Path) -> Iterator[Journal]:
+    """Nobody tidies it meanwhile; others may add to it. Raises OSError."""
+    with _held(folder, shared=True):
+        records, _ = _read(folder / _JOURNAL)
+        with (folder / _JOURNAL).open("ab", buffering=0) as file:
+            yield Journal(file, records)
+
+
+def tidy(folder: Path, plan: str, stamps: Collection[str]) -> None:
+    """Write the journal anew without lines that are of no use, where these are most of it. plan: the one at hand, and
+    the stamps of its candidates. On a full disk, or while another process has it open, it stays as it is."""
+    with suppress(OSError), _held(folder, wait=False):
+        records, lines = _read(folder / _JOURNAL)
+        used = {file.stem.partition("-")[2] for file in _libraries(folder)} - {plan}
+        present = {file.name.partition(".")[0] for file in folder.iterdir()}
+        newest = {record.key: record.stamp for record in records.values()}  # a file that moved has another stamp
         wanted = set(stamps)
 
         def is_of_use(record: Record) -> bool:
             if record.stamp in wanted:
                 return True
             if record.reason:
-                return record.plan in used
+                return not record.plan or record.plan in used  # earlier versions named none
             return record.key in present and newest[record.key] == record.stamp
 
-        kept = [record.line() for record in self.records.values() if is_of_use(record)]
-        if 2 * len(kept) < self.lines:
-            with suppress(OSError):
-                durable.write_text(self.path, "".join(kept))
+        kept = [record.line() for record in records.values() if is_of_use(record)]
+        if 2 * len(kept) < lines:
+            durable.write_text(folder / _JOURNAL, "".join(kept))
 
 
-def read_journal(folder: Path) -> Journal:
-    """Lines that were damaged are passed over: their scans are built again. Raises OSError."""
-    path, records = folder / _JOURNAL, dict[str, Record]()
+@contextmanager
+def _held(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """The journal itself cannot be held: another file takes its place. Raises as `unimiss_core.locks.locked`."""
+    with (folder / _LOCK).open("ab") as file, locks.locked(file, shared=shared, wait=wait):
+        yield
+
+
+def _read(path: Path) -> tuple[dict[str, Record], int]:
+    """Records by stamp, and how many lines they are of. Those that were damaged are passed over: their scans are built
+    again. Raises OSError."""
+    records = dict[str, Record]()
     try:
         lines = list(filter(None, path.read_text(encoding="utf-8", errors="replace").splitlines()))
     except FileNotFoundError:
-        return Journal(path, {}, 0)
+        return {}, 0
     for line in lines:
         try:
             raw = json.loads(line)
@@ -86,7 +109,7 @@ def read_journal(folder: Path) -> Journal:
             continue
         records.pop(record.stamp, None)
         records[record.stamp] = record
-    return Journal(path, records, len(lines))
+    return records, len(lines)
 
 
 def plan_digest(plan: PlanConfig) -> str:

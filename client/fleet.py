@@ -14,12 +14,10 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor, ProtobufRe
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client.health import ContactBook
-from client.reachability import detail_told, problem_of
+from client.reachability import NO_RUN, detail_told, no_run_or_failed, problem_of
 
 MOST_ANSWER_BYTES = 32 << 20
 """Of one answer: Flower cuts arrays into pieces of 5 MB, and a bundle has at most 10 MiB."""
-
-_NO_RUN = frozenset({502, 503, 504})
 
 _HEARTBEAT = "/flwr.proto.Fleet/SendNodeHeartbeat"
 
@@ -86,8 +84,8 @@ def problem_told(response: httpx.Response) -> str | None:
     """
     if response.is_success:
         return None
-    if response.status_code in _NO_RUN:
-        return "no_run"
+    if response.status_code in NO_RUN:
+        return no_run_or_failed(response.content)
     if response.status_code == httpx.codes.UNAUTHORIZED:
         return "not_approved" if detail_told(response.content) in ("not_approved", "wrong_key") else "signature"
     if response.status_code == httpx.codes.PRECONDITION_FAILED:

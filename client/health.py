@@ -29,6 +29,8 @@ PROBLEMS: dict[str, str] = {
     "tls": "what answers is not the coordinator that this site has joined, or a certificate has run out; "
     "`unimiss-site check` says which",
     "no_run": "the coordinator's public side answers, and no run is going on behind it",
+    "failed": "the coordinator's public side answers, and what is behind it failed over what this site asked: mostly "
+    "because its disk is full or its database busy, which only its operator can mend",
     "not_approved": "the coordinator does not know this site's key, or has revoked it; only its operator can mend that",
     "signature": "the coordinator does not take this site's signature: mostly because a clock is wrong, here or there; "
     "`unimiss-site check` compares them",

@@ -18,6 +18,8 @@ TIMEOUT_S = 20.0
 PATH = "/v1/fleet/send-node-heartbeat"
 """A question that a coordinator's public side lets through. Asked without a signature, it changes nothing."""
 
+NO_RUN = frozenset({502, 503, 504})
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -81,7 +83,12 @@ def _problem_told(status: int, body: bytes) -> str | None:
     """401 without a word of the public side's own is SuperLink's, which misses the signature: the way is free."""
     if status == httpx.codes.UNAUTHORIZED:
         return "not_approved" if detail_told(body) in ("not_approved", "wrong_key") else None
-    return "no_run" if status in (502, 503, 504) else "answer"
+    return no_run_or_failed(body) if status in NO_RUN else "answer"
+
+
+def no_run_or_failed(body: bytes) -> str:
+    """What a status of NO_RUN means, by the public side's own word."""
+    return "failed" if detail_told(body) == "coordinator_failed" else "no_run"
 
 
 def _words(error: httpx.TransportError) -> str:

@@ -57,7 +57,7 @@ def points(home: Home, site: SiteConfig) -> Iterator[Point]:
     yield _certificate("coordinator's authority", home.authority)
     reached = reach(home)
     yield _coordinator(reached)
-    if reached.problem in (None, "no_run", "not_approved"):
+    if reached.problem in (None, "no_run", "failed", "not_approved"):
         yield _clock(reached.clock_ahead_s)
 
 
@@ -144,7 +144,7 @@ def _coordinator(reached: Reached) -> Point:
     if reached.problem is None:
         return Point("good", "coordinator", f"{reached.address} answers, {reached.way}, and knows this site's key")
     detail = f" ({reached.detail})" if reached.detail else ""
-    mark: Mark = "warning" if reached.problem == "no_run" or reached.nobody_listens else "bad"
+    mark: Mark = "warning" if reached.problem in ("no_run", "failed") or reached.nobody_listens else "bad"
     return Point(mark, "coordinator", f"{reached.address}, asked {reached.way}: {PROBLEMS[reached.problem]}{detail}")
 
 

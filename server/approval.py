@@ -16,7 +16,7 @@ from server.registry import ApprovedSite, Registry
 from server.revocations import Revocations
 from unimiss_core import certificates, durable, keys
 from unimiss_core.certificates import Authority
-from unimiss_core.config import dump_yaml, parse, read_yaml
+from unimiss_core.config import dump_yaml, load, parse, read_yaml
 from unimiss_core.errors import AuditError, ConfigError
 from unimiss_core.joining import UNDER_ANOTHER_NAME, host_and_port, in_yaml, read_join_request, read_welcome, welcome
 
@@ -58,35 +58,76 @@ def approve(home: Home, name: str, key_file: Path, *, now: datetime, note: Note 
 
 def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
     """Shut the site `name` out, from its next request on; False where it was already. Raises ConfigError: no such
-    site.
+    site, or its key is not known any more; that one is out all the same.
 
-    The file comes first, so that a disk too full for the audit log keeps nobody in; what was cut off between the two,
-    the same command again brings to its end.
+    No file that cannot be read hinders it, be it the site's own or another's. The file comes first, so that a disk too
+    full for the audit log keeps nobody in; what was cut off between the two, the same command again brings to its end.
     """
-    registry = Registry(home)
-    site = known_site(home, name, registry)
+    require_known(home, name)
+    site = _as_its_file_says(home, name) or _as_its_welcome_says(home, name)
+    if site is None:
+        _note_revoked(name, _given_to(home, name), note)
+        home.welcome(name).unlink(missing_ok=True)
+        held = home.site(name).replace(home.site(name).with_suffix(".unreadable"))  # every command stumbles over it
+        raise ConfigError(
+            f"'{name}' is shut out; neither its file nor its welcome could be read, so that nothing here keeps its "
+            f"name from being given again: do not. What its file held is in {held}"
+        )
     key = keys.site_public_key(site.public_key, name)
-    told = {"site": name, "fingerprint": keys.fingerprint(key)}
-    is_written = site.status == "revoked" and name not in registry.put_back()
-    if is_written and told["fingerprint"] in Revocations(home.audit).last():
+    told = keys.fingerprint(key)
+    if site.status == "revoked" and told in Revocations(home.audit).last():
         return False
     _write(home, site.model_copy(update={"status": "revoked"}), key)
     home.welcome(name).unlink(missing_ok=True)
-    try:
-        note("revoke", told)
-    except AuditError as error:
-        out = f"'{name}' is shut out, and that could not be written down: {error}"
-        raise type(error)(f"{out}; after that revoke it again, so that it is remembered") from None
+    _note_revoked(name, told, note)
     return True
 
 
-def known_site(home: Home, name: str, registry: Registry | None = None) -> ApprovedSite:
-    """Approved or revoked. Raises ConfigError: there is none of that name."""
-    known = (registry or Registry(home)).sites()
-    if (site := known.get(name)) is None:
+def require_known(home: Home, name: str) -> None:
+    """Raises ConfigError: no site of that name was approved."""
+    if name not in (known := Registry(home).names()):
         there = f"there are: {', '.join(known)}" if known else "no site was ever approved here"
         raise ConfigError(f"'{name}' is no site of {home.path}; {there}")
-    return site
+
+
+def _as_its_file_says(home: Home, name: str) -> ApprovedSite | None:
+    """None: the file cannot be read, or is another site's."""
+    try:
+        site = load(ApprovedSite, home.site(name))
+        keys.site_public_key(site.public_key, name)
+    except ConfigError:
+        return None
+    return site if site.name == name else None
+
+
+def _as_its_welcome_says(home: Home, name: str) -> ApprovedSite | None:
+    """None: there is none, or it is not of the key that the audit log knows."""
+    try:
+        paper, _ = read_welcome(home.welcome(name))
+        key = certificates.certificate_of(paper.certificate, name).public_key()
+    except ConfigError:
+        return None
+    if not isinstance(key, keys.SitePublicKey) or paper.site != name:
+        return None
+    if _given_to(home, name) not in (None, keys.fingerprint(key)):
+        return None
+    return parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where=name)
+
+
+def _given_to(home: Home, name: str) -> str | None:
+    """The fingerprint that the audit log knows of a site."""
+    try:
+        return Revocations(home.audit).given_to(name)
+    except ConfigError:  # to shut out must not wait for that
+        return None
+
+
+def _note_revoked(name: str, fingerprint: str | None, note: Note) -> None:
+    try:
+        note("revoke", {"site": name} | ({"fingerprint": fingerprint} if fingerprint else {}))
+    except AuditError as error:
+        out = f"'{name}' is shut out, and that could not be written down: {error}"
+        raise type(error)(f"{out}; after that revoke it again, so that it is remembered") from None
 
 
 def renew(home: Home, *, now: datetime, every: bool = False, note: Note = unnoted) -> list[str]:

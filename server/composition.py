@@ -13,7 +13,7 @@ from unimiss_core.config import dump_yaml, load, parse, read_yaml
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
 
-ADDED = ("study", "out", "sites", "signing_key", "ledgers")
+ADDED = ("study", "out", "sites", "signing_key", "ledgers", "written_by")
 """Keys of a coordinator file that are not the operator's to write in the folder's own."""
 
 
@@ -41,6 +41,7 @@ def compose(home: Home, study_file: Path) -> Composed:
         "out": str(folder.path),
         "signing_key": str(home.signing_key),
         "ledgers": str(home.ledgers),
+        "written_by": "unimiss-server",
         "sites": [registered(site).model_dump(mode="json") for site in sites],
     }
     config = _anchored(home, parse(CoordinatorConfig, {**_given(home), **added}, where=str(home.coordinator)))

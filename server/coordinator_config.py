@@ -26,6 +26,9 @@ class RegisteredSite(Config):
         return self.max_images if rank == 2 else self.max_volumes
 
 
+_FILES = {"a person": "coordinator file", "unimiss-server": "coordinator.yaml", "unimiss-simulate": "simulation file"}
+
+
 class CoordinatorConfig(Config):
     study: Path
     """The study file; relative paths count from the coordinator file's folder."""
@@ -77,35 +80,32 @@ class CoordinatorConfig(Config):
     """Sites whose ledger of private rounds was begun anew, as those answer for who protect their patients' data
     (docs/privacy.md, 'The ledger'): what was known of it is forgotten whenever this coordinator starts."""
 
+    written_by: Literal["a person", "unimiss-server", "unimiss-simulate"] = "a person"
+    """Who wrote this file. The two commands write it anew at each start, of one that their user wrote: that is the one
+    which messages name. Leave it out in a file of your own."""
+
     @property
     def is_simulated(self) -> bool:
         return self.identity == "simulated"
 
     @property
-    def is_composed(self) -> bool:
-        """Whether `unimiss-server run` made it of the folder's own and of the sites that are approved."""
-        return self.ledgers is not None
-
-    @property
     def file_in_words(self) -> str:
-        """The file that its operator wrote: those of a simulation and of a run are written anew at each start."""
-        return (
-            "simulation file" if self.is_simulated else "coordinator.yaml" if self.is_composed else "coordinator file"
-        )
+        """The file that a person wrote."""
+        return _FILES[self.written_by]
 
     @property
     def names_its_sites(self) -> bool:
         """Whether that file lists the sites, so that one may be taken out."""
-        return self.is_simulated or (bool(self.sites) and not self.is_composed)
+        return self.written_by == "unimiss-simulate" or (self.written_by == "a person" and bool(self.sites))
 
     @property
     def goes_on_by(self) -> str:
         """What its operator does to go on with a run that ended."""
-        return "`unimiss-server run` again" if self.is_composed else "resume"
+        return "`unimiss-server run` again" if self.written_by == "unimiss-server" else "resume"
 
     def called(self, quorum: Literal["min_sites", "min_replies"]) -> str:
         """A setting of the quorum, as that file has it."""
-        return f"quorum.{quorum}" if self.is_simulated else quorum
+        return f"quorum.{quorum}" if self.written_by == "unimiss-simulate" else quorum
 
     def is_probed(self, round: int, last: int) -> bool:
         """Whether a probe is due after this round."""

@@ -1,15 +1,15 @@
 """The sites that a coordinator has approved, one file for each in its folder.
 
 `unimiss-server approve` and `revoke` write them; the front reads them at every request, so that a site that was revoked
-is out at once. A file that cannot be read lets nobody in that was not in before: an editor may have saved half of it,
-and a site that is told that it is not approved ends what it does. Nor does one let in that was put back from before its
-site was revoked, for the coordinator's audit log remembers that.
+is out at once. A file that cannot be read lets nobody in, but for the moment that an editor takes to save it, which
+empties the file and fills it again: a site that was told meanwhile that it is not approved would end the round at work.
+Nor does one let in that was put back from before its site was revoked, for the coordinator's audit log remembers that.
 """
 
 import logging
-import re
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import DirEntry, scandir
 from pathlib import Path
@@ -25,6 +25,9 @@ from unimiss_core.keys import fingerprint, pem_of_public, site_public_key
 log = logging.getLogger(__name__)
 
 _WELCOME = ".welcome.yaml"
+HOLD_S = 5.0
+"""How long the beginning of a site's file, or nothing, goes on to mean what the whole did: an editor takes
+milliseconds. Whoever empties the file to shut a site out waits no longer."""
 PUT_BACK = (
     "{path}: says approved, and the audit log says that this site's key was revoked since; it is not let in. An older "
     "file was put back: `unimiss-server revoke {site} --yes` mends it"
@@ -42,28 +45,30 @@ class ApprovedSite(RegisteredSite):
 @dataclass(frozen=True)
 class _Entry:
     """A file as it was read: `stamp` changes with it; `key` is the site's as Flower gives a node's; `problem` says why
-    it cannot be read: then `site` is None, or what it said before. is_put_back: it says approved of a site that was
-    revoked since; `site` says revoked."""
+    it cannot be read: then `site` is None, or, for HOLD_S, what it said before, in `text`. is_put_back: it says
+    approved of a site that was revoked since; `site` says revoked."""
 
     stamp: tuple[int, ...]
     site: ApprovedSite | None
+    text: bytes = b""
     key: bytes = b""
     problem: str = ""
     is_put_back: bool = False
 
     @property
     def is_unsettled(self) -> bool:
-        """Whether the audit log may change what it means."""
+        """Whether time or the audit log may change what it means."""
         return self.is_put_back or (self.problem != "" and self.site is not None)
 
 
 class Registry:
     """The sites of a coordinator's folder. Each question looks at the files' stamps, and reads those that changed: some
-    microseconds for a site. For one thread."""
+    microseconds for a site. now: in seconds since 1970, as the files' dates. For one thread."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, *, now: Callable[[], float] = time.time) -> None:
         self._folder = home.sites
         self._revocations = Revocations(home.audit)
+        self._now = now
         self._entries: dict[str, _Entry] = {}
         self._holders: dict[bytes, str] = {}
 
@@ -78,14 +83,13 @@ class Registry:
         """By name. Raises as `sites`."""
         return tuple(site for _, site in sorted(self.sites().items()) if site.status == "approved")
 
-    def put_back(self) -> frozenset[str]:
-        """Names of sites that were revoked, and whose files say approved."""
-        self._refresh()
-        return frozenset(entry.site.name for entry in self._entries.values() if entry.site and entry.is_put_back)
+    def names(self) -> list[str]:
+        """All that were given, whether their files can be read or not."""
+        return sorted(file.name.removesuffix(".yaml") for file in self._files())
 
     def holder_of(self, key: bytes) -> str | None:
         """The approved site of a public key (PEM, as `unimiss_core.keys.pem_of_public` gives it), or None. Never
-        raises: a damaged file is logged when it is read, and goes on to mean what it said before."""
+        raises: a damaged file is logged when it is read."""
         self._refresh()
         return self._holders.get(key)
 
@@ -116,11 +120,12 @@ class Registry:
 
     def _read(self, name: str, stamp: tuple[int, ...]) -> _Entry:
         path, before = self._folder / name, self._entries.get(name)
+        text = _content(path)  # first: whole where `load` then finds half, and never the other way round
         try:
             site = load(ApprovedSite, path)
             key = site_public_key(site.public_key, f"{path}: 'public_key'")
         except ConfigError as error:
-            return self._of_before(before, path, stamp, str(error))
+            return self._of_before(before, name, stamp, text, str(error))
         if f"{site.name}.yaml" != name:
             return self._refused(name, stamp, f"{path}: is of the site '{site.name}'; rename one of the two")
         try:
@@ -131,17 +136,24 @@ class Registry:
             if before is None or not before.is_put_back:  # it is said once
                 log.error("%s", PUT_BACK.format(path=path, site=site.name))
             site = site.model_copy(update={"status": "revoked"})
-        return _Entry(stamp, site, pem_of_public(key), is_put_back=is_put_back)
+        return _Entry(stamp, site, text or b"", pem_of_public(key), is_put_back=is_put_back)
 
-    def _of_before(self, before: _Entry | None, path: Path, stamp: tuple[int, ...], problem: str) -> _Entry:
-        """Of a file that cannot be read: what it said before, unless that, or what can be read of it, or the audit log
-        says that the site is revoked."""
-        site = before.site if before else None
-        if before is None or site is None or site.status != "approved" or _denies(path) or self._is_revoked(site):
-            return self._refused(path.name, stamp, problem)
+    def _of_before(
+        self, before: _Entry | None, name: str, stamp: tuple[int, ...], text: bytes | None, problem: str
+    ) -> _Entry:
+        """Of a file that cannot be read: what it said before, where it is a beginning of that, and has just been saved,
+        and the audit log does not say that the site is revoked."""
+        if before is None or text is None or not before.text.startswith(text) or not self._is_of_now(stamp):
+            return self._refused(name, stamp, problem)
+        if before.site is None or before.site.status != "approved" or self._is_revoked(before.site):
+            return self._refused(name, stamp, problem)
         if stamp != before.stamp:  # it is said once
-            log.error("the file of a site cannot be read, what it said before holds: %s", path.name)
+            log.error("the file of a site cannot be read, what it said before holds for %g s: %s", HOLD_S, name)
         return replace(before, stamp=stamp, problem=problem)
+
+    def _is_of_now(self, stamp: tuple[int, ...]) -> bool:
+        """Whether the file changed within HOLD_S. A date to come is none of this clock's."""
+        return abs(self._now() - stamp[1] / 1e9) < HOLD_S
 
     def _is_revoked(self, site: ApprovedSite) -> bool:
         try:
@@ -154,14 +166,11 @@ class Registry:
         return _Entry(stamp, None, problem=problem)
 
 
-def _denies(path: Path) -> bool:
-    """Whether a file that cannot be read as a whole names another status than approved, of which it may hold the
-    beginning: whoever mistypes one means to shut the site out."""
+def _content(path: Path) -> bytes | None:
     try:
-        told = re.findall(rb"""\bstatus["']?\s*:\s*["']?(\w*)""", path.read_bytes())
+        return path.read_bytes()
     except OSError:
-        return False
-    return not all(b"approved".startswith(status) for status in told)
+        return None
 
 
 def registered(site: ApprovedSite) -> RegisteredSite:
@@ -170,7 +179,7 @@ def registered(site: ApprovedSite) -> RegisteredSite:
 
 
 def _stamp(file: DirEntry[str]) -> tuple[int, ...]:
-    """Of a file's state; empty where it has gone. A file that is replaced is another inode."""
+    """Of a file's state, second when it changed; empty where it has gone. A file that is replaced is another inode."""
     try:
         seen = file.stat()
     except OSError:

@@ -50,7 +50,9 @@ def site_table(run: Artefacts) -> Html:
         return section("Sites", note("No round has been recorded, so nothing is known about the sites."), *gaps)
     rows = [_site_row(run, name) for name in run.sites]
     size = charts.rounds_of_cell(len(run.rounds))
-    strips = [note(f"A cell of a strip is {size} rounds, and shows what most of them were.")] if size > 1 else []
+    order = ", ".join(charts.WORST_FIRST)
+    told = f"A cell of a strip is {size} rounds; at least a quarter of them were as it shows, or worse ({order})."
+    strips = [note(told)] if size > 1 else []
     return section("Sites", card_table(_COLUMNS, rows, numbers=_NUMBERS, foot=_total_row(run)), *strips, *gaps)
 
 

@@ -145,7 +145,8 @@ def _agree_on_nodes(control: "Control", registry: Registry) -> None:
     try:
         sites = registry.approved()
     except ConfigError as error:
-        log.warning("%s", error)  # somebody may be editing it: no reason to end a run. The front refuses that site
+        # Somebody may be editing it: no reason to end a run. The front refuses that site within `registry.HOLD_S`.
+        log.warning("%s", error)
         return
     control.agree_on_nodes({pem_of_public(site_public_key(s.public_key, s.name)): s.name for s in sites})
 

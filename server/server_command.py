@@ -78,13 +78,13 @@ def _add_revoke(parser: argparse.ArgumentParser) -> None:
 
 def _revoke(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
-    from server.approval import known_site, revoke
+    from server.approval import require_known, revoke
     from server.audit import coordinator_log
     from server.home import Home
 
     home = Home.chosen(options.home)
     if not options.yes:
-        known_site(home, options.site)
+        require_known(home, options.site)
         typed = "" if options.home is None else f" --home {shlex.quote(str(options.home))}"
         raise ConfigError(
             f"'{options.site}': would be shut out at once and for ever, for neither this name nor its key is given "

@@ -212,6 +212,7 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
             **({} if config.start is None else {"start": str((base / config.start).resolve())}),
             "out": ".",
             "identity": "simulated",
+            "written_by": "unimiss-simulate",
             **config.quorum.model_dump(mode="json"),
             "wait_s": 1.0,  # on one machine every site has answered by then, or never will,
             "retry_s": 0.0,  # and nobody mends it while it is waited for

@@ -380,6 +380,31 @@ def test_the_journal_does_not_grow_with_each_scan_that_went_and_came(site):
         assert len(journal_of(site)) <= 3 * 5
 
 
+def test_a_journal_that_another_process_writes_is_not_tidied(tmp_path):
+    """Nor does one lose what a process wrote of a plan whose library is still to come, or a version without plans."""
+    journal = tmp_path / "built.jsonl"
+    journal.write_text("".join(reason(f"gone {number}", "gone").line() for number in range(9)))
+    with cache_journal.open_journal(tmp_path) as other:
+        other.note(reason("first", "other"))
+        cache_journal.tidy(tmp_path, "mine", [])
+        other.note(reason("second", "other"))
+        with cache_journal.open_journal(tmp_path) as mine:  # two may write
+            mine.note(reason("third", "mine"))
+            other.note(reason("before plans", ""))
+            assert {"first", "second"} < mine.records.keys()
+    with cache_journal.open_journal(tmp_path) as after:
+        assert len(after.records) == 9 + 4
+    (tmp_path / "library-other.json").touch()
+    (tmp_path / "library-mine.json").touch()
+    cache_journal.tidy(tmp_path, "mine", ["gone 3"])
+    with cache_journal.open_journal(tmp_path) as after:
+        assert list(after.records) == ["gone 3", "first", "second", "before plans"]
+
+
+def reason(stamp: str, plan: str) -> cache_journal.Record:
+    return cache_journal.Record(stamp, reason="blank", plan=plan)
+
+
 def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -27,3 +27,14 @@ def test_what_root_replaces_stays_its_owners(tmp_path: Path) -> None:
     found = kept.stat()
     assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (AN_OTHER, AN_OTHER, 0o640)
     assert (new.stat().st_uid, new.stat().st_mode & 0o777) == (0, 0o600)
+
+
+def test_of_a_folder_nothing_stays_where_what_comes_before_its_name_fails(tmp_path: Path) -> None:
+    """As a line of metrics on a full disk."""
+
+    def fail() -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"), durable.new_folder(tmp_path / "round", before=fail) as folder:
+        (folder / "weights").write_bytes(b"1")
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 """Certificates that run out: told long before, and never the cause of a silence."""
 
+import asyncio
 import re
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,10 +12,12 @@ from server import superlink
 from server.approval import approve, renew
 from server.expiry import ending_soon
 from server.founding import found
+from server.front import Front, bound_socket
 from server.home import Home
 from server.run_command import run
 from server.running import status
 from tests.coordinator_home import server_certificate_ends, write_study
+from tests.front_peers import Authority, identified, running_front
 from unimiss_core import keys
 from unimiss_core.errors import ConfigError
 
@@ -85,3 +89,19 @@ def test_none_is_begun_behind_one_that_has_run_out(
     stays_down = re.search(r"^RestartPreventExitStatus=(.*)$", UNIT.read_text(), re.MULTILINE)
     assert stays_down is not None
     assert str(error.value.exit_code) in stays_down[1].split()
+
+
+def test_the_front_looks_for_a_renewed_certificate_while_it_stands(tmp_path: Path) -> None:
+    async def stand() -> None:
+        looked, stop = asyncio.Event(), asyncio.Event()
+        async with running_front(tmp_path, Authority(tmp_path)) as running:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            front = Front(running.house, tls, identified, tmp_path / "status.json", looked.set)
+            standing = asyncio.create_task(front.run(bound_socket("127.0.0.1", 0), stop))
+            try:
+                await asyncio.wait_for(looked.wait(), 10)
+            finally:
+                stop.set()
+                await standing
+
+    asyncio.run(stand())

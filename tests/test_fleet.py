@@ -152,6 +152,8 @@ def test_what_ends_before_a_certificate_is_shown_may_pass(pair: Joined, port: in
         (403, "run is over", None),
         (412, "Failed to activate SuperNode.", "not_yet"),
         (503, "coordinator_down", "no_run"),
+        (503, "coordinator_failed", "failed"),
+        (504, "coordinator_slow", "no_run"),
         (404, "", "answer"),
         (500, "", "answer"),
     ],

@@ -15,6 +15,7 @@ from client.ledger import Ledger
 from client.site_config import SiteConfig, load_site
 from server import server_command
 from server.approval import approve, renew
+from server.audit import coordinator_log
 from server.coordinator_config import CoordinatorConfig
 from server.home import Home
 from tests.test_certificates import NOW, handshake
@@ -246,6 +247,52 @@ def test_what_cannot_be_written_down_is_not_done_but_to_shut_a_site_out(
     (tmp_path / "welcome.yaml").write_bytes(welcome)
     assert alpha("join", tmp_path / "welcome.yaml").code == 8
     assert not SiteHome(alpha.folder).welcome.exists()
+
+
+def test_a_site_whose_file_cannot_be_read_is_revoked_all_the_same(
+    server: Typed, alpha: Typed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand, with a mistake; and another's file is damaged as well."""
+    beta, home = begun(tmp_path / "beta", capsys, "beta"), Home(server.folder)
+    server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
+    server("approve", "beta", "--key", beta.folder / "beta.join.yaml")
+    text = home.site("alpha").read_text()
+    home.site("alpha").write_text(text.replace("status: approved", "Status: revoked"))
+    home.site("beta").write_text("")
+    assert "would be shut out" in server("revoke", "alpha").err
+    assert "shut out from its next request on" in server("revoke", "alpha", "--yes").out
+    assert home.site("alpha").read_text() == text.replace("status: approved", "status: revoked")
+    assert "was revoked before" in server("revoke", "alpha", "--yes").out
+
+    home.welcome("beta").write_bytes(b"")  # now nothing tells the key but the audit log
+    said = server("revoke", "beta", "--yes")
+    assert (said.code, "'beta' is shut out" in said.err, "beta.unreadable" in said.err) == (2, True, True)
+    assert server("sites").out.count("revoked") == 1
+    last = home.audit.read_text().splitlines()[-1]
+    assert f'"fingerprint":"{_fingerprint_of(beta)}"' in last.replace(" ", "")
+    assert '"revoke"' in last
+    assert "'beta' is no site" in server("revoke", "beta", "--yes").err
+
+
+def test_no_name_leads_a_revocation_to_another_file(server: Typed) -> None:
+    before = (server.folder / "coordinator.yaml").read_bytes()
+    assert "is no site" in server("revoke", "../coordinator", "--yes").err
+    assert (server.folder / "coordinator.yaml").read_bytes() == before
+
+
+def test_a_welcome_of_another_key_than_was_approved_revokes_no_other(server: Typed, alpha: Typed) -> None:
+    """Of another coordinator, say, which knows another site of this name."""
+    home, fingerprint = Home(server.folder), "SHA256:" + 43 * "A"
+    server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
+    coordinator_log(home.audit).record("approve", {"site": "alpha", "fingerprint": fingerprint})
+    home.site("alpha").write_text("")
+    assert "alpha.unreadable" in server("revoke", "alpha", "--yes").err
+    assert fingerprint in home.audit.read_text().splitlines()[-1]
+    assert not home.welcome("alpha").exists()
+
+
+def _fingerprint_of(site: Typed) -> str:
+    return keys.fingerprint(keys.site_public_key((site.folder / "keys" / "site.pub").read_text(), "site"))
 
 
 def test_under_another_name_ledger_and_audit_log_go_on(

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 
@@ -92,21 +93,50 @@ def test_a_bar_is_the_mean_of_its_rounds_and_says_so() -> None:
     assert "500 MB from sites and 3.00 GB to sites over 1000 rounds" in panel
 
 
+def test_a_bar_stands_in_the_middle_of_its_rounds() -> None:
+    """So that the first is as far from the first round as the last is from the last, by four of the line's steps."""
+    rounds = 9 * 120
+    panel = charts.traffic_panel("Bytes", list(range(1, rounds + 1)), {"a": [(10, 20)] * rounds})
+    bars = re.findall(r'<rect[^>]* x="([\d.]+)"[^>]* width="([\d.]+)"', panel)
+    first, last = (float(x) + float(width) / 2 for x, width in (bars[0], bars[-1]))
+    (line,) = drawn(panel_of(Series("s", [(1, 0.0), (rounds, 10.0)], 0)))
+    four = 4 * (line[1, 0] - line[0, 0]) / (rounds - 1)
+    assert (first - line[0, 0], line[1, 0] - last) == pytest.approx((four, four), abs=0.02)
+
+
 def test_a_bar_of_one_round_is_as_before() -> None:
     panel = charts.traffic_panel("Bytes", [1, 2], {"a": [(10, 20), (30, 40)]})
     assert "<figcaption>Bytes</figcaption>" in panel
     assert "<title>round 2: 40 B from sites, 30 B to sites</title>" in panel
 
 
-def test_a_cell_shows_what_most_of_its_rounds_were() -> None:
+def cells_of(statuses: Sequence[str]) -> list[str]:
+    return re.findall(r'class="cell (\w+)"', charts.attendance(statuses))
+
+
+def test_a_cell_shows_what_a_quarter_of_its_rounds_were_or_worse() -> None:
     statuses = ["ok"] * 500 + ["absent"] * 400 + ["ok"] * 100
     statuses[7] = "error"
-    strip = charts.attendance(statuses)
-    cells = re.findall(r'class="cell (\w+)"', strip)
+    cells = cells_of(statuses)
     assert len(cells) <= 66
     assert cells.count("absent") / len(cells) == pytest.approx(0.4, abs=0.03)
     assert "error" not in cells
-    assert re.findall(r'class="cell (\w+)"', charts.attendance(["ok", "late"])) == ["ok", "late"]
+    assert cells_of(["ok", "late"]) == ["ok", "late"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        (["ok", "refused"], "refused"),
+        (["refused", "ok"], "refused"),
+        (["ok"] * 9 + ["error"] * 6, "error"),
+        (["ok"] * 12 + ["error"] * 3, "ok"),
+        (["error"] * 2 + ["refused"] * 2 + ["late"] * 2 + ["ok"] * 9, "refused"),  # no kind has a quarter alone
+        (["late"] * 5 + ["strange"] * 5 + ["ok"] * 5, "absent"),
+    ],
+)
+def test_steady_trouble_shows_in_each_cell_of_a_long_run(cell: list[str], shown: str) -> None:
+    assert cells_of(cell * 66) == [shown] * 66
 
 
 def test_the_report_of_a_thousand_rounds_says_what_its_strips_are(tmp_path: Path) -> None:

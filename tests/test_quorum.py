@@ -129,11 +129,12 @@ def test_the_way_on_without_them_names_the_file_that_its_reader_wrote() -> None:
     assert f"{without}\n" in told(small_study(), reasons)
     sites = tuple(RegisteredSite(name=name) for name in reasons)
     assert f"{without}; who is taken out of its `sites` is not asked" in told(small_study(), reasons, sites=sites)
-    simulated = told(small_study(), reasons, identity="simulated")
+    simulated = told(small_study(), reasons, written_by="unimiss-simulate")
     assert "lower quorum.min_sites and quorum.min_replies of the simulation file to 2, then resume; who" in simulated
-    composed = told(small_study(), reasons, sites=sites, ledgers=Path("ledgers.json"))  # as `unimiss-server run` does
+    composed = told(small_study(), reasons, sites=sites, written_by="unimiss-server")
     assert "min_replies of the coordinator.yaml to 2, then `unimiss-server run` again\n" in composed
     assert "resume" not in composed
+    assert f"{without};" in told(small_study(), reasons, sites=sites, ledgers=Path("ledgers.json"))  # by hand as well
     assert {"min_sites", "min_replies"} <= Quorum.model_fields.keys()
 
 

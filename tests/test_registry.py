@@ -1,6 +1,7 @@
 """Who is let in: read anew at each question, and nobody new where a file cannot be read."""
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from server.approval import approve, revoke
 from server.audit import coordinator_log
 from server.home import Home
-from server.registry import ApprovedSite, Registry, registered
+from server.registry import HOLD_S, ApprovedSite, Registry, registered
 from unimiss_core import keys
 from unimiss_core.config import dump_yaml, load
 from unimiss_core.errors import AuditError, ConfigError
@@ -83,17 +84,29 @@ def test_a_damaged_file_lets_its_site_not_in_and_the_others_are_not_kept_out(hom
         registry.sites()
 
 
-@pytest.mark.parametrize("text", DAMAGED)
-def test_half_a_file_goes_on_to_mean_what_the_whole_did(
-    home: Home, text: str, caplog: pytest.LogCaptureFixture
+class Later:
+    """A clock that stands where alpha's file was last changed, and `s` seconds after."""
+
+    def __init__(self, home: Home) -> None:
+        self._file, self.s = home.site("alpha"), 0.0
+
+    def __call__(self) -> float:
+        return self._file.stat().st_ctime + self.s
+
+
+@pytest.mark.parametrize("length", [0, 3, 30, 60])
+def test_half_a_file_goes_on_for_a_moment_to_mean_what_the_whole_did(
+    home: Home, length: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An editor writes it anew; a site that hears in between that it is not approved would end its round."""
+    """An editor empties it and writes it anew; a site that hears in between that it is not approved would end its
+    round."""
     alpha, pem = a_key()
     write(home, "alpha", alpha)
-    registry = Registry(home)
+    half, later = home.site("alpha").read_bytes()[:length], Later(home)
+    registry = Registry(home, now=later)
     assert registry.holder_of(pem) == "alpha"
-    home.site("alpha").write_text(text)
-    for _ in range(3):
+    home.site("alpha").write_bytes(half)
+    for later.s in (0.0, 1.0, 0.9 * HOLD_S):
         assert registry.holder_of(pem) == "alpha"
     assert len(caplog.messages) == 1
     with pytest.raises(ConfigError, match=r"alpha\.yaml"):  # and nobody else takes it for whole
@@ -101,25 +114,53 @@ def test_half_a_file_goes_on_to_mean_what_the_whole_did(
     write(home, "beta", alpha)
     assert registry.holder_of(pem) is None  # a key of two
     home.site("beta").unlink()
+    assert registry.holder_of(pem) == "alpha"
+    for later.s in (1.01 * HOLD_S, 0.0):  # once out, it takes the whole file to come back
+        assert registry.holder_of(pem) is None
+    write(home, "alpha", alpha)
+    assert registry.holder_of(pem) == "alpha"
+
+
+@pytest.mark.parametrize("length", [0, 3, 30, 60])
+def test_half_a_file_means_nothing_where_the_whole_let_nobody_in(home: Home, length: int) -> None:
+    alpha, pem = a_key()
     write(home, "alpha", alpha, "revoked")
+    half = home.site("alpha").read_bytes()[:length]
+    registry = Registry(home, now=Later(home))
     assert registry.holder_of(pem) is None
-    home.site("alpha").write_text(text)
+    home.site("alpha").write_bytes(half)
     assert registry.holder_of(pem) is None
     write(home, "alpha", alpha)
     assert registry.holder_of(pem) == "alpha"
     home.site("alpha").unlink()
     assert registry.holder_of(pem) is None
-    home.site("alpha").write_text(text)
+    home.site("alpha").write_bytes(half)
     assert registry.holder_of(pem) is None
 
 
-@pytest.mark.parametrize("text", ["name: alpha\nstatus: revokd\n", "{name: alpha, status: 'revoked", "status: rev"])
-def test_half_a_file_that_denies_a_site_shuts_it_out(home: Home, text: str) -> None:
+MISTYPED: dict[str, Callable[[str], bytes]] = {
+    "the key's case": lambda text: text.replace("status: approved", "Status: revoked").encode(),
+    "a letter of the key": lambda text: text.replace("status: approved", "staus: revoked").encode(),
+    "a letter of the value": lambda text: text.replace("status: approved", "status: revokd").encode(),
+    "the sign": lambda text: text.replace("status: approved", "status = revoked").encode(),
+    "a list": lambda text: text.replace("status: approved", "status: [revoked]").encode(),
+    "a dash": lambda text: text.replace("status: approved", "status: -revoked").encode(),
+    "another key": lambda text: (text + "revoked: true\n").encode(),
+    "no value": lambda text: text.replace("status: approved", "status:").encode(),
+    "another encoding": lambda text: text.replace("status: approved", "status: revoked").encode("utf-16"),
+    "all commented out": lambda text: "".join(f"# {line}" for line in text.splitlines(keepends=True)).encode(),
+    "no key": lambda text: "".join(line for line in text.splitlines(keepends=True) if "public" not in line).encode(),
+    "another file": lambda _: b"[]",
+}
+
+
+@pytest.mark.parametrize("mistyped", MISTYPED.values(), ids=MISTYPED)
+def test_a_file_that_was_mistyped_shuts_its_site_out_at_once(home: Home, mistyped: Callable[[str], bytes]) -> None:
     alpha, pem = a_key()
     write(home, "alpha", alpha)
     registry = Registry(home)
     assert registry.holder_of(pem) == "alpha"
-    home.site("alpha").write_text(text)
+    home.site("alpha").write_bytes(mistyped(home.site("alpha").read_text()))
     assert registry.holder_of(pem) is None
 
 
@@ -222,7 +263,6 @@ def test_a_file_from_before_its_site_was_revoked_lets_nobody_in(home: Home, capl
         approve(home, "alpha", home.path / "alpha.pub", now=datetime.now(UTC))
     assert revoke(home, "alpha", note=note)
     assert "revoked" in home.site("alpha").read_text()
-    assert not Registry(home).put_back()
     assert not revoke(home, "alpha", note=note)
 
 
@@ -244,7 +284,7 @@ def test_a_revocation_that_the_audit_log_lacks_is_written_by_the_same_command_ag
     assert home.audit.read_text().count('"revoke"') == 1
     home.site("alpha").write_bytes(before)
     assert Registry(home).holder_of(pem) is None
-    assert Registry(home).put_back() == {"alpha"}
+    assert Registry(home).approved() == ()
 
 
 def test_what_was_done_with_a_key_last_is_what_counts(home: Home) -> None:

@@ -50,6 +50,7 @@ def test_the_coordinator_file_names_the_approved_sites_and_their_keys(home: Home
     revoke(home, "gone")
     composed = compose(home, write_study(tmp_path / "study.yaml"))
     config = load_coordinator(composed.file)
+    assert config.file_in_words == "coordinator.yaml"
     assert [site.name for site in config.sites] == ["alpha", "beta"]
     assert all(site.public_key and site.public_key.startswith("ecdsa-sha2-nistp384 ") for site in config.sites)
     assert config.identity == "proved"

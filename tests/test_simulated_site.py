@@ -93,6 +93,7 @@ def test_a_ledger_that_was_begun_anew_is_forgotten_by_the_simulations_own_file(t
     path.write_text(yaml.safe_dump({"study": "study.yaml", "sites": [north], "forget_ledgers": ["north"]}))
     made = prepare(read_simulation(path), tmp_path / "out", resume=False)
     assert load_coordinator(made).forget_ledgers == ("north",)
+    assert load_coordinator(made).file_in_words == "simulation file"
     path.write_text(yaml.safe_dump({"study": "study.yaml", "sites": [north], "forget_ledgers": ["nort"]}))
     with pytest.raises(ConfigError, match="forget_ledgers: there is no site nort"):
         read_simulation(path)

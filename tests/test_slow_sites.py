@@ -61,9 +61,13 @@ def test_a_site_whose_updates_all_come_late_is_told_of(tmp_path: Path) -> None:
 # -- where patients pay for each answer, whether it comes in time or not -----------------------------------------------
 
 
-@pytest.mark.parametrize("others_suffice", [True, False])
+@pytest.mark.parametrize(
+    ("patients_pay", "others_suffice"),
+    [(True, True), (True, False), (False, True)],
+    ids=["not asked", "the round needs it", "nobody pays"],
+)
 def test_a_site_that_is_late_is_not_asked_behind_that_unless_the_round_needs_it(
-    tmp_path: Path, others_suffice: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, patients_pay: bool, others_suffice: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchange, "GRACE", 60)  # requests live as long as the test
     next_began = threading.Event()
@@ -82,11 +86,15 @@ def test_a_site_that_is_late_is_not_asked_behind_that_unless_the_round_needs_it(
 
     late = site("slow", slow)
     sites = [late, site("a", prompt), site("b", other)]
-    federate(tmp_path, sites, private_study(2), deadline_s=0.5, min_sites=2, min_replies=2)
+    study = private_study(2) if patients_pay else exact_study(2)
+    failures = federate(tmp_path, sites, study, deadline_s=0.5, min_sites=2, min_replies=2).attendance.failures
     first, second = ([row["sites"][name]["reason"] for name in ("slow", "a", "b")] for row in metric_rows(tmp_path))
+    is_asked = not (patients_pay and others_suffice)
     assert first == ["no_reply", "", ""]
-    assert second == (["busy", "", ""] if others_suffice else ["", "", "failed"])
-    assert [request.round for request in late.requests] == ([1] if others_suffice else [1, 2])
+    assert second == (["busy", "", ""] if not is_asked else ["", "", "" if others_suffice else "failed"])
+    assert [request.round for request in late.requests] == ([1, 2] if is_asked else [1])
+    told = {name: failed.unanswered for name, failed in failures.items()}
+    assert told == ({"slow": True} if not is_asked else {} if others_suffice else {"b": False})
 
 
 @pytest.mark.parametrize(

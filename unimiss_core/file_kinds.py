@@ -13,7 +13,7 @@ _KEYS: Mapping[str, str] = {
     "threads checkpoint_minutes workers privacy policy data labels state state_key cache cache_limit_gb",
     "a coordinator file": "study out start start_key signing_key sites identity min_sites min_replies wait_s "
     "introduction_s deadline_s round_tries retry_s set_aside_after keep_checkpoints probe probe_every ledgers "
-    "forget_ledgers",
+    "forget_ledgers written_by",
     "a fine-tuning file": "name seed task init plan data_root data split allow_empty_masks training inference device "
     "out",
     "a coordinator's server.yaml": "address listen listen_port superlink_port log_mb patience limits",

@@ -35,13 +35,14 @@ class Shown:
             return
         self._seen = state
         try:
-            for context in (
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
-                self._context,
-            ):  # one that fails is left half armed
-                context.load_cert_chain(self._certificate, self._key, password=_no_passphrase)
+            self._take_up(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # first, for one that fails is left half armed
+            self._take_up(self._context)
         except OSError:  # ssl.SSLError is one
             log.warning("%s is not taken up: it is damaged, or not of %s", self._certificate, self._key.name)
+
+    def _take_up(self, context: ssl.SSLContext) -> None:
+        """Raises OSError."""
+        context.load_cert_chain(self._certificate, self._key, password=_no_passphrase)
 
     def _state(self) -> tuple[int, ...]:
         try:
