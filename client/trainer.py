@@ -190,7 +190,9 @@ def _validation(
     if site.study.finetune is None or not site.study.finetune.validation:
         return {}
     if figures.measuring:
-        tell(site.config.name, f"does not measure the shared model in round {round}: it was ended while it did")
+        tell(
+            site.config.name, f"does not measure the shared model in round {round}: it was ended by that, or soon after"
+        )
         return {}
     figures.measuring = True
     _save_unfinished(site, learner, round, received, figures)
