@@ -11,7 +11,7 @@ from client.audited_engine import Engine
 from client.cache import CachedScan, open_library, open_private_library
 from client.findings import Finding
 from client.membership import membership
-from client.one_run import OneRun, one_run
+from client.one_run import CANARIES, OneRun, canaries_for, one_run
 from client.privacy_audit import KINDS, check_engine
 from client.site_config import load_site
 from unimiss_core import checkpoint, progress
@@ -25,13 +25,14 @@ MOST_STEPS = 1000
 """That a bound takes by itself."""
 
 
-def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: int = 1) -> None:
+def of_study(path: Path, *, canaries: int | None, steps: int | None, patients_at_once: int = 1) -> None:
     """Print what the engine releases against what the study claims, for images and for volumes.
 
-    steps: of the bound on epsilon; None takes as many as draw each canary four times, MOST_STEPS at most.
+    canaries: of the bound on epsilon; None takes as `client.one_run.canaries_for` does.
+    steps: of the bound; None takes as many as draw each canary four times, MOST_STEPS at most.
     patients_at_once: as the site file has it.
     Raises PrivacyClaimError: a measure contradicts the claim; ConfigError: the study is not in mode `patient`, or its
-    model has no room for so many canaries.
+    model has no room for so many canaries, which is told before anything is measured.
     """
     study = load(StudyConfig, path)
     if study.privacy.mode != "patient":
@@ -39,12 +40,15 @@ def of_study(path: Path, *, canaries: int, steps: int | None, patients_at_once: 
             f"{path}: its privacy mode is {study.privacy.mode}; only mode: patient has an engine to audit"
         )
     contradicted = 0
-    for rank in study.ranks:
-        engine = Engine(study, rank, patients_at_once=patients_at_once)
+    engines = [Engine(study, rank, patients_at_once=patients_at_once) for rank in study.ranks]
+    counts = [canaries_for(engine, canaries) for engine in engines]
+    for engine, count in zip(engines, counts, strict=True):
+        rank = engine.rank
         findings = check_engine(engine)
         taken = steps or _steps(engine)
-        _say(f"{KINDS[rank]}: what {taken} steps tell of {canaries} canaries")
-        run = one_run(engine, canaries=canaries, steps=taken)
+        few = "" if canaries or count == CANARIES else ", all that the model has room for"
+        _say(f"{KINDS[rank]}: what {taken} steps tell of {count} canaries{few}")
+        run = one_run(engine, canaries=count, steps=taken)
         findings.append(run.finding())
         _print(_table(f"{study.name}: a step on {KINDS[rank]}", findings))
         print(_in_words(run))

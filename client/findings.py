@@ -160,7 +160,7 @@ def repetition(what: str, values: Tensor) -> Finding:
 
 
 def likeness(what: str, rows: Tensor) -> Finding:
-    """rows (R, n): the largest correlation between any two."""
+    """rows (R, n), two at least: the largest correlation between any two."""
     some, pairs = _spaced(rows), len(rows) * (len(rows) - 1) / 2
     largest = (torch.corrcoef(some.double()) - torch.eye(len(rows))).abs().max().item()
     return at_most(what, _normal(RARE / pairs) / math.sqrt(some.shape[1]), largest)

@@ -22,6 +22,7 @@ from client.findings import Finding, at_most
 from unimiss_core.errors import ConfigError
 from unimiss_core.noise import secret_generator
 from unimiss_core.privacy import Mechanism, mechanisms
+from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.team import Alone
 
 SIGNIFICANCE = 0.05
@@ -32,6 +33,9 @@ SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 SCANS = 2
 """Of each canary."""
+
+CANARIES = 500
+"""Where the model has room for as many."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,23 @@ class OneRun:
         return at_most(f"epsilon of {self.steps} steps, from below, at 95%", self.claimed, self.lower_bound)
 
 
-def one_run(engine: Engine, *, canaries: int, steps: int) -> OneRun:
-    """Audit `steps` steps of the engine at the study's own sampling rate.
+def canaries_for(engine: Engine, asked: int | None) -> int:
+    """How many an audit of the engine takes: as many as are asked for; of None CANARIES, or all that have room, which
+    is one value of the largest tensor of each group for each.
 
-    Raises ConfigError: the largest tensor of a group has fewer values than there are canaries.
+    Raises ConfigError: more are asked for.
     """
+    learner = engine.learner()
+    room = min(BROKEN, *(learner.student.get_parameter(name).numel() for name in _tensors(engine, learner)))
+    if asked is not None and asked > room:
+        raise ConfigError(
+            f"--canaries {asked}: the model has no room for so many; give {room} at most, or leave it out"
+        )
+    return asked or min(CANARIES, room)
+
+
+def one_run(engine: Engine, *, canaries: int, steps: int) -> OneRun:
+    """Audit `steps` steps of the engine at the study's own sampling rate. canaries: by `canaries_for`."""
     joined = torch.from_numpy(secret_generator().random(canaries) < 0.5)
     scores = _scores(engine, joined, steps)
     guesses, correct, bound = best_guess(scores, joined, engine.privacy.delta)
@@ -110,12 +126,7 @@ def chance_of_guesses(m: int, guesses: int, correct: int, epsilon: float, delta:
 def _scores(engine: Engine, joined: Tensor, steps: int) -> Tensor:
     """(m,): of each canary, the sum over releases of the inner product with its own clipped gradient."""
     learner = engine.learner()
-    tensors = largest_of_groups(
-        learner.trained_names(engine.rank, engine.step), dict(learner.student.named_parameters())
-    )
-    room = min(BROKEN, *(learner.student.get_parameter(name).numel() for name in tensors))
-    if room < len(joined):
-        raise ConfigError(f"{len(joined)} canaries are more than the model has room for; give {room} at most")
+    tensors = _tensors(engine, learner)
     learner.objective = CanaryObjective(learner.objective, tensors, engine.privacy.clip_norm)
     watched = Watched(learner, engine.rank, engine.step)
     draws = engine.make_draws(_site(engine, joined), Alone(), learner.device)
@@ -124,6 +135,11 @@ def _scores(engine: Engine, joined: Tensor, steps: int) -> Tensor:
         release = watched.release(list(draws.draw(engine.step).views()))
         scores += sum(release.gradients[name].flatten()[: len(joined)] for name in tensors) / math.sqrt(len(tensors))
     return scores
+
+
+def _tensors(engine: Engine, learner: PrivateLearner) -> list[str]:
+    """In which canaries' gradients are."""
+    return largest_of_groups(learner.trained_names(engine.rank, engine.step), dict(learner.student.named_parameters()))
 
 
 def _site(engine: Engine, joined: Tensor) -> CanarySite:

@@ -246,7 +246,12 @@ def _parser() -> argparse.ArgumentParser:
         "the figures are worth.",
     )
     audit.add_argument("--study", type=Path, metavar="STUDY.yaml", help="a study with privacy.mode: patient")
-    audit.add_argument("--canaries", type=_positive, default=500, metavar="N", help="of the bound (default: 500)")
+    audit.add_argument(
+        "--canaries",
+        type=_positive,
+        metavar="N",
+        help="of the bound (default: 500, or as many as the model has room for)",
+    )
     audit.add_argument(
         "--steps", type=_positive, metavar="T", help="of the bound (default: 4 / sampling_rate, at most 1000)"
     )

@@ -16,14 +16,14 @@ from client.devices import run_team
 from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
 from client.held_out import measured
-from client.own_model import keep_own_model
+from client.own_model import keep_own_model, take_own_head_
 from client.patient_draws import PatientDraw, PatientDraws
 from client.site import Site
 from client.site_state import Remembered
 from client.telling import tell
 from unimiss_core import progress
 from unimiss_core.divergence import Start, divergence_aware_start
-from unimiss_core.errors import CheckpointError, ConfigError, DeviceError, NonFiniteLossError, WireError
+from unimiss_core.errors import CheckpointError, ConfigError, DeviceError, NonFiniteLossError, WireError, where
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import group_of
 from unimiss_core.learner import Learner, LearnerState, StepReport
@@ -124,16 +124,16 @@ def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team
     figures = _gone_on_with(site, learner, request.round, received)
     if figures is None:
         figures = _RoundFigures()
-        if memory is not None:
-            _restore(learner, memory, site.config.name)
+        if not _restored(learner, memory, site.config.name) and request.round > 1:
+            take_own_head_(learner.student, site)
         learner.start_round(start.student, teacher)
 
     _take_steps(site, learner, figures, request.round, received, device=device, team=team)
     if team.place > 0:
         return None
+    validation = _validation(site, learner, figures, request.round, received, student, device)
     update = _remembered_update(site, learner, request.round, start, student, teacher, memory)
     keep_own_model(site, learner.student, student, request.round)
-    validation = measured(site.config, study, site.everything, student, device)
     own_share = {} if study.local.divergence_scale is None else {"own_share": start.own_share}
     return TrainReply(
         site=site.config.name,
@@ -176,6 +176,33 @@ def _take_steps(
                 saved = time.monotonic()
 
 
+def _validation(
+    site: Site,
+    learner: Learner,
+    figures: "_RoundFigures",
+    round: int,
+    received: str,
+    student: Mapping[str, Tensor],
+    device: torch.device,
+) -> dict[str, float]:
+    """What the site measures of the `student` that it was sent. Whatever ends that costs the figure and no step: the
+    steps are saved before, and asked for the round again, the site does not measure a second time."""
+    if site.study.finetune is None or not site.study.finetune.validation:
+        return {}
+    if figures.measuring:
+        tell(
+            site.config.name, f"does not measure the shared model in round {round}: it was ended by that, or soon after"
+        )
+        return {}
+    figures.measuring = True
+    _save_unfinished(site, learner, round, received, figures)
+    try:
+        return measured(site.config, site.study, site.everything, student, device)
+    except RuntimeError as error:
+        tell(site.config.name, f"does not measure the shared model: {where(error)}")
+        return {}
+
+
 def _remembered_update(
     site: Site,
     learner: Learner,
@@ -211,12 +238,17 @@ def _remember(site: Site, learner: Learner, round: int, start: Start, kept: dict
     site.memory.remember(Remembered(round, tensors, facts))
 
 
-def _restore(learner: Learner, memory: Remembered, site: str) -> None:
+def _restored(learner: Learner, memory: Remembered | None, site: str) -> bool:
+    """Whether the learner goes on from what the site remembers."""
+    if memory is None:
+        return False
     try:
         learner.restore(LearnerState(below(_LEARNER, memory.tensors), dict(memory.facts)))
     except CheckpointError as error:
         # A site that has gained volumes since, say, holds state for other tensors: it begins anew, as a new site does.
         tell(site, f"what it remembers of round {memory.round} does not fit, so moments and centre begin anew: {error}")
+        return False
+    return True
 
 
 def _round_student(request: TrainRequest, memory: Remembered | None) -> Mapping[str, Tensor]:
@@ -336,6 +368,8 @@ class _RoundFigures:
     global_distances: list[float] = field(default_factory=list)
     """Under FedProx."""
     skipped_batches: int = 0
+    measuring: bool = False
+    """Whether all steps are taken and held-out patients' scans come next."""
 
     @property
     def steps(self) -> int:

@@ -30,6 +30,7 @@ from server.run_folder import RunFolder, folder_of
 from unimiss_core import progress
 from unimiss_core.config import NAME, load
 from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.schedule import untaught
 from unimiss_core.study import StudyConfig
 
 app = ServerApp()
@@ -91,24 +92,33 @@ def _to_resume(context: Context) -> dict[str, str]:
 def run(grid: Grid, config: CoordinatorConfig, *, resume: bool) -> None:
     """Run the study of a coordinator file over `grid`, with the probe, and write the report."""
     study = load(StudyConfig, config.study)
+    if told := untaught(study):
+        progress.report(progress.Note(told))
     Federation(grid, study, config, _probe_of(config, study), write_report).run(resume=resume)
+
+
+def check_probed(study: StudyConfig) -> None:
+    """Whether a run of the study can be probed, whatever the sets are. Raises ConfigError."""
+    try:
+        from server.judging import can_judge
+    except ModuleNotFoundError:
+        raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
+    if study.finetune is not None and not can_judge(study.finetune):
+        raise ConfigError(
+            f"'probe': the model of study '{study.name}' cannot be judged by sets of classes: only one that sorts "
+            "whole scans into single classes, by a head that sites share, can; leave 'probe' out"
+        )
 
 
 def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
     if not config.probe:
         return None
-    try:
-        from server.judging import can_judge, check_sets, judge
-        from server.probing import Yardstick
-    except ModuleNotFoundError:
-        raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
+    check_probed(study)
+    from server.judging import check_sets, judge
+    from server.probing import Yardstick
+
     if study.finetune is None:
         return Yardstick(folder_of(config), config.probe, study.model)
-    if not can_judge(study.finetune):
-        raise ConfigError(
-            f"'probe': the model of study '{study.name}' cannot be judged by sets of classes: only one that sorts "
-            "whole scans into single classes, by a head that sites share, can; leave 'probe' out"
-        )
     check_sets(config.probe, study.finetune)
     return partial(judge, folder_of(config), config.probe, study)
 

@@ -10,8 +10,8 @@ It listens to `unimiss_core.progress` and changes nothing about the run. Events 
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
+from server.run_folder import RunFolder
 from server.wording import counted, duration, printable, significant
 from unimiss_core import checkpoint, progress
+from unimiss_core.config import load
+from unimiss_core.errors import ConfigError
 from unimiss_core.figures import COLLAPSE_WAY_OUT, STEPS_THAT_TEACH
 from unimiss_core.progress import Collapsed, Event, Note, Preparing, RoundDone, RoundStarted, SiteReplied, StepDone
+from unimiss_core.study import StudyConfig
 
 LASTING = frozenset(("no_labels",))
 """Reasons that a site gives in each round alike, and that nobody need mend: told once, and summed up at the end."""
@@ -61,9 +65,9 @@ class Display:
         """After a run that ended well: where its artefacts lie."""
         if self._tally.rounds == 0:
             self._console.print(Text("Every round of this run was finished before; nothing was left to do."))
-        latest = checkpoint.latest(out / "checkpoints")
-        for name, path in {"Report": out / "report.html", "Metrics": out / "metrics.jsonl", "Model": latest}.items():
-            if path is not None and path.exists():
+        places = [("Report", out / "report.html"), ("Metrics", out / "metrics.jsonl"), *_models(out)]
+        for name, path in places:
+            if path.exists():
                 self._console.print(Text(f"{name + ':':8} {path}"), soft_wrap=True)
 
     def show(self, event: Event) -> None:
@@ -72,6 +76,20 @@ class Display:
             for site in silent:
                 self._screen.show(site, self._tally)
             self._screen.show(event, self._tally)
+
+
+def _models(out: Path) -> Iterator[tuple[str, Path]]:
+    """The newest checkpoint, which is an encoder alone where sites keep heads of their own; of a simulation, whose
+    sites are on this machine, their models then."""
+    latest, own_heads = checkpoint.latest(out / "checkpoints"), False
+    with suppress(ConfigError):
+        study = load(StudyConfig, out / "study.yaml")
+        own_heads = study.finetune is not None and study.finetune.head == "local"
+    if latest is not None:
+        yield "Encoder" if own_heads else "Model", latest
+    if own_heads:
+        for path in sorted(out.glob(f"sites/*/state/models/{RunFolder(out).run}")):
+            yield "Model", path
 
 
 @dataclass

@@ -32,6 +32,7 @@ from client.reading import read_scans
 from client.site import simulation_folder
 from client.site_config import DataSource, SiteConfig, SiteTraining, TableConfig, below_base, load_site
 from server.app import app as server_app
+from server.app import check_probed
 from server.local_grid import LocalGrid
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
@@ -178,8 +179,8 @@ def engine_folder(context: Context) -> Path:
 
 
 def read_simulation(path: Path) -> Simulation:
-    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either; or a
-    patient-level study has too little noise for its own promise."""
+    """Read a simulation's file and its study with the overrides. Raises ConfigError: every mistake in either; a probe
+    that cannot judge the study's model; or a patient-level study has too little noise for its own promise."""
     raw, base = read_yaml(path), path.resolve().parent
     try:
         config = parse(SimulationConfig, raw, where=str(path))
@@ -190,6 +191,7 @@ def read_simulation(path: Path) -> Simulation:
         from client.accounting import check_study  # here, for it takes seconds, and only private studies need it
 
         check_study(study)  # its sites would refuse it one by one, after their hospitals were written
+    _check_probes(config.probe, study)
     return Simulation(config, study, base)
 
 
@@ -234,6 +236,19 @@ def _mistakes_of_study(raw: Any, base: Path) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def _check_probes(probes: Sequence[SimulatedProbe], study: StudyConfig) -> None:
+    """Raises ConfigError."""
+    if not probes:
+        return
+    check_probed(study)
+    for probe in probes:
+        if probe.rank not in study.ranks:
+            raise ConfigError(
+                f"probe '{probe.name}': its rank is {probe.rank}, the task's {study.ranks[0]}; give labelled scans of "
+                f"rank {study.ranks[0]}, or leave the probe out"
+            )
 
 
 def _study(file: Path, overrides: Mapping[str, Any], base: Path) -> StudyConfig:

@@ -27,7 +27,7 @@ from client.findings import (
     share,
 )
 from client.membership import auc_below
-from client.one_run import best_guess, chance_of_guesses, epsilon_from_below, one_run
+from client.one_run import best_guess, canaries_for, chance_of_guesses, epsilon_from_below, one_run
 from client.pictures import write_png
 from client.privacy_audit import noise_is_as_claimed
 from client.research_command import main
@@ -183,8 +183,8 @@ def test_one_run_stays_below_the_claim_and_without_noise_above() -> None:
 
 
 def test_more_canaries_than_values_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"give [0-9]+ at most"):
-        one_run(Engine(private_study(), 2), canaries=10**6, steps=1)
+    with pytest.raises(ConfigError, match=r"--canaries 1000000: .* give [0-9]+ at most"):
+        canaries_for(Engine(private_study(), 2), 10**6)
 
 
 # -------------------------------------------------------------------------------------------------------- membership

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.federation import small_study
+from tests.labelled_hospitals import task_study
 from unimiss_core.groups import GROUPS
 from unimiss_core.optimiser_config import AdamWConfig
 from unimiss_core.scan import Rank
@@ -16,6 +18,7 @@ from unimiss_core.schedule import (
     teacher_retention,
     total_steps,
     trained_steps,
+    untaught,
     weight_decay,
 )
 from unimiss_core.study import ScheduleConfig, StudyConfig, UniMiSSConfig
@@ -101,3 +104,19 @@ def test_teacher_retention_is_what_an_ema_leaves_of_its_start() -> None:
     assert teacher_retention(STUDY, {2, 3}, 2) == pytest.approx(left)
     assert teacher_retention(STUDY, {2}, 2)["3d"] == 1.0
     assert math.isclose(teacher_retention(STUDY, {3}, 2)["3d"], left["shared"])
+
+
+@pytest.mark.parametrize(
+    ("alternate", "rounds", "told"),
+    [((6, 5), 3, True), ((5, 5), 3, False), ((1, 1), 3, False), ((3, 1), 1, True), ((1, 9), 1, False)],
+)
+def test_a_study_that_trains_no_volume_at_a_site_with_both_is_told(
+    alternate: tuple[int, int], rounds: int, told: bool
+) -> None:
+    study = small_study(schedule={"rounds": rounds, "local_steps": 2, "alternate": alternate})
+    assert told == (3 not in {rank_of_step({2, 3}, step, alternate) for step in range(2 * rounds)})
+    assert told == (untaught(study) is not None)
+
+
+def test_a_task_is_of_one_rank_and_lacks_no_turn() -> None:
+    assert untaught(task_study()) is None

@@ -71,6 +71,18 @@ def steps_of_rank(rank: Rank, ranks: Collection[Rank], schedule: ScheduleConfig,
     return images if rank == 2 else steps - images
 
 
+def untaught(study: StudyConfig) -> str | None:
+    """Says that a site with both ranks trains no volume in the whole study, for its turns of images are as long; None
+    where it does, or where the study is of one rank."""
+    schedule = study.schedule
+    if len(study.ranks) == 1 or steps_of_rank(3, study.ranks, schedule, range(1, schedule.rounds + 1)):
+        return None
+    return (
+        f"schedule.alternate begins with {schedule.alternate[0]} steps on images, and the study has "
+        f"{total_steps(schedule)}: a site with both trains no volume; give a shorter turn"
+    )
+
+
 def trained_steps(ranks: Collection[Rank], schedule: ScheduleConfig, round_number: int) -> dict[Group, int]:
     """How many steps of the round train each group, at a site with scans of `ranks`; 0 for an untouched group."""
     trained = _groups_by_step(ranks, schedule, round_number)
