@@ -112,8 +112,8 @@ def test_the_best_round_is_named_and_its_checkpoint_kept(run: Run) -> None:
     means = [np.mean([one["diagnostics"]["validation_auc"] for one in row["sites"].values()]) for row in rows]
     best = validation.best_in(rows, AUC)
     assert best is not None
-    assert (best.round, best.sites) == (int(np.argmax(means)), 2)
-    assert best.mean == pytest.approx(max(means))
+    assert (best.round, best.sites) == (1 + int(np.argmax(means[1:])), 2)
+    assert best.mean == pytest.approx(max(means[1:]))
     kept = {path.name for path in RunFolder(run.out).checkpoints.iterdir()}
     assert kept == {"round-0000", f"round-{best.round:04d}", "round-0003"}
     said = f"round {best.round}, {best.mean:.3f} as the mean of 2 sites"
@@ -125,25 +125,44 @@ def test_the_best_round_is_named_and_its_checkpoint_kept(run: Run) -> None:
 
 def test_rounds_that_fewer_sites_measured_and_figures_that_are_none_do_not_win() -> None:
     told = [
-        (1, {"a": {"validation_auc": 0.5}, "b": {"validation_auc": 0.7}}),
-        (2, {"a": {"validation_auc": 0.9}}),
-        (3, {"a": {"validation_auc": 0.6}, "b": {"validation_auc": 1e30}, "c": {"validation_auc": float("nan")}}),
-        (4, {"a": {"validation_auc": 0.8, "validation_dice": 1.0}, "b": {"validation_auc": 0.5}}),
+        (2, {"a": {"validation_auc": 0.5}, "b": {"validation_auc": 0.7}}),
+        (3, {"a": {"validation_auc": 0.9}}),
+        (4, {"a": {"validation_auc": 0.6}, "b": {"validation_auc": 1e30}, "c": {"validation_auc": float("nan")}}),
+        (5, {"a": {"validation_auc": 0.8, "validation_dice": 1.0}, "b": {"validation_auc": 0.5}}),
     ]
     measured = validation.by_round(told, AUC)
-    assert measured == {0: {"a": 0.5, "b": 0.7}, 1: {"a": 0.9}, 2: {"a": 0.6}, 3: {"a": 0.8, "b": 0.5}}
-    assert validation.best_of(measured) == validation.Best(3, pytest.approx(0.65), 2)
+    assert measured == {1: {"a": 0.5, "b": 0.7}, 2: {"a": 0.9}, 3: {"a": 0.6}, 4: {"a": 0.8, "b": 0.5}}
+    assert validation.best_of(measured) == validation.Best(4, pytest.approx(0.65), 2)
     assert validation.best_of({}) is None
+
+
+def test_the_model_whose_head_nothing_has_taught_is_not_the_best() -> None:
+    """Its figure may be the highest all the same, by chance."""
+    untaught = {0: {"a": 0.9, "b": 0.9, "c": 0.9}}
+    assert validation.best_of(untaught) is None
+    assert validation.best_of({**untaught, 1: {"a": 0.5}}) == validation.Best(1, 0.5, 1)
+
+
+def test_it_is_said_how_many_of_those_who_measured_the_best_are_gone() -> None:
+    sites = dict.fromkeys("abc", 0.75)
+    stays = validation.best_of({3: sites, 4: dict.fromkeys("abcd", 0.5)})
+    assert stays is not None
+    assert stays.in_words().endswith("round 3, 0.750 as the mean of 3 sites")
+    gone = validation.best_of({3: sites, 4: {"a": 0.7}, 5: {"a": 0.9, "d": 0.9}})
+    assert gone is not None
+    assert gone.in_words().endswith(
+        "round 3, 0.750 as the mean of 3 sites, 2 of which told no figure of the newest round"
+    )
 
 
 def test_sites_that_told_a_figure_once_do_not_choose_the_round() -> None:
     """Rounds are compared by the sites that measured both."""
-    alone = {0: {"guest": 1.0}, 1: {"a": 0.5, "b": 0.6, "c": 0.7}, 2: {"a": 0.6, "b": 0.7, "c": 0.7}}
-    assert validation.best_of(alone) == validation.Best(2, pytest.approx(2 / 3), 3)
-    early = {0: {"a": 0.5, "b": 0.5, "guest": 0.9}, **{round: {"a": 0.5 + round / 10, "b": 0.6} for round in (1, 2)}}
-    assert validation.best_of(early) == validation.Best(2, pytest.approx(0.65), 2)
-    easy = {0: {"a": 0.6, "b": 0.6, "c": 0.6}, 1: {"a": 0.5, "b": 0.5, "c": 0.5, "guest": 1.0}}
-    assert validation.best_of(easy) == validation.Best(0, pytest.approx(0.6), 3)
+    alone = {1: {"guest": 1.0}, 2: {"a": 0.5, "b": 0.6, "c": 0.7}, 3: {"a": 0.6, "b": 0.7, "c": 0.7}}
+    assert validation.best_of(alone) == validation.Best(3, pytest.approx(2 / 3), 3)
+    early = {1: {"a": 0.5, "b": 0.5, "guest": 0.9}, **{round: {"a": 0.4 + round / 10, "b": 0.6} for round in (2, 3)}}
+    assert validation.best_of(early) == validation.Best(3, pytest.approx(0.65), 2)
+    easy = {1: {"a": 0.6, "b": 0.6, "c": 0.6}, 2: {"a": 0.5, "b": 0.5, "c": 0.5, "guest": 1.0}}
+    assert validation.best_of(easy) == validation.Best(1, pytest.approx(0.6), 3)
 
 
 @pytest.mark.parametrize(
