@@ -90,6 +90,11 @@ def validation(run: Artefacts) -> Html:
         " model it is; the last round's is sent to nobody. Round 0, whose head nothing has taught, is not in the "
         f"choice. {best.in_words().capitalize() if best else 'No later one was measured yet'}."
     )
+    if run.taught_by_labels:
+        said += (
+            " The run began from an encoder that had been fine-tuned: of patients whom that was trained on these "
+            "figures show what is remembered."
+        )
     return section("Validation", note(said), site_legend(run), grid([panel]))
 
 

@@ -17,12 +17,14 @@ from client.label_config import LabelsConfig
 from client.site import Site
 from client.site_labels import LabelledScan
 from server import validation
+from server.beginning import first_student, is_taught
+from server.coordinator_config import CoordinatorConfig
 from server.report import write_report
 from server.run_folder import RunFolder
-from tests.federation import metric_rows
+from tests.federation import metric_rows, saved_checkpoint
 from tests.labelled_hospitals import hospital, masks_study, opened, task_study
 from tests.test_federated_finetuning import PRIVATE, federate, pictures_of
-from unimiss_core import progress
+from unimiss_core import progress, task_checkpoint
 from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError, NoUsableScanError
 from unimiss_core.students import build_student
@@ -182,6 +184,36 @@ def test_the_best_round_is_not_given_up_for_the_word_of_other_sites(later: dict[
     found = validation.best_of({4: {"a": 0.9, "b": 0.91}, 5: later})
     assert found is not None
     assert found.round == best
+
+
+def test_a_start_that_labels_taught_is_told_on_screen_in_the_report_and_by_the_model(run: Run, tmp_path: Path) -> None:
+    heard, study, start = list[str](), validated(2, name="second"), RunFolder(run.out).checkpoint_of(3)
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        federate(tmp_path / "out", run.sites[:1], study, start=start)
+    assert any(one.startswith("WARNING: the start was fine-tuned: its head stays behind") for one in heard)
+    _, manifest = task_checkpoint.load(tmp_path / "out" / "model")
+    assert (manifest.began_with, manifest.taught_by_labels) == ("checkpoint", True)
+    assert "show what is remembered" in write_report(tmp_path / "out").read_text(encoding="utf-8")
+    site = opened(run.sites[0], run.study)
+    trained = {scan.patient for scan in site.library.scans}  # by the start; the way out that the note names
+    assert not any(held_out.is_held_out(one, validated(share=share)) for one in trained for share in (0.1, 0.4))
+    _, scratch = task_checkpoint.load(run.out / "model")
+    assert (scratch.began_with, scratch.taught_by_labels) == ("scratch", False)
+    assert "show what is remembered" not in write_report(run.out).read_text(encoding="utf-8")
+
+
+def test_a_start_of_pretraining_is_not_told_of(tmp_path: Path) -> None:
+    heard, folder = list[str](), RunFolder(tmp_path)
+    saved_checkpoint(tmp_path / "round-0007")
+    config = CoordinatorConfig(study=Path("unused"), out=tmp_path, start=tmp_path / "round-0007")
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        first_student(validated(), config)
+    assert heard == []
+    assert folder.was_taught() is None
+    for told in (is_taught(config), True, None):
+        folder.note_start(taught_by_labels=told)
+        assert folder.was_taught() is told
+    assert not is_taught(config)
 
 
 def test_figures_that_the_study_did_not_ask_for_are_in_no_report(run: Run, tmp_path: Path) -> None:
