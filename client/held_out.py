@@ -5,6 +5,7 @@ gone on with, and whoever else comes or goes. What leaves is one figure for each
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -21,14 +22,23 @@ from unimiss_core.device import is_out_of_memory
 from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError
 from unimiss_core.figures import VALIDATION_AUC, VALIDATION_DICE
 from unimiss_core.study import StudyConfig
+from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel, load_task_model
 
 _BATCH = 8
 """Scans, or windows of one, at a time."""
 LEAST_PATIENTS = 5
-"""A figure of fewer would be about persons, and is told to nobody."""
-_DIGITS = 3
-"""Of a figure: more would say how many of which class are held out, for an area is a share of so many pairs."""
+"""A figure that is made of fewer would be about persons, and is told to nobody: an area needs as many on either side of
+a class, Dice as many whose mask has it."""
+_STEPS = 100
+_FEW_PATIENTS, _STEPS_OF_FEW = 25, 20
+"""What figures are rounded to, in 1. An area is a share of so many pairs, and its digits could tell of how many: of 25
+patients there are 100 pairs or more, of 10 there are 25, so that each step stands for some share of whatever number.
+Losses and updates tell of classes all the same (docs/what-leaves-the-site.md)."""
+_TOO_FEW = {
+    "classification": f"tells no figure: of no class are {LEAST_PATIENTS} held-out patients, and {LEAST_PATIENTS} not",
+    "segmentation": f"tells no figure: no class is in the masks of {LEAST_PATIENTS} held-out patients",
+}
 
 
 def is_held_out(patient: str, study: StudyConfig) -> bool:
@@ -73,10 +83,10 @@ def _in_words(site: SiteConfig, out: int, patients: int) -> str:
 def measured(
     site: SiteConfig, study: StudyConfig, library: Library, student: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, float]:
-    """The figure of the model that a round begins with, on the patients who are held out; none where they are too few,
-    or what is there cannot tell a class from another. library: with all patients."""
+    """The figure of the model that a round begins with, on the patients who are held out; none where too few of them
+    are of each class. library: with all patients."""
     scans = _held_out(study, library.scans)
-    if study.finetune is None or len({scan.patient for scan in scans}) < LEAST_PATIENTS:
+    if study.finetune is None or (patients := len({scan.patient for scan in scans})) < LEAST_PATIENTS:
         return {}
     try:
         check_extra(study.finetune.task)
@@ -92,8 +102,12 @@ def measured(
             raise
         why = "a held-out scan does not fit into the device's memory"
     else:
-        name = VALIDATION_DICE if study.finetune.task.name == "segmentation" else VALIDATION_AUC
-        return {} if np.isnan(value) else {name: round(value, _DIGITS)}
+        if value is not None:
+            is_area = study.finetune.task.name == "classification"
+            steps = _STEPS_OF_FEW if is_area and patients < _FEW_PATIENTS else _STEPS
+            return {VALIDATION_AUC if is_area else VALIDATION_DICE: round(value * steps) / steps}
+        tell_once_if_heard(site.name, _TOO_FEW[study.finetune.task.name], state=site.state)
+        return {}
     tell(site.name, f"does not measure the shared model: {why}")  # the round is trained by now, and is not lost for it
     return {}
 
@@ -104,8 +118,9 @@ def _figure(
     scans: Sequence[LabelledScan],
     student: Mapping[str, Tensor],
     device: torch.device,
-) -> float:
-    """Raises ConfigError, OSError: a scan was changed, or is gone; NonFiniteLossError: the model answers no numbers."""
+) -> float | None:
+    """None where no class has enough patients. Raises ConfigError, OSError: a scan was changed, or is gone;
+    NonFiniteLossError: the model answers no numbers."""
     assert study.finetune is not None
     task = study.finetune.task
     dense = task.name == "segmentation"
@@ -119,23 +134,33 @@ def _held_out(study: StudyConfig, scans: Sequence[CachedScan]) -> list[LabelledS
     return [scan for scan in scans if isinstance(scan, LabelledScan) and is_held_out(scan.patient, study)]
 
 
-def _auc(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float:
-    """Mean over the classes that some scan is of and some is not; of two classes that of the second. NaN of
-    none."""
-    chances = inference.chances_of_all(model, scans)
-    areas = inference.areas(chances, inference.truth([scan.target for scan in scans]))
-    known = areas[np.isfinite(areas)]
-    return float(known.mean()) if len(known) else float("nan")
+def _auc(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float | None:
+    """Mean over the classes that enough patients have a scan of, and enough one that is not; of two classes that of the
+    second. None of none."""
+    assert isinstance(inference.task, ClassificationConfig)
+    truth, patients = inference.truth([scan.target for scan in scans]), np.array([scan.patient for scan in scans])
+    classes = range(1, 2) if inference.task.kind == "binary" else range(truth.shape[1])
+    told = [
+        all(len(set(patients[truth[:, number] == side])) >= LEAST_PATIENTS for side in (0, 1)) for number in classes
+    ]
+    if not any(told):
+        return None
+    return float(inference.areas(inference.chances_of_all(model, scans), truth)[told].mean())
 
 
-def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float:
-    """Mean over scans and the classes in either mask, on the prepared grid. NaN where all masks are empty."""
+def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float | None:
+    """Mean over scans and the classes in either mask, on the prepared grid; of classes that the true masks of enough
+    patients have, whatever the model draws. None of none."""
     from client import segmenting  # MONAI takes seconds to import, and a classification needs none
 
-    known: list[float] = []
+    known, whose = defaultdict[int, list[float]](list), defaultdict[int, set[str]](set)
     for scan in scans:
         found = inference.mask(model, scan.whole(), None)
         truth = scan.classes().astype(np.uint8)
-        each = [segmenting.dice(found, truth, number) for number in range(1, 1 + len(inference.task.classes))]
-        known += [value for value in each if value is not None]
-    return float(np.mean(known)) if known else float("nan")
+        for number in range(1, 1 + len(inference.task.classes)):
+            if (value := segmenting.dice(found, truth, number)) is not None:
+                known[number].append(value)
+            if (truth == number).any():
+                whose[number].add(scan.patient)
+    told = [value for number, values in known.items() if len(whose[number]) >= LEAST_PATIENTS for value in values]
+    return float(np.mean(told)) if told else None

@@ -50,27 +50,37 @@ class Listed:
 
 def load_secret(state: Path) -> bytes:
     """The site's secret for patient keys, made on first use and readable by its owner alone (0600)."""
-    path = state / "patient_secret"
-    if not path.exists():
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = state / f".patient_secret.{secrets.token_hex(4)}"
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(partial, path)  # fails where another process was first: its secret is the one
-        except FileExistsError:
-            pass
-        finally:
-            partial.unlink()
+    keep_secret(state, secrets.token_bytes(32))
+    path = _secret_in(state)
     secret = path.read_bytes()
     if len(secret) != 32:
         raise ConfigError(f"{path}: expected 32 bytes, got {len(secret)}; restore it from a backup")
     if path.stat().st_mode & 0o077:
         raise ConfigError(f"{path}: others can read it; expected mode 0600 (chmod 600)")
     return secret
+
+
+def keep_secret(state: Path, secret: bytes) -> None:
+    """Write the site's secret of 32 bytes, where it has none yet."""
+    if (path := _secret_in(state)).exists():
+        return
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = state / f".patient_secret.{secrets.token_hex(4)}"
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secret)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(partial, path)  # fails where another process was first: its secret is the one
+    except FileExistsError:
+        pass
+    finally:
+        partial.unlink()
+
+
+def _secret_in(state: Path) -> Path:
+    return state / "patient_secret"
 
 
 def patient_of(text: str, secret: bytes) -> Patient:

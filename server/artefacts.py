@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from server.released_rounds import record_of
+from server.run_folder import RunFolder
 from server.wording import counted
 from unimiss_core import metric_lines
 from unimiss_core.collapse import signs_in_round
@@ -144,6 +145,9 @@ class Artefacts:
     released: tuple[int, ...] = ()
     """Only under site-level privacy: the round of each release, in the order in which they were made."""
 
+    taught_by_labels: bool | None = None
+    """Whether labels had taught what the run began from; None where it began from no checkpoint, or nobody told."""
+
     @property
     def counts_are_told(self) -> bool:
         """Whether sites tell how many scans they have, and how long they worked; of a patient-level study they do not,
@@ -197,6 +201,7 @@ def read_artefacts(out: Path) -> Artefacts:
         if (out / "stopped.json").exists()
         else None,
         released=_released(out, study, gaps),
+        taught_by_labels=RunFolder(out).was_taught(),
         gaps=tuple(gaps),
     )
 

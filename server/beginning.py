@@ -13,6 +13,7 @@ from unimiss_core.keys import read_signing_public_key
 from unimiss_core.network import tensors_of
 from unimiss_core.students import build_student, travelling_layout
 from unimiss_core.study import StudyConfig
+from unimiss_core.tuned_round import rank_of_task
 
 
 def first_student(study: StudyConfig, config: CoordinatorConfig) -> Mapping[str, Tensor]:
@@ -36,6 +37,23 @@ def first_student(study: StudyConfig, config: CoordinatorConfig) -> Mapping[str,
     return {spec.name: start.teacher[spec.name] if spec in taken else random[spec.name] for spec in specs}
 
 
+def is_taught(config: CoordinatorConfig) -> bool:
+    """Whether the run begins from a checkpoint of a task, which labels taught. Raises CheckpointError."""
+    return config.start is not None and rank_of_task(checkpoint.read_manifest(config.start)) is not None
+
+
+def _tell_of_taught_start(study: StudyConfig) -> None:
+    assert study.finetune is not None
+    told = "the start was fine-tuned: its head stays behind, and this study's begins at random"
+    if study.finetune.validation:
+        told = (
+            f"WARNING: {told}. Figures on held-out patients show what is remembered of those whom the start was "
+            "trained on: no site holds out such a one where this study has the start's seed and no larger a "
+            "finetune.validation (docs/finetuning.md, 'Validation')"
+        )
+    progress.report(progress.Note(told))
+
+
 def _start(study: StudyConfig, config: CoordinatorConfig) -> Checkpoint | None:
     """The checkpoint to start from, of the study's model; in fine-tuning of its backbone."""
     if config.start is None:
@@ -53,4 +71,6 @@ def _start(study: StudyConfig, config: CoordinatorConfig) -> Checkpoint | None:
         progress.report(
             progress.Note("WARNING: the start was trained on scans prepared by another plan than this study's `plan`")
         )
+    if study.finetune is not None and is_taught(config):
+        _tell_of_taught_start(study)
     return found

@@ -73,8 +73,9 @@ def validation(run: Artefacts) -> Html:
         for i, one in enumerate(run.rounds)
     )
     measured = by_round(told, figure)
-    if (best := best_of(measured)) is None:
+    if not measured:
         return joined()
+    best = best_of(measured)
     lines = [
         Series(name, [(round, sites[name]) for round, sites in sorted(measured.items()) if name in sites], style)
         for style, name in enumerate(run.sites)
@@ -86,8 +87,14 @@ def validation(run: Artefacts) -> Html:
     panel = charts.line_panel(title, drawn, reference=None, bounds=bounds)
     said = (
         "What each site measures of the shared model on patients of its own that no round trains on, by the round whose"
-        f" model it is; the last round's is sent to nobody. {best.in_words().capitalize()}."
+        " model it is; the last round's is sent to nobody. Round 0, whose head nothing has taught, is not in the "
+        f"choice. {best.in_words().capitalize() if best else 'No later one was measured yet'}."
     )
+    if run.taught_by_labels:
+        said += (
+            " The run began from an encoder that had been fine-tuned: of patients whom that was trained on these "
+            "figures show what is remembered."
+        )
     return section("Validation", note(said), site_legend(run), grid([panel]))
 
 

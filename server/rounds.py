@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from server.aggregation import Aggregate
-from server.beginning import first_student
+from server.beginning import first_student, is_taught
 from server.coordinator_config import CoordinatorConfig
 from server.exact_sum import SpareMemory
 from server.exchange import Exchange, Reply, bytes_of
@@ -213,6 +213,8 @@ class Federation:
         if (told := _untrained_for_ever(self._study, self._config)) is not None:
             progress.report(progress.Note(told))
         state = GlobalState.initial(first_student(self._study, self._config), self._study, self._layout)
+        taught = None if self._config.start is None else is_taught(self._config)
+        self._folder.note_start(taught_by_labels=taught)
         state.save(self._folder, self._study)
         return state
 

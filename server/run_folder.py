@@ -92,6 +92,10 @@ class RunFolder:
         return self.path / "finished.json"
 
     @property
+    def _begun(self) -> Path:
+        return self.path / "start.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder for what a round keeps on disk until it ends."""
         return self.path / f"updates{durable.PARTIAL}"
@@ -209,6 +213,21 @@ class RunFolder:
         """Put figures of the model into the line of a round that is finished already. Raises ValueError: one of them is
         not finite."""
         metric_lines.change(self.metrics, round, lambda row: row | {"global": row.get("global", {}) | dict(figures)})
+
+    def note_start(self, *, taught_by_labels: bool | None) -> None:
+        """Keep whether labels had taught what the run begins from; None where it begins from no checkpoint."""
+        if taught_by_labels is None:
+            self._begun.unlink(missing_ok=True)  # of a run that got no further
+        else:
+            durable.write_text(self._begun, json.dumps({"taught_by_labels": taught_by_labels}) + "\n")
+
+    def was_taught(self) -> bool | None:
+        """What `note_start` kept; None where it kept nothing."""
+        try:
+            told = json.loads(self._begun.read_text(encoding="utf-8"))["taught_by_labels"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return told if isinstance(told, bool) else None
 
     def note_stop(self, facts: Mapping[str, Any]) -> None:
         """Keep why the run ended before its last round, until it is gone on with."""

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from client.cache import READING_VERSION, open_library
 from client.label_config import LabelsConfig
-from client.patients import read_column
+from client.patients import keep_secret, read_column
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.reading import read_scans
@@ -293,6 +293,13 @@ def _write_site(site: SimulatedSite, base: Path, out: Path) -> None:
     sources = _sources(site, base, out)
     config = SiteConfig(data=sources, labels=_labels(site, sources, base), state=Path("state"), **own)
     durable.write_text(path, GENERATED + dump_yaml(config))
+    keep_secret(path.parent / config.state, _secret_of(site.name))
+
+
+def _secret_of(site: str) -> bytes:
+    """By which the site knows its patients: of its name, so that whom it holds out are the same in every folder, as
+    those of a real site, whose secret is random, are in every run."""
+    return hashlib.sha256(f"patients of the simulated site {site}".encode()).digest()
 
 
 def _sources(entry: SimulatedSite | SimulatedProbe, base: Path, out: Path) -> tuple[DataSource, ...]:

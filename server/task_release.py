@@ -23,6 +23,7 @@ def release_model(folder: RunFolder, study: StudyConfig, *, round: int, from_sta
         round=round,
         began_with="checkpoint" if from_start else "scratch",
         pretrained_digest=task_checkpoint.digest_of(backbone) if from_start else None,
+        taught_by_labels=folder.was_taught() if from_start else False,
     )
     durable.make_folder(folder.path / MODEL)
     task_checkpoint.save(folder.path / MODEL, last, manifest)

@@ -22,10 +22,13 @@ class Best:
     round: int
     mean: float
     sites: int
+    gone: int = 0
+    """Of these sites, those that did not measure the newest round that any measured."""
 
     def in_words(self) -> str:
         told = f"best by what sites measured on patients of their own: round {self.round}"
-        return f"{told}, {self.mean:.3f} as the mean of {counted(self.sites, 'site')}"
+        told += f", {self.mean:.3f} as the mean of {counted(self.sites, 'site')}"
+        return f"{told}, {self.gone} of which told no figure of the newest round" if self.gone else told
 
 
 def figure_of(study: StudyConfig | None) -> str | None:
@@ -49,16 +52,17 @@ def by_round(told: Iterable[tuple[int, Mapping[str, Figures]]], figure: str) -> 
 
 
 def best_of(measured: Mapping[int, Mapping[str, float]]) -> Best | None:
-    """Of equal rounds the first. It is the best of those before the newest, or the newest: the checkpoint of no other
-    round is needed."""
+    """Of equal rounds the first; never round 0, whose head no label has taught, whatever its encoder was begun from. It
+    is the best of those before the newest, or the newest: the checkpoint of no other round is needed."""
     best: int | None = None
-    for round, sites in sorted(measured.items()):
+    for round, sites in sorted((round, sites) for round, sites in measured.items() if round > 0):
         if best is None or _is_better(sites, measured[best]):
             best = round
     if best is None:
         return None
-    told = measured[best].values()
-    return Best(best, math.fsum(told) / len(told), len(told))
+    told = measured[best]
+    gone = len(told.keys() - measured[max(measured)].keys())
+    return Best(best, math.fsum(told.values()) / len(told), len(told), gone)
 
 
 def _is_better(sites: Mapping[str, float], best: Mapping[str, float]) -> bool:

@@ -72,10 +72,10 @@ def test_the_best_round_before_a_damaged_line_and_after_it_is_found(tmp_path: Pa
 
 @pytest.mark.parametrize("odd", [{"status": "ok"}, {"status": 7}, {"status": "ok", "diagnostics": None}, None])
 def test_a_site_whose_figures_are_missing_costs_no_other(tmp_path: Path, odd: object) -> None:
-    rows = [row(1), row(2)]
+    rows = [row(2), row(3)]
     rows[1]["sites"]["a"] = odd
     write(tmp_path, rows)
-    assert best_in(RunFolder(tmp_path).metric_rows(), AUC) == Best(0, 0.5, 3)
+    assert best_in(RunFolder(tmp_path).metric_rows(), AUC) == Best(1, 0.5, 3, gone=1)
     del rows[1]["sites"], rows[0]["global"]
     write(tmp_path, rows)
     assert [one["sites"].keys() for one in RunFolder(tmp_path).metric_rows()] == [{"a", "b", "c"}, set()]

@@ -9,6 +9,7 @@ import yaml
 
 from client import accounting
 from client.cache import open_private_library
+from client.patients import load_secret
 from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.site_config import SiteTraining, load_site
@@ -55,6 +56,20 @@ def test_a_simulated_site_trains_as_the_simulation_says(tmp_path: Path) -> None:
     for key in TRAINING:
         assert getattr(written, key) == getattr(site, key)
         assert getattr(written, key) != getattr(default, key)
+
+
+def test_a_site_knows_its_patients_by_the_same_keys_in_every_folder(tmp_path: Path) -> None:
+    """So that a run that holds some out gives the same bits again; a secret that is there stays, as of older runs."""
+    (site,) = simulated(tmp_path).config.sites
+    secrets = {}
+    for out, name in (("one", "north"), ("two", "north"), ("two", "south")):
+        _write_site(site.model_copy(update={"name": name}), tmp_path, tmp_path / out)
+        secrets[out, name] = load_secret(tmp_path / out / "sites" / name / "state")
+    assert secrets["one", "north"] == secrets["two", "north"] != secrets["two", "south"]
+    kept = tmp_path / "old" / "sites" / "north" / "state"
+    older = load_secret(kept)
+    _write_site(site, tmp_path, tmp_path / "old")
+    assert load_secret(kept) == older != secrets["one", "north"]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def of_rounds(
     round: int,
     began_with: Literal["checkpoint", "scratch", "unknown"],
     pretrained_digest: str | None,
+    taught_by_labels: bool | None = None,
     trained_on: Sequence[Modality] = (),
 ) -> TaskManifest:
     """What a model says of itself that a federation fine-tuned by `study`, after `round`; tensors are not yet told."""
@@ -102,6 +103,7 @@ def of_rounds(
         plan=study.plan,
         began_with=began_with,
         pretrained_digest=pretrained_digest,
+        taught_by_labels=taught_by_labels,
         trained=study.finetune.trains,
         seed=study.seed,
         epoch=round,
