@@ -74,7 +74,7 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
 
     Releases that are alike are told as the dearer of them (`_fewer_kinds`), for PRV's time grows with the kinds, and a
     ledger keeps them for ever. Up to MOST_KINDS kinds this adds a few thousandths at most. More are joined whatever
-    it adds; the Renyi bound, for which nothing is joined, is told where it is less.
+    it adds, and where that is much, the Renyi bound is told, for which nothing is joined.
 
     Raises ConfigError, before anything large is allocated: epsilon is above LARGEST by the Renyi bound, so that it is
     not worth working out; or delta is below SMALLEST_DELTA; or the grid of a usable answer would exceed MOST_POINTS.
@@ -83,12 +83,9 @@ def epsilon(history: Sequence[Mechanism], delta: float) -> float:
     if not taken:
         return 0.0
     kinds = _fewer_kinds(taken)
-    orders = _ORDERS if len(taken) <= MOST_KINDS else _WHOLE_ORDERS
-    bound = _bound_worth_telling(taken, delta, orders)
-    of_kinds = epsilon_by_renyi(kinds, delta, orders=orders)  # beside which the grid's error is to be small
-    if not of_kinds <= LARGEST:
-        return bound
-    return _by_prv(kinds, delta, bound, _error_that_fits(kinds, delta, of_kinds, MOST_POINTS))
+    bounded = taken if len(kinds) == MOST_KINDS else kinds
+    bound = _bound_worth_telling(bounded, delta, _ORDERS if len(bounded) <= MOST_KINDS else _WHOLE_ORDERS)
+    return _by_prv(kinds, delta, bound, _error_that_fits(kinds, delta, bound, MOST_POINTS))
 
 
 def _fewer_kinds(taken: Sequence[Mechanism]) -> Sequence[Mechanism]:
