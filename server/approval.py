@@ -49,8 +49,7 @@ def approve(home: Home, name: str, key_file: Path, *, now: datetime, note: Note 
     told = keys.fingerprint(key)
     note("approve", {"site": name, "fingerprint": told})
     if is_new:
-        site = parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where="SITE")
-        _write(home, site, key)
+        _write(home, _approved(name, key), key)
     if authority is not None:
         _write_welcome(home, authority, name, key, now)
     return Approved(name, told, home.welcome(name), is_new)
@@ -111,7 +110,13 @@ def _as_its_welcome_says(home: Home, name: str) -> ApprovedSite | None:
         return None
     if _given_to(home, name) not in (None, keys.fingerprint(key)):
         return None
-    return parse(ApprovedSite, {"name": name, "public_key": keys.public_line(key, name)}, where=name)
+    return _approved(name, key)
+
+
+def _approved(name: str, key: keys.SitePublicKey) -> ApprovedSite:
+    """Raises ConfigError: that cannot be a name."""
+    told = {"name": name, "public_key": keys.public_line(key, name), "status": "approved"}
+    return parse(ApprovedSite, told, where="SITE")
 
 
 def _given_to(home: Home, name: str) -> str | None:

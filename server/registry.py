@@ -39,7 +39,8 @@ class ApprovedSite(RegisteredSite):
     twice."""
 
     public_key: str
-    status: Literal["approved", "revoked"] = "approved"
+    status: Literal["approved", "revoked"]
+    """Never by default: a file that was cut before it would let a revoked site in."""
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,16 @@ def test_half_a_file_means_nothing_where_the_whole_let_nobody_in(home: Home, len
     assert registry.holder_of(pem) is None
 
 
+def test_a_file_that_was_cut_before_its_status_lets_nobody_in(home: Home) -> None:
+    """Of a site that was revoked by hand, of which the audit log knows nothing."""
+    alpha, pem = a_key()
+    write(home, "alpha", alpha, "revoked")
+    path = home.site("alpha")
+    path.write_text(path.read_text().replace("status: revoked\n", ""))
+    assert "status" not in path.read_text()
+    assert Registry(home).holder_of(pem) is None
+
+
 MISTYPED: dict[str, Callable[[str], bytes]] = {
     "the key's case": lambda text: text.replace("status: approved", "Status: revoked").encode(),
     "a letter of the key": lambda text: text.replace("status: approved", "staus: revoked").encode(),
@@ -234,7 +244,7 @@ def test_a_file_is_read_once_and_again_when_it_changed(home: Home, monkeypatch: 
 
 def test_a_coordinator_file_lists_what_was_registered() -> None:
     key, _ = a_key()
-    site = ApprovedSite(name="alpha", public_key=keys.public_line(key), max_images=7)
+    site = ApprovedSite(name="alpha", public_key=keys.public_line(key), status="approved", max_images=7)
     listed = registered(site)
     assert (listed.name, listed.public_key, listed.max_images) == ("alpha", site.public_key, 7)
     assert "status" not in listed.model_dump()
