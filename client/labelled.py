@@ -72,9 +72,9 @@ class Labelled:
     modality: Modality = "OT"
     """As the scan was read."""
     key: str = ""
-    """sha256 of `values`: equal scans have equal ones, whatever their files are called."""
+    """`content_key` of `values`."""
     mask_key: str = ""
-    """sha256 of the mask on the source's own grid."""
+    """`content_key` of the mask on the source's own grid."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -317,7 +317,7 @@ def _prepared(
     values, spacing = prepare(scan, plan)
     stored = as_stored(values)
     kept = _kept(folder / f"{case.number:06d}.npy", stored)
-    found = Labelled(case, kept, grid_of(scan, spacing), modality=scan.modality, key=_key(stored))
+    found = Labelled(case, kept, grid_of(scan, spacing), modality=scan.modality, key=content_key(stored))
     if not isinstance(task, SegmentationConfig):
         return found
     if isinstance(mask, MaskError):
@@ -328,7 +328,7 @@ def _prepared(
     return replace(
         found,
         mask=_kept(folder / f"{case.number:06d}-mask.npy", beside),
-        mask_key=_key(labels),
+        mask_key=content_key(labels),
         reference=_kept(folder / f"{case.number:06d}-reference.npy", labels) if keeps_reference else None,
         places=places_in(beside),
     )
@@ -376,7 +376,8 @@ def _apart(scan: Scan, other: NDArray[np.float64]) -> float:
     return float(np.linalg.norm(corners @ (scan.affine - other).T, axis=1).max())
 
 
-def _key(array: NDArray[Any]) -> str:
+def content_key(array: NDArray[Any]) -> str:
+    """sha256 of shape and values: equal scans have equal ones, whatever their files are called."""
     digest = hashlib.sha256(repr(array.shape).encode())
     digest.update(np.ascontiguousarray(array).data)  # without a second copy of a large scan
     return digest.hexdigest()

@@ -6,7 +6,6 @@ Nothing is trained but a linear layer on frozen features; the other judge, neare
 encoders are judged on the same patients, so that a difference is not their luck (`unimiss_core.probe`).
 """
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from client import merit
 from client.beginning import TAUGHT, Beginning, begin
 from client.finetune_config import FromScratch, init_from, signed_by
+from client.labelled import content_key
 from client.outputs import check_file
 from client.probe_sources import Source
 from client.reasons import REASONS
@@ -57,8 +57,8 @@ class Seen:
     labels: list[tuple[str, ...]] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
     scored: list[bool] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    """Of the prepared values: equal ones are of one scan, whatever it is called."""
+    keys: list[str] = field(default_factory=list)
+    """`content_key` of the prepared values."""
     features: dict[str, list[Features]] = field(default_factory=dict)
     """Name of an encoder -> batches (n, E)."""
     scans: list[NDArray[np.float16]] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Seen:
         self.labels = [self.labels[place] for place in kept]
         self.patients = [self.patients[place] for place in kept]
         self.scored = [self.scored[place] for place in kept]
-        self.digests = [self.digests[place] for place in kept]
+        self.keys = [self.keys[place] for place in kept]
         self.features = {name: [np.concatenate(batches)[kept]] for name, batches in self.features.items()}
         self.scans = [np.concatenate(self.scans)[kept]] if self.scans else []
 
@@ -150,7 +150,7 @@ def _look(
         found.labels.append(known.labels)
         found.patients.append(known.patient)
         found.scored.append(known.is_scored)
-        found.digests.append(hashlib.sha256(np.ascontiguousarray(x).data).digest())
+        found.keys.append(content_key(x))
         waiting.setdefault(rank, []).append(x)
         if len(waiting[rank]) == batch:
             _embed(found, waiting.pop(rank), encoders, keeps_scans=keeps_scans)
@@ -173,11 +173,11 @@ def _teaching_copies(found: Seen) -> set[int]:
     """Places of scans that would teach a model what it is judged by, under another name: by a split those that teach,
     without one all but the first patient's."""
     if any(found.scored):
-        judged = {digest for digest, scored in zip(found.digests, found.scored, strict=True) if scored}
-        return {place for place, digest in enumerate(found.digests) if digest in judged and not found.scored[place]}
-    first: dict[bytes, str] = {}
-    named = enumerate(zip(found.digests, found.patients, strict=True))
-    return {place for place, (digest, patient) in named if first.setdefault(digest, patient) != patient}
+        judged = {key for key, scored in zip(found.keys, found.scored, strict=True) if scored}
+        return {place for place, key in enumerate(found.keys) if key in judged and not found.scored[place]}
+    first: dict[str, str] = {}
+    named = enumerate(zip(found.keys, found.patients, strict=True))
+    return {place for place, (key, patient) in named if first.setdefault(key, patient) != patient}
 
 
 def _embed(

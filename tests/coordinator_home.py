@@ -34,6 +34,13 @@ def approved_site(home: Home, name: str) -> tuple[Path, Path]:
     return folder / "site.key", folder / "site.crt"
 
 
+def home_of_alpha(path: Path) -> Home:
+    """A coordinator's folder with one approved site, which is enough."""
+    home = found_home(path, min_sites=1)
+    approved_site(home, "alpha")
+    return home
+
+
 def server_certificate_ends(home: Home, at: datetime) -> None:
     """Give the folder another certificate of the server, as one that was made long ago would be."""
     authority = certificates.Authority(

@@ -10,7 +10,7 @@ from server.coordinator_config import CoordinatorConfig
 from server.local_grid import LocalGrid
 from server.rounds import Federation
 from server.run_folder import RunFolder
-from tests.coordinator_home import approved_site, found_home, write_study
+from tests.coordinator_home import home_of_alpha, write_study
 from tests.federation import saved_checkpoint, small_study, stub_app
 from tests.test_rounds import xray
 from unimiss_core.errors import AuditError, RunFolderError
@@ -80,8 +80,7 @@ def test_a_run_without_its_report_is_not_finished(tmp_path: Path) -> None:
 def test_run_goes_on_with_a_run_that_is_not_finished_though_its_rounds_are(
     tmp_path: Path, is_finished: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = found_home(tmp_path / "home", min_sites=1)
-    approved_site(home, "alpha")
+    home = home_of_alpha(tmp_path / "home")
     composed = compose(home, study_file := write_study(tmp_path / "study.yaml"))
     (folder := composed.folder).begin(composed.study, resume=False)
     saved_checkpoint(folder.checkpoint_of(2), round=2)

@@ -22,7 +22,7 @@ from server.run_command import Interrupted, Stop
 from server.running import status
 from server.server_config import ServerConfig
 from server.submission import Submission
-from tests.coordinator_home import approved_site, found_home, server_certificate_ends, write_study
+from tests.coordinator_home import home_of_alpha, server_certificate_ends, write_study
 from unimiss_core import progress
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
@@ -75,9 +75,7 @@ class Processes:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    home = found_home(tmp_path / "home", min_sites=1)
-    approved_site(home, "alpha")
-    return home
+    return home_of_alpha(tmp_path / "home")
 
 
 @pytest.fixture

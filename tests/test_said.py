@@ -13,7 +13,7 @@ from server.composition import Composed, compose
 from server.display import Tally
 from server.home import Home
 from server.said import Said
-from tests.coordinator_home import approved_site, found_home, write_study
+from tests.coordinator_home import home_of_alpha, write_study
 from unimiss_core import progress
 from unimiss_core.progress import Collapsed, Event, Note, RoundDone, RoundStarted, SiteReplied, StepDone
 
@@ -127,9 +127,7 @@ def test_notes_that_cannot_be_written_cost_no_round(tmp_path: Path, told: list[E
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    home = found_home(tmp_path / "home", min_sites=1)
-    approved_site(home, "alpha")
-    return home
+    return home_of_alpha(tmp_path / "home")
 
 
 @pytest.fixture
