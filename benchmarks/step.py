@@ -8,14 +8,14 @@
     python benchmarks/step.py --profile                                      and where a bf16 step's time goes
 
 Ours comes as a whole batch, and again with the switches that options name; without, with volumes' views in turn, and in
-the least memory: one scan at a time, recomputed (on a GPU recomputed as a whole batch, and compiled). Other options
-narrow the cases; how they are measured, `side_by_side.py` tells. `naive_unimiss.py` is the baseline, of MiT alone; of
-MiTplus there is ours, with the objective that trains all of it. Input sizes and 65,536 prototypes are the published
-ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU small with 24, unless options say
-otherwise.
+the least memory: one scan at a time, recomputed (on a GPU launched one operation after the other, recomputed as a whole
+batch, and compiled). Other options narrow the cases; how they are measured, `side_by_side.py` tells. `naive_unimiss.py`
+is the baseline, of MiT alone; of MiTplus there is ours, with the objective that trains all of it. Input sizes and
+65,536 prototypes are the published ones; on a CPU the model is tiny with batches of 2 volumes or 4 images, on a GPU
+small with 24, unless options say otherwise.
 
-TFLOP/s are of the matrix products and convolutions that the case's own way of computing needs, forward and backward;
-recomputing is not counted. Their share is of what this GPU reaches in a product of 8192 x 8192 matrices in bf16.
+TFLOP/s, of ours, are of the matrix products and convolutions that it needs, forward and backward; recomputing is not
+counted. Their share is of what this GPU reaches in a product of 8192 x 8192 matrices in bf16.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
-from naive_unimiss import NaiveLearner, naive_loss
+from naive_unimiss import NaiveLearner
 from side_by_side import WARM_UP, Result, count, is_gpu, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,6 +58,7 @@ class Switches:
     views_in_turn: bool = False
     recompute: bool = False
     compile: bool = False
+    one_by_one: bool = False
 
 
 WHOLE = Switches()
@@ -65,6 +66,7 @@ IN_TURN = Switches(views_in_turn=True)
 LEAST_MEMORY = Switches(micro_batch=1, recompute=True)
 RECOMPUTED = Switches(recompute=True)
 COMPILED = Switches(compile=True)
+ONE_BY_ONE = Switches(one_by_one=True)
 
 CPU = torch.device("cpu")
 MOST = 1024
@@ -97,7 +99,7 @@ class Case:
         on = self.switches
         parts += [f"in {on.micro_batch}s"] * (on.micro_batch is not None)
         parts += ["views in turn"] * on.views_in_turn
-        parts += ["recomputed"] * on.recompute + ["compiled"] * on.compile
+        parts += ["recomputed"] * on.recompute + ["compiled"] * on.compile + ["one by one"] * on.one_by_one
         return " ".join([self.variant, self.precision, *parts])
 
     @property
@@ -123,9 +125,11 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
     variants = [options.variant] if options.variant else ["naive", "fast"][is_plus:]
     objective = "unimiss_plus" if is_plus else options.objective  # which alone trains its decoder
     precisions = [options.precision] if options.precision else ["fp32", "bf16"]
-    chosen = Switches(options.micro_batch, options.views_in_turn, options.recompute, options.compile)
+    chosen = Switches(
+        options.micro_batch, options.views_in_turn, options.recompute, options.compile, options.one_by_one
+    )
     for rank in [options.rank] if options.rank else [3, 2]:
-        usual = [*[IN_TURN] * (rank == 3), *([RECOMPUTED, COMPILED] if gpu else [LEAST_MEMORY])]
+        usual = [*[IN_TURN] * (rank == 3), *([ONE_BY_ONE, RECOMPUTED, COMPILED] if gpu else [LEAST_MEMORY])]
         ways = [chosen] if options.variant else [WHOLE, *([chosen] if chosen != WHOLE else usual)]
         cases = [
             Case(
@@ -143,9 +147,7 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
             for variant, precision, switches in product(variants, precisions, ways)
             if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
             if variant == "fast" or switches == WHOLE
-            if not gpu
-            or precision == precisions[-1]
-            or switches in {WHOLE, chosen}  # there it takes minutes to compile
+            if not gpu or precision == precisions[-1] or switches == WHOLE  # there it takes a minute to compile
         ]
         yield [_with_largest_batch(case) for case in cases] if options.largest else cases
         if options.profile:
@@ -206,31 +208,29 @@ def _execution(case: Case) -> Execution:
         views_in_turn=case.switches.views_in_turn,
         activation_checkpointing=case.switches.recompute,
         compile=case.switches.compile,
+        cuda_graphs=not case.switches.one_by_one,
         micro_batch={case.rank: case.switches.micro_batch} if case.switches.micro_batch else {},
     )
 
 
 def tflop(case: Case) -> float:
-    """10^12 operations of a step's products and convolutions, forward and backward; they grow with the batch."""
+    """10^12 operations of products and convolutions in a step of ours, forward and backward; they grow with the
+    batch."""
     one = replace(case, batch=1, precision="fp32", switches=WHOLE, device="cpu")
     return case.batch * _operations(one) / 1e12
 
 
 @cache
 def _operations(case: Case) -> float:
-    """Counted on tensors without values."""
+    """Counted on tensors without values, for seconds."""
     study = _study(case)
     student, teacher = build_network(study.model, seed=0), build_network(study.model, seed=0).requires_grad_(False)
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False)
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes, sdpa_kernel(SDPBackend.MATH), counter:  # of fused attention some backends are not counted
-        views = torch.rand(_shape_of_views(case))
-        if case.variant == "naive":
-            loss = torch.stack(list(naive_loss(student, teacher, views, {})[0].values())).sum()
-        else:
-            objective = build_objective(study)
-            centre = new_centre(objective.representations(case.rank), student.head.prototypes.weight.shape[1], CPU)
-            loss = objective(student, teacher, views, centre).total
+        objective = build_objective(study)
+        centre = new_centre(objective.representations(case.rank), student.head.prototypes.weight.shape[1], CPU)
+        loss = objective(student, teacher, torch.rand(_shape_of_views(case)), centre).total
         torch.autograd.backward(loss)
     return counter.get_total_flops()
 
@@ -250,11 +250,12 @@ def peak_tflop_per_s(device: str) -> float:
 
 
 def _print_profile(case: Case) -> None:
-    """Where a step's time goes, by operation."""
+    """Where a step's time goes, by operation. Of a GPU's one launched one by one: a recorded step does the same work,
+    and no longer knows for whom."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = is_gpu(case.device)
-    step = _build(case)
+    step = _build(replace(case, switches=replace(case.switches, one_by_one=True)))
     for _ in range(WARM_UP):
         step()
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as taken:
@@ -294,7 +295,7 @@ def _table(results: Sequence[Result[Case]]) -> str:
             f"{result.case.row:{wide}} {result.wall_s:6.3f} ({low:.3f}-{high:.3f}) {result.cpu_s:8.3f} {speed:6.2f}x "
             f"{result.peak_mb:9.0f} {result.peak_mb / base.peak_mb:6.2f}x {result.first_loss:11.5f}"
         )
-        if not on_cpu:
+        if not on_cpu and result.case.variant == "fast":
             rate, peak = tflop(result.case) / result.wall_s, peak_tflop_per_s(case.device)
             lines[-1] += f" {rate:8.1f} {rate / peak:7.1%}"
     return "\n".join(lines) + "\n"
@@ -305,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What one optimiser step costs, naive and ours. Without options: every case this machine is for.",
         epilog="In the table: naive and fast are the released step and ours; fp32 and bf16 the precision; 'in 1s' a "
         "batch met one scan at a time (--micro-batch 1), 'views in turn' --views-in-turn, 'recomputed' that and "
-        "--recompute, 'compiled' --compile.",
+        "--recompute, 'compiled' --compile, 'one by one' --one-by-one.",
     )
     parser.add_argument("--model", choices=get_args(AnySize), help="default: small on a GPU, else tiny")
     parser.add_argument("--batch", type=count, help="scans in a step (default: 24 on a GPU; else 4 images, 2 volumes)")
@@ -317,6 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--views-in-turn", action="store_true", help="ours with some views of volumes at a time")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--one-by-one", action="store_true", help="on a GPU, ours: steps not recorded as CUDA graphs")
     parser.add_argument("--largest", action="store_true", help="on a GPU, ours: with the largest batch that fits")
     parser.add_argument(
         "--profile", action="store_true", help="also where the time of ours goes, in bf16 unless --precision"

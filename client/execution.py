@@ -62,6 +62,7 @@ def learner_for(
         views_in_turn=config.views_in_turn,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
+        cuda_graphs=config.cuda_graphs,
         patients_at_once=config.patients_at_once,
         micro_batch={rank: size for rank, size in asked.items() if isinstance(size, int)},
     )
@@ -144,7 +145,6 @@ def _circumstances(learner: Learner, rank: Rank) -> str:
         "precision": execution.precision,
         "views_in_turn": execution.views_in_turn,
         "activation_checkpointing": execution.activation_checkpointing,
-        "compile": execution.compile,
         "ranks": list(learner.ranks),
         "model": study.model.model_dump(mode="json"),
         "views": shape_of_views(study, rank),

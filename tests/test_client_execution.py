@@ -52,6 +52,7 @@ def test_what_the_site_file_says_is_what_the_learner_does(tmp_path: Path, monkey
     assert learner.execution.activation_checkpointing
     assert made(site(tmp_path, views_in_turn=True), STUDY, {2, 3}).execution == Execution(views_in_turn=True)
     assert learner.execution.compile
+    assert not made(site(tmp_path, cuda_graphs=False), STUDY, {2, 3}).execution.cuda_graphs
     assert tensors_of(learner.student).keys() == tensors_of(empty_network(STUDY.model)).keys()
 
 

@@ -13,7 +13,7 @@ from unimiss_core.errors import MemoryTooSmallError
 from unimiss_core.execution import Execution, checkpoint_activations_, compile_
 from unimiss_core.layers import Block
 from unimiss_core.learner import Learner
-from unimiss_core.model import MiT
+from unimiss_core.model import ARCHITECTURES, MiT
 from unimiss_core.network import Network, build_network, tensors_of
 from unimiss_core.objective import Loss
 from unimiss_core.scan import Rank
@@ -166,19 +166,44 @@ def compiled(monkeypatch: pytest.MonkeyPatch, backend: object, **settings: objec
     return apart(Learner(study(), ranks={2, 3}, execution=Execution(compile=True, **settings)))
 
 
+@pytest.mark.parametrize("scans", [images(), volumes()], ids=["images", "volumes"])
+def test_compiled_steps_of_the_other_backbone_are_the_same(monkeypatch: pytest.MonkeyPatch, scans: Tensor) -> None:
+    """With its reconstructions."""
+    of = plus_study()
+    of = of.model_copy(update={"model": of.model.model_copy(update={"size": "plus_nano"})})
+    monkeypatch.setattr(execution, "COMPILER", backend := Backend())
+    plain, ours = (apart(Learner(of, ranks={2, 3}, execution=Execution(compile=on))) for on in (False, True))
+    assert ours.step(scans, step=0).terms == pytest.approx(plain.step(scans, step=0).terms, rel=1e-4)
+    assert backend.programs > 0
+
+
 @pytest.mark.usefixtures("shallow")
-def test_compiled_steps_are_the_same_and_other_batch_sizes_need_no_other_program(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_compiled_steps_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = apart(Learner(study(), ranks={2, 3}, execution=Execution(micro_batch={2: 2})))
     ours = compiled(monkeypatch, backend := Backend(), micro_batch={2: 2})
-    for step, batch in enumerate((images(scans=5), volumes(), images(scans=2), volumes(scans=1))):
+    programs = []
+    for step, batch in enumerate(
+        (images(scans=4), volumes(), images(scans=5), images(seed=1, scans=4), volumes(seed=1))
+    ):
         expected, report = plain.step(batch, step=step), ours.step(batch, step=step)
         assert report.terms == pytest.approx(expected.terms, rel=1e-4)
         assert report.diagnostics == pytest.approx(expected.diagnostics, rel=1e-3)
-    # For the student and the teacher each: images and a volume's slices are one size of scan here, volumes the other.
-    assert backend.programs == 4
+        programs.append(backend.programs)
+    # For the student and the teacher each: stem, two embeddings and two blocks, of images; those again, of volumes'
+    # slices, which are more, and of volumes; and of the one image that is left over.
+    assert programs == [10, 30, 40, 40, 40]
     assert tensors_of(ours.student).keys() == tensors_of(plain.student).keys()
+
+
+def test_all_blocks_of_a_stage_share_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = []
+    for depth in (1, 3):
+        sizes = replace(ARCHITECTURES["nano"], encoder_depths=(depth, 0, 0, 1), decoder_depths=(0, 0, 1))
+        monkeypatch.setitem(ARCHITECTURES, "nano", sizes)
+        compiled(monkeypatch, backend := Backend()).step(images(), step=0)
+        programs.append(backend.programs)
+        torch.compiler.reset()
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.usefixtures("shallow")
@@ -187,11 +212,21 @@ def test_compiled_and_recomputed_gradients_are_the_same(monkeypatch: pytest.Monk
     """Also of a volume whose position tables must be resized along some axes and not along others."""
     monkeypatch.setattr(execution, "COMPILER", "aot_eager")
     plain, ours = (build_network(NANO, seed=1).backbone.double() for _ in range(2))
-    checkpoint_activations_(ours)
     compile_(ours)
+    checkpoint_activations_(ours)
     x = torch.rand(2, 1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = gradients(lambda: plain(x).square().sum(), plain)
     torch.testing.assert_close(gradients(lambda: ours(x).square().sum(), ours), expected)
+
+
+@pytest.mark.usefixtures("shallow")
+def test_what_fits_is_tried_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trial is of another number of scans, hence of other programs."""
+    ours = compiled(monkeypatch, backend := Backend())
+    assert ours.fits(2, 3)
+    assert backend.programs == 0
+    ours.step(images(), step=0)
+    assert backend.programs > 0
 
 
 @pytest.mark.usefixtures("shallow")

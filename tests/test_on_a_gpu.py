@@ -1,9 +1,10 @@
 """What a GPU computes is what a CPU computes, and what only a GPU has - its memory's end, its compiler, its sums."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from unimiss_core.config import parse
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner, LearnerState
 from unimiss_core.model_config import AnySize
+from unimiss_core.network import tensors_of
 from unimiss_core.noise import GaussianNoise
+from unimiss_core.objective import Loss
 from unimiss_core.scan import Rank
 from unimiss_core.students import shape_of_views
 from unimiss_core.study import ModelConfig, StudyConfig
@@ -80,12 +83,13 @@ def test_half_precision_costs_nearly_the_same_loss(scans: Tensor, precision: str
 @pytest.mark.filterwarnings("ignore")  # torch's compiler has many, of its own parts
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-3), ("bf16", 2e-2)])
-def test_compiled_steps_are_the_same_and_serve_other_batch_sizes(precision: str, near: float) -> None:
+def test_compiled_steps_are_the_same(precision: str, near: float) -> None:
+    """The second of a rank is recorded."""
     told: list[str] = []
     execution = Execution(device=GPU, precision=precision, compile=True)  # type: ignore[arg-type]
     ours = apart(Learner(study(), ranks={2, 3}, execution=execution, tell=told.append))
     plain = apart(Learner(study(), ranks={2, 3}))
-    for step, scans in enumerate((images(scans=5), volumes(), images(scans=2), volumes(scans=1))):
+    for step, scans in enumerate((images(), volumes(), images(seed=1), volumes(seed=1))):
         expected, report = plain.step(scans, step=step), ours.step(scans, step=step)
         assert report.terms == pytest.approx(expected.terms, rel=near)
     assert told == []
@@ -99,6 +103,127 @@ def test_a_round_goes_on_from_what_was_kept() -> None:
     expected, report = running.step(images(), step=1), resumed.step(images(), step=1)
     assert report.terms == pytest.approx(expected.terms, rel=1e-6)
     torch.testing.assert_close(on_cpu(everything(resumed)), on_cpu(everything(running)), rtol=1e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- recorded steps
+
+
+ALTERNATING = [images(), images(seed=1), volumes(), volumes(seed=1), images(seed=2), volumes(seed=2), volumes(seed=3)]
+"""The second batch of a rank is recorded, later ones are replayed."""
+
+
+def taken(learner: Learner, batches: Sequence[Tensor]) -> list[float]:
+    return [learner.step(scans.double(), step=step).total for step, scans in enumerate(batches)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"micro_batch": {2: 1, 3: 1}}, {"views_in_turn": True}, {"activation_checkpointing": True}],
+    ids=["whole", "in parts", "in turn", "recomputed"],
+)
+@pytest.mark.parametrize("objective", ["unimiss", "slices", "unimiss_plus", "proximal"])
+def test_recorded_steps_are_those_launched_one_by_one(objective: str, settings: dict[str, object]) -> None:
+    of = plus_study() if objective == "unimiss_plus" else study()
+    if objective == "slices":
+        of = of.model_copy(update={"objective": of.objective.model_copy(update={"slices_per_volume": 5})})
+    if objective == "proximal":
+        of = of.model_copy(update={"local": of.local.model_copy(update={"proximal": 0.1})})
+    told: list[str] = []
+    learners = [in_float64(on_gpu(of, **settings, cuda_graphs=recorded)) for recorded in (True, False)]
+    for learner in learners:
+        learner._tell = told.append
+        learner.stay_near({name: tensor.clone() for name, tensor in tensors_of(learner.student).items()})
+    losses, expected_losses = (taken(learner, ALTERNATING) for learner in learners)
+    assert losses == pytest.approx(expected_losses, rel=1e-9)
+    assert learners[0]._graphs is not None
+    assert learners[0]._graphs._recorded.keys() == {2, 3}
+    # But for the keys' bias, on which softmax does not hang: its gradient is rounding, and to AdamW as long as any.
+    ours, expected = (
+        {name: tensor for name, tensor in everything(learner).items() if not name.endswith("key_value.bias")}
+        for learner in learners
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+    assert told == []
+
+
+def test_after_a_restored_state_and_for_other_shapes_steps_are_recorded_anew() -> None:
+    learners = [in_float64(on_gpu(study(), cuda_graphs=recorded)) for recorded in (True, False)]
+    for learner in learners:
+        taken(learner, ALTERNATING)
+        learner.centre = {name: centre + 0.1 for name, centre in learner.centre.items()}
+    others = [images(scans=3), *ALTERNATING, images(scans=3), images(scans=3), images(scans=3)]
+    ours, expected = (taken(learner, others) for learner in learners)
+    assert ours == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [{"name": "classification", "kind": "binary", "classes": ["clear", "lesion"]}, {"name": "segmentation"}],
+    ids=["class", "mask"],
+)
+def test_fine_tuning_is_recorded(task: dict[str, object]) -> None:
+    of = parse(
+        StudyConfig,
+        {
+            "name": "toy",
+            "task": "finetune",
+            "finetune": {"task": {"rank": 3, "classes": ["lesion"], **task}, "class_weights": [1.0, 2.0]},
+        },
+        where="test",
+    )
+    scans = torch.rand((2, *shape_of_views(of, 3)), generator=torch.Generator().manual_seed(0)).round()
+    told: list[str] = []
+    learners = [
+        Learner(of, ranks={3}, execution=Execution(device=GPU, cuda_graphs=recorded), tell=told.append)
+        for recorded in (True, False)
+    ]
+    ours, expected = ([learner.step(scans, step=step).total for step in range(4)] for learner in learners)
+    assert ours == pytest.approx(expected, rel=1e-3)
+    assert learners[0]._graphs is not None
+    assert learners[0]._graphs._recorded.keys() == {3}
+    assert told == []
+
+
+def test_what_cannot_be_recorded_is_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    ours, expected = (in_float64(on_gpu(study())) for _ in range(2))
+    ours._tell = told.append
+    plain = ours.objective.__call__
+
+    def reading(*args: Any) -> Loss:
+        loss = plain(*args)
+        loss.total.item()
+        return loss
+
+    monkeypatch.setattr(ours, "objective", reading)
+    found = [ours.step(images(seed=seed).double(), step=seed).total for seed in range(4)]
+    monkeypatch.undo()
+    assert found == pytest.approx([expected.step(images(seed=seed).double(), step=seed).total for seed in range(4)])
+    assert len(told) == 1
+    assert told[0].startswith("a step could not be recorded, going on without that: ")
+    assert ours._graphs is None
+
+
+def test_recorded_steps_make_room_where_memory_runs_out() -> None:
+    told: list[str] = []
+    ours, expected = on_gpu(study()), on_gpu(study(), cuda_graphs=False)
+    ours._tell = told.append
+    few, many = (torch.rand(scans, 2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) for scans in (300, 500))
+    for step in range(2):
+        assert ours.step(few, step=step).total == pytest.approx(expected.step(few, step=step).total, rel=1e-4)
+    needed = _megabytes_of(lambda: expected.step(many, step=2))
+    with room(needed * 3 // 4):
+        assert ours.step(many, step=2).total > 0
+    assert told == ["out of memory beside recorded steps: going on without these"]
+
+
+def _megabytes_of(step: Callable[[], object]) -> int:
+    """That it needs at most, beyond what is held."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved(GPU)
+    step()
+    return (torch.cuda.max_memory_reserved(GPU) - before) // 2**20
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

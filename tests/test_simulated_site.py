@@ -29,6 +29,7 @@ TRAINING = {
     "views_in_turn": True,
     "activation_checkpointing": True,
     "compile": True,
+    "cuda_graphs": False,
     "threads": 3,
     "checkpoint_minutes": 0.5,
     "workers": 2,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimiss_core.gathering import Gathers, OuterProducts
-from unimiss_core.precision import in_bf16_on_cpu, in_fitting_precision
+from unimiss_core.precision import in_bf16, in_bf16_on_cpu, in_fitting_precision
 from unimiss_core.scan import Rank
 
 CONV: dict[Rank, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -94,7 +94,7 @@ class GreyConv3d(Gathers, nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         if _is_better_as_product(x, self):
             return _convolved(x, self)
-        if x.shape[1] > 1 or not in_bf16_on_cpu(x):
+        if x.shape[1] > 1 or not in_bf16(x):
             return super().forward(x)
         (along, *step), (planes, *_) = self.stride, self.kernel_size
         before, *around = _padding(self)

@@ -3,6 +3,7 @@
 Every setting here gives the same loss and the same gradients up to rounding, and none changes a parameter's name.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from unimiss_core.backbone import Backbone
@@ -22,6 +23,9 @@ Precision = Literal["fp32", "bf16"]
 COMPILER = "inductor"
 """torch.compile's backend: it needs a C++ compiler on a CPU, Triton on a GPU."""
 
+_PROGRAMS = 256
+"""Of one kind of block, at most: of each stage, rank, network and number of scans. Torch's own limit is 8."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -32,7 +36,9 @@ class Execution:
     views_in_turn: go backward from one view of volumes before looking at the next (`unimiss_core.objective.in_turn`).
     activation_checkpointing: keep less of the student's forward pass, and compute it again in the backward pass; and
         take views in turn.
-    compile: compile both backbones; where that fails, the step is computed without.
+    compile: compile both backbones' fine blocks; where that fails, the step is computed without.
+    cuda_graphs: on a GPU record each rank's steps and launch each as one (`unimiss_core.step_graphs`); where that
+        fails, they are launched one operation after the other.
     micro_batch: most scans in one forward pass, by rank; a larger batch is met in parts, with the same outcome.
     patients_at_once: in private steps, most patients whose gradients are worked out together.
     """
@@ -42,6 +48,7 @@ class Execution:
     views_in_turn: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = True
     micro_batch: Mapping[Rank, int] = field(default_factory=dict)
     patients_at_once: int = 1
 
@@ -60,36 +67,35 @@ def checkpoint_activations_(backbone: Backbone) -> None:
 
     Four fifths of the kept bytes are of MiT's stem, its first two stages and its last two, whose grids are fine; the
     others would give little memory for their time. Nothing inside is random, so no random state is kept. A forward
-    pass without gradients is as it was.
+    pass without gradients is as it was. To be called after `compile_`, if that is.
     """
-    for module in nn.ModuleList(backbone.fine).modules():
-        if isinstance(module, ConvBlock | Block):
-            module.forward = partial(  # type: ignore[method-assign]
-                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
-            )
+    for block in _fine_blocks(backbone):
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def compile_(backbone: Backbone) -> None:
-    """Compile the forward pass, when first called. One program serves all batches of a size of scan.
+    """Compile the fine grids' blocks, each when it is first called on scans of some size, and as many of them.
 
-    The other axes are fixed: position tables, odd grids and the reduction of keys differ with them.
+    There four fifths of the time go, most of it into what the compiler joins: norms, sums, activations. All blocks of a
+    stage share their programs. The whole backbone as one program took several times as long to compile, and so do
+    programs for any number of scans (docs/LOG.md).
     """
-    compiled = torch.compile(backbone.forward, backend=COMPILER)
-
-    def forward(x: Tensor) -> Tensor:
-        x = x.clone()  # what x is a view of would be looked at too: a single scan would get a program of its own
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-        for axis in range(1, x.ndim):
-            torch._dynamo.mark_static(x, axis)
-        class_token: Tensor = compiled(x)
-        return class_token
-
-    backbone.forward = forward  # type: ignore[method-assign]
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+    torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
+    for block in _fine_blocks(backbone):
+        block.forward = torch.compile(block.forward, backend=COMPILER, dynamic=False)  # type: ignore[method-assign]
 
 
-def uncompile_(backbone: Backbone) -> None:
-    """Undo `compile_`."""
-    del backbone.forward
+def as_written_(backbone: Backbone) -> None:
+    """Undo `compile_`, and `checkpoint_activations_`."""
+    for block in _fine_blocks(backbone):
+        vars(block).pop("forward", None)
+
+
+def _fine_blocks(backbone: Backbone) -> list[ConvBlock | Block]:
+    return [each for each in nn.ModuleList(backbone.fine).modules() if isinstance(each, ConvBlock | Block)]
 
 
 @contextmanager

@@ -18,13 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimiss_core.convolution import GreyConv3d, GreyOrColourConv2d, reducing
-from unimiss_core.precision import MLP, LayerNorm, Linear, in_bf16_on_cpu
+from unimiss_core.precision import MLP, InstanceNorm2d, InstanceNorm3d, LayerNorm, Linear, in_bf16_on_cpu
 from unimiss_core.scan import RANKS, SMALLEST, Rank
 
-INSTANCE_NORM: dict[Rank, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
-    2: nn.InstanceNorm2d,
-    3: nn.InstanceNorm3d,
-}
+INSTANCE_NORM: dict[Rank, type[InstanceNorm2d] | type[InstanceNorm3d]] = {2: InstanceNorm2d, 3: InstanceNorm3d}
 
 CHANNELS: dict[Rank, int] = {2: 3, 3: 1}
 """Channels of the stem; a grey image counts as three equal ones."""

@@ -20,10 +20,10 @@ from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteL
 from unimiss_core.execution import (
     PLAIN,
     Execution,
+    as_written_,
     checkpoint_activations_,
     compile_,
     out_of_memory_by_its_name,
-    uncompile_,
 )
 from unimiss_core.gathering import GatheredGradient
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
@@ -40,6 +40,7 @@ from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_ce
 from unimiss_core.objectives import build_objective, has_teacher
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_momentum
+from unimiss_core.step_graphs import RecordingError, StepGraphs
 from unimiss_core.step_report import StepReport as StepReport
 from unimiss_core.step_report import report_of
 from unimiss_core.students import Student, build_student, gathering, shape_of_views, staying_names
@@ -99,6 +100,10 @@ class Learner:
         self._tell = tell
         self.student = build_student(study, ranks=ranks_needed(self.ranks)).to(self.device)
         self.teacher = deepcopy(self.student).requires_grad_(False) if has_teacher(study) else None
+        # As lists: going through the modules takes milliseconds, for which a GPU would wait in each step.
+        self._parameters = dict(self.student.named_parameters())
+        self._of_teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
+        self._followed: dict[Rank, tuple[list[Tensor], list[Tensor]]] = {}
         self.objective = build_objective(study)
         self._staying = staying_names(study, tensors_of(self.student))
         bottleneck = self.student.backbone.architecture.bottleneck
@@ -108,12 +113,9 @@ class Learner:
         self._watch = RoundWatch()
         self._near: Mapping[str, Tensor] = {}
         self._memory = MemoryOfSteps(execution)
-        if execution.activation_checkpointing:
-            checkpoint_activations_(self.student.backbone)
         self._compiled = execution.compile
-        if self._compiled:
-            for network in self._networks():
-                compile_(network.backbone)
+        self._set_up_blocks(compiled=self._compiled)
+        self._graphs = self._new_graphs() if execution.cuda_graphs and self.device.type == "cuda" else None
 
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Begin from the global student and teacher; centre, optimiser state and what stays here go on from the last
@@ -164,7 +166,7 @@ class Learner:
             frozen = self.student.get_parameter(PROTOTYPES)
             frozen.grad, apart = None, [gradient for gradient in apart if gradient.weight is not frozen]
         self._sum_over_team(loss)
-        grads = [p.grad for p in self.student.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         distance = self._pull_back_()
         norms_apart = [gradient.norm() for gradient in apart]
         report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *norms_apart]), distance)
@@ -175,9 +177,8 @@ class Learner:
             )
         self._move(rank, step, grads, norms, apart)
         for name, observed in loss.observed.items():
-            self.centre[name] = move_centre(
-                self.centre[name], observed.bottleneck, self.study.objective.centre_momentum
-            )
+            moved = move_centre(self.centre[name], observed.bottleneck, self.study.objective.centre_momentum)
+            self.centre[name].copy_(moved)
         self._watch.add(loss.observed)
         return report
 
@@ -210,7 +211,7 @@ class Learner:
         Tensors share memory with the learner: save them before a step.
         """
         tensors = {f"centre.{name}": centre for name, centre in self.centre.items()}
-        for name, parameter in self.student.named_parameters():
+        for name, parameter in self._parameters.items():
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{_OPTIMISER_KEYS[key]}.{name}"] = value
         if not weights:
@@ -254,7 +255,7 @@ class Learner:
             load_tensors_(self.student, tensors_of(self.student) | own)
         self.centre = {name: centre[name].to(self.device, copy=True) for name in self.centre}
         self._optimiser.state.clear()
-        for name, parameter in self.student.named_parameters():
+        for name, parameter in self._parameters.items():
             if name in moments["step"]:
                 self._optimiser.state[parameter] = {
                     key: tensors[name].to(self.device, copy=True) for key, tensors in moments.items()
@@ -272,6 +273,7 @@ class Learner:
         """
         before = dict(self.micro_batch)
         self.micro_batch[rank] = micro_batch
+        self._set_up_blocks(compiled=False)  # or each trial would take minutes to compile
         try:
             self._rehearse(rank, 2 * micro_batch)
             fits = True
@@ -279,6 +281,7 @@ class Learner:
             fits = False
         finally:
             self.micro_batch = before
+            self._set_up_blocks(compiled=self._compiled)
         self._drop_gradients()
         return fits
 
@@ -289,9 +292,9 @@ class Learner:
         """
         shape = (self.most_scans(rank), *shape_of_views(self.study, rank))
         batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        without = [p for p in self.student.parameters() if p not in self._optimiser.state]
+        without = [p for p in self._parameters.values() if p not in self._optimiser.state]
         moments = [torch.empty_like(p) for p in without for _ in range(2)]
-        self._gather_or_stop_compiling(batch[:scans], rank, 1.0)
+        self._gather_gradients(batch[:scans], rank, 1.0)
         del moments
 
     def _gather_in_parts_that_fit(self, views: Tensor, rank: Rank, share: float) -> Gathered:
@@ -299,7 +302,7 @@ class Learner:
         so the repeated step is the same step. Later steps of this learner keep the smaller parts."""
         while True:
             try:
-                return self._gather_or_stop_compiling(views, rank, share)
+                return self._gather_or_record(views, rank, share)
             except torch.OutOfMemoryError:
                 pass  # and leave this clause, for until then the error holds on to the activations
             self._drop_gradients()
@@ -314,6 +317,24 @@ class Learner:
             self.micro_batch[rank] = before // 2
             self._tell(f"out of memory: {rank}D batches are met in parts of {before // 2}, not {before} scans")
 
+    def _gather_or_record(self, views: Tensor, rank: Rank, share: float) -> Gathered:
+        """`_gather_gradients`, from the second time on recorded where that is asked for; where recording fails, or its
+        memory is needed, without, now and from then on."""
+        if self._graphs is None:
+            return self._gather_or_stop_compiling(views, rank, share)
+        try:
+            return self._graphs(views, rank, share, self.micro_batch.get(rank))
+        except RecordingError as error:
+            told = f"a step could not be recorded, going on without that: {str(error)[:300]}"
+        except torch.OutOfMemoryError:
+            if not self._graphs.hold_memory:
+                raise
+            told = "out of memory beside recorded steps: going on without these"
+        self._graphs = None
+        self._drop_gradients()
+        self._tell(told)
+        return self._gather_or_stop_compiling(views, rank, share)
+
     def _gather_or_stop_compiling(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """`_gather_gradients`; where that fails and is compiled, again without, now and from then on."""
         try:
@@ -325,8 +346,7 @@ class Learner:
                 raise
             told = " ".join(f"{type(error).__name__}: {error}".split("\n")[:2])  # the cause stands in the second
             self._tell(f"compilation failed, going on without it: {told[:300]}")
-        for network in self._networks():
-            uncompile_(network.backbone)
+        self._set_up_blocks(compiled=False)
         self._compiled = False
         return self._gather_gradients(views, rank, share)
 
@@ -359,8 +379,11 @@ class Learner:
         return Gathered(weighted_sum(losses), apart)
 
     def _keeps_apart(self, gradient: GatheredGradient) -> bool:  # noqa: ARG002 - all alike here
-        """Whether it never exists as a whole. It must where it is summed over a team or takes FedProx's pull."""
-        return self.team.size == 1 and not self._near and isinstance(self._optimiser, BlockwiseAdamW)
+        """Whether it never exists as a whole. It must where it is summed over a team or takes FedProx's pull; and does
+        on a GPU, where many small steps cost more than the memory is worth."""
+        if self.device.type == "cuda" or self.team.size > 1 or self._near:
+            return False
+        return isinstance(self._optimiser, BlockwiseAdamW)
 
     def _losses_of(self, views: Tensor) -> Iterator[Loss]:
         """views (B, V, C, *S) -> losses with graph that add up to theirs: one, or where memory is to be saved one for
@@ -380,18 +403,34 @@ class Learner:
 
     def _sum_over_team(self, loss: Loss) -> None:
         """Gradients and `loss` of this process's share become those of the whole batch."""
-        grads = [p.grad for p in self.student.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         self.team.sum_([*grads, *loss.tensors()])
 
     def _pull_back_(self) -> dict[str, Tensor]:
         """Add FedProx's gradient; `global_distance`, the norm of w - w_received over what this step trains."""
         if not self._near:
             return {}
-        moved = [(name, p, p.grad) for name, p in self.student.named_parameters() if p.grad is not None]
+        moved = [(name, p, p.grad) for name, p in self._parameters.items() if p.grad is not None]
         trained = [each for each in moved if each[0] in self._near]  # what stays here was received from nobody
         apart = torch._foreach_sub([p.detach() for _, p, _ in trained], [self._near[name] for name, _, _ in trained])
         torch._foreach_add_([grad for _, _, grad in trained], apart, alpha=self.study.local.proximal)
         return {"global_distance": torch.linalg.vector_norm(torch.stack(torch._foreach_norm(apart)))}
+
+    def _new_graphs(self) -> StepGraphs[Gathered]:
+        return StepGraphs(
+            self._gather_gradients,
+            trained=list(self._parameters.values()),
+            read=lambda: self.centre.values(),
+        )
+
+    def _set_up_blocks(self, *, compiled: bool) -> None:
+        """Of both networks, compiled or not; of the student, recomputed where that is asked for."""
+        for network in self._networks():
+            as_written_(network.backbone)
+            if compiled:
+                compile_(network.backbone)
+        if self.execution.activation_checkpointing:
+            checkpoint_activations_(self.student.backbone)
 
     def _networks(self) -> list[Student]:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
@@ -400,15 +439,18 @@ class Learner:
         """What of the student stays here for ever, and no round brings."""
         return {name: tensor for name, tensor in tensors_of(self.student).items() if name in self._staying}
 
+    @torch.no_grad()
     def _move_teacher(self, rank: Rank, momentum: float) -> None:
-        if self.teacher is None:
-            return
-        groups = groups_of_ranks({rank})
-        students, teachers = (
-            [parameter.detach() for name, parameter in network.named_parameters() if group_of(name) in groups]
-            for network in (self.student, self.teacher)
-        )
-        torch._foreach_lerp_(teachers, students, 1.0 - momentum)
+        if rank not in self._followed:
+            groups = groups_of_ranks({rank})
+            names = [name for name in self._of_teacher if group_of(name) in groups]
+            self._followed[rank] = (
+                [self._of_teacher[name] for name in names],
+                [self._parameters[name] for name in names],
+            )
+        teachers, students = self._followed[rank]
+        if teachers:
+            torch._foreach_lerp_(teachers, students, 1.0 - momentum)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -419,7 +461,7 @@ class Learner:
         }
 
     def _check_state(self, centre: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
-        parameters = dict(self.student.named_parameters())
+        parameters = self._parameters
         fits = centre.keys() == self.centre.keys() and all(
             centre[name].shape == own.shape for name, own in self.centre.items()
         )

@@ -115,7 +115,7 @@ class UniMiSS:
             return
         targets, observed = self._taught(teacher, views, centre, one_by_one=True)
         for name, view in in_turn(targets, views.shape[1]):
-            h = look(student, views[:, [view]], name, slices=self.config.slices_per_volume)
+            h = look(student, views[:, view : view + 1], name, slices=self.config.slices_per_volume)
             terms = cross_entropies_of_view(student, name, h, view, targets, self.config.student_temperature)
             yield Loss(terms, torch.stack(list(terms.values())).sum(), observed)
             del h, terms
@@ -186,7 +186,8 @@ def _evenly_spaced(volumes: Tensor, slices: int | None) -> Tensor:
     depth = volumes.shape[2]
     if slices is None or slices >= depth:
         return volumes
-    return volumes[:, :, [(2 * i + 1) * depth // (2 * slices) for i in range(slices)]]
+    chosen = ((2 * i + 1) * depth // (2 * slices) for i in range(slices))
+    return torch.stack([volumes[:, :, place] for place in chosen], dim=2)
 
 
 def logits_of(network: Network, bottlenecks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -263,7 +264,7 @@ def cross_entropy_of_view(log_predictions: Tensor, view: int, targets: Tensor) -
     b, v = targets.shape[:2]
     if v < 2:
         raise ValueError(f"self-distillation compares views of one scan; got {v} view, needs at least 2")
-    of_others = targets[:, [other for other in range(v) if other != view]].sum(1)
+    of_others = torch.cat([targets[:, :view], targets[:, view + 1 :]], dim=1).sum(1)
     return -(log_predictions[:, 0] * of_others).sum() / (b * v * (v - 1))
 
 

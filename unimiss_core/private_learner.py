@@ -58,7 +58,7 @@ class PrivateLearner(Learner):
         come after would be worked out otherwise, and the sum would move by more than that patient's share. Raises
         ValueError: the study is not in this mode."""
         asked: Execution = settings.get("execution", PLAIN)
-        super().__init__(study, **{**settings, "execution": replace(asked, compile=False)})
+        super().__init__(study, **{**settings, "execution": replace(asked, compile=False, cuda_graphs=False)})
         if not isinstance(study.privacy, PatientPrivacyConfig):
             raise ValueError(f"the study's privacy mode is {study.privacy.mode}, not patient")
         self._privacy = study.privacy
@@ -75,8 +75,7 @@ class PrivateLearner(Learner):
         its own part of the draw. Raises MemoryTooSmallError: one scan does not fit; nothing has changed then.
         """
         names = self.trained_names(rank, step)
-        of_student = dict(self.student.named_parameters())
-        parameters = [of_student[name] for name in names]
+        parameters = [self._parameters[name] for name in names]
         sums = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
         centres = {name: torch.zeros_like(self.centre[name]) for name in self.objective.representations(rank)}
         losses: list[Loss | None] = []
@@ -104,7 +103,7 @@ class PrivateLearner(Learner):
         frozen = {PROTOTYPES} if step < self.study.optimiser.freeze_prototypes_steps else set()
         return [
             name
-            for name, parameter in self.student.named_parameters()
+            for name, parameter in self._parameters.items()
             if group_of(name) in groups and name not in frozen and is_trained(self.study, name, parameter)
         ]
 
@@ -159,7 +158,7 @@ class PrivateLearner(Learner):
         elif prototypes and not prototypes.is_rows:
             prototypes.write()
             prototypes = None
-        found = {name: p.grad for name, p in self.student.named_parameters() if name in names and p.grad is not None}
+        found = {name: p.grad for name, p in self._parameters.items() if name in names and p.grad is not None}
         self._optimiser.drop_gradients()
         return loss, found, prototypes
 

@@ -47,8 +47,9 @@ class Supervised:
         return Loss(terms, torch.stack(list(terms.values())).sum())
 
     def _weights(self, device: torch.device) -> Tensor:
-        """(K,)"""
-        return torch.tensor(self.config.class_weights or [1.0] * self.config.task.outputs, device=device)
+        """(K,), filled in by the device: nothing is copied to it, which a recorded step could not do."""
+        weights = self.config.class_weights or [1.0] * self.config.task.outputs
+        return torch.stack([torch.full((), weight, device=device) for weight in weights])
 
 
 def class_cross_entropy(logits: Tensor, shares: Tensor, weights: Tensor, *, several: bool) -> Tensor:

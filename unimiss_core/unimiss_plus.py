@@ -65,7 +65,7 @@ class UniMiSSPlus:
         targets, observed = self._taught(teacher, views, centre, one_by_one=True)
         count = views.shape[1]
         for name, view in in_turn(self._looks(views), count):
-            h, errors = self._look(student, views[:, [view]], name)
+            h, errors = self._look(student, views[:, view : view + 1], name)
             terms = cross_entropies_of_view(student, name, h, view, targets, self.config.student_temperature)
             terms |= {error: value / count for error, value in errors.items()}
             yield Loss(terms, self._weighed(terms), observed)
