@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.test_learner import apart, assert_same, copied, everything, images, in_float64, plus_study, study, volumes
 from unimiss_core import execution
 from unimiss_core.errors import MemoryTooSmallError
-from unimiss_core.execution import Execution, checkpoint_activations_, compile_
+from unimiss_core.execution import Execution, set_up_blocks_
 from unimiss_core.layers import Block
 from unimiss_core.learner import Learner
 from unimiss_core.model import ARCHITECTURES, MiT
@@ -41,7 +41,7 @@ def gradients(of: Callable[[], Tensor], backbone: MiT) -> dict[str, Tensor]:
 @pytest.mark.parametrize("class_only", [True, False])
 def test_recomputed_activations_give_the_same_bits(size: tuple[int, ...], precision: str, class_only: bool) -> None:
     plain, recomputed = (build_network(NANO, seed=1).backbone for _ in range(2))
-    checkpoint_activations_(recomputed)
+    set_up_blocks_(recomputed, recomputed=True)
     x = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0))
 
     def loss(backbone: MiT) -> Tensor:
@@ -76,7 +76,7 @@ def kept_bytes(backbone: MiT, x: Tensor) -> int:
 @pytest.mark.parametrize("size", [(64, 96), (16, 64, 96)], ids=["2d", "3d"])
 def test_recomputing_keeps_less_than_half(size: tuple[int, ...]) -> None:
     plain, recomputed = (build_network(NANO, seed=1).backbone for _ in range(2))
-    checkpoint_activations_(recomputed)
+    set_up_blocks_(recomputed, recomputed=True)
     x = torch.rand(2, 1, *size)
     assert kept_bytes(recomputed, x) < 0.5 * kept_bytes(plain, x)
 
@@ -87,7 +87,7 @@ def test_nothing_is_recomputed_without_gradients() -> None:
     for name, module in backbone.named_modules():
         if isinstance(module, Block):
             module.norm1.register_forward_hook(lambda *_, name=name: runs.append(name))
-    checkpoint_activations_(backbone)
+    set_up_blocks_(backbone, recomputed=True)
     x = torch.rand(1, 1, 33, 40)
     with torch.no_grad():
         backbone(x)
@@ -212,8 +212,7 @@ def test_compiled_and_recomputed_gradients_are_the_same(monkeypatch: pytest.Monk
     """Also of a volume whose position tables must be resized along some axes and not along others."""
     monkeypatch.setattr(execution, "COMPILER", "aot_eager")
     plain, ours = (build_network(NANO, seed=1).backbone.double() for _ in range(2))
-    compile_(ours)
-    checkpoint_activations_(ours)
+    set_up_blocks_(ours, compiled=True, recomputed=True)
     x = torch.rand(2, 1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = gradients(lambda: plain(x).square().sum(), plain)
     torch.testing.assert_close(gradients(lambda: ours(x).square().sum(), ours), expected)

@@ -135,7 +135,6 @@ def test_recorded_steps_are_those_launched_one_by_one(objective: str, settings: 
         learner.stay_near({name: tensor.clone() for name, tensor in tensors_of(learner.student).items()})
     losses, expected_losses = (taken(learner, ALTERNATING) for learner in learners)
     assert losses == pytest.approx(expected_losses, rel=1e-9)
-    assert learners[0]._graphs is not None
     assert learners[0]._graphs._recorded.keys() == {2, 3}
     # But for the keys' bias, on which softmax does not hang: its gradient is rounding, and to AdamW as long as any.
     ours, expected = (
@@ -179,7 +178,6 @@ def test_fine_tuning_is_recorded(task: dict[str, object]) -> None:
     ]
     ours, expected = ([learner.step(scans, step=step).total for step in range(4)] for learner in learners)
     assert ours == pytest.approx(expected, rel=1e-3)
-    assert learners[0]._graphs is not None
     assert learners[0]._graphs._recorded.keys() == {3}
     assert told == []
 
@@ -201,7 +199,7 @@ def test_what_cannot_be_recorded_is_launched_one_by_one(monkeypatch: pytest.Monk
     assert found == pytest.approx([expected.step(images(seed=seed).double(), step=seed).total for seed in range(4)])
     assert len(told) == 1
     assert told[0].startswith("a step could not be recorded, going on without that: ")
-    assert ours._graphs is None
+    assert not ours._graphs.on
 
 
 def test_recorded_steps_make_room_where_memory_runs_out() -> None:

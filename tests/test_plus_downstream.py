@@ -15,7 +15,7 @@ from tests.test_private_learner import CLIP, Recorded, clipped_and_summed, dista
 from unimiss_core import checkpoint, exported
 from unimiss_core.adaptation import check_adaptation
 from unimiss_core.errors import ConfigError
-from unimiss_core.execution import Execution, checkpoint_activations_
+from unimiss_core.execution import Execution, set_up_blocks_
 from unimiss_core.groups import group_of, groups_of_ranks
 from unimiss_core.learner import Learner
 from unimiss_core.mit_plus import MiTPlus, PlusArchitecture
@@ -107,7 +107,7 @@ def test_recomputed_activations_give_the_same_bits_and_keep_less_than_half(rank:
     for recomputes in (False, True):
         backbone = build_network(NANO, seed=1).backbone
         if recomputes:
-            checkpoint_activations_(backbone)
+            set_up_blocks_(backbone, recomputed=True)
         kept: dict[int, Tensor] = {}
 
         def note(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:

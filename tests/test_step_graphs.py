@@ -81,7 +81,7 @@ def pair(objective: str = "unimiss", **settings: Any) -> tuple[Learner, Learner]
     """One that records, and one that does not."""
     of = plus_study() if objective == "unimiss_plus" else study()
     ours, plain = (apart(Learner(of, ranks={2, 3}, execution=Execution(**settings))) for _ in range(2))
-    ours._graphs = ours._new_graphs()
+    ours._graphs.on = True
     return ours, plain
 
 
@@ -198,4 +198,4 @@ def test_memory_that_runs_out_before_anything_is_recorded_halves_the_batch(monke
     monkeypatch.setattr(ours, "objective", tight)
     taken(ours, BATCHES[:2])
     assert told == ["out of memory: 2D batches are met in parts of 1, not 3 scans"]
-    assert ours._graphs is not None
+    assert ours._graphs.on

@@ -62,40 +62,32 @@ PLAIN = Execution()
 """In float32 on the CPU, each batch as a whole."""
 
 
-def checkpoint_activations_(backbone: Backbone) -> None:
-    """Recompute the fine grids' convolution and transformer blocks in the backward pass; keep what enters them.
+def set_up_blocks_(backbone: Backbone, *, compiled: bool = False, recomputed: bool = False) -> None:
+    """How the convolution and transformer blocks of the fine grids work, in place of how they did: of MiT's stem, its
+    first two stages and its last two.
 
-    Four fifths of the kept bytes are of MiT's stem, its first two stages and its last two, whose grids are fine; the
-    others would give little memory for their time. Nothing inside is random, so no random state is kept. A forward
-    pass without gradients is as it was. To be called after `compile_`, if that is.
+    There most of the time goes, and four fifths of the bytes that a forward pass keeps; the others would give little
+    for their time. A forward pass without gradients is recomputed by nobody.
+
+    compiled: each when it is first called on scans of some size, and as many of them. All blocks of a stage share their
+    programs. The whole backbone as one program took several times as long to compile, and so did programs for any
+    number of scans (docs/LOG.md).
+    recomputed: in the backward pass, from what entered them. Nothing inside is random, so no random state is kept.
     """
-    for block in _fine_blocks(backbone):
-        block.forward = partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
-
-
-def compile_(backbone: Backbone) -> None:
-    """Compile the fine grids' blocks, each when it is first called on scans of some size, and as many of them.
-
-    There four fifths of the time go, most of it into what the compiler joins: norms, sums, activations. All blocks of a
-    stage share their programs. The whole backbone as one program took several times as long to compile, and so do
-    programs for any number of scans (docs/LOG.md).
-    """
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
-    torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
-    for block in _fine_blocks(backbone):
-        block.forward = torch.compile(block.forward, backend=COMPILER, dynamic=False)  # type: ignore[method-assign]
-
-
-def as_written_(backbone: Backbone) -> None:
-    """Undo `compile_`, and `checkpoint_activations_`."""
-    for block in _fine_blocks(backbone):
+    if compiled:
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # the compiler looks
+        torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
+    for block in nn.ModuleList(backbone.fine).modules():
+        if not isinstance(block, ConvBlock | Block):
+            continue
         vars(block).pop("forward", None)
-
-
-def _fine_blocks(backbone: Backbone) -> list[ConvBlock | Block]:
-    return [each for each in nn.ModuleList(backbone.fine).modules() if isinstance(each, ConvBlock | Block)]
+        forward = block.forward
+        if compiled:
+            forward = torch.compile(forward, backend=COMPILER, dynamic=False)
+        if recomputed:
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        if compiled or recomputed:
+            block.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager

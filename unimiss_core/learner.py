@@ -20,10 +20,8 @@ from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteL
 from unimiss_core.execution import (
     PLAIN,
     Execution,
-    as_written_,
-    checkpoint_activations_,
-    compile_,
     out_of_memory_by_its_name,
+    set_up_blocks_,
 )
 from unimiss_core.gathering import GatheredGradient
 from unimiss_core.groups import group_of, groups_of_ranks, ranks_needed
@@ -38,9 +36,10 @@ from unimiss_core.local_optimiser import (
 from unimiss_core.network import below, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
 from unimiss_core.objectives import build_objective, has_teacher
+from unimiss_core.proximal import ProximalTerm
 from unimiss_core.scan import Rank
 from unimiss_core.schedule import teacher_momentum
-from unimiss_core.step_graphs import RecordingError, StepGraphs
+from unimiss_core.step_graphs import StepGraphs
 from unimiss_core.step_report import StepReport as StepReport
 from unimiss_core.step_report import report_of
 from unimiss_core.students import Student, build_student, gathering, shape_of_views, staying_names
@@ -111,11 +110,18 @@ class Learner:
         self.centre = new_centre(names, bottleneck, self.device)
         self._optimiser = build_local_optimiser(study.optimiser, self.student)
         self._watch = RoundWatch()
-        self._near: Mapping[str, Tensor] = {}
+        self._proximal = ProximalTerm(study.local.proximal)
         self._memory = MemoryOfSteps(execution)
         self._compiled = execution.compile
         self._set_up_blocks(compiled=self._compiled)
-        self._graphs = self._new_graphs() if execution.cuda_graphs and self.device.type == "cuda" else None
+        self._graphs = StepGraphs(
+            self._gather_gradients,
+            launch=self._gather_or_stop_compiling,
+            parameters=list(self._parameters.values()),
+            circumstances=lambda rank: (self.micro_batch.get(rank), *(c.data_ptr() for c in self.centre.values())),
+            tell=lambda why: self._tell(why),
+            on=execution.cuda_graphs and self.device.type == "cuda",
+        )
 
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Begin from the global student and teacher; centre, optimiser state and what stays here go on from the last
@@ -131,18 +137,9 @@ class Learner:
         self._watch = RoundWatch()
 
     def stay_near(self, received: Mapping[str, Tensor]) -> None:
-        """From here on FedProx's term pulls towards `received`, the global student, wherever the round starts from.
-
-        Li et al. 2020 (arXiv:1812.06127), eq. 2: a site lowers F(w) + mu/2 ||w - w_received||^2, mu being the study's
-        `local.proximal`; with mu = 0 nothing is kept and nothing computed. So mu (w - w_received) joins the gradient
-        of F once a step, when that is final: summed over parts and team, before the clipping per tensor and AdamW,
-        which hold for the sum. A tensor's pull can thus crowd out F's gradient but never exceed the clip; and as
-        AdamW takes steps of about the rate's size, mu weighs the pull against F, not the length of a step. What a step
-        does not train (3D tensors in a 2D step, frozen prototypes) has no gradient, hence no pull, and keeps its
-        moments. `received` is kept, not copied; a learner that was given none, outside a federation, has no such term.
-        """
-        if self.study.local.proximal > 0:
-            self._near = {name: tensor.to(self.device) for name, tensor in received.items()}
+        """From here on FedProx's term pulls towards `received`, the global student, where the study has that term
+        (`unimiss_core.proximal`)."""
+        self._proximal.stay_near(received, self.device)
 
     def round_diagnostics(self) -> dict[str, float]:
         """Collapse figures over the round's steps so far (`unimiss_core.collapse.RoundWatch.figures`).
@@ -167,7 +164,7 @@ class Learner:
             frozen.grad, apart = None, [gradient for gradient in apart if gradient.weight is not frozen]
         self._sum_over_team(loss)
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        distance = self._pull_back_()
+        distance = self._proximal.pull_(self._parameters)
         norms_apart = [gradient.norm() for gradient in apart]
         report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *norms_apart]), distance)
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
@@ -302,7 +299,7 @@ class Learner:
         so the repeated step is the same step. Later steps of this learner keep the smaller parts."""
         while True:
             try:
-                return self._gather_or_record(views, rank, share)
+                return self._graphs(views, rank, share)
             except torch.OutOfMemoryError:
                 pass  # and leave this clause, for until then the error holds on to the activations
             self._drop_gradients()
@@ -316,24 +313,6 @@ class Learner:
                 )
             self.micro_batch[rank] = before // 2
             self._tell(f"out of memory: {rank}D batches are met in parts of {before // 2}, not {before} scans")
-
-    def _gather_or_record(self, views: Tensor, rank: Rank, share: float) -> Gathered:
-        """`_gather_gradients`, from the second time on recorded where that is asked for; where recording fails, or its
-        memory is needed, without, now and from then on."""
-        if self._graphs is None:
-            return self._gather_or_stop_compiling(views, rank, share)
-        try:
-            return self._graphs(views, rank, share, self.micro_batch.get(rank))
-        except RecordingError as error:
-            told = f"a step could not be recorded, going on without that: {str(error)[:300]}"
-        except torch.OutOfMemoryError:
-            if not self._graphs.hold_memory:
-                raise
-            told = "out of memory beside recorded steps: going on without these"
-        self._graphs = None
-        self._drop_gradients()
-        self._tell(told)
-        return self._gather_or_stop_compiling(views, rank, share)
 
     def _gather_or_stop_compiling(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """`_gather_gradients`; where that fails and is compiled, again without, now and from then on."""
@@ -381,7 +360,7 @@ class Learner:
     def _keeps_apart(self, gradient: GatheredGradient) -> bool:  # noqa: ARG002 - all alike here
         """Whether it never exists as a whole. It must where it is summed over a team or takes FedProx's pull; and does
         on a GPU, where many small steps cost more than the memory is worth."""
-        if self.device.type == "cuda" or self.team.size > 1 or self._near:
+        if self.device.type == "cuda" or self.team.size > 1 or self._proximal.is_on:
             return False
         return isinstance(self._optimiser, BlockwiseAdamW)
 
@@ -406,31 +385,10 @@ class Learner:
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         self.team.sum_([*grads, *loss.tensors()])
 
-    def _pull_back_(self) -> dict[str, Tensor]:
-        """Add FedProx's gradient; `global_distance`, the norm of w - w_received over what this step trains."""
-        if not self._near:
-            return {}
-        moved = [(name, p, p.grad) for name, p in self._parameters.items() if p.grad is not None]
-        trained = [each for each in moved if each[0] in self._near]  # what stays here was received from nobody
-        apart = torch._foreach_sub([p.detach() for _, p, _ in trained], [self._near[name] for name, _, _ in trained])
-        torch._foreach_add_([grad for _, _, grad in trained], apart, alpha=self.study.local.proximal)
-        return {"global_distance": torch.linalg.vector_norm(torch.stack(torch._foreach_norm(apart)))}
-
-    def _new_graphs(self) -> StepGraphs[Gathered]:
-        return StepGraphs(
-            self._gather_gradients,
-            trained=list(self._parameters.values()),
-            read=lambda: self.centre.values(),
-        )
-
     def _set_up_blocks(self, *, compiled: bool) -> None:
-        """Of both networks, compiled or not; of the student, recomputed where that is asked for."""
         for network in self._networks():
-            as_written_(network.backbone)
-            if compiled:
-                compile_(network.backbone)
-        if self.execution.activation_checkpointing:
-            checkpoint_activations_(self.student.backbone)
+            recomputed = self.execution.activation_checkpointing and network is self.student
+            set_up_blocks_(network.backbone, compiled=compiled, recomputed=recomputed)
 
     def _networks(self) -> list[Student]:
         return [self.student] if self.teacher is None else [self.student, self.teacher]

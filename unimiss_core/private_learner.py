@@ -89,7 +89,7 @@ class PrivateLearner(Learner):
         self.team.sum_([*sums.values(), *centres.values()])
         for parameter, name in zip(parameters, names, strict=True):
             parameter.grad = sums[name].div_(expected)
-        distance = self._pull_back_()
+        distance = self._proximal.pull_(self._parameters)
         grads = list(sums.values())
         norms = [norm.item() for norm in torch._foreach_norm(grads)]
         self._move(rank, step, grads, norms)

@@ -6,10 +6,10 @@ that shape, on the same memory: views are copied to where the graph reads them, 
 gradients and loss stand where they stood before. `docs/performance.md` has what it brings.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from unimiss_core.scan import Rank
 
 T = TypeVar("T")
-
-
-class RecordingError(Exception):
-    """A step could not be recorded; nothing but gradients has changed."""
+Gather = Callable[[Tensor, Rank, float], T]
 
 
 @dataclass(frozen=True)
@@ -35,67 +32,91 @@ class _Recorded(Generic[T]):
 
 
 class StepGraphs(Generic[T]):
-    """What `gather` does, recorded the second time that it would do the same thing, by rank.
+    """What `gather` does, by rank recorded the second time in a row that it is to do the same.
 
-    gather: from views and its other arguments, gives parameters their gradients and returns what else was found, all of
-    it without graph; it may read nothing back from the GPU.
-    trained: the parameters that it may give one. They, and all else that it reads, must be changed in place.
-    read: those of the tensors it reads that are not always: where they are others than before it is recorded anew.
+    gather: of views, their rank and their share of a batch, gives parameters their gradients and returns what else was
+        found, all of it without graph. It may read nothing back from the GPU.
+    launch: the same as it is done without recording, with whatever help it then has.
+    parameters: those that may be given a gradient. They, and all else that `gather` reads, are changed in place.
+    circumstances: what else decides what it does, and where that lies which is not always changed in place.
+    tell: hears in a sentence why there is no recording any more.
+    on: whether there is any to begin with.
 
     What a replay returned is overwritten by the next one, of either rank, for both use the same memory.
     """
 
     def __init__(
         self,
-        gather: Callable[[Tensor, Rank, float], T],
-        trained: Sequence[nn.Parameter],
-        read: Callable[[], Iterable[Tensor]],
+        gather: Gather[T],
+        *,
+        launch: Gather[T],
+        parameters: Sequence[nn.Parameter],
+        circumstances: Callable[[Rank], Hashable],
+        tell: Callable[[str], None],
+        on: bool,
     ) -> None:
         self._gather = gather
-        self._trained = trained
-        self._read = read
+        self._launch = launch
+        self._parameters = parameters
+        self._circumstances = circumstances
+        self._tell = tell
+        self.on = on
         self._met: dict[Rank, Hashable] = {}
         self._recorded: dict[Rank, _Recorded[T]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
-    @property
-    def hold_memory(self) -> bool:
-        """Whether a graph keeps the memory of its activations."""
-        return bool(self._recorded)
+    def __call__(self, views: Tensor, rank: Rank, share: float) -> T:
+        """`gather(views, rank, share)`. Raises whatever `launch` does."""
+        key = (views.shape, views.dtype, share, self._circumstances(rank))
+        if self.on and self._met.get(rank) == key and (recorded := self._of(key, views, rank, share)):
+            recorded.views.copy_(views, non_blocking=True)
+            recorded.graph.replay()
+            for parameter, gradient in recorded.gradients:
+                parameter.grad = gradient
+            return recorded.found
+        self._met[rank] = key  # a first time also loads kernels, which no recording may do
+        try:
+            return self._launch(views, rank, share)
+        except torch.OutOfMemoryError:
+            if not self._recorded:
+                raise
+        self._give_up("out of memory beside recorded steps: going on without these")
+        return self._launch(views, rank, share)
 
-    def __call__(self, views: Tensor, rank: Rank, share: float, *circumstances: Hashable) -> T:
-        """`gather(views, rank, share)`. circumstances: what else decides about what it launches.
-
-        Raises RecordingError, and whatever `gather` raises where it is not recorded.
-        """
-        places = tuple(tensor.data_ptr() for tensor in self._read())
-        key = (views.shape, views.dtype, share, circumstances, places)
-        if self._met.get(rank) != key:  # the first time also loads kernels, which no recording may do
-            self._met[rank] = key
-            return self._gather(views, rank, share)
-        recorded = self._recorded.get(rank)
-        if recorded is None or recorded.key != key:
-            recorded = self._record(key, views, rank, share)
-        recorded.views.copy_(views, non_blocking=True)
-        recorded.graph.replay()
-        for parameter, gradient in recorded.gradients:
-            parameter.grad = gradient
-        return recorded.found
+    def _of(self, key: Hashable, views: Tensor, rank: Rank, share: float) -> _Recorded[T] | None:
+        """The recording of this key, made where there is none; None where that fails, now and from then on."""
+        if (recorded := self._recorded.get(rank)) and recorded.key == key:
+            return recorded
+        try:
+            self._recorded[rank] = recorded = self._record(key, views, rank, share)
+            return recorded
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".split("\n")[0]
+        self._give_up(f"a step could not be recorded, going on without that: {told[:300]}")
+        return None
 
     def _record(self, key: Hashable, views: Tensor, rank: Rank, share: float) -> _Recorded[T]:
-        """Recorded and kept, in place of an older one; nothing has been computed then."""
+        """Nothing is computed. Raises whatever comes; what torch then leaves as it was within is put right here."""
         self._recorded.pop(rank, None)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph, stream, place = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), views.clone()
         try:
-            place = views.clone()
             # Other threads, which read scans or watch over NCCL, go on using the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 found = self._gather(place, rank, share)
-        except Exception as error:
-            torch.cuda.set_stream(stream)  # torch leaves its own current where a recording fails,
-            with suppress(RuntimeError):  # and before 2.12 the memory of it reserved
-                torch._C._cuda_endAllocateToPool(views.device.index, self._pool)
-            raise RecordingError(f"{type(error).__name__}: {error}".split("\n")[0]) from None
-        gradients = [(parameter, parameter.grad) for parameter in self._trained if parameter.grad is not None]
-        self._recorded[rank] = recorded = _Recorded(key, graph, place, found, gradients)
-        return recorded
+        except Exception:
+            torch.cuda.set_stream(stream)  # its own is current still,
+            with suppress(RuntimeError):  # and before torch 2.12 all that is allocated goes to the recording's memory
+                torch._C._cuda_endAllocateToPool(views.device.index, pool)
+            raise
+        gradients = [(each, each.grad) for each in self._parameters if each.grad is not None]
+        return _Recorded(key, graph, place, found, gradients)
+
+    def _give_up(self, why: str) -> None:
+        """For good, with all memory of it."""
+        self.on = False
+        self._recorded.clear()
+        for parameter in self._parameters:
+            parameter.grad = None
+        torch.cuda.empty_cache()
+        self._tell(why)

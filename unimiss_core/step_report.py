@@ -15,8 +15,8 @@ class StepReport:
     """What one optimiser step cost and showed.
 
     terms: the loss terms by name; total: their sum by weight, without FedProx's term; diagnostics: `grad_norm` before
-    clipping, where that term is on `global_distance` (`Learner.stay_near`), and by representation the entropy of the
-    teacher's targets and of their mean over the batch, in nats (log K says: no information).
+    clipping, where that term is on `global_distance` (`unimiss_core.proximal`), and by representation the entropy of
+    the teacher's targets and of their mean over the batch, in nats (log K says: no information).
     """
 
     rank: Rank
