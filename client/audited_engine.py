@@ -17,7 +17,7 @@ from client.patient_draws import PatientDraws
 from client.site import Site
 from unimiss_core.execution import PLAIN, Execution
 from unimiss_core.groups import group_of
-from unimiss_core.learner import LearnerState
+from unimiss_core.local_state import LearnerState
 from unimiss_core.noise import Noise
 from unimiss_core.objective import Centre, Loss, Objective
 from unimiss_core.privacy_config import PatientPrivacyConfig

@@ -182,8 +182,8 @@ class SiteTraining(Config):
     """Compile what works on the fine grids at a round's start, which takes minutes: for GPUs, and rounds much longer
     than that. Where it fails, the round goes on without. Not in private rounds."""
     cuda_graphs: bool = True
-    """On a GPU, record a step of each rank and launch it as one: up to four times as fast, and the memory of a step's
-    activations stays taken between steps. Where it fails, the round goes on without. Not in private rounds."""
+    """On a GPU, record a step of each rank and launch it as one, which is up to four times as fast; the memory of a
+    step's activations stays taken between steps. Where it fails, the round goes on without. Not in private rounds."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """CPU threads for training, for each process; None leaves torch's choice, or shares the cores among processes."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0

@@ -26,7 +26,8 @@ from unimiss_core.divergence import Start, divergence_aware_start
 from unimiss_core.errors import CheckpointError, ConfigError, DeviceError, NonFiniteLossError, WireError, where
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import group_of
-from unimiss_core.learner import Learner, LearnerState, StepReport
+from unimiss_core.learner import Learner, StepReport
+from unimiss_core.local_state import LearnerState
 from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import below, tensors_of
 from unimiss_core.objectives import has_teacher

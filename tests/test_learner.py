@@ -12,7 +12,8 @@ from unimiss_core.config import parse
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
 from unimiss_core.execution import Execution
 from unimiss_core.groups import group_of
-from unimiss_core.learner import Learner, LearnerState
+from unimiss_core.learner import Learner
+from unimiss_core.local_state import LearnerState
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.objective import UniMiSS
 from unimiss_core.schedule import learning_rate, teacher_momentum, weight_decay

@@ -245,3 +245,15 @@ def test_studies_older_than_the_choice_keep_their_digests() -> None:
     assert parse(StudyConfig, spelt_out, where="x") == plain
     other = parse(StudyConfig, {"name": "x", "optimiser": {"name": "momentum_sgd"}}, where="x")
     assert parse(StudyConfig, yaml.safe_load(dump_yaml(other)), where="x") == other != plain
+
+
+def test_counts_are_where_they_are_looked_for() -> None:
+    """A count on a GPU would make each tensor of each step wait for it."""
+    parameter = nn.Parameter(torch.empty(2, device="meta"))
+    kept = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}
+    for optimiser, place in ((MomentumSGD([]), "cpu"), (BlockwiseAdamW([]), "meta")):
+        optimiser.take_up(parameter, kept)
+        assert {name: tensor.device.type for name, tensor in optimiser.state[parameter].items()} == {
+            "step": place,
+            "exp_avg": "meta",
+        }

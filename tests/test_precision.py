@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.test_learner import apart, images, study, volumes
 from unimiss_core.execution import Execution
 from unimiss_core.head import Head
-from unimiss_core.layers import attend
+from unimiss_core.layers import INSTANCE_NORM, attend
 from unimiss_core.learner import Learner
-from unimiss_core.precision import FEW_ROWS, MLP, Linear, in_bf16_on_cpu
+from unimiss_core.precision import FEW_ROWS, MLP, Linear, _over_cells, in_bf16_on_cpu
 
 
 def bf16(*, enabled: bool = True) -> torch.autocast:
@@ -175,3 +175,19 @@ def gradient(execution: Execution, batch: Tensor) -> Tensor:
     learner.step(batch, step=0)
     moments = learner.state().tensors
     return torch.cat([moments[name].flatten() for name in sorted(moments) if name.startswith("adam_moment1")])
+
+
+@pytest.mark.parametrize("size", [(5, 7), (3, 5, 7)], ids=["2d", "3d"])
+def test_instance_norm_over_cells_is_instance_norm(size: tuple[int, ...]) -> None:
+    """In the form that a GPU in bfloat16 gets, with gradients."""
+    norm = INSTANCE_NORM[2 if len(size) == 2 else 3](4, affine=True, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for of in (norm.weight, norm.bias):
+        nn.init.normal_(of, generator=generator)
+    x = torch.randn(2, 4, *size, dtype=torch.float64, generator=generator).transpose(-1, -2).requires_grad_()
+    upstream = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    expected, ours = (
+        [computed, *torch.autograd.grad(computed, [x, norm.weight, norm.bias], upstream)]
+        for computed in (norm(x), _over_cells(x, norm))
+    )
+    torch.testing.assert_close(ours, expected)

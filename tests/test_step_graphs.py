@@ -3,6 +3,10 @@
 The stand-in spoils all that was worked out while it recorded, for a GPU works out nothing then.
 """
 
+import gc
+import itertools
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.test_learner import apart, assert_same, everything, images, plus_study, study, volumes
+from unimiss_core import execution
 from unimiss_core.errors import NonFiniteLossError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
@@ -52,29 +57,69 @@ def tensors(*of: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)]
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
-    """All that have been recorded."""
-    recorded: list[Graph] = []
+class Card:
+    """What is asked of torch.cuda meanwhile."""
+
+    def __init__(self) -> None:
+        self.recorded: list[Graph] = []
+        self.entered: list[object] = []
+        """Devices that were made current."""
+        self.stream = "before"
+        self.pools = 0
+        self.ended: list[int] = []
+        """Pools that torch was told to leave."""
 
     @contextmanager
-    def recording(graph: Graph, **_: object) -> Iterator[None]:
+    def device(self, device: torch.device) -> Iterator[None]:
+        self.entered.append(device)
+        yield
+
+    @contextmanager
+    def recording(self, graph: Graph, *, stream: str, **_: object) -> Iterator[None]:
+        """As torch's, which leaves its stream current where something is raised."""
+        self.stream = stream
         with graph:
             yield
+        if not graph._done:
+            warnings.warn("The CUDA Graph is empty. This usually means", stacklevel=1)
+        self.stream = "before"
         graph.spoil()
-        recorded.append(graph)
+        self.recorded.append(graph)
 
+    def pool(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    def set_stream(self, stream: str) -> None:
+        self.stream = stream
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    made = Card()
     for name, stand_in in {
         "CUDAGraph": Graph,
-        "graph": recording,
-        "graph_pool_handle": lambda: (0, 1),
-        "current_stream": lambda: None,
-        "set_stream": lambda _: None,
+        "Stream": lambda *_: "recording",
+        "current_stream": lambda: made.stream,
+        "device": made.device,
+        "graph": made.recording,
+        "graph_pool_handle": made.pool,
+        "set_stream": made.set_stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)
+    for name, stand_in in {
+        "_cuda_endAllocateToPool": lambda _, pool: made.ended.append(pool),
+        "_cuda_releasePool": lambda _, pool: made.ended.append(pool),
+    }.items():
+        monkeypatch.setattr(torch._C, name, stand_in, raising=False)
     monkeypatch.setattr(Learner, "_keeps_apart", lambda *_: False)  # as on a GPU
-    return recorded
+    return made
+
+
+@pytest.fixture
+def graphs(card: Card) -> list[Graph]:
+    """All that have been recorded."""
+    return card.recorded
 
 
 def pair(objective: str = "unimiss", **settings: Any) -> tuple[Learner, Learner]:
@@ -137,50 +182,120 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_the_next_is_replayed(gra
     assert_same(everything(ours), everything(plain))
 
 
+def test_another_share_or_part_of_a_batch_is_recorded_anew(graphs: list[Graph]) -> None:
+    ours, plain = pair()
+    for learner in (ours, plain):
+        taken(learner, [images(), images(seed=1)])
+    for step, (share, part) in enumerate([(0.5, 3), (0.5, 3), (0.5, 2), (0.5, 2)], start=2):
+        reports = []
+        for learner in (ours, plain):
+            learner.micro_batch[2] = part
+            reports.append(learner.step(images(seed=step), step=step, share=share))
+        assert reports[0] == reports[1]
+    assert [graph.replays for graph in graphs] == [1, 1, 1]
+
+
+def failing_at(call: int, error: BaseException, learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner's objective raises once, at that call from now."""
+    objective, calls = learner.objective, itertools.count(1)
+
+    def failing(*args: Any) -> Loss:
+        if next(calls) == call:
+            raise error
+        return objective(*args)
+
+    monkeypatch.setattr(learner, "objective", failing)
+
+
 def test_what_cannot_be_recorded_is_told_once_and_computed_as_written(
-    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+    card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, plain = pair()
     told: list[str] = []
     ours._tell = told.append
-    objective, calls = ours.objective, []
-
-    def failing(*args: Any) -> Loss:
-        calls.append(args)
-        if len(calls) == 2:
-            raise RuntimeError("operation not permitted when stream is capturing\nand a long story")
-        return objective(*args)
-
-    monkeypatch.setattr(ours, "objective", failing)
+    failing_at(2, RuntimeError("operation not permitted when stream is capturing\nand a long story"), ours, monkeypatch)
+    held: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(any(p.grad is not None for p in parameters)))
+    parameters = list(ours.student.parameters())
     assert taken(ours, BATCHES) == taken(plain, BATCHES)
     assert told == [
         "a step could not be recorded, going on without that: RuntimeError: operation not permitted when stream is "
         "capturing"
     ]
-    assert graphs == []
+    assert card.recorded == []
+    assert card.stream == "before"
+    assert card.ended == [1, 1]
+    assert held == [False]
 
 
-def test_where_memory_runs_out_beside_recorded_steps_these_go_first(
-    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And only then is a batch met in parts."""
+def test_a_recording_of_nothing_is_none(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a card that is not the current one; its replays would leave one batch's gradients for ever."""
     ours, plain = pair()
     told: list[str] = []
     ours._tell = told.append
-    taken(ours, BATCHES[:2])
-    taken(plain, BATCHES[:2])
-    objective, failures = ours.objective, [torch.OutOfMemoryError("CUDA out of memory")]
+    monkeypatch.setattr(
+        Graph, "__torch_dispatch__", lambda _, operation, __, args=(), kwargs=None: operation(*args, **kwargs or {})
+    )
+    assert taken(ours, BATCHES[:2]) == taken(plain, BATCHES[:2])
+    assert "The CUDA Graph is empty" in told[0]
+    assert not ours._graphs.on
+    assert card.entered == [images().device]
 
-    def tight(*args: Any) -> Loss:
-        if failures:
-            raise failures.pop()
-        return objective(*args)
 
-    monkeypatch.setattr(ours, "objective", tight)
-    assert ours.step(volumes(), step=2) == plain.step(volumes(), step=2)
+def test_an_interrupted_recording_stays_interrupted(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though torch raises an error of its own when it ends what was interrupted."""
+
+    @contextmanager
+    def recording(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise RuntimeError("the capture is invalid")  # noqa: B904 - as torch does
+
+    ours, _ = pair()
+    ours.step(images(), step=0)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    failing_at(1, KeyboardInterrupt(), ours, monkeypatch)
+    with pytest.raises(RuntimeError, match="invalid"):
+        ours.step(images(), step=1)
+    assert card.stream == "before"
+
+
+def test_where_memory_runs_out_beside_recorded_steps_these_go_first_and_come_back(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only then is a batch met in parts. The first step of another rank has to fit beside them, later ones share
+    their memory. Where it runs out again they go for good."""
+    ours, plain = pair()
+    told: list[str] = []
+    ours._tell = told.append
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    for batches, call in (([images()] * 2, 9), ([volumes()] * 2 + [images()] * 2, 1), ([images(scans=2)] * 2, 1)):
+        with monkeypatch.context() as patch:
+            failing_at(call, full, ours, patch)
+            assert taken(ours, batches) == taken(plain, batches)
+    assert [graph.replays for graph in card.recorded] == [1, 1, 2]
+    assert card.pools == 2
     assert told == ["out of memory beside recorded steps: going on without these"]
     assert ours.micro_batch == {}
-    assert len(graphs) == 1
+    assert not ours._graphs.on
+
+
+def test_memory_that_runs_out_after_the_gradients_is_made_too(graphs: list[Graph]) -> None:
+    ours, plain = pair()
+    for learner in (ours, plain):
+        taken(learner, [images(), images(seed=1)])
+    pull, failures = ours._proximal.pull_, [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def tight(*args: Any) -> dict[str, Tensor]:
+        if failures:
+            raise failures.pop()
+        return pull(*args)
+
+    ours._proximal.pull_ = tight  # type: ignore[method-assign]
+    assert ours.step(images(seed=2), step=2) == plain.step(images(seed=2), step=2)
+    assert ours._graphs.on
+    assert len(graphs) == 2
 
 
 @pytest.mark.usefixtures("graphs")
@@ -188,14 +303,53 @@ def test_memory_that_runs_out_before_anything_is_recorded_halves_the_batch(monke
     ours, _ = pair()
     told: list[str] = []
     ours._tell = told.append
-    objective, failures = ours.objective, [torch.OutOfMemoryError("CUDA out of memory")]
-
-    def tight(*args: Any) -> Loss:
-        if failures:
-            raise failures.pop()
-        return objective(*args)
-
-    monkeypatch.setattr(ours, "objective", tight)
+    failing_at(1, torch.OutOfMemoryError("CUDA out of memory"), ours, monkeypatch)
     taken(ours, BATCHES[:2])
     assert told == ["out of memory: 2D batches are met in parts of 1, not 3 scans"]
     assert ours._graphs.on
+
+
+@pytest.mark.usefixtures("shallow")
+def test_where_compilation_fails_steps_are_recorded_all_the_same(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(execution, "COMPILER", broken)
+    ours, plain = pair(compile=True)
+    plain._set_up_blocks(compiled=False)
+    told: list[str] = []
+    ours._tell = told.append
+    assert taken(ours, BATCHES[:2]) == taken(plain, BATCHES[:2])
+    assert len(told) == 1
+    assert told[0].startswith("compilation failed, going on without it")
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_learner_that_is_done_with_holds_no_memory() -> None:
+    ours, _ = pair()
+    taken(ours, BATCHES[:4])
+    gone = weakref.ref(ours)
+    gc.collect()
+    gc.disable()
+    try:
+        del ours
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("asked", [Learner.release, lambda learner: learner.fits(2, 1)], ids=["asked", "fits"])
+def test_memory_is_given_back_when_asked_for_and_before_it_is_tried(
+    graphs: list[Graph], asked: Callable[[Learner], object]
+) -> None:
+    ours, plain = pair()
+    for learner in (ours, plain):
+        taken(learner, [images(), images(seed=1)])
+    asked(ours)
+    assert not ours._graphs._recorded
+    assert ours.step(images(seed=2), step=2) == plain.step(images(seed=2), step=2)
+    assert len(graphs) == 2

@@ -11,17 +11,19 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from client import trainer
-from client.batches import Batch, Batches, sample
+from client.batches import Batch, Batches, _done_on, sample
 from client.cache import CachedScan
 from client.pictures import write_png
 from client.site import Site
@@ -67,6 +69,25 @@ def test_a_batch_holds_no_patient_or_scan_twice_while_there_are_others() -> None
 def test_the_same_generator_draws_the_same_batch() -> None:
     assert drawn(4, "patients", seeds=5) == drawn(4, "patients", seeds=5)
     assert len({tuple(scan.key for scan in batch) for batch in drawn(4, "scans", seeds=5)}) > 1
+
+
+def test_what_is_drawn_on_a_stream_of_its_own_is_there_when_it_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU's, whose step reads it on another stream."""
+    seen: list[str] = []
+
+    @contextmanager
+    def current(_: object) -> Iterator[None]:
+        seen.append("entered")
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    stream = Mock(synchronize=lambda: seen.append("waited"))
+    with _done_on(stream):
+        seen.append("drawn")
+    assert seen == ["entered", "drawn", "waited", "left"]
+    with _done_on(None):
+        assert len(seen) == 4
 
 
 STUDY = small_study(3, batch={"images": 5})

@@ -24,7 +24,7 @@ COMPILER = "inductor"
 """torch.compile's backend: it needs a C++ compiler on a CPU, Triton on a GPU."""
 
 _PROGRAMS = 256
-"""Of one kind of block, at most: of each stage, rank, network and number of scans. Torch's own limit is 8."""
+"""Of one kind of block, at most: of each stage, rank, network and number of scans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,11 @@ def set_up_blocks_(backbone: Backbone, *, compiled: bool = False, recomputed: bo
     There most of the time goes, and four fifths of the bytes that a forward pass keeps; the others would give little
     for their time. A forward pass without gradients is recomputed by nobody.
 
-    compiled: each when it is first called on scans of some size, and as many of them. All blocks of a stage share their
-    programs. The whole backbone as one program took several times as long to compile, and so did programs for any
-    number of scans (docs/LOG.md).
+    compiled: each when it is first called on scans of some size, and as many of them, within `compiling`. All blocks of
+    a stage share their programs. The whole backbone as one program took several times as long to compile, and so did
+    programs for any number of scans (docs/LOG.md).
     recomputed: in the backward pass, from what entered them. Nothing inside is random, so no random state is kept.
     """
-    if compiled:
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # the compiler looks
-        torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
     for block in nn.ModuleList(backbone.fine).modules():
         if not isinstance(block, ConvBlock | Block):
             continue
@@ -88,6 +85,15 @@ def set_up_blocks_(backbone: Backbone, *, compiled: bool = False, recomputed: bo
             forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         if compiled or recomputed:
             block.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Around passes through blocks that are compiled: torch stops at 8 programs of one kind of block, and warns of what
+    its compiler looks at."""
+    with torch._dynamo.config.patch(recompile_limit=_PROGRAMS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 @contextmanager

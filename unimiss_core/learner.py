@@ -7,8 +7,8 @@ keep their optimiser state, and their teacher stands still.
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from unimiss_core.errors import CheckpointError, MemoryTooSmallError, NonFiniteL
 from unimiss_core.execution import (
     PLAIN,
     Execution,
+    compiling,
     out_of_memory_by_its_name,
     set_up_blocks_,
 )
@@ -33,6 +34,7 @@ from unimiss_core.local_optimiser import (
     kept_by,
     set_rates_,
 )
+from unimiss_core.local_state import OPTIMISER_KEYS, STATE_FORMAT, LearnerState, check_state
 from unimiss_core.network import below, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
 from unimiss_core.objectives import build_objective, has_teacher
@@ -42,24 +44,13 @@ from unimiss_core.schedule import teacher_momentum
 from unimiss_core.step_graphs import StepGraphs
 from unimiss_core.step_report import StepReport as StepReport
 from unimiss_core.step_report import report_of
-from unimiss_core.students import Student, build_student, gathering, shape_of_views, staying_names
+from unimiss_core.students import Student, build_student, gathering, rank_of_views, shape_of_views, staying_names
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone, Team, largest_part
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 1
-
 PROTOTYPES = "head.prototypes.weight"
-_OPTIMISER_KEYS = {"step": "adam_step", "exp_avg": "adam_moment1", "exp_avg_sq": "adam_moment2"}
-
-
-@dataclass(frozen=True)
-class LearnerState:
-    """What a site keeps on its own disk: tensors for a safetensors file, facts for JSON beside it."""
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
 
 
 class Gathered(NamedTuple):
@@ -99,7 +90,7 @@ class Learner:
         self._tell = tell
         self.student = build_student(study, ranks=ranks_needed(self.ranks)).to(self.device)
         self.teacher = deepcopy(self.student).requires_grad_(False) if has_teacher(study) else None
-        # As lists: going through the modules takes milliseconds, for which a GPU would wait in each step.
+        # Kept, for going through the modules takes milliseconds, in which a GPU would wait.
         self._parameters = dict(self.student.named_parameters())
         self._of_teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
         self._followed: dict[Rank, tuple[list[Tensor], list[Tensor]]] = {}
@@ -114,14 +105,8 @@ class Learner:
         self._memory = MemoryOfSteps(execution)
         self._compiled = execution.compile
         self._set_up_blocks(compiled=self._compiled)
-        self._graphs = StepGraphs(
-            self._gather_gradients,
-            launch=self._gather_or_stop_compiling,
-            parameters=list(self._parameters.values()),
-            circumstances=lambda rank: (self.micro_batch.get(rank), *(c.data_ptr() for c in self.centre.values())),
-            tell=lambda why: self._tell(why),
-            on=execution.cuda_graphs and self.device.type == "cuda",
-        )
+        recorded = execution.cuda_graphs and self.device.type == "cuda"
+        self._graphs: StepGraphs[Gathered] = StepGraphs(list(self._parameters.values()), on=recorded)
 
     def start_round(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Begin from the global student and teacher; centre, optimiser state and what stays here go on from the last
@@ -157,16 +142,13 @@ class Learner:
         MemoryTooSmallError: the device cannot hold one scan's part of the step; nothing has changed then.
         ValueError: the views do not fit the model.
         """
-        rank = _rank_of_views(views)
-        loss, apart = self._gather_in_parts_that_fit(views.to(self.device, non_blocking=True), rank, share)
-        if step < self.study.optimiser.freeze_prototypes_steps:
-            frozen = self.student.get_parameter(PROTOTYPES)
-            frozen.grad, apart = None, [gradient for gradient in apart if gradient.weight is not frozen]
-        self._sum_over_team(loss)
-        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        distance = self._proximal.pull_(self._parameters)
-        norms_apart = [gradient.norm() for gradient in apart]
-        report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *norms_apart]), distance)
+        rank, views = rank_of_views(views), views.to(self.device, non_blocking=True)
+        try:
+            report, norms, loss, grads, apart = self._work_out(views, rank, step, share)
+        except torch.OutOfMemoryError:
+            if self.team.size > 1 or not self._graphs.make_room(self._tell):  # a part may have been summed already
+                raise
+            report, norms, loss, grads, apart = self._work_out(views, rank, step, share)
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
             self._optimiser.drop_gradients()
             raise NonFiniteLossError(
@@ -178,6 +160,21 @@ class Learner:
             self.centre[name].copy_(moved)
         self._watch.add(loss.observed)
         return report
+
+    def _work_out(
+        self, views: Tensor, rank: Rank, step: int, share: float
+    ) -> tuple[StepReport, list[float], Loss, list[Tensor], list[GatheredGradient]]:
+        """The report, and what `_move` takes; nothing has moved then, so it may be done again."""
+        loss, apart = self._gather_in_parts_that_fit(views, rank, share)
+        if step < self.study.optimiser.freeze_prototypes_steps:
+            frozen = self.student.get_parameter(PROTOTYPES)
+            frozen.grad, apart = None, [gradient for gradient in apart if gradient.weight is not frozen]
+        self._sum_over_team(loss)
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        distance = self._proximal.pull_(self._parameters)
+        norms_apart = [gradient.norm() for gradient in apart]
+        report, norms = report_of(rank, loss, torch.stack([*torch._foreach_norm(grads), *norms_apart]), distance)
+        return report, norms, loss, grads, apart
 
     def _move(
         self,
@@ -210,7 +207,7 @@ class Learner:
         tensors = {f"centre.{name}": centre for name, centre in self.centre.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimiser.state.get(parameter, {}).items():
-                tensors[f"{_OPTIMISER_KEYS[key]}.{name}"] = value
+                tensors[f"{OPTIMISER_KEYS[key]}.{name}"] = value
         if not weights:
             tensors |= {f"own.{name}": tensor for name, tensor in self._own().items()}
             return LearnerState(tensors, {**self._identity(), "weights": False})
@@ -239,8 +236,8 @@ class Learner:
             )
         centre = below("centre.", state.tensors)
         kept = kept_by(self.study.optimiser)
-        moments = {key: below(f"{_OPTIMISER_KEYS[key]}.", state.tensors) for key in kept}
-        self._check_state(centre, moments)
+        moments = {key: below(f"{OPTIMISER_KEYS[key]}.", state.tensors) for key in kept}
+        check_state(centre, self.centre, moments, self._parameters)
         own = below("own.", state.tensors)
         check_tensors(self.student, tensors_of(self.student) | own)
         if state.facts["weights"]:
@@ -254,9 +251,7 @@ class Learner:
         self._optimiser.state.clear()
         for name, parameter in self._parameters.items():
             if name in moments["step"]:
-                self._optimiser.state[parameter] = {
-                    key: tensors[name].to(self.device, copy=True) for key, tensors in moments.items()
-                }
+                self._optimiser.take_up(parameter, {key: tensors[name] for key, tensors in moments.items()})
 
     def most_scans(self, rank: Rank) -> int:
         """Scans of one rank that this process works out together, at most: its part of a batch."""
@@ -270,6 +265,7 @@ class Learner:
         """
         before = dict(self.micro_batch)
         self.micro_batch[rank] = micro_batch
+        self.release()
         self._set_up_blocks(compiled=False)  # or each trial would take minutes to compile
         try:
             self._rehearse(rank, 2 * micro_batch)
@@ -279,30 +275,48 @@ class Learner:
         finally:
             self.micro_batch = before
             self._set_up_blocks(compiled=self._compiled)
-        self._drop_gradients()
+        self.release()
         return fits
 
+    def release(self) -> None:
+        """Give back what gradients and recorded steps hold of the device's memory; the next steps are recorded anew."""
+        self._graphs.release()
+
     def _rehearse(self, rank: Rank, scans: int) -> None:
-        """Gradients of random views, with room taken for AdamW's moments and for this process's part of the batch.
+        """Gradients of random views, with room taken for all else that is there in a step: AdamW's moments, this
+        process's part of the batch, of the next one and of what a recorded step reads, and FedProx's copies.
 
         Two parts are enough, and needed: the second finds the first's gradients in memory.
         """
         shape = (self.most_scans(rank), *shape_of_views(self.study, rank))
         batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        without = [p for p in self._parameters.values() if p not in self._optimiser.state]
-        moments = [torch.empty_like(p) for p in without for _ in range(2)]
+        parameters = list(self._parameters.values())
+        copied = [p for p in parameters if p not in self._optimiser.state] + parameters * (
+            self.study.local.proximal > 0
+        )
+        room = [torch.empty_like(tensor) for tensor in (*copied, batch) for _ in range(2)]
         self._gather_gradients(batch[:scans], rank, 1.0)
-        del moments
+        del room
 
     def _gather_in_parts_that_fit(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """`_gather_gradients`, again in halved parts while memory runs out. Nothing but gradients has changed by then,
         so the repeated step is the same step. Later steps of this learner keep the smaller parts."""
         while True:
             try:
-                return self._graphs(views, rank, share)
+                return self._graphs.take(
+                    self._gather_gradients,
+                    views,
+                    rank,
+                    share,
+                    launch=self._gather_or_stop_compiling,
+                    circumstances=(self.micro_batch.get(rank), *(each.data_ptr() for each in self.centre.values())),
+                    tell=self._tell,
+                )
             except torch.OutOfMemoryError:
                 pass  # and leave this clause, for until then the error holds on to the activations
-            self._drop_gradients()
+            if self._graphs.make_room(self._tell):
+                continue
+            self.release()
             before = min(self.micro_batch.get(rank, len(views)), len(views))
             if before == 1:
                 raise MemoryTooSmallError(
@@ -318,7 +332,7 @@ class Learner:
         """`_gather_gradients`; where that fails and is compiled, again without, now and from then on."""
         try:
             return self._gather_gradients(views, rank, share)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:
             if not self._compiled:
@@ -329,19 +343,14 @@ class Learner:
         self._compiled = False
         return self._gather_gradients(views, rank, share)
 
-    def _drop_gradients(self) -> None:
-        """Forget gradients that no step will use, and give their memory back to the device."""
-        self._optimiser.drop_gradients()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def _gather_gradients(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """Forward and backward over this process's share of the batch, in parts where that is larger than a
         micro-batch: gradients and loss, without graph, weighed as in the whole batch."""
         self._optimiser.drop_gradients()
         parts = views.split(self.micro_batch.get(rank, len(views)))
         losses = []
-        with self._memory.laid_out(parts), out_of_memory_by_its_name():
+        helped = compiling() if self._compiled else nullcontext()
+        with self._memory.laid_out(parts), out_of_memory_by_its_name(), helped:
             # Around all parts, so that what autocast casts of the student's weights is cast once.
             with gathering(self.student) as gathered, self._autocast():
                 for part in parts:
@@ -417,29 +426,3 @@ class Learner:
             "objective": self.study.objective.name if self.study.finetune is None else self.study.task,
             "ranks": list(self.ranks),
         }
-
-    def _check_state(self, centre: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
-        parameters = self._parameters
-        fits = centre.keys() == self.centre.keys() and all(
-            centre[name].shape == own.shape for name, own in self.centre.items()
-        )
-        names = moments["step"].keys()
-        fits = fits and names <= parameters.keys() and all(tensors.keys() == names for tensors in moments.values())
-        fits = fits and all(
-            tensors[name].shape == parameters[name].shape
-            for key, tensors in moments.items()
-            if key != "step"
-            for name in names
-        )
-        if not fits:
-            raise CheckpointError(
-                "local state is damaged: its tensors do not fit the model. Move the state folder away to start afresh."
-            )
-
-
-def _rank_of_views(views: Tensor) -> Rank:
-    if views.ndim == 5:
-        return 2
-    if views.ndim == 6:
-        return 3
-    raise ValueError(f"expected views (B, V, C, H, W) or (B, V, C, D, H, W); got shape {tuple(views.shape)}")

@@ -9,7 +9,7 @@ arXiv:1711.05101), biases and other 1-D tensors do not.
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,12 @@ class LocalOptimiser(ABC):
     """Steps over the parameters of `groups`, with each group's own settings.
 
     groups: each its "params", and what `set_rates_` sets. state: what `kept_by` names, of each parameter once moved.
+    counts_on_device: whether counts of steps lie where the parameters do, for the kernel that reads them.
     No subclass of torch's Optimizer: making one loads torch's compiler, a second and 34 MB of each process that trains
     (docs/performance.md), and over Flower's deployment engine each round of a site is a process.
     """
+
+    counts_on_device: ClassVar = False
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self.groups = groups
@@ -49,6 +52,13 @@ class LocalOptimiser(ABC):
 
     @abstractmethod
     def _move(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None: ...
+
+    def take_up(self, parameter: Tensor, kept: Mapping[str, Tensor]) -> None:
+        """A copy of what was kept of a parameter. A count that nobody looks for on a GPU would be waited for there."""
+        counts_on = parameter.device if self.counts_on_device else torch.device("cpu")
+        self.state[parameter] = {
+            key: tensor.to(counts_on if key == "step" else parameter.device, copy=True) for key, tensor in kept.items()
+        }
 
     def drop_gradients(self) -> None:
         """Free the gradients of all parameters."""
@@ -105,6 +115,8 @@ def noise_variance(study: StudyConfig, rank: Rank) -> float:
 class BlockwiseAdamW(LocalOptimiser):
     """AdamW that can also move a parameter some rows at a time, so that its gradient is never there as a whole."""
 
+    counts_on_device = True
+
     def _move(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
         states = [self._begun(parameter) for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -126,7 +138,7 @@ class BlockwiseAdamW(LocalOptimiser):
     def _begun(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)  # where the kernel looks for it
+            state["step"] = torch.zeros((), device=parameter.device)
             state |= {key: torch.zeros_like(parameter) for key in _KEPT[1:]}
         return state
 

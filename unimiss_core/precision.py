@@ -71,27 +71,30 @@ class LayerNorm(nn.LayerNorm):
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """(B, C, *S) -> (B, C, *S). In bfloat16 on a GPU by the kernels of group norm, each channel being a group: they sum
-    a channel's values in a third of the time (docs/performance.md). The compiler needs neither."""
+    """(B, C, *S) -> (B, C, *S). In bfloat16 on a GPU by the kernels of layer norm, over all of a channel's cells: those
+    of batch norm, by which torch does it, have few threads sum many values. Mean and variance are float32 in both, as
+    they would not be in group norm's. Torch's compiler makes kernels of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _by_group_norm(x, self) if _is_on_gpu_in_bf16(x) else super().forward(x)
+        return _over_cells(x, self) if _is_on_gpu_in_bf16(x) else super().forward(x)
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
     """As `InstanceNorm2d`, of volumes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _by_group_norm(x, self) if _is_on_gpu_in_bf16(x) else super().forward(x)
+        return _over_cells(x, self) if _is_on_gpu_in_bf16(x) else super().forward(x)
 
 
 def _is_on_gpu_in_bf16(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
-def _by_group_norm(x: Tensor, norm: InstanceNorm2d | InstanceNorm3d) -> Tensor:
-    with torch.autocast("cuda", enabled=False):
-        return F.group_norm(x, x.shape[1], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+def _over_cells(x: Tensor, norm: nn.InstanceNorm2d | nn.InstanceNorm3d) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        normed = F.layer_norm(x.contiguous(), x.shape[2:], eps=norm.eps)
+        weight, bias = (of.to(x.dtype).view(-1, *[1] * (x.ndim - 2)) for of in (norm.weight, norm.bias))
+        return torch.addcmul(bias, normed, weight)
 
 
 class MLP(nn.Sequential):

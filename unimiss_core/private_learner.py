@@ -169,7 +169,7 @@ class PrivateLearner(Learner):
                 return gradients_of_each(self.student, self._loss_of, torch.stack(list(group)), names)
         except torch.OutOfMemoryError:
             pass  # and leave this clause, for until then the error holds on to the activations
-        self._drop_gradients()
+        self.release()
         self._tell(f"out of memory: {len(group) // 2}, not {len(group)} patients are worked out together")
         return []
 

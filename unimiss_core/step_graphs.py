@@ -6,9 +6,11 @@ that shape, on the same memory: views are copied to where the graph reads them, 
 gradients and loss stand where they stood before. `docs/performance.md` has what it brings.
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,6 +20,9 @@ from unimiss_core.scan import Rank
 
 T = TypeVar("T")
 Gather = Callable[[Tensor, Rank, float], T]
+
+_one_at_a_time = Lock()
+"""A process has one recording at a time, whichever thread makes it."""
 
 
 @dataclass(frozen=True)
@@ -32,91 +37,109 @@ class _Recorded(Generic[T]):
 
 
 class StepGraphs(Generic[T]):
-    """What `gather` does, by rank recorded the second time in a row that it is to do the same.
+    """Of each rank the steps so far, recorded the second time in a row that the same is to be done.
 
-    gather: of views, their rank and their share of a batch, gives parameters their gradients and returns what else was
-        found, all of it without graph. It may read nothing back from the GPU.
-    launch: the same as it is done without recording, with whatever help it then has.
-    parameters: those that may be given a gradient. They, and all else that `gather` reads, are changed in place.
-    circumstances: what else decides what it does, and where that lies which is not always changed in place.
-    tell: hears in a sentence why there is no recording any more.
-    on: whether there is any to begin with.
+    parameters: those that may be given a gradient. They, and all else that is read, are changed in place.
+    on: whether there is any recording; it ends for good where one fails.
 
     What a replay returned is overwritten by the next one, of either rank, for both use the same memory.
     """
 
-    def __init__(
-        self,
-        gather: Gather[T],
-        *,
-        launch: Gather[T],
-        parameters: Sequence[nn.Parameter],
-        circumstances: Callable[[Rank], Hashable],
-        tell: Callable[[str], None],
-        on: bool,
-    ) -> None:
-        self._gather = gather
-        self._launch = launch
+    def __init__(self, parameters: Sequence[nn.Parameter], *, on: bool) -> None:
         self._parameters = parameters
-        self._circumstances = circumstances
-        self._tell = tell
         self.on = on
+        self._had_to_go = False
         self._met: dict[Rank, Hashable] = {}
         self._recorded: dict[Rank, _Recorded[T]] = {}
         self._pool: Any = None
 
-    def __call__(self, views: Tensor, rank: Rank, share: float) -> T:
-        """`gather(views, rank, share)`. Raises whatever `launch` does."""
-        key = (views.shape, views.dtype, share, self._circumstances(rank))
-        if self.on and self._met.get(rank) == key and (recorded := self._of(key, views, rank, share)):
+    def take(
+        self,
+        gather: Gather[T],
+        views: Tensor,
+        rank: Rank,
+        share: float,
+        *,
+        launch: Gather[T],
+        circumstances: Hashable,
+        tell: Callable[[str], None],
+    ) -> T:
+        """`gather(views, rank, share)`, which gives parameters their gradients and returns what else was found, all of
+        it without graph; it may read nothing back from the GPU.
+
+        launch: the same as it is done without recording, with whatever help it then has. circumstances: what else
+        decides what is done, and where that lies which is not always changed in place. tell: hears in a sentence why
+        there is no recording any more. Raises whatever `launch` does.
+        """
+        key = (views.shape, views.dtype, share, circumstances)
+        if self.on and self._met.get(rank) == key and (recorded := self._of(key, gather, views, rank, share, tell)):
             recorded.views.copy_(views, non_blocking=True)
             recorded.graph.replay()
             for parameter, gradient in recorded.gradients:
                 parameter.grad = gradient
             return recorded.found
+        found = launch(views, rank, share)
         self._met[rank] = key  # a first time also loads kernels, which no recording may do
-        try:
-            return self._launch(views, rank, share)
-        except torch.OutOfMemoryError:
-            if not self._recorded:
-                raise
-        self._give_up("out of memory beside recorded steps: going on without these")
-        return self._launch(views, rank, share)
+        return found
 
-    def _of(self, key: Hashable, views: Tensor, rank: Rank, share: float) -> _Recorded[T] | None:
-        """The recording of this key, made where there is none; None where that fails, now and from then on."""
-        if (recorded := self._recorded.get(rank)) and recorded.key == key:
-            return recorded
-        try:
-            self._recorded[rank] = recorded = self._record(key, views, rank, share)
-            return recorded
-        except Exception as error:
-            told = f"{type(error).__name__}: {error}".split("\n")[0]
-        self._give_up(f"a step could not be recorded, going on without that: {told[:300]}")
-        return None
+    def make_room(self, tell: Callable[[str], None]) -> bool:
+        """Memory has run out: recorded steps go, and where that happens again, for good. False where there are none."""
+        if not self._recorded:
+            return False
+        if self._had_to_go:
+            self._give_up("out of memory beside recorded steps: going on without these", tell)
+        self._had_to_go = True
+        self.release()
+        return True
 
-    def _record(self, key: Hashable, views: Tensor, rank: Rank, share: float) -> _Recorded[T]:
-        """Nothing is computed. Raises whatever comes; what torch then leaves as it was within is put right here."""
-        self._recorded.pop(rank, None)
-        pool = self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, stream, place = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), views.clone()
-        try:
-            # Other threads, which read scans or watch over NCCL, go on using the device meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                found = self._gather(place, rank, share)
-        except Exception:
-            torch.cuda.set_stream(stream)  # its own is current still,
-            with suppress(RuntimeError):  # and before torch 2.12 all that is allocated goes to the recording's memory
-                torch._C._cuda_endAllocateToPool(views.device.index, pool)
-            raise
-        gradients = [(each, each.grad) for each in self._parameters if each.grad is not None]
-        return _Recorded(key, graph, place, found, gradients)
-
-    def _give_up(self, why: str) -> None:
-        """For good, with all memory of it."""
-        self.on = False
+    def release(self) -> None:
+        """Give the device's memory back, and gradients with it. The next step of a rank is recorded anew."""
         self._recorded.clear()
         for parameter in self._parameters:
             parameter.grad = None
         torch.cuda.empty_cache()
-        self._tell(why)
+
+    def _of(
+        self, key: Hashable, gather: Gather[T], views: Tensor, rank: Rank, share: float, tell: Callable[[str], None]
+    ) -> _Recorded[T] | None:
+        """The recording of this key, made where there is none; None where that fails."""
+        if (recorded := self._recorded.get(rank)) and recorded.key == key:
+            return recorded
+        self._recorded.pop(rank, None)
+        try:
+            with _one_at_a_time, torch.cuda.device(views.device):
+                self._recorded[rank] = recorded = self._record(key, gather, views, rank, share)
+            return recorded
+        except Exception as error:
+            if not isinstance(error.__context__ or error, Exception):  # torch's own came over somebody's Ctrl-C
+                raise
+            told = f"{type(error).__name__}: {error}".split("\n")[0]
+        self._give_up(f"a step could not be recorded, going on without that: {told[:300]}", tell)
+        return None
+
+    def _record(self, key: Hashable, gather: Gather[T], views: Tensor, rank: Rank, share: float) -> _Recorded[T]:
+        """Nothing is computed. Raises whatever comes; what torch then leaves as it was within is put right here."""
+        if not self._recorded:  # nor may memory be used again that no recording holds
+            self._pool = torch.cuda.graph_pool_handle()
+        pool, graph, before, place = self._pool, torch.cuda.CUDAGraph(), torch.cuda.current_stream(), views.clone()
+        # A stream of this device: torch's own is of that on which the process recorded first. Other threads, which draw
+        # views or watch over NCCL, go on using the device meanwhile.
+        recording = torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "The CUDA Graph is empty")
+                with recording:
+                    found = gather(place, rank, share)
+        except BaseException:
+            torch.cuda.set_stream(before)  # that of the recording is current still,
+            with suppress(RuntimeError):  # and before torch 2.12 its memory is where all is allocated, for ever
+                torch._C._cuda_endAllocateToPool(views.device.index, pool)
+                torch._C._cuda_releasePool(views.device.index, pool)
+            raise
+        gradients = [(each, each.grad) for each in self._parameters if each.grad is not None]
+        return _Recorded(key, graph, place, found, gradients)
+
+    def _give_up(self, why: str, tell: Callable[[str], None]) -> None:
+        self.on = False
+        self.release()
+        tell(why)

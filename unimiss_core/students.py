@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
+from torch import Tensor
+
 from unimiss_core.backbone import architecture_of
 from unimiss_core.codec import Layout, layout_of
 from unimiss_core.gathering import GatheredGradient, Gathers, gathered_by
@@ -99,3 +101,12 @@ def shape_of_views(study: StudyConfig, rank: Rank) -> tuple[int, ...]:
     """(V, C, *S) of one scan in a step; a label is a channel more (`unimiss_core.labelled_views`)."""
     views, channels = (study.views.views, 1) if study.finetune is None else (1, 2)
     return views, channels, *study.size_of(rank)
+
+
+def rank_of_views(views: Tensor) -> Rank:
+    """Of a batch of views. Raises ValueError: it is none."""
+    if views.ndim == 5:
+        return 2
+    if views.ndim == 6:
+        return 3
+    raise ValueError(f"expected views (B, V, C, H, W) or (B, V, C, D, H, W); got shape {tuple(views.shape)}")
