@@ -65,7 +65,7 @@ class Card:
         self.entered: list[object] = []
         """Devices that were made current."""
         self.stream = "before"
-        self.pools = 0
+        self.pools = self.streams = 0
         self.ended: list[int] = []
         """Pools that torch was told to leave."""
 
@@ -86,6 +86,10 @@ class Card:
         graph.spoil()
         self.recorded.append(graph)
 
+    def new_stream(self) -> str:
+        self.streams += 1
+        return f"recording {self.streams}"
+
     def pool(self) -> int:
         self.pools += 1
         return self.pools
@@ -99,7 +103,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     made = Card()
     for name, stand_in in {
         "CUDAGraph": Graph,
-        "Stream": lambda *_: "recording",
+        "Stream": made.new_stream,
         "current_stream": lambda: made.stream,
         "device": made.device,
         "graph": made.recording,
@@ -143,11 +147,12 @@ BATCHES = [images(), images(seed=1), volumes(), volumes(seed=1), images(seed=2),
     [{}, {"micro_batch": {2: 2, 3: 1}}, {"views_in_turn": True}, {"precision": "bf16"}],
     ids=["whole", "in parts", "in turn", "bf16"],
 )
-def test_recorded_steps_are_the_same_bits(graphs: list[Graph], objective: str, settings: Mapping[str, Any]) -> None:
+def test_recorded_steps_are_the_same_bits(card: Card, objective: str, settings: Mapping[str, Any]) -> None:
     """Of both ranks in turn, with weights, moments, teacher and centre that move in between."""
     ours, plain = pair(objective, **settings)
     assert taken(ours, BATCHES) == taken(plain, BATCHES)
-    assert [graph.replays for graph in graphs] == [3, 2]
+    assert [graph.replays for graph in card.recorded] == [3, 2]
+    assert (card.pools, card.streams) == (1, 1)  # whose memory both ranks use
     assert_same(everything(ours), everything(plain))
 
 
@@ -275,7 +280,7 @@ def test_where_memory_runs_out_beside_recorded_steps_these_go_first_and_come_bac
             failing_at(call, full, ours, patch)
             assert taken(ours, batches) == taken(plain, batches)
     assert [graph.replays for graph in card.recorded] == [1, 1, 2]
-    assert card.pools == 2
+    assert (card.pools, card.streams) == (2, 2)
     assert told == ["out of memory beside recorded steps: going on without these"]
     assert ours.micro_batch == {}
     assert not ours._graphs.on

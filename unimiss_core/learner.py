@@ -289,7 +289,7 @@ class Learner:
         Two parts are enough, and needed: the second finds the first's gradients in memory.
         """
         shape = (self.most_scans(rank), *shape_of_views(self.study, rank))
-        batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        batch = torch.rand(shape, generator=torch.Generator(self.device).manual_seed(0), device=self.device)
         parameters = list(self._parameters.values())
         copied = [p for p in parameters if p not in self._optimiser.state] + parameters * (
             self.study.local.proximal > 0

@@ -51,7 +51,7 @@ class StepGraphs(Generic[T]):
         self._had_to_go = False
         self._met: dict[Rank, Hashable] = {}
         self._recorded: dict[Rank, _Recorded[T]] = {}
-        self._pool: Any = None
+        self._place: tuple[Any, Any] = None, None
 
     def take(
         self,
@@ -119,12 +119,13 @@ class StepGraphs(Generic[T]):
 
     def _record(self, key: Hashable, gather: Gather[T], views: Tensor, rank: Rank, share: float) -> _Recorded[T]:
         """Nothing is computed. Raises whatever comes; what torch then leaves as it was within is put right here."""
-        if not self._recorded:  # nor may memory be used again that no recording holds
-            self._pool = torch.cuda.graph_pool_handle()
-        pool, graph, before, place = self._pool, torch.cuda.CUDAGraph(), torch.cuda.current_stream(), views.clone()
-        # A stream of this device: torch's own is of that on which the process recorded first. Other threads, which draw
-        # views or watch over NCCL, go on using the device meanwhile.
-        recording = torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+        if not self._recorded:  # or there would be memory that no recording holds, which torch refuses to use again
+            # Memory is of a stream; torch's own stream for this is of the device on which the process recorded first.
+            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        pool, stream = self._place
+        graph, before, place = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), views.clone()
+        # Other threads, which draw views or watch over NCCL, go on using the device meanwhile.
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "The CUDA Graph is empty")
