@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from client.site_config import SiteConfig
 from client.telling import tell
 from unimiss_core import durable
-from unimiss_core.device import devices_of
+from unimiss_core.device import devices_of, gpu_obstacles, memory_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
@@ -27,6 +27,23 @@ log = logging.getLogger(__name__)
 
 MEMORY = "micro_batches.json"
 """In the site's state folder: what was found to fit, by circumstances. May be deleted; it is found again."""
+
+CLEARLY_MORE = 0.1
+"""Of a card's memory: where so much more is free than when it was tried out, it is tried out again."""
+
+_SLOW_IN_WORDS = {
+    "cpu": "this processor, which has no such products; fp32 is faster here",
+    "cuda": "{}, which emulates its products (GPUs have them from compute capability 8.0 on); fp32 is faster there, if "
+    "it fits",
+}
+
+
+class _Fit(NamedTuple):
+    """scans: most at a time. free: bytes that the card had free when that was found: other work may have held the rest,
+    and may be gone by now."""
+
+    scans: int
+    free: int
 
 
 def devices_for(config: SiteConfig) -> list[torch.device]:
@@ -43,8 +60,13 @@ def look_over(config: SiteConfig) -> None:
     Raises ConfigError: a device is not on this machine.
     """
     devices = devices_for(config)
-    if config.precision == "bf16" and any(map(is_slow_in_bf16, devices)):
-        tell(config.name, "precision: bf16 is slow on this processor, which has no such products; fp32 is faster here")
+    if config.devices == ("auto",):
+        for gpu, why in gpu_obstacles().items():
+            if why is not None:
+                tell(config.name, f"devices: auto leaves {gpu} unused: {why}")
+    slow = [device for device in dict.fromkeys(devices) if config.precision == "bf16" and is_slow_in_bf16(device)]
+    for device in slow:
+        tell(config.name, f"precision: bf16 is slow on {_SLOW_IN_WORDS[device.type].format(device)}")
 
 
 def learner_for(
@@ -52,8 +74,9 @@ def learner_for(
 ) -> Learner:
     """A learner of `study` on `device`, one of `team`, as the site file wants steps computed.
 
-    Where a micro-batch is `auto`, a GPU is tried out, once: a message starts a new process, so what was found is kept
-    in the state folder. A CPU takes the whole batch; there is no asking it what fits.
+    Where a micro-batch is `auto`, a GPU is tried out, once, and again where clearly more of it is free: a message
+    starts a new process, so what was found is kept in the state folder. A CPU takes the whole batch; there is no asking
+    it what fits.
     """
     asked = {rank: config.micro_batch.of(rank) for rank in sorted(set(ranks))}
     execution = Execution(
@@ -72,7 +95,7 @@ def learner_for(
     learner = kind(study, ranks=ranks, execution=execution, team=team, tell=partial(tell, config.name))
     if device.type == "cuda":
         open_ones = [rank for rank, size in asked.items() if size == "auto"]
-        learner.micro_batch |= _found(learner, open_ones, config.state / MEMORY)
+        learner.micro_batch |= _found(learner, open_ones, config.state / MEMORY, tell=partial(tell, config.name))
     return learner
 
 
@@ -104,9 +127,10 @@ def most_that_fit(fits: Callable[[int], bool], whole: int) -> int:
 
 
 def is_slow_in_bf16(device: torch.device) -> bool:
-    """Whether products in bfloat16 take longer than in float32, measured: so it is on a CPU that must emulate them."""
-    if device.type != "cpu":
-        return False
+    """Whether products in bfloat16 take longer than in float32, as where they must be emulated: of a CPU by measure, of
+    a GPU by its generation."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) < (8, 0)
 
     def seconds(dtype: torch.dtype) -> float:
         square = torch.ones(256, 256, dtype=dtype)
@@ -120,18 +144,34 @@ def is_slow_in_bf16(device: torch.device) -> bool:
     return seconds(torch.bfloat16) > 2 * seconds(torch.float32)
 
 
-def _found(learner: Learner, ranks: Collection[Rank], memory: Path) -> Iterator[tuple[Rank, int]]:
-    """(rank, micro-batch that fits), remembered or found now; of a team on cards that are alike the first remembers."""
+def _found(
+    learner: Learner, ranks: Collection[Rank], memory: Path, *, tell: Callable[[str], None]
+) -> Iterator[tuple[Rank, int]]:
+    """(rank, micro-batch that fits), remembered or found now; of a team on cards that are alike the first remembers.
+
+    tell: hears what was found now. Raises ConfigError: the card gives no answer.
+    """
+    if not ranks:
+        return
     remembered = _read(memory)
+    free, total = memory_of(learner.device)  # before any trial, whose kernels stay on the card
     for rank in ranks:
         key = _circumstances(learner, rank)
-        if key not in remembered:
-            most = learner.most_scans(rank)
-            remembered[key] = largest_that_fits(partial(learner.fits, rank), most)
-            log.info("rank=%d micro_batch=%d batch=%d found to fit", rank, remembered[key], most)
-            if remembered[key] and learner.team.place == 0:
+        fit = remembered.get(key)
+        if fit is None or free - fit.free > CLEARLY_MORE * total:
+            fit = _Fit(largest_that_fits(partial(learner.fits, rank), learner.most_scans(rank)), free)
+            tell(_in_words(learner, rank, fit, total))
+            if fit.scans and learner.team.place == 0:
+                remembered[key] = fit
                 _write(memory, remembered)
-        yield rank, max(1, remembered[key])  # where not even 1 fits, the step says so in words
+        yield rank, max(1, fit.scans)  # where not even 1 fits, the step says so in words
+
+
+def _in_words(learner: Learner, rank: Rank, fit: _Fit, total: int) -> str:
+    key, most = "images" if rank == 2 else "volumes", learner.most_scans(rank)
+    found = f"{fit.scans} of {most}" if fit.scans else f"not even 1 of {most}"
+    room = f"{fit.free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
+    return f"micro_batch.{key}: auto found {found} {rank}D scans at a time to fit on {learner.device}, where {room}"
 
 
 def _circumstances(learner: Learner, rank: Rank) -> str:
@@ -143,6 +183,7 @@ def _circumstances(learner: Learner, rank: Rank) -> str:
         "bytes": card.total_memory,
         "torch": torch.__version__,
         "precision": execution.precision,
+        "cuda_graphs": execution.cuda_graphs,
         "views_in_turn": execution.views_in_turn,
         "activation_checkpointing": execution.activation_checkpointing,
         "ranks": list(learner.ranks),
@@ -150,24 +191,35 @@ def _circumstances(learner: Learner, rank: Rank) -> str:
         "views": shape_of_views(study, rank),
         "objective": (study.finetune or study.objective).model_dump(mode="json"),
         "batch": learner.most_scans(rank),
+        "proximal": study.local.proximal > 0,
+        "optimiser": study.optimiser.name,
+        "privacy": study.privacy.mode,
     }
     return json.dumps(facts, sort_keys=True)
 
 
-def _read(memory: Path) -> dict[str, int]:
-    """What was found before; empty where the file is missing or damaged."""
+def _read(memory: Path) -> dict[str, _Fit]:
+    """What was found before; nothing where the file is missing or damaged, and none of what older versions kept, which
+    did not know how much was free."""
     try:
         content: Any = json.loads(memory.read_text())
     except (OSError, ValueError):
         return {}
-    whole = isinstance(content, Mapping) and all(type(size) is int and size > 0 for size in content.values())
-    return dict(content) if whole else {}
+    entries = content.items() if isinstance(content, Mapping) else ()
+    return {key: _Fit(**fit) for key, fit in entries if _is_whole(fit)}
 
 
-def _write(memory: Path, found: Mapping[str, int]) -> None:
+def _is_whole(fit: object) -> bool:
+    if not isinstance(fit, Mapping) or fit.keys() != set(_Fit._fields):
+        return False
+    return all(type(value) is int and value > 0 for value in fit.values())
+
+
+def _write(memory: Path, found: Mapping[str, _Fit]) -> None:
+    kept = {key: fit._asdict() for key, fit in found.items()}
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(memory, json.dumps(found, indent=1))
+        durable.write_text(memory, json.dumps(kept, indent=1))
     except OSError as error:
         log.warning("what fits cannot be kept, and will be found again: %s", error.strerror or "unknown error")
 

@@ -20,7 +20,7 @@ from client.reachability import Reached, reach
 from client.site_config import SiteConfig
 from unimiss_core import bundle
 from unimiss_core.certificates import days_left, read_certificate
-from unimiss_core.device import devices_of
+from unimiss_core.device import devices_of, gpu_obstacles, memory_of
 from unimiss_core.errors import AuditError, ConfigError
 
 Mark = Literal["good", "warning", "bad"]
@@ -100,18 +100,24 @@ def _room(site: SiteConfig) -> Iterator[Point]:
 
 
 def _devices(site: SiteConfig) -> Iterator[Point]:
-    import torch  # here, for it takes seconds
-
     try:
         devices = devices_of(site.devices)
     except ConfigError as error:
         yield Point("bad", "devices", str(error))
         return
+    if site.devices == ("auto",):
+        for gpu, why in gpu_obstacles().items():
+            if why is not None:
+                yield Point("warning", f"device {gpu}", f"stays unused: {why}")
     for device in dict.fromkeys(devices):
         if device.type != "cuda":
             yield Point("good", f"device {device}", "trains; a GPU would be many times as fast")
             continue
-        free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
+        try:
+            free, total = (size / 1e9 for size in memory_of(device))
+        except ConfigError as error:
+            yield Point("bad", f"device {device}", str(error))
+            continue
         mark: Mark = "good" if free >= GPU_ROOM_GB else "warning"
         busy = "" if mark == "good" else "; another program holds the rest: the daemon needs the device for itself"
         yield Point(mark, f"device {device}", f"{free:.1f} of {total:.1f} GB of memory are free{busy}")

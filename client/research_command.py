@@ -28,13 +28,28 @@ _MODALITIES = ("CT", "MR", "PT", "XR", "OT")
 """`unimiss_core.scan.Modality`, which cannot be read without importing NumPy."""
 _LEFT = {"finetune": "go on with --resume", "predict": "the table in --out has what was predicted so far"}
 """What there is of a command's work when it is interrupted."""
+_FEWER = "give a smaller --batch, free it of other work, or name another --device"
+_OUT_OF_MEMORY = {
+    "finetune": "free it of other work, or name another --device, and go on with --resume; or begin anew in another "
+    "--out with a smaller training.batch, inference.batch or task.input_size",
+    "embed": _FEWER,
+    "predict": _FEWER,
+    "probe": _FEWER,
+    "audit-privacy": "free it of other work; with --study give fewer --patients-at-once, with --run another --device",
+}
+"""What may be done where memory does not suffice for a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see `unimiss_core.errors`)."""
     options = _parser().parse_args(arguments)
     left = _LEFT.get(options.command, "nothing was written")
-    return exit_code_of(lambda: _run(options), f"unimiss {options.command}", interrupted=f"interrupted; {left}")
+    return exit_code_of(
+        lambda: _run(options),
+        f"unimiss {options.command}",
+        interrupted=f"interrupted; {left}",
+        out_of_memory=_OUT_OF_MEMORY.get(options.command, "free it of other work"),
+    )
 
 
 def _run(options: argparse.Namespace) -> None:

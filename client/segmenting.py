@@ -6,7 +6,7 @@ Legend of shapes: B windows, K classes with the background first, C channels, S 
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from client.labelled import Grid
 from unimiss_core import progress
+from unimiss_core.device import is_out_of_memory
 from unimiss_core.plan import resample
 from unimiss_core.tasks import TaskModel
 from unimiss_core.views import standardise
@@ -67,21 +68,47 @@ def probabilities(
     """Of each class at each voxel: values (C, *S) in [0, 1] -> (K, *S) on the CPU, in float32, or float16 if many.
 
     Windows of `size` overlap and count most in their middle (Gaussian weights); so many `windows` at a time are on the
-    device, while sums are gathered on the CPU: memory grows with K x S, not with the number of windows.
+    device, while sums are gathered on the CPU: memory grows with K x S, not with the number of windows. Where memory
+    runs out, half as many are met at a time, down to one; only then that is raised.
     """
-    outputs = model.head.outputs
+    outputs, many = model.head.outputs, _windows_of(values.shape[1:], size, overlap)
     kind = torch.float32 if outputs * math.prod(values.shape[1:]) <= _MOST_FLOAT32 else torch.float16
-
-    tell = _Windows(_windows_of(values.shape[1:], size, overlap))
-
-    def of_windows(x: Tensor) -> Tensor:
-        with autocast:
-            logits: Tensor = model(x.float())
-        tell.add(len(x))
-        return torch.softmax(logits, 1).to(kind)
-
     scan = torch.from_numpy(values).to(kind)
     scan = standardise(scan, out=scan)  # in place: the scan may be large
+
+    def joined(windows: int) -> Tensor:
+        tell = _Windows(many)
+
+        def of_windows(x: Tensor) -> Tensor:
+            with autocast:
+                logits: Tensor = model(x.float())
+            tell.add(len(x))
+            return torch.softmax(logits, 1).to(kind)
+
+        return _joined(of_windows, scan, size, overlap=overlap, windows=windows, device=device)
+
+    windows = min(windows, many)
+    while True:
+        try:
+            return joined(windows)
+        except (MemoryError, RuntimeError) as error:
+            if windows == 1 or not is_out_of_memory(error):
+                raise
+        windows //= 2  # out of this clause, for until then the error holds on to the activations
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _joined(
+    of_windows: Callable[[Tensor], Tensor],
+    scan: Tensor,
+    size: Sequence[int],
+    *,
+    overlap: float,
+    windows: int,
+    device: torch.device,
+) -> Tensor:
+    """What is said of each window (B, C, *S) -> (B, K, *S), joined to that of the scan (C, *S): (K, *S)."""
     found = sliding_window_inference(
         scan[None],
         roi_size=tuple(size),

@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,22 +13,36 @@ import pytest
 import torch
 
 from client import execution
-from client.execution import MEMORY, _found, is_slow_in_bf16, largest_that_fits, learner_for, look_over
+from client.execution import MEMORY, is_slow_in_bf16, largest_that_fits, learner_for, look_over
 from client.site_config import SiteConfig
+from client.telling import tell
 from tests.federation import Placed
 from tests.test_execution import Backend, Tight
 from tests.test_learner import images, study
+from tests.test_private_rounds import private_study
 from unimiss_core import durable, progress
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.execution import PLAIN, Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import empty_network, tensors_of
+from unimiss_core.optimiser_config import MomentumSGDConfig
 from unimiss_core.scan import Rank
-from unimiss_core.study import StudyConfig
+from unimiss_core.study import LocalConfig, StudyConfig
 from unimiss_core.team import Alone
 
 STUDY = study()
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    told: list[str] = []
+    with progress.listen(lambda event: told.append(event.text if isinstance(event, progress.Note) else "")):
+        yield told
+
+
+def _found(learner: Learner, ranks: Sequence[Rank], memory: Path) -> Iterator[tuple[Rank, int]]:
+    return execution._found(learner, ranks, memory, tell=partial(tell, "north"))
 
 
 def site(tmp_path: Path, **settings: object) -> SiteConfig:
@@ -80,6 +97,8 @@ def test_a_device_that_is_not_there_is_told_by_site_and_key_with_those_that_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     told = "site 'north': key 'devices': device cuda:1, cuda:7 is not on this machine, which has cpu, cuda:0"
     with pytest.raises(ConfigError, match=f"^{told}$"):
         look_over(site(tmp_path, devices=["cuda:0", "cuda:1", "cuda:7"]))
@@ -113,8 +132,27 @@ def test_compilation_is_told_before_it_begins_and_where_it_fails(
     assert heard[1].startswith("north: compilation failed, going on without it: ")
 
 
-def test_no_gpu_is_called_slow_in_bfloat16() -> None:
-    assert not is_slow_in_bf16(torch.device("cuda"))
+@pytest.mark.parametrize(("capability", "slow"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_a_gpu_that_emulates_bfloat16_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], slow: bool
+) -> None:
+    monkeypatch.setattr(execution, "devices_of", lambda _: [torch.device("cuda", 1)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert is_slow_in_bf16(torch.device("cuda", 1)) == slow
+    with heard() as told:
+        look_over(site(tmp_path, precision="bf16", devices="cuda:1"))
+    words = "bf16 is slow on cuda:1, which emulates its products (GPUs have them from compute capability 8.0 on)"
+    assert told == [f"north: precision: {words}; fp32 is faster there, if it fits"] * slow
+
+
+def test_gpus_that_auto_leaves_unused_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with heard() as told:
+        look_over(site(tmp_path, devices="auto"))
+        look_over(site(tmp_path, devices="cpu"))
+    (said,) = told
+    assert said.startswith("north: devices: auto leaves cuda:0 unused: CUDA does not start")
 
 
 @pytest.mark.parametrize("whole", [1, 2, 7, 16, 24])
@@ -137,10 +175,16 @@ def card(name: str = "Card", gigabytes: int = 8) -> SimpleNamespace:
     return SimpleNamespace(name=name, total_memory=gigabytes * 2**30)
 
 
+def with_free(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
+    """On a card of 8 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(gigabytes * 2**30), 8 * 2**30))
+
+
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> tuple[Learner, Tight]:
     """A learner on a card that holds three scans of the study's 16 images or 2 volumes."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card())
+    with_free(monkeypatch, 7)
     learner = Learner(STUDY, ranks={2, 3})
     learner.objective = objective = Tight(learner, scans=3)
     return learner, objective
@@ -149,11 +193,61 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> tuple[Learner, Tight]:
 def test_what_fits_is_tried_once_and_remembered(tmp_path: Path, tight: tuple[Learner, Tight]) -> None:
     learner, objective = tight
     memory = tmp_path / "state" / MEMORY
-    assert dict(_found(learner, [2, 3], memory)) == {2: 3, 3: 2}
+    with heard() as told:
+        assert dict(_found(learner, [2, 3], memory)) == {2: 3, 3: 2}
     assert objective.sizes
+    where = "at a time to fit on cpu, where 7.5 of 8.6 GB are free"
+    assert told == [
+        f"north: micro_batch.images: auto found 3 of 16 2D scans {where}",
+        f"north: micro_batch.volumes: auto found 2 of 2 3D scans {where}",
+    ]
     objective.sizes.clear()
-    assert dict(_found(learner, [2, 3], memory)) == {2: 3, 3: 2}
+    with heard() as told:
+        assert dict(_found(learner, [2, 3], memory)) == {2: 3, 3: 2}
     assert not objective.sizes
+    assert not told
+
+
+def test_where_clearly_more_is_free_than_at_the_trial_it_is_tried_again(
+    tmp_path: Path, tight: tuple[Learner, Tight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other work held half of the card on one afternoon."""
+    learner, objective = tight
+    for gigabytes, scans, finds, tries in [
+        (4.0, 1, 1, True),
+        (4.5, 3, 1, False),
+        (3.0, 3, 1, False),
+        (7.0, 3, 3, True),
+        (4.0, 1, 3, False),  # a step that finds no room halves its parts by itself
+        (7.0, 3, 3, False),
+    ]:
+        with_free(monkeypatch, gigabytes)
+        objective._scans = scans
+        objective.sizes.clear()
+        assert dict(_found(learner, [2], tmp_path / MEMORY)) == {2: finds}
+        assert bool(objective.sizes) == tries
+
+
+def test_what_an_older_version_kept_is_found_again(tmp_path: Path, tight: tuple[Learner, Tight]) -> None:
+    (tmp_path / MEMORY).write_text(json.dumps({execution._circumstances(tight[0], 2): 1}))
+    assert dict(_found(tight[0], [2], tmp_path / MEMORY)) == {2: 3}
+    (kept,) = json.loads((tmp_path / MEMORY).read_text()).values()
+    assert kept == {"scans": 3, "free": 7 * 2**30}
+
+
+def test_what_a_steps_memory_follows_from_is_told_apart(tight: tuple[Learner, Tight]) -> None:
+    learner, _ = tight
+    plain = execution._circumstances(learner, 2)
+    for changed in (
+        {"local": LocalConfig(proximal=0.1)},
+        {"optimiser": MomentumSGDConfig()},
+        {"privacy": private_study().privacy},
+    ):
+        learner.study = STUDY.model_copy(update=changed)
+        assert execution._circumstances(learner, 2) != plain
+    learner.study = STUDY
+    learner.execution = Execution(cuda_graphs=False)
+    assert execution._circumstances(learner, 2) != plain
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -180,11 +274,12 @@ def test_a_disk_without_room_for_the_memory_does_not_cost_the_round(
     assert "No space left on device" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 0}'])
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 0}', '{"a": {"scans": 0, "free": 1}}'])
 def test_a_damaged_memory_is_found_anew(tmp_path: Path, tight: tuple[Learner, Tight], content: str) -> None:
     (tmp_path / MEMORY).write_text(content)
     assert dict(_found(tight[0], [3], tmp_path / MEMORY)) == {3: 2}
-    assert list(json.loads((tmp_path / MEMORY).read_text()).values()) == [2]
+    (kept,) = json.loads((tmp_path / MEMORY).read_text()).values()
+    assert kept["scans"] == 2
 
 
 def test_another_card_or_another_study_is_tried_anew(
@@ -211,6 +306,7 @@ def test_where_not_even_one_scan_fits_the_step_says_so_and_nothing_is_remembered
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card())
+    with_free(monkeypatch, 7)
     learner = Learner(STUDY, ranks={2})
     learner.objective = Tight(learner, scans=0)
     assert dict(_found(learner, [2], tmp_path / MEMORY)) == {2: 1}

@@ -47,6 +47,8 @@ def test_each_commands_help_says_what_it_does_and_lists_its_exit_codes_as_the_do
             "x: what it needs is not this user's (Permission denied); type the command as the user whom the program "
             "runs as, which owns its folders\n",
         ),
+        (MemoryError(), 2, "x: the memory of this machine ran out; free it of other work\n"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "x: the memory of the GPU ran out; free it of other work\n"),
     ],
 )
 def test_an_error_is_one_message_and_its_exit_code(
@@ -60,6 +62,15 @@ def test_an_error_is_one_message_and_its_exit_code(
     program = Program("x", "", {"do": Command("do it", lambda parser: parser.set_defaults(act=act))})
     assert program.run(["do"]) == code
     assert capsys.readouterr().err == said
+
+
+def test_another_mistake_of_ours_stays_one() -> None:
+    def act(_options: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    program = Program("x", "", {"do": Command("do it", lambda parser: parser.set_defaults(act=act))})
+    with pytest.raises(RuntimeError, match="illegal"):
+        program.run(["do"])
 
 
 def test_what_every_command_may_end_with_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,9 @@ from client.interpreter import Interpreter
 from tests import team_members
 from tests.federation import Placed, small_study
 from unimiss_core import progress
-from unimiss_core.device import device_of, devices_of
+from unimiss_core.device import device_of, devices_of, is_out_of_memory, memory_of, runs_on
 from unimiss_core.errors import ConfigError, DeviceError, NonFiniteLossError, WireError
+from unimiss_core.execution import out_of_memory_by_its_name
 from unimiss_core.team import Alone, largest_part, part_of
 
 CPU = torch.device("cpu")
@@ -216,6 +217,104 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+WHEEL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "compute_100")
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], start: bool = True) -> None:
+    """GPUs as torch would see them. start: whether CUDA does."""
+
+    def capability(gpu: str) -> tuple[int, int]:
+        found = capabilities[torch.device(gpu).index]
+        if found == GONE:
+            raise RuntimeError("CUDA error: unknown error\nCUDA kernel errors might be reported elsewhere")
+        return found
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: start)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(WHEEL))
+
+
+GONE = (0, 0)
+
+
+def test_where_cuda_does_not_start_auto_is_the_cpu_and_a_named_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, (8, 0), start=False)
+    assert devices_of(["auto"]) == [CPU]
+    with pytest.raises(ConfigError, match=r"^device cuda:0 cannot be used: CUDA does not start.*nvidia-smi$"):
+        devices_of(["cuda"])
+
+
+def test_auto_skips_gpus_that_torch_has_no_programs_for_or_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, (6, 1), (8, 9), GONE)
+    assert devices_of(["auto"]) == [torch.device("cuda:1")] == devices_of(["cuda:1"])
+    assert device_of("auto") == torch.device("cuda:1")
+    told = "device cuda:0 cannot be used: the installed torch has no programs for its architecture, sm_61, but for sm_7"
+    with pytest.raises(ConfigError, match=f"^{told}"):
+        devices_of(["cuda"])
+    told = r"device cuda:2 cannot be used: it does not answer \(CUDA error: unknown error\); see nvidia-smi$"
+    with pytest.raises(ConfigError, match=told):
+        devices_of(["cuda:1", "cuda:2"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((7, 5), WHEEL, True),
+        ((7, 0), WHEEL, False),
+        ((8, 9), WHEEL, True),  # programs for 8.6 run on it
+        ((12, 0), WHEEL, True),  # compiled from compute_100 when first used
+        ((12, 0), WHEEL[:-1], False),
+        ((9, 0), ("sm_90a",), True),
+        ((9, 1), ("sm_90a",), False),
+        ((10, 3), ("sm_100f",), True),
+        ((12, 0), ("compute_100f",), False),
+        ((9, 0), ("gfx90a",), True),
+        ((9, 0), (), True),
+    ],
+)
+def test_which_cards_run_what_torch_was_compiled_to(
+    capability: tuple[int, int], architectures: tuple[str, ...], runs: bool
+) -> None:
+    assert runs_on(capability, architectures) == runs
+
+
+NO_HANDLE = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling "
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError(f"{NO_HANDLE}`cublasCreate(handle)`"), True),
+        (RuntimeError(f"{NO_HANDLE}`cublasSgemm(handle)`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("backend='inductor' raised:\nCppCompileError: cannot allocate a register"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_each_of_its_names(error: Exception, is_so: bool) -> None:
+    assert is_out_of_memory(error) == is_so
+    with pytest.raises(torch.OutOfMemoryError if is_so else type(error)), out_of_memory_by_its_name():
+        raise error
+
+
+def test_a_gpu_that_does_not_tell_its_memory_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    with pytest.raises(ConfigError, match=r"^cuda:1 cannot be used \(CUDA error: out of memory\); nvidia-smi shows"):
+        memory_of(torch.device("cuda:1"))
+
+
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -225,8 +324,7 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, told in {"cuda": absent, "cuda:0": absent, "meta": "no device's name", "gpu": "no device's name"}.items():
         with pytest.raises(ConfigError, match=told):
             devices_of([name])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with_gpus(monkeypatch, (8, 0), (9, 0))
     both = [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert devices_of(["auto"]) == devices_of(["cuda", "cuda:1"]) == both
     assert device_of("auto") == both[0]

@@ -142,6 +142,27 @@ def test_a_gpu_that_another_program_fills_is_told(pair: Joined, monkeypatch: pyt
         assert found(pair)["device cuda:0"].mark == mark
 
 
+def test_a_gpu_that_does_not_answer_is_bad_in_words(pair: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: object) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: device is busy\nCUDA kernel errors might be reported elsewhere")
+
+    monkeypatch.setattr(readiness, "devices_of", lambda _: [torch.device("cuda", 0)])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    point = found(pair)["device cuda:0"]
+    assert point.mark == "bad"
+    assert point.words.startswith("cuda:0 cannot be used (CUDA error: device is busy); nvidia-smi shows")
+
+
+def test_a_gpu_that_auto_leaves_unused_is_told(pair: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pair.site.site.write_text(pair.site.site.read_text() + "devices: auto\n")
+    points = found(pair)
+    assert points["device cuda:0"].mark == "warning"
+    assert points["device cuda:0"].words.startswith("stays unused: CUDA does not start")
+    assert points["device cpu"].mark == "good"
+
+
 def test_a_device_that_is_not_there_is_bad(pair: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     pair.site.site.write_text(pair.site.site.read_text() + "devices: cuda:0\n")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from client import research_command
 from client.nifti import write_nifti
 from client.research_command import main
 from tests.published import golden, image, needs_reference, recipe_weights, volume
@@ -335,3 +336,34 @@ def test_import_never_replaces_a_folder_that_holds_something(
     assert main(["import", str(tmp_path / "released.pth"), str(tmp_path)]) == 2
     assert "exists and is not empty; give a new folder" in capsys.readouterr().err
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("command", "way_out"),
+    [
+        ("finetune", "go on with --resume; or begin anew in another --out with a smaller training.batch"),
+        ("embed", "give a smaller --batch"),
+        ("predict", "give a smaller --batch"),
+        ("probe", "give a smaller --batch"),
+        ("audit-privacy", "give fewer --patients-at-once"),
+    ],
+)
+def test_memory_that_ends_is_one_message_that_says_what_to_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, way_out: str
+) -> None:
+    def act(_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a capacity of 8 GiB")
+
+    monkeypatch.setattr(research_command, "_ACTS", {command: act})
+    given = {
+        "finetune": ["x.yaml"],
+        "embed": ["x", "y", "--out", "z.npz"],
+        "predict": ["x", "y", "--out", "z"],
+        "probe": ["x", "--data", "y"],
+        "audit-privacy": ["--study", "x.yaml"],
+    }
+    assert main([command, *given[command]]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"unimiss {command}: the memory of the GPU ran out; ")
+    assert way_out in said
+    assert said.count("\n") == 1

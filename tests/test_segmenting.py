@@ -35,9 +35,11 @@ def model(rank: int = 2) -> TaskModel:
     return build_task_model(NANO, rank, outputs=3, dense=True, seed=0, pretrained=None).eval()  # type: ignore[arg-type]
 
 
-def inferred(net: TaskModel, values: np.ndarray, size: tuple[int, ...], overlap: float = 0.5) -> Tensor:
-    cpu = torch.device("cpu")
-    return probabilities(net, values.copy(), size, overlap=overlap, windows=2, device=cpu, autocast=nullcontext())
+def inferred(
+    net: TaskModel, values: np.ndarray, size: tuple[int, ...], overlap: float = 0.5, windows: int = 2
+) -> Tensor:
+    cpu, scan = torch.device("cpu"), values.copy()
+    return probabilities(net, scan, size, overlap=overlap, windows=windows, device=cpu, autocast=nullcontext())
 
 
 def test_a_scan_of_one_window_is_what_the_model_says_of_it() -> None:
@@ -56,6 +58,36 @@ def test_windows_join_into_the_mean_of_what_each_says(monkeypatch: pytest.Monkey
         values = np.random.default_rng(0).random((1, *size), dtype=np.float32)
         x = standardise(torch.from_numpy(values))
         torch.testing.assert_close(inferred(net, values, (40, 48)), torch.cat([x, -x, 0 * x]).softmax(0))
+
+
+def test_where_memory_runs_out_fewer_windows_are_met_at_a_time_with_the_same_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, values = model(), np.random.default_rng(0).random((1, 90, 75), dtype=np.float32)
+    expected, forward = inferred(net, values, (40, 48), windows=1), net.forward
+    sizes: list[int] = []
+
+    def most_of(limit: int, error: Exception) -> None:
+        def tight(x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            if len(x) > limit:
+                raise error
+            return forward(x)
+
+        sizes.clear()
+        monkeypatch.setattr(net, "forward", tight)
+
+    most_of(1, torch.OutOfMemoryError("CUDA out of memory"))
+    torch.testing.assert_close(inferred(net, values, (40, 48), windows=64), expected)
+    assert sizes == [12, 6, 3, *[1] * 12]  # the scan has 12 windows
+    most_of(0, RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"))
+    with pytest.raises(RuntimeError, match="DEVICE_ALLOCATION_FAILED"):
+        inferred(net, values, (40, 48), windows=2)
+    assert sizes == [2, 1]
+    most_of(0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        inferred(net, values, (40, 48), windows=2)
+    assert sizes == [2]
 
 
 @pytest.mark.parametrize(("size", "overlap"), [((90, 75), 0.5), ((20, 100), 0.25), ((40, 48), 0.5), ((121, 48), 0.0)])

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from unimiss_core.device import is_out_of_memory
 from unimiss_core.errors import ConfigError, UnimissError
 
 INTERRUPTED = 130
@@ -56,9 +57,12 @@ class Program:
         return parser
 
 
-def exit_code_of(act: Callable[[], None], name: str, *, interrupted: str) -> int:
+def exit_code_of(
+    act: Callable[[], None], name: str, *, interrupted: str, out_of_memory: str = "free it of other work"
+) -> int:
     """Do it, and tell on the screen how it ended where it did not end well. name: whose mistakes are told. interrupted:
-    what is said upon Ctrl-C."""
+    what is said upon Ctrl-C. out_of_memory: what may be done where memory, of the machine or of a GPU, does not
+    suffice."""
     try:
         act()
     except UnimissError as error:
@@ -72,10 +76,20 @@ def exit_code_of(act: Callable[[], None], name: str, *, interrupted: str) -> int
             file=sys.stderr,
         )
         return ConfigError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: the memory of {_whose_memory(error)} ran out; {out_of_memory}", file=sys.stderr)
+        return ConfigError.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _whose_memory(error: BaseException) -> str:
+    """As the error's words tell, which are not shown: they are long, and name nothing that a user can change."""
+    return "the GPU" if any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN")) else "this machine"
 
 
 def _exit_codes(more: Collection[int]) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from unimiss_core.backbone import Backbone
+from unimiss_core.device import is_out_of_memory
 from unimiss_core.layers import Block, ConvBlock
 from unimiss_core.scan import Rank
 
@@ -98,13 +99,12 @@ def compiling() -> Iterator[None]:
 
 @contextmanager
 def out_of_memory_by_its_name() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError too where it is cuBLAS, cuDNN or the CPU's allocator that finds no memory: they say
-    so in a RuntimeError's text alone."""
+    """Raise torch.OutOfMemoryError too where it is not torch's allocator that finds no memory (`is_out_of_memory`)."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("ALLOC_FAILED", "can't allocate memory")):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError("out of memory, told by a library") from None
