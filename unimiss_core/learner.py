@@ -268,7 +268,8 @@ class Learner:
         self.release()
         self._set_up_blocks(compiled=False)  # or each trial would take minutes to compile
         try:
-            self._rehearse(rank, 2 * micro_batch)
+            with out_of_memory_by_its_name():
+                self._rehearse(rank, 2 * micro_batch)
             fits = True
         except torch.OutOfMemoryError:
             fits = False
