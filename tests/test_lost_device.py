@@ -1,7 +1,10 @@
 """A site whose only GPU is lost or hangs: it says so and misses the round. Errors of a GPU are made on a CPU here."""
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +12,11 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from client import trainer
+from client import patient_draws, trainer
 from client import watch as watching
 from client.app import _or_refusal
 from client.lost_device import is_lost, told_as_lost
+from client.patient_draws import PatientDraw, _Drawn
 from client.site_state import Remembered
 from client.trainer import run_round
 from client.watch import ONE_MESSAGE, Watch
@@ -21,6 +25,7 @@ from tests.labelled_hospitals import opened
 from tests.test_federated_finetuning import request_of
 from tests.test_held_out import AUC, PICTURES, known_hospital, validated
 from tests.test_trainer import first_round, site_with_pictures, watched
+from unimiss_core import progress
 from unimiss_core.device import devices_of
 from unimiss_core.errors import DeviceError
 from unimiss_core.learner import Learner
@@ -163,3 +168,58 @@ def test_in_a_simulation_and_on_a_cpu_nothing_is_watched(
     with pytest.raises(AssertionError):
         run_round(site, first_round(STUDY))
     assert hanging == [threading.main_thread()] * 2
+
+
+ANSWERS_AND_ENDS = """
+import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+from client import watch
+from flwr.supercore.exit import ExitCode, flwr_exit
+from unimiss_core.errors import DeviceError
+sleep = ctypes.CDLL(None).sleep
+
+def hang():
+    with ThreadPoolExecutor(max_workers=1) as ahead:  # as views are drawn
+        ahead.submit(sleep, 600)
+        sleep(600)
+
+watch.LOOK_S = 0.1
+watch.Watch.silent_for = lambda *_: True
+try:
+    watch.watched(hang, watch.Watch([2]))
+except DeviceError:
+    print("answered", flush=True)
+flwr_exit(ExitCode.SUCCESS, emit_telemetry=False)
+"""
+
+
+def test_the_process_of_a_message_ends_however_long_the_device_hangs() -> None:
+    """Flower ends it, also where Python would wait for a thread of its own."""
+    began = time.monotonic()
+    command = [sys.executable, "-c", ANSWERS_AND_ENDS]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[1]
+    )
+    assert (ended.returncode, ended.stdout) == (0, "answered\n")
+    assert time.monotonic() - began < 100
+
+
+# -- signs of life of what takes long and is no step -------------------------------------------------------------------
+
+
+def test_each_patient_of_a_private_step_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[progress.Event] = []
+    monkeypatch.setattr(patient_draws, "draw_views", lambda *_: torch.zeros(1))
+    draw = PatientDraw(2, [_Drawn([], seed) for seed in range(3)], STUDY, CPU)
+    with progress.listen(heard.append):
+        assert len(list(draw.views())) == 3
+    assert heard == [progress.Working()] * 3
+
+
+@pytest.mark.usefixtures("released")
+def test_held_out_scans_that_are_measured_are_signs_of_life(tmp_path: Path) -> None:
+    heard: list[progress.Event] = []
+    with progress.listen(heard.append):
+        tuned_round(tmp_path)
+    last_step = max(place for place, event in enumerate(heard) if isinstance(event, progress.StepDone))
+    assert progress.Working() in heard[last_step:]
