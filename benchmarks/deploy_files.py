@@ -18,6 +18,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 SITE_UNIT, COORDINATOR_UNIT = "unimiss-site.service", "unimiss-server@.service"
+GPU_UNIT = "unimiss-gpu.service"
 
 Places = Mapping[str, Path]
 """A path that deploy/'s files name -> what a measure has in its place."""

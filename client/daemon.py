@@ -28,6 +28,7 @@ from client.home import Home
 from client.site_config import SiteConfig, load_site
 from client.supervision import Note, Supervision
 from client.tls import tls_of
+from client.watch import ONE_MESSAGE
 from unimiss_core import keys, locks
 from unimiss_core.child import Child, rotating
 from unimiss_core.errors import ConfigError
@@ -159,11 +160,13 @@ def _start(home: Home, folders: _Folders) -> Sequence[Child]:
 
 
 def environment_of(flower: Path) -> dict[str, str]:
-    """For processes of Flower's: quiet, with a home of their own, and this program's own code first."""
+    """For processes of Flower's, of whom each ClientApp is for one message: quiet, with a home of their own, and this
+    program's own code first."""
     loopback = [*filter(None, os.environ.get("NO_PROXY", "").split(",")), "127.0.0.1", "localhost"]
     return {
         **os.environ,
         **QUIET,
+        ONE_MESSAGE: "1",
         "FLWR_HOME": str(flower),
         "NO_PROXY": ",".join(dict.fromkeys(loopback)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

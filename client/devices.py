@@ -5,6 +5,7 @@ round gets one error. All of them talk over the loopback interface alone.
 """
 
 import io
+import logging
 import os
 import shutil
 import signal
@@ -15,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Thread
@@ -25,14 +25,14 @@ import torch
 import torch.distributed as dist
 
 from client.interpreter import Interpreter
+from client.watch import LOOK_S, STALLED, Watch
 from unimiss_core import progress
 from unimiss_core.errors import DeviceError, UnimissError, where
 from unimiss_core.team import Processes
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
-STALLED = timedelta(minutes=10)
-"""A process that keeps the others waiting for longer than this in one sum counts as hung, and the round fails."""
 LEFT_OVER_S = 7 * 86_400.0
 """A meeting place of a team that nobody has touched for so long is of processes that were killed with their parent."""
 _MEETING = "team-"
@@ -48,13 +48,19 @@ class _Place(NamedTuple):
 
 
 def run_team(
-    function: Callable[..., Result], arguments: tuple[Any, ...], *, devices: Sequence[torch.device], state: Path
+    function: Callable[..., Result],
+    arguments: tuple[Any, ...],
+    *,
+    devices: Sequence[torch.device],
+    state: Path,
+    watch: Watch | None = None,
 ) -> Result:
     """`function(*arguments, device=..., team=...)` in a process for each device; what the first one returns.
 
-    function: importable by name. state: folder for `device-0.log`, ..., what each process and its libraries print.
-    The first one's progress is reported here as it comes. Raises the UnimissError that a process ended in, or
-    DeviceError where one died or failed otherwise; no process is left then.
+    function: importable by name. state: folder for `device-0.log`, ..., what each process and its libraries print; of
+    the one that failed last it stays, as `device-0.log.1`. watch: how long the first one may be silent, whose progress
+    is reported here as it comes; without it, for ever. Raises the UnimissError that a process ended in, or DeviceError
+    where one died, hung or failed otherwise; no process is left then, but what waits in a driver.
     """
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     _clear_old_meeting_places(state)
@@ -62,18 +68,19 @@ def run_team(
         members: list[Interpreter] = []
         try:
             for place in range(len(devices)):
-                log = state / f"device-{place}.log"
-                members.append(Interpreter.start("client.devices", _environment(devices), log=log))
+                printed = state / f"device-{place}.log"
+                members.append(Interpreter.start("client.devices", _environment(devices), log=printed))
             work = _packed((function, arguments))
             for place, member in enumerate(members):
                 with suppress(OSError):  # it is dead already: its closed channel is found below
                     _send(member.channel, _Place(place, devices, f"{folder}/rendezvous"))
                     member.channel.send_bytes(work)
-            result: Result = _result(members, devices, state)
+            result: Result = _result(members, devices, state, watch)
             return result
         finally:
-            for member in members:
-                member.stop()
+            for place, member in enumerate(members):
+                if not member.stop():
+                    log.error("the process on %s waits in the driver and cannot be ended", devices[place])
 
 
 def _environment(devices: Sequence[torch.device]) -> dict[str, str]:
@@ -81,12 +88,15 @@ def _environment(devices: Sequence[torch.device]) -> dict[str, str]:
     return {**_LOOPBACK, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def _result(members: Sequence[Interpreter], devices: Sequence[torch.device], state: Path) -> Any:
+def _result(members: Sequence[Interpreter], devices: Sequence[torch.device], state: Path, watch: Watch | None) -> Any:
     """Listen until the first process has a result and the others are done, or one has none to give."""
     waiting = {member.channel: place for place, member in enumerate(members)}
     results: dict[int, Any] = {}
     while waiting:
-        for channel in wait(list(waiting)):
+        ready = wait(list(waiting), LOOK_S)
+        if not ready and watch is not None and watch.silent_for(LOOK_S):
+            raise _lost(members, devices, state, min(waiting.values()), f"it hangs, {watch.in_words()}")
+        for channel in ready:
             assert isinstance(channel, Connection)
             place = waiting[channel]
             try:
@@ -104,6 +114,8 @@ def _result(members: Sequence[Interpreter], devices: Sequence[torch.device], sta
                 case ("failed", what):
                     raise _lost(members, devices, state, place, what)
                 case event:
+                    if watch is not None:
+                        watch.heard(event)
                     progress.report(event)
     return results[0]
 
@@ -111,15 +123,19 @@ def _result(members: Sequence[Interpreter], devices: Sequence[torch.device], sta
 def _lost(
     members: Sequence[Interpreter], devices: Sequence[torch.device], state: Path, place: int, what: str
 ) -> DeviceError:
-    """Blames a process that is dead before one that failed because of it."""
+    """Blames a process that is dead before one that failed because of it, and keeps what it printed from the next
+    round's, under another name."""
     codes = {number: code for number, member in enumerate(members) if (code := member.process.poll()) is not None}
     if codes:
         place, code = next(iter(codes.items()))
         what = _ending(code)
-    log = state / f"device-{place}.log"
-    printed = f"see {log.name} in the site's state folder" if log.stat().st_size else "it printed nothing"
+    printed, kept = state / f"device-{place}.log", state / f"device-{place}.log.1"
+    told = "it printed nothing"
+    if printed.stat().st_size:
+        printed.replace(kept)  # it goes on writing there, if it lives
+        told = f"see {kept.name} in the site's state folder"
     return DeviceError(
-        f"training process {place} on {devices[place]} was lost in mid-round: {what or 'it fell silent'}; {printed}"
+        f"training process {place} on {devices[place]} was lost in mid-round: {what or 'it fell silent'}; {told}"
     )
 
 

@@ -18,6 +18,7 @@ from client.inference import Inference, check_extra
 from client.site_config import SiteConfig
 from client.site_labels import LabelledScan
 from client.telling import tell, tell_once_if_heard
+from unimiss_core import progress
 from unimiss_core.device import is_out_of_memory
 from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError
 from unimiss_core.figures import VALIDATION_AUC, VALIDATION_DICE
@@ -156,6 +157,7 @@ def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan])
     known, whose = defaultdict[int, list[float]](list), defaultdict[int, set[str]](set)
     for scan in scans:
         found = inference.mask(model, scan.whole(), None)
+        progress.report(progress.Working())
         truth = scan.classes().astype(np.uint8)
         for number in range(1, 1 + len(inference.task.classes)):
             if (value := segmenting.dice(found, truth, number)) is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from client import merit
 from client.labelled import Grid
 from client.task_training import autocast
+from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NonFiniteLossError
 from unimiss_core.resampling import as_they_are
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
@@ -65,8 +66,11 @@ class Inference:
 
     def chances_of_all(self, model: TaskModel, scans: Sequence[WholeScan]) -> NDArray[np.float64]:
         """`chances` of any number of scans, of which so many are in memory as are looked at together."""
-        batches = [scans[start : start + self.batch] for start in range(0, len(scans), self.batch)]
-        return np.concatenate([self.chances(model, [one.whole() for one in batch]) for batch in batches])
+        found = []
+        for start in range(0, len(scans), self.batch):
+            found.append(self.chances(model, [one.whole() for one in scans[start : start + self.batch]]))
+            progress.report(progress.Working())
+        return np.concatenate(found)
 
     def truth(self, targets: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         """(N, K) of 0 and 1, what `chances` would say if it knew. targets: of each scan its labels, or its class."""

@@ -8,9 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+
+KILLED_WITHIN_S = 10.0
+"""A killed process is gone at once, but for one that waits in a device's driver: no signal reaches it there."""
 
 
 def _for_us_alone(path: str, flags: int) -> int:
@@ -45,8 +49,11 @@ class Interpreter:
         theirs.close()
         return cls(process, ours)
 
-    def stop(self) -> None:
-        """End it at once, whatever it is doing; nothing of it is left."""
+    def stop(self) -> bool:
+        """End it at once, whatever it is doing. Whether nothing of it is left: where it waits in a driver, it ends when
+        that lets go of it, and nobody waits for that."""
         self.channel.close()
         self.process.kill()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=KILLED_WITHIN_S)
+        return self.process.returncode is not None

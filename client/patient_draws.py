@@ -18,6 +18,7 @@ from client.batches import drawn_ahead
 from client.cache import CachedScan
 from client.drawing import draw_views
 from client.site import Site
+from unimiss_core import progress
 from unimiss_core.learner import Learner, StepReport
 from unimiss_core.noise import secret_generator
 from unimiss_core.privacy_config import PatientPrivacyConfig
@@ -57,6 +58,7 @@ class PatientDraw:
         with drawn_ahead(self._views_of, self.patients) as drawn:
             for _, views in drawn:
                 yield views
+                progress.report(progress.Working())  # a step takes as long as there are patients in it
 
     def _views_of(self, patient: _Drawn) -> Tensor:
         generator = torch.Generator().manual_seed(patient.seed)

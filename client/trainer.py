@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
@@ -16,11 +17,13 @@ from client.devices import run_team
 from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
 from client.held_out import measured
+from client.lost_device import is_lost, told_as_lost
 from client.own_model import keep_own_model, take_own_head_
 from client.patient_draws import PatientDraw, PatientDraws
 from client.site import Site
 from client.site_state import Remembered
 from client.telling import tell
+from client.watch import Watch, is_of_one_message, watched
 from unimiss_core import progress
 from unimiss_core.divergence import Start, divergence_aware_start
 from unimiss_core.errors import CheckpointError, ConfigError, DeviceError, NonFiniteLossError, WireError, where
@@ -32,7 +35,7 @@ from unimiss_core.loss_terms import mean_cross_entropy
 from unimiss_core.network import below, tensors_of
 from unimiss_core.objectives import has_teacher
 from unimiss_core.scan import RANKS
-from unimiss_core.schedule import steps_of_round
+from unimiss_core.schedule import rank_of_step, steps_of_round
 from unimiss_core.teacher import advance_teacher
 from unimiss_core.team import Alone, Team
 from unimiss_core.wire import TrainReply, TrainRequest
@@ -61,16 +64,18 @@ def run_round(site: Site, request: TrainRequest) -> TrainReply:
 
     A round that was begun before, from the same student and teacher, goes on where it was last saved. Raises WireError
     `needs_whole` where the request brings no student or teacher and this site cannot rebuild it, and `not_finite` where
-    the update is not; DeviceError where a device was lost, NonFiniteLossError where no batch gives a step, ConfigError
-    where the state folder cannot be written. Nothing but the unfinished round is remembered then.
+    the update is not; DeviceError where a device was lost or hangs, with what a next try begins with;
+    NonFiniteLossError where no batch gives a step, ConfigError where the state folder cannot be written. Nothing but
+    the unfinished round is remembered then.
     """
     devices = devices_for(site.config)
     _ = site.library  # what is new is read here, once, before several processes open it
     began = time.monotonic()
-    if len(devices) == 1:
-        reply = train(site, request, device=devices[0], team=Alone())
-    else:
-        reply = _train_together(site, request, devices)
+    try:
+        reply = _trained(site, request, devices)
+    except DeviceError as error:
+        again = _next_try(site, request.round)
+        raise DeviceError(f"{error}. The round is given up; asked for again, it {again}") from None
     assert reply is not None
     return replace(reply, seconds=time.monotonic() - began)
 
@@ -96,19 +101,32 @@ def beginning(site: Site, request: TrainRequest) -> Beginning:
     return Beginning(memory, student, _round_teacher(request, student, memory))
 
 
-def _train_together(site: Site, request: TrainRequest, devices: Sequence[torch.device]) -> TrainReply | None:
-    """`train` in a process for each device. Raises as that does; a DeviceError says what a next try begins with."""
-    try:
-        return run_team(train, (site, request), devices=devices, state=site.config.state)
-    except DeviceError as error:
-        saved = site.memory.unfinished(request.round)
-        steps = len(saved.facts.get("figures", {}).get("grad_norms", [])) if saved else 0
-        if steps:
-            again = f"goes on after step {steps}, the last that was saved"
-        else:
-            every = f"checkpoint_minutes: {site.config.checkpoint_minutes:g}"
-            again = f"begins anew, for nothing of it was saved yet ({every})"
-        raise DeviceError(f"{error}. The round is given up; asked for again, it {again}") from None
+def _trained(site: Site, request: TrainRequest, devices: Sequence[torch.device]) -> TrainReply | None:
+    """`train`, of several devices in a process for each. Raises as that does, and DeviceError."""
+    watch = _watch(site, request.round) if devices[0].type == "cuda" else None  # how long a CPU takes, nobody can say
+    if len(devices) > 1:
+        return run_team(train, (site, request), devices=devices, state=site.config.state, watch=watch)
+    work = partial(_train_here, site, request, devices[0])
+    return watched(work, watch) if watch is not None and is_of_one_message() else work()
+
+
+def _train_here(site: Site, request: TrainRequest, device: torch.device) -> TrainReply | None:
+    with told_as_lost(device):
+        return train(site, request, device=device, team=Alone())
+
+
+def _watch(site: Site, round: int) -> Watch:
+    schedule = site.study.schedule
+    return Watch([rank_of_step(site.ranks, step, schedule.alternate) for step in steps_of_round(schedule, round)])
+
+
+def _next_try(site: Site, round: int) -> str:
+    """What the same round does when it is asked for again."""
+    saved = site.memory.unfinished(round)
+    steps = len(saved.facts.get("figures", {}).get("grad_norms", [])) if saved else 0
+    if steps:
+        return f"goes on after step {steps}, the last that was saved"
+    return f"begins anew, for nothing of it was saved yet (checkpoint_minutes: {site.config.checkpoint_minutes:g})"
 
 
 def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply | None:
@@ -187,7 +205,8 @@ def _validation(
     device: torch.device,
 ) -> dict[str, float]:
     """What the site measures of the `student` that it was sent. Whatever ends that costs the figure and no step: the
-    steps are saved before, and asked for the round again, the site does not measure a second time."""
+    steps are saved before, and asked for the round again, the site does not measure a second time. Where the device is
+    lost, nothing could be remembered either, and its error is raised."""
     if site.study.finetune is None or not site.study.finetune.validation:
         return {}
     if figures.measuring:
@@ -198,8 +217,11 @@ def _validation(
     figures.measuring = True
     _save_unfinished(site, learner, round, received, figures)
     try:
+        learner.release()  # a second network is built beside it
         return measured(site.config, site.study, site.everything, student, device)
     except RuntimeError as error:
+        if is_lost(error, device):
+            raise
         tell(site.config.name, f"does not measure the shared model: {where(error)}")
         return {}
 

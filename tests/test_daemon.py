@@ -18,6 +18,7 @@ from client.leaving import stop
 from client.listening import listeners_of
 from client.reachability import reach
 from client.site_config import load_site
+from client.watch import ONE_MESSAGE
 from server import home as coordinator
 from tests import foreign_app
 from tests.flower_deployment import START_S, Flower, free_port
@@ -172,6 +173,7 @@ def test_what_is_started_is_quiet_and_keeps_to_loopback(tmp_path: Path, monkeypa
     assert environment["HTTPS_PROXY"] == "http://proxy.example:3128"  # the way to the coordinator is the hospital's
     assert environment["FLWR_HOME"] == str(tmp_path)
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert environment[ONE_MESSAGE] == "1"
     assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert environment["GLOO_SOCKET_IFNAME"].startswith("lo")

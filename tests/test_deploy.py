@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.deploy_files import COORDINATOR_UNIT, DEPLOY, SITE_UNIT, directives
+from benchmarks.deploy_files import COORDINATOR_UNIT, DEPLOY, GPU_UNIT, SITE_UNIT, directives
 
 UNITS = (SITE_UNIT, COORDINATOR_UNIT)
 SYSTEMD = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="this machine has no systemd-analyze")
@@ -56,6 +56,18 @@ def test_a_site_begins_when_its_archive_is_mounted_and_outlives_its_loss(tmp_pat
     assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
 
 
+def test_a_gpus_modules_are_loaded_before_a_sites_devices_are_looked_up() -> None:
+    """systemd resolves `char-...` when a unit is started, before its ExecStartPre=; and no process of the site's may
+    load a module, nor gain the rights to."""
+    site, gpu = directives(SITE_UNIT), directives(GPU_UNIT)
+    assert "char-nvidia-uvm rw" in site["DeviceAllow"]
+    assert gpu["Before"] == gpu["WantedBy"] == [SITE_UNIT]
+    assert gpu["Type"] == ["oneshot"]  # what comes after it waits for its end
+    assert gpu["ExecStart"] == ["/usr/bin/nvidia-modprobe -u -c=0"]
+    assert gpu["ConditionPathExists"] == ["/usr/bin/nvidia-modprobe"]
+    assert "nvidia" not in "".join(site.get("ExecStartPre", []))
+
+
 def test_a_site_is_started_again_however_it_ended() -> None:
     """A SuperNode whose coordinator forgot it ends with code 0."""
     assert directives(SITE_UNIT)["Restart"] == ["always"]
@@ -63,13 +75,13 @@ def test_a_site_is_started_again_however_it_ended() -> None:
 
 
 @SYSTEMD
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, GPU_UNIT])
 def test_systemd_reads_the_units(unit: str, tmp_path: Path) -> None:
     copy = tmp_path / unit.replace("@", "@ward")
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    copy.write_text(re.sub(r"/opt/unimiss/bin/\S+", str(program), (DEPLOY / unit).read_text()))
+    copy.write_text(re.sub(r"/opt/unimiss/bin/\S+|/usr/bin/nvidia-modprobe", str(program), (DEPLOY / unit).read_text()))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True, check=False, timeout=60
     )

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from client import devices, interpreter
 from client.devices import LEFT_OVER_S, _clear_old_meeting_places, _packed, _unpacked, run_team
 from client.interpreter import Interpreter
+from client.watch import Watch
 from tests import team_members
 from tests.federation import Placed, small_study
 from unimiss_core import progress
@@ -130,7 +133,7 @@ def test_a_failing_process_tells_where_but_not_what_however_late_it_is_heard(tmp
         pytest.raises(DeviceError, match=r"process 1 on cpu .*OSError at team_members.py:") as e,
     ):
         run_team(team_members.one_fails, ("/archive/DOE^JANE/1.dcm is broken",), devices=TWO, state=tmp_path)
-    logged = "".join(path.read_text() for path in tmp_path.glob("device-*.log"))
+    logged = "".join(path.read_text() for path in tmp_path.glob("device-*.log*"))
     assert "one_fails" in logged
     assert "DOE" not in str(e.value) + logged
 
@@ -146,9 +149,49 @@ def test_a_process_that_does_not_come_up_is_told_like_any_other(
         return member
 
     monkeypatch.setattr(Interpreter, "start", stillborn)
-    with pytest.raises(DeviceError, match=r"process 0 on cpu .* it ended with code 1; see device-0\.log"):
+    with pytest.raises(DeviceError, match=r"process 0 on cpu .* it ended with code 1; see device-0\.log\.1"):
         run_team(team_members.every_place, (), devices=TWO, state=tmp_path)
-    assert "no_such_module" in (tmp_path / "device-0.log").read_text()
+    assert "no_such_module" in (tmp_path / "device-0.log.1").read_text()
+
+
+def test_what_the_last_failed_process_printed_outlives_the_rounds_after_it(tmp_path: Path) -> None:
+    """A site that fails on a Saturday is looked at on a Monday."""
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"process 1 .* see device-1\.log\.1 in the site's state folder$"):
+            run_team(team_members.one_fails, ("",), devices=TWO, state=tmp_path)
+    run_team(team_members.every_place, (), devices=TWO, state=tmp_path)
+    assert "one_fails" in (tmp_path / "device-1.log.1").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device-0.log", "device-1.log", "device-1.log.1"]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+class Unending(subprocess.Popen[bytes]):
+    """Waits in a driver: no signal reaches it."""
+
+    def kill(self) -> None:
+        pass
+
+
+def test_a_process_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = Pipe()
+    with Unending(["sleep", "60"]) as process:
+        monkeypatch.setattr(interpreter, "KILLED_WITHIN_S", 0.1)
+        began = time.monotonic()
+        assert not Interpreter(process, ours).stop()
+        assert time.monotonic() - began < 30
+        super(Unending, process).kill()
+    theirs.close()
+
+
+def test_a_team_whose_first_process_falls_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "LOOK_S", 0.05)
+    watch, looks = Watch([2] * 9), list[float]()
+    monkeypatch.setattr(watch, "silent_for", lambda seconds: looks.append(seconds) or len(looks) > 3)
+    told = "process 0 on cpu was lost in mid-round: it hangs, no step was taken, and nothing else was heard, for"
+    with pytest.raises(DeviceError, match=told):
+        run_team(team_members.never_ends, (), devices=TWO, state=tmp_path, watch=watch)
+    assert looks == [0.05] * 4
+    assert children_of(os.getpid()) == []
 
 
 def test_what_one_process_refuses_is_refused_here_however_late_it_is_heard(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ UnimissError            1  anything below that has no code of its own
 ├── PolicyError         1  a study asks for more than the site's policy allows; nothing was read for it
 ├── PrivacyBudgetError  1  a round would cost patients, or sites, more than is allowed; nothing was read for it
 ├── NonFiniteLossError  1  a training step met NaN or infinity and was not taken, or a model answers them
-├── DeviceError         1  a device or the process that trains on it was lost; it costs the site its round
+├── DeviceError         1  a device or the process that trains on it was lost or hangs; it costs the site its round
 ├── MemoryTooSmallError 1  a device cannot hold a training step on a single scan
 ├── ExportError         1  an exported model does not answer as the one that it was made of; nothing of it was left
 ├── WireError           1  a message of the peer breaks the contract; it costs that peer its round
@@ -99,7 +99,8 @@ class NonFiniteLossError(UnimissError):
 
 
 class DeviceError(UnimissError):
-    """A process that trained on one of the site's devices died or failed; no process of the round is left."""
+    """One of the site's devices, or a process that trained on it, was lost or hangs. No process of the round is left,
+    but one that a device's driver does not let go of."""
 
 
 class MemoryTooSmallError(UnimissError):

@@ -49,6 +49,11 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Working:
+    """A sign of life between steps, of which nothing is shown: who watches over work that may hang waits on."""
+
+
+@dataclass(frozen=True)
 class SiteReplied:
     round: int
     site: str
@@ -85,7 +90,7 @@ class Note:
     text: str
 
 
-Event = Preparing | RoundStarted | StepDone | SiteReplied | Collapsed | RoundDone | Note
+Event = Preparing | RoundStarted | StepDone | Working | SiteReplied | Collapsed | RoundDone | Note
 
 _listeners: list[Callable[[Event], None]] = []
 _guards: list[Callable[[], None]] = []

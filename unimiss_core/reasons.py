@@ -70,7 +70,7 @@ REASONS: Mapping[str, Reason] = {
     ),
     "not_finite": Reason("a loss, gradient or update is not a finite number"),
     "device_lost": Reason(
-        "a process that trained on one of the site's devices died; its screen and log say which",
+        "one of the site's devices, or the process that trained on it, was lost or hung; its screen and log say which",
     ),
     "undisclosed": Reason(
         "the site's own screen says why: it may hang on its scans, of which a private study tells nothing",

@@ -1,0 +1,50 @@
+"""A GPU that is lost in mid-round - an ECC error, one that fell off the bus, a kernel that went astray - where the
+training runs in this process. torch raises an error of its own for it, often from a later operation than the culprit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from unimiss_core.device import is_out_of_memory
+from unimiss_core.errors import DeviceError, where
+
+
+@contextmanager
+def told_as_lost(device: torch.device) -> Iterator[None]:
+    """Raises DeviceError where the block fails because `device` is lost; any other error is raised as it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error, device):
+            raise
+        told = f"{device} was lost in mid-round: {_first_line(error)} ({where(error)})"
+        raise DeviceError(told) from None
+
+
+def is_lost(error: RuntimeError, device: torch.device) -> bool:
+    """Whether nothing can be computed on `device` any more, by an error that came of it. What merely ran out of memory
+    is not lost. cuBLAS and cuDNN say no more than that they failed, so then the device itself is asked."""
+    if _is_full(error):
+        return False
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as answer:
+        return not _is_full(answer)
+    return False
+
+
+def _is_full(error: RuntimeError) -> bool:
+    """Memory ran out, told by torch's allocator or, where that was not asked, by the driver."""
+    return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error) or "out of memory" in str(error)
+
+
+def _first_line(error: RuntimeError) -> str:
+    """torch's own words, of devices and sums; the lines after it are advice. No word that may be a path."""
+    line = next(iter(str(error).splitlines()), "")
+    return " ".join(word for word in line.split() if "/" not in word and "\\" not in word)[:300]
