@@ -26,7 +26,7 @@ def told_as_lost(device: torch.device) -> Iterator[None]:
 def is_lost(error: RuntimeError, device: torch.device) -> bool:
     """Whether nothing can be computed on `device` any more, by an error that came of it. What merely ran out of memory
     is not lost. cuBLAS and cuDNN say no more than that they failed, so then the device itself is asked."""
-    if _is_full(error):
+    if is_out_of_memory(error):
         return False
     if isinstance(error, torch.AcceleratorError):
         return True
@@ -35,13 +35,8 @@ def is_lost(error: RuntimeError, device: torch.device) -> bool:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as answer:
-        return not _is_full(answer)
+        return not is_out_of_memory(answer)
     return False
-
-
-def _is_full(error: RuntimeError) -> bool:
-    """Memory ran out, told by torch's allocator or, where that was not asked, by the driver."""
-    return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error) or "out of memory" in str(error)
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,15 @@ def test_for_other_shapes_and_places_steps_are_recorded_anew(ranks: set[Rank]) -
     assert ours == pytest.approx(expected, rel=1e-9)
     assert learners[0]._graphs._recorded[2].graph is not before
     assert told == []
+
+
+def test_steps_are_recorded_in_another_thread() -> None:
+    """As a site's are, which are watched from beside (`client.watch`)."""
+    ours, expected = (in_float64(on_gpu(study(), cuda_graphs=recorded)) for recorded in (True, False))
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        losses = beside.submit(taken, ours, ALTERNATING).result()
+    assert losses == pytest.approx(taken(expected, ALTERNATING), rel=1e-9)
+    assert ours._graphs._recorded.keys() == {2, 3}
 
 
 @SCANS
