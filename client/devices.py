@@ -95,7 +95,8 @@ def _result(members: Sequence[Interpreter], devices: Sequence[torch.device], sta
     while waiting:
         ready = wait(list(waiting), LOOK_S)
         if not ready and watch is not None and watch.silent_for(LOOK_S):
-            raise _lost(members, devices, state, min(waiting.values()), f"it hangs, {watch.in_words()}")
+            among = ", ".join(map(str, devices))
+            raise DeviceError(f"one of the devices {among} hangs, which of them is not known: {watch.in_words()}")
         for channel in ready:
             assert isinstance(channel, Connection)
             place = waiting[channel]

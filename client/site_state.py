@@ -83,6 +83,18 @@ class SiteState:
         state = self._read(self._unfinished)
         return state if state is not None and state.round == round else None
 
+    def facts_unfinished(self, round: int) -> Mapping[str, Any] | None:
+        """Of `unfinished`, without its tensors, which may be gigabytes; empty where there is none of this round. None
+        where it is sealed, and hence to be read as a whole."""
+        if self._seal is not None:
+            return None
+        try:
+            with safe_open(self._unfinished, framework="pt") as file:
+                state = self._held((file.metadata(), {}))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return {}
+        return state.facts if state is not None and state.round == round else {}
+
     def _rounds(self) -> list[int]:
         return [int(path.stem.removeprefix("round-")) for path in self._folder.glob(f"round-*{self._ending}")]
 

@@ -122,11 +122,14 @@ def _watch(site: Site, round: int) -> Watch:
 
 def _next_try(site: Site, round: int) -> str:
     """What the same round does when it is asked for again."""
-    saved = site.memory.unfinished(round)
-    steps = len(saved.facts.get("figures", {}).get("grad_norms", [])) if saved else 0
+    facts = site.memory.facts_unfinished(round)
+    steps = len(facts.get("figures", {}).get("grad_norms", [])) if facts else 0
     if steps:
         return f"goes on after step {steps}, the last that was saved"
-    return f"begins anew, for nothing of it was saved yet (checkpoint_minutes: {site.config.checkpoint_minutes:g})"
+    every = f"checkpoint_minutes: {site.config.checkpoint_minutes:g}"
+    if facts is None:
+        return f"goes on from what was saved of it last, if anything was ({every})"
+    return f"begins anew, for nothing of it was saved yet ({every})"
 
 
 def train(site: Site, request: TrainRequest, *, device: torch.device, team: Team) -> TrainReply | None:
@@ -186,12 +189,14 @@ def _take_steps(
     batches = kind(site, team, device)
     with batches.drawn_ahead(steps_of_round(study.schedule, round)[figures.steps :]) as upcoming:
         for step, batch in upcoming:
+            progress.report(progress.Working())  # it is drawn; the step has its own time, and so has what is saved
             report, skipped = _take_step(learner, batches, step, batch, site=site.config.name)
             figures.add(report, skipped)
             loss = None if site.is_private else mean_cross_entropy(report.terms)
             progress.report(progress.StepDone(site.config.name, figures.steps, study.schedule.local_steps, loss))
             if team.place == 0 and time.monotonic() - saved >= 60 * site.config.checkpoint_minutes:
                 _save_unfinished(site, learner, round, received, figures)
+                progress.report(progress.Working())
                 saved = time.monotonic()
 
 

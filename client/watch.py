@@ -6,11 +6,11 @@ event that it reports (`unimiss_core.progress`) is a sign of life; after a silen
 up for it.
 """
 
-import faulthandler
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from datetime import timedelta
 from threading import Lock, Thread
 from typing import TypeVar
@@ -32,6 +32,8 @@ SLOWER = 3.0
 """So many times the longest silence so far before a step of the rank is not too long either: cards differ, and studies
 may ask for steps of many minutes."""
 LOOK_S = 5.0
+LEAVES_WITHIN_S = 4.0
+"""Flower's own way out ends a process after five."""
 ONE_MESSAGE = "UNIMISS_ONE_MESSAGE"
 """In the environment of a process that answers one message and ends. In any other, as in a simulation, what hangs would
 be left behind, with the device's memory, at the side of the next round."""
@@ -42,6 +44,11 @@ def is_of_one_message() -> bool:
     return os.environ.get(ONE_MESSAGE) == "1"
 
 
+class Left(BaseException):
+    """Raised in work that nobody waits for any more, at its next sign of life: nothing below is to take it for an error
+    of its own."""
+
+
 class Watch:
     """How long the steps of a round may be silent. ranks: of each step of the whole round, in turn."""
 
@@ -49,28 +56,36 @@ class Watch:
         self._ranks = ranks
         self._alone = Lock()
         self._next = 0
-        self._is_begun = False
+        self._is_begun = self._is_left = False
         self._taken = Counter[Rank]()
         self._longest: dict[Rank, float] = {}
+        """Silence in seconds, by rank; not that before its first step."""
         self._silent_s = 0.0
         """Added up look by look, so that a machine that was asleep for hours did not keep silent for hours."""
 
     @property
     def limit_s(self) -> float:
         """From the last sign of life on."""
-        if not self._is_begun or self._next >= len(self._ranks):
+        rank = self._rank
+        if rank is None or self._taken[rank] < NEW_STEPS:
             return BEGINNING.total_seconds()
-        rank = self._ranks[self._next]
-        if self._taken[rank] < NEW_STEPS:
-            return BEGINNING.total_seconds()
-        return max(STALLED.total_seconds(), SLOWER * self._longest[rank])
+        return max(STALLED.total_seconds(), SLOWER * self._longest.get(rank, 0.0))
+
+    @property
+    def _rank(self) -> Rank | None:
+        """Of the step that is waited for; None before the first that is heard of, and after the last."""
+        return self._ranks[self._next] if self._is_begun and self._next < len(self._ranks) else None
 
     def heard(self, event: progress.Event) -> None:
+        """Raises Left."""
         with self._alone:
-            if isinstance(event, progress.StepDone):
-                rank = self._ranks[event.step - 1]
-                self._taken[rank] += 1
+            if self._is_left:
+                raise Left
+            rank = self._rank
+            if rank is not None and self._taken[rank]:
                 self._longest[rank] = max(self._longest.get(rank, 0.0), self._silent_s)
+            if isinstance(event, progress.StepDone):
+                self._taken[self._ranks[event.step - 1]] += 1
                 self._is_begun, self._next = True, event.step
             self._silent_s = 0.0
 
@@ -80,6 +95,11 @@ class Watch:
             self._silent_s += seconds
             return self._silent_s > self.limit_s
 
+    def leave(self) -> None:
+        """What is watched is to end at its next sign of life."""
+        with self._alone:
+            self._is_left = True
+
     def in_words(self) -> str:
         return f"no step was taken, and nothing else was heard, for {self.limit_s / 60:.0f} minutes"
 
@@ -87,23 +107,27 @@ class Watch:
 def watched(work: Callable[[], T], watch: Watch) -> T:
     """`work()`, in a thread of its own. Raises as that does, and DeviceError where it is silent for too long: then it
     is left where it hangs, and this process must end soon (`is_of_one_message`)."""
+    _leave_no_core()
     future = Future[T]()
+    Thread(target=_do, args=[work, watch, future], daemon=True).start()
     try:
-        _end_unless_back()
-        Thread(target=_do, args=[work, watch, future], daemon=True).start()
         while not wait([future], LOOK_S).done:
-            _end_unless_back()
             if watch.silent_for(LOOK_S):
-                raise DeviceError(f"the device hangs, or its driver does: {watch.in_words()}")
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+                raise DeviceError(f"the device hangs, or its driver or the disks do: {watch.in_words()}")
+    except BaseException as error:
+        watch.leave()
+        if not isinstance(error, DeviceError):  # the process is told to end; a thread that it ends in torch aborts it
+            wait([future], LEAVES_WITHIN_S)
+        raise
     return future.result()
 
 
-def _end_unless_back() -> None:
-    """What hangs and holds Python's lock keeps this thread waiting, too. So a thread that needs no lock ends the
-    process, with code 1 and the line where it hung, unless this is called again in time."""
-    faulthandler.dump_traceback_later(STALLED.total_seconds() + 60, exit=True)
+def _leave_no_core() -> None:
+    """Of this process: a thread that is left behind may abort it, and a core file would hold pixels."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _do(work: Callable[[], T], watch: Watch, future: Future[T]) -> None:

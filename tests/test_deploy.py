@@ -63,7 +63,11 @@ def test_a_gpus_modules_are_loaded_before_a_sites_devices_are_looked_up() -> Non
     assert "char-nvidia-uvm rw" in site["DeviceAllow"]
     assert gpu["Before"] == gpu["WantedBy"] == [SITE_UNIT]
     assert gpu["Type"] == ["oneshot"]  # what comes after it waits for its end
-    assert gpu["ExecStart"] == ["/usr/bin/nvidia-modprobe -u -c=0"]
+    assert gpu["ExecStart"] == [
+        "/usr/bin/nvidia-modprobe -c=0",
+        "/usr/bin/nvidia-modprobe -u -c=0",
+    ]  # two kinds of file
+    assert "RemainAfterExit" not in gpu  # or it would not run before the site's next start
     assert gpu["ConditionPathExists"] == ["/usr/bin/nvidia-modprobe"]
     assert "nvidia" not in "".join(site.get("ExecStartPre", []))
 

@@ -187,7 +187,9 @@ def test_a_team_whose_first_process_falls_silent_is_given_up(tmp_path: Path, mon
     monkeypatch.setattr(devices, "LOOK_S", 0.05)
     watch, looks = Watch([2] * 9), list[float]()
     monkeypatch.setattr(watch, "silent_for", lambda seconds: looks.append(seconds) or len(looks) > 3)
-    told = "process 0 on cpu was lost in mid-round: it hangs, no step was taken, and nothing else was heard, for"
+    told = (
+        "one of the devices cpu, cpu hangs, which of them is not known: no step was taken, and nothing else was heard"
+    )
     with pytest.raises(DeviceError, match=told):
         run_team(team_members.never_ends, (), devices=TWO, state=tmp_path, watch=watch)
     assert looks == [0.05] * 4
@@ -340,6 +342,7 @@ NO_HANDLE = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling "
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("backend='inductor' raised:\nCppCompileError: cannot allocate a register"), False),
+        (RuntimeError("The tensor has a non-zero number of elements, but its data is not allocated yet."), False),
         (ValueError("out of memory"), False),
     ],
 )

@@ -151,7 +151,7 @@ def test_a_gpu_that_hangs_costs_the_round_and_not_all_rounds_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ONE_MESSAGE, "1")
-    with pytest.raises(DeviceError, match=r"hangs, or its driver does: .* minutes\. The round is given up"):
+    with pytest.raises(DeviceError, match=r"hangs, or its driver or the disks do: .* minutes\. The round is given up"):
         run_round(site_with_pictures(tmp_path, STUDY), first_round(STUDY))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from client import watch as watching
-from client.watch import BEGINNING, LOOK_S, NEW_STEPS, SLOWER, STALLED, Watch, watched
+from client.watch import BEGINNING, LOOK_S, NEW_STEPS, SLOWER, STALLED, Left, Watch, watched
 from unimiss_core import progress
 from unimiss_core.errors import DeviceError
 from unimiss_core.scan import Rank
@@ -98,32 +98,63 @@ def test_what_hangs_is_left_where_it_hangs(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(watching, "LOOK_S", 0.01)
     monkeypatch.setattr(Watch, "silent_for", lambda watch, _: watch.limit_s < BEGINNING.total_seconds())
     began = time.monotonic()
-    with pytest.raises(DeviceError, match=r"hangs, or its driver does: no step was taken, .* for 10 minutes"):
+    with pytest.raises(
+        DeviceError, match=r"hangs, or its driver or the disks do: no step was taken, .* for 10 minutes"
+    ):
         watched(hang, heard)
     assert time.monotonic() - began < 30
     released.set()
 
 
-HOLDS_THE_LOCK = """
-import ctypes
-from datetime import timedelta
+TOLD_TO_END = """
+import signal, sys, threading, time
 from client import watch
-watch.LOOK_S, watch.STALLED = 0.1, timedelta(seconds=-59)
-watch.watched(lambda: ctypes.PyDLL(None).sleep(60), watch.Watch([2]))
+from unimiss_core import progress
+
+def work():
+    try:
+        while True:
+            progress.report(progress.Working())
+            time.sleep(0.05)
+    finally:
+        print("unwound", flush=True)
+
+def told(*_):
+    raise SystemExit(7)
+
+signal.signal(signal.SIGTERM, told)
+threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGTERM)).start()
+watch.watched(work, watch.Watch([2]))
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no such sleep")
-def test_what_hangs_with_pythons_lock_ends_its_process() -> None:
-    """In the training of a site none of its threads would run then, nor say anything."""
-    began = time.monotonic()
+def test_what_is_told_to_end_unwinds_its_work_first() -> None:
+    """As it did in one thread: nothing goes on behind a process that ends, or is torn down within torch."""
     ended = subprocess.run(
-        [sys.executable, "-c", HOLDS_THE_LOCK],
+        [sys.executable, "-c", TOLD_TO_END],
         capture_output=True,
         text=True,
         check=False,
         timeout=50,
         cwd=Path(__file__).parents[1],
     )
-    assert (ended.returncode, time.monotonic() - began < 40) == (1, True)
-    assert "Timeout" in ended.stderr
+    assert (ended.returncode, ended.stdout) == (7, "unwound\n"), ended.stderr
+
+
+def test_what_was_given_up_does_nothing_more_when_it_wakes() -> None:
+    watch = Watch(IMAGES)
+    watch.leave()
+    with pytest.raises(Left):
+        watch.heard(done(1))
+
+
+def test_the_silence_of_first_steps_gives_no_measure() -> None:
+    """With their trials and compiling it would be an hour's, for the rest of the round."""
+    watch = Watch(IMAGES)
+    watch.silent_for(3000)
+    watch.heard(done(1))
+    watch.heard(done(2))
+    assert watch.limit_s == STALLED.total_seconds()
+    watch.silent_for(500)
+    watch.heard(progress.Working())
+    assert watch.limit_s == SLOWER * 500

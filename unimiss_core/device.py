@@ -1,7 +1,7 @@
 """Which devices do the work."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from unimiss_core.errors import ConfigError
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # it takes seconds to import, and most who read a site file o
 _NAME = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _ARCHITECTURE = re.compile(r"(sm|compute)_([0-9]+)([0-9])([af]?)")
 _OUT_OF_MEMORY = re.compile(
-    r"allocate|out of memory"
+    r"(?i:(can't|cannot|could not|failed to|unable to|tried to) allocate|not enough memory|out of memory)"
     r"|ALLOC_FAILED|ALLOCATION_FAILED"  # of cuBLAS and older cuDNN; of cuDNN 9, on the device and on the host
     r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `?cublasCreate"  # which finds no room for its handle
 )
@@ -54,11 +54,11 @@ def devices_of(names: Sequence[str]) -> "list[torch.device]":
         raise ConfigError(f"device {error}") from None
     if all(name == "cpu" for name in names):  # whether CUDA starts is none of its business
         return [torch.device("cpu") for _ in names]
-    obstacles = gpu_obstacles()
-    gpus = [torch.device(name) for name, why in obstacles.items() if why is None]
-    if tuple(names) == ("auto",):
-        return gpus or [torch.device("cpu")]
     asked = ["cuda:0" if name == "cuda" else name for name in names]
+    obstacles = gpu_obstacles(None if asked == ["auto"] else asked)
+    gpus = [torch.device(name) for name, why in obstacles.items() if why is None]
+    if asked == ["auto"]:
+        return gpus or [torch.device("cpu")]
     if missing := [name for name, gpu in zip(names, asked, strict=True) if gpu not in obstacles]:
         there = ", ".join(["cpu", *map(str, gpus)])
         raise ConfigError(f"device {', '.join(missing)} is not on this machine, which has {there}")
@@ -67,8 +67,10 @@ def devices_of(names: Sequence[str]) -> "list[torch.device]":
     return [torch.device(gpu) for gpu in asked]
 
 
-def gpu_obstacles() -> dict[str, str | None]:
+def gpu_obstacles(asked: Collection[str] | None = None) -> dict[str, str | None]:
     """Each GPU that the driver counts -> in words why torch cannot use it, None where it can.
+
+    asked: the only ones that are looked at; another may hang, or be somebody else's.
 
     What counts them (NVML) does so also where CUDA cannot start, and torch's wheels lack the programs for cards that
     are too old or too new for them, which shows at the first operation and not before.
@@ -78,7 +80,7 @@ def gpu_obstacles() -> dict[str, str | None]:
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if gpus and not torch.cuda.is_available():
         return dict.fromkeys(gpus, "CUDA does not start, as with a driver too old for this torch; see nvidia-smi")
-    return {gpu: _obstacle(gpu) for gpu in gpus}
+    return {gpu: _obstacle(gpu) if asked is None or gpu in asked else None for gpu in gpus}
 
 
 def _obstacle(gpu: str) -> str | None:

@@ -107,4 +107,5 @@ def out_of_memory_by_its_name() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise torch.OutOfMemoryError("out of memory, told by a library") from None
+        told = str(error).strip().partition("\n")[0][:200]
+        raise torch.OutOfMemoryError(f"out of memory, told by a library: {told}") from None

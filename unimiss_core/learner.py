@@ -144,11 +144,15 @@ class Learner:
         """
         rank, views = rank_of_views(views), views.to(self.device, non_blocking=True)
         try:
-            report, norms, loss, grads, apart = self._work_out(views, rank, step, share)
+            worked_out = self._work_out(views, rank, step, share)
         except torch.OutOfMemoryError:
-            if self.team.size > 1 or not self._graphs.make_room(self._tell):  # a part may have been summed already
+            if self.team.size > 1 or not self._graphs.hold_memory:  # of a team's sum a part may have been taken already
                 raise
-            report, norms, loss, grads, apart = self._work_out(views, rank, step, share)
+            worked_out = None
+        if worked_out is None:  # only here, for until now the error held on to the gradients
+            self._graphs.make_room(self._tell)
+            worked_out = self._work_out(views, rank, step, share)
+        report, norms, loss, grads, apart = worked_out
         if not (math.isfinite(report.total) and math.isfinite(report.diagnostics["grad_norm"])):
             self._optimiser.drop_gradients()
             raise NonFiniteLossError(

@@ -53,6 +53,11 @@ class StepGraphs(Generic[T]):
         self._recorded: dict[Rank, _Recorded[T]] = {}
         self._place: tuple[Any, Any] = None, None
 
+    @property
+    def hold_memory(self) -> bool:
+        """Whether there are recorded steps."""
+        return bool(self._recorded)
+
     def take(
         self,
         gather: Gather[T],
@@ -84,7 +89,7 @@ class StepGraphs(Generic[T]):
 
     def make_room(self, tell: Callable[[str], None]) -> bool:
         """Memory has run out: recorded steps go, and where that happens again, for good. False where there are none."""
-        if not self._recorded:
+        if not self.hold_memory:
             return False
         if self._had_to_go:
             self._give_up("out of memory beside recorded steps: going on without these", tell)
