@@ -8,19 +8,25 @@ from contextlib import contextmanager
 import torch
 
 from unimiss_core.device import is_out_of_memory
-from unimiss_core.errors import DeviceError, where
+from unimiss_core.errors import DeviceError, MemoryTooSmallError, where
 
 
 @contextmanager
-def told_as_lost(device: torch.device) -> Iterator[None]:
-    """Raises DeviceError where the block fails because `device` is lost; any other error is raised as it is."""
+def told_by_kind(device: torch.device) -> Iterator[None]:
+    """Raises DeviceError where the block fails because `device` is lost, MemoryTooSmallError where memory ran out that
+    smaller parts of a batch did not give back; any other error is raised as it is."""
     try:
         yield
     except RuntimeError as error:
+        told = f"{_first_line(error)} ({where(error)})"
+        if is_out_of_memory(error):
+            raise MemoryTooSmallError(
+                f"the memory of {device} ran out beside a step's own: {told}. Free it of other work, or in the site "
+                "file lower micro_batch or set cuda_graphs to false"
+            ) from None
         if not is_lost(error, device):
             raise
-        told = f"{device} was lost in mid-round: {_first_line(error)} ({where(error)})"
-        raise DeviceError(told) from None
+        raise DeviceError(f"{device} was lost in mid-round: {told}") from None
 
 
 def is_lost(error: RuntimeError, device: torch.device) -> bool:

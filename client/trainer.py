@@ -17,7 +17,7 @@ from client.devices import run_team
 from client.execution import devices_for, learner_for
 from client.feedback import with_feedback
 from client.held_out import measured
-from client.lost_device import is_lost, told_as_lost
+from client.lost_device import is_lost, told_by_kind
 from client.own_model import keep_own_model, take_own_head_
 from client.patient_draws import PatientDraw, PatientDraws
 from client.site import Site
@@ -111,7 +111,7 @@ def _trained(site: Site, request: TrainRequest, devices: Sequence[torch.device])
 
 
 def _train_here(site: Site, request: TrainRequest, device: torch.device) -> TrainReply | None:
-    with told_as_lost(device):
+    with told_by_kind(device):
         return train(site, request, device=device, team=Alone())
 
 

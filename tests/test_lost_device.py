@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from client import patient_draws, trainer
 from client import watch as watching
 from client.app import _or_refusal
-from client.lost_device import is_lost, told_as_lost
+from client.lost_device import is_lost, told_by_kind
 from client.patient_draws import PatientDraw, _Drawn
 from client.site_state import Remembered
 from client.trainer import run_round
@@ -27,7 +27,7 @@ from tests.test_held_out import AUC, PICTURES, known_hospital, validated
 from tests.test_trainer import first_round, site_with_pictures, watched
 from unimiss_core import progress
 from unimiss_core.device import devices_of
-from unimiss_core.errors import DeviceError
+from unimiss_core.errors import DeviceError, MemoryTooSmallError
 from unimiss_core.learner import Learner
 from unimiss_core.wire import Refusal
 
@@ -48,14 +48,16 @@ def raising(error: Exception) -> object:
 
 
 def test_an_error_of_the_device_is_a_lost_one_and_memory_that_ran_out_is_not() -> None:
-    with pytest.raises(DeviceError) as told, told_as_lost(GPU):
+    with pytest.raises(DeviceError) as told, told_by_kind(GPU):
         raise ECC
     assert str(told.value).startswith("cuda:0 was lost in mid-round: CUDA error: uncorrectable ECC error encountered")
     assert not {"/opt", "debugging"} & set(str(told.value).replace("/x", " ").split())
-    for error in (FULL, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes"), ValueError("x")):
-        with pytest.raises(type(error)) as passed, told_as_lost(GPU):
+    full = r"memory of cuda:0 ran out beside a step's own: CUDA .*micro_batch"
+    for error in (FULL, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes")):
+        with pytest.raises(MemoryTooSmallError, match=full), told_by_kind(GPU):
             raise error
-        assert passed.value is error
+    with pytest.raises(ValueError, match="x"), told_by_kind(GPU):
+        raise ValueError("x")
 
 
 def test_where_a_library_merely_failed_the_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +177,7 @@ import ctypes, sys
 from concurrent.futures import ThreadPoolExecutor
 from client import watch
 from flwr.supercore.exit import ExitCode, flwr_exit
-from unimiss_core.errors import DeviceError
+from unimiss_core.errors import DeviceError, MemoryTooSmallError
 sleep = ctypes.CDLL(None).sleep
 
 def hang():

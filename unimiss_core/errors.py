@@ -104,7 +104,7 @@ class DeviceError(UnimissError):
 
 
 class MemoryTooSmallError(UnimissError):
-    """A device cannot hold a training step on a single scan; nothing was changed by it."""
+    """A device cannot hold a training step on a single scan, or what goes with it; nothing was changed by it."""
 
 
 class ExportError(UnimissError):
