@@ -147,7 +147,7 @@ def _cases_by_rank(options: argparse.Namespace) -> Iterator[list[Case]]:
             for variant, precision, switches in product(variants, precisions, ways)
             if options.precision or (variant, precision) != ("naive", "bf16")  # the baseline is float32
             if variant == "fast" or switches == WHOLE
-            if not gpu or precision == precisions[-1] or switches == WHOLE  # there it takes a minute to compile
+            if not gpu or precision == precisions[-1] or switches == WHOLE  # there it takes minutes to compile
         ]
         yield [_with_largest_batch(case) for case in cases] if options.largest else cases
         if options.profile:
@@ -225,8 +225,8 @@ def _operations(case: Case) -> float:
     """Counted on tensors without values, for seconds."""
     study = _study(case)
     student, teacher = build_network(study.model, seed=0), build_network(study.model, seed=0).requires_grad_(False)
-    counter = FlopCounterMode(display=False)
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    counter = FlopCounterMode(display=False)
     with shapes, sdpa_kernel(SDPBackend.MATH), counter:  # of fused attention some backends are not counted
         objective = build_objective(study)
         centre = new_centre(objective.representations(case.rank), student.head.prototypes.weight.shape[1], CPU)

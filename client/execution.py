@@ -13,7 +13,7 @@ import torch
 from client.site_config import SiteConfig
 from client.telling import tell
 from unimiss_core import durable
-from unimiss_core.device import devices_of, gpu_obstacles, memory_of
+from unimiss_core.device import devices_of, left_unused, memory_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
@@ -60,10 +60,8 @@ def look_over(config: SiteConfig) -> None:
     Raises ConfigError: a device is not on this machine.
     """
     devices = devices_for(config)
-    if config.devices == ("auto",):
-        for gpu, why in gpu_obstacles().items():
-            if why is not None:
-                tell(config.name, f"devices: auto leaves {gpu} unused: {why}")
+    for gpu, why in left_unused(config.devices).items():
+        tell(config.name, f"devices: auto leaves {gpu} unused: {why}")
     slow = [device for device in dict.fromkeys(devices) if config.precision == "bf16" and is_slow_in_bf16(device)]
     for device in slow:
         tell(config.name, f"precision: bf16 is slow on {_SLOW_IN_WORDS[device.type].format(device)}")

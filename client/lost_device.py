@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from unimiss_core.device import is_out_of_memory
-from unimiss_core.errors import DeviceError, MemoryTooSmallError, where
+from unimiss_core.errors import DeviceError, MemoryTooSmallError, first_line, where
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def told_by_kind(device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told = f"{_first_line(error)} ({where(error)})"
+        told = f"{first_line(error)} ({where(error)})"
         if is_out_of_memory(error):
             raise MemoryTooSmallError(
                 f"the memory of {device} ran out beside a step's own: {told}. Free it of other work, or in the site "
@@ -43,9 +43,3 @@ def is_lost(error: RuntimeError, device: torch.device) -> bool:
     except RuntimeError as answer:
         return not is_out_of_memory(answer)
     return False
-
-
-def _first_line(error: RuntimeError) -> str:
-    """torch's own words, of devices and sums; the lines after it are advice. No word that may be a path."""
-    line = next(iter(str(error).splitlines()), "")
-    return " ".join(word for word in line.split() if "/" not in word and "\\" not in word)[:300]

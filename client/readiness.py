@@ -20,7 +20,7 @@ from client.reachability import Reached, reach
 from client.site_config import SiteConfig
 from unimiss_core import bundle
 from unimiss_core.certificates import days_left, read_certificate
-from unimiss_core.device import devices_of, gpu_obstacles, memory_of
+from unimiss_core.device import devices_of, left_unused, memory_of
 from unimiss_core.errors import AuditError, ConfigError
 
 Mark = Literal["good", "warning", "bad"]
@@ -105,10 +105,8 @@ def _devices(site: SiteConfig) -> Iterator[Point]:
     except ConfigError as error:
         yield Point("bad", "devices", str(error))
         return
-    if site.devices == ("auto",):
-        for gpu, why in gpu_obstacles().items():
-            if why is not None:
-                yield Point("warning", f"device {gpu}", f"stays unused: {why}")
+    for gpu, why in left_unused(site.devices).items():
+        yield Point("warning", f"device {gpu}", f"stays unused: {why}")
     for device in dict.fromkeys(devices):
         if device.type != "cuda":
             yield Point("good", f"device {device}", "trains; a GPU would be many times as fast")

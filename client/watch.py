@@ -10,11 +10,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from datetime import timedelta
 from threading import Lock, Thread
 from typing import TypeVar
 
+from client.interpreter import leave_no_core_file
 from unimiss_core import progress
 from unimiss_core.errors import DeviceError
 from unimiss_core.scan import Rank
@@ -107,7 +107,7 @@ class Watch:
 def watched(work: Callable[[], T], watch: Watch) -> T:
     """`work()`, in a thread of its own. Raises as that does, and DeviceError where it is silent for too long: then it
     is left where it hangs, and this process must end soon (`is_of_one_message`)."""
-    _leave_no_core()
+    leave_no_core_file()  # a thread that is left behind may abort this process
     future = Future[T]()
     Thread(target=_do, args=[work, watch, future], daemon=True).start()
     try:
@@ -120,14 +120,6 @@ def watched(work: Callable[[], T], watch: Watch) -> T:
             wait([future], LEAVES_WITHIN_S)
         raise
     return future.result()
-
-
-def _leave_no_core() -> None:
-    """Of this process: a thread that is left behind may abort it, and a core file would hold pixels."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _do(work: Callable[[], T], watch: Watch, future: Future[T]) -> None:

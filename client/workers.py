@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from client.interpreter import Interpreter
+from client.interpreter import Interpreter, leave_no_core_file
 from unimiss_core.errors import ScanError
 
 Task = TypeVar("Task")
@@ -144,7 +144,7 @@ def _serve(channel: Connection) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold pixels
+    leave_no_core_file()
     with contextlib.suppress(EOFError, OSError):
         function = channel.recv()
         while True:

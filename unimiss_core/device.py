@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from unimiss_core.errors import ConfigError
+from unimiss_core.errors import ConfigError, first_line
 
 if TYPE_CHECKING:  # it takes seconds to import, and most who read a site file only have its names checked
     import torch
@@ -67,6 +67,11 @@ def devices_of(names: Sequence[str]) -> "list[torch.device]":
     return [torch.device(gpu) for gpu in asked]
 
 
+def left_unused(names: Sequence[str]) -> dict[str, str]:
+    """GPUs that `auto` leaves, with why; none where devices are named."""
+    return {gpu: why for gpu, why in gpu_obstacles().items() if why is not None} if tuple(names) == ("auto",) else {}
+
+
 def gpu_obstacles(asked: Collection[str] | None = None) -> dict[str, str | None]:
     """Each GPU that the driver counts -> in words why torch cannot use it, None where it can.
 
@@ -89,7 +94,7 @@ def _obstacle(gpu: str) -> str | None:
     try:
         capability = torch.cuda.get_device_capability(gpu)
     except _no_answer() as error:
-        return f"it does not answer ({_first_line(error)}); see nvidia-smi"
+        return f"it does not answer ({first_line(error)}); see nvidia-smi"
     has = torch.cuda.get_arch_list()
     if runs_on(capability, has):
         return None
@@ -126,7 +131,7 @@ def memory_of(device: "torch.device") -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(device)
     except _no_answer() as error:
         raise ConfigError(
-            f"{device} cannot be used ({_first_line(error)}); nvidia-smi shows what it lacks, or who holds it"
+            f"{device} cannot be used ({first_line(error)}); nvidia-smi shows what it lacks, or who holds it"
         ) from None
     return free, total
 
@@ -137,11 +142,6 @@ def _no_answer() -> tuple[type[Exception], ...]:
     import torch
 
     return RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError
-
-
-def _first_line(error: Exception) -> str:
-    """Torch's words, of devices alone; below them stand its advice and places in its source."""
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -155,4 +155,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     by_kind = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch need not be loaded
-    return by_kind or _OUT_OF_MEMORY.search(str(error).strip().partition("\n")[0]) is not None
+    return by_kind or _OUT_OF_MEMORY.search(first_line(error)) is not None

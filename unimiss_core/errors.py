@@ -139,3 +139,10 @@ def where(error: BaseException) -> str:
     """Kind and place of an error without its text, which could hold a path or an identifier."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+
+
+def first_line(error: BaseException) -> str:
+    """A library's own words, of devices and sums, without any that may be a path; its kind where it has none. Lines
+    after the first are advice, and places in its source."""
+    line = str(error).strip().partition("\n")[0]
+    return " ".join(word for word in line.split() if "/" not in word and "\\" not in word)[:300] or type(error).__name__

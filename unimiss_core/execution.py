@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unimiss_core.backbone import Backbone
 from unimiss_core.device import is_out_of_memory
+from unimiss_core.errors import first_line
 from unimiss_core.layers import Block, ConvBlock
 from unimiss_core.scan import Rank
 
@@ -107,5 +108,4 @@ def out_of_memory_by_its_name() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        told = str(error).strip().partition("\n")[0][:200]
-        raise torch.OutOfMemoryError(f"out of memory, told by a library: {told}") from None
+        raise torch.OutOfMemoryError(f"out of memory, told by a library: {first_line(error)}") from None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from unimiss_core.network import below, check_tensors, load_tensors_, tensors_of
 from unimiss_core.objective import Loss, PiecewiseObjective, move_centre, new_centre, weighted_sum
 from unimiss_core.objectives import build_objective, has_teacher
 from unimiss_core.proximal import ProximalTerm
-from unimiss_core.scan import Rank
+from unimiss_core.scan import RANKS, Rank
 from unimiss_core.schedule import teacher_momentum
 from unimiss_core.step_graphs import StepGraphs
 from unimiss_core.step_report import StepReport as StepReport
@@ -93,7 +94,9 @@ class Learner:
         # Kept, for going through the modules takes milliseconds, in which a GPU would wait.
         self._parameters = dict(self.student.named_parameters())
         self._of_teacher = {} if self.teacher is None else dict(self.teacher.named_parameters())
-        self._followed: dict[Rank, tuple[list[Tensor], list[Tensor]]] = {}
+        self._followed = {
+            rank: [name for name in self._of_teacher if group_of(name) in groups_of_ranks({rank})] for rank in RANKS
+        }
         self.objective = build_objective(study)
         self._staying = staying_names(study, tensors_of(self.student))
         bottleneck = self.student.backbone.architecture.bottleneck
@@ -309,12 +312,11 @@ class Learner:
         while True:
             try:
                 return self._graphs.take(
-                    self._gather_gradients,
-                    views,
                     rank,
-                    share,
-                    launch=self._gather_or_stop_compiling,
-                    circumstances=(self.micro_batch.get(rank), *(each.data_ptr() for each in self.centre.values())),
+                    partial(self._gather_gradients, rank=rank, share=share),
+                    views,
+                    launch=partial(self._gather_or_stop_compiling, rank=rank, share=share),
+                    circumstances=(share, self.micro_batch.get(rank), *(c.data_ptr() for c in self.centre.values())),
                     tell=self._tell,
                 )
             except torch.OutOfMemoryError:
@@ -413,15 +415,10 @@ class Learner:
 
     @torch.no_grad()
     def _move_teacher(self, rank: Rank, momentum: float) -> None:
-        if rank not in self._followed:
-            groups = groups_of_ranks({rank})
-            names = [name for name in self._of_teacher if group_of(name) in groups]
-            self._followed[rank] = (
-                [self._of_teacher[name] for name in names],
-                [self._parameters[name] for name in names],
-            )
-        teachers, students = self._followed[rank]
-        if teachers:
+        names = self._followed[rank]
+        if names:
+            teachers: list[Tensor] = [self._of_teacher[name] for name in names]
+            students: list[Tensor] = [self._parameters[name] for name in names]
             torch._foreach_lerp_(teachers, students, 1.0 - momentum)
 
     def _identity(self) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from unimiss_core.errors import first_line
 from unimiss_core.scan import Rank
 
 T = TypeVar("T")
-Gather = Callable[[Tensor, Rank, float], T]
+Gather = Callable[[Tensor], T]
 
 _one_at_a_time = Lock()
 """A process has one recording at a time, whichever thread makes it."""
@@ -60,30 +61,29 @@ class StepGraphs(Generic[T]):
 
     def take(
         self,
+        rank: Rank,
         gather: Gather[T],
         views: Tensor,
-        rank: Rank,
-        share: float,
         *,
         launch: Gather[T],
         circumstances: Hashable,
         tell: Callable[[str], None],
     ) -> T:
-        """`gather(views, rank, share)`, which gives parameters their gradients and returns what else was found, all of
-        it without graph; it may read nothing back from the GPU.
+        """`gather(views)`, which gives parameters their gradients and returns what else was found, all of it without
+        graph; it may read nothing back from the GPU.
 
         launch: the same as it is done without recording, with whatever help it then has. circumstances: what else
         decides what is done, and where that lies which is not always changed in place. tell: hears in a sentence why
         there is no recording any more. Raises whatever `launch` does.
         """
-        key = (views.shape, views.dtype, share, circumstances)
-        if self.on and self._met.get(rank) == key and (recorded := self._of(key, gather, views, rank, share, tell)):
+        key = (views.shape, views.dtype, circumstances)
+        if self.on and self._met.get(rank) == key and (recorded := self._of(rank, key, gather, views, tell)):
             recorded.views.copy_(views, non_blocking=True)
             recorded.graph.replay()
             for parameter, gradient in recorded.gradients:
                 parameter.grad = gradient
             return recorded.found
-        found = launch(views, rank, share)
+        found = launch(views)
         self._met[rank] = key  # a first time also loads kernels, which no recording may do
         return found
 
@@ -93,8 +93,9 @@ class StepGraphs(Generic[T]):
             return False
         if self._had_to_go:
             self._give_up("out of memory beside recorded steps: going on without these", tell)
-        self._had_to_go = True
-        self.release()
+        else:
+            self._had_to_go = True
+            self.release()
         return True
 
     def release(self) -> None:
@@ -105,7 +106,7 @@ class StepGraphs(Generic[T]):
         torch.cuda.empty_cache()
 
     def _of(
-        self, key: Hashable, gather: Gather[T], views: Tensor, rank: Rank, share: float, tell: Callable[[str], None]
+        self, rank: Rank, key: Hashable, gather: Gather[T], views: Tensor, tell: Callable[[str], None]
     ) -> _Recorded[T] | None:
         """The recording of this key, made where there is none; None where that fails."""
         if (recorded := self._recorded.get(rank)) and recorded.key == key:
@@ -113,16 +114,16 @@ class StepGraphs(Generic[T]):
         self._recorded.pop(rank, None)
         try:
             with _one_at_a_time, torch.cuda.device(views.device):
-                self._recorded[rank] = recorded = self._record(key, gather, views, rank, share)
+                self._recorded[rank] = recorded = self._record(key, gather, views)
             return recorded
         except Exception as error:
             if not isinstance(error.__context__ or error, Exception):  # torch's own came over somebody's Ctrl-C
                 raise
-            told = f"{type(error).__name__}: {error}".split("\n")[0]
-        self._give_up(f"a step could not be recorded, going on without that: {told[:300]}", tell)
+            told = f"{type(error).__name__}: {first_line(error)}"
+        self._give_up(f"a step could not be recorded, going on without that: {told}", tell)
         return None
 
-    def _record(self, key: Hashable, gather: Gather[T], views: Tensor, rank: Rank, share: float) -> _Recorded[T]:
+    def _record(self, key: Hashable, gather: Gather[T], views: Tensor) -> _Recorded[T]:
         """Nothing is computed. Raises whatever comes; what torch then leaves as it was within is put right here."""
         if not self._recorded:  # or there would be memory that no recording holds, which torch refuses to use again
             # Memory is of a stream; torch's own stream for this is of the device on which the process recorded first.
@@ -135,7 +136,7 @@ class StepGraphs(Generic[T]):
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "The CUDA Graph is empty")
                 with recording:
-                    found = gather(place, rank, share)
+                    found = gather(place)
         except BaseException:
             torch.cuda.set_stream(before)  # that of the recording is current still,
             with suppress(RuntimeError):  # and before torch 2.12 its memory is where all is allocated, for ever
