@@ -3,9 +3,10 @@
     python -m benchmarks.federated_recipe --seeds 0 1 2 --threads 1 --json FILE
 
 Each seed is simulated as `unimiss-simulate` does it, in this process, and its teacher is probed before and after as in
-`benchmarks.recipe`; beside it, unless `--no-central`, one learner takes as many steps on all sites' scans together.
+`benchmarks.recipe`; beside it, unless `--no-central`, one learner takes as many steps on all sites' scans together, and
+with `--alone` each site does so on its own scans, as a federation of itself: what it would have without the others.
 Printed: of every site what its targets tell in the last round (shares of log K), each task's floor, AUC and gain of
-both, and what the project asks of the federation with PASS or FAIL. `--set a.b=VALUE` changes the study.
+all, and what the project asks of the federation with PASS or FAIL. `--set a.b=VALUE` changes the study.
 """
 
 import argparse
@@ -50,24 +51,31 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     changes = dict(_change(text) for text in options.set)
-    runs, central = [], []
+    runs: list[Run] = []
+    central: list[Run] = []
+    alone: dict[str, list[Run]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tasks: dict[str, Task] = {}
         for seed in options.seeds:
             folder = (options.out or Path(scratch)) / f"seed-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            spent = _simulate(_simulation(seed, changes, options.data), folder)
+            simulation = _simulation(seed, changes, options.data)
+            spent = _simulate(simulation, folder)
             study = load(StudyConfig, folder / "study.yaml")
             tasks = tasks or {name: task(name, options.data, study) for name in TASKS}
             runs.append(_result(folder, study, tasks, spent))
+            for site in simulation["sites"] if options.alone else ():
+                of_site = folder.with_name(f"{folder.name}-{site['name']}")
+                spent = _simulate(_of_one_site(simulation, site), of_site)
+                alone.setdefault(site["name"], []).append(_result(of_site, study, tasks, spent))
             if options.central:
                 library = open_library(pooled(options.data, Path(scratch) / "pooled"), study.plan)
                 central.append(train_pooled(study, library, tasks))
         floors = {name: auc_of(each.floor()) for name, each in tasks.items()}
-    print("\n".join([*_lines(runs, central, floors), *verdict_lines(runs, MOST_CPU_MIN)]))
+    print("\n".join([*_lines(runs, central, alone, floors), *verdict_lines(runs, MOST_CPU_MIN)]))
     if options.json:
         content = {"changes": changes, "floors": floors, "federated": [asdict(run) for run in runs]}
         content |= {"central": [asdict(run) for run in central]}
+        content |= {"alone": {site: [asdict(run) for run in of_site] for site, of_site in alone.items()}}
         options.json.write_text(json.dumps(content, indent=2))
 
 
@@ -78,6 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="change a setting of the study")
     parser.add_argument("--no-central", dest="central", action="store_false", help="without the central runs")
+    parser.add_argument("--alone", action="store_true", help="with each site by itself, too")
     parser.add_argument("--out", type=Path, help="keep the runs' folders here")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -103,8 +112,13 @@ def _simulation(seed: int, changes: Mapping[str, Any], data: Path) -> dict[str, 
     return raw
 
 
+def _of_one_site(simulation: Mapping[str, Any], site: Mapping[str, Any]) -> dict[str, Any]:
+    return {**simulation, "sites": [site], "quorum": {"min_sites": 1, "min_replies": 1}}
+
+
 def _simulate(simulation: Mapping[str, Any], folder: Path) -> tuple[float, float]:
     """Run it into `folder`; (processor, wall) seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "simulation.yaml"
     path.write_text(yaml.safe_dump(dict(simulation)), encoding="utf-8")
     began, cpu = time.monotonic(), time.process_time()
@@ -131,12 +145,17 @@ def _result(folder: Path, study: StudyConfig, tasks: Mapping[str, Task], spent: 
     )
 
 
-def _lines(runs: list[Run], central: list[Run], floors: Mapping[str, float]) -> Iterator[str]:
+def _lines(
+    runs: list[Run], central: list[Run], alone: Mapping[str, list[Run]], floors: Mapping[str, float]
+) -> Iterator[str]:
     yield "federated"
     yield from gain_lines(runs, floors)
     if central:
         yield "central, as many steps on all scans together"
         yield from gain_lines(central, floors)
+    for site, of_site in alone.items():
+        yield f"{site} alone, as many rounds"
+        yield from gain_lines(of_site, floors)
 
 
 if __name__ == "__main__":
