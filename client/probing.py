@@ -9,7 +9,7 @@ encoders are judged on the same patients, so that a difference is not their luck
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,27 +52,17 @@ _JUDGES = {"linear": "linear probe", "neighbours": "nearest neighbours"}
 
 @dataclass
 class Seen:
-    """All scans of one rank: what is known of them, and what each encoder says."""
+    """A scan: what is known of it, and what each encoder says."""
 
-    labels: list[tuple[str, ...]] = field(default_factory=list)
-    patients: list[str] = field(default_factory=list)
-    scored: list[bool] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    labels: tuple[str, ...]
+    patient: str
+    is_scored: bool
+    key: str
     """`content_key` of the prepared values."""
-    features: dict[str, list[Features]] = field(default_factory=dict)
-    """Name of an encoder -> batches (n, E)."""
-    scans: list[NDArray[np.float16]] = field(default_factory=list)
-    """Batches (n, C, *S), where they are asked for."""
-
-    def drop(self, places: Collection[int]) -> None:
-        """Leave out the scans at these places."""
-        kept = [place for place in range(len(self.labels)) if place not in places]
-        self.labels = [self.labels[place] for place in kept]
-        self.patients = [self.patients[place] for place in kept]
-        self.scored = [self.scored[place] for place in kept]
-        self.keys = [self.keys[place] for place in kept]
-        self.features = {name: [np.concatenate(batches)[kept]] for name, batches in self.features.items()}
-        self.scans = [np.concatenate(self.scans)[kept]] if self.scans else []
+    features: dict[str, Features] = field(default_factory=dict)
+    """Name of an encoder -> (E,)."""
+    values: NDArray[np.float16] | None = None
+    """(C, *S), where they are asked for."""
 
 
 def run_probe(
@@ -109,7 +99,7 @@ def run_probe(
         _write_set(set_out, source, seen)
     taught = {"taught_by_labels": beginning.is_taught}
     told = [
-        _judged(question, rank, [labels[place] for labels in found.labels], found, source.classes) | taught
+        _judged(question, rank, [scan.labels[place] for scan in found], found, source.classes) | taught
         for rank, found in sorted(seen.items())
         for place, question in enumerate(source.questions)
     ]
@@ -133,9 +123,9 @@ def _beginning(checkpoint: str, study: Path | None, key: Path | None) -> Beginni
 
 def _look(
     source: Source, beginning: Beginning, encoders: Mapping[str, Backbone], batch: int, *, keeps_scans: bool
-) -> dict[Rank, Seen]:
+) -> dict[Rank, list[Seen]]:
     """Rank -> its scans. Raises NoUsableScanError: there is none."""
-    seen: dict[Rank, Seen] = {}
+    seen: dict[Rank, list[Seen]] = {}
     waiting: dict[Rank, list[NDArray[np.float32]]] = {}
     left_out, kinds = Counter[str](), Counter[Modality]()
     for known in source.scans(beginning.plan, beginning.modality):
@@ -145,21 +135,16 @@ def _look(
         except ScanError as error:
             left_out[error.reason] += 1
             continue
-        found = seen.setdefault(rank, Seen())
         kinds[known.scan.modality] += 1
-        found.labels.append(known.labels)
-        found.patients.append(known.patient)
-        found.scored.append(known.is_scored)
-        found.keys.append(content_key(x))
+        seen.setdefault(rank, []).append(Seen(known.labels, known.patient, known.is_scored, content_key(x)))
         waiting.setdefault(rank, []).append(x)
         if len(waiting[rank]) == batch:
-            _embed(found, waiting.pop(rank), encoders, keeps_scans=keeps_scans)
+            _embed(seen[rank][-batch:], waiting.pop(rank), encoders, keeps_scans=keeps_scans)
     for rank, held in waiting.items():
-        _embed(seen[rank], held, encoders, keeps_scans=keeps_scans)
-    for found in seen.values():
-        copies = _teaching_copies(found)
-        found.drop(copies)
-        left_out["duplicate"] += len(copies)
+        _embed(seen[rank][-len(held) :], held, encoders, keeps_scans=keeps_scans)
+    for rank, found in seen.items():
+        seen[rank] = _without_teaching_copies(found)
+        left_out["duplicate"] += len(found) - len(seen[rank])
     for reason, count in sorted((+left_out).items()):
         progress.report(progress.Note(f"left out: {count} {reason}: {REASONS[reason]}"))
     if source.way_to_name is not None and beginning.modality is None:
@@ -169,43 +154,48 @@ def _look(
     return seen
 
 
-def _teaching_copies(found: Seen) -> set[int]:
-    """Places of scans that would teach a model what it is judged by, under another name: by a split those that teach,
+def _without_teaching_copies(found: Sequence[Seen]) -> list[Seen]:
+    """All but scans that would teach a model what it is judged by, under another name: by a split those that teach,
     without one all but the first patient's."""
-    if any(found.scored):
-        judged = {key for key, scored in zip(found.keys, found.scored, strict=True) if scored}
-        return {place for place, key in enumerate(found.keys) if key in judged and not found.scored[place]}
+    if any(scan.is_scored for scan in found):
+        judged = {scan.key for scan in found if scan.is_scored}
+        return [scan for scan in found if scan.is_scored or scan.key not in judged]
     first: dict[str, str] = {}
-    named = enumerate(zip(found.keys, found.patients, strict=True))
-    return {place for place, (key, patient) in named if first.setdefault(key, patient) != patient}
+    return [scan for scan in found if first.setdefault(scan.key, scan.patient) == scan.patient]
 
 
 def _embed(
-    found: Seen, held: Sequence[NDArray[np.float32]], encoders: Mapping[str, Backbone], *, keeps_scans: bool
+    found: Sequence[Seen],
+    held: Sequence[NDArray[np.float32]],
+    encoders: Mapping[str, Backbone],
+    *,
+    keeps_scans: bool,
 ) -> None:
+    """Features of scans whose prepared values are `held`, into these."""
     x = torch.from_numpy(np.stack(held))
-    for name, encoder in encoders.items():
-        found.features.setdefault(name, []).append(embed(encoder, x).numpy())
-    found.features.setdefault(PIXELS, []).append(bare_pixels(x))
-    if keeps_scans:
-        found.scans.append(x.numpy().astype(np.float16))
+    batches = {name: embed(encoder, x).numpy() for name, encoder in encoders.items()} | {PIXELS: bare_pixels(x)}
+    for place, scan in enumerate(found):
+        scan.features = {name: batch[place] for name, batch in batches.items()}
+        if keeps_scans:
+            scan.values = held[place].astype(np.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
 def _judged(
-    question: str, rank: Rank, labels: Sequence[str], found: Seen, classes: Sequence[str] | None
+    question: str, rank: Rank, labels: Sequence[str], found: Sequence[Seen], classes: Sequence[str] | None
 ) -> dict[str, Any]:
     """Figures of one question: judge -> encoder -> figure, each with its interval."""
     there = [name for name in classes or sorted(set(labels)) if name in labels]
-    named = [] if _look_like_patients(labels, found.patients) else there
+    patients = [scan.patient for scan in found]
+    named = [] if _look_like_patients(labels, patients) else there
     place = {name: f"{number:03}" for number, name in enumerate(there)}  # `probe` takes classes in the order of texts
-    known = np.array([place[label] for label in labels]), np.array(found.patients)
-    scored = np.array(found.scored) if any(found.scored) else None
+    known = np.array([place[label] for label in labels]), np.array(patients)
+    scored = np.array([scan.is_scored for scan in found]) if any(scan.is_scored for scan in found) else None
     judges: dict[str, dict[str, Probe]] = {name: {} for name in _JUDGES}
-    for name, batches in found.features.items():
-        features = np.concatenate(batches)
+    for name in found[0].features:
+        features = np.stack([scan.features[name] for scan in found])
         judges["linear"][name] = probe(features, *known, scored=scored)
         judges["neighbours"][name] = neighbours(features, *known, scored=scored)
     one = judges["linear"][THIS]
@@ -213,7 +203,7 @@ def _judged(
         "question": question,
         "rank": rank,
         "scans": len(labels),
-        "patients": len(set(found.patients)),
+        "patients": len(set(patients)),
         "judged": len(one.labels),
         "classes": {name: labels.count(name) for name in named},
         "reason": one.reason or None,
@@ -310,13 +300,13 @@ def _cell(figure: merit.Figure, *, signed: bool) -> str:
     return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
-def _write_set(path: Path, source: Source, seen: Mapping[Rank, Seen]) -> None:
+def _write_set(path: Path, source: Source, seen: Mapping[Rank, Sequence[Seen]]) -> None:
     """The prepared scans as a coordinator takes them, patients as numbers. Raises ConfigError: more than one set."""
     if len(seen) > 1 or len(source.questions) > 1:
         raise ConfigError("--set-out: a set is of one rank, and asks one thing; give --data that holds no more")
     ((_, found),) = seen.items()
-    _, patients = np.unique(np.array(found.patients), return_inverse=True)
+    _, patients = np.unique(np.array([scan.patient for scan in found]), return_inverse=True)
     packed = io.BytesIO()
-    labels = np.array([labels[0] for labels in found.labels])
-    np.savez(packed, scans=np.concatenate(found.scans), labels=labels, patients=patients)
+    scans = np.stack([scan.values for scan in found if scan.values is not None])
+    np.savez(packed, scans=scans, labels=np.array([scan.labels[0] for scan in found]), patients=patients)
     durable.write_bytes(path, packed.getvalue())
