@@ -39,17 +39,12 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The batches of one site, as one process of `team` sees them.
-
-    On a GPU they are drawn on a stream of their own: on the one of a step that is being taken, what is copied there
-    would come after the whole of it, and nothing would be drawn ahead.
-    """
+    """The batches of one site, as one process of `team` sees them."""
 
     def __init__(self, site: Site, team: Team, device: torch.device) -> None:
         self._site = site
         self._team = team
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def draw(self, step: int, attempt: int = 0) -> Batch:
         """The batch of a global step. attempt: counts the batches that were drawn for this step before."""
@@ -59,9 +54,7 @@ class Batches:
         generator = generator_for(study.seed, self._site.config.name, *place)
         scans = sample(library.of_rank(rank), study.batch, rank, generator)
         part = part_of(self._team, len(scans))
-        with _done_on(self._stream):
-            views = draw_views(scans, study, generator, self._device, part=part.scans)
-        return Batch(views, part.share)
+        return Batch(draw_views(scans, study, generator, self._device, part=part.scans), part.share)
 
     def drawn_ahead(self, steps: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Batch]]]:
         """(step, batch) of each step in turn; the next batch is drawn while the current one is trained on."""
@@ -81,18 +74,6 @@ def _in_turn(draw: Callable[[T], DrawnT], items: Sequence[T], ahead: ThreadPoolE
         drawn = draw(item) if upcoming is None else upcoming.result()
         upcoming = ahead.submit(draw, items[index + 1]) if index + 1 < len(items) else None
         yield item, drawn
-
-
-@contextmanager
-def _done_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work within is done on this stream, and over at the end. What comes of it must be kept until whoever reads it on
-    another stream has waited for the device, as a step does: its memory goes back to this one."""
-    if stream is None:
-        yield
-        return
-    with torch.cuda.stream(stream):
-        yield
-        stream.synchronize()
 
 
 def sample(scans: Sequence[CachedScan], batch: BatchConfig, rank: Rank, generator: torch.Generator) -> list[CachedScan]:

@@ -207,6 +207,8 @@ def _join_team(place: _Place) -> None:
         world_size=len(place.devices),
         timeout=STALLED,
     )
+    # Processes meet at the first sum, for which NCCL takes hundreds of MB: before it is tried how many scans fit.
+    dist.all_reduce(torch.zeros(1, device=device))
 
 
 def _leave_with_parent(channel: Connection) -> None:

@@ -32,6 +32,10 @@ class Graph(TorchDispatchMode):
         super().__init__()
         self._done: list[tuple[Callable[..., Any], Any, Any, Any]] = []
         self.replays = 0
+        self.resets = 0
+
+    def reset(self) -> None:
+        self.resets += 1
 
     def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         outcome = operation(*args, **(kwargs or {}))
@@ -66,8 +70,9 @@ class Card:
         """Devices that were made current."""
         self.stream = "before"
         self.pools = self.streams = 0
-        self.ended: list[int] = []
-        """Pools that torch was told to leave."""
+        self.ended: list[tuple[str, object]] = []
+        """What torch was told to do with pools that are no more."""
+        self.segments: list[dict[str, object]] = []
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -90,9 +95,9 @@ class Card:
         self.streams += 1
         return f"recording {self.streams}"
 
-    def pool(self) -> int:
+    def pool(self) -> tuple[int, int]:
         self.pools += 1
-        return self.pools
+        return 0, self.pools
 
     def set_stream(self, stream: str) -> None:
         self.stream = stream
@@ -108,12 +113,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
         "device": made.device,
         "graph": made.recording,
         "graph_pool_handle": made.pool,
+        "memory_snapshot": lambda: made.segments,
         "set_stream": made.set_stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     for name, stand_in in {
-        "_cuda_endAllocateToPool": lambda _, pool: made.ended.append(pool),
-        "_cuda_releasePool": lambda _, pool: made.ended.append(pool),
+        "_cuda_endAllocateToPool": lambda _, pool: made.ended.append(("left", pool)),
+        "_cuda_releasePool": lambda _, pool: made.ended.append(("released", pool)),
     }.items():
         monkeypatch.setattr(torch._C, name, stand_in, raising=False)
     monkeypatch.setattr(Learner, "_keeps_apart", lambda *_: False)  # as on a GPU
@@ -229,8 +235,47 @@ def test_what_cannot_be_recorded_is_told_once_and_computed_as_written(
     ]
     assert card.recorded == []
     assert card.stream == "before"
-    assert card.ended == [1, 1]
+    assert card.ended == [("left", (0, 1))]
     assert held == [False]
+
+
+def test_the_memory_of_what_failed_is_counted_down_where_torch_does_not(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told by parts of it that are free and stay. What cuBLAS keeps there is none, nor is another's."""
+    for segments, ended in (
+        ([((0, 1), 0), ((0, 1), 32)], [("left", (0, 1)), ("released", (0, 1))]),
+        ([((0, 2), 32), ((0, 7), 0)], [("left", (0, 2))]),
+    ):
+        card.segments = [{"segment_pool_id": pool, "active_size": size} for pool, size in segments]
+        card.ended.clear()
+        ours, _ = pair()
+        failing_at(2, RuntimeError("no"), ours, monkeypatch)
+        taken(ours, BATCHES[:2])
+        assert card.ended == ended
+
+
+def test_the_cause_is_told_and_not_what_torch_raises_over_it(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = card.recording
+
+    @contextmanager
+    def ending_in_an_error_of_its_own(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with recording(*args, **kwargs):
+            try:
+                yield
+            except RuntimeError:
+                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 - as torch
+
+    monkeypatch.setattr(torch.cuda, "graph", ending_in_an_error_of_its_own)
+    ours, _ = pair()
+    told: list[str] = []
+    ours._tell = told.append
+    failing_at(2, RuntimeError("operation not permitted when stream is capturing"), ours, monkeypatch)
+    taken(ours, BATCHES[:2])
+    assert told == [
+        "a step could not be recorded, going on without that: RuntimeError: operation not permitted when stream is "
+        "capturing"
+    ]
 
 
 def test_a_recording_of_nothing_is_none(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +324,7 @@ def test_where_memory_runs_out_beside_recorded_steps_these_go_first_and_come_bac
         with monkeypatch.context() as patch:
             failing_at(call, full, ours, patch)
             assert taken(ours, batches) == taken(plain, batches)
-    assert [graph.replays for graph in card.recorded] == [1, 1, 2]
+    assert [graph.replays for graph in card.recorded] == [1, 1, 1]
     assert (card.pools, card.streams) == (2, 2)
     assert told == ["out of memory beside recorded steps: going on without these"]
     assert ours.micro_batch == {}
@@ -304,7 +349,46 @@ def test_memory_that_runs_out_after_the_gradients_is_made_too(graphs: list[Graph
     ours._proximal.pull_ = tight  # type: ignore[method-assign]
     assert ours.step(images(seed=2), step=2) == plain.step(images(seed=2), step=2)
     assert ours._graphs.on
-    assert len(graphs) == 1
+    assert graphs == []  # the step was launched
+
+
+def test_memory_that_is_there_only_without_recorded_steps_is_found(card: Card) -> None:
+    """The step that is taken again is launched, for one that was recorded would need as much again."""
+    ours, plain = pair()
+    told: list[str] = []
+    ours._tell = told.append
+    pull = ours._proximal.pull_
+
+    def tight(*args: Any) -> dict[str, Tensor]:
+        if ours._graphs.hold_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pull(*args)
+
+    ours._proximal.pull_ = tight  # type: ignore[method-assign]
+    batches = [images(seed=seed) for seed in range(5)]
+    assert taken(ours, batches) == taken(plain, batches)
+    assert_same(everything(ours), everything(plain))
+    assert told == ["out of memory beside recorded steps: going on without these"]
+    assert [graph.resets for graph in card.recorded] == [1, 1]
+
+
+def test_memory_that_runs_out_while_recording_beside_another_rank_ends_it_the_second_time(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, plain = pair()
+    told: list[str] = []
+    ours._tell = told.append
+    for learner in (ours, plain):
+        taken(learner, [images(), images(seed=1)])
+    for _ in range(2):
+        assert (ours._graphs.on, told) == (True, [])
+        ours._graphs._met.pop(3, None)
+        with monkeypatch.context() as patch:
+            failing_at(2, torch.OutOfMemoryError("CUDA out of memory"), ours, patch)
+            assert taken(ours, [volumes(), volumes(seed=1)]) == taken(plain, [volumes(), volumes(seed=1)])
+        assert taken(ours, [images()] * 2) == taken(plain, [images()] * 2)
+    assert told == ["a step could not be recorded, going on without that: OutOfMemoryError: CUDA out of memory"]
+    assert len(card.recorded) == 2
 
 
 @pytest.mark.usefixtures("graphs")

@@ -23,8 +23,9 @@ import pytest
 import torch
 
 from client import trainer
-from client.batches import Batch, Batches, _done_on, sample
+from client.batches import Batch, Batches, sample
 from client.cache import CachedScan
+from client.drawing import _done_on
 from client.pictures import write_png
 from client.site import Site
 from client.site_config import DataSource, SiteConfig
@@ -81,13 +82,20 @@ def test_what_is_drawn_on_a_stream_of_its_own_is_there_when_it_is_handed_over(mo
         yield
         seen.append("left")
 
+    @contextmanager
+    def current_device(device: object) -> Iterator[None]:
+        seen.append(f"on {device}")
+        yield
+        seen.append("back")
+
     monkeypatch.setattr(torch.cuda, "stream", current)
-    stream = Mock(synchronize=lambda: seen.append("waited"))
+    monkeypatch.setattr(torch.cuda, "device", current_device)
+    stream = Mock(device="cuda:1", synchronize=lambda: seen.append("waited"))
     with _done_on(stream):
         seen.append("drawn")
-    assert seen == ["entered", "drawn", "waited", "left"]
+    assert seen == ["on cuda:1", "entered", "drawn", "waited", "left", "back"]
     with _done_on(None):
-        assert len(seen) == 4
+        assert len(seen) == 6
 
 
 STUDY = small_study(3, batch={"images": 5})

@@ -292,19 +292,27 @@ class Learner:
 
     def _rehearse(self, rank: Rank, scans: int) -> None:
         """Gradients of random views, with room taken for all else that is there in a step: AdamW's moments, this
-        process's part of the batch, of the next one and of what a recorded step reads, and FedProx's copies.
+        process's part of the batch, of the next one and of what a recorded step reads, FedProx's copies, and of another
+        rank's recorded step the gradients and what it reads.
 
         Two parts are enough, and needed: the second finds the first's gradients in memory.
         """
-        shape = (self.most_scans(rank), *shape_of_views(self.study, rank))
-        batch = torch.rand(shape, generator=torch.Generator(self.device).manual_seed(0), device=self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        batch = torch.rand(self._shape_of_batch(rank), generator=generator, device=self.device)
         parameters = list(self._parameters.values())
         copied = [p for p in parameters if p not in self._optimiser.state] + parameters * (
             self.study.local.proximal > 0
         )
         room = [torch.empty_like(tensor) for tensor in (*copied, batch) for _ in range(2)]
+        for other in set(self.ranks) - {rank} if self._graphs.on else ():
+            room += [torch.empty_like(parameter) for parameter in parameters]
+            room.append(torch.empty(self._shape_of_batch(other), device=self.device))
         self._gather_gradients(batch[:scans], rank, 1.0)
         del room
+
+    def _shape_of_batch(self, rank: Rank) -> tuple[int, ...]:
+        """Of the views that this process has of a step."""
+        return (self.most_scans(rank), *shape_of_views(self.study, rank))
 
     def _gather_in_parts_that_fit(self, views: Tensor, rank: Rank, share: float) -> Gathered:
         """`_gather_gradients`, again in halved parts while memory runs out. Nothing but gradients has changed by then,

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from unimiss_core.device import is_out_of_memory
 from unimiss_core.errors import first_line
 from unimiss_core.scan import Rank
 
@@ -94,33 +95,52 @@ class StepGraphs(Generic[T]):
         if self._had_to_go:
             self._give_up("out of memory beside recorded steps: going on without these", tell)
         else:
-            self._had_to_go = True
-            self.release()
+            self._go_for_now()
         return True
 
     def release(self) -> None:
         """Give the device's memory back, and gradients with it. The next step of a rank is recorded anew."""
-        self._recorded.clear()
+        for rank in tuple(self._recorded):
+            self._drop(rank)
         for parameter in self._parameters:
             parameter.grad = None
         torch.cuda.empty_cache()
+
+    def _drop(self, rank: Rank) -> None:
+        self._recorded.pop(rank).graph.reset()  # or its memory would be used as long as anybody holds the graph
+
+    def _go_for_now(self) -> None:
+        """Recorded steps go, and the next step of each rank is launched: one that was recorded at once would need as
+        much memory again."""
+        self._had_to_go = True
+        self._met.clear()
+        self.release()
 
     def _of(
         self, rank: Rank, key: Hashable, gather: Gather[T], views: Tensor, tell: Callable[[str], None]
     ) -> _Recorded[T] | None:
         """The recording of this key, made where there is none; None where that fails."""
-        if (recorded := self._recorded.get(rank)) and recorded.key == key:
-            return recorded
-        self._recorded.pop(rank, None)
+        if rank in self._recorded:
+            if self._recorded[rank].key == key:
+                return self._recorded[rank]
+            self._drop(rank)
+        others = bool(self._recorded)
         try:
             with _one_at_a_time, torch.cuda.device(views.device):
-                self._recorded[rank] = recorded = self._record(key, gather, views)
-            return recorded
+                self._recorded[rank] = self._record(key, gather, views)
+            return self._recorded[rank]
         except Exception as error:
-            if not isinstance(error.__context__ or error, Exception):  # torch's own came over somebody's Ctrl-C
+            cause = error.__context__ or error  # torch's own comes over what made the recording end
+            if not isinstance(cause, Exception):
                 raise
-            told = f"{type(error).__name__}: {first_line(error)}"
-        self._give_up(f"a step could not be recorded, going on without that: {told}", tell)
+            told = f"{type(cause).__name__}: {first_line(cause)}"
+            beside_others = others and not self._had_to_go and is_out_of_memory(cause)
+        del cause  # which holds on to what was made
+        if beside_others:
+            self._go_for_now()
+        else:
+            self._give_up(f"a step could not be recorded, going on without that: {told}", tell)
+        self._let_go_of_what_failed(views.device)
         return None
 
     def _record(self, key: Hashable, gather: Gather[T], views: Tensor) -> _Recorded[T]:
@@ -128,6 +148,7 @@ class StepGraphs(Generic[T]):
         if not self._recorded:  # or there would be memory that no recording holds, which torch refuses to use again
             # Memory is of a stream; torch's own stream for this is of the device on which the process recorded first.
             self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        # What records on this stream must use this pool: with a graph goes what cuBLAS holds in it for the stream.
         pool, stream = self._place
         graph, before, place = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), views.clone()
         # Other threads, which draw views or watch over NCCL, go on using the device meanwhile.
@@ -141,10 +162,22 @@ class StepGraphs(Generic[T]):
             torch.cuda.set_stream(before)  # that of the recording is current still,
             with suppress(RuntimeError):  # and before torch 2.12 its memory is where all is allocated, for ever
                 torch._C._cuda_endAllocateToPool(views.device.index, pool)
-                torch._C._cuda_releasePool(views.device.index, pool)
+            graph.reset()
             raise
         gradients = [(each, each.grad) for each in self._parameters if each.grad is not None]
         return _Recorded(key, graph, place, found, gradients)
+
+    def _let_go_of_what_failed(self, device: torch.device) -> None:
+        """Give back the memory of a recording that came to no end, which a torch without its change of July 2026
+        (#190348) counts as used for ever. Nothing else may use it by now.
+
+        Where nothing is counted, what is free of it is gone already, and to count down once more would break torch.
+        """
+        pool, _ = self._place
+        segments = (each for each in torch.cuda.memory_snapshot() if tuple(each["segment_pool_id"]) == tuple(pool))
+        if any(segment["active_size"] == 0 for segment in segments):
+            torch._C._cuda_releasePool(device.index, pool)
+            torch.cuda.empty_cache()
 
     def _give_up(self, why: str, tell: Callable[[str], None]) -> None:
         self.on = False
