@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
 import time
@@ -321,7 +322,18 @@ def _is_done(record: Record | None, site: SiteConfig) -> bool:
         return False
     if record.reason in OF_DECODERS and record.decoders != decoders():
         return False
-    return bool(record.reason) or scan_file(site.cache_folder, record.key, site.state_key).exists()
+    if record.reason:
+        return True
+    file = scan_file(site.cache_folder, record.key, site.state_key)
+    try:
+        return _is_whole(file.stat().st_size, record.offset, record.shape)
+    except OSError:
+        return False
+
+
+def _is_whole(size: int, offset: int, shape: Sequence[int]) -> bool:
+    """Whether a file of so many bytes holds the scan: one that a failing disk cut off would fail in mid-round."""
+    return size >= offset + np.dtype(np.uint16).itemsize * math.prod(shape)
 
 
 def _names(site: SiteConfig, records: Mapping[str, Record], stamps: Sequence[str]) -> set[str]:
@@ -365,10 +377,12 @@ def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
             for raw in content["scans"]
         )
         assumed = {int(number): int(count) for number, count in content["assumed"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        if not all(_is_whole(sizes[scan.path.name], scan.offset, scan.shape) for scan in scans):
+            return None
+        return Library(scans, content["left_out"], assumed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    present = set(folder.iterdir())
-    return Library(scans, content["left_out"], assumed) if all(scan.path in present for scan in scans) else None
 
 
 def _library(site: SiteConfig, found: Catalogue, records: Sequence[Record]) -> Library:

@@ -105,7 +105,7 @@ def _read(path: Path) -> tuple[dict[str, Record], int]:
             raw = json.loads(line)
             raw |= {name: tuple(raw[name]) for name in ("shape", "spacing_mm")}
             record = Record(**raw)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
         records.pop(record.stamp, None)
         records[record.stamp] = record

@@ -4,6 +4,7 @@ Here, as in `client.series`, every rule is about the items it is given. Whoever 
 another gives it each patient's apart: `of_each_patient`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from client.series import Kind, Stack
 from unimiss_core.scan import Modality
 
 Format = Literal["dicom", "nifti", "picture"]
+MAX_VOLUME_MM3 = 5e9
+"""No scanner takes five cubic metres. On a plan's grid such a scan would need more room than all the others."""
 ItemT = TypeVar("ItemT")
 
 
@@ -86,8 +89,23 @@ def without_lone_slices(candidates: Sequence[Candidate]) -> tuple[list[Candidate
     for one in candidates:
         is_lone = one.kind == "2d" and one.modality in ("CT", "MR", "PT")
         if is_lone and kinds[one.modality, "2d"] <= kinds[one.modality, "3d"]:
-            shape, spacing = one.shape, one.spacing_mm
-            lone.append(LeftOut(one.folder, one.files, "lone_slice", one.modality, shape, spacing, one.patient))
+            lone.append(_left_out(one, "lone_slice"))
         else:
             kept.append(one)
     return kept, lone
+
+
+def without_absurd_sizes(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[LeftOut]]:
+    """Volumes larger than what can be scanned have wrong spacings, each credible by itself."""
+    kept: list[Candidate] = []
+    absurd: list[LeftOut] = []
+    for one in candidates:
+        if one.kind == "3d" and math.prod(one.shape) * math.prod(one.spacing_mm) > MAX_VOLUME_MM3:
+            absurd.append(_left_out(one, "bad_spacing"))
+        else:
+            kept.append(one)
+    return kept, absurd
+
+
+def _left_out(one: Candidate, reason: str) -> LeftOut:
+    return LeftOut(one.folder, one.files, reason, one.modality, one.shape, one.spacing_mm, one.patient)

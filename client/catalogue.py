@@ -18,8 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import dicom, nifti, pictures, workers
-from client.candidates import Candidate, Format, LeftOut, of_each_patient, without_lone_slices
+from client.candidates import (
+    Candidate,
+    Format,
+    LeftOut,
+    of_each_patient,
+    without_absurd_sizes,
+    without_lone_slices,
+)
 from client.dicom_bytes import looks_like_dicom
+from client.label_maps import no_labels
 from client.patients import Listed, Patient, patient_of, read_table, ruled_patient
 from client.series import Group, Header, Stack, sort_out
 from client.site_config import DataSource
@@ -31,10 +39,6 @@ _FEW_FILES = 256
 FEW_BYTES = 256 * 2**20
 """Up to so much is read in this process, unless native codecs take part: workers take a second to start."""
 
-_MAX_LABELS = 16
-"""A NIfTI file or picture with so few different values is a mask or a label map."""
-_SAMPLED_VOXELS = 2**20
-"""Values of a larger scan are told from every k-th voxel."""
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """What a picture or NIfTI must not be called: then something went wrong where it was written."""
 
@@ -139,9 +143,9 @@ def _size_and_time(path: str) -> tuple[int, int]:
 def read(candidate: Candidate) -> Scan:
     """Decode one scan. Raises ScanError with the reason why it cannot be used."""
     if candidate.format == "nifti":
-        return _no_labels(nifti.read_nifti(candidate.paths[0], candidate.modality))
+        return no_labels(nifti.read_nifti(candidate.paths[0], candidate.modality))
     if candidate.format == "picture":
-        return _no_labels(pictures.read_picture(candidate.paths[0], candidate.modality))
+        return no_labels(pictures.read_picture(candidate.paths[0], candidate.modality))
     assert candidate.stack is not None
     return assemble(candidate.stack, _frames_of(candidate.folder, candidate.stack), candidate.modality)
 
@@ -186,14 +190,6 @@ def catalogue_one(path: Path, modality: Modality | None = None, *, interpolate: 
     return _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False, nameless=True)
 
 
-def _no_labels(scan: Scan) -> Scan:
-    """The scan itself. Raises ScanError(label_map): DICOM says what is a segmentation, other formats do not."""
-    sample = scan.voxels.reshape(-1)[:: max(1, scan.voxels.size // _SAMPLED_VOXELS)]
-    if 1 < len(np.unique(sample)) <= _MAX_LABELS:
-        raise ScanError("label_map")
-    return scan
-
-
 def safe_here(candidates: Sequence[Candidate]) -> bool:
     """Whether to read these in this process: little, and by readers that neither crash nor hang."""
     if any(candidate.compressed for candidate in candidates):
@@ -215,7 +211,7 @@ def _files_of(source: DataSource) -> dict[str, Listed | None]:
     found: dict[str, Listed | None] = {}
     for below, listed in read_table(source.table).items():
         path = source.folder / below
-        is_series = path.is_dir()  # a row may name its folder
+        is_series = _is_folder(path)  # a row may name its folder
         for file in [(below / name).as_posix() for name in _walk(path)] if is_series else [below.as_posix()]:
             if found.setdefault(file, listed) != listed:
                 raise ConfigError(
@@ -223,6 +219,14 @@ def _files_of(source: DataSource) -> dict[str, Listed | None]:
                     "or modality"
                 )
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    """False where nobody can say, as below a folder that this user may not enter: then it is a file with a reason."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -338,7 +342,8 @@ def _sorted_out(
             left_out.append(_left_out(source, group))
         else:
             candidates.append(_dicom_candidate(source, group, group.stack, secret))
-    return Catalogue(tuple(candidates), tuple(left_out), tuple(unreadable), seen)
+    kept, absurd = without_absurd_sizes(candidates)
+    return Catalogue(tuple(kept), (*left_out, *absurd), tuple(unreadable), seen)
 
 
 def _in_range(patient: Patient, source: DataSource) -> bool:

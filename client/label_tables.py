@@ -5,6 +5,7 @@ Messages name a table's lines by number and a folder's files by their place, nev
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -333,10 +334,10 @@ _ARRAYS: Mapping[str, Part] = {"train": "train", "val": "validation", "test": "t
 
 def _of_medmnist(data: MedMnistData, task: ClassificationConfig) -> tuple[Case, ...]:
     with opened_arrays(data.file, "data.file") as held:
-        labels = {name: np.asarray(held[f"{name}_labels"]) for name in _ARRAYS}
+        labels = {name: held[f"{name}_labels"] for name in _ARRAYS}
     cases: list[Case] = []
     for name, part in _ARRAYS.items():
-        rows = labels[name].reshape(len(labels[name]), -1)
+        rows = labels[name].reshape(len(labels[name]), math.prod(labels[name].shape[1:]))
         _check_labels(rows, task, name)
         for row, target in enumerate(rows):
             number = len(cases) + 1
@@ -347,8 +348,10 @@ def _of_medmnist(data: MedMnistData, task: ClassificationConfig) -> tuple[Case, 
 
 def _check_labels(rows: np.ndarray[Any, Any], task: ClassificationConfig, name: str) -> None:
     columns, most = (len(task.classes), 1) if task.kind == "multi_label" else (1, len(task.classes) - 1)
-    if rows.shape[1] != columns or (rows.size and not 0 <= rows.min() <= rows.max() <= most):
+    values = rows.astype(np.float64)
+    if rows.shape[1] != columns or not ((values == np.floor(values)) & (values >= 0) & (values <= most)).all():
+        told = f" of values up to {rows.max()}" if rows.size else ""
         raise ConfigError(
-            f"data.file: {name}_labels has {rows.shape[1]} column(s) of values up to {rows.max()}; "
-            f"expected {columns} of 0 to {most} for {task.kind} of {len(task.classes)} classes"
+            f"data.file: {name}_labels has {rows.shape[1]} column(s){told}; "
+            f"expected {columns} of whole numbers from 0 to {most} for {task.kind} of {len(task.classes)} classes"
         )

@@ -1,8 +1,6 @@
 """MedMNIST's files: arrays by name in a zip archive, read without unpickling anything."""
 
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,46 @@ from numpy.typing import NDArray
 from unimiss_core.errors import ConfigError
 
 
-@contextmanager
-def opened_arrays(file: Path, where: str) -> Iterator[Mapping[str, NDArray[Any]]]:
-    """Its arrays, each decoded when it is asked for.
+class Arrays:
+    """The arrays of an open archive, each decoded when it is asked for."""
 
-    where: what the message calls the file. Raises ConfigError: it is none, damaged, holds objects, or lacks an array
-    that is asked for.
-    """
-    try:
-        with file.open("rb") as stream:  # opened here, for numpy leaves a damaged one open
+    def __init__(self, archive: Any, where: str) -> None:
+        self._archive, self._where = archive, where
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Numbers, one item along the first axis for each scan. Raises ConfigError: there is no such array."""
+        with _told(self._where):
+            array = np.asarray(self._archive[name])
+        if array.ndim == 0 or array.dtype.kind not in "biuf":
+            raise ConfigError(f"{self._where}: {name} holds no list of numbers")
+        return array
+
+
+@contextmanager
+def opened_arrays(file: Path, where: str) -> Iterator[Arrays]:
+    """Its arrays. where: what the message calls the file. Raises ConfigError, as `Arrays` does: it is none, damaged,
+    holds objects, or lacks an array that is asked for."""
+    with _told(where):
+        try:
+            stream = file.open("rb")  # opened here, for numpy leaves a damaged one open
+        except FileNotFoundError:
+            raise ConfigError(f"{where}: {file.name} is not there; it counts from the data's root") from None
+    with stream:
+        with _told(where):
             archive: Any = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("one array, not an archive of several")
-            with archive:
-                yield archive
-    except FileNotFoundError:
-        raise ConfigError(f"{where}: {file.name} is not there; it counts from the data's root") from None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        with archive:
+            yield Arrays(archive, where)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, ConfigError):
+        raise
+    except Exception:  # zipfile, zlib, tokenize, ast: each of numpy's tools has errors of its own for what is damaged
         raise ConfigError(
             f"{where}: is no MedMNIST .npz with train_, val_ and test_images and _labels, or is damaged"
         ) from None

@@ -73,7 +73,10 @@ def _first_volume(image: Any) -> NDArray[np.float32]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(image.dataobj[first], dtype=np.float32).reshape(shape)
+            voxels = np.asarray(image.dataobj[first], dtype=np.float32).reshape(shape)
+            if math.prod(image.shape[3:]) == 1:
+                image.dataobj.file_like.read(1)  # past the last voxel gzip compares its checksum
+            return voxels
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ScanError(reason_of(error, "truncated_pixels")) from None
     except MemoryError:
@@ -157,7 +160,8 @@ def _affine(image: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
 
 
 def _millimetres(header: Any) -> float:
-    return {"meter": 1000.0, "micron": 0.001}.get(str(header.get_xyzt_units()[0]), 1.0)
+    """1 where the header says nothing, or what the standard does not know."""
+    return {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 0b111, 1.0)
 
 
 def _disagree(image: Any) -> bool:
@@ -210,7 +214,7 @@ def write_mask(path: Path, labels: NDArray[np.uint8], affine: NDArray[np.float64
         image = make(_in_axes_of(volume, affine, in_mm), theirs)
         image.set_sform(theirs, code=int(header["sform_code"]) or 1)
         image.set_qform(theirs, code=int(header["qform_code"]))
-        image.header.set_xyzt_units(*header.get_xyzt_units())
+        image.header["xyzt_units"] = header["xyzt_units"]
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     partial = path.with_name(f".{path.name}.partial{suffix}")
     nibabel.save(image, partial)

@@ -165,6 +165,8 @@ def _rows(table: TableConfig, *more: str) -> Iterator[tuple[int, PurePosixPath, 
             raise ConfigError(f"{where}: column '{table.file}' is empty")
         if name.is_absolute() or ".." in name.parts:
             raise ConfigError(f"{where}: column '{table.file}' must stay below the folder")
+        if "\0" in row.cells[table.file]:
+            raise ConfigError(f"{where}: column '{table.file}' holds a NUL character")
         yield row.number, name, row.cells
 
 
@@ -175,6 +177,8 @@ def _check_columns(table: TableConfig, known: Sequence[str], *more: str) -> None
         if column not in known:
             near = difflib.get_close_matches(column, known, n=1)
             problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+        elif known.count(column) > 1:
+            problems.append(f"{known.count(column)} columns '{column}'")
     if problems:
         raise ConfigError(f"table {table.path}: " + "; ".join(problems))
 

@@ -6,6 +6,7 @@ FILE.npz               MedMNIST; each image counts as a patient
 FINETUNE.yaml          a classification's labels and its own split
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -234,11 +235,11 @@ def _labels_in(rows: Sequence[Row], column: str, table: str) -> list[str]:
 def _of_medmnist(file: Path) -> FinetuneConfig:
     """Classes are called by their numbers. Raises ConfigError."""
     with opened_arrays(file, f"--data {file}") as held:
-        labels = [np.asarray(held[f"{part}_labels"]) for part in ("train", "val", "test")]
+        labels = [held[f"{part}_labels"] for part in ("train", "val", "test")]
         shape = held["test_images"].shape
-    columns = {each.reshape(len(each), -1).shape[1] for each in labels}
+    columns = {math.prod(each.shape[1:]) for each in labels}
     several = max(columns) if columns != {1} else 0
-    classes = several or 1 + max(int(each.max()) for each in labels)
+    classes = several or 1 + max(int(np.nan_to_num(each).max()) for each in labels if each.size)
     data = {"name": "medmnist", "file": str(file.absolute())}
     return _config(
         [str(number) for number in range(classes)],

@@ -64,7 +64,7 @@ REASONS: Mapping[str, str] = {
     "lone_slice": "a single slice of a broken series, or where there are as many volumes of its modality",
     "no_geometry": "does not say where in the patient it lies",
     "bad_geometry": "says impossible things about where it lies, or lies on a skewed grid",
-    "bad_spacing": "its voxels are absurdly small or large",
+    "bad_spacing": "its voxels, or all of it, are absurdly small or large",
     "too_few_slices": "two slices are no volume",
     "missing_slices": "slices are missing; a study may allow a few to be interpolated (plan.missing_slices)",
     "uneven_spacing": "slices at uneven distances",

@@ -204,6 +204,17 @@ def test_a_lost_cache_file_is_built_again(site, built):
     assert len(built) == 1
 
 
+def test_a_cache_file_that_was_cut_is_built_again(site, built):
+    """A disk that failed; found in mid-round it would cost the round, each time that the scan is drawn."""
+    library = open_library(site, PLAN)
+    whole = library.scans[0].path.read_bytes()
+    library.scans[0].path.write_bytes(whole[:-1])
+    built.clear()
+    assert open_library(site, PLAN) == library
+    assert len(built) == 1
+    assert library.scans[0].path.read_bytes() == whole
+
+
 def test_the_same_picture_twice_counts_once_for_a_patient(site, tmp_path):
     folder = tmp_path / "twins"
     folder.mkdir()
@@ -439,8 +450,8 @@ def test_a_journal_that_a_power_failure_damaged_costs_only_its_damaged_lines(sit
     open_library(site, PLAN)
     count = len(built)
     journal = site.cache_folder / "built.jsonl"
-    journal.write_bytes(b"\xff\xfe\x00 5\n[]\n" + journal.read_bytes())
-    next(site.cache_folder.glob("library-*")).unlink()
+    journal.write_bytes(b"\xff\xfe\x00 5\n[]\n" + b"[" * 99_999 + b"\n" + journal.read_bytes())
+    next(site.cache_folder.glob("library-*")).write_bytes(b"[" * 99_999)
     assert len(open_library(site, PLAN).scans) == 3
     assert len(built) == count
 

@@ -186,6 +186,34 @@ def test_masks_without_a_header_that_says_so_are_left_out(tmp_path):
             read(one)
 
 
+def test_a_mask_of_a_small_lesion_is_one(tmp_path):
+    """Of large scans every k-th voxel is looked at, and none of these may be the lesion's."""
+    mask = np.zeros((1, 128, 128, 160), np.float32)
+    mask[0, 60, 60, 1] = 1
+    write_nifti(tmp_path / "mask.nii.gz", Scan(mask, (1.0, 1.0, 1.0), "MR"))
+    (one,) = look(tmp_path).candidates
+    with pytest.raises(ScanError, match="label_map"):
+        read(one)
+
+
+def test_a_volume_larger_than_any_scanner_is_left_out(tmp_path):
+    """On a plan's grid it would need more room than there is, and so cost the site all other scans."""
+    voxels = np.zeros((1, 60, 61, 62), np.float32)
+    write_nifti(tmp_path / "a.nii.gz", Scan(voxels, (29.0, 29.0, 29.0), "MR"))
+    write_nifti(tmp_path / "b.nii.gz", Scan(voxels, (25.0, 25.0, 25.0), "MR"))
+    found = look(tmp_path)
+    assert [one.files for one in found.candidates] == [("b.nii.gz",)]
+    assert reasons(found) == {"bad_spacing": 1}
+
+
+def test_a_row_that_nobody_can_look_at_costs_itself_alone(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text(f"file\na.png\n{'x' * 300}.png\n")
+    found = look(tmp_path, table=TableConfig(path=tmp_path / "t.csv"))
+    assert [one.files for one in found.candidates] == [("a.png",)]
+    assert reasons(found) == {"cannot_open": 1}
+
+
 def test_a_series_spread_over_folders_is_one_volume(tmp_path):
     volume = pattern(8, 9, 7)
     write_series(tmp_path / "a", volume)

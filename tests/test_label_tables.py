@@ -1,5 +1,6 @@
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,58 @@ def test_names_that_a_folder_gives_to_other_values_are_told(tmp_path: Path, labe
     assert len(label_table(configured(tmp_path, in_order, {"name": "msd", "folder": "."})).cases) == 1
     own_words = {**MASKS, "classes": ["posterior", "anterior"]}
     assert len(label_table(configured(tmp_path, own_words, {"name": "msd", "folder": "."})).cases) == 1
+
+
+def of_medmnist(folder: Path, **changed: np.ndarray[Any, Any]) -> LabelTable:
+    arrays = {f"{n}_labels": np.array([[0], [1]]) for n in ("train", "val", "test")}
+    np.savez(folder / "m.npz", **(arrays | changed))
+    return label_table(configured(folder, BINARY, {"name": "medmnist", "file": "m.npz"}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array(3), "val_labels holds no list of numbers"),
+        (np.array([["0"], ["1"]]), "val_labels holds no list of numbers"),
+        (np.array([[0.0], [0.9]]), "whole numbers from 0 to 1"),
+        (np.array([[0.0], [np.nan]]), "whole numbers from 0 to 1"),
+        (np.zeros((0, 2)), r"val_labels has 2 column\(s\); expected 1"),
+    ],
+)
+def test_labels_of_a_medmnist_file_that_are_none(tmp_path: Path, labels: np.ndarray[Any, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        of_medmnist(tmp_path, val_labels=labels)
+
+
+def test_a_part_of_a_medmnist_file_may_be_empty(tmp_path: Path) -> None:
+    found = of_medmnist(tmp_path, val_labels=np.zeros((0, 1), np.uint8))
+    assert [case.part for case in found.cases] == ["train", "train", "test", "test"]
+
+
+def encrypted(content: bytearray) -> None:
+    content[content.index(b"PK\3\4") + 6] |= 1
+    content[content.index(b"PK\1\2") + 8] |= 1
+
+
+def packed_by_an_unknown_method(content: bytearray) -> None:
+    content[content.index(b"PK\3\4") + 8] = 99
+    content[content.index(b"PK\1\2") + 10] = 99
+
+
+def wrong_in_a_header(content: bytearray) -> None:
+    content[content.index(b"NUMPY") + 10] = ord("(")
+
+
+@pytest.mark.parametrize("damage", [encrypted, packed_by_an_unknown_method, wrong_in_a_header])
+def test_a_medmnist_file_that_is_damaged_within_is_one_message(
+    tmp_path: Path, damage: Callable[[bytearray], None]
+) -> None:
+    of_medmnist(tmp_path)
+    content = bytearray((tmp_path / "m.npz").read_bytes())
+    damage(content)
+    (tmp_path / "m.npz").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"data\.file: is no MedMNIST \.npz"):
+        label_table(configured(tmp_path, BINARY, {"name": "medmnist", "file": "m.npz"}))
 
 
 @pytest.mark.parametrize("damage", ["cut", "one array", "objects"])

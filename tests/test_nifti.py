@@ -107,6 +107,19 @@ def test_metres_are_millimetres(tmp_path):
     np.testing.assert_allclose(check_header(tmp_path / "a.nii")[1], [1, 1, 2], rtol=1e-5)
 
 
+def test_units_that_the_standard_does_not_know_say_nothing(tmp_path):
+    save(tmp_path / "a.nii", np.zeros(SHAPE, np.int16), np.diag([1.0, 1, 2, 1]), xyzt_units=7)
+    np.testing.assert_allclose(check_header(tmp_path / "a.nii")[1], [1, 1, 2])
+    _, affine = canonical_of(tmp_path / "a.nii")
+    write_mask(tmp_path / "mask.nii", np.zeros((4, 7, 5), np.uint8), affine, like=tmp_path / "a.nii")
+    assert int(nibabel.load(tmp_path / "mask.nii").header["xyzt_units"]) == 7
+
+
+def canonical_of(path):
+    scan = read_nifti(path, "MR")
+    return scan.voxels, scan.affine
+
+
 @pytest.mark.parametrize(
     ("affine", "reason"),
     [
@@ -140,6 +153,21 @@ def test_gzip_of_something_else_and_cut_files_are_left_out(tmp_path):
     (tmp_path / "c.nii.gz").write_bytes((tmp_path / "b.nii.gz").read_bytes()[:-9000])
     with pytest.raises(ScanError, match="truncated_pixels"):
         read_nifti(tmp_path / "c.nii.gz", "MR")
+
+
+@pytest.mark.parametrize("damage", ["voxel", "trailer"])
+def test_gzip_whose_checksum_fails_is_left_out(tmp_path, damage):
+    packed = bytearray(gzip.compress(nifti_bytes(tmp_path), 0))  # stored, so that what is changed still unpacks
+    if damage == "voxel":
+        packed[-500] ^= 0x40
+    (tmp_path / "b.nii.gz").write_bytes(packed[:-8] if damage == "trailer" else packed)
+    with pytest.raises(ScanError, match="truncated_pixels"):
+        read_nifti(tmp_path / "b.nii.gz", "MR")
+
+
+def nifti_bytes(folder):
+    save(folder / "a.nii", np.random.default_rng(0).integers(0, 999, (30, 31, 32), dtype=np.int16), np.eye(4))
+    return (folder / "a.nii").read_bytes()
 
 
 def test_extensions_without_end_are_not_read(tmp_path):

@@ -78,6 +78,8 @@ def test_a_table_lists_the_rows_that_its_filter_keeps(tmp_path):
         ("file,who\n../a,1\n", {}, "line 2: column 'file' must stay below"),
         ("file,who\na,1\n,2\n", {}, "line 3: column 'file' is empty"),
         ("file,who\n.,1\n", {}, "line 2: column 'file' is empty"),
+        ("file,who\na\0b,1\n", {}, "line 2: column 'file' holds a NUL"),
+        ("file,who,who\na,1,ward\n", {"patient": "who"}, "2 columns 'who'"),
         ("file,who\n\na,1\nb,a mark, left,2\n", {"patient": "who"}, "line 4: has more cells than the header line"),
         (
             'file,who\na,"1\nb,2\nc,3\n',
