@@ -41,12 +41,13 @@ from client.label_tables import label_table
 from client.patients import patient_of
 from client.task_training import STATE
 from unimiss_core import checkpoint, progress
-from unimiss_core.config import parse, read_yaml
+from unimiss_core.config import parse
 from unimiss_core.errors import UnimissError
 from unimiss_core.learner import Learner
 from unimiss_core.network import tensors_of
 from unimiss_core.resampling import DRAWS, as_they_are, drawn_by_patient, interval_95
 from unimiss_core.study import StudyConfig
+from unimiss_core.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("hippocampus", "sts_ct", "sts_mr", "adrenal", "nih_findings")

@@ -36,7 +36,7 @@ from client.patient_draws import PatientDraws
 from client.phantoms import PhantomConfig, write_hospital
 from client.site import Site
 from client.site_config import DataSource, PatientLimits, SiteConfig, TableConfig, anchored
-from unimiss_core.config import parse, read_yaml
+from unimiss_core.config import parse
 from unimiss_core.execution import Execution
 from unimiss_core.learner import Learner
 from unimiss_core.network import build_network, load_tensors_, tensors_of
@@ -46,6 +46,7 @@ from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.study import StudyConfig
 from unimiss_core.team import Alone
 from unimiss_core.unimiss_plus import reconstruction_error
+from unimiss_core.yaml_files import read_yaml
 
 CPU = torch.device("cpu")
 CENTRE = {"unimiss": (12.0, 0.998), "reconstruction": (100.0, 0.99999)}

@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.recipe_tasks import STS, TASKS, Task, sts_source, task
 from client.cache import Library, open_library
 from client.site_config import DataSource, SiteConfig, TableConfig, anchored
-from unimiss_core.config import parse, read_yaml
+from unimiss_core.config import parse
 from unimiss_core.embedding import encoder_of
 from unimiss_core.errors import UnimissError
 from unimiss_core.learner import Learner
@@ -40,6 +40,7 @@ from unimiss_core.scan import Rank
 from unimiss_core.schedule import rank_of_step, total_steps
 from unimiss_core.study import ModelConfig, StudyConfig
 from unimiss_core.views import draw_batch, generator_for
+from unimiss_core.yaml_files import read_yaml
 
 ObjectiveName = Literal["unimiss", "unimiss_plus"]
 

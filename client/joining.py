@@ -10,9 +10,10 @@ from client.daemon import is_running
 from client.home import Home
 from client.site_config import state_folder
 from unimiss_core import certificates, durable, keys
-from unimiss_core.config import Config, Name, parse, read_yaml
+from unimiss_core.config import Config, Name, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.joining import UNDER_ANOTHER_NAME, Welcome, in_yaml, join_request, read_welcome
+from unimiss_core.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from client.label_config import LabelData, LabelsConfig, check_patient_pattern
-from unimiss_core.config import NAME, Config, Name, load, read_yaml
+from unimiss_core.config import NAME, Config, Name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.privacy_config import Delta, Multiplier
 from unimiss_core.scan import Modality, Rank
 from unimiss_core.sealing import Seal, read_seal
+from unimiss_core.yaml_files import read_yaml
 
 
 class TableConfig(Config):

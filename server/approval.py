@@ -16,9 +16,10 @@ from server.registry import ApprovedSite, Registry
 from server.revocations import Revocations
 from unimiss_core import certificates, durable, keys
 from unimiss_core.certificates import Authority
-from unimiss_core.config import dump_yaml, load, parse, read_yaml
+from unimiss_core.config import dump_yaml, load, parse
 from unimiss_core.errors import AuditError, ConfigError
 from unimiss_core.joining import UNDER_ANOTHER_NAME, host_and_port, in_yaml, read_join_request, read_welcome, welcome
+from unimiss_core.yaml_files import read_yaml
 
 RENEW_WITHIN_DAYS = 180
 """Certificates that run out sooner are made anew."""

@@ -9,9 +9,10 @@ from server.home import Home
 from server.registry import Registry, registered
 from server.run_folder import RunFolder
 from unimiss_core import durable
-from unimiss_core.config import dump_yaml, load, parse, read_yaml
+from unimiss_core.config import dump_yaml, load, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.study import StudyConfig
+from unimiss_core.yaml_files import read_yaml
 
 ADDED = ("study", "out", "sites", "signing_key", "ledgers", "written_by")
 """Keys of a coordinator file that are not the operator's to write in the folder's own."""

@@ -36,12 +36,13 @@ from server.app import check_probed
 from server.local_grid import LocalGrid
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
-from unimiss_core.config import Config, Name, dump_yaml, load, parse, read_yaml
+from unimiss_core.config import Config, Name, dump_yaml, load, parse
 from unimiss_core.errors import ConfigError, ScanError, UnimissError
 from unimiss_core.plan import prepare as prepare_scan
 from unimiss_core.scan import Rank
 from unimiss_core.study import PlanConfig, StudyConfig
 from unimiss_core.views import draw_batch, generator_for, whole
+from unimiss_core.yaml_files import read_yaml
 
 EXAMPLES = 6
 """Scans of each rank in a site's contact sheet of views."""

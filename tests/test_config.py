@@ -13,10 +13,11 @@ from client.site_config import SiteConfig, load_site
 from server.coordinator_config import CoordinatorConfig
 from server.server_config import ServerConfig
 from server.simulate import SimulationConfig
-from unimiss_core.config import Config, dump_yaml, load, parse, read_yaml
+from unimiss_core.config import Config, dump_yaml, load, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.file_kinds import KEYS
 from unimiss_core.study import StudyConfig
+from unimiss_core.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 NAN, INFINITY = math.nan, math.inf
@@ -193,6 +194,13 @@ def test_a_number_is_not_taken_for_a_text_or_a_yes() -> None:
     assert "'schedule.rounds'" in told
 
 
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+"""626 bytes that stand for 10^12 texts."""
+UNPRINTABLE = '"\\e[2Jbeta: approved": 3\n'
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -201,7 +209,20 @@ def test_a_number_is_not_taken_for_a_text_or_a_yes() -> None:
         ("when: 2020-01-01\nname: x\n", "write dates"),
         ("when: 2020-13-45\nname: x\n", "cannot be read .month must be in 1..12.; write texts in quotes"),
         ("seed: " + "1" * 5000, "holds a value that cannot be read"),
+        ("seed: 0x" + "f" * 5000, "holds a value that cannot be read"),
+        ("seed: 1:30", "1:30 is a number to base 60"),
         ("[" * 3000, "too deep"),
+        ("a: " + "[" * 400 + "]" * 400, "too deep"),
+        ("? [a]\n: 3\n", "line 1.: a key is a list or a mapping"),
+        ("{{ name }}: 3\n", "a key is a list or a mapping"),
+        ("a: &a [*a]\n", "it refers to itself"),
+        ("? &a [*a]\n: 3\n", "it refers to itself"),
+        (LAUGHS, "more than 100,000 entries"),
+        ("#" * (4 * 2**20 + 1), "larger than 4 MiB"),
+        ('name: "\\ud800"\n', "half a character"),
+        ("name: x\noptimiser: {lr: 1e999}\n", "'optimiser.lr': .*got \"1e999\""),
+        (UNPRINTABLE, "unknown key '\ufffd.2Jbeta: approved'"),
+        (f"{UNPRINTABLE}{UNPRINTABLE}", "key '\ufffd.2Jbeta: approved' is written twice"),
     ],
 )
 def test_bad_yaml_is_told_with_its_file(tmp_path: Path, text: str, told: str) -> None:
@@ -210,6 +231,11 @@ def test_bad_yaml_is_told_with_its_file(tmp_path: Path, text: str, told: str) ->
     with pytest.raises(ConfigError, match=told) as caught:
         load(StudyConfig, path)
     assert str(path) in str(caught.value)
+
+
+def test_merged_keys_may_be_written_over(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: &base {rounds: 2, local_steps: 3}\nschedule: {<<: *base, rounds: 5}\n")
+    assert read_yaml(tmp_path / "a.yaml")["schedule"] == {"rounds": 5, "local_steps": 3}
 
 
 def test_missing_file_is_told(tmp_path: Path) -> None:

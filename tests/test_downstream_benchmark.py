@@ -16,7 +16,7 @@ from client.label_tables import label_table
 from client.splits import split_cases
 from tests.shared_files import DATA, needs
 from unimiss_core import resampling
-from unimiss_core.config import read_yaml
+from unimiss_core.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # the script finds its neighbour there

@@ -22,10 +22,11 @@ from tests.test_certificates import NOW, handshake
 from tests.test_ledger import private
 from tests.test_ledger_command import charge
 from unimiss_core import certificates, keys, locks, tls
-from unimiss_core.config import load, parse, read_yaml
+from unimiss_core.config import load, parse
 from unimiss_core.errors import ConfigError
 from unimiss_core.joining import host_and_port, read_welcome
 from unimiss_core.study import StudyConfig
+from unimiss_core.yaml_files import read_yaml
 
 
 class Said:

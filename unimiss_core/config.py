@@ -8,8 +8,9 @@ dotted path, and the nearest known key where one is close.
 import difflib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -20,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from unimiss_core.errors import ConfigError
 from unimiss_core.file_kinds import taken_for
+from unimiss_core.yaml_files import printable, read_yaml
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -98,54 +100,25 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
         return kind.model_validate_json(json.dumps(raw))
     except TypeError as error:
         raise ConfigError(f"{where}: {error}; write dates and binary values as text in quotes") from None
-    except ValidationError as error:
+    except RecursionError:
+        raise ConfigError(f"{where}: nests lists or mappings too deep") from None
+    except ValidationError as error:  # a ValueError, too
         if (mixed_up := taken_for(kind.model_fields, raw)) is not None:
             raise ConfigError(f"{where}: this is {mixed_up[0]}, by its keys; expected {mixed_up[1]}") from None
         found = error.errors(include_url=False)
         # A list whose entries failed is reported as too short as well, which says nothing new.
         inside = {detail["loc"][:depth] for detail in found for depth in range(len(detail["loc"]))}
         told = [detail for detail in found if not (detail["type"] == "too_short" and detail["loc"] in inside)]
-        problems = list(dict.fromkeys(words for detail in told for words in _explained(kind, detail)))
+        problems = list(dict.fromkeys(printable(words) for detail in told for words in _explained(kind, detail)))
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  - {line}" for line in problems)) from None
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises ConfigError: unreadable, not YAML, or a key written twice."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError(f"{path}: is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nests lists or mappings too deep") from None
-    except ValueError as error:  # what PyYAML takes for a date or a number, and is none
-        raise ConfigError(f"{path}: holds a value that cannot be read ({error}); write texts in quotes") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ConfigError(f"{where}: holds a value that cannot be read ({error})") from None
 
 
 def dump_yaml(config: Config) -> str:
     """`config` as YAML that `load` reads back to an equal object, keys in the order of the class."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; a config must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' is written twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
 
 
 def _explained(kind: type[BaseModel], problem: ErrorDetails) -> list[str]:
@@ -171,7 +144,9 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
         return f"missing key '{path}'"
     if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == f"^{NAME}$":
         return f"'{path}': expected {NAME_IN_WORDS}, got {_describe(given)}"
-    if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given):
+    if problem["type"] == "json_invalid":
+        return "holds half a character (a lone surrogate), or nests lists or mappings too deep"
+    if isinstance(given, str) and _TEXT_THAT_LOOKS_LIKE_A_NUMBER.match(given) and math.isfinite(float(given)):
         return f"'{path}': YAML reads {given} as text; write {float(given):.1e} (a dot and a signed exponent)"
     if choices := _choices(kind, at[:-1]):
         return f"'{_place(kind, at[:-1]).path}': expected {choices}, got {_describe(given)}"

@@ -19,7 +19,7 @@ from typing import Annotated, NamedTuple, TypeVar
 import yaml
 from pydantic import AfterValidator, Field
 
-from unimiss_core.config import Config, Name, load, read_yaml
+from unimiss_core.config import Config, Name, load
 from unimiss_core.errors import ConfigError
 from unimiss_core.keys import (
     SigningKey,
@@ -32,6 +32,7 @@ from unimiss_core.keys import (
     signing_public_key,
     site_public_key,
 )
+from unimiss_core.yaml_files import read_yaml
 
 Fingerprint = Annotated[str, Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")]
 """Of a public key, as `ssh-keygen -l` prints it."""
