@@ -72,7 +72,7 @@ Devices = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_liste
 """Names of devices; one name alone need not be a list."""
 
 
-MicroBatch = Literal["auto"] | Annotated[int, Field(gt=0)] | None
+MicroBatch = Literal["auto"] | Annotated[int, Field(gt=0, le=10**6)] | None
 
 
 class MicroBatchConfig(Config):
@@ -169,7 +169,7 @@ class SiteTraining(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster, and needs less memory, on GPUs and on CPUs that have such products; others emulate them."""
     micro_batch: MicroBatchConfig = MicroBatchConfig()
-    patients_at_once: Annotated[int, Field(gt=0)] = 1
+    patients_at_once: Annotated[int, Field(gt=0, le=10**6)] = 1
     """In private rounds, patients whose gradients are worked out together: for GPUs that one patient alone leaves idle.
     Each takes the memory of a gradient and of its activations. Not in bf16, nor with views_in_turn or
     activation_checkpointing."""
@@ -185,12 +185,12 @@ class SiteTraining(Config):
     cuda_graphs: bool = True
     """On a GPU, record a step of each rank and launch it as one, which is up to four times as fast; the memory of a
     step's activations stays taken between steps. Where it fails, the round goes on without. Not in private rounds."""
-    threads: Annotated[int, Field(gt=0)] | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads for training, for each process; None leaves torch's choice, or shares the cores among processes."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
     """How often a round's work is saved on the way, so that a site that was killed goes on from there; 0 saves it after
     every step."""
-    workers: Annotated[int, Field(gt=0)] | None = None
+    workers: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Processes that read scans; None takes one for each core."""
     privacy: PatientLimits = PatientLimits()
     policy: SitePolicy = SitePolicy()

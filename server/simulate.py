@@ -109,7 +109,7 @@ class SimulationConfig(Config):
     quorum: Quorum = Quorum()
     forget_ledgers: tuple[Name, ...] = ()
     """Sites whose ledger was begun anew, as in a coordinator file."""
-    workers: Annotated[int, Field(gt=0)] = 1
+    workers: Annotated[int, Field(gt=0, le=1024)] = 1
     """Sites that train at the same time; 1 gives the same bits on every run, on a CPU."""
 
     @model_validator(mode="after")

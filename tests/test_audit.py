@@ -13,6 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from client import app as site_app
+from client import message_facts
 from client.audit import KINDS as SITE_KINDS
 from client.audit import site_log
 from client.site_command import main as site_command
@@ -84,6 +85,32 @@ def test_no_patient_no_path_and_no_word_of_a_peer_is_in_it(tmp_path: Path) -> No
     assert "DOE" not in text
     assert "SMITH" not in text
     assert "0.png" not in text
+
+
+@pytest.mark.parametrize(
+    "odd", [{"batch": {"images": 10**400}}, {"objective": {"teacher_temperature": 5e-324}}], ids=["huge", "tiny"]
+)
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_a_study_with_which_arithmetic_fails_is_refused_and_written_down(
+    tmp_path: Path, odd: dict[str, Any], kind: str
+) -> None:
+    privacy = {"mode": "patient", "max_epsilon": 8.0, "noise_multiplier": 1.0}
+    facts = {"protocol": 4, "study": json.dumps({"name": "a", "privacy": privacy, **odd}), "run": RUN}
+    with Hospital(tmp_path).asked() as ask:
+        assert Refusal.found_in(ask(RecordDict({"facts": ConfigRecord(facts)}), kind)) == Refusal("study")
+    assert kinds(tmp_path / "state") == ["request", "refusal"]
+
+
+def test_a_message_at_which_reading_fails_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever nobody thought of: the log begins with it."""
+
+    def failing(_: object) -> None:
+        raise ArithmeticError
+
+    monkeypatch.setattr(message_facts, "study_of", failing)
+    with Hospital(tmp_path).asked() as ask:
+        ask(Hello(STUDY, RUN).pack(), "query")
+    assert kinds(tmp_path / "state")[0] == "request"
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "query.raw_scans", "train.export", "query.default"])

@@ -62,7 +62,7 @@ def test_mistakes_of_a_site_file_are_a_line_each(tmp_path: Path) -> None:
     assert Refusal.found_in(content) == Refusal("site_setup")
     assert [line.split(": ")[0] for line in said] == ["this site"] * 3
     assert "'devices': 'gpu' is no device's name" in said[1]
-    assert "'micro_batch.images': expected auto, an integer above 0 or null, got 0" in said[2]
+    assert "'micro_batch.images': expected auto, an integer above 0 and at most 1000000 or null, got 0" in said[2]
 
 
 def test_a_folder_that_is_gone_is_told_under_the_sites_name(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -38,6 +38,9 @@ RUN = r"[0-9a-f]{16}"
 # PyYAML follows YAML 1.1, where an exponent needs a dot and a sign: 1e-4 is text there.
 _TEXT_THAT_LOOKS_LIKE_A_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
+
+LARGEST, SMALLEST = 1e300, 1e-300
+"""Of the numbers in a file."""
 
 _SIMPLE = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
@@ -95,6 +98,11 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
     """Check `raw` (what YAML gave) as `kind`; `where` begins the message of a ConfigError."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: expected a mapping of settings, got {_describe(raw)}")
+    if beyond := list(_beyond_all(raw)):
+        raise ConfigError(
+            f"{where}: {printable(', '.join(beyond[:MOST_PLACES]))}: expected numbers of at most {LARGEST:g} and, "
+            f"beside 0, at least {SMALLEST:g}"
+        )
     try:
         # Through JSON, so that YAML lists become tuples and texts become paths while types stay strict.
         return kind.model_validate_json(json.dumps(raw))
@@ -114,6 +122,19 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  - {line}" for line in problems)) from None
     except ValueError as error:  # an integer of thousands of digits
         raise ConfigError(f"{where}: holds a value that cannot be read ({error})") from None
+
+
+def _beyond_all(raw: Any, at: str = "") -> Iterator[str]:
+    """Places of numbers with which plain arithmetic fails, a message's, too; no setting has such values."""
+    if isinstance(raw, int | float) and not isinstance(raw, bool):
+        if LARGEST < abs(raw) < math.inf or 0 < abs(raw) < SMALLEST:  # infinity has a message of its own
+            yield f"'{at}'"
+    elif isinstance(raw, Mapping):
+        for key, value in raw.items():
+            yield from _beyond_all(value, f"{at}.{key}" if at else str(key))
+    elif isinstance(raw, list | tuple):
+        for place, value in enumerate(raw):
+            yield from _beyond_all(value, f"{at}.{place}")
 
 
 def dump_yaml(config: Config) -> str:
@@ -212,8 +233,10 @@ def _in_words(simple: Any) -> list[str]:
     if get_origin(simple) is not Annotated:
         return [_SIMPLE.get(simple, simple.__name__)]
     bare, *limits = get_args(simple)
-    above = [f" above {rule.gt}" for limit in limits for rule in getattr(limit, "metadata", ()) if hasattr(rule, "gt")]
-    return [f"{word}{''.join(above)}" for word in _in_words(bare)]
+    rules = [rule for limit in limits for rule in getattr(limit, "metadata", ())]
+    bounds = [f"above {rule.gt}" for rule in rules if hasattr(rule, "gt")]
+    bounds += [f"at most {rule.le}" for rule in rules if hasattr(rule, "le")]
+    return [" ".join([word, " and ".join(bounds)]).strip() for word in _in_words(bare)]
 
 
 MOST_PLACES = 3

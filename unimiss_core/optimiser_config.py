@@ -6,14 +6,14 @@ from pydantic import Field, Tag, model_validator
 
 from unimiss_core.config import Config, chosen_by_name
 
-Rate = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class OptimiserConfig(Config):
     """What every optimiser of a site sets; the peak rate is for the study's batch, no hidden scaling."""
 
     name: str
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 1e-3
     """The peak rate, which the warm-up ends at."""
     final_lr: Rate = 1e-6
     """The rate of the study's last step, reached by half a cosine; at most lr."""

@@ -21,11 +21,19 @@ from unimiss_core.task_config import SupervisionConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Length = Annotated[int, Field(gt=0, le=10**6)]
-NonNegative = Annotated[float, Field(ge=0)]
-Weight = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6)]
+Weight = Annotated[float, Field(gt=0, le=1e6)]
+Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
 TermWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 """Of a term of the loss, beside one that counts 1. A sum in float32 has 24 bits: much further apart than this, one of
 the two rounds to nothing; and much larger products overflow, in bf16 as well."""
+
+
+COARSEST_MM = 100.0
+"""Of what a scan is resampled to. The time for that grows with it, and from here on there is nothing left to see."""
+MOST_STRENGTHS = {"blur_sigma": 1e3, "noise_sigma": 1e3}
+"""Upper bounds of how strongly a view may be changed, 100 where none is named: no study means more, and time and memory
+for a blur grow with it."""
 
 
 class PlanConfig(Config):
@@ -52,8 +60,10 @@ class PlanConfig(Config):
         if not (0 <= self.percentiles[0] and self.percentiles[1] <= 100):
             raise ValueError(f"percentiles: {self.percentiles} must lie in [0, 100]")
         spacing = self.volume_spacing_mm + (self.image_spacing_mm or ())
-        if min(spacing) <= 0:
-            raise ValueError("volume_spacing_mm and image_spacing_mm must be above zero")
+        if not (min(spacing) > 0 and max(spacing) <= COARSEST_MM):
+            raise ValueError(
+                f"volume_spacing_mm and image_spacing_mm must be above zero, and at most {COARSEST_MM:g} mm"
+            )
         return self
 
 
@@ -69,7 +79,7 @@ class ViewConfig(Config):
     in depth. Published for images: (0.14, 1.0)."""
     aspect: tuple[float, float] = (0.75, 4 / 3)
     """How much taller than the view's own shape a crop is (log-uniform); 1 means not stretched."""
-    volume_region: Annotated[float, Field(gt=0)] | None = 1.6
+    volume_region: Annotated[float, Field(gt=0, le=1e3)] | None = 1.6
     """All views of a volume lie in one box, placed at random, of this many times volume_size (published: 1.4 to 1.8;
     crops then have 0.8 to 1.6 times the view's sides); None means the whole volume, as always for images."""
     flip: tuple[Fraction, Fraction, Fraction] = (0.0, 0.0, 0.5)
@@ -103,6 +113,8 @@ class ViewConfig(Config):
         for name, (low, high) in (sigmas | factors).items():
             if low > high:
                 raise ValueError(f"{name}: the lower bound {low} must not be above the upper bound {high}")
+            if high > (most := MOST_STRENGTHS.get(name, 100.0)):
+                raise ValueError(f"{name}: the upper bound {high:g} must be at most {most:g}")
             if low < 0 or (low == 0 and name in factors):
                 raise ValueError(
                     f"{name}: the lower bound {low} must be {'above' if name in factors else 'at least'} 0"
@@ -114,10 +126,10 @@ class DistillationConfig(Config):
     """What every objective sets: a student learns what its teacher makes of other views of the same scan."""
 
     name: str
-    student_temperature: Annotated[float, Field(gt=0)] = 0.1
-    teacher_temperature: Annotated[float, Field(gt=0)] = 0.04
+    student_temperature: Temperature = 0.1
+    teacher_temperature: Temperature = 0.04
     """Lower means sharper targets; too high and both networks drift to the uniform answer."""
-    volume_teacher_temperature: Annotated[float | None, Field(gt=0, exclude_if=lambda own: own is None)] = None
+    volume_teacher_temperature: Annotated[Temperature | None, Field(exclude_if=lambda own: own is None)] = None
     """Of a volume's targets; None means teacher_temperature, as published, and is not written out, so that older
     studies keep their digests. A batch holds few volumes, which are told apart sooner than images: their targets may
     need less sharpening."""
@@ -186,8 +198,8 @@ class ScheduleConfig(Config):
 class BatchConfig(Config):
     """Scans in one optimiser step, by rank; a site meets it exactly on any card, in micro-batches."""
 
-    images: Positive = 16
-    volumes: Positive = 2
+    images: Annotated[int, Field(gt=0, le=10**9)] = 16
+    volumes: Annotated[int, Field(gt=0, le=10**9)] = 2
     sampling: Literal["scans", "patients"] = "scans"
     """patients: each has the same chance, however many scans it has, and gives one of them to a batch."""
 

@@ -362,7 +362,7 @@ def _study(facts: Mapping[str, Any]) -> StudyConfig:
         if len(text := _take(facts, "study", str)) > STUDY_LIMIT:
             raise ValueError
         return parse(StudyConfig, json.loads(text), where="study")
-    except (ConfigError, ValueError, RecursionError):
+    except (ConfigError, ValueError, RecursionError, ArithmeticError):
         raise WireError("study", "the message holds no study that this version understands") from None
 
 
