@@ -21,6 +21,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from client.dicom_bytes import DEFLATED, PixelRoom, check_inflation, pixel_room
+from client.dicom_elements import count_of, identity_of, number_of, numbers_of, text_of, texts_of
 from client.dicom_rules import CLASS_OF_MODALITY, DICOMDIR, SECONDARY_CAPTURE, modality_of, pixels_reason, type_reason
 from client.dicom_values import as_stored, between, bounds, grey_of, without_unused_bits
 from client.frames import Frame
@@ -113,14 +114,14 @@ def _is_compressed(syntax: UID | None) -> bool:
 def _header(dataset: Dataset, room: PixelRoom | None, file: str, secret: bytes) -> Header:
     if not len(dataset):
         raise ScanError("damaged_header")
-    sop_class = _text(dataset, "SOPClassUID") or _meta_text(dataset, "MediaStorageSOPClassUID")
+    sop_class = text_of(dataset, "SOPClassUID") or _meta_text(dataset, "MediaStorageSOPClassUID")
     if sop_class == DICOMDIR:
         raise ScanError("dicomdir")
-    if not sop_class and not _text(dataset, "Modality") and room is None:
+    if not sop_class and not text_of(dataset, "Modality") and room is None:
         raise ScanError("damaged_header")
     syntax = _transfer_syntax(dataset)
-    modality = modality_of(sop_class, _text(dataset, "Modality"))
-    patient_text = dicom_patient_text(_text(dataset, "PatientID"), _text(dataset, "IssuerOfPatientID"))
+    modality = modality_of(sop_class, text_of(dataset, "Modality"))
+    patient_text = dicom_patient_text(identity_of(dataset, "PatientID"), identity_of(dataset, "IssuerOfPatientID"))
     frames: tuple[Frame, ...] = ()
     reason = _reason(dataset, room, sop_class, modality)
     if not reason:
@@ -129,12 +130,12 @@ def _header(dataset: Dataset, room: PixelRoom | None, file: str, secret: bytes) 
     return Header(
         file=file,
         patient=patient_of(patient_text, secret) if patient_text else None,
-        study=_text(dataset, "StudyInstanceUID"),
-        series=_text(dataset, "SeriesInstanceUID"),
-        instance=_text(dataset, "SOPInstanceUID"),
+        study=identity_of(dataset, "StudyInstanceUID"),
+        series=identity_of(dataset, "SeriesInstanceUID"),
+        instance=identity_of(dataset, "SOPInstanceUID"),
         modality=modality,
-        matrix=(_count(dataset, "Rows"), _count(dataset, "Columns")),
-        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
+        matrix=(count_of(dataset, "Rows"), count_of(dataset, "Columns")),
+        frame_of_reference=identity_of(dataset, "FrameOfReferenceUID"),
         frames=frames,
         compressed=_is_compressed(syntax),
         reason=reason,
@@ -150,18 +151,18 @@ def _reason(dataset: Dataset, room: PixelRoom | None, sop_class: str, modality: 
         return "no_pixels"
     if modality is None:
         return "unsupported_object"
-    if _text(dataset, "BurnedInAnnotation").upper() == "YES":
+    if text_of(dataset, "BurnedInAnnotation").upper() == "YES":
         return "burned_in_annotation"
-    image_type = [word.strip().upper() for word in _texts(dataset, "ImageType")]
-    if by_type := type_reason(image_type, modality, _text(dataset, "ComplexImageComponent")):
+    image_type = [word.strip().upper() for word in texts_of(dataset, "ImageType")]
+    if by_type := type_reason(image_type, modality, text_of(dataset, "ComplexImageComponent")):
         return by_type
     impossible = pixels_reason(
-        rows=_count(dataset, "Rows"),
-        columns=_count(dataset, "Columns"),
-        bits=_count(dataset, "BitsAllocated"),
-        samples=_count(dataset, "SamplesPerPixel", 1),
-        frames=_count(dataset, "NumberOfFrames", 1),
-        photometric=_text(dataset, "PhotometricInterpretation"),
+        rows=count_of(dataset, "Rows"),
+        columns=count_of(dataset, "Columns"),
+        bits=count_of(dataset, "BitsAllocated"),
+        samples=count_of(dataset, "SamplesPerPixel", 1),
+        frames=count_of(dataset, "NumberOfFrames", 1),
+        photometric=text_of(dataset, "PhotometricInterpretation"),
         room=room,
     )
     return impossible or _rescale_reason(dataset, modality)
@@ -171,12 +172,12 @@ def _rescale_reason(dataset: Dataset, modality: Modality) -> str:
     """CT is in HU, and an unsigned CT that does not say how its values become HU cannot be read rightly."""
     says = "RescaleIntercept" in dataset or "ModalityLUTSequence" in dataset
     says = says or "PerFrameFunctionalGroupsSequence" in dataset
-    unsigned = _count(dataset, "PixelRepresentation") == 0
+    unsigned = count_of(dataset, "PixelRepresentation") == 0
     return "no_rescale" if modality == "CT" and unsigned and not says else ""
 
 
 def _frames(dataset: Dataset, file: str, modality: Modality) -> Iterator[Frame]:
-    count = _count(dataset, "NumberOfFrames", 1)
+    count = count_of(dataset, "NumberOfFrames", 1)
     functional = dataset.get("PerFrameFunctionalGroupsSequence")
     if functional is not None and len(functional) != count:
         raise ScanError("bad_pixel_description", "frames and their descriptions differ in number")
@@ -190,26 +191,26 @@ def _frames(dataset: Dataset, file: str, modality: Modality) -> Iterator[Frame]:
 
 
 def _plain_frame(dataset: Dataset, file: str, number: int, modality: Modality, *, with_position: bool) -> Frame:
-    echo = _numbers(dataset, "EchoTime", 1) or _numbers(dataset, "EchoNumbers", 1)
-    kinds = _texts(dataset, "ImageType")[2:] if modality == "MR" else []  # in phase, water, fat, ...
-    time = [_number(dataset, name) for name in ("TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber")]
+    echo = numbers_of(dataset, "EchoTime", 1) or numbers_of(dataset, "EchoNumbers", 1)
+    kinds = texts_of(dataset, "ImageType")[2:] if modality == "MR" else []  # in phase, water, fat, ...
+    time = [number_of(dataset, name) for name in ("TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber")]
     return Frame(
         file=file,
         number=number,
-        position=_numbers(dataset, "ImagePositionPatient", 3) if with_position else None,
-        orientation=_numbers(dataset, "ImageOrientationPatient", 6),
+        position=numbers_of(dataset, "ImagePositionPatient", 3) if with_position else None,
+        orientation=numbers_of(dataset, "ImageOrientationPatient", 6),
         spacing_mm=_spacing(dataset),
-        contrast=(str(echo), str(_numbers(dataset, "DiffusionBValue", 1)), *kinds),
-        time=(*time, _number(dataset, "AcquisitionTime"), _number(dataset, "InstanceNumber")),
-        acquisition=_number(dataset, "AcquisitionNumber"),
+        contrast=(str(echo), str(numbers_of(dataset, "DiffusionBValue", 1)), *kinds),
+        time=(*time, number_of(dataset, "AcquisitionTime"), number_of(dataset, "InstanceNumber")),
+        acquisition=number_of(dataset, "AcquisitionNumber"),
     )
 
 
 def _spacing(dataset: Dataset) -> tuple[float, float] | None:
     """PixelSpacing, else the detector's spacing brought to the patient's plane where the header says how."""
-    spacing: tuple[float, float] | None = _numbers(dataset, "PixelSpacing", 2)
-    if spacing is None and (at_detector := _numbers(dataset, "ImagerPixelSpacing", 2)):
-        factor = _number(dataset, "EstimatedRadiographicMagnificationFactor")
+    spacing: tuple[float, float] | None = numbers_of(dataset, "PixelSpacing", 2)
+    if spacing is None and (at_detector := numbers_of(dataset, "ImagerPixelSpacing", 2)):
+        factor = number_of(dataset, "EstimatedRadiographicMagnificationFactor")
         factor = factor if 1 <= factor < 10 else 1.0
         spacing = (at_detector[0] / factor, at_detector[1] / factor)
     return spacing
@@ -229,68 +230,29 @@ def _enhanced_frame(
 
     content, of_mr = macro("FrameContentSequence"), macro("MRImageFrameTypeSequence")
     kinds = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
-    frame_type = [word.upper() for name in kinds for word in _texts(macro(name), "FrameType")]
-    echo = _numbers(macro("MREchoSequence"), "EffectiveEchoTime", 1)
-    b_value = _numbers(macro("MRDiffusionSequence"), "DiffusionBValue", 1)
+    frame_type = [word.upper() for name in kinds for word in texts_of(macro(name), "FrameType")]
+    echo = numbers_of(macro("MREchoSequence"), "EffectiveEchoTime", 1)
+    b_value = numbers_of(macro("MRDiffusionSequence"), "DiffusionBValue", 1)
     return Frame(
         file=file,
         number=number,
-        position=_numbers(macro("PlanePositionSequence"), "ImagePositionPatient", 3),
-        orientation=_numbers(macro("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
-        spacing_mm=_numbers(macro("PixelMeasuresSequence"), "PixelSpacing", 2),
+        position=numbers_of(macro("PlanePositionSequence"), "ImagePositionPatient", 3),
+        orientation=numbers_of(macro("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
+        spacing_mm=numbers_of(macro("PixelMeasuresSequence"), "PixelSpacing", 2),
         contrast=(str(echo), str(b_value), *frame_type[2:]),
         time=(
-            _number(content, "TemporalPositionIndex"),
-            _number(content, "FrameAcquisitionNumber"),
-            _number(dataset, "InstanceNumber"),
+            number_of(content, "TemporalPositionIndex"),
+            number_of(content, "FrameAcquisitionNumber"),
+            number_of(dataset, "InstanceNumber"),
         ),
-        acquisition=_number(content, "FrameAcquisitionNumber"),
-        reason=type_reason(frame_type, modality, _text(of_mr, "ComplexImageComponent")),
+        acquisition=number_of(content, "FrameAcquisitionNumber"),
+        reason=type_reason(frame_type, modality, text_of(of_mr, "ComplexImageComponent")),
     )
-
-
-def _text(dataset: Dataset, name: str) -> str:
-    return " ".join(_texts(dataset, name)[:1])
-
-
-def _texts(dataset: Dataset, name: str) -> list[str]:
-    with contextlib.suppress(Exception):
-        value = dataset.get(name)
-        if value is None:
-            return []
-        if isinstance(value, str | int | float):
-            return [str(value).strip("\0 ")]
-        return [str(part).strip("\0 ") for part in value]
-    return []
 
 
 def _meta_text(dataset: Dataset, name: str) -> str:
     meta = getattr(dataset, "file_meta", None)
-    return _text(meta, name) if meta is not None else ""
-
-
-def _numbers(dataset: Dataset, name: str, count: int) -> Any:
-    """`count` finite numbers of an element as a tuple; None where they are absent or are no such numbers."""
-    try:
-        value = dataset.get(name)
-        values = [float(value)] if isinstance(value, str | int | float) else [float(part) for part in value]
-    except Exception:
-        return None
-    return tuple(values[:count]) if len(values) >= count and np.isfinite(values).all() else None
-
-
-def _number(dataset: Dataset, name: str) -> float:
-    values = _numbers(dataset, name, 1)
-    return float(values[0]) if values else 0.0
-
-
-def _count(dataset: Dataset, name: str, default: int = 0) -> int:
-    """A non-negative whole number; 0 where the element holds something else, `default` where it is absent."""
-    try:
-        value = dataset.get(name)
-        return default if value is None or value == "" else max(0, int(value))
-    except Exception:
-        return 0
+    return text_of(meta, name) if meta is not None else ""
 
 
 # ---------------------------------------------------------------------------------------------------------- pixels
@@ -337,14 +299,14 @@ def _frame_values(dataset: FileDataset, number: int) -> NDArray[np.float32]:
 
 def _decode_reason(dataset: Dataset) -> str:
     syntax = _transfer_syntax(dataset)
-    if syntax == _JPEG_EXTENDED and _count(dataset, "BitsStored") > 8:
+    if syntax == _JPEG_EXTENDED and count_of(dataset, "BitsStored") > 8:
         return "needs_extra_jpeg12"
     return "cannot_decode" if _is_compressed(syntax) else "truncated_pixels"
 
 
 def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.float32]:
     """Stored values -> grey, unused bits off, rescaled, turned over where white is low, padding at the low end."""
-    photometric, bits = _text(dataset, "PhotometricInterpretation"), _count(dataset, "BitsStored")
+    photometric, bits = text_of(dataset, "PhotometricInterpretation"), count_of(dataset, "BitsStored")
     if photometric == "PALETTE COLOR":
         stored = apply_color_lut(stored, dataset)
     if stored.ndim == 3:
@@ -352,19 +314,19 @@ def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.f
     if stored.ndim != 2:
         raise ScanError("bad_pixel_description")
     if not _is_compressed(_transfer_syntax(dataset)):
-        stored = without_unused_bits(stored, bits=bits, high_bit=_count(dataset, "HighBit", bits - 1))
+        stored = without_unused_bits(stored, bits=bits, high_bit=count_of(dataset, "HighBit", bits - 1))
     values = _rescaled(dataset, number, stored)
     if photometric == "MONOCHROME1":
         ends = _rescaled(dataset, number, np.array([bounds(stored, bits=bits)]))
         values = ends.sum(dtype=np.float32) - values
-    padding = _numbers(dataset, "PixelPaddingValue", 1)
+    padding = numbers_of(dataset, "PixelPaddingValue", 1)
     if padding is not None:
-        limit = _numbers(dataset, "PixelPaddingRangeLimit", 1) or padding
+        limit = numbers_of(dataset, "PixelPaddingRangeLimit", 1) or padding
         outside = between(stored, as_stored(padding[0], stored), as_stored(limit[0], stored))
         if outside.any() and not outside.all():
             lowest = values[~outside].min()
             # In CT it mostly lies below any window, and stays as every other converter leaves it.
-            is_ct = _text(dataset, "Modality") == "CT"
+            is_ct = text_of(dataset, "Modality") == "CT"
             values[outside] = np.minimum(values[outside], lowest) if is_ct else lowest
     return values
 
@@ -387,12 +349,12 @@ def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
         holders = [*(per_frame[number].get("PixelValueTransformationSequence") or []), *holders]
     for holder in holders:
         if "RescaleSlope" in holder or "RescaleIntercept" in holder:
-            slope = _numbers(holder, "RescaleSlope", 1) or (1.0,)
-            intercept = _numbers(holder, "RescaleIntercept", 1) or (0.0,)
+            slope = numbers_of(holder, "RescaleSlope", 1) or (1.0,)
+            intercept = numbers_of(holder, "RescaleIntercept", 1) or (0.0,)
             if slope[0] == 0:
                 raise ScanError("bad_pixel_description", "rescale slope is zero")
             return slope[0], intercept[0]
-    if per_frame and _text(dataset, "Modality") == "CT" and _count(dataset, "PixelRepresentation") == 0:
+    if per_frame and text_of(dataset, "Modality") == "CT" and count_of(dataset, "PixelRepresentation") == 0:
         raise ScanError("no_rescale")  # a plain CT was refused by its header
     return 1.0, 0.0
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
+from pydicom.tag import Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -117,6 +119,38 @@ def test_a_file_without_preamble_is_read(tmp_path):
     assert looks_like_dicom((tmp_path / "b").read_bytes()[:348])
     assert header(tmp_path / "b").patient == header(tmp_path / "a").patient
     np.testing.assert_array_equal(read_frames(tmp_path / "b", [0]), read_frames(tmp_path / "a", [0]))
+
+
+@pytest.mark.parametrize("name", ["PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID"])
+def test_a_name_with_a_backslash_is_taken_whole(tmp_path, name):
+    """DICOM takes it for several values, of which the first may be the hospital's."""
+
+    def named(text: str):
+        write_dicom(tmp_path / "a", GREY, CT | {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.3", name: text})
+        found = header(tmp_path / "a")
+        return found.patient, found.study, found.series
+
+    assert len({named("1.4\\1"), named("1.4\\2"), named("1.4")}) == 3
+
+
+@pytest.mark.parametrize("kind", ["OB", "UN", "UT", "PN"])
+def test_a_patient_id_of_another_type_is_the_same_text(tmp_path, kind):
+    def named(text: str):
+        def change(dataset):
+            value = text.encode() + b" " * (len(text) % 2)
+            dataset._dict[Tag("PatientID")] = RawDataElement(Tag("PatientID"), kind, len(value), value, 0, False, True)
+
+        write_dicom(tmp_path / "a", GREY, CT, adjust=change)
+        return header(tmp_path / "a").patient
+
+    for text in ("PAT1", "PAT2", "HOSP\\1"):
+        write_dicom(tmp_path / "b", GREY, CT | {"PatientID": text})
+        assert named(text) == header(tmp_path / "b").patient
+
+
+def test_a_patient_id_of_separators_alone_names_nobody(tmp_path):
+    write_dicom(tmp_path / "a", GREY, CT | {"PatientID": "\\ \\"})
+    assert header(tmp_path / "a").patient is None
 
 
 @pytest.mark.parametrize(
