@@ -21,7 +21,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from client.dicom_bytes import DEFLATED, PixelRoom, check_inflation, pixel_room
-from client.dicom_elements import count_of, identity_of, number_of, numbers_of, text_of, texts_of
+from client.dicom_elements import count_of, identity_of, number_of, numbers_of, scale_of, text_of, texts_of
 from client.dicom_rules import CLASS_OF_MODALITY, DICOMDIR, SECONDARY_CAPTURE, modality_of, pixels_reason, type_reason
 from client.dicom_values import as_stored, between, bounds, grey_of, without_unused_bits
 from client.frames import Frame
@@ -170,7 +170,7 @@ def _reason(dataset: Dataset, room: PixelRoom | None, sop_class: str, modality: 
 
 def _rescale_reason(dataset: Dataset, modality: Modality) -> str:
     """CT is in HU, and an unsigned CT that does not say how its values become HU cannot be read rightly."""
-    says = "RescaleIntercept" in dataset or "ModalityLUTSequence" in dataset
+    says = "RescaleIntercept" in dataset or bool(dataset.get("ModalityLUTSequence"))
     says = says or "PerFrameFunctionalGroupsSequence" in dataset
     unsigned = count_of(dataset, "PixelRepresentation") == 0
     return "no_rescale" if modality == "CT" and unsigned and not says else ""
@@ -203,6 +203,7 @@ def _plain_frame(dataset: Dataset, file: str, number: int, modality: Modality, *
         contrast=(str(echo), str(numbers_of(dataset, "DiffusionBValue", 1)), *kinds),
         time=(*time, number_of(dataset, "AcquisitionTime"), number_of(dataset, "InstanceNumber")),
         acquisition=number_of(dataset, "AcquisitionNumber"),
+        reason=_scale_reason(dataset, number),
     )
 
 
@@ -246,7 +247,8 @@ def _enhanced_frame(
             number_of(dataset, "InstanceNumber"),
         ),
         acquisition=number_of(content, "FrameAcquisitionNumber"),
-        reason=type_reason(frame_type, modality, text_of(of_mr, "ComplexImageComponent")),
+        reason=type_reason(frame_type, modality, text_of(of_mr, "ComplexImageComponent"))
+        or _scale_reason(dataset, number),
     )
 
 
@@ -332,12 +334,22 @@ def _values(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.f
 
 
 def _rescaled(dataset: Dataset, number: int, stored: NDArray[Any]) -> NDArray[np.float32]:
-    if "ModalityLUTSequence" in dataset and len(dataset.ModalityLUTSequence):
+    if dataset.get("ModalityLUTSequence"):
         lut = apply_modality_lut(stored.astype(np.int64), dataset)
         return np.asarray(lut, dtype=np.float32)
     slope, intercept = _rescale(dataset, number)
     # In float32 like every common converter, so that volumes agree with theirs bit for bit.
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _scale_reason(dataset: Dataset, number: int) -> str:
+    """Why the values of a frame cannot be known, from its header alone; empty where they can."""
+    try:
+        if not dataset.get("ModalityLUTSequence"):  # which goes before slope and intercept
+            _rescale(dataset, number)
+    except ScanError as error:
+        return error.reason
+    return ""
 
 
 def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
@@ -349,11 +361,7 @@ def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
         holders = [*(per_frame[number].get("PixelValueTransformationSequence") or []), *holders]
     for holder in holders:
         if "RescaleSlope" in holder or "RescaleIntercept" in holder:
-            slope = numbers_of(holder, "RescaleSlope", 1) or (1.0,)
-            intercept = numbers_of(holder, "RescaleIntercept", 1) or (0.0,)
-            if slope[0] == 0:
-                raise ScanError("bad_pixel_description", "rescale slope is zero")
-            return slope[0], intercept[0]
+            return scale_of(holder)
     if per_frame and text_of(dataset, "Modality") == "CT" and count_of(dataset, "PixelRepresentation") == 0:
         raise ScanError("no_rescale")  # a plain CT was refused by its header
     return 1.0, 0.0

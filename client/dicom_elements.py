@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from unimiss_core.errors import ScanError
+
 
 class DataSet(Protocol):
     """What is needed of pydicom's."""
@@ -60,3 +62,24 @@ def count_of(dataset: DataSet, name: str, default: int = 0) -> int:
         return default if value is None or value == "" else max(0, int(value))
     except Exception:
         return 0
+
+
+def scale_of(dataset: DataSet) -> tuple[float, float]:
+    """Rescale slope and intercept; 1 and 0 stand for what is absent.
+
+    Raises ScanError(bad_pixel_description): one is there and is not one number, so that nobody knows what values mean;
+    or the slope is zero.
+    """
+    slope, intercept = _only_number(dataset, "RescaleSlope", 1.0), _only_number(dataset, "RescaleIntercept", 0.0)
+    if slope == 0:
+        raise ScanError("bad_pixel_description", "rescale slope is zero")
+    return slope, intercept
+
+
+def _only_number(dataset: DataSet, name: str, absent: float) -> float:
+    if name not in dataset:
+        return absent
+    values = numbers_of(dataset, name, 1)
+    if values is None or len(texts_of(dataset, name)) > 1:
+        raise ScanError("bad_pixel_description", "rescale is not one number")
+    return float(values[0])

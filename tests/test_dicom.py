@@ -185,6 +185,44 @@ def test_an_unsigned_ct_must_say_how_it_becomes_hounsfield_units(tmp_path):
     assert header(tmp_path / "b").reason == ""
 
 
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+@pytest.mark.parametrize("value", [b"", b"NaN ", b"-1,5", b"1\\2 ", b"1\\"])
+@pytest.mark.parametrize("modality", ["CT", "MR", "CR"])
+def test_a_scale_that_is_there_and_is_not_one_number_is_never_guessed(tmp_path, modality, name, value):
+    def change(dataset):
+        dataset._dict[Tag(name)] = RawDataElement(Tag(name), "DS", len(value), value, 0, False, True)
+
+    write_dicom(tmp_path / "a", GREY, CT | {"Modality": modality}, adjust=change)
+    (frame,) = header(tmp_path / "a").frames
+    assert frame.reason == "bad_pixel_description"
+    with pytest.raises(ScanError, match="bad_pixel_description"):
+        read_frames(tmp_path / "a", [0])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_frame_whose_scale_is_not_one_number_is_left_out(tmp_path, shared):
+    def scaled(intercept) -> Dataset:
+        item, holder = Dataset(), Dataset()
+        item.RescaleIntercept = intercept
+        holder.PixelValueTransformationSequence = [item]
+        return holder
+
+    def enhance(dataset):
+        dataset.SharedFunctionalGroupsSequence = [scaled(None if shared else 0)]
+        dataset.PerFrameFunctionalGroupsSequence = [scaled(-1), Dataset() if shared else scaled([1, 2])]
+
+    facts = {"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.1", "PatientID": "invented"}
+    write_dicom(tmp_path / "a", np.stack([GREY, GREY]), facts, adjust=enhance)
+    assert [frame.reason for frame in header(tmp_path / "a").frames] == ["", "bad_pixel_description"]
+    np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], GREY - 1.0)
+
+
+def test_an_empty_table_of_values_says_nothing(tmp_path):
+    plain = {key: value for key, value in CT.items() if not key.startswith("Rescale")}
+    write_dicom(tmp_path / "a", GREY, plain | {"ModalityLUTSequence": []})
+    assert header(tmp_path / "a").reason == "no_rescale"
+
+
 def test_an_enhanced_object_gives_each_frame_its_place_and_scale(tmp_path):
     def enhance(dataset):
         shared, frames = Dataset(), []
