@@ -47,6 +47,12 @@ _HEADER_TAGS = [
     "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
+_DESCRIPTION = (
+    "SOPClassUID", "Modality", "PhotometricInterpretation", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "RescaleSlope", "RescaleIntercept",
+)  # fmt: skip
+"""Other scans under one UID differ in these, where all else is alike."""
+
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 
 _quiet_lock = threading.RLock()
@@ -137,6 +143,7 @@ def _header(dataset: Dataset, room: PixelRoom | None, file: str, secret: bytes) 
         matrix=(count_of(dataset, "Rows"), count_of(dataset, "Columns")),
         frame_of_reference=identity_of(dataset, "FrameOfReferenceUID"),
         frames=frames,
+        described=repr([texts_of(dataset, name) for name in _DESCRIPTION]),
         compressed=_is_compressed(syntax),
         reason=reason,
     )

@@ -43,6 +43,8 @@ class Header:
     matrix: tuple[int, int]
     frame_of_reference: str
     frames: tuple[Frame, ...]
+    described: str = ""
+    """What else its header says of its pixels: storage class, photometric interpretation, bits, scale."""
     compressed: bool = False
     reason: str = ""
     """Why the whole file is left out; empty where it is not."""
@@ -108,12 +110,12 @@ def sort_out(headers: Iterable[Header], *, interpolate: bool) -> list[Group]:
 def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
     refused: dict[str, list[Header]] = {}
     usable: list[Header] = []
-    seen: set[tuple[object, ...]] = set()
+    seen: set[Header] = set()
     for header in headers:
         reason = header.reason or _header_problem(header)
         if not reason and header.instance:
-            # Some anonymisers give every slice one and the same UID: a copy also lies where the other does.
-            copy = (header.instance, *(replace(frame, file="") for frame in header.frames))
+            # Some anonymisers give every slice one and the same UID: a copy also has all else of the other.
+            copy = _without_file(header)
             reason = "duplicate" if copy in seen else ""
             seen.add(copy)
         if reason:
@@ -127,6 +129,11 @@ def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
     for members in _alike(usable):
         groups += _sort_alike(members, interpolate=interpolate)
     return _without_remnants(groups)
+
+
+def _without_file(header: Header) -> Header:
+    """The header as of whatever file holds it, packed or not."""
+    return replace(header, file="", compressed=False, frames=tuple(replace(one, file="") for one in header.frames))
 
 
 def _alike(headers: Sequence[Header]) -> list[list[Header]]:

@@ -3,7 +3,9 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import RLELossless
 
 from client.catalogue import catalogue, read, safe_here
 from client.nifti import read_nifti, write_nifti
@@ -54,6 +56,35 @@ def test_files_are_known_by_content_and_not_by_name(tmp_path):
     assert found.files_seen == 10
     series = next(one for one in found.candidates if one.modality == "CT")
     np.testing.assert_array_equal(read(series).voxels[0], volume)
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "expected"),
+    [
+        ((13, 9), {}, [("duplicate", 1), ("used", 1)]),
+        ((13, 9), {"PatientID": "invented-3"}, [("two_patients_in_series", 2)]),
+        ((12, 8), {}, [("used", 2)]),
+        ((13, 9), {"PhotometricInterpretation": "MONOCHROME1"}, [("used", 2)]),
+        ((13, 9), {"RescaleSlope": 2}, [("used", 2)]),
+        ((13, 9), {"Modality": "DX"}, [("used", 2)]),
+    ],
+)
+def test_under_one_uid_only_what_is_alike_in_all_is_a_copy(tmp_path, shape, change, expected):
+    alike = dict.fromkeys(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"), "1.2.3") | {"RescaleSlope": 1}
+    values = np.arange(117, dtype=np.uint16)
+    write_radiograph(tmp_path / "a", values.reshape(13, 9), **alike)
+    write_radiograph(tmp_path / "b", values[: shape[0] * shape[1]].reshape(shape), **alike | change)
+    found = look(tmp_path)
+    counts = {"used": len(found.candidates)} | {entry.reason: len(entry.files) for entry in found.left_out}
+    assert sorted((reason, count) for reason, count in counts.items() if count) == expected
+
+
+def test_a_packed_copy_is_a_copy(tmp_path):
+    write_radiograph(tmp_path / "a", np.arange(117, dtype=np.uint16).reshape(13, 9))
+    dataset = pydicom.dcmread(tmp_path / "a")
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    dataset.save_as(tmp_path / "b")
+    assert reasons(look(tmp_path)) == {"duplicate": 1}
 
 
 def test_a_picture_called_dcm_is_left_out(tmp_path):
