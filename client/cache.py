@@ -47,7 +47,7 @@ from unimiss_core.scan import RANKS, Modality, Rank
 from unimiss_core.sealing import Damaged, Seal, read_seal
 from unimiss_core.study import PlanConfig
 
-READING_VERSION = 6
+READING_VERSION = 7
 """Of the cache's content; a change of rules, readers or `prepare` that changes what is used or its values moves it."""
 FULL = 65535
 _LEAST_PAUSE_S, _PAUSE = 60.0, 9.0

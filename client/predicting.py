@@ -129,7 +129,8 @@ def _tell_of_other_reading(manifest: TaskManifest) -> None:
         progress.report(
             progress.Note(
                 "the model was fine-tuned by another version of this program, to which single slices in NIfTI and "
-                "DICOM, or pictures of CT, may have looked otherwise; where it is asked about such, fine-tune it again"
+                "DICOM, pictures of CT, or pictures that are to be turned or have 16 bits and colours, may have looked "
+                "otherwise; where it is asked about such, fine-tune it again"
             )
         )
 

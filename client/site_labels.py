@@ -45,7 +45,7 @@ from unimiss_core.sealing import read_seal
 from unimiss_core.study import PlanConfig, StudyConfig
 from unimiss_core.task_config import SegmentationConfig, SupervisionConfig
 
-_VERSION = 4
+_VERSION = 5
 """Of what is kept; a change of rules, readers or `prepare` moves it."""
 _TOLD = 5
 """Lines of a table that are told of; the others are counted."""
