@@ -38,6 +38,7 @@ class Candidate:
     """Key of the DICOM study, made like a patient's; empty where there is none."""
     stack: Stack | None = None
     compressed: bool = False
+    """In a way that may make its reader crash, or take long for a small file."""
 
     @property
     def kind(self) -> Kind:

@@ -52,6 +52,8 @@ class Plain:
     shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     flags: tuple[str, ...] = ()
+    compressed: bool = False
+    """As `Candidate.compressed`."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,8 @@ def look_at(folder: Path, file: str, secret: bytes) -> Header | Plain:
 
 def _plain(path: Path, file: str, start: bytes) -> Plain:
     if pictures.looks_like_picture(start):
-        return Plain(file, "picture", pictures.check_header(path), (1.0, 1.0), ("spacing_unknown",))
+        shape, compressed = pictures.check_header(path), pictures.may_take_long(path)
+        return Plain(file, "picture", shape, (1.0, 1.0), ("spacing_unknown",), compressed)
     volume, spacing_mm, flags = nifti.check_header(path)
     return Plain(file, "nifti", volume, spacing_mm, flags)
 
@@ -391,6 +394,7 @@ def _plain_candidate(
         shape=shape,
         spacing_mm=spacing,
         flags=plain.flags if text is not None or source.file_is_patient else (*plain.flags, "patient_assumed"),
+        compressed=plain.compressed,
     )
 
 

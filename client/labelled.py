@@ -252,10 +252,10 @@ def read_pair(pair: _Pair) -> tuple[Scan, Scan | MaskError | None]:
 
 
 def _safe_here(pairs: Sequence[_Pair]) -> bool:
-    """`safe_here` of all the scans, whose headers are looked at until it is not."""
+    """`safe_here` of all the scans and masks, whose headers are looked at until it is not."""
     found: list[Candidate] = []
-    for pair in pairs:
-        outcome = workers.attempt(catalogue_one, pair.scan)
+    for path in filter(None, (path for pair in pairs for path in (pair.scan, pair.mask))):
+        outcome = workers.attempt(catalogue_one, path)
         found += () if isinstance(outcome, ScanError) else outcome.candidates
         if not safe_here(found):
             return False

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ _FORMATS = ("PNG", "JPEG", "TIFF")
 _EXIF_ORIENTATION = 274
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """Of TIFF."""
+_SEGMENTS = frozenset((0xC0, 0xC1, 0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
+"""Of a JPEG that is not progressive, before its pixels: frame, tables, restarts, what programs add, comment."""
 MAX_PIXELS = 2**27
 _MAX_PIXELS_PER_BYTE = 8192
 """An honest picture of one colour compresses about so far; a header that claims more lies."""
@@ -38,6 +40,31 @@ def check_header(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
         # Pillow says of a TIFF how large it is when it has been turned.
         return (image.width, image.height) if _orientation(image) > 4 else (image.height, image.width)
+
+
+def may_take_long(path: Path) -> bool:
+    """Whether a small file may ask for work without end: a JPEG of several scans, as progressive ones are, which all go
+    over its pixels, or a TIFF, which may name its strips again and again."""
+    with path.open("rb") as file:
+        if file.read(len(_PNG)) == _PNG:
+            return False
+        file.seek(0)
+        return file.read(2) != b"\xff\xd8" or not _has_one_scan(file)
+
+
+def _has_one_scan(file: BinaryIO) -> bool:
+    """Of a JPEG that stands behind its first two bytes. What is not as encoders write it counts as several."""
+    components = b""
+    while len(head := file.read(4)) == 4 and head[0] == 0xFF:
+        length = int.from_bytes(head[2:], "big") - 2
+        if head[1] == 0xDA:
+            return components == file.read(1)
+        if length < 0 or head[1] not in _SEGMENTS:
+            return False
+        content = file.read(length)
+        if head[1] in (0xC0, 0xC1):
+            components = content[5:6]
+    return False
 
 
 def read_picture(path: Path, modality: Modality) -> Scan:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.uid import RLELossless
 
 from client.catalogue import catalogue, read, safe_here
@@ -390,3 +391,11 @@ def test_a_small_file_that_holds_a_large_scan_is_read_by_a_worker(tmp_path):
     (small,) = look(tmp_path).candidates
     assert safe_here([small])
     assert not safe_here([replace(small, shape=(9000, 9000))])
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_a_picture_that_may_take_long_is_read_by_a_worker(tmp_path, name):
+    grey = np.random.default_rng(0).integers(0, 255, (21, 17)).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / name, **({"progressive": True} if name == "a.jpg" else {}))
+    (found,) = look(tmp_path).candidates
+    assert not safe_here([found])

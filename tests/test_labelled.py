@@ -5,14 +5,16 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import map_coordinates
 
 import client.labelled
+from client import workers
 from client.catalogue import read_one
 from client.dicom import write_dicom
 from client.finetune_config import AugmentationConfig, FinetuneConfig
 from client.label_tables import Case, label_table
-from client.labelled import Grid, Labelled, MaskError, labels_of, mask_at, prepare_cases
+from client.labelled import Grid, Labelled, MaskError, labels_of, mask_at, prepare_cases, read_cases
 from client.nifti import write_nifti
 from client.pictures import write_png
 from client.splits import split_cases
@@ -20,7 +22,7 @@ from client.training_views import crop_of, window_of
 from tests import crashing_reader
 from tests.series_files import write_radiograph
 from tests.test_label_tables import configured
-from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.plan import prepare, resample_labels
 from unimiss_core.progress import Note, listen
 from unimiss_core.scan import Scan
@@ -263,6 +265,21 @@ def test_a_scan_that_crashes_its_decoder_is_left_out_with_its_line(
     ]
     found = [one.whole() for part in parts.values() for one in part]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_mask_that_may_take_long_is_read_by_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(8):
+        write_case(tmp_path, f"c{number}", number)
+    config = configured(tmp_path, TASK, {"name": "msd", "folder": "."}, split={"folds": 2, "validation": 0.5})
+    table = label_table(config)
+    monkeypatch.setattr(workers, "run", lambda *_, **__: iter([(0, ScanError("timed_out"))]))
+
+    def outcome() -> Scan | ScanError:
+        return next(read_cases(table.cases[:1], table, config, PLAN))[1]
+
+    assert isinstance(outcome(), Scan)
+    Image.fromarray(np.zeros((9, 7), np.uint8)).save(tmp_path / "labelsTr" / "c0.nii.gz", "TIFF")
+    assert isinstance(outcome(), ScanError)
 
 
 def test_a_scan_that_cannot_be_prepared_in_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from client.pictures import check_header, looks_like_picture, read_picture, write_png
+from client.pictures import check_header, looks_like_picture, may_take_long, read_picture, write_png
 from unimiss_core.errors import ScanError
 from unimiss_core.plan import prepare
 from unimiss_core.study import PlanConfig
@@ -176,6 +176,26 @@ def test_a_tiny_file_that_claims_a_huge_picture_is_refused_by_its_header(tmp_pat
     (tmp_path / "a.png").write_bytes(png_that_claims(side, side))
     with pytest.raises(ScanError, match=f"^{reason}"):
         check_header(tmp_path / "a.png")
+
+
+def test_what_may_go_over_its_pixels_without_end_is_known_by_its_header(tmp_path):
+    def takes_long(content: bytes) -> bool:
+        (tmp_path / "a").write_bytes(content)
+        return may_take_long(tmp_path / "a")
+
+    def written(form: str, mode: str = "L", **options) -> bytes:
+        Image.fromarray(GREY.astype(np.uint8)).convert(mode).save(tmp_path / "b", form, **options)
+        return (tmp_path / "b").read_bytes()
+
+    grey, colour = written("JPEG"), written("JPEG", "RGB", exif=Image.Exif(), comment=b"none")
+    assert not any(map(takes_long, (written("PNG"), grey, colour)))
+    assert all(takes_long(written("JPEG", mode, progressive=True)) for mode in ("L", "RGB"))
+    assert takes_long(written("TIFF"))
+    begin = colour.index(b"\xff\xda")
+    assert takes_long(colour[: begin + 4] + b"\1" + colour[begin + 5 :])  # one of three colours: two scans to come
+    begin = grey.index(b"\xff\xc0")
+    assert takes_long(grey[:begin] + b"\xff" + grey[begin:])  # which decoders pass over
+    assert takes_long(grey[: begin + 3])
 
 
 def test_a_cut_file_cannot_be_decoded(tmp_path):
