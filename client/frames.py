@@ -3,11 +3,13 @@
 N is a number of frames. Positions and directions are DICOM patient coordinates in mm (LPS).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from unimiss_core.errors import ScanError
 
 Vector = tuple[float, float, float]
 
@@ -18,6 +20,8 @@ SPACING_TOLERANCE = 0.02
 _SAME_DIRECTION = 2e-3
 _SAME_POSITION_MM = 1e-2
 _SAME_STATION_PIXELS = 1.0
+_MAX_PARTS = 1024
+"""Orientations, or stations, in one series: an order more than the most that a scanner turns through."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Frame:
 
 def volumes_among(frames: Sequence[Frame]) -> Iterator[list[Frame]]:
     """Frames of one series, all with geometry -> those of each volume: of one orientation, contrast, station and
-    acquisition."""
+    acquisition. Raises ScanError as `_alike`."""
     for alike in _parallel(frames):
         for pile in _by_contrast(alike):
             for station in _stations(pile):
@@ -81,21 +85,27 @@ def volumes_among(frames: Sequence[Frame]) -> Iterator[list[Frame]]:
 def _parallel(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Split by orientation and pixel spacing, each within a tolerance."""
     planes = [frame.plane for frame in frames]
-    facts = [np.concatenate([plane.row, plane.column, np.log(plane.spacing_mm)]) for plane in planes]
+    facts = np.array([np.concatenate([plane.row, plane.column, np.log(plane.spacing_mm)]) for plane in planes])
     return _alike(frames, facts, _SAME_DIRECTION)
 
 
-def _alike(frames: Sequence[Frame], facts: Iterable[NDArray[np.float64]], tolerance: float) -> list[list[Frame]]:
-    """Split by facts of each frame, which goes to the first part whose first frame's differ by less than this."""
-    parts: list[tuple[NDArray[np.float64], list[Frame]]] = []
+def _alike(frames: Sequence[Frame], facts: NDArray[np.float64], tolerance: float) -> list[list[Frame]]:
+    """Split by facts (N, F) of each frame, which goes to the first part whose first frame's differ by less than this.
+
+    Raises ScanError(bad_geometry): more parts than any object has, which would take long to tell apart.
+    """
+    parts: list[list[Frame]] = []
+    known = np.empty((_MAX_PARTS, *facts.shape[1:]))
     for frame, own in zip(frames, facts, strict=True):
-        for known, members in parts:
-            if np.abs(known - own).max() < tolerance:
-                members.append(frame)
-                break
+        near = np.abs(known[: len(parts)] - own).max(axis=1, initial=0.0) < tolerance
+        if near.any():
+            parts[int(near.argmax())].append(frame)
+        elif len(parts) < _MAX_PARTS:
+            known[len(parts)] = own
+            parts.append([frame])
         else:
-            parts.append((own, [frame]))
-    return [members for _, members in parts]
+            raise ScanError("bad_geometry", f"more than {_MAX_PARTS} orientations or stations")
+    return parts
 
 
 def _by_contrast(frames: Sequence[Frame]) -> list[list[Frame]]:
@@ -113,7 +123,10 @@ def _stations(frames: list[Frame]) -> list[list[Frame]]:
     a volume of its own. (A tilted gantry moves the heights of one volume, and all frames of a height alike.)"""
     if all(np.abs(pixels_aside(place)).max() < _SAME_STATION_PIXELS for place in by_place(frames)):
         return [frames]
-    parts = _alike(frames, pixels_aside(frames), _SAME_STATION_PIXELS)
+    try:
+        parts = _alike(frames, pixels_aside(frames), _SAME_STATION_PIXELS)
+    except ScanError:  # no body has so many
+        return [frames]
     return parts if len(parts) > 1 and all(len(by_place(part)) >= MIN_SLICES for part in parts) else [frames]
 
 

@@ -162,8 +162,11 @@ def _sort_alike(headers: list[Header], *, interpolate: bool) -> list[Group]:
         else:
             usable.append(frame)
     groups += [Group(members, tuple(bad), None, reason) for reason, bad in refused.items()]
-    for volume in volumes_among(usable):
-        groups += _pile_up(members, volume, first.matrix, interpolate=interpolate)
+    try:
+        for volume in volumes_among(usable):
+            groups += _pile_up(members, volume, first.matrix, interpolate=interpolate)
+    except ScanError as error:
+        groups.append(Group(members, tuple(usable), None, error.reason))
     return groups
 
 

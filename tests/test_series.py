@@ -108,6 +108,18 @@ def test_echoes_orientations_matrices_and_frames_of_reference_are_volumes_of_the
         assert outcome(first + more) == [("used", 3), ("used", 3)], change
 
 
+@pytest.mark.parametrize(("turns", "expected"), [(300, [("used", 3)] * 300), (1100, [("bad_geometry", 3300)])])
+def test_an_object_of_more_orientations_than_there_can_be_is_not_told_apart(turns, expected):
+    """Which would take as long as the square of their number, in a process without a limit of time."""
+    headers = []
+    for turn in range(turns):
+        row = np.array([np.cos(turn / 200), np.sin(turn / 200), 0.0])
+        normal = np.cross(row, (0.0, 0.0, -1.0))
+        turned = (*row, 0.0, 0.0, -1.0)
+        headers += [header(3 * turn + step, 3 * step * normal, orientation=turned) for step in range(3)]
+    assert outcome(headers) == expected
+
+
 def made(headers) -> list[list[str]]:
     """The files of each volume, from bottom to top."""
     groups = sort_out(headers, interpolate=False)
