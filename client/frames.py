@@ -176,5 +176,6 @@ def pixels_aside(frames: Sequence[Frame]) -> NDArray[np.float64]:
     return np.stack([off @ plane.column / plane.spacing_mm[0], off @ plane.row / plane.spacing_mm[1]], axis=1)
 
 
-def close_to(gaps: NDArray[np.float64], gap: float) -> NDArray[np.bool_]:
-    return np.abs(gaps - gap) <= np.maximum(0.02, SPACING_TOLERANCE * np.minimum(np.abs(gaps), abs(gap)))
+def close_to(gaps: NDArray[np.float64], gap: float | NDArray[np.float64]) -> NDArray[np.bool_]:
+    smaller = np.minimum(np.abs(gaps), np.abs(gap))
+    return np.asarray(np.abs(gaps - gap) <= np.maximum(0.02, SPACING_TOLERANCE * smaller))

@@ -253,7 +253,7 @@ def _even_runs(frames: list[Frame], *, interpolate: bool) -> list[tuple[list[Fra
     start = 0
     while start < len(frames):
         stop = start + 1
-        while stop < len(frames) and close_to(gaps[start:stop], gaps[start]).all():
+        while stop < len(frames) and close_to(gaps[stop - 1 : stop], gaps[start]).all():
             stop += 1
         run = frames[start:stop]
         # Where the gap that ends this run opens the next, the shared slice stays with this one.
@@ -276,8 +276,22 @@ def _joined(runs: list[tuple[list[Frame], list[int] | str]]) -> list[tuple[list[
 def _commonest(gaps: NDArray[np.float64]) -> float:
     """The gap with the most others close to it; the smallest of equals."""
     ordered = np.sort(gaps)
-    votes = [int(close_to(ordered, gap).sum()) for gap in ordered]
+    votes = _close_beside(ordered, 1) + _close_beside(ordered, -1)
     return float(ordered[int(np.argmax(votes))])
+
+
+def _close_beside(ordered: NDArray[np.float64], side: Literal[1, -1]) -> NDArray[np.int_]:
+    """(N,): how many of the gaps above (1) or below (-1) are close to each. They lie side by side, so their end is
+    found by halving: a file may hold so many different gaps that each with each would take minutes."""
+    places = np.arange(len(ordered))
+    room = places[::-1] if side == 1 else places
+    count = np.zeros_like(places)
+    for bit in reversed(range(len(ordered).bit_length())):
+        more = count + 2**bit
+        fits = more <= room
+        near = close_to(ordered[np.where(fits, places + side * more, places)], ordered)
+        count = np.where(fits & near, more, count)
+    return count
 
 
 def _slots(steps: NDArray[np.int_], *, interpolate: bool) -> list[int] | str:

@@ -3,7 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.frames import Frame
+import client.series
+from client.frames import Frame, close_to
 from client.patients import Patient
 from client.series import Header, sort_out
 from client.volumes import assemble, canonical, straighten
@@ -118,6 +119,30 @@ def test_an_object_of_more_orientations_than_there_can_be_is_not_told_apart(turn
         turned = (*row, 0.0, 0.0, -1.0)
         headers += [header(3 * turn + step, 3 * step * normal, orientation=turned) for step in range(3)]
     assert outcome(headers) == expected
+
+
+def test_many_different_gaps_are_not_compared_each_with_each(monkeypatch):
+    compared = []
+
+    def counted(gaps, gap):
+        compared.append(np.size(gaps))
+        return close_to(gaps, gap)
+
+    monkeypatch.setattr(client.series, "close_to", counted)
+    count = 2000
+    gaps = np.where(np.arange(count) < count // 2, 1.0, np.random.default_rng(0).uniform(0.05, 9, count))
+    outcome(heights(np.cumsum(gaps)))
+    assert sum(compared) < 40 * count
+
+
+@pytest.mark.parametrize("digits", [1, 2, 9])
+def test_the_commonest_gap_sets_the_unit(digits):
+    """Oracle: every gap compared with every other. Rounded gaps lie on the edge of the tolerance."""
+    rng = np.random.default_rng(digits)
+    for _ in range(50):
+        gaps = np.round(rng.uniform(0.5, 2, rng.integers(2, 40)), digits)
+        votes = [close_to(gaps, gap).sum() for gap in sorted(gaps)]
+        assert client.series._commonest(gaps) == sorted(gaps)[int(np.argmax(votes))]
 
 
 def made(headers) -> list[list[str]]:
