@@ -42,6 +42,7 @@ from client.reasons import OF_DECODERS, PASSING
 from client.site_config import SiteConfig
 from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.json_text import read_object
 from unimiss_core.plan import prepare
 from unimiss_core.scan import RANKS, Modality, Rank
 from unimiss_core.sealing import Damaged, Seal, read_seal
@@ -359,7 +360,7 @@ def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
     """What `file` holds, where neither folders nor cache have changed since, and nothing is to be tried again."""
     folder = file.parent
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_object(file)
         found = content["version"], content["state"], content.get("sealed", False)
         if found != (READING_VERSION, state, site.state_key is not None):
             return None
@@ -381,7 +382,7 @@ def _remembered(site: SiteConfig, file: Path, state: str) -> Library | None:
         if not all(_is_whole(sizes[scan.path.name], scan.offset, scan.shape) for scan in scans):
             return None
         return Library(scans, content["left_out"], assumed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

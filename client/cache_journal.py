@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from unimiss_core import durable, locks
+from unimiss_core.json_text import object_in
 from unimiss_core.study import PlanConfig
 
 KEPT_DAYS = 90.0
@@ -102,10 +103,10 @@ def _read(path: Path) -> tuple[dict[str, Record], int]:
         return {}, 0
     for line in lines:
         try:
-            raw = json.loads(line)
+            raw = object_in(line)
             raw |= {name: tuple(raw[name]) for name in ("shape", "spacing_mm")}
             record = Record(**raw)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             continue
         records.pop(record.stamp, None)
         records[record.stamp] = record

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from unimiss_core import durable
 from unimiss_core.device import devices_of, left_unused, memory_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.execution import Execution
+from unimiss_core.json_text import read_object
 from unimiss_core.learner import Learner
 from unimiss_core.private_learner import PrivateLearner
 from unimiss_core.scan import Rank
@@ -200,10 +201,9 @@ def _read(memory: Path) -> dict[str, _Fit]:
     """What was found before; nothing where the file is missing or damaged, and none of what older versions kept, which
     did not know how much was free."""
     try:
-        content: Any = json.loads(memory.read_text())
+        entries = read_object(memory).items()
     except (OSError, ValueError):
         return {}
-    entries = content.items() if isinstance(content, Mapping) else ()
     return {key: _Fit(**fit) for key, fit in entries if _is_whole(fit)}
 
 

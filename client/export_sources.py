@@ -1,7 +1,6 @@
 """What `unimiss export` is given: a checkpoint of pretraining, or a fine-tuned model, and all that is known of it."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from unimiss_core.embedding import encoder_of
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.exported import ExportedConfig
 from unimiss_core.gaussian_privacy import gaussian_epsilon
+from unimiss_core.json_text import read_object
 from unimiss_core.keys import SigningPublicKey
 from unimiss_core.network import check_tensors, empty_network
 from unimiss_core.privacy import mechanisms
@@ -153,7 +153,7 @@ def _spent(study: StudyConfig | None, rounds: int, counted: TrainedBy | None) ->
 
 def _figures(path: Path) -> tuple[Literal["test", "validation"] | None, Mapping[str, Any]]:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of a file that anyone may write
-        parts = json.loads(path.read_bytes())["parts"]
+        parts = read_object(path)["parts"]
         part: Literal["test", "validation"] = "test" if parts.get("test") else "validation"
         if isinstance(parts[part], Mapping):
             return part, parts[part]

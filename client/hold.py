@@ -30,6 +30,7 @@ from client.site_config import SiteConfig
 from client.telling import tell_if_heard
 from unimiss_core import durable
 from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.json_text import read_object
 from unimiss_core.locks import locked
 
 FREE_DEATHS = 1
@@ -175,7 +176,7 @@ def _held_in_words(holding: Sequence[Path]) -> Iterator[str]:
 def _in_words(mark: Path) -> str:
     ended = "failed" if mark.suffix == ".failed" else "died with its process"
     try:
-        request = Request(**json.loads(mark.read_bytes()))
+        request = Request(**read_object(mark))
     except (OSError, ValueError, TypeError):
         return f"a private round {ended}"
     which = f"round {request.round}" if request.round else "the introduction"

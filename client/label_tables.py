@@ -4,7 +4,6 @@ Messages name a table's lines by number and a folder's files by their place, nev
 """
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from client.medmnist import opened_arrays
 from client.patients import MODALITY_NAMES
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError
+from unimiss_core.json_text import read_object
 from unimiss_core.scan import Modality
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
 
@@ -300,7 +300,7 @@ def _modality_told(data: MsdData, task: SegmentationConfig) -> Modality | None:
     if not path.exists():
         return None
     try:
-        told: Any = json.loads(path.read_text(encoding="utf-8"))
+        told = read_object(path)
         labels, channels = dict(told["labels"]), told.get("channel_names") or told.get("modality") or {}
         word = str(dict(channels).get(str(data.channel), "")).upper()
     except (OSError, ValueError, KeyError, TypeError):

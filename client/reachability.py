@@ -1,7 +1,6 @@
 """Whether this site reaches its coordinator, as the gate will: by outbound HTTPS, with the site's certificate."""
 
 import base64
-import json
 import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from client.home import Home
 from client.tls import tls_of
 from unimiss_core import keys
 from unimiss_core.joining import host_and_port, read_welcome
+from unimiss_core.json_text import object_in
 
 TIMEOUT_S = 20.0
 PATH = "/v1/fleet/send-node-heartbeat"
@@ -73,10 +73,9 @@ def problem_of(error: httpx.TransportError) -> str:
 def detail_told(body: bytes) -> str:
     """The word with which a coordinator's public side says why it refuses; empty where it is another's answer."""
     try:
-        told = json.loads(body)
+        return str(object_in(body).get("detail", ""))
     except ValueError:
         return ""
-    return str(told.get("detail", "")) if isinstance(told, dict) else ""
 
 
 def _problem_told(status: int, body: bytes) -> str | None:

@@ -39,6 +39,7 @@ from client.telling import tell_if_heard, tell_once_if_heard
 from unimiss_core import durable, progress
 from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError, UnknownPatientError, WireError
+from unimiss_core.json_text import read_object
 from unimiss_core.plan import prepare, resample_labels
 from unimiss_core.scan import Modality
 from unimiss_core.sealing import read_seal
@@ -340,7 +341,7 @@ def _left_out(error: ScanError) -> _Record:
 
 def _kept(task: _Task) -> _Record | None:
     try:
-        raw = json.loads(task.record.read_text(encoding="utf-8"))
+        raw = read_object(task.record)
         record = _Record(**raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm")})
     except (OSError, ValueError, TypeError, KeyError):
         return None

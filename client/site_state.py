@@ -26,6 +26,7 @@ from unimiss_core import durable
 from unimiss_core.checkpoint import folder_name
 from unimiss_core.config import RUN
 from unimiss_core.errors import ConfigError
+from unimiss_core.json_text import object_in
 from unimiss_core.sealing import Seal
 
 KEPT_ROUNDS = 2
@@ -134,13 +135,13 @@ class SiteState:
         metadata, tensors = content
         if metadata["study"] != self._study_digest:
             return None
-        return Remembered(int(metadata["round"]), tensors, json.loads(metadata["facts"]))
+        return Remembered(int(metadata["round"]), tensors, object_in(metadata["facts"]))
 
 
 def load_whole(payload: bytes) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:
     """(metadata, tensors) of a safetensors file in memory. Raises SafetensorError, ValueError, KeyError."""
     tensors = load(payload)  # checks the header, too
-    return json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"], tensors
+    return object_in(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"], tensors
 
 
 def name_in_seal(path: Path) -> str:

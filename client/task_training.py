@@ -26,6 +26,7 @@ from client.labelled import Labelled
 from client.training_views import crop_of, window_of
 from unimiss_core import durable, progress
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
+from unimiss_core.json_text import object_in
 from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel, freeze_, rate_groups
 from unimiss_core.views import generator_for
@@ -208,7 +209,7 @@ def check_state(folder: Path, digest: str) -> Mapping[str, Any]:
     try:
         with safe_open(folder / STATE, "pt") as file:
             told = file.metadata()
-        version, of, kept = told.get("version"), told["digest"], dict(json.loads(told["progress"]))
+        version, of, kept = told.get("version"), told["digest"], object_in(told["progress"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         raise CheckpointError(_UNREADABLE) from None
     if version != _VERSION:

@@ -5,7 +5,6 @@ fails for that: what cannot be read is left out and named in `Artefacts.gaps`, o
 be right is left out alone: what one site wrote costs nobody else's figures, and no round.
 """
 
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from unimiss_core import metric_lines
 from unimiss_core.collapse import signs_in_round
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
+from unimiss_core.json_text import read_value
 from unimiss_core.study import StudyConfig
 from unimiss_core.wire import LARGEST_COUNT, LARGEST_FIGURE, LONGEST_S
 
@@ -271,7 +271,7 @@ def _left_out(wrong: int) -> str:
 
 
 def _stop(path: Path, gaps: list[str]) -> StopRecord:
-    return _as_far_as_right(StopRecord, json.loads(path.read_text(encoding="utf-8")), path.name, gaps)
+    return _as_far_as_right(StopRecord, read_value(path), path.name, gaps)
 
 
 def _released(out: Path, study: StudyConfig | None, gaps: list[str]) -> tuple[int, ...]:
@@ -283,7 +283,7 @@ def _released(out: Path, study: StudyConfig | None, gaps: list[str]) -> tuple[in
 
 def _probe(path: Path) -> Mapping[str, ProbeRecord]:
     """By task; a list of records that each name their task reads the same."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_value(path)
     named = {record["task"]: record for record in raw} if isinstance(raw, list) else raw
     return TypeAdapter(dict[str, ProbeRecord]).validate_python(named)
 

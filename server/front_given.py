@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from server.front_answers import within
 from server.front_rules import Refused
 from unimiss_core import durable
+from unimiss_core.json_text import read_object
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,7 @@ class Given:
     def _of(self, site: str) -> Mapping[str, list[str]]:
         if site not in self._sites:
             try:
-                told = json.loads(self._file(site).read_text(encoding="utf-8"))
-                self._sites[site] = told if isinstance(told, dict) else {}
+                self._sites[site] = read_object(self._file(site))
             except (OSError, ValueError):
                 self._sites[site] = {}
         return self._sites[site]

@@ -13,7 +13,9 @@ from server.run_folder import RunFolder
 from unimiss_core import checkpoint
 from unimiss_core.checkpoint import Checkpoint
 from unimiss_core.codec import Layout
+from unimiss_core.errors import CheckpointError
 from unimiss_core.groups import GROUPS, Group
+from unimiss_core.json_text import object_in
 from unimiss_core.network import below
 from unimiss_core.study import StudyConfig
 
@@ -52,16 +54,23 @@ class GlobalState:
 
     @classmethod
     def restored(cls, found: Checkpoint, study: StudyConfig, layout: Layout) -> "GlobalState":
-        """As `save` left it."""
-        book = json.loads(found.server_json)
+        """As `save` left it. Raises CheckpointError: server.json says something else."""
+        try:
+            book = object_in(found.server_json)
+            retention, taught, attendance = book["retention"], book["taught"], Attendance.of(book["attendance"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"round {found.manifest.round}: its server.json is not what a coordinator goes on from; take another "
+                "copy of the checkpoint"
+            ) from None
         held = below(_RELEASED, found.server_tensors)
         return cls(
             round=found.manifest.round,
             release=Release(found.student, held or None, layout, study.wire.dtype),
             teacher=dict(found.teacher),
-            retention=book["retention"],
-            taught=book["taught"],
-            attendance=Attendance.of(book["attendance"]),
+            retention=retention,
+            taught=taught,
+            attendance=attendance,
             optimiser={name: t for name, t in found.server_tensors.items() if name.startswith(optimisers.PREFIXES)},
         )
 

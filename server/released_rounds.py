@@ -26,6 +26,7 @@ from server.wording import listed
 from unimiss_core import durable
 from unimiss_core.errors import PrivacyBudgetError, RunFolderError
 from unimiss_core.gaussian_privacy import gaussian_epsilon, in_words
+from unimiss_core.json_text import read_object
 from unimiss_core.privacy_config import SitePrivacyConfig
 from unimiss_core.study import StudyConfig
 
@@ -51,7 +52,7 @@ class ReleasedRounds:
         """The number of each release's round, in the order in which they were made. Raises RunFolderError: the record
         is missing, damaged, or of another study."""
         try:
-            book = json.loads(self._path.read_text(encoding="utf-8"))
+            book = read_object(self._path)
             rounds, study = book["rounds"], book["study"]
             if not all(type(round) is int and round > 0 for round in rounds):
                 raise ValueError

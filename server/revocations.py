@@ -1,12 +1,12 @@
 """Keys that were revoked, as the coordinator's audit log says: more lasting than the files of sites, which a backup may
 bring back from before."""
 
-import json
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 from unimiss_core.errors import ConfigError
+from unimiss_core.json_text import object_in
 
 
 class Revocations:
@@ -57,9 +57,9 @@ class Revocations:
 
     def _note(self, line: bytes) -> None:
         try:
-            told = json.loads(line)
+            told = object_in(line)
             if told["kind"] in ("approve", "revoke"):
                 self._last[str(told["fingerprint"])] = told["kind"]
                 self._given[str(told["site"])] = str(told["fingerprint"])
-        except (ValueError, TypeError, KeyError):  # `audit` says that it is damaged
+        except (ValueError, KeyError):  # `audit` says that it is damaged
             return

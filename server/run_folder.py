@@ -21,6 +21,7 @@ from server.released_rounds import record_of
 from unimiss_core import checkpoint, durable, metric_lines
 from unimiss_core.config import RUN, dump_yaml, load
 from unimiss_core.errors import CheckpointError, ConfigError, RunFolderError, UnimissError
+from unimiss_core.json_text import read_object
 from unimiss_core.keys import SigningKey, read_signing_key
 from unimiss_core.study import StudyConfig
 
@@ -65,7 +66,7 @@ class RunFolder:
         """What the sites know this run by: drawn when it was begun, the same ever after, so that they find what they
         remember of it. Raises ConfigError where the run was not begun, or run.json is damaged."""
         try:
-            run = json.loads(self._identity.read_text(encoding="utf-8"))["run"]
+            run = read_object(self._identity)["run"]
             if not re.fullmatch(RUN, run):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
@@ -224,8 +225,8 @@ class RunFolder:
     def was_taught(self) -> bool | None:
         """What `note_start` kept; None where it kept nothing."""
         try:
-            told = json.loads(self._begun.read_text(encoding="utf-8"))["taught_by_labels"]
-        except (OSError, ValueError, KeyError, TypeError):
+            told = read_object(self._begun)["taught_by_labels"]
+        except (OSError, ValueError, KeyError):
             return None
         return told if isinstance(told, bool) else None
 
@@ -236,8 +237,8 @@ class RunFolder:
     def why_it_stopped(self) -> str:
         """What `note_stop` kept; empty where the run was not stopped, or was gone on with since."""
         try:
-            return str(json.loads(self._stopped.read_text(encoding="utf-8"))["error"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return str(read_object(self._stopped)["error"])
+        except (OSError, ValueError, KeyError):
             return ""
 
     def note_finished(self, round: int) -> None:
@@ -258,15 +259,15 @@ class RunFolder:
     def how_it_ended(self, run: int) -> dict[str, Any]:
         """What `note_end` kept of that run; empty where its ServerApp was killed, or ended well."""
         try:
-            facts = json.loads(self._ended.read_text(encoding="utf-8"))
+            facts = read_object(self._ended)
         except (OSError, ValueError):
             return {}
-        return facts if isinstance(facts, dict) and facts.get("run") == run else {}
+        return facts if facts.get("run") == run else {}
 
     def why_its_last_try_ended(self) -> str:
         """Of whichever Flower run; empty where a round was finished since, or the run, or no ServerApp said so."""
         try:
-            facts = json.loads(self._ended.read_text(encoding="utf-8"))
+            facts = read_object(self._ended)
             return "" if self.is_finished or self._rounds_done() > facts["round"] else str(facts["error"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
 from server.children import Children
 from server.contacts import AHEAD_S, BEHIND_S, Contact, Contacts
 from server.coordinator_config import load_coordinator
@@ -35,7 +37,7 @@ class Running:
 
     study: str
     rounds: int
-    since: float
+    since: FiniteFloat
     submitted: bool
     fruitless: int
     children: tuple[ChildStanding, ...]
@@ -45,10 +47,10 @@ class Running:
 
     @classmethod
     def read(cls, path: Path) -> "Running | None":
+        """None where there is none, or it is damaged."""
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**told, "children": tuple(ChildStanding(**child) for child in told["children"])})
-        except (OSError, ValueError, TypeError, KeyError):
+            return TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        except (OSError, ValidationError):
             return None
 
 
@@ -163,7 +165,7 @@ def _approved(home: Home) -> set[str]:
 def _site_line(name: str, contact: Contact | None, now: datetime) -> str:
     if contact is None:
         return f"{name}: not heard since the public side began"
-    ago = duration(max(0.0, (now - datetime.fromisoformat(contact.seen)).total_seconds()))
+    ago = duration(max(0.0, (now - contact.seen).total_seconds()))
     line = f"{printable(name)}: heard {ago} ago"
     if contact.clock_ahead_s is not None and contact.clock_is_wrong:
         way = "ahead" if contact.clock_ahead_s > 0 else "behind"

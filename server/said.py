@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from unimiss_core import progress
+from unimiss_core.json_text import object_in
 from unimiss_core.progress import Collapsed, Event, Note, RoundDone, RoundStarted, SiteReplied
 
 _FILE = "said.jsonl"
@@ -104,10 +104,10 @@ def _tail(path: Path) -> bytes:
 def _event_of(line: bytes) -> tuple[float, Event] | None:
     """When it was said, and what; None of what a crash tore."""
     try:
-        told: dict[str, Any] = json.loads(line)
+        told = object_in(line)
         at, kind = float(told.pop("at")), _KEPT[told.pop("event")]
         if kind is RoundStarted:
             told["sites"] = tuple(told["sites"])
         return at, kind(**told)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return None

@@ -116,6 +116,16 @@ def test_other_version_no_manifest_and_outside_file_are_told(tmp_path: Path) -> 
         checkpoint.load(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    "written", ["[" * 50_000, '{"format_version":' * 50_000, "[1]"], ids=["list", "object", "other"]
+)
+def test_a_manifest_that_is_none_is_told(tmp_path: Path, written: str) -> None:
+    save(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text(written)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: is not a manifest of this program; take another copy"):
+        checkpoint.load(tmp_path / "c")
+
+
 def test_latest_is_the_highest_finished_round(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
     for round in (2, 10):

@@ -274,7 +274,10 @@ def test_a_disk_without_room_for_the_memory_does_not_cost_the_round(
     assert "No space left on device" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 0}', '{"a": {"scans": 0, "free": 1}}'])
+DEEP = pytest.param("[" * 50_000, id="deep")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": 0}', '{"a": {"scans": 0, "free": 1}}', DEEP])
 def test_a_damaged_memory_is_found_anew(tmp_path: Path, tight: tuple[Learner, Tight], content: str) -> None:
     (tmp_path / MEMORY).write_text(content)
     assert dict(_found(tight[0], [3], tmp_path / MEMORY)) == {3: 2}

@@ -157,6 +157,7 @@ def test_a_card_shows_names_as_they_are_and_runs_nothing_of_them(tmp_path: Path)
         ('{"parts": [1]}', None),
         ('{"parts": {"test": 3}}', None),
         ("no json", None),
+        pytest.param("[" * 50_000, None, id="deep"),
     ],
 )
 def test_what_stopped_the_training_is_not_called_unseen(tmp_path: Path, metrics: str, told: str | None) -> None:
@@ -278,9 +279,14 @@ def test_sites_are_counted_from_metrics_that_were_cut_or_written_twice(tmp_path:
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
+DEEP = "[" * 50_000
+
+
 def spoilt(path: Path, change: str) -> None:
     if path.suffix == ".safetensors":
         path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    elif change == DEEP:
+        path.write_text(DEEP)
     else:
         path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": change}))
 
@@ -290,8 +296,10 @@ def spoilt(path: Path, change: str) -> None:
     [
         ("round-0001/teacher.safetensors", "", "teacher.safetensors was changed after it was written"),
         ("round-0001/manifest.json", 9, "has format version 9, this program reads 1"),
+        pytest.param("round-0001/manifest.json", DEEP, "is not a manifest of this program", id="deep manifest"),
         ("tuned/model.safetensors", "", "was changed after it was written"),
         ("tuned/model.json", 9, "has format version 9, this program reads 1"),
+        pytest.param("tuned/model.json", DEEP, "is no description of a fine-tuned model", id="deep model.json"),
     ],
 )
 @pytest.mark.parametrize("form", ["safetensors", "onnx", "monai"])

@@ -275,6 +275,16 @@ def test_names_that_a_folder_gives_to_other_values_are_told(tmp_path: Path, labe
     assert len(label_table(configured(tmp_path, own_words, {"name": "msd", "folder": "."})).cases) == 1
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"channel_names": {}}', "[" * 50_000], ids=["none", "list", "other", "deep"]
+)
+def test_a_folders_description_that_is_none_is_told(tmp_path: Path, text: str) -> None:
+    msd(tmp_path, ["a.nii"], ["a.nii"], {})
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"dataset\.json is no JSON with 'labels'"):
+        label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": "."}))
+
+
 def of_medmnist(folder: Path, **changed: np.ndarray[Any, Any]) -> LabelTable:
     arrays = {f"{n}_labels": np.array([[0], [1]]) for n in ("train", "val", "test")}
     np.savez(folder / "m.npz", **(arrays | changed))

@@ -33,7 +33,11 @@ def write(out: Path, rows: list[dict[str, Any]], **damaged: bytes) -> list[bytes
     return lines
 
 
-@pytest.mark.parametrize("damaged", [b'{"round": 2, "si', b"\xff\xfe\x00", b"", b"[2]", b'{"rou": 2}'])
+DEEP = pytest.param(b"[" * 50_000, id="deep")
+DAMAGED = [b'{"round": 2, "si', b"\xff\xfe\x00", b"", b"[2]", b'{"rou": 2}', DEEP]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_line_costs_no_other(tmp_path: Path, damaged: bytes) -> None:
     folder = RunFolder(tmp_path)
     lines = write(tmp_path, [row(number) for number in range(1, 8)], line2=damaged)
@@ -50,7 +54,7 @@ def test_a_damaged_line_costs_no_other(tmp_path: Path, damaged: bytes) -> None:
     assert told.sites == 3
 
 
-@pytest.mark.parametrize("torn", [b'{"round": 3', b"\xff"])
+@pytest.mark.parametrize("torn", [b'{"round": 3', b"\xff", DEEP])
 def test_a_torn_last_line_goes_and_a_whole_one_stays_though_its_end_is_missing(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = write(tmp_path, [row(1), row(2)])
@@ -81,8 +85,9 @@ def test_a_site_whose_figures_are_missing_costs_no_other(tmp_path: Path, odd: ob
     assert [one["sites"].keys() for one in RunFolder(tmp_path).metric_rows()] == [{"a", "b", "c"}, set()]
 
 
-def test_status_and_a_resumed_run_go_on_over_a_damaged_line(tmp_path: Path) -> None:
-    home, damaged = Home(tmp_path), b'{"round": 1, "sites": {"xray": {"status": "ok\xff"}}'
+@pytest.mark.parametrize("damaged", [b'{"round": 1, "sites": {"xray": {"status": "ok\xff"}}', DEEP])
+def test_status_and_a_resumed_run_go_on_over_a_damaged_line(tmp_path: Path, damaged: bytes) -> None:
+    home = Home(tmp_path)
     out = home.run("toy")
     federate(out, [xray()], small_study(rounds=2))
     lines = (out / "metrics.jsonl").read_bytes().splitlines()

@@ -14,9 +14,10 @@ from server.optimisers import build_optimiser
 from server.round_sum import RoundSum
 from server.rules import opened_aggregate
 from server.run_folder import RunFolder
-from tests.federation import RUN, random_tensors, small_study, whole_layout
+from tests.federation import RUN, random_tensors, saved_checkpoint, small_study, whole_layout
 from tests.test_rules import RULES
 from unimiss_core import checkpoint
+from unimiss_core.errors import CheckpointError
 from unimiss_core.groups import group_of
 from unimiss_core.scan import Rank
 from unimiss_core.study import FedAdamConfig, FedAvgMConfig, StudyConfig
@@ -147,3 +148,13 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(optimiser: str, tmp_path: Pa
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[name], other[name]) for name in other)
     assert (saved / "server.safetensors").exists() == (optimiser != "none")
+
+
+@pytest.mark.parametrize(
+    "book", ["{}", "[1]", "[" * 50_000, '{"retention": {}, "taught": {}, "attendance": []}'], ids=range(4)
+)
+def test_a_state_that_is_none_is_a_bad_checkpoint(tmp_path: Path, book: str) -> None:
+    study = study_with("trimmed_mean", "none")
+    saved_checkpoint(tmp_path / "round-0007", round=7, server_json=book)
+    with pytest.raises(CheckpointError, match=r"round 7: its server\.json is not what a coordinator goes on from"):
+        GlobalState.restored(checkpoint.load(tmp_path / "round-0007", to_resume=True), study, whole_layout())

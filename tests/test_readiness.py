@@ -79,6 +79,7 @@ def test_a_clock_that_flower_would_refuse_is_bad(pair: Joined, port: int, ahead_
         ((401, {}, b'{"detail": "wrong_key"}'), "not_approved", "bad"),
         ((503, {}, b'{"detail": "coordinator_down"}'), "no_run", "warning"),
         ((503, {}, b'{"detail": "coordinator_failed"}'), "failed", "warning"),
+        pytest.param((503, {}, b"[" * 50_000), "no_run", "warning", id="deep"),
         ((302, {"location": "https://127.0.0.1:1/"}, b""), "answer", "bad"),
         ((200, {}, b"<html>welcome</html>"), "answer", "bad"),
     ],

@@ -285,9 +285,20 @@ def test_an_empty_folder_still_gives_a_report(tmp_path: Path) -> None:
         "report/probe-before.json",
         "report/probe-after.json",
         "report/probe-projection.npz",
+        "stopped.json",
     ],
 )
-@pytest.mark.parametrize("content", [b"", b"\xff\x00\x13[[", b"null", b"PK\x03\x04", b'{"a": 3, "round": "x"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\x00\x13[[",
+        b"null",
+        b"PK\x03\x04",
+        b'{"a": 3, "round": "x"}',
+        pytest.param(b"[" * 50_000, id="deep"),
+    ],
+)
 def test_a_damaged_part_is_left_out_without_its_path(whole_run: Path, damage: str, content: bytes) -> None:
     (whole_run / damage).write_bytes(content)
     text = report_of(whole_run).text

@@ -103,13 +103,25 @@ def test_a_run_that_lost_its_name_goes_on_under_a_new_one(tmp_path: Path) -> Non
     assert folder.run != lost
 
 
-@pytest.mark.parametrize("damaged", ["", "{}", '{"run": 7}', '{"run": "../../x"}', '["run"]', '{"run": "0123'])
+DEEP = pytest.param("[" * 50_000, id="deep")
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", '{"run": 7}', '{"run": "../../x"}', '["run"]', '{"run": "0123', DEEP])
 def test_a_damaged_name_is_told_with_the_way_out(tmp_path: Path, damaged: str) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(small_study(), resume=False)
     (tmp_path / "run.json").write_text(damaged)
     with pytest.raises(ConfigError, match=r"run\.json: does not name the run; delete it"):
         _ = folder.run
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", "[1]", "null", "\0", DEEP])
+def test_a_damaged_note_counts_as_none(tmp_path: Path, damaged: str) -> None:
+    for name in ("start.json", "stopped.json", "ended.json"):
+        (tmp_path / name).write_text(damaged)
+    folder = RunFolder(tmp_path)
+    assert (folder.was_taught(), folder.why_it_stopped(), folder.why_its_last_try_ended()) == (None, "", "")
+    assert folder.how_it_ended(1) == {}
 
 
 def test_pruned_checkpoints_are_out_of_the_way_at_once_and_soon_deleted(tmp_path: Path) -> None:

@@ -107,7 +107,13 @@ def test_notes_of_another_process_are_shown_once_in_their_order(tmp_path: Path, 
     say(tmp_path, [Note("of an earlier run")])
     heard = Said(tmp_path)
     note = '{"at": 7.0, "event": "Note", "text": "'
-    lines = [note + 'a \\u00e9"}\n', note + "torn", ' off"}\n', "[]\n7\n{}\nno line\n", note + 'c"}\n']
+    lines = [
+        note + 'a \\u00e9"}\n',
+        note + "torn",
+        ' off"}\n',
+        f"[]\n7\n{{}}\nno line\n{'[' * 50_000}\n",
+        note + 'c"}\n',
+    ]
     shown = []
     for line in lines:
         told.clear()

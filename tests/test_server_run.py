@@ -261,6 +261,34 @@ def test_status_tells_of_runs_processes_sites_and_clocks(home: Home, tmp_path: P
     ]
 
 
+SEEN = '{{"at": "2026-03-01T11:00:00+00:00", "refused": {}, "sites": {{"alpha": {}}}}}'
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "[" * 50_000,
+        "[]",
+        SEEN.format("{}", '{"seen": 5, "clock_ahead_s": 0.1}'),
+        SEEN.format("{}", '{"seen": "2026-03-01T11:00:00", "clock_ahead_s": 0.1}'),
+        SEEN.format("{}", '{"seen": "2026-03-01T11:00:00+00:00", "clock_ahead_s": "x"}'),
+        SEEN.format('{"path": 1e999}', "{}"),
+        '{"study": 5, "rounds": "x", "since": 1e999, "submitted": 1, "fruitless": "z", "children": []}',
+        '{"study": "toy", "rounds": 2, "since": 1e999, "submitted": true, "fruitless": 0, "children": []}',
+    ],
+    ids=["deep", "list", "seen", "no zone", "clock", "refused", "running", "endless"],
+)
+def test_status_tells_the_rest_where_what_others_keep_is_damaged(home: Home, tmp_path: Path, kept: str) -> None:
+    compose(home, write_study(tmp_path / "study.yaml"))
+    home.front_status.write_text(kept)
+    home.running.write_text(kept)
+    assert list(status(home, at_work=True, now=NOW)) == [
+        "a run is starting",
+        "toy: 0 of 2 rounds finished",
+        "alpha: not heard since the public side began",
+    ]
+
+
 def test_status_tells_who_is_waited_for_and_until_when(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ Nothing is ever unpickled. No time and no host stands in a checkpoint, so that e
 import base64
 import binascii
 import hashlib
-import json
 import re
 import stat
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from safetensors import SafetensorError
 from unimiss_core import durable
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
+from unimiss_core.json_text import object_in
 from unimiss_core.keys import SigningKey, SigningPublicKey, fingerprint, is_signed, sign
 from unimiss_core.study import ModelConfig, PlanConfig
 
@@ -222,8 +222,8 @@ def require_version(written: bytes, path: Path, version: int) -> None:
     written: its JSON; what is none, or says no version, is left to who reads the rest. Raises CheckpointError.
     """
     try:
-        told = json.loads(written)["format_version"]
-    except (ValueError, KeyError, TypeError):
+        told = object_in(written)["format_version"]
+    except (ValueError, KeyError):
         return
     if told != version:
         raise CheckpointError(

@@ -7,13 +7,12 @@
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from torch import nn
@@ -21,6 +20,7 @@ from torch import nn
 from unimiss_core.backbone import Backbone, backbone_of
 from unimiss_core.config import Config
 from unimiss_core.errors import CheckpointError
+from unimiss_core.json_text import object_in
 from unimiss_core.scan import Rank
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
@@ -100,12 +100,12 @@ def read_config(folder: Path) -> ExportedConfig:
     path = folder / CONFIG
     try:
         written = path.read_bytes()
-        version = json.loads(written)["format_version"]
+        version = object_in(written)["format_version"]
         if version == FORMAT_VERSION:
             return ExportedConfig.model_validate_json(written)
     except OSError:
         raise CheckpointError(f"{folder}: holds no {CONFIG}; give a folder that `unimiss export` wrote") from None
-    except (ValueError, KeyError, TypeError, ValidationError):
+    except (ValueError, KeyError):
         raise CheckpointError(f"{path}: is not of this program; take another copy") from None
     raise CheckpointError(
         f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from unimiss_core import durable
+from unimiss_core.json_text import value_in
 
 NAME = "metrics.jsonl"
 
@@ -67,7 +68,7 @@ def _write(path: Path, lines: list[bytes]) -> None:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode(errors="replace"))
+        return value_in(line.decode(errors="replace"))
     except ValueError:
         return None
 

@@ -5,13 +5,13 @@ times, so that a few megabytes unfold to terabytes in the memory of whoever read
 likewise. Both ends add up what parts come to, and let none go on that says too much.
 """
 
-import json
-
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_head_values_from_object_content,
 )
+
+from unimiss_core.json_text import value_in
 
 CHUNK_BYTES = 5 << 20
 """Of an array, as Flower cuts them."""
@@ -43,7 +43,7 @@ def bytes_in_memory(part: bytes) -> int:
 def _named_by(body: bytes, key: str | None) -> int:
     """How many other parts the JSON of a part names, below `key` if there is one. Raises ValueError."""
     try:
-        told = json.loads(body)
+        told = value_in(body)
         return len(told if key is None else told[key])
-    except (TypeError, KeyError, RecursionError):
+    except (TypeError, KeyError):
         raise ValueError("a part of another form than Flower's") from None
