@@ -14,6 +14,7 @@ from client.label_config import check_patient_pattern
 from unimiss_core.config import Config, Name, chosen_by_name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
+from unimiss_core.given_path import GivenPath
 from unimiss_core.study import Fraction, ModelConfig, NonNegative, PlanConfig, Positive
 from unimiss_core.task_config import (
     AugmentationConfig,
@@ -31,8 +32,8 @@ class FromCheckpoint(Config):
     """A round of a run of ours: the teacher's backbone, and the plan that it was trained with."""
 
     name: Literal["checkpoint"] = "checkpoint"
-    folder: Path
-    key: Path | None = None
+    folder: GivenPath
+    key: GivenPath | None = None
     """The public key (.pub) that must have signed it; None asks for no signature."""
 
 
@@ -40,7 +41,7 @@ class FromReleased(Config):
     """A file that the authors of UniMiSS released."""
 
     name: Literal["released"] = "released"
-    file: Path
+    file: GivenPath
 
 
 class FromScratch(Config):
@@ -62,7 +63,7 @@ class MedMnistData(Config):
     """A MedMNIST file: arrays {train,val,test}_{images,labels}; each image counts as a patient."""
 
     name: Literal["medmnist"] = "medmnist"
-    file: Path
+    file: GivenPath
 
 
 DataConfig = Annotated[
@@ -151,7 +152,7 @@ class FinetuneConfig(Config):
     init: InitConfig
     plan: PlanConfig | None = None
     """How scans are prepared; None takes the checkpoint's own, which is what its weights know."""
-    data_root: Path = Path()
+    data_root: GivenPath = Path()
     data: DataConfig
     split: SplitConfig = FoldSplit()
     allow_empty_masks: bool = False
@@ -160,7 +161,7 @@ class FinetuneConfig(Config):
     inference: InferenceConfig = InferenceConfig()
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    out: Path = Path("out")
+    out: GivenPath = Path("out")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

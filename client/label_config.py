@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, Tag, model_validator
 
 from unimiss_core.config import Config, chosen_by_name
+from unimiss_core.given_path import GivenPath
 from unimiss_core.scan import Modality
 from unimiss_core.task_config import MOST_CLASSES, ClassName
 
@@ -21,8 +22,8 @@ class CsvData(Config):
     """A table with a line for each labelled scan; other columns than those named here are not looked at."""
 
     name: Literal["csv"] = "csv"
-    table: Path
-    folder: Path = Path()
+    table: GivenPath
+    folder: GivenPath = Path()
     """What the table's paths begin from."""
     scan: str = "scan"
     """Column with the path of a file, or of the folder of a DICOM series."""
@@ -42,7 +43,7 @@ class MsdData(Config):
     """A folder of the Medical Segmentation Decathlon or of nnU-Net: imagesTr, labelsTr, perhaps dataset.json."""
 
     name: Literal["msd"] = "msd"
-    folder: Path
+    folder: GivenPath
     patient_pattern: str | None = None
     """A regular expression with a group `patient`, searched in the file's name; without it a file is a patient."""
     channel: Annotated[int, Field(ge=0, le=9999)] = 0

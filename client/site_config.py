@@ -1,6 +1,8 @@
 """The site file: data folders, device, limits. It never leaves the site."""
 
-from collections.abc import Mapping
+import errno
+from collections.abc import Callable, Mapping
+from os.path import realpath
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -10,6 +12,7 @@ from client.label_config import LabelData, LabelsConfig, check_patient_pattern
 from unimiss_core.config import NAME, Config, Name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
+from unimiss_core.given_path import GivenPath
 from unimiss_core.groups import GROUPS, Group
 from unimiss_core.privacy_config import Delta, Multiplier
 from unimiss_core.scan import Modality, Rank
@@ -20,7 +23,7 @@ from unimiss_core.yaml_files import read_yaml
 class TableConfig(Config):
     """A CSV that says which files of a folder count, and whose they are."""
 
-    path: Path
+    path: GivenPath
     file: str = "file"
     """Column with the file's path below the folder."""
     patient: str | None = None
@@ -34,7 +37,7 @@ class TableConfig(Config):
 class DataSource(Config):
     """One folder of scans, read with all its sub-folders; files are recognised by content, not by name."""
 
-    folder: Path
+    folder: GivenPath
     table: TableConfig | None = None
     """Without a table every file of the folder is looked at."""
     patient_pattern: str | None = None
@@ -201,12 +204,12 @@ class SiteConfig(SiteTraining):
     labels: LabelsConfig | None = None
     """Labelled scans, for studies of `task: finetune`; without them this site takes part in none. Such a study reads
     these alone, and one of pretraining reads `data` alone."""
-    state: Path
+    state: GivenPath
     """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
-    state_key: Path | None = None
+    state_key: GivenPath | None = None
     """A key made by `unimiss-site make-key`, on another disk than the state folder: what is remembered of rounds and
     the preprocessed scans are then sealed with it (docs/sealing.md). None leaves them in clear."""
-    cache: Path | None = None
+    cache: GivenPath | None = None
     """Folder for preprocessed scans; None means `cache` in the state folder."""
     cache_limit_gb: Annotated[float, Field(gt=0)] = 200.0
 
@@ -242,7 +245,8 @@ def state_folder(path: Path) -> Path:
     """Where the site of this file keeps its state, whatever else is wrong with the file. Raises ConfigError."""
     raw = read_yaml(path)
     state = raw.get("state") if isinstance(raw, Mapping) else None
-    return path.resolve().parent / (state if isinstance(state, str) and state else load(SiteConfig, path).state)
+    is_read = isinstance(state, str) and state and "\0" not in state
+    return path.resolve().parent / (str(state) if is_read else load(SiteConfig, path).state)
 
 
 def anchored(site: SiteConfig, base: Path) -> SiteConfig:
@@ -272,12 +276,12 @@ def _require_data(site: SiteConfig) -> None:
     """Raises ConfigError: a data folder or a table is not there."""
     problems = []
     for index, source in enumerate(site.data):
-        if not source.folder.is_dir():
+        if not _is_there(source.folder.is_dir):
             problems.append(f"'data.{index}.folder': {source.folder} is not a folder")
-        if source.table and not source.table.path.is_file():
+        if source.table and not _is_there(source.table.path.is_file):
             problems.append(f"'data.{index}.table.path': {source.table.path} is not a file")
     for name, path in site.labels.data if site.labels else ():
-        if isinstance(path, Path) and not path.exists():
+        if isinstance(path, Path) and not _is_there(path.exists):
             problems.append(f"'labels.data.{name}': {path} is not there")
     if problems:
         raise ConfigError(
@@ -291,6 +295,16 @@ def _require_data(site: SiteConfig) -> None:
             )
 
 
+def _is_there(look: Callable[[], bool]) -> bool:
+    """What `look` says of a path; False of a name too long for the system."""
+    try:
+        return look()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
 def _is_read_through(source: DataSource, folder: Path) -> bool:
     """Whether every file below `folder` is looked at as a scan."""
-    return source.table is None and folder.resolve().is_relative_to(source.folder.resolve())
+    return source.table is None and Path(realpath(folder)).is_relative_to(realpath(source.folder))

@@ -8,6 +8,7 @@ state folder that it had: ledgers are known here by name, so nothing here could 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 from server.founding import Note, make_server_certificate, unnoted
@@ -67,8 +68,8 @@ def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
     site = _as_its_file_says(home, name) or _as_its_welcome_says(home, name)
     if site is None:
         _note_revoked(name, _given_to(home, name), note)
-        home.welcome(name).unlink(missing_ok=True)
-        held = home.site(name).replace(home.site(name).with_suffix(".unreadable"))  # every command stumbles over it
+        _take_away_welcome(home, name)
+        held = _put_aside(home.site(name))  # every command stumbles over it
         raise ConfigError(
             f"'{name}' is shut out; neither its file nor its welcome could be read, so that nothing here keeps its "
             f"name from being given again: do not. What its file held is in {held}"
@@ -77,8 +78,10 @@ def revoke(home: Home, name: str, *, note: Note = unnoted) -> bool:
     told = keys.fingerprint(key)
     if site.status == "revoked" and told in Revocations(home.audit).last():
         return False
+    if home.site(name).is_dir():
+        _put_aside(home.site(name))
     _write(home, site.model_copy(update={"status": "revoked"}), key)
-    home.welcome(name).unlink(missing_ok=True)
+    _take_away_welcome(home, name)
     _note_revoked(name, told, note)
     return True
 
@@ -248,7 +251,7 @@ def _authority(home: Home, now: datetime) -> Authority:
 
 
 def _write(home: Home, site: ApprovedSite, key: keys.SitePublicKey) -> None:
-    durable.write_text(home.site(site.name), f"# {keys.fingerprint(key)}\n{dump_yaml(site)}")
+    _write_over(home.site(site.name), f"# {keys.fingerprint(key)}\n{dump_yaml(site)}")
 
 
 def _write_welcome(home: Home, authority: Authority, name: str, key: keys.SitePublicKey, now: datetime) -> None:
@@ -264,7 +267,26 @@ def _write_welcome(home: Home, authority: Authority, name: str, key: keys.SitePu
         f"For the site {name}: unimiss-site join {name}.welcome.yaml. It holds no secret.",
         f"By telephone, compare with the coordinator's operator: {paper.fingerprint}",
     )
-    durable.write_text(home.welcome(name), in_yaml(paper, *told))
+    _write_over(home.welcome(name), in_yaml(paper, *told))
+
+
+def _write_over(path: Path, text: str) -> None:
+    """Raises ConfigError: a folder stands there."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, where a file belongs; move it away")
+    durable.write_text(path, text)
+
+
+def _take_away_welcome(home: Home, name: str) -> None:
+    """A folder in its place is no welcome, and stays."""
+    if not home.welcome(name).is_dir():
+        home.welcome(name).unlink(missing_ok=True)
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename what can be neither read nor written over; where it is now."""
+    names = (path.with_suffix(f".unreadable{number or ''}") for number in count())
+    return path.replace(next(name for name in names if not name.exists()))
 
 
 def _welcome_lasts(home: Home, name: str, now: datetime) -> bool:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from unimiss_core.config import Config, Name, load
 from unimiss_core.errors import ConfigError
+from unimiss_core.given_path import GivenPath
 from unimiss_core.scan import Rank
 
 
@@ -30,16 +31,16 @@ _FILES = {"a person": "coordinator file", "unimiss-server": "coordinator.yaml", 
 
 
 class CoordinatorConfig(Config):
-    study: Path
+    study: GivenPath
     """The study file; relative paths count from the coordinator file's folder."""
-    out: Path
+    out: GivenPath
     """Folder for checkpoints, metrics and the report."""
-    start: Path | None = None
+    start: GivenPath | None = None
     """A checkpoint folder of the study's model, from another run or imported: a new run begins from its teacher instead
     of random weights. Where a study promises privacy, it must have been trained on nothing but public scans."""
-    start_key: Path | None = None
+    start_key: GivenPath | None = None
     """The public key (.pub) that must have signed `start`; None asks for no signature."""
-    signing_key: Path | None = None
+    signing_key: GivenPath | None = None
     """The private key that signs each round's checkpoint, as `unimiss-server init` makes it; a run that is resumed must
     have been signed by it. None signs nothing, and asks for no signature."""
     sites: tuple[RegisteredSite, ...] = ()
@@ -68,12 +69,12 @@ class CoordinatorConfig(Config):
     tries, unless the round has too few sites without it."""
     keep_checkpoints: Annotated[int, Field(gt=0)] = 10
     """Newest rounds whose checkpoints stay; the initial weights, round 0, always do."""
-    probe: tuple[Path, ...] = ()
+    probe: tuple[GivenPath, ...] = ()
     """Labelled, already preprocessed public sets (.npz, as `unimiss probe --set-out` writes them), measured before and
     after the run."""
     probe_every: Annotated[int, Field(gt=0)] | None = None
     """Also after so many rounds, each time; sites wait meanwhile. None: at the end alone."""
-    ledgers: Path | None = None
+    ledgers: GivenPath | None = None
     """File in which is kept, over all runs, how far each site's ledger of private rounds is known to have come
     (`server.known_ledgers`). None: each run knows its own alone."""
     forget_ledgers: tuple[Name, ...] = ()

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import DirEntry, scandir
 from pathlib import Path
@@ -180,9 +181,10 @@ def registered(site: ApprovedSite) -> RegisteredSite:
 
 
 def _stamp(file: DirEntry[str]) -> tuple[int, ...]:
-    """Of a file's state, second when it changed; empty where it has gone. A file that is replaced is another inode."""
-    try:
-        seen = file.stat()
-    except OSError:
-        return ()
-    return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size, seen.st_ino
+    """Of a file's state, second when it changed; empty where it has gone. A file that is replaced is another inode. A
+    link that leads nowhere has its own: it is a file that cannot be read, and its site's name stays given."""
+    for followed in (True, False):
+        with suppress(OSError):
+            seen = file.stat(follow_symlinks=followed)
+            return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size, seen.st_ino
+    return ()

@@ -97,7 +97,11 @@ def _process_lines(running: Running | None, at_work: bool, now: datetime) -> Ite
 
 
 def _run_lines(folder: RunFolder, running: Running | None, at_work: bool) -> Iterator[str]:
-    rows, rounds = folder.metric_rows(), folder.rounds()
+    try:
+        rows, rounds = folder.metric_rows(), folder.rounds()
+    except OSError as cause:  # a folder in the place of its metrics, say
+        yield f"{folder.path.name}: its metrics cannot be read ({cause.strerror})"
+        return
     is_this = running is not None and running.study == folder.path.name
     done = rows[-1]["round"] if rows else 0
     counts = counted(done, "round") if rounds is None else f"{done} of {counted(rounds, 'round')}"

@@ -38,6 +38,7 @@ from server.run_folder import RunFolder
 from unimiss_core import durable, progress
 from unimiss_core.config import Config, Name, dump_yaml, load, parse
 from unimiss_core.errors import ConfigError, ScanError, UnimissError
+from unimiss_core.given_path import GivenPath
 from unimiss_core.plan import prepare as prepare_scan
 from unimiss_core.scan import Rank
 from unimiss_core.study import PlanConfig, StudyConfig
@@ -95,12 +96,12 @@ class Quorum(Config):
 
 
 class SimulationConfig(Config):
-    study: Path
+    study: GivenPath
     """The study file, from the simulation file's folder."""
     overrides: Mapping[str, Any] = {}
     """Settings of the study that this simulation changes, nested as in the study file; with another `name`, as of an
     objective, such a part begins from the defaults of that name."""
-    start: Path | None = None
+    start: GivenPath | None = None
     """A checkpoint folder to begin from, as in a coordinator file."""
     sites: Annotated[tuple[SimulatedSite, ...], Field(min_length=1)]
     probe: tuple[SimulatedProbe, ...] = ()

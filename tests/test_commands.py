@@ -47,6 +47,12 @@ def test_each_commands_help_says_what_it_does_and_lists_its_exit_codes_as_the_do
             "x: what it needs is not this user's (Permission denied); type the command as the user whom the program "
             "runs as, which owns its folders\n",
         ),
+        (
+            IsADirectoryError(21, "Is a directory", "/secret/of/a/patient"),
+            1,
+            "x: the system refuses what was asked of it (Is a directory); mend its disk, or the folder or file that is "
+            "not as it should be, and type the command again\n",
+        ),
         (MemoryError(), 2, "x: the memory of this machine ran out; free it of other work\n"),
         (RuntimeError("CUDA out of memory. Tried"), 2, "x: the memory of the GPU ran out; free it of other work\n"),
     ],

@@ -29,6 +29,16 @@ def test_what_root_replaces_stays_its_owners(tmp_path: Path) -> None:
     assert (new.stat().st_uid, new.stat().st_mode & 0o777) == (0, 0o600)
 
 
+def test_what_stands_in_a_files_place_is_replaced_or_left_with_nothing_beside_it(tmp_path: Path) -> None:
+    (loop := tmp_path / "loop").symlink_to("loop")
+    durable.write_text(loop, "content")
+    assert (loop.read_text(), loop.is_symlink()) == ("content", False)
+    (folder := tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        durable.write_text(folder, "content")
+    assert sorted(tmp_path.iterdir()) == [folder, loop]
+
+
 def test_of_a_folder_nothing_stays_where_what_comes_before_its_name_fails(tmp_path: Path) -> None:
     """As a line of metrics on a full disk."""
 

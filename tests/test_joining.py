@@ -1,6 +1,7 @@
 """How a site and a coordinator come to know each other, by the commands that people type."""
 
 import stat
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -273,6 +274,51 @@ def test_a_site_whose_file_cannot_be_read_is_revoked_all_the_same(
     assert f'"fingerprint":"{_fingerprint_of(beta)}"' in last.replace(" ", "")
     assert '"revoke"' in last
     assert "'beta' is no site" in server("revoke", "beta", "--yes").err
+
+
+def folder_at(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def loop_at(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("spoil", [folder_at, loop_at])
+@pytest.mark.parametrize("spoilt", ["site", "welcome"])
+def test_no_folder_and_no_loop_in_a_files_place_keeps_a_site_in(
+    server: Typed, alpha: Typed, spoil: Callable[[Path], None], spoilt: str
+) -> None:
+    home = Home(server.folder)
+    server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
+    spoil(getattr(home, spoilt)("alpha"))
+    assert "shut out from its next request on" in server("revoke", "alpha", "--yes").out
+    assert "alpha  revoked" in server("sites").out
+    assert '"revoke"' in home.audit.read_text().splitlines()[-1]
+
+
+def test_a_folder_that_takes_the_name_of_what_was_put_aside_keeps_no_site_in(server: Typed, alpha: Typed) -> None:
+    home = Home(server.folder)
+    server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
+    for path in (home.site("alpha"), home.welcome("alpha")):
+        folder_at(path)
+    (home.sites / "alpha.unreadable" / "x").mkdir(parents=True)
+    said = server("revoke", "alpha", "--yes")
+    assert (said.code, "'alpha' is shut out" in said.err, "alpha.unreadable1" in said.err) == (2, True, True), said.err
+
+
+def test_renew_tells_of_a_folder_in_a_welcomes_place_and_replaces_a_loop(server: Typed, alpha: Typed) -> None:
+    welcome = Home(server.folder).welcome("alpha")
+    server("approve", "alpha", "--key", alpha.folder / "alpha.join.yaml")
+    folder_at(welcome)
+    said = server("renew")
+    assert (said.code, said.err) == (2, f"unimiss-server: {welcome}: is a folder, where a file belongs; move it away\n")
+    welcome.rmdir()
+    welcome.symlink_to(welcome.name)
+    assert server("renew").code == 0
+    assert "site: alpha" in welcome.read_text()
 
 
 def test_no_name_leads_a_revocation_to_another_file(server: Typed) -> None:

@@ -67,6 +67,16 @@ def test_a_torn_last_line_goes_and_a_whole_one_stays_though_its_end_is_missing(t
     assert path.read_bytes() == b""
 
 
+def test_status_tells_of_metrics_that_are_a_folder_and_of_all_else(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    (home.run("first") / "metrics.jsonl").mkdir(parents=True)
+    write(home.run("second"), [row(1)])
+    assert list(status(home, at_work=False, now=datetime.now(UTC)))[1:] == [
+        "first: its metrics cannot be read (Is a directory)",
+        "second: 1 round finished, the last with a, b, c",
+    ]
+
+
 def test_the_best_round_before_a_damaged_line_and_after_it_is_found(tmp_path: Path) -> None:
     """In its reply to round 6 a site tells of the model of round 5."""
     folder = RunFolder(tmp_path)

@@ -84,6 +84,21 @@ def test_a_damaged_file_lets_its_site_not_in_and_the_others_are_not_kept_out(hom
         registry.sites()
 
 
+def test_a_link_that_leads_nowhere_lets_its_site_not_in_and_is_told(home: Home) -> None:
+    """Were it taken for no file, the name could be given again."""
+    (alpha, alpha_pem), (beta, beta_pem) = a_key(), a_key()
+    write(home, "alpha", alpha)
+    write(home, "beta", beta)
+    registry = Registry(home)
+    assert registry.holder_of(alpha_pem) == "alpha"
+    for target in ("alpha.yaml", "nowhere"):
+        home.site("alpha").unlink()
+        home.site("alpha").symlink_to(target)
+        assert (registry.holder_of(alpha_pem), registry.holder_of(beta_pem)) == (None, "beta")
+        with pytest.raises(ConfigError, match=r"alpha\.yaml: cannot be read"):
+            registry.sites()
+
+
 class Later:
     """A clock that stands where alpha's file was last changed, and `s` seconds after."""
 

@@ -76,6 +76,13 @@ def exit_code_of(
             file=sys.stderr,
         )
         return ConfigError.exit_code
+    except OSError as error:  # never its text, which may name a file below a data root
+        print(
+            f"{name}: the system refuses what was asked of it ({error.strerror or 'unknown error'}); mend its disk, or "
+            "the folder or file that is not as it should be, and type the command again",
+            file=sys.stderr,
+        )
+        return UnimissError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -25,21 +25,24 @@ def write_bytes(path: Path, payload: bytes) -> None:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
+        partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder, say, that stands in its place
+            partial.unlink()
         raise
-    partial.replace(path)
     sync_folder(path.parent)
 
 
 def _give_to_owner_of(path: Path, descriptor: int) -> None:
     """What root writes for a daemon, by a command that mends something, the daemon must be able to read. Raises
     OSError."""
-    with suppress(FileNotFoundError):
+    try:
         replaced = path.stat()
-        if os.name == "posix" and os.geteuid() == 0:
-            os.fchown(descriptor, replaced.st_uid, replaced.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(replaced.st_mode))
+    except OSError:  # it is new, or a link that leads nowhere, which is nobody's
+        return
+    if os.name == "posix" and os.geteuid() == 0:
+        os.fchown(descriptor, replaced.st_uid, replaced.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(replaced.st_mode))
 
 
 def write_text(path: Path, text: str) -> None:
