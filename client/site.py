@@ -1,7 +1,7 @@
 """A site as its ClientApp knows it: the site file, the scans it may train on, and what it remembers."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -12,6 +12,7 @@ from client.ledger import Ledger, ledger_of
 from client.site_config import SiteConfig, load_site
 from client.site_labels import open_labelled
 from client.site_state import SiteState
+from client.telling import tell_once_if_heard
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Rank
@@ -67,7 +68,8 @@ class Site:
     @cached_property
     def memory(self) -> SiteState:
         config = self.config
-        return SiteState(config.state, run=self.run, study_digest=self.study.digest(), seal=config.seal())
+        tell = partial(tell_once_if_heard, config.name, state=config.state)
+        return SiteState(config.state, run=self.run, study_digest=self.study.digest(), seal=config.seal(), tell=tell)
 
 
 def site_file(context: Context) -> Path:

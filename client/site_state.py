@@ -4,20 +4,23 @@ the student that it trained to.
 Each run has a folder, `runs/<its id>`, so that two runs, though of one study, never find each other's state. In it one
 file per round, `round-0007.safetensors`: the state after that round. The last two are kept, because a round that the
 coordinator asks for a second time (it was killed before it had saved the first) must start where the first did. Beside
-them `unfinished.safetensors` holds the round at work, as far as it was saved on the way. Where the site has a key, each
-is sealed with it (`unimiss_core.sealing`) and ends in `.sealed`; what lies there in clear counts for nothing then, and
+them `unfinished.safetensors` holds the round at work, as far as it was saved on the way. Each says what its content
+comes to, so that a disk that spoils some bytes costs what a lost file costs. Where the site has a key, each is sealed
+with it (`unimiss_core.sealing`) and ends in `.sealed`; what lies there in clear counts for nothing then, and
 goes with the next round.
 """
 
+import hashlib
 import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
@@ -29,6 +32,8 @@ from unimiss_core.errors import ConfigError
 from unimiss_core.json_text import object_in
 from unimiss_core.sealing import Seal
 
+_SUM = "sha256"
+"""In a file's metadata: as `_sum_of` gives it."""
 KEPT_ROUNDS = 2
 KEPT_RUNS = 8
 KEPT_DAYS = 90.0
@@ -50,10 +55,20 @@ class SiteState:
     A run is of one study; state of another, from a coordinator that uses a run's id again, counts as none.
     """
 
-    def __init__(self, folder: Path, *, run: str, study_digest: str, seal: Seal | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        run: str,
+        study_digest: str,
+        seal: Seal | None = None,
+        tell: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """tell: hears what of its files is damaged."""
         self._folder = run_folder(folder, run)
         self._study_digest = study_digest
         self._seal = seal
+        self._tell = tell
         self._ending = ".safetensors" if seal is None else ".sealed"
 
     def remember(self, state: Remembered) -> None:
@@ -71,7 +86,8 @@ class SiteState:
     def before(self, round: int) -> Remembered | None:
         """The newest state from before `round`; None for a site that is new to the run."""
         for earlier in sorted((kept for kept in self._rounds() if kept < round), reverse=True):
-            if (state := self._read(self._path(earlier))) is not None and state.round == earlier:
+            state = self._read(self._path(earlier), f"what it remembers of round {earlier}")
+            if state is not None and state.round == earlier:
                 return state
         return None
 
@@ -81,7 +97,7 @@ class SiteState:
 
     def unfinished(self, round: int) -> Remembered | None:
         """The state in the middle of `round`, or None where there is none or it is damaged."""
-        state = self._read(self._unfinished)
+        state = self._read(self._unfinished, "what was saved in the middle of a round")
         return state if state is not None and state.round == round else None
 
     def facts_unfinished(self, round: int) -> Mapping[str, Any] | None:
@@ -91,7 +107,7 @@ class SiteState:
             return None
         try:
             with safe_open(self._unfinished, framework="pt") as file:
-                state = self._held((file.metadata(), {}))
+                state = self._held(file.metadata(), {})
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return {}
         return state.facts if state is not None and state.round == round else {}
@@ -109,6 +125,7 @@ class SiteState:
     def _write(self, path: Path, state: Remembered) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         metadata = {"study": self._study_digest, "round": str(state.round), "facts": json.dumps(state.facts)}
+        metadata[_SUM] = _sum_of(metadata, tensors)
         content = save(tensors, metadata=metadata)
         if self._seal is not None:
             content = self._seal.seal(content, name_in_seal(path))
@@ -118,24 +135,47 @@ class SiteState:
         except OSError as error:
             raise _unwritable(f"round {state.round}", error) from None
 
-    def _read(self, path: Path) -> Remembered | None:
-        """What the file holds; None where it is not there, damaged, or of another study: an older one, or a fresh
-        start, will do. Raises ConfigError: it was sealed with another key."""
+    def _read(self, path: Path, what: str) -> Remembered | None:
+        """What the file holds; None where it is not there, damaged, which is told, or of another study: an older one,
+        or a fresh start, will do. what: it is, in words. Raises ConfigError: it was sealed with another key."""
         try:
-            if self._seal is not None:
-                return self._held(load_whole(self._seal.open(path.read_bytes(), name_in_seal(path))))
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                return self._held((file.metadata(), tensors))
+            metadata, tensors = self._content(path)
+            _require_sum(metadata, tensors)
+            return self._held(metadata, tensors)
+        except FileNotFoundError:
+            return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            self._tell(f"{what} cannot be read whole, and counts as none")
             return None
 
-    def _held(self, content: tuple[Mapping[str, str], Mapping[str, Tensor]]) -> Remembered | None:
-        """What (metadata, tensors) say; None where they are of another study."""
-        metadata, tensors = content
+    def _content(self, path: Path) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:
+        """(metadata, tensors). Raises as `load_whole`, and OSError and ConfigError."""
+        if self._seal is not None:
+            return load_whole(self._seal.open(path.read_bytes(), name_in_seal(path)))
+        with safe_open(path, framework="pt") as file:
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def _held(self, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Remembered | None:
+        """What they say; None where they are of another study."""
         if metadata["study"] != self._study_digest:
             return None
         return Remembered(int(metadata["round"]), tensors, object_in(metadata["facts"]))
+
+
+def _sum_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of all that a file holds: its metadata, and each tensor's name, kind, shape and values."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _require_sum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError: it is of other content. Files of older versions have none, and are believed."""
+    rest = dict(metadata)
+    if _SUM in rest and rest.pop(_SUM) != _sum_of(rest, tensors):
+        raise ValueError("the content is not what was written")
 
 
 def load_whole(payload: bytes) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:

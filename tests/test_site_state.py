@@ -2,9 +2,12 @@
 what a damaged file or a full disk costs."""
 
 import errno
+import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +23,10 @@ NOW = 2e9
 OTHER_RUN = "f" * 16
 
 
-def state_of(folder: Path, run: str = RUN, study_digest: str = "a" * 64) -> SiteState:
-    return SiteState(folder, run=run, study_digest=study_digest)
+def state_of(
+    folder: Path, run: str = RUN, study_digest: str = "a" * 64, tell: Callable[[str], object] = lambda _: None
+) -> SiteState:
+    return SiteState(folder, run=run, study_digest=study_digest, tell=tell)
 
 
 def after(round: int, value: float = 0.5) -> Remembered:
@@ -165,6 +170,106 @@ def test_a_damaged_state_is_passed_over_for_an_older_one(tmp_path: Path, damaged
     (state, newer) = (memory.before(3), memory.unfinished(2))
     assert state is not None
     assert (state.round, newer) == (1, None)
+
+
+def with_header(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Put another header before the same values."""
+    content = path.read_bytes()
+    values = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(change(json.loads(content[8:values]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[values:])
+
+
+def metadata(**changed: str) -> Callable[[Path], None]:
+    return lambda path: with_header(path, lambda header: header | {"__metadata__": header["__metadata__"] | changed})
+
+
+def tensor_named(name: str, **changed: Any) -> Callable[[Path], None]:
+    return lambda path: with_header(path, lambda header: {name: header.pop("x") | changed, **header})
+
+
+def one_value_off(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        one_value_off,
+        metadata(facts='{"y": 0.25}'),
+        metadata(facts="["),
+        tensor_named("x", shape=[2, 3]),
+        tensor_named("x", dtype="I32"),
+        tensor_named("z"),
+    ],
+    ids=["value", "facts", "no facts", "shape", "dtype", "name"],
+)
+def test_content_that_was_spoilt_counts_as_none_and_is_told(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    told: list[str] = []
+    memory = state_of(tmp_path, tell=told.append)
+    for round in (1, 2):
+        memory.remember(after(round))
+    memory.remember_unfinished(after(3))
+    assert memory.before(3) is not None
+    assert memory.unfinished(3) is not None
+    assert told == []
+    for name in ("round-0002", "unfinished"):
+        damage(next(tmp_path.rglob(f"{name}.safetensors")))
+    found = memory.before(3)
+    assert found is not None
+    assert (found.round, memory.unfinished(3)) == (1, None)
+    assert told == [
+        "what it remembers of round 2 cannot be read whole, and counts as none",
+        "what was saved in the middle of a round cannot be read whole, and counts as none",
+    ]
+
+
+def test_what_an_older_version_remembered_counts(tmp_path: Path) -> None:
+    told: list[str] = []
+    memory = state_of(tmp_path, tell=told.append)
+    memory.remember(after(1))
+
+    def older(header: dict[str, Any]) -> dict[str, Any]:
+        del header["__metadata__"]["sha256"]
+        return header
+
+    with_header(next(tmp_path.rglob("round-0001.safetensors")), older)
+    assert memory.before(2) is not None
+    assert told == []
+
+
+def test_a_sum_covers_tensors_of_every_kind(tmp_path: Path) -> None:
+    kinds = (torch.bfloat16, torch.bool, torch.int64, torch.float64)
+    tensors = {str(kind): torch.ones(2, 3, dtype=kind) for kind in kinds}
+    tensors |= {"none": torch.zeros(0, 4), "one": torch.tensor(2.5), "turned": torch.arange(6.0).view(2, 3).T}
+    state_of(tmp_path).remember(Remembered(1, tensors, {}))
+    found = state_of(tmp_path).before(2)
+    assert found is not None
+    assert found.tensors.keys() == tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_round_on_spoilt_memory_asks_for_the_whole_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And does not fail at each try, nor train on values that nobody sent."""
+    study = small_study(2, batch={"images": 2})
+    first, site = first_round(study), site_with_pictures(tmp_path, study)
+    second = request_of(2, study=study, student=first_round(study, seed=3).student)
+    run_round(site, first)
+
+    def turned(header: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: told | {"shape": told["shape"][::-1]} if "shape" in told else told for name, told in header.items()
+        }
+
+    with_header(next(tmp_path.rglob("round-0001.safetensors")), turned)
+    for _ in range(2):
+        with pytest.raises(WireError, match="needs_whole"):
+            run_round(site_with_pictures(tmp_path, study), second)
+    assert sum("what it remembers of round 1 cannot be read whole" in one for one in caplog.messages) == 1
 
 
 def test_rounds_that_the_coordinator_has_undone_are_dropped(tmp_path: Path) -> None:
