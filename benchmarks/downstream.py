@@ -186,18 +186,23 @@ def _write_seconds(path: Path, wall: float, cpu: float) -> None:
     path.write_text(json.dumps(spent) + "\n")
 
 
+def _settings_of(run: Run) -> Path:
+    """Beside the run's folder, which must be new to the fine-tuning."""
+    return run.folder.parent / "settings" / f"{run.folder.name}.yaml"
+
+
 def write_settings(run: Run, data: Path) -> Path:
     """The run's own file: the shipped one with its seed, what is trained, and who tests."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    path = _settings_of(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
     raw = dict(read_yaml(ROOT / "configs" / "finetune" / f"{run.task}.yaml"))
     raw |= {"seed": run.seed, "training": {**raw["training"], "trains": ARMS[run.arm].trains}}
     if raw["data"]["name"] == "csv":
-        table = run.folder / "table.csv"
+        table = path.with_suffix(".csv")
         write_held_out(data / raw["data"]["table"], raw["data"]["patient"], table)
         raw |= {"data": {**raw["data"], "table": str(table.absolute())}, "split": {"name": "given", "seed": 0}}
     elif raw["split"]["name"] == "folds":
         raw["split"] = {**raw["split"], "seed": 0}
-    path = run.folder / "settings.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     return path
 
@@ -252,7 +257,7 @@ def rows_of(runs: Sequence[Run], data: Path) -> Iterator[Row]:
 
 def weighed(run: Run, figure: str, data: Path) -> tuple[Weighed, list[str]]:
     """A finished run's figure, and the patient of each test scan that it is of."""
-    config = load_finetune(run.folder / "settings.yaml", data_root=data, out=run.folder)
+    config = load_finetune(_settings_of(run), data_root=data, out=run.folder)
     patients = {case.number: case.patient for case in label_table(config).cases}
     name = "predictions.csv" if figure == "auc" else "cases.csv"
     with (run.folder / name).open(newline="", encoding="utf-8") as file:

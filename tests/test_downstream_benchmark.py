@@ -69,12 +69,13 @@ def test_a_run_is_the_shipped_file_and_its_test_patients_are_nobodys_at_pretrain
         assert {key for key in raw if raw[key] != shipped.get(key)} <= {"seed", "split", "data"}
         config = load_finetune(path, data_root=DATA)
         parts[arm] = split_cases(label_table(config).cases, config)
+        assert not (tmp_path / arm).exists()  # or the fine-tuning takes it for somebody else's
     held = {part: {case.patient for case in cases} for part, cases in parts["scratch"].items()}
     assert held == {part: {case.patient for case in cases} for part, cases in parts["frozen"].items()}
     if task in ("sts_ct", "sts_mr", "nih_findings"):
         assert all(_place(patient) >= 0.7 for patient in held["test"])
         assert all(_place(patient) < 0.7 for patient in held["train"] | held["validation"])
-        with (tmp_path / "frozen" / "table.csv").open(newline="") as file:
+        with path.with_suffix(".csv").open(newline="") as file:
             assert {row["split"] for row in csv.DictReader(file)} == {"train", "test"}
 
 
