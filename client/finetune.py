@@ -24,7 +24,7 @@ from client.beginning import TAUGHT, Beginning, begin
 from client.cache import READING_VERSION
 from client.finetune_config import FinetuneConfig, MedMnistData, init_from, load_finetune, signed_by
 from client.inference import check_extra
-from client.label_tables import Part, label_table
+from client.label_tables import LabelTable, Part, label_table
 from client.labelled import Labelled, prepare_cases
 from client.splits import split_cases
 from client.task_results import Classifying, Segmenting
@@ -94,7 +94,7 @@ def finetune(
         training.run(lambda now: now.save(config.out, digest))
         _write_curves(config.out / "curves.csv", training.progress.curve)
         kinds = sorted({one.modality for one in parts["train"]})
-        _write_model(config, beginning, training, table.modality, kinds)
+        _write_model(config, beginning, training, table, kinds)
         task_training.set_tensors_(training.model, training.best)
         _write_results(config, beginning, judge, training, parts, show_paths=show_paths)
         (config.out / task_training.STATE).unlink(missing_ok=True)
@@ -216,10 +216,10 @@ def _write_model(
     config: FinetuneConfig,
     beginning: Beginning,
     training: Training,
-    modality: Modality | None,
+    table: LabelTable,
     kinds: Sequence[Modality],
 ) -> None:
-    """modality: of files that do not say it. kinds: of the scans that it was trained on."""
+    """kinds: of the scans that it was trained on."""
     manifest = TaskManifest(
         task=config.task,
         model=beginning.model,
@@ -234,8 +234,9 @@ def _write_model(
         keep_largest=config.inference.keep_largest,
         overlap=config.inference.overlap,
         precision=config.training.precision,
-        modality=modality,
+        modality=table.modality,
         trained_on=tuple(kinds),
+        channel=table.channel,
     )
     task_checkpoint.save(config.out, training.best, manifest)
 

@@ -7,12 +7,13 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from client.channels import are_channels, case_of, channel_of, in_words, stem
 from client.csv_tables import SURPLUS, rows_of
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
@@ -65,6 +66,8 @@ class LabelTable:
     folder: Path
     """What paths of scans and masks begin from."""
     modality: Modality | None = None
+    channel: int | None = None
+    """Of files that nnU-Net names, CASE_0000, CASE_0001, ...: which one of each case is read."""
     left_out: tuple[str, ...] = ()
     """Where each line stands by itself: what is wrong with those that are no case, without a word of their text."""
 
@@ -92,7 +95,7 @@ def labels_in(
         _must_be_a_file("data.table", data.table, root)
         _must_be_a_folder(data.folder, root)
         cases, problems = _of_csv(data, task, given=given, one_by_one=one_by_one)
-        return LabelTable(cases, data.folder, data.modality, problems)
+        return LabelTable(cases, data.folder, data.modality, left_out=problems)
     if not isinstance(task, SegmentationConfig):
         raise ConfigError("data: an msd folder holds masks; the task must be segmentation")
     _must_be_a_folder(data.folder, root)
@@ -242,6 +245,9 @@ def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> Lab
         progress.report(progress.Note(f"{lone} image(s) or mask(s) of the folder have no counterpart and are left out"))
     if not both and not one_by_one:
         raise ConfigError("data.folder: imagesTr and labelsTr hold no image with a mask of the same name")
+    told = _told_in(data.folder / "dataset.json")
+    if others := {number for case in both for number in channels[case]} - {data.channel}:
+        progress.report(progress.Note(in_words(data.channel, others, told.channels)))
     cases, problems = [], []
     for number, case in enumerate(both, start=1):
         patient = _patient(case, data.patient_pattern)
@@ -254,7 +260,13 @@ def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> Lab
             cases.append(Case(number, file, patient, mask=mask))
     if not one_by_one:
         _refuse("data.folder", problems)
-    return LabelTable(tuple(cases), data.folder, data.modality or _modality_told(data, task), tuple(problems))
+    if told.labels is not None:
+        _check_labels_told(told.labels, task)
+    modality = data.modality or MODALITY_NAMES.get(
+        re.split(r"[^A-Z]", told.channels.get(str(data.channel), "").upper())[0]
+    )
+    channel = data.channel if are_channels([name for names in images.values() for name in names]) else None
+    return LabelTable(tuple(cases), data.folder, modality, channel, tuple(problems))
 
 
 def _files_by_case(folder: Path) -> dict[str, list[str]]:
@@ -263,26 +275,21 @@ def _files_by_case(folder: Path) -> dict[str, list[str]]:
         raise ConfigError(f"data.folder: holds no folder {folder.name}")
     found: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
-        stem = _stem(path.name)
-        if stem != path.name and not path.name.startswith("."):
-            found.setdefault(re.sub(r"_\d{4}$", "", stem) if folder.name == "imagesTr" else stem, []).append(path.name)
+        if stem(path.name) != path.name and not path.name.startswith("."):
+            case = case_of(path.name) if folder.name == "imagesTr" else stem(path.name)
+            found.setdefault(case, []).append(path.name)
     return _undone_where_names_alone_end_so(found)
-
-
-def _stem(name: str) -> str:
-    """Without the format's ending; all other dots are the case's own, as those of a DICOM UID."""
-    return re.sub(r"\.(nii|nii\.gz|png|tiff?)$", "", name)
 
 
 def _undone_where_names_alone_end_so(found: dict[str, list[str]]) -> dict[str, list[str]]:
     """A case whose own name ends in four digits is not a channel: nnU-Net's channels always begin with _0000."""
-    if any(re.search(r"_0000\.", name) for names in found.values() for name in names):
+    if any(channel_of(name) == 0 for names in found.values() for name in names):
         return found
-    return {_stem(name): [name] for names in found.values() for name in names}
+    return {stem(name): [name] for names in found.values() for name in names}
 
 
 def _channels(names: Sequence[str]) -> dict[int, str]:
-    numbered = {int(match[1]): name for name in names if (match := re.search(r"_(\d{4})\.", name))}
+    numbered = {number: name for name in names if (number := channel_of(name)) is not None}
     return numbered if len(numbered) == len(names) and 0 in numbered else {0: names[0]}
 
 
@@ -294,23 +301,34 @@ def _patient(case: str, pattern: str | None) -> str | None:
     return (match["patient"] or None) if match else None
 
 
-def _modality_told(data: MsdData, task: SegmentationConfig) -> Modality | None:
-    """What dataset.json says of the channel, if it is there. Raises ConfigError: it contradicts the task."""
-    path = data.folder / "dataset.json"
+@dataclass(frozen=True)
+class _Told:
+    """What a folder's dataset.json says, where it is there."""
+
+    labels: Mapping[str, Any] | None = None
+    channels: Mapping[str, str] = field(default_factory=dict)
+    """By their numbers."""
+
+
+def _told_in(path: Path) -> _Told:
+    """Raises ConfigError: it is none."""
     if not path.exists():
-        return None
+        return _Told()
     try:
         told = read_object(path)
-        labels, channels = dict(told["labels"]), told.get("channel_names") or told.get("modality") or {}
-        word = str(dict(channels).get(str(data.channel), "")).upper()
+        channels = dict(told.get("channel_names") or told.get("modality") or {})
+        return _Told(dict(told["labels"]), {str(number): str(name) for number, name in channels.items()})
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError("data.folder: dataset.json is no JSON with 'labels', as MSD and nnU-Net write it") from None
+
+
+def _check_labels_told(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
+    """Raises ConfigError: they contradict the task."""
     if len(labels) != task.outputs:
         raise ConfigError(
             f"task.classes: {len(task.classes)} beside the background; dataset.json has {len(labels) - 1}"
         )
     _check_order(labels, task)
-    return MODALITY_NAMES.get(re.split(r"[^A-Z]", word)[0])
 
 
 def _check_order(labels: Mapping[str, Any], task: SegmentationConfig) -> None:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.cache import READING_VERSION
+from client.channels import of_one_channel
 from client.dicom_seg import check_highdicom, write_dicom_seg
 from client.inference import Inference, check_extra
 from client.labelled import Grid, as_stored, as_values, grid_of
@@ -88,6 +89,8 @@ def predict(
         _check_dicom_seg(manifest)
     make_new_folder("--out", out)
     reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
+    if manifest.channel is not None:
+        reading = Reading(of_one_channel(reading.found, manifest.channel))
     inference = _inference(manifest, chosen, batch)
     unlike = _unlike_training(reading, manifest, says_modality=modality is not None)
     answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)

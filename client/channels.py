@@ -1,0 +1,75 @@
+"""nnU-Net's names of files: CASE_0000, CASE_0001, ... are a case's channels, of which a model here reads one."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from client.candidates import Candidate, LeftOut
+from client.catalogue import Catalogue
+from unimiss_core import progress
+
+_ENDING = re.compile(r"\.(nii|nii\.gz|png|tiff?)$")
+_CHANNEL = re.compile(r"_(\d{4})$")
+
+
+def stem(name: str) -> str:
+    """Without the format's ending; all other dots are the case's own, as those of a DICOM UID."""
+    return _ENDING.sub("", name)
+
+
+def case_of(name: str) -> str:
+    """Without the channel, too."""
+    return _CHANNEL.sub("", stem(name))
+
+
+def channel_of(name: str) -> int | None:
+    """None: the name does not end in four digits."""
+    found = _CHANNEL.search(stem(name))
+    return int(found[1]) if found else None
+
+
+def are_channels(names: Collection[str]) -> bool:
+    """Whether each name ends in a channel. Where none is _0000, with which nnU-Net's always begin, the four digits are
+    the cases' own."""
+    channels = {channel_of(name) for name in names}
+    return None not in channels and 0 in channels
+
+
+def in_words(channel: int, others: Collection[int], named: Mapping[str, str]) -> str:
+    """Which channel of a folder's cases is read, and which are not. named: as dataset.json has them."""
+
+    def told(number: int) -> str:
+        name = re.sub(r"[^\w .+-]", "", named.get(str(number), ""))
+        return f"{number} ({name})" if name else str(number)
+
+    passed = " and ".join(map(told, sorted(others)))
+    return (
+        f"{1 + len(others)} channels per case: {told(channel)} is read, {passed} {'is' if len(others) == 1 else 'are'} "
+        "not looked at"
+    )
+
+
+def of_one_channel(found: Catalogue, channel: int) -> Catalogue:
+    """Without other channels of cases, which are left out as `other_channel`, and a note says how many.
+
+    Unchanged where files of one folder and ending, left out or not, are not all called so.
+    """
+    alike: dict[tuple[Path, str], list[str]] = {}
+    looked_at: tuple[Candidate | LeftOut, ...] = (*found.candidates, *found.left_out, *found.unreadable)
+    for path in (path for one in looked_at for path in one.paths):
+        if stem(path.name) != path.name:
+            alike.setdefault((path.parent, path.name.removeprefix(stem(path.name))), []).append(path.name)
+    by_channel = {of for of, names in alike.items() if are_channels(names)}
+
+    def is_other(one: Candidate) -> bool:
+        path, name = one.paths[0], one.paths[0].name
+        return (path.parent, name.removeprefix(stem(name))) in by_channel and channel_of(name) != channel
+
+    others = [one for one in found.candidates if is_other(one)]
+    if by_channel:
+        told = f"reads channel {channel} of each case, on which the model was fine-tuned"
+        progress.report(progress.Note(f"{told}; {len(others)} file(s) of other channels are not looked at"))
+    left_out = (LeftOut(o.folder, o.files, "other_channel", o.modality, o.shape, o.spacing_mm) for o in others)
+    kept = tuple(one for one in found.candidates if not is_other(one))
+    return replace(found, candidates=kept, left_out=(*found.left_out, *left_out))
