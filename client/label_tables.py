@@ -323,7 +323,19 @@ def _told_in(path: Path) -> _Told:
 
 
 def _check_labels_told(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
-    """Raises ConfigError: they contradict the task."""
+    """Raises ConfigError: they are no classes one of which each voxel is of, or contradict the task."""
+    if regions := sum(isinstance(value, list) for value in labels.values()):
+        raise ConfigError(
+            f"data.folder: {regions} label(s) of dataset.json are of several values (nnU-Net's regions), and here each "
+            "voxel is of one class; name each value of the masks as a label of its own, or write masks whose values "
+            "are what is to be told apart"
+        )
+    if any(str(told).strip().lower() == "ignore" for told in (*labels, *labels.values())):
+        raise ConfigError(
+            "data.folder: dataset.json has a label 'ignore', for voxels that nobody labelled, and here they would be "
+            "trained as a class; label them in the masks, or leave out cases that hold any, and then take the label "
+            "out of dataset.json"
+        )
     if len(labels) != task.outputs:
         raise ConfigError(
             f"task.classes: {len(task.classes)} beside the background; dataset.json has {len(labels) - 1}"

@@ -1,4 +1,4 @@
-"""nnU-Net's cases of several files: a model is asked about the channel that it was trained on, and about no other."""
+"""nnU-Net's folders: of a case's channels one is read and asked about; labels that are no plain values are refused."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from tests.test_finetune import QUICK, write_config
 from tests.test_label_tables import MASKS, configured, msd
 from tests.test_labelled import write_case
 from tests.test_predict import BALL, noise, rows_of, untrained
+from unimiss_core.errors import ConfigError
 from unimiss_core.progress import Note, listen
 from unimiss_core.scan import Scan
 from unimiss_core.task_checkpoint import load
@@ -115,3 +116,22 @@ def test_what_ends_in_four_digits_is_a_channel_where_the_first_is_there(
         found = label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": "."}))
     assert (len(found.cases), found.channel) == (2, channel)
     assert not [note for note in notes if isinstance(note, Note)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ({"background": 0, "front": [1, 2], "back": 2}, r"1 label\(s\) .* of several values .* a label of its own"),
+        ({"background": 0, "front": 1, "ignore": 2}, "'ignore', .* would be trained as a class"),
+        ({"background": 0, "front": 1, "back": 2, "Ignore": 3}, "leave out cases that hold any"),
+        ({"0": "background", "1": "back", "2": "front"}, "is value 1, and dataset.json says it is 2"),
+    ],
+)
+@pytest.mark.parametrize("modality", [None, "MR"])
+def test_labels_that_are_no_plain_classes_are_refused(
+    tmp_path: Path, labels: dict[str, Any], told: str, modality: str | None
+) -> None:
+    """Also where the file says what the scans are, so that dataset.json need not."""
+    msd(tmp_path, ["a.nii"], ["a.nii"], {"labels": labels, "regions_class_order": [1, 2]})
+    with pytest.raises(ConfigError, match=told):
+        label_table(configured(tmp_path, MASKS, {"name": "msd", "folder": ".", "modality": modality}))
