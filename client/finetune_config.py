@@ -11,6 +11,7 @@ from pydantic import Field, Tag, model_validator
 from client.label_config import CsvData as CsvData
 from client.label_config import MsdData as MsdData
 from client.label_config import check_patient_pattern
+from client.label_values import wrong_settings
 from unimiss_core.config import Config, Name, chosen_by_name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
@@ -184,6 +185,8 @@ def _contradictions(config: FinetuneConfig) -> list[str]:
             check_patient_pattern(data.patient_pattern)
         except ValueError as error:
             problems.append(f"data.{error}")
+    if isinstance(data, CsvData) and (wrong := wrong_settings(data, task)) is not None:
+        problems.append(wrong)
     if isinstance(task, ClassificationConfig) and task.kind == "multi_label" and config.training.balance == "sampling":
         problems.append("training.balance: a scan of several labels cannot be drawn for one of them; use loss or none")
     if unknown := [name for name in config.inference.keep_largest if name not in task.classes]:

@@ -19,7 +19,7 @@ from client.task_training import autocast
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NonFiniteLossError
 from unimiss_core.resampling import as_they_are
-from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SegmentationConfig, TaskConfig
 from unimiss_core.tasks import TaskModel
 from unimiss_core.views import whole
 
@@ -73,18 +73,21 @@ class Inference:
         return np.concatenate(found)
 
     def truth(self, targets: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """(N, K) of 0 and 1, what `chances` would say if it knew. targets: of each scan its labels, or its class."""
+        """(N, K) of 0 and 1, or UNKNOWN, what `chances` would say if it knew. targets: of each scan its labels, or its
+        class."""
         assert isinstance(self.task, ClassificationConfig)
         found = np.array(targets, dtype=np.int64)
         one_of = np.eye(len(self.task.classes), dtype=np.int64)
         return found if self.task.kind == "multi_label" else one_of[found[:, 0]]
 
     def areas(self, chances: NDArray[np.float64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The AUC of each class, of two that of the second alone; nan where all scans are of it, or none."""
+        """The AUC of each class over the scans of which it is known, of two that of the second alone; nan where all are
+        of it, or none."""
         assert isinstance(self.task, ClassificationConfig)
         told = [1] if self.task.kind == "binary" else range(chances.shape[1])
         once = as_they_are(len(chances))
-        return np.array([merit.auc(chances[:, k], truth[:, k] == 1, once)[0] for k in told])
+        known = truth != UNKNOWN
+        return np.array([merit.auc(chances[:, k], truth[:, k] == 1, once * known[:, k])[0] for k in told])
 
     def voxel_chances(self, model: TaskModel, values: NDArray[np.float32]) -> Tensor:
         """Of a mask: values (C, *S) in [0, 1] -> (K, *S) on the CPU. Raises NonFiniteLossError, as `chances`."""

@@ -29,7 +29,11 @@ class CsvData(Config):
     """Column with the path of a file, or of the folder of a DICOM series."""
     label: str = "label"
     """Column with the class, or with the path of the mask. Not read for multi_label: there each class has a column of
-    its name that holds 0 or 1."""
+    its name that holds 1 or 0."""
+    uncertain: Literal["ones", "zeros", "ignore"] | None = None
+    """What -1 counts as where labels are 1 or 0; ignore: that class of that scan counts nowhere. None refuses it."""
+    missing: Literal["zeros", "ignore"] | None = None
+    """The same of a blank cell. A line of which no label is known is left out."""
     patient: str = "patient"
     split: str = "split"
     """Column with train, validation or test; read only where the split is `given`."""

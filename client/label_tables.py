@@ -17,13 +17,14 @@ from client.channels import are_channels, case_of, channel_of, in_words, stem
 from client.csv_tables import SURPLUS, rows_of
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
+from client.label_values import LabelError, target_of, wrong_settings
 from client.medmnist import opened_arrays
 from client.patients import MODALITY_NAMES
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError
 from unimiss_core.json_text import read_object
 from unimiss_core.scan import Modality
-from unimiss_core.task_config import ClassificationConfig, SegmentationConfig, TaskConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SegmentationConfig, TaskConfig
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -51,7 +52,7 @@ class Case:
     patient: str
     """As the table says it; never shown or written."""
     target: tuple[int, ...] = ()
-    """Of a classification: the number of its class; of multi_label one 0 or 1 for each."""
+    """Of a classification: the number of its class; of multi_label one 0, 1 or UNKNOWN for each."""
     mask: str = ""
     """Of a segmentation: path of its mask below the data's folder."""
     part: Part | None = None
@@ -130,6 +131,8 @@ def _of_csv(
     columns, rows = rows_of(data.table, named=data.table.name, keeps_bytes=one_by_one)
     if not rows and not one_by_one:
         raise ConfigError(f"table {data.table.name}: holds no rows")
+    if (wrong_setting := wrong_settings(data, task)) is not None:
+        raise ConfigError(wrong_setting)
     _check_columns(data, task, columns, given=given)
     surplus = [row.number for row in rows if row.has_surplus]
     kept = [(row.number, row.cells) for row in rows if row.number not in surplus and row.is_among(data.where)]
@@ -145,7 +148,22 @@ def _of_csv(
     for number, said in problems:
         wrong.setdefault(number, []).append(said)
     cases = tuple(_case(number, row, data, task) for number, row in kept if number not in wrong)
-    return cases, tuple(f"line {number}: {', '.join(wrong[number])}" for number in sorted(wrong))
+    unlabelled = {case.number for case in cases if set(case.target) == {UNKNOWN}}
+    if not one_by_one:
+        _tell_of_unlabelled(data, len(unlabelled), len(cases))
+    wrong |= {number: ["of no class it is known whether it is there"] for number in unlabelled if one_by_one}
+    left_out = tuple(f"line {number}: {', '.join(wrong[number])}" for number in sorted(wrong))
+    return tuple(case for case in cases if case.number not in unlabelled), left_out
+
+
+def _tell_of_unlabelled(data: CsvData, unlabelled: int, lines: int) -> None:
+    """Raises ConfigError: no line is left."""
+    ignored = "(data.missing, data.uncertain: ignore)"
+    if unlabelled == lines:
+        raise ConfigError(f"table {data.table.name}: no line has a label that is known {ignored}")
+    if unlabelled:
+        told = f"left out: {unlabelled} line(s) of the table, of which no label is known {ignored}"
+        progress.report(progress.Note(told))
 
 
 def _listed_again(
@@ -161,8 +179,7 @@ def _listed_again(
 
 
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
-    labels = task.classes if _is_multi_label(task) else (data.label,)
-    wanted = [data.scan, *labels, data.patient, *([data.split] if given else []), *data.where]
+    wanted = [data.scan, *_label_columns(data, task), data.patient, *([data.split] if given else []), *data.where]
     problems = []
     for column in dict.fromkeys(wanted):
         if column not in known:
@@ -188,26 +205,20 @@ def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given:
             yield f"'{column}' must be a path that stays below the folder"
     if not row[data.patient]:
         yield f"'{data.patient}' is empty"
-    if _is_multi_label(task):
-        for column in task.classes:
-            if row[column] not in ("0", "1"):
-                yield f"'{column}' must be 0 or 1"
-    elif isinstance(task, ClassificationConfig) and row[data.label] not in task.classes:
-        classes = ", ".join(task.classes)
-        if row[data.label]:
-            yield f"column '{data.label}' holds another class than {classes}"
-        else:
-            yield f"column '{data.label}' is empty; expected one of {classes}"
+    if isinstance(task, ClassificationConfig):
+        for column in _label_columns(data, task):
+            try:
+                target_of(row[column], data, task)
+            except LabelError as error:
+                yield f"{'' if _is_multi_label(task) else 'column '}'{column}' {error}"
     if given and row[data.split].lower() not in _SPELLINGS:
         yield f"'{data.split}' must be train, validation or test"
 
 
 def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) -> Case:
     target: tuple[int, ...] = ()
-    if _is_multi_label(task):
-        target = tuple(int(row[column]) for column in task.classes)
-    elif isinstance(task, ClassificationConfig):
-        target = (task.classes.index(row[data.label]),)
+    if isinstance(task, ClassificationConfig):
+        target = tuple(target_of(row[column], data, task) for column in _label_columns(data, task))
     return Case(
         number=number,
         file=row[data.scan],
@@ -221,6 +232,10 @@ def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) 
 def _is_text(read: str) -> bool:
     """Whether it was UTF-8."""
     return not any("\udc80" <= letter <= "\udcff" for letter in read)
+
+
+def _label_columns(data: CsvData, task: TaskConfig) -> tuple[str, ...]:
+    return task.classes if _is_multi_label(task) else (data.label,)
 
 
 def _is_multi_label(task: TaskConfig) -> bool:

@@ -20,6 +20,7 @@ from unimiss_core.resampling import (
     interval_95,
     pairs_in_order,
 )
+from unimiss_core.task_config import UNKNOWN
 
 Figure = Mapping[str, float | None]
 """`value`, and `low` and `high` of its interval; None where it is not defined."""
@@ -39,7 +40,8 @@ def of_classes(
     """
     chosen = scores.argmax(1)
     told = [1] if len(classes) == 2 else list(range(len(classes)))
-    figures = _one_against_rest(scores[:, told], np.stack([target == k for k in told], 1), [classes[k] for k in told])
+    positive = np.stack([target == k for k in told], 1)
+    figures = _one_against_rest(scores[:, told], positive, [classes[k] for k in told], np.ones(positive.shape))
     figures |= {
         "accuracy": lambda w: _mean(chosen == target, w),
         "balanced_accuracy": lambda w: np.mean(
@@ -53,19 +55,23 @@ def of_classes(
 def of_labels(
     scores: Floats, target: NDArray[np.int64], patients: Sequence[str], classes: Sequence[str]
 ) -> dict[str, Figure]:
-    """Several labels that may each be there. scores: probabilities (N, K). target: (N, K), 0 or 1.
+    """Several labels that may each be there. scores: probabilities (N, K). target: (N, K), 0, 1 or UNKNOWN.
 
-    Each figure is the mean over labels; a label counts as told where its probability is one half or more.
+    Each figure is the mean over labels, each over the scans of which it is known; a label counts as told where its
+    probability is one half or more.
     """
+    known = (target != UNKNOWN).astype(np.float64)
     right = (scores >= 0.5) == (target == 1)
     labels = range(len(classes))
-    figures = _one_against_rest(scores, target == 1, classes)
+    figures = _one_against_rest(scores, target == 1, classes, known)
     figures |= {
-        "accuracy": lambda w: np.mean([_mean(right[:, k], w) for k in labels], axis=0),
+        "accuracy": lambda w: np.mean([_mean(right[:, k], w * known[:, k]) for k in labels], axis=0),
         "balanced_accuracy": lambda w: np.mean(
             [_mean(right[:, k], w * (target[:, k] == there)) for k in labels for there in (0, 1)], axis=0
         ),
-        "ece": lambda w: np.mean([calibration_error(scores[:, k], target[:, k] == 1, w) for k in labels], axis=0),
+        "ece": lambda w: np.mean(
+            [calibration_error(scores[:, k], target[:, k] == 1, w * known[:, k]) for k in labels], axis=0
+        ),
     }
     return with_intervals(figures, patients)
 
@@ -109,20 +115,21 @@ def calibration_error(confidence: Floats, right: NDArray[np.bool_], weights: Flo
 
 
 def _one_against_rest(
-    scores: Floats, positive: NDArray[np.bool_], names: Sequence[str]
+    scores: Floats, positive: NDArray[np.bool_], names: Sequence[str], counts: Floats
 ) -> dict[str, Callable[[Floats], Floats]]:
-    """Figures of ranking: the mean over columns, and each by its name where there are several."""
+    """Figures of ranking: the mean over columns, and each by its name where there are several. counts: (N, K), 1 where
+    it is known whether a scan is positive, else 0."""
     figures: dict[str, Callable[[Floats], Floats]] = {}
     for figure, of in {"auc": auc, "ap": average_precision}.items():
-        each = [partial(_of_column, of, scores[:, k], positive[:, k]) for k in range(len(names))]
+        each = [partial(_of_column, of, scores[:, k], positive[:, k], counts[:, k]) for k in range(len(names))]
         figures[figure] = partial(_mean_of, each)
         if len(names) > 1:
             figures |= {f"{figure}/{name}": one for name, one in zip(names, each, strict=True)}
     return figures
 
 
-def _of_column(of: _Ranking, score: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
-    return of(score, positive, weights)
+def _of_column(of: _Ranking, score: Floats, positive: NDArray[np.bool_], counts: Floats, weights: Floats) -> Floats:
+    return of(score, positive, weights * counts)
 
 
 def _mean_of(figures: Sequence[Callable[[Floats], Floats]], weights: Floats) -> Floats:

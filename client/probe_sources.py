@@ -7,7 +7,7 @@ FINETUNE.yaml          a classification's labels and its own split
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -28,7 +28,7 @@ from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.scan import Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
-from unimiss_core.task_config import ClassificationConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig
 
 _SHOWN = 5
 """Lines of a table that a note names for one reason."""
@@ -42,7 +42,7 @@ class Known:
 
     scan: Scan
     labels: tuple[str, ...]
-    """One for each of the source's `questions`."""
+    """One for each of the source's `questions`; empty where nobody knows."""
     patient: str
     """Not to be shown or written."""
     is_scored: bool
@@ -63,6 +63,7 @@ _USE: Mapping[str, tuple[Kind, ...]] = {
     **dict.fromkeys((f"--{column}" for column in Columns._fields), ("a table",)),
     "--patient-pattern": ("a folder",),
     "--modality": ("a folder", "a table"),
+    **dict.fromkeys(("--missing", "--uncertain"), ("a table",)),
 }
 """What each option says something about; where it would be passed over in silence it is refused."""
 
@@ -88,14 +89,16 @@ def source_of(
     columns: Mapping[str, str] = {},
     patient_pattern: str | None = None,
     modality: Modality | None = None,
+    counts_as: Mapping[str, str] = {},
 ) -> Source:
     """What --data names. root: where a table's paths begin; None takes the table's own folder. columns: of a
     table, by the names in `Columns`, where they are called otherwise. patient_pattern: as of a site's data folder.
+    counts_as: of a table, what its labels count as that are `missing` or `uncertain`, as of `CsvData`.
 
     Raises ConfigError: also of an option that says nothing about such data."""
     kind = _kind_of(data)
     given = {"--root": root, "--patient-pattern": patient_pattern, "--modality": modality}
-    given |= {f"--{name}": told for name, told in columns.items()}
+    given |= {f"--{name}": told for name, told in (*columns.items(), *counts_as.items())}
     if idle := [name for name in _USE if given.get(name) is not None and kind not in _USE[name]]:
         raise ConfigError(f"{' and '.join(idle)}: of no use where --data is {kind}; leave it out")
     if root is not None and not root.is_dir():
@@ -106,12 +109,12 @@ def source_of(
         case "a fine-tuning's file":
             config = load_finetune(data, data_root=root)
             way_to_name = None if isinstance(config.data, MedMnistData) else "data.modality: CT"
-            return _Table(config, config.name, _tested_by(config), way_to_name)
+            return _Table(config, config.name, way_to_name, by_split=True)
         case "a MedMNIST file":
             return _Table(_of_medmnist(data), data.stem)
         case "a table":
             called = Columns(**columns)
-            config = _of_csv(data, root or data.parent, called, modality)
+            config = _of_csv(data, root or data.parent, called, modality, counts_as)
             return _Table(config, called.label, way_to_name=_SAY_CT)
 
 
@@ -158,17 +161,18 @@ class _Table:
     """Scans that a table names, or the arrays of a MedMNIST file."""
 
     def __init__(
-        self, config: FinetuneConfig, question: str, tested: Set[int] | None = None, way_to_name: str | None = None
+        self, config: FinetuneConfig, question: str, way_to_name: str | None = None, *, by_split: bool = False
     ) -> None:
-        """question: what is asked where it is one thing. tested: numbers of the cases that are judged; None asks the
-        table. way_to_name: as of `Source`, where the table does not say it. Raises ConfigError."""
+        """question: what is asked where it is one thing. way_to_name: as of `Source`, where the table does not say it.
+        by_split: those are judged whom this fine-tuning would test on, not whom the table names. Raises ConfigError."""
         if not isinstance(config.task, ClassificationConfig):
             raise ConfigError("--data: names masks; a probe is of classes, so give a classification's file")
         self._config, self._task = config, config.task
         self._table = label_table(config)
         self.way_to_name = None if self._table.modality else way_to_name
         cases = self._table.cases
-        self._tested = {case.number for case in cases if case.part == "test"} if tested is None else tested
+        tested = split_cases(cases, config)["test"] if by_split else [case for case in cases if case.part == "test"]
+        self._tested = {case.number for case in tested}
         both = {c.patient for c in cases if c.number in self._tested} & {
             c.patient for c in cases if c.number not in self._tested
         }
@@ -195,16 +199,13 @@ class _Table:
 
     def _labels(self, target: Sequence[int]) -> tuple[str, ...]:
         if self._task.kind == "multi_label":
-            return tuple(_THERE[there] for there in target)
+            return tuple("" if there == UNKNOWN else _THERE[there] for there in target)
         return (self._task.classes[target[0]],)
 
 
-def _tested_by(config: FinetuneConfig) -> Set[int]:
-    """Numbers of the cases that this fine-tuning would test on. Raises ConfigError."""
-    return {case.number for case in split_cases(label_table(config).cases, config)["test"]}
-
-
-def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None) -> FinetuneConfig:
+def _of_csv(
+    table: Path, root: Path, columns: Columns, modality: Modality | None, counts_as: Mapping[str, str]
+) -> FinetuneConfig:
     """What a fine-tuning's file would say of the table. Raises ConfigError."""
     there, rows = rows_of(table, named=table.name)
     if not there:
@@ -214,22 +215,26 @@ def _of_csv(table: Path, root: Path, columns: Columns, modality: Modality | None
             f"table {table.name}: has no column {', '.join(missing)}; give --scan, --label or --patient "
             "where they are called otherwise"
         )
-    classes = _labels_in(rows, columns.label, table.name)
+    classes = _labels_in(rows, columns.label, table.name, counts_as)
     data = {"table": str(table.absolute()), "folder": str(root.absolute()), "modality": modality}
-    data |= columns._asdict()
+    data |= {**columns._asdict(), **counts_as}
     return _config(classes, data, where=f"table {table.name}", is_given="split" in there)
 
 
-def _labels_in(rows: Sequence[Row], column: str, table: str) -> list[str]:
-    """Each once, in their order as texts. Raises ConfigError: there is no line, or a line without one."""
+def _labels_in(rows: Sequence[Row], column: str, table: str, counts_as: Mapping[str, str]) -> list[str]:
+    """Each once, in their order as texts; 0 and 1 where they are such by what `counts_as` asks. Raises ConfigError:
+    there is no line, or a line without one."""
     if not rows:
         raise ConfigError(f"table {table}: holds no rows")
-    if bare := [row.number for row in rows if not row.cells[column]]:
+    bare = [row.number for row in rows if not row.cells[column]]
+    if bare and "missing" not in counts_as:
         raise ConfigError(
             f"table {table}: {len(bare)} line(s) have no label in column '{column}', as line {bare[0]}; label each "
-            "scan, or take its line out"
+            "scan, or take its line out: with --missing ignore it is left out"
         )
-    return sorted({row.cells[column] for row in rows})
+    if "uncertain" in counts_as or counts_as.get("missing") == "zeros":
+        return ["0", "1"]
+    return sorted({row.cells[column] for row in rows} - {""})
 
 
 def _of_medmnist(file: Path) -> FinetuneConfig:

@@ -99,9 +99,10 @@ def run_probe(
         _write_set(set_out, source, seen)
     taught = {"taught_by_labels": beginning.is_taught}
     told = [
-        _judged(question, rank, [scan.labels[place] for scan in found], found, source.classes) | taught
+        _judged(question, rank, [scan.labels[place] for scan in known], known, source.classes) | taught
         for rank, found in sorted(seen.items())
         for place, question in enumerate(source.questions)
+        if (known := [scan for scan in found if scan.labels[place]])
     ]
     for one in told:
         print(_in_words(one), end="")
@@ -304,7 +305,7 @@ def _write_set(path: Path, source: Source, seen: Mapping[Rank, Sequence[Seen]]) 
     """The prepared scans as a coordinator takes them, patients as numbers. Raises ConfigError: more than one set."""
     if len(seen) > 1 or len(source.questions) > 1:
         raise ConfigError("--set-out: a set is of one rank, and asks one thing; give --data that holds no more")
-    ((_, found),) = seen.items()
+    found = [scan for scan in next(iter(seen.values())) if scan.labels[0]]
     _, patients = np.unique(np.array([scan.patient for scan in found]), return_inverse=True)
     packed = io.BytesIO()
     scans = np.stack([scan.values for scan in found if scan.values is not None])

@@ -133,6 +133,7 @@ def _probe(options: argparse.Namespace) -> None:
         columns={name: told for name in Columns._fields if (told := getattr(options, name)) is not None},
         patient_pattern=options.patient_pattern,
         modality=options.modality,
+        counts_as={n: told for n in ("missing", "uncertain") if (told := getattr(options, n)) is not None},
     )
     run_probe(
         options.checkpoint,
@@ -347,6 +348,10 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     probe.add_argument("--root", type=Path, metavar="FOLDER", help="where a table's paths begin (default: its own)")
     for column in ("scan", "label", "patient"):
         probe.add_argument(f"--{column}", metavar="COLUMN", help=f"of a table (default: {column})")
+    probe.add_argument("--missing", choices=("zeros", "ignore"), help="of a table: what a blank label counts as")
+    probe.add_argument(
+        "--uncertain", choices=("ones", "zeros", "ignore"), help="of a table of 1, 0 and -1: what -1 counts as"
+    )
     probe.add_argument(
         "--patient-pattern",
         metavar="REGEX",

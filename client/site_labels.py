@@ -140,7 +140,7 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
         told = f"Study '{study.name}': {len(cases)} labelled scans of {patients} patients"
         several = task.name == "classification" and task.kind == "multi_label"
         for number, name in enumerate(task.classes if task.name == "classification" else ()):
-            count = sum(bool(case.target[number]) if several else case.target[0] == number for case in cases)
+            count = sum(case.target[number] == 1 if several else case.target[0] == number for case in cases)
             told += f"{':' if number == 0 else ','} {on_one_line(name)} {count}"
         yield f"{told}."
         if (meant := _meant_for_judging(cases)) is not None:

@@ -106,7 +106,7 @@ def check_parts(parts: Split, config: FinetuneConfig) -> None:
             f"nothing but '{name}' among the {len(parts[part])} scans for {part}"
             for part in needed
             for number, name in enumerate(task.classes)
-            if all(case.target[number] for case in parts[part])
+            if not any(case.target[number] == 0 for case in parts[part])
         ]
     if problems:
         fold = f" (fold {config.split.fold})" if isinstance(config.split, FoldSplit) else ""
@@ -114,4 +114,4 @@ def check_parts(parts: Split, config: FinetuneConfig) -> None:
 
 
 def _has(case: Case, number: int, task: ClassificationConfig) -> bool:
-    return bool(case.target[number]) if task.kind == "multi_label" else case.target[0] == number
+    return case.target[number] == 1 if task.kind == "multi_label" else case.target[0] == number

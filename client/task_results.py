@@ -25,7 +25,7 @@ from client.labelled import Labelled
 from client.masks import write_at_source
 from client.task_training import Score, Standing
 from unimiss_core import progress
-from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SegmentationConfig
 from unimiss_core.tasks import TaskModel
 
 Figures = dict[str, Any]
@@ -54,7 +54,7 @@ class Classifying:
         def of(model: TaskModel) -> Standing:
             chances = self.chances(model, scans)
             area = self._inference.areas(chances, truth).mean()
-            likelihood = np.log(np.where(truth == 1, chances, 1 - chances).clip(1e-7)).mean()
+            likelihood = np.log(np.where(truth == 1, chances, 1 - chances).clip(1e-7))[truth != UNKNOWN].mean()
             return float(area), float(likelihood)
 
         return of
@@ -70,7 +70,10 @@ class Classifying:
         rows = [
             {
                 **_named(one, part, files),
-                **{f"is/{name}": int(is_it) for name, is_it in zip(classes, there, strict=True)},
+                **{
+                    f"is/{name}": "" if is_it == UNKNOWN else int(is_it)
+                    for name, is_it in zip(classes, there, strict=True)
+                },
                 **{f"p/{name}": f"{chance:.6f}" for name, chance in zip(classes, told, strict=True)},
             }
             for one, there, told in zip(scans, truth, chances, strict=True)
@@ -79,7 +82,7 @@ class Classifying:
         return dict(figures)
 
     def _truth(self, scans: Sequence[Labelled]) -> NDArray[np.int64]:
-        """(N, K) of 0 and 1."""
+        """(N, K) of 0 and 1, or UNKNOWN."""
         return self._inference.truth([one.case.target for one in scans])
 
 

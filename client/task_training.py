@@ -27,7 +27,7 @@ from client.training_views import crop_of, window_of
 from unimiss_core import durable, progress
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
 from unimiss_core.json_text import object_in
-from unimiss_core.task_config import ClassificationConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig
 from unimiss_core.tasks import TaskModel, freeze_, rate_groups
 from unimiss_core.views import generator_for
 
@@ -41,7 +41,7 @@ _LEAST_RATE = 0.01
 """Share of the peak rate that the last step is taken at."""
 
 Batch = tuple[Tensor, Tensor]
-"""What the model sees (B, C, *S), and what it should say: classes (B,), labels (B, K) or masks (B, *S)."""
+"""What the model sees (B, C, *S), and what it should say: classes (B,), labels or UNKNOWN (B, K), or masks (B, *S)."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 Standing = tuple[float, float]
 """How good a model is on the validation scans: the score, higher being better, and what decides between equal ones."""
@@ -266,14 +266,21 @@ def classification_loss(scans: Sequence[Labelled], config: FinetuneConfig, devic
     balanced = config.training.balance == "loss"
     targets = np.array([one.case.target for one in scans])  # (N, 1) or (N, K)
     if task.kind == "multi_label":
-        there = targets.sum(0)
-        ratio = np.clip((len(targets) - there) / np.maximum(there, 1), 1 / _HEAVIEST, _HEAVIEST)
+        there, absent = (targets == 1).sum(0), (targets == 0).sum(0)
+        ratio = np.clip(absent / np.maximum(there, 1), 1 / _HEAVIEST, _HEAVIEST)
         heavier = torch.tensor(ratio, dtype=torch.float32, device=device) if balanced else None
-        return lambda logits, truth: F.binary_cross_entropy_with_logits(logits, truth, pos_weight=heavier)
+        return lambda logits, truth: _over_known(logits, truth, heavier)
     counts = np.bincount(targets[:, 0], minlength=len(task.classes))
     shares = np.clip(len(targets) / (len(counts) * np.maximum(counts, 1)), 0, _HEAVIEST)
     weights = torch.tensor(shares, dtype=torch.float32, device=device) if balanced else None
     return lambda logits, truth: F.cross_entropy(logits, truth, weight=weights)
+
+
+def _over_known(logits: Tensor, truth: Tensor, heavier: Tensor | None) -> Tensor:
+    """Mean of the cross-entropy over labels that are known: (B, K) each. A batch without any costs nothing."""
+    known = truth != UNKNOWN
+    each = F.binary_cross_entropy_with_logits(logits, truth.clamp(min=0), pos_weight=heavier, reduction="none")
+    return (each * known).sum() / known.sum().clamp(min=1)
 
 
 def tensors_of(model: TaskModel) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Legend of shapes: B scans, V views, C channels, S spatial axes - (H, W) or (D, H, W) -, K answers of a model.
 
 The truth is one more channel, the last: a mask's classes, each at its voxel; or, of whole scans, K shares of classes in
-its first K places and 0 in all others. float32 holds both exactly.
+its first K places (`UNKNOWN` where nobody knows) and 0 in all others. float32 holds both exactly.
 """
 
 from collections.abc import Sequence

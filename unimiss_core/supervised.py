@@ -18,7 +18,7 @@ from unimiss_core.labelled_views import parted, shares_in
 from unimiss_core.loss_terms import CROSS_ENTROPY, DICE
 from unimiss_core.objective import Centre, Loss
 from unimiss_core.scan import Rank
-from unimiss_core.task_config import ClassificationConfig, SupervisionConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SupervisionConfig
 from unimiss_core.tasks import TaskModel
 
 _SMOOTH = 1e-5
@@ -56,10 +56,13 @@ def class_cross_entropy(logits: Tensor, shares: Tensor, weights: Tensor, *, seve
     """Mean over scans of -sum_k weights_k shares_k log p_k; logits and shares (N, K).
 
     The sum of weights does not divide it, as it would by default: it would be the batch's own. several: each class may
-    be there, and counts by a logistic of its own, its weight where it is there; then the mean over classes, too.
+    be there, and counts by a logistic of its own, its weight where it is there; then the mean over classes, too, of
+    those alone that are not UNKNOWN of the scan: how many these are is its own, as its loss is.
     """
     if several:
-        return F.binary_cross_entropy_with_logits(logits, shares, pos_weight=weights)
+        known = (shares != UNKNOWN).to(logits.dtype)
+        each = F.binary_cross_entropy_with_logits(logits, shares.clamp(min=0), pos_weight=weights, reduction="none")
+        return ((each * known).sum(-1) / known.sum(-1).clamp(min=1)).mean()
     return -(weights * shares * logits.log_softmax(-1)).sum(-1).mean()
 
 

@@ -16,6 +16,9 @@ Trains = Literal["linear_probe", "frozen", "full"]
 
 MOST_CLASSES = 256
 
+UNKNOWN = -1
+"""In the place of a 0 or 1 that nobody knows: it counts in no loss, no weight and no figure."""
+
 ClassName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
