@@ -180,7 +180,7 @@ def _contradictions(config: FinetuneConfig) -> list[str]:
         problems.append("data: a MedMNIST file holds classes; the task must be classification")
     if isinstance(data, MsdData) and isinstance(config.split, GivenSplit):
         problems.append("split: an msd folder's imagesTr says of none what it is for; use folds")
-    if isinstance(data, MsdData) and data.patient_pattern is not None:
+    if not isinstance(data, MedMnistData):
         try:
             check_patient_pattern(data.patient_pattern)
         except ValueError as error:

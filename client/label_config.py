@@ -1,5 +1,6 @@
 """Where labelled scans stand: in a CSV, or a folder of masks. In a fine-tuning's file, and in a site's own."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,8 +14,14 @@ from unimiss_core.task_config import MOST_CLASSES, ClassName
 
 
 def check_patient_pattern(pattern: str | None) -> None:
-    """Raises ValueError: it has no group that names the patient."""
-    if pattern is not None and "(?P<patient>" not in pattern:
+    """Raises ValueError: it is no regular expression, or has no group that names the patient."""
+    if pattern is None:
+        return
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        raise ValueError(f"patient_pattern: is no regular expression ({error})") from None
+    if "patient" not in groups:
         raise ValueError("patient_pattern: needs a group named patient, as in '(?P<patient>[0-9]+)_'")
 
 
@@ -35,6 +42,9 @@ class CsvData(Config):
     missing: Literal["zeros", "ignore"] | None = None
     """The same of a blank cell. A line of which no label is known is left out."""
     patient: str = "patient"
+    patient_pattern: str | None = None
+    """A regular expression with a group `patient`, searched in the scan's path as the table has it: whose it is where
+    no column says it. With it `patient` is not read."""
     split: str = "split"
     """Column with train, validation or test; read only where the split is `given`."""
     where: Mapping[str, tuple[str, ...]] = {}
@@ -76,8 +86,7 @@ class LabelsConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if isinstance(self.data, MsdData):
-            check_patient_pattern(self.data.patient_pattern)
+        check_patient_pattern(self.data.patient_pattern)
         return self
 
     @property

@@ -173,13 +173,14 @@ def _listed_again(
     A are one scan, and may not be of two patients."""
     first: dict[tuple[str, PurePosixPath], int] = {}
     for number, row in kept:
-        scan = (row[data.patient] if by_patient else "", PurePosixPath(row[data.scan]))
+        scan = (_whose(row, data) if by_patient else "", PurePosixPath(row[data.scan]))
         if first.setdefault(scan, number) != number:
             yield number, f"lists the scan of line {first[scan]} again"
 
 
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
-    wanted = [data.scan, *_label_columns(data, task), data.patient, *([data.split] if given else []), *data.where]
+    wanted = [data.scan, *_label_columns(data, task), *_patient_column(data)]
+    wanted += [*([data.split] if given else []), *data.where]
     problems = []
     for column in dict.fromkeys(wanted):
         if column not in known:
@@ -196,15 +197,16 @@ def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, giv
 def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Iterator[str]:
     """What is wrong with one line; no text of the line is told, which could be a patient's."""
     paths = (data.scan, *((data.label,) if isinstance(task, SegmentationConfig) else ()))
-    for column in (*paths, data.patient):
+    for column in (*paths, *_patient_column(data)):
         if not _is_text(row[column]):
             yield f"'{column}' is no UTF-8"
     for column in paths:
         path = PurePosixPath(row[column])
         if not row[column] or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
             yield f"'{column}' must be a path that stays below the folder"
-    if not row[data.patient]:
-        yield f"'{data.patient}' is empty"
+    if not _whose(row, data):
+        told = f"'{data.patient}' is empty"
+        yield told if data.patient_pattern is None else f"data.patient_pattern finds no patient in '{data.scan}'"
     if isinstance(task, ClassificationConfig):
         for column in _label_columns(data, task):
             try:
@@ -222,11 +224,22 @@ def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) 
     return Case(
         number=number,
         file=row[data.scan],
-        patient=row[data.patient],
+        patient=_whose(row, data),
         target=target,
         mask="" if target else row[data.label],
         part=_SPELLINGS.get(row.get(data.split, "").lower()),
     )
+
+
+def _patient_column(data: CsvData) -> tuple[str, ...]:
+    return (data.patient,) if data.patient_pattern is None else ()
+
+
+def _whose(row: Mapping[str, str], data: CsvData) -> str:
+    """As the column, or the scan's path, says it; empty where that says nothing."""
+    if data.patient_pattern is None:
+        return row[data.patient]
+    return _patient(row[data.scan], data.patient_pattern) or ""
 
 
 def _is_text(read: str) -> bool:
