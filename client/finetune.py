@@ -29,7 +29,8 @@ from client.labelled import Labelled, prepare_cases
 from client.splits import split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
-from client.tuning_folder import METRICS, alone_in, check_folder
+from client.tuning_folder import METRICS, alone_in, check_folder, is_finished
+from client.tuning_settings import settings_of
 from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of
@@ -56,14 +57,17 @@ def finetune(
 ) -> None:
     """Do what the fine-tuning's file says; the others stand in the place of its own settings.
 
-    resume: go on where a fine-tuning that was interrupted left off. show_paths: tables and messages name files. key: of
-    who must have signed the checkpoint.
+    resume: go on where a fine-tuning that was interrupted left off; one that is finished is left as it is. show_paths:
+    tables and messages name files. key: of who must have signed the checkpoint.
     Raises ConfigError, CheckpointError, NoUsableScanError, NonFiniteLossError.
     """
     config = load_finetune(path, data_root=data_root, out=out)
     begins_with = init_from(init, config.init) if init else config.init
     changed = {"init": signed_by(key, begins_with) if key else begins_with, "device": device or config.device}
     config = config.model_copy(update=changed)
+    if resume and is_finished(config.out, settings_of(config)):
+        print(f"{out or config.out.resolve()}: is finished, and nothing is left to do")
+        return
     chosen = device_of(config.device)
     check_extra(config.task)
     check_folder(config.out, resume=resume)
@@ -274,6 +278,7 @@ def _write_results(
         "epochs": training.progress.epoch,
         "best_epoch": training.progress.best_epoch,
         "parts": figures,
+        "settings": settings_of(config),
     }
     durable.write_text(config.out / METRICS, json.dumps(told, indent=2) + "\n")
     for part in judged:

@@ -24,6 +24,7 @@ from torch import Tensor
 from client.finetune_config import FinetuneConfig, TrainingConfig, layer_decay_of
 from client.labelled import Labelled
 from client.training_views import crop_of, window_of
+from client.tuning_settings import Settings, differences, settings_of
 from unimiss_core import durable, progress
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
 from unimiss_core.json_text import object_in
@@ -180,11 +181,12 @@ class Training:
         for number, state in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{key}": value.detach().cpu() for key, value in state.items()}
         told = {"version": _VERSION, "digest": digest, "progress": json.dumps(asdict(self.progress))}
+        told["settings"] = json.dumps(settings_of(self.config))
         durable.write_bytes(folder / STATE, as_bytes({n: t.contiguous() for n, t in tensors.items()}, metadata=told))
 
     def restore(self, folder: Path, digest: str) -> None:
         """Go on where `save` was called. Raises CheckpointError: damaged, or saved of another fine-tuning."""
-        kept = check_state(folder, digest)
+        kept = check_state(folder, digest, settings_of(self.config))
         try:
             with safe_open(folder / STATE, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -201,7 +203,7 @@ class Training:
         self._optimiser.load_state_dict({"state": state, "param_groups": self._optimiser.state_dict()["param_groups"]})
 
 
-def check_state(folder: Path, digest: str) -> Mapping[str, Any]:
+def check_state(folder: Path, digest: str, settings: Settings) -> Mapping[str, Any]:
     """The progress that `Training.save` wrote; no tensor is read.
 
     Raises CheckpointError: damaged, or saved of another fine-tuning.
@@ -210,6 +212,7 @@ def check_state(folder: Path, digest: str) -> Mapping[str, Any]:
         with safe_open(folder / STATE, "pt") as file:
             told = file.metadata()
         version, of, kept = told.get("version"), told["digest"], object_in(told["progress"])
+        then = object_in(told["settings"]) if "settings" in told else settings
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         raise CheckpointError(_UNREADABLE) from None
     if version != _VERSION:
@@ -218,9 +221,9 @@ def check_state(folder: Path, digest: str) -> Mapping[str, Any]:
             "in another folder, or go on with that version"
         )
     if of != digest:
+        changed = differences(then, settings) or "its file, its scans, its labels or what it began with have changed"
         raise CheckpointError(
-            f"{STATE} is of another fine-tuning: its file, its scans, its labels or what it began with have changed; "
-            "put them back, or begin anew in another folder"
+            f"{STATE} is of another fine-tuning: {changed}; put that back, or begin anew in another folder"
         )
     return kept
 

@@ -3,11 +3,13 @@
 OUT/finetune.lock     says that the folder is a fine-tuning's, and is held by the one at work; goes when it is finished
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from client.task_training import STATE
+from client.tuning_settings import Settings, differences
 from unimiss_core.errors import ConfigError
 from unimiss_core.locks import locked
 
@@ -24,6 +26,18 @@ def check_folder(out: Path, *, resume: bool) -> None:
         with _held(mark):
             pass
     _check_content(out, resume=resume)
+
+
+def is_finished(out: Path, settings: Settings) -> bool:
+    """Whether the work is done there that these settings ask for. Raises ConfigError: other work is."""
+    try:
+        then = json.loads((out / METRICS).read_text(encoding="utf-8"))["settings"]
+        changed = differences(then, settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or of a version that kept no settings
+        return False
+    if changed:
+        raise ConfigError(f"out: holds a finished fine-tuning of another file ({changed}); give another --out")
+    return True
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
     assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 0
     for name in ("metrics.json", "model.json", "model.safetensors", "curves.csv", "predictions.csv"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
-    assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 2
+    assert main(["finetune", str(path), "--out", str(parts)]) == 2
     assert "finished" in capsys.readouterr().err
 
 

@@ -1,0 +1,53 @@
+"""What a fine-tuning was asked to do, kept beside its work, so that who goes on with it is told what differs.
+
+Settings stand by their keys, without a path. What `data` and `init` say stands as a digest alone: columns, patterns and
+lines that are chosen may name a patient.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from client.finetune_config import FinetuneConfig
+
+Settings = Mapping[str, Any]
+"""Key, as `training.epochs` -> value."""
+_PLACES = {"out", "device", "data_root"}
+"""What a fine-tuning may be gone on with at another."""
+_DIGESTED = ("data", "init")
+_SHOWN = 5
+
+
+def settings_of(config: FinetuneConfig) -> Settings:
+    flat = dict(_flat(config.model_dump(exclude=_PLACES)))
+    told = {key: value for key, value in flat.items() if key.split(".")[0] not in _DIGESTED}
+    for section in _DIGESTED:
+        own = [[key, value] for key, value in flat.items() if key.split(".")[0] == section]
+        told[section] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return told
+
+
+def differences(then: Settings, now: Settings) -> str:
+    """In words; empty where there is none."""
+    differing = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    told = [
+        f"{key}: otherwise then" if key in _DIGESTED else f"{key}: {_said(then, key)} then, {_said(now, key)} now"
+        for key in differing[:_SHOWN]
+    ]
+    return "; ".join(told) + (f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else "")
+
+
+def _said(settings: Settings, key: str) -> str:
+    value = settings.get(key)
+    return "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value by its key, as JSON has it, without paths."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        elif value is not None and not isinstance(value, Path):
+            yield f"{above}{name}", json.loads(json.dumps(value))
