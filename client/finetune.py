@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -23,10 +24,11 @@ from client import task_training
 from client.beginning import TAUGHT, Beginning, begin
 from client.cache import READING_VERSION
 from client.finetune_config import FinetuneConfig, MedMnistData, init_from, load_finetune, signed_by
+from client.folds import runs_of, summarise
 from client.inference import check_extra
 from client.label_tables import LabelTable, Part, label_table
 from client.labelled import Labelled, prepare_cases
-from client.splits import split_cases
+from client.splits import Split, split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
 from client.tuning_folder import METRICS, alone_in, check_folder, is_finished
@@ -54,27 +56,53 @@ def finetune(
     device: str | None = None,
     show_paths: bool = False,
     key: Path | None = None,
+    fold: int | Literal["all"] | None = None,
 ) -> None:
     """Do what the fine-tuning's file says; the others stand in the place of its own settings.
 
     resume: go on where a fine-tuning that was interrupted left off; one that is finished is left as it is. show_paths:
-    tables and messages name files. key: of who must have signed the checkpoint.
+    tables and messages name files. key: of who must have signed the checkpoint. fold: one of the split's, or all
+    of them, each in a folder of its own below `out`.
     Raises ConfigError, CheckpointError, NoUsableScanError, NonFiniteLossError.
     """
     config = load_finetune(path, data_root=data_root, out=out)
     begins_with = init_from(init, config.init) if init else config.init
     changed = {"init": signed_by(key, begins_with) if key else begins_with, "device": device or config.device}
-    config = config.model_copy(update=changed)
-    if resume and is_finished(config.out, settings_of(config)):
-        print(f"{out or config.out.resolve()}: is finished, and nothing is left to do")
+    config = config.model_copy(update={**changed, "out": out or config.out.resolve()})
+    runs = runs_of(config, fold)
+    waiting = [one for one in runs if not (resume and is_finished(one.out, settings_of(one)))]
+    for one in runs:
+        if one not in waiting:
+            print(f"{one.out}: is finished, and nothing is left to do")
+    if not waiting and fold != "all":
         return
     chosen = device_of(config.device)
     check_extra(config.task)
-    check_folder(config.out, resume=resume)
+    for one in waiting:
+        check_folder(one.out, resume=resume)
     beginning = begin(config.init, config.plan)
     _check_rank(config, beginning)
     table = label_table(config)
-    split = split_cases(table.cases, config)
+    splits = [split_cases(table.cases, one) for one in waiting]  # before hours of work on the first
+    for one, split in zip(waiting, splits, strict=True):
+        if fold == "all":
+            progress.report(progress.Note(f"{one.out.name}, of {len(runs)} folds"))
+        _tune(one, split, table, beginning, chosen, resume=resume, show_paths=show_paths)
+    if fold == "all":
+        summarise(config, runs, table)
+
+
+def _tune(
+    config: FinetuneConfig,
+    split: Split,
+    table: LabelTable,
+    beginning: Beginning,
+    chosen: torch.device,
+    *,
+    resume: bool,
+    show_paths: bool,
+) -> None:
+    """One fine-tuning, in its folder. Raises as `finetune`."""
     with alone_in(config.out, resume=resume), _removed_afterwards(config.out / _PREPARED) as folder:
         goes_on = (config.out / task_training.STATE).exists()
         if resume and not goes_on:
@@ -102,7 +130,7 @@ def finetune(
         task_training.set_tensors_(training.model, training.best)
         _write_results(config, beginning, judge, training, parts, show_paths=show_paths)
         (config.out / task_training.STATE).unlink(missing_ok=True)
-    print(f"{out or config.out.resolve()}: model of epoch {training.progress.best_epoch}, figures and predictions")
+    print(f"{config.out}: model of epoch {training.progress.best_epoch}, figures and predictions")
 
 
 @contextmanager

@@ -31,17 +31,23 @@ BINS = 15
 
 
 def of_classes(
-    scores: Floats, target: NDArray[np.int64], patients: Sequence[str], classes: Sequence[str]
+    scores: Floats,
+    target: NDArray[np.int64],
+    patients: Sequence[str],
+    classes: Sequence[str],
+    *,
+    folds: NDArray[np.int64] | None = None,
 ) -> dict[str, Figure]:
     """One class of several. scores: probabilities (N, K). target: (N,), numbers of classes.
 
     auc and ap: of the last class of two; of more the mean over classes, each against the rest (`auc/NAME` is one's).
     accuracy and balanced_accuracy: of the likeliest class. ece: of its probability.
+    folds: (N,), where several models were asked: scores of different ones are not compared.
     """
     chosen = scores.argmax(1)
     told = [1] if len(classes) == 2 else list(range(len(classes)))
     positive = np.stack([target == k for k in told], 1)
-    figures = _one_against_rest(scores[:, told], positive, [classes[k] for k in told], np.ones(positive.shape))
+    figures = _one_against_rest(scores[:, told], positive, [classes[k] for k in told], np.ones(positive.shape), folds)
     figures |= {
         "accuracy": lambda w: _mean(chosen == target, w),
         "balanced_accuracy": lambda w: np.mean(
@@ -53,17 +59,22 @@ def of_classes(
 
 
 def of_labels(
-    scores: Floats, target: NDArray[np.int64], patients: Sequence[str], classes: Sequence[str]
+    scores: Floats,
+    target: NDArray[np.int64],
+    patients: Sequence[str],
+    classes: Sequence[str],
+    *,
+    folds: NDArray[np.int64] | None = None,
 ) -> dict[str, Figure]:
     """Several labels that may each be there. scores: probabilities (N, K). target: (N, K), 0, 1 or UNKNOWN.
 
     Each figure is the mean over labels, each over the scans of which it is known; a label counts as told where its
-    probability is one half or more.
+    probability is one half or more. folds: as of `of_classes`.
     """
     known = (target != UNKNOWN).astype(np.float64)
     right = (scores >= 0.5) == (target == 1)
     labels = range(len(classes))
-    figures = _one_against_rest(scores, target == 1, classes, known)
+    figures = _one_against_rest(scores, target == 1, classes, known, folds)
     figures |= {
         "accuracy": lambda w: np.mean([_mean(right[:, k], w * known[:, k]) for k in labels], axis=0),
         "balanced_accuracy": lambda w: np.mean(
@@ -115,21 +126,43 @@ def calibration_error(confidence: Floats, right: NDArray[np.bool_], weights: Flo
 
 
 def _one_against_rest(
-    scores: Floats, positive: NDArray[np.bool_], names: Sequence[str], counts: Floats
+    scores: Floats,
+    positive: NDArray[np.bool_],
+    names: Sequence[str],
+    counts: Floats,
+    folds: NDArray[np.int64] | None,
 ) -> dict[str, Callable[[Floats], Floats]]:
     """Figures of ranking: the mean over columns, and each by its name where there are several. counts: (N, K), 1 where
     it is known whether a scan is positive, else 0."""
     figures: dict[str, Callable[[Floats], Floats]] = {}
     for figure, of in {"auc": auc, "ap": average_precision}.items():
-        each = [partial(_of_column, of, scores[:, k], positive[:, k], counts[:, k]) for k in range(len(names))]
+        each = [partial(_of_column, of, scores[:, k], positive[:, k], counts[:, k], folds) for k in range(len(names))]
         figures[figure] = partial(_mean_of, each)
         if len(names) > 1:
             figures |= {f"{figure}/{name}": one for name, one in zip(names, each, strict=True)}
     return figures
 
 
-def _of_column(of: _Ranking, score: Floats, positive: NDArray[np.bool_], counts: Floats, weights: Floats) -> Floats:
-    return of(score, positive, weights * counts)
+def _of_column(
+    of: _Ranking,
+    score: Floats,
+    positive: NDArray[np.bool_],
+    counts: Floats,
+    folds: NDArray[np.int64] | None,
+    weights: Floats,
+) -> Floats:
+    """Of several folds the mean, each by what it ranks: pairs of an AUC, positive scans of a precision."""
+    counted = weights * counts
+    if folds is None:
+        return of(score, positive, counted)
+    above, below = np.zeros(len(weights)), np.zeros(len(weights))
+    for fold in np.unique(folds):
+        inside = folds == fold
+        own, there = counted[:, inside], positive[inside]
+        share = (own * there).sum(1) * ((own * ~there).sum(1) if of is auc else 1)
+        above += share * np.nan_to_num(of(score[inside], there, own))
+        below += share
+    return divided(above, below)
 
 
 def _mean_of(figures: Sequence[Callable[[Floats], Floats]], weights: Floats) -> Floats:

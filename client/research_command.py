@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from client import export_command
 from client.screen import Screen
@@ -84,6 +85,7 @@ def _finetune(options: argparse.Namespace) -> None:
         device=options.device,
         show_paths=options.show_paths,
         key=options.key,
+        fold=options.fold,
     )
 
 
@@ -298,11 +300,19 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "checkpoint or state, 130 interrupted.",
     )
     tune.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    tune.add_argument("--resume", action="store_true", help="go on after the last epoch that was finished")
+    tune.add_argument(
+        "--resume", action="store_true", help="go on after the last epoch that was finished; leave what is done"
+    )
     tune.add_argument(
         "--data", type=Path, metavar="ROOT", help="where paths of its data begin (default: its data_root)"
     )
     tune.add_argument("--out", type=Path, metavar="OUT_DIR", help="instead of the file's out")
+    tune.add_argument(
+        "--fold",
+        type=_fold,
+        metavar="N",
+        help="instead of the file's split.fold, in OUT_DIR/fold-N; or all: each in turn, and what they say together",
+    )
     tune.add_argument("--init", metavar="INIT", help="a checkpoint's folder, a released file, or scratch")
     tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     tune.add_argument("--show-paths", action="store_true", help="also name each scan's file below its folder")
@@ -384,6 +394,14 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
 def _add_batch_and_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, default=8, metavar="N", help="scans at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _fold(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
 
 
 def _above_zero(text: str) -> float:

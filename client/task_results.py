@@ -29,6 +29,8 @@ from unimiss_core.task_config import UNKNOWN, ClassificationConfig, Segmentation
 from unimiss_core.tasks import TaskModel
 
 Figures = dict[str, Any]
+OF_MASKS = ("dice", "hd95_mm", "surface_dice")
+"""What is measured of each mask."""
 _NOT_WRITTEN = ("patient", "in_one_alone")
 """What a row of cases.csv is summed up by, and does not tell."""
 
@@ -127,7 +129,8 @@ class Segmenting:
                 write_at_source(out / "predictions", f"line-{one.case.number:05d}", classes, one.grid.affine, source)
             progress.report(progress.StepDone(part, done, len(scans), float("nan")))
         _add_rows(out / "cases.csv", [{k: v for k, v in row.items() if k not in _NOT_WRITTEN} for row in rows])
-        return self._figures(rows)
+        alone = sum(row["in_one_alone"] for row in rows)
+        return {**figures_of_masks(rows, self._task.classes), "missed_or_made_up": alone}
 
     def _measured(self, one: Labelled, classes: NDArray[np.uint8], part: Part, files: bool) -> list[dict[str, Any]]:
         truth, spacing = one.reference, one.grid.spacing_mm
@@ -147,20 +150,21 @@ class Segmenting:
             for number, name in enumerate(self._task.classes, start=1)
         ]
 
-    def _figures(self, rows: Sequence[dict[str, Any]]) -> Figures:
-        figures: Figures = {}
-        for name in ("dice", "hd95_mm", "surface_dice"):
-            figures[name] = merit.mean_over_patients([row[name] for row in rows], [row["patient"] for row in rows])
-            if len(self._task.classes) > 1:
-                for each in self._task.classes:
-                    own = [row for row in rows if row["class"] == each]
-                    values, patients = [row[name] for row in own], [row["patient"] for row in own]
-                    figures[f"{name}/{each}"] = merit.mean_over_patients(values, patients)
-        figures["missed_or_made_up"] = sum(row["in_one_alone"] for row in rows)
-        return figures
-
     def _numbers(self) -> range:
         return range(1, 1 + len(self._task.classes))
+
+
+def figures_of_masks(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> Figures:
+    """rows: of each scan and class, with its `patient`; None where a measure is not defined."""
+    figures: Figures = {}
+    for name in OF_MASKS:
+        figures[name] = merit.mean_over_patients([row[name] for row in rows], [row["patient"] for row in rows])
+        if len(classes) > 1:
+            for each in classes:
+                own = [row for row in rows if row["class"] == each]
+                values, patients = [row[name] for row in own], [row["patient"] for row in own]
+                figures[f"{name}/{each}"] = merit.mean_over_patients(values, patients)
+    return figures
 
 
 def _inference(config: FinetuneConfig, device: torch.device, size: Sequence[int]) -> Inference:

@@ -60,7 +60,9 @@ def alone_in(out: Path, *, resume: bool) -> Iterator[None]:
 
 def _check_content(out: Path, *, resume: bool) -> None:
     if (out / METRICS).exists():
-        raise ConfigError("out: holds a finished fine-tuning; give another folder with --out")
+        raise ConfigError(
+            "out: holds a finished fine-tuning, which --resume leaves as it is; give another folder with --out"
+        )
     if (out / STATE).exists():
         if not resume:
             raise ConfigError(
