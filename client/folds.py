@@ -18,6 +18,7 @@ from client.task_results import OF_MASKS, Figures, figures_of_masks
 from client.tuning_folder import METRICS
 from unimiss_core import durable
 from unimiss_core.errors import ConfigError
+from unimiss_core.json_text import read_object
 from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SegmentationConfig
 
 SUMMARY = "folds.json"
@@ -63,7 +64,7 @@ def _of_part(
     config: FinetuneConfig, runs: Sequence[FinetuneConfig], part: Part, patients: Mapping[int, str]
 ) -> Figures:
     """Each figure over the scans of all folds, with its values by fold."""
-    by_fold = [json.loads((run.out / METRICS).read_text(encoding="utf-8"))["parts"][part] for run in runs]
+    by_fold = [read_object(run.out / METRICS)["parts"][part] for run in runs]
     rows = [(fold, row) for fold, run in enumerate(runs) for row in _rows(run, part)]
     whose = [patients[int(row["line"])] for _, row in rows]
     task = config.task

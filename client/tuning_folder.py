@@ -3,7 +3,6 @@
 OUT/finetune.lock     says that the folder is a fine-tuning's, and is held by the one at work; goes when it is finished
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from client.task_training import STATE
 from client.tuning_settings import Settings, differences
 from unimiss_core.errors import ConfigError
+from unimiss_core.json_text import read_object
 from unimiss_core.locks import locked
 
 METRICS = "metrics.json"
@@ -31,7 +31,7 @@ def check_folder(out: Path, *, resume: bool) -> None:
 def is_finished(out: Path, settings: Settings) -> bool:
     """Whether the work is done there that these settings ask for. Raises ConfigError: other work is."""
     try:
-        then = json.loads((out / METRICS).read_text(encoding="utf-8"))["settings"]
+        then = read_object(out / METRICS)["settings"]
         changed = differences(then, settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or of a version that kept no settings
         return False

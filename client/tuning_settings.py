@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from client.finetune_config import FinetuneConfig
+from unimiss_core.json_text import value_in
 
 Settings = Mapping[str, Any]
 """Key, as `training.epochs` -> value."""
@@ -50,4 +51,4 @@ def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{name}.")
         elif value is not None and not isinstance(value, Path):
-            yield f"{above}{name}", json.loads(json.dumps(value))
+            yield f"{above}{name}", value_in(json.dumps(value))
