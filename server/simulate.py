@@ -1,6 +1,6 @@
 """A federation on one machine: sites and coordinator file are made, then the ordinary apps run.
 
-This is the only file of the coordinator's side that may import a site's code.
+This file and those that it is made of, server/simulated_*.py, alone on the coordinator's side may import a site's code.
 
     OUT/hospitals/NAME/     synthetic scans, as real files, where the simulation asks for them
     OUT/sites/NAME/         each site's file and state, as a hospital would have it
@@ -10,39 +10,37 @@ and the artefacts of any run (docs/artefacts.md).
 """
 
 import hashlib
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
 from flwr.app import Context, RecordDict, UserConfig
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from client.cache import READING_VERSION, open_library
+from client.cache import open_library
 from client.label_config import LabelsConfig
-from client.patients import keep_secret, read_column
-from client.phantoms import PhantomConfig, write_hospital
+from client.patients import keep_secret
+from client.phantoms import PhantomConfig
 from client.pictures import write_png
-from client.reading import read_scans
 from client.site import simulation_folder
-from client.site_config import DataSource, SiteConfig, SiteTraining, TableConfig, below_base, load_site
+from client.site_config import DataSource, SiteConfig, SiteTraining, below_base, load_site
 from server.app import app as server_app
 from server.app import check_probed
 from server.local_grid import LocalGrid
 from server.run_folder import RunFolder
+from server.simulated_data import require_either_data_or_phantom, sources_of
+from server.simulated_probe import SimulatedProbe, probe_file, problems
+from server.simulated_setup import lacking_files, lacking_scans, require_all
+from server.wording import listed
 from unimiss_core import durable, progress
 from unimiss_core.config import Config, Name, dump_yaml, load, parse
-from unimiss_core.errors import ConfigError, ScanError, UnimissError
+from unimiss_core.errors import ConfigError, UnimissError
 from unimiss_core.given_path import GivenPath
-from unimiss_core.plan import prepare as prepare_scan
-from unimiss_core.scan import Rank
-from unimiss_core.study import PlanConfig, StudyConfig
-from unimiss_core.views import draw_batch, generator_for, whole
+from unimiss_core.study import StudyConfig
+from unimiss_core.views import draw_batch, generator_for
 from unimiss_core.yaml_files import read_yaml
 
 EXAMPLES = 6
@@ -64,25 +62,7 @@ class SimulatedSite(SiteTraining):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require_either_data_or_phantom(self)
-        return self
-
-
-class SimulatedProbe(Config):
-    """Labelled scans that no site trains on; read by the readers, then probed before and after the run."""
-
-    name: Name
-    data: tuple[DataSource, ...] = ()
-    phantom: PhantomConfig | None = None
-    rank: Rank
-    label: str
-    """Column of the table with the label; a scan whose label is empty is left out, and counted on the screen."""
-    positive: tuple[str, ...] | None = None
-    """Labels that count as positive, all others as negative; None keeps every label a class of its own."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _require_either_data_or_phantom(self)
+        require_either_data_or_phantom(self)
         return self
 
 
@@ -108,10 +88,17 @@ class SimulationConfig(Config):
     probe_every: Annotated[int, Field(gt=0)] | None = None
     """As in a coordinator file."""
     quorum: Quorum = Quorum()
+    """Where it stands in the file, a run goes on without sites that cannot take part, as one between hospitals does.
+    Where it does not, what they lack is told of all, and no round begins."""
     forget_ledgers: tuple[Name, ...] = ()
     """Sites whose ledger was begun anew, as in a coordinator file."""
     workers: Annotated[int, Field(gt=0, le=1024)] = 1
     """Sites that train at the same time; 1 gives the same bits on every run, on a CPU."""
+
+    @property
+    def goes_on_without(self) -> bool:
+        """Whether who wrote the file said how many sites are enough."""
+        return "quorum" in self.model_fields_set
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -201,15 +188,13 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
     """Write hospitals, site files, probe sets and the coordinator file below `out`; what is there already is kept.
 
     Raises ConfigError, before anything is written where `out` holds another run or another coordinator is at work in
-    it.
+    it; and what sites and probes lack, before a scan is read where files and folders alone show it.
     """
     config, study, base = simulation
     folder = RunFolder(out)
     with folder.alone():
         folder.check(study, resume=resume)
-        for site in config.sites:
-            _write_site(site, base, out)
-            _write_example_views(site, study, out)
+        _prepare_sites(simulation, out)
         durable.write_text(out / "study-requested.yaml", dump_yaml(study))
         coordinator = {
             "study": "study-requested.yaml",
@@ -221,11 +206,30 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
             "wait_s": 1.0,  # on one machine every site has answered by then, or never will,
             "retry_s": 0.0,  # and nobody mends it while it is waited for
             "forget_ledgers": list(config.forget_ledgers),
-            "probe": [str(_probe_file(probe, study, base, out)) for probe in config.probe],
+            "probe": [str(probe_file(probe, study, base, out)) for probe in config.probe],
             "probe_every": config.probe_every,
         }
         durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
     return out / "coordinator.yaml"
+
+
+def _prepare_sites(simulation: Simulation, out: Path) -> None:
+    """Write the sites' files and have their scans read. Raises ConfigError, as `prepare` does."""
+    config, study, base = simulation
+    for site in config.sites:
+        _write_site(site, base, out)
+    files = {site.name: _site_file(out, site.name) for site in config.sites}
+    of_probes = [told for probe in config.probe for told in problems(probe, study, base, out)]
+    lacking = lacking_files(files, study)
+    if of_probes or not config.goes_on_without:
+        require_all(files, lacking, of_probes)
+    for site in config.sites:
+        _write_example_views(site, study, out)
+    lacking |= lacking_scans({name: files[name] for name in files.keys() - lacking.keys()}, study)
+    if not config.goes_on_without:
+        require_all(files, lacking)
+    elif lacking and len(files) - len(lacking) >= config.quorum.min_sites:
+        progress.report(progress.Note(f"going on without {listed(sorted(lacking))}, as the file's quorum allows"))
 
 
 def _mistakes_of_study(raw: Any, base: Path) -> list[str]:
@@ -273,11 +277,6 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any], read: Any) -> d
     return merged
 
 
-def _require_either_data_or_phantom(entry: SimulatedSite | SimulatedProbe) -> None:
-    if bool(entry.data) == (entry.phantom is not None):
-        raise ValueError(f"'{entry.name}': give either data (folders that exist) or phantom (a hospital to be written)")
-
-
 _KINDS = {"cr": ("images",), "ct": ("volumes",), "mixed": ("images", "volumes")}
 """What a phantom hospital holds, for patient-level studies."""
 
@@ -292,7 +291,7 @@ def _write_site(site: SimulatedSite, base: Path, out: Path) -> None:
     own = {key: getattr(site, key) for key in SiteTraining.model_fields}
     if site.phantom is not None and site.privacy.holds is None:
         own["privacy"] = site.privacy.model_copy(update={"holds": _KINDS[site.phantom.kind]})
-    sources = _sources(site, base, out)
+    sources = sources_of(site, base, out)
     config = SiteConfig(data=sources, labels=_labels(site, sources, base), state=Path("state"), **own)
     durable.write_text(path, GENERATED + dump_yaml(config))
     keep_secret(path.parent / config.state, _secret_of(site.name))
@@ -304,18 +303,6 @@ def _secret_of(site: str) -> bytes:
     return hashlib.sha256(f"patients of the simulated site {site}".encode()).digest()
 
 
-def _sources(entry: SimulatedSite | SimulatedProbe, base: Path, out: Path) -> tuple[DataSource, ...]:
-    """Where the entry's scans are, by absolute paths; a phantom hospital is written if it is not there yet."""
-    if entry.phantom is None:
-        return tuple(_anchored(source, base) for source in entry.data)
-    folder = out / "hospitals" / f"{entry.name}-{entry.phantom.digest()[:8]}"
-    if not folder.exists():
-        progress.report(progress.Note(f"writing {entry.phantom.patients} synthetic patients of {entry.name}"))
-        with durable.new_folder(folder) as partial:
-            write_hospital(entry.phantom, partial)
-    return (DataSource(folder=folder, table=TableConfig(path=folder / "labels.csv", patient="patient")),)
-
-
 def _labels(site: SimulatedSite, sources: Sequence[DataSource], base: Path) -> LabelsConfig | None:
     if site.labels is None:
         return None
@@ -323,66 +310,7 @@ def _labels(site: SimulatedSite, sources: Sequence[DataSource], base: Path) -> L
     return site.labels.model_copy(update={"data": below_base(site.labels.data, root)})
 
 
-def _anchored(source: DataSource, base: Path) -> DataSource:
-    table = source.table and source.table.model_copy(update={"path": (base / source.table.path).resolve()})
-    return source.model_copy(update={"folder": (base / source.folder).resolve(), "table": table})
-
-
 # -- what the report shows ------------------------------------------------------------------------------------------
-
-
-def _probe_file(probe: SimulatedProbe, study: StudyConfig, base: Path, out: Path) -> Path:
-    """Read the labelled scans once, through the ordinary readers, and keep them as the coordinator takes them."""
-    size = study.size_of(probe.rank)
-    told = (READING_VERSION, probe.canonical(), study.plan.canonical(), study.views.canonical(), size)
-    settings = hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()
-    path = out / "probe" / settings[:8] / f"{probe.name}.npz"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    progress.report(progress.Note(f"reading the labelled scans of {probe.name}"))
-    scans, labels, patients = [], [], []
-    for source in _sources(probe, base, out):
-        for patient, label, values in _labelled_scans(probe, source, study.plan):
-            scans.append(whole(values, size).numpy().astype(np.float16))
-            labels.append(str(int(label in probe.positive)) if probe.positive else label)
-            patients.append(patient)
-    if not scans:
-        raise ConfigError(f"probe '{probe.name}': no scan of rank {probe.rank} with a label in column '{probe.label}'")
-    packed = io.BytesIO()
-    np.savez(packed, scans=np.stack(scans), labels=np.array(labels), patients=np.array(patients))
-    durable.write_bytes(path, packed.getvalue())
-    return path
-
-
-def _labelled_scans(
-    probe: SimulatedProbe, source: DataSource, plan: PlanConfig
-) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
-    """Patient, label and prepared values of each scan of the source; at its end, how many had no label is told.
-
-    Raises ConfigError: no folder, no table, or no such column in it.
-    """
-    if not source.folder.is_dir():
-        raise ConfigError(f"probe '{probe.name}': {source.folder} is not a folder")
-    if source.table is None:
-        raise ConfigError(f"probe '{probe.name}': its folder needs a table with the column '{probe.label}'")
-    column = read_column(source.table, probe.label)
-    count = unlabelled = 0
-    for origin, scan in read_scans([source], plan):
-        if scan.rank != probe.rank:
-            continue
-        count += 1
-        below = PurePosixPath(origin.files[0])
-        if not (label := next((column[name] for name in (below, *below.parents) if name in column), "")):
-            unlabelled += 1  # by a row of its own or, of a series, of its folder
-            continue
-        try:
-            yield origin.patient, label, prepare_scan(scan, plan)[0]
-        except ScanError as error:
-            progress.report(progress.Note(f"{probe.name}: left out 1 {error.reason}"))
-    if unlabelled:
-        told = f"{unlabelled} of {count} scans of rank {probe.rank}, which have no label in column '{probe.label}'"
-        progress.report(progress.Note(f"{probe.name}: left out {told}"))
 
 
 def _write_example_views(site: SimulatedSite, study: StudyConfig, out: Path) -> None:

@@ -59,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unimiss-simulate",
         description="Run a federation on this machine: every site with its own site file, the ordinary apps.",
-        epilog="Exit codes: 0 finished, 1 another error, 2 wrong configuration, 4 bad checkpoint, 5 a round could not "
-        "be completed, as where no site has a usable scan, 8 the run's audit log is damaged or cannot be written to, "
-        "130 interrupted.",
+        epilog="Exit codes: 0 finished, 1 another error, 2 wrong configuration, or a site that cannot take part where "
+        "the file has no `quorum`, 4 bad checkpoint, 5 a round could not be completed, as where no site has a usable "
+        "scan, 8 the run's audit log is damaged or cannot be written to, 130 interrupted.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="e.g. configs/simulation/demo.yaml")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the run and its artefacts")

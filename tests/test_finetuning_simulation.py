@@ -64,6 +64,6 @@ def test_that_no_volume_is_trained_is_told_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "untaught", lambda study: f"{study.name}: no volume")
-    path = simulation(tmp_path, {}, {"name": "north", "data": [{"folder": "none"}]})
+    path = simulation(tmp_path, {}, {"name": "north", "data": [{"folder": "none"}]}, quorum={})
     assert main([str(path), "--out", str(tmp_path / "out")]) == 5
     assert "toy: no volume" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from client.phantoms import PhantomConfig, write_hospital
 from client.pictures import write_png
 from client.site_config import SiteTraining, load_site
 from server.coordinator_config import load_coordinator
-from server.simulate import Simulation, _probe_file, _write_site, prepare, read_simulation, simulate
+from server.simulate import Simulation, _write_site, prepare, read_simulation, simulate
+from server.simulated_probe import probe_file
 from unimiss_core import progress
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
@@ -106,7 +107,9 @@ def test_a_ledger_that_was_begun_anew_is_forgotten_by_the_simulations_own_file(t
     north = {"name": "north", "data": [{"folder": "hospital"}]}
     simulated(tmp_path)
     path = tmp_path / "simulation.yaml"
-    path.write_text(yaml.safe_dump({"study": "study.yaml", "sites": [north], "forget_ledgers": ["north"]}))
+    path.write_text(
+        yaml.safe_dump({"study": "study.yaml", "sites": [north], "quorum": {}, "forget_ledgers": ["north"]})
+    )
     made = prepare(read_simulation(path), tmp_path / "out", resume=False)
     assert load_coordinator(made).forget_ledgers == ("north",)
     assert load_coordinator(made).file_in_words == "simulation file"
@@ -186,7 +189,7 @@ def probed(tmp_path: Path, *, rank: Rank = 2, **table: object) -> tuple[dict[str
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "probe": [probe]}))
     simulation, heard = read_simulation(path), list[str]()
     with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
-        file = _probe_file(simulation.config.probe[0], simulation.study, tmp_path, tmp_path / "out")
+        file = probe_file(simulation.config.probe[0], simulation.study, tmp_path, tmp_path / "out")
     with np.load(file) as held:
         return dict(zip(held["patients"].tolist(), held["labels"].tolist(), strict=True)), heard
 
