@@ -28,11 +28,12 @@ from client.candidates import (
 )
 from client.dicom_bytes import looks_like_dicom
 from client.label_maps import no_labels
-from client.patients import Listed, Patient, patient_of, read_table, ruled_patient
+from client.listing import files_of
+from client.patients import Listed, Patient, patient_of, ruled_patient
 from client.series import Group, Header, Stack, sort_out
 from client.site_config import DataSource
 from client.volumes import assemble
-from unimiss_core.errors import ConfigError, ScanError
+from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 
 _FEW_FILES = 256
@@ -91,7 +92,7 @@ def catalogue(
     parts: list[Catalogue] = []
     done = 0
     for source in sources:
-        files = _files_of(source)
+        files = files_of(source)
         found: dict[str, Header | Plain | ScanError] = {}
         for file, outcome in _looks(source, files, secret, processes=processes, isolate=isolate):
             found[file] = outcome
@@ -128,7 +129,7 @@ def state_of(sources: Sequence[DataSource], secret: bytes) -> str:
         if source.table is not None:
             digest.update(hashlib.sha256(source.table.path.read_bytes()).digest())
         folder = os.fspath(source.folder)
-        for file in _files_of(source):
+        for file in files_of(source):
             digest.update(f"{file!r} {_size_and_time(f'{folder}/{file}')}".encode())
     return digest.hexdigest()
 
@@ -187,7 +188,7 @@ def catalogue_one(path: Path, modality: Modality | None = None, *, interpolate: 
     """What one file, or the folder of one series, holds: whoever names it knows whose it is, and wants lone slices."""
     secret = secrets.token_bytes(32)
     source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
-    files = _files_of(source) if path.is_dir() else {path.name: None}
+    files = files_of(source) if path.is_dir() else {path.name: None}
     looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
     return _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False, nameless=True)
 
@@ -203,44 +204,6 @@ def safe_here(candidates: Sequence[Candidate]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------- files
-
-
-def _files_of(source: DataSource) -> dict[str, Listed | None]:
-    """Files to look at, below the folder, in order: all of them, or those that the table lists. Raises ConfigError: a
-    wrong table."""
-    if source.table is None:
-        return dict.fromkeys(_walk(source.folder))
-    found: dict[str, Listed | None] = {}
-    for below, listed in read_table(source.table).items():
-        path = source.folder / below
-        is_series = _is_folder(path)  # a row may name its folder
-        for file in [(below / name).as_posix() for name in _walk(path)] if is_series else [below.as_posix()]:
-            if found.setdefault(file, listed) != listed:
-                raise ConfigError(
-                    f"table {source.table.path}: lists a file both by itself and by its folder, with another patient "
-                    "or modality"
-                )
-    return found
-
-
-def _is_folder(path: Path) -> bool:
-    """False where nobody can say, as below a folder that this user may not enter: then it is a file with a reason."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Files below the folder; folders that are links or that may not be listed count as one file each."""
-    closed: list[str] = []
-    for current, folders, names in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
-        folders.sort()
-        links = [name for name in folders if os.path.islink(f"{current}/{name}")]  # noqa: PTH114
-        below = Path(current).relative_to(folder).as_posix()
-        for name in sorted([*names, *links]):
-            yield name if below == "." else f"{below}/{name}"
-    yield from (Path(path).relative_to(folder).as_posix() for path in sorted(closed))
 
 
 def _bytes_of(paths: Iterator[Path]) -> int:

@@ -73,6 +73,19 @@ REASONS: Mapping[str, str] = {
     "tilt_too_steep": "a gantry tilt of more than 45 degrees",
 }
 
+FLAGS: Mapping[str, str] = {
+    "duplicates_dropped": "copies of slices were left out",
+    "first_of_several_times": "the first of several time points or volumes in it is used",
+    "gantry_tilt_corrected": "its slices were moved in their plane, for the gantry was tilted",
+    "missing_slices_interpolated": "missing slices were made up (plan.missing_slices)",
+    "orientation_assumed": "does not say how it lies in the patient; taken as its axes stand",
+    "patient_assumed": "nothing says whose it is: it counts as a patient of its own",
+    "qform_and_sform_disagree": "says two things about how it lies in the patient; the sform is used",
+    "spacing_unknown": "does not say how large its pixels are",
+    "split_at_spacing_change": "one of several volumes that a series of uneven distances was parted into",
+}
+"""What was done to a scan that is used, with its meaning for a person."""
+
 
 def reason_of(error: Exception, otherwise: str) -> str:
     """`cannot_open` where the system failed, whose errors have a number, and which may not fail next time; else

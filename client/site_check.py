@@ -8,7 +8,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ from client import nifti, pictures, workers
 from client.cache import content_key
 from client.candidates import Candidate, LeftOut
 from client.catalogue import Catalogue, catalogue, read
-from client.reasons import REASONS
+from client.listing import oddities
+from client.reasons import FLAGS, REASONS
 from client.series import Kind
 from client.site_config import RANKS_BY_NAME, DataSource, PatientLimits
 from unimiss_core.errors import ConfigError, ScanError
@@ -67,6 +68,8 @@ class CheckReport:
     files_seen: int
     unreadable: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     """Reason -> files that could not be read."""
+    odd: tuple[str, ...] = ()
+    """What the data sources say that can hardly be meant."""
 
     @property
     def used(self) -> tuple[Entry, ...]:
@@ -125,7 +128,7 @@ def check(
             pictures.write_png(preview, contact_sheet([tile for tile in tiles if tile is not None]))
         except OSError as error:
             raise ConfigError(f"{preview}: cannot be written ({error.strerror})") from None
-    return _report(found, outcomes)
+    return replace(_report(found, outcomes), odd=tuple(oddities(sources)))
 
 
 @dataclass(frozen=True)
@@ -309,7 +312,9 @@ def tables(report: CheckReport, *, show_paths: bool) -> Lines:
     parts: list[Any] = [_used_table(report)] if report.used else []
     if report.unreadable or any(entry.reason for entry in report.entries):
         parts.append(_left_out_table(report))
-    parts += [Text(f"{said} (patients: {patients}). Nothing was sent."), *map(Text, _advice(report))]
+    if any(entry.flags for entry in report.used):
+        parts.append(_flags_table(report))
+    parts += [Text(f"{said} (patients: {patients}). Nothing was sent."), *map(Text, (*report.odd, *_advice(report)))]
     if show_paths:
         lines = [(entry.reason, path) for entry in report.entries if entry.reason for path in entry.paths]
         lines += [(reason, path) for reason, paths in report.unreadable.items() for path in paths]
@@ -393,4 +398,15 @@ def _left_out_table(report: CheckReport) -> Table:
     table.add_column("code", no_wrap=True)
     for reason, count in files.most_common():
         table.add_row(str(count), str(series[reason] or "-"), REASONS.get(reason, ""), reason)
+    return table
+
+
+def _flags_table(report: CheckReport) -> Table:
+    counts = Counter(flag for entry in report.used for flag in entry.flags)
+    table = Table(title="What is to be known of scans in use", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("scans", justify="right")
+    table.add_column("what")
+    table.add_column("code", no_wrap=True)
+    for flag, count in counts.most_common():
+        table.add_row(str(count), FLAGS.get(flag, ""), flag)
     return table

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from client.label_config import LabelData, LabelsConfig, check_patient_pattern
+from client.path_patterns import PathPattern
 from unimiss_core.config import NAME, Config, Name, load
 from unimiss_core.device import check_names
 from unimiss_core.errors import ConfigError
@@ -34,12 +35,21 @@ class TableConfig(Config):
     """Only rows whose column holds one of these texts are used, for each column named."""
 
 
+_LEFT_OUT_WHERE_EMPTY = Field(exclude_if=lambda patterns: not patterns)
+"""Of what a source is told by: what was read of folders before there were patterns stays read."""
+
+
 class DataSource(Config):
     """One folder of scans, read with all its sub-folders; files are recognised by content, not by name."""
 
     folder: GivenPath
     table: TableConfig | None = None
     """Without a table every file of the folder is looked at."""
+    include: Annotated[tuple[PathPattern, ...], _LEFT_OUT_WHERE_EMPTY] = ()
+    """Only files whose path below the folder is of one of these patterns, as in 'sub-*/**/anat/*_T1w.nii.gz': `*` is
+    any part of a name, `**` any folders (`client.path_patterns`). Empty: all."""
+    exclude: Annotated[tuple[PathPattern, ...], _LEFT_OUT_WHERE_EMPTY] = ()
+    """Not these, whatever `include` says, as in 'derivatives/**'."""
     patient_pattern: str | None = None
     """For PNG, NIfTI and the like: a regular expression with a group `patient`, searched in the path below folder.
     Without it, and without a table that names patients, each such file counts as a patient of its own; patient-level

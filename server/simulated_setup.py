@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from client.execution import devices_for
+from client.listing import oddities
 from client.obstacles import check_may_come
 from client.patients import read_table
 from client.site import Site
@@ -83,7 +84,9 @@ def _of_scans(name: str, file: Path, study: StudyConfig) -> Iterator[str]:
         return  # it says no, as its file wants it to, before a scan is read; the run tells why
     try:
         _ = site.library
-    except (ConfigError, NoUsableScanError) as error:
+    except NoUsableScanError as error:
+        yield "\n".join([_without_name(error, name), *(oddities(site.config.data) if study.finetune is None else ())])
+    except ConfigError as error:
         yield _without_name(error, name)
     except UnimissError:
         return  # as where it has no labels

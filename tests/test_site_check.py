@@ -14,7 +14,7 @@ from client import site_check
 from client.dicom import write_dicom
 from client.nifti import read_nifti
 from client.pictures import write_png
-from client.reasons import REASONS
+from client.reasons import FLAGS, REASONS
 from client.site_command import main
 from tests.series_files import pattern, write_radiograph, write_series
 from unimiss_core.plan import prepare
@@ -246,13 +246,13 @@ def reasons_in(path: Path) -> set[str]:
 
 def test_every_reason_is_explained_in_words_and_in_the_documentation():
     modules = ["dicom", "dicom_bytes", "dicom_rules", "dicom_values", "series", "volumes"]
-    modules += ["nifti", "pictures", "patients", "catalogue", "workers"]
+    modules += ["nifti", "pictures", "patients", "catalogue", "listing", "workers"]
     known = {"2d", "3d", "missing_slices"}
     for module in modules:
         assert reasons_in(ROOT / "client" / f"{module}.py") - known <= REASONS.keys(), module
     assert reasons_in(ROOT / "unimiss_core" / "plan.py") <= REASONS.keys()
     text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
-    assert [reason for reason in REASONS if f"`{reason}`" not in text] == []
+    assert [reason for reason in (*REASONS, *FLAGS) if f"`{reason}`" not in text] == []
 
 
 @pytest.mark.parametrize("option", ["--save-nifti", "--preview", "--report"])
