@@ -231,7 +231,10 @@ def look(task: _Look) -> Header | Plain:
 def look_at(folder: Path, file: str, secret: bytes) -> Header | Plain:
     """What the file below `folder` is, by its content. Raises ScanError where it is nothing that can be read."""
     path = folder / file
-    status = path.stat()
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):  # a link that is there leads nowhere
+        raise ScanError("cannot_open" if path.is_symlink() else "missing_file") from None
     if stat.S_ISDIR(status.st_mode):
         raise ScanError("linked_folder" if path.is_symlink() else "cannot_open")
     if not stat.S_ISREG(status.st_mode):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from client.path_patterns import is_of_any, whether_of
 from client.patients import Listed, read_table
-from client.site_config import DataSource
+from client.site_config import DataSource, TableConfig
 from unimiss_core.errors import ConfigError
 
 
@@ -23,6 +23,23 @@ def oddities(sources: Sequence[DataSource]) -> Iterator[str]:
     for number, source in enumerate(sources):
         for pattern in _idle_patterns(source):
             yield f"'data.{number}': no file is of the pattern '{pattern}', which counts from the source's folder"
+        if source.table is not None:
+            yield from _mostly_missing(number, source, source.table)
+
+
+def _mostly_missing(number: int, source: DataSource, table: TableConfig) -> Iterator[str]:
+    """Where most paths of the table are of nothing, how many, and the likely cause. No path is told, but the folder's
+    own name."""
+    listed = list(read_table(table))
+    missing = [below for below in listed if not os.path.lexists(source.folder / below)]
+    if 2 * len(missing) <= len(listed):
+        return
+    told = f"'data.{number}': of {len(missing)} of the {len(listed)} paths in column '{table.file}' there is no file"
+    name = source.folder.resolve().name
+    if all(below.parts[0] == name for below in missing):
+        yield f"{told}; they begin with '{name}', the folder's own name: let `folder` be the one above it"
+    else:
+        yield f"{told}; they must count from `folder`, with all endings of the names"
 
 
 def _idle_patterns(source: DataSource) -> list[str]:

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Set
 
-PASSING: Set[str] = frozenset(("timed_out", "reader_crashed", "out_of_memory", "cannot_open"))
+PASSING: Set[str] = frozenset(("timed_out", "reader_crashed", "out_of_memory", "missing_file", "cannot_open"))
 """What may be gone next time: a scan that was left out for it is tried again."""
 
 OF_DECODERS: Set[str] = frozenset(("needs_extra_jpeg12", "cannot_decode"))
@@ -16,7 +16,8 @@ REASONS: Mapping[str, str] = {
     "not_an_image": "neither DICOM nor NIfTI, PNG, JPEG or TIFF",
     "name_contradicts_content": "called .dcm but is a picture or NIfTI: the export went wrong",
     "empty_file": "holds no byte",
-    "cannot_open": "missing, or this user may not read it",
+    "missing_file": "a table lists it, and there is no such file",
+    "cannot_open": "this user may not read it, its disk fails, or it is a link to nothing",
     "linked_folder": "a link to a folder: links are not followed; check the folder itself",
     "cannot_write": "was read, but its result could not be written",
     "damaged_header": "its header cannot be read",

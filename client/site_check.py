@@ -38,7 +38,7 @@ _MAX_TILES = 120
 _PIXEL_REASONS = frozenset(
     (
         *("truncated_pixels", "cannot_decode", "needs_extra_jpeg12", "bad_pixel_description", "damaged_header"),
-        *("timed_out", "reader_crashed", "reader_failed", "out_of_memory", "cannot_open"),
+        *("timed_out", "reader_crashed", "reader_failed", "out_of_memory", "missing_file", "cannot_open"),
     )
 )
 """A file with one of these could not be read; the others were read and left out by rule."""

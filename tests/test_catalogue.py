@@ -166,7 +166,17 @@ def test_only_files_of_the_table_count(tmp_path):
     found = look(tmp_path / "scans", table=table)
     taken = {(one.kind, one.modality, one.patient) for one in found.candidates}
     assert taken == {("2d", "MR", patient_of("1", SECRET).key), ("3d", "CT", patient_of("2", SECRET).key)}
-    assert reasons(found) == {"cannot_open": 1}
+    assert reasons(found) == {"missing_file": 1}
+
+
+def test_what_a_table_lists_in_vain_is_told_from_what_cannot_be_read(tmp_path):
+    picture(tmp_path / "scans" / "a.png")
+    (tmp_path / "scans" / "link.png").symlink_to("nowhere")
+    (tmp_path / "t.csv").write_text("file\ngone.png\na.png/below.png\nlink.png\na.png\n")
+    assert reasons(look(tmp_path / "scans", table=TableConfig(path=tmp_path / "t.csv"))) == {
+        "missing_file": 2,
+        "cannot_open": 1,
+    }
 
 
 def test_a_file_that_its_folder_lists_for_another_patient_is_refused(tmp_path):

@@ -139,6 +139,30 @@ def test_check_tells_of_a_pattern_that_matches_nothing_and_counts_remarks(
     assert "2 nothing says whose it is: it counts as a patient of its own patient_assumed" in said
 
 
+def test_a_table_whose_paths_begin_with_the_folders_own_name_is_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = folder(tmp_path, "train/JANE.png")
+    (tmp_path / "t.csv").write_text("file\nd/train/JANE.png\nd/train/JOHN.png\n")
+    source = DataSource(folder=scans, table=TableConfig(path=tmp_path / "t.csv"))
+    (tmp_path / "site.yaml").write_text(dump_yaml(SiteConfig(name="north", data=(source,), state=tmp_path / "state")))
+    assert main(["check", str(tmp_path / "site.yaml")]) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 - a table lists it, and there is no such file missing_file" in said
+    assert "'data.0': of 2 of the 2 paths in column 'file' there is no file; they begin with 'd', the folder's" in said
+    assert "JANE" not in said
+
+
+@pytest.mark.parametrize(("present", "told"), [(1, True), (2, False)])
+def test_paths_of_a_table_are_odd_where_most_are_of_nothing(tmp_path: Path, present: int, told: bool) -> None:
+    scans = folder(tmp_path, *[f"{number}.png" for number in range(present)])
+    (tmp_path / "t.csv").write_text("Path\n0.png\n1.png\n2.png\ngone\n")
+    source = DataSource(folder=scans, table=TableConfig(path=tmp_path / "t.csv", file="Path"))
+    assert [words.partition(";")[0] for words in oddities([source])] == [
+        "'data.0': of 3 of the 4 paths in column 'Path' there is no file"
+    ] * told
+
+
 def test_patterns_without_a_mistake_are_nothing_odd(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("file\nREADME\n")
     table = TableConfig(path=tmp_path / "t.csv")

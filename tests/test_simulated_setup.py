@@ -88,6 +88,14 @@ def test_sites_without_a_usable_scan_are_told_of_together(tmp_path: Path) -> Non
     assert "JANE" not in told
 
 
+def test_why_a_table_leads_to_no_scan_is_told_too(tmp_path: Path) -> None:
+    path = written(tmp_path, {"name": "n", "data": [source("scans", table={"path": "t.csv", "file": "Path"})]})
+    (tmp_path / "t.csv").write_text("Path,ill\nscans/0.png,y\nscans/1.png,n\n")
+    told = refused(path)
+    assert "  - n: no usable scan in 1 data folder(s): 2 missing_file" in told
+    assert "they begin with 'scans', the folder's own name: let `folder` be the one above it" in told
+
+
 def test_once_mended_the_same_command_begins(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD, GONE)
     assert "gone" in refused(path)
