@@ -18,6 +18,9 @@ from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Rank
 from unimiss_core.study import StudyConfig
 
+UNBEGUN = "0" * 16
+"""A run of which no site remembers anything."""
+
 
 @dataclass(frozen=True)
 class Site:

@@ -115,8 +115,9 @@ def _probe_of(config: CoordinatorConfig, study: StudyConfig) -> Probe | None:
         return None
     check_probed(study)
     from server.judging import check_sets, judge
-    from server.probing import Yardstick
+    from server.probing import Yardstick, tell_of_sets
 
+    tell_of_sets(config.probe)
     if study.finetune is None:
         return Yardstick(folder_of(config), config.probe, study.model)
     check_sets(config.probe, study.finetune)

@@ -112,6 +112,8 @@ class ProbeRecord(_Record):
     auc: Share | None = None
     interval: tuple[Share, Share] | None = None
     n: Count = 0
+    classes: Mapping[str, Count] | None = None
+    """Label -> scans; None where they are not named."""
     positives: Count | None = None
     pixel_floor: Share | None = None
     """`auc` of the same probe on the scans' bare pixels, shrunk: what can be told without any encoder."""

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from server.class_counts import class_counts, counts_in_words
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
 from unimiss_core.backbone import Backbone
@@ -50,6 +51,16 @@ def read_probe_set(path: Path) -> ProbeSet:
     if scans.ndim not in (4, 5) or not len(scans) == len(found.labels) == len(found.patients):
         raise ConfigError(f"probe set {path}: expected scans (N, 1, *S), labels (N,) and patients (N,)")
     return found
+
+
+def tell_of_sets(paths: Sequence[Path]) -> None:
+    """Before anything is trained, what classes each set asks to tell apart. Raises ConfigError: one is no probe set."""
+    for path in paths:
+        found = read_probe_set(path)
+        counts = class_counts(found.labels.tolist(), found.patients.tolist())
+        told = f"{len(set(found.labels))} classes" if counts is None else f"classes {counts_in_words(counts)}"
+        scans, patients = len(found.labels), len(set(found.patients))
+        progress.report(progress.Note(f"probe {found.name}: {scans} scans of {patients} patients; {told}"))
 
 
 class Yardstick:
@@ -114,6 +125,7 @@ def figures_of(found: ProbeSet, probed: Probe, floor: Probe) -> dict[str, Any]:
         "auc": probed.auc(),
         "interval": probed.interval(),
         "n": len(found.labels),
+        "classes": class_counts(found.labels.tolist(), found.patients.tolist()),
         "positives": int((probed.labels == 1).sum()) if binary else None,
         "reason": probed.reason or None,
         "pixel_floor": floor.auc(),

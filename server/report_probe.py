@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from server import charts
 from server.artefacts import Artefacts, ProbeRecord
 from server.charts import Compared, Estimate, Reference, Series
+from server.class_counts import counts_in_words
 from server.markup import Html, joined, tag
 from server.report_pieces import card_table, caution, grid, in_words, legend, note, section, whole
 from server.wording import listed
@@ -67,7 +68,13 @@ def probe(run: Artefacts) -> Html:
         said += f" The probe {listed(missing)} was not made."
     rows = [_row(task, pair) for task, pair in records.items()]
     picture = [*_intervals(records), *_over_rounds(run)]
-    return section("Probe", note(said), *_too_short(run), *picture, card_table(_COLUMNS, rows))
+    return section("Probe", note(said), *_too_short(run), *picture, card_table(_COLUMNS, rows), *_classes(records))
+
+
+def _classes(records: dict[str, Pair]) -> list[Html]:
+    known = {task: one.classes for task, (before, after) in records.items() if (one := after or before) and one.classes}
+    told = "; ".join(f"{in_words(task)}: {counts_in_words(counts)}" for task, counts in known.items())
+    return [tag("p", {"class": "fine"}, f"Scans of each class. {told}.")] if known else []
 
 
 def _sheet(site: str, picture: bytes) -> Html:

@@ -194,7 +194,7 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
     folder = RunFolder(out)
     with folder.alone():
         folder.check(study, resume=resume)
-        _prepare_sites(simulation, out)
+        sites = _prepare_sites(simulation, out)
         durable.write_text(out / "study-requested.yaml", dump_yaml(study))
         coordinator = {
             "study": "study-requested.yaml",
@@ -206,15 +206,16 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
             "wait_s": 1.0,  # on one machine every site has answered by then, or never will,
             "retry_s": 0.0,  # and nobody mends it while it is waited for
             "forget_ledgers": list(config.forget_ledgers),
-            "probe": [str(probe_file(probe, study, base, out)) for probe in config.probe],
+            "probe": [str(probe_file(probe, study, base, out, sites=sites)) for probe in config.probe],
             "probe_every": config.probe_every,
         }
         durable.write_text(out / "coordinator.yaml", yaml.safe_dump(coordinator, sort_keys=False))
     return out / "coordinator.yaml"
 
 
-def _prepare_sites(simulation: Simulation, out: Path) -> None:
-    """Write the sites' files and have their scans read. Raises ConfigError, as `prepare` does."""
+def _prepare_sites(simulation: Simulation, out: Path) -> dict[str, Path]:
+    """Write the sites' files and have their scans read: name -> file of those that lack nothing. Raises ConfigError, as
+    `prepare` does."""
     config, study, base = simulation
     for site in config.sites:
         _write_site(site, base, out)
@@ -225,11 +226,12 @@ def _prepare_sites(simulation: Simulation, out: Path) -> None:
         require_all(files, lacking, of_probes)
     for site in config.sites:
         _write_example_views(site, study, out)
-    lacking |= lacking_scans({name: files[name] for name in files.keys() - lacking.keys()}, study)
+    lacking |= lacking_scans({name: files[name] for name in files if name not in lacking}, study)
     if not config.goes_on_without:
         require_all(files, lacking)
     elif lacking and len(files) - len(lacking) >= config.quorum.min_sites:
         progress.report(progress.Note(f"going on without {listed(sorted(lacking))}, as the file's quorum allows"))
+    return {name: file for name, file in files.items() if name not in lacking}
 
 
 def _mistakes_of_study(raw: Any, base: Path) -> list[str]:

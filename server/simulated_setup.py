@@ -11,16 +11,13 @@ from client.execution import devices_for
 from client.listing import oddities
 from client.obstacles import check_may_come
 from client.patients import read_table
-from client.site import Site
+from client.site import UNBEGUN, Site
 from client.site_config import load_site
 from unimiss_core.errors import ConfigError, NoUsableScanError, UnimissError
 from unimiss_core.study import StudyConfig
 
 Lacking = dict[str, list[str]]
 """Site -> what it lacks to take part, in words; without those that lack nothing."""
-
-_UNBEGUN = "0" * 16
-"""Asked is for a run of which no site remembers anything."""
 
 
 def lacking_files(files: Mapping[str, Path], study: StudyConfig) -> Lacking:
@@ -78,7 +75,7 @@ def _of_file(name: str, file: Path, study: StudyConfig) -> Iterator[str]:
 
 def _of_scans(name: str, file: Path, study: StudyConfig) -> Iterator[str]:
     try:
-        site = Site(load_site(file), study, _UNBEGUN)
+        site = Site(load_site(file), study, UNBEGUN)
         check_may_come(site.config, study, site.run, site.ledger)
     except UnimissError:
         return  # it says no, as its file wants it to, before a scan is read; the run tells why

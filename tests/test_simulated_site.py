@@ -15,7 +15,7 @@ from client.pictures import write_png
 from client.site_config import SiteTraining, load_site
 from server.coordinator_config import load_coordinator
 from server.simulate import Simulation, _write_site, prepare, read_simulation, simulate
-from server.simulated_probe import probe_file
+from server.simulated_probe import SimulatedProbe, probe_file
 from unimiss_core import progress
 from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
@@ -180,10 +180,12 @@ def test_a_second_run_in_the_folder_is_refused_before_anything_is_written(tmp_pa
 # ------------------------------------------------------------------------------------------------------------ probes
 
 
-def probed(tmp_path: Path, *, rank: Rank = 2, **table: object) -> tuple[dict[str, str], list[str]]:
+def probed(
+    tmp_path: Path, *, rank: Rank = 2, changes: object = None, **table: object
+) -> tuple[dict[str, str], list[str]]:
     """Patient -> label of a probe of tmp_path's scans and t.csv, and what was said."""
     source = {"folder": "scans", "table": {"path": "t.csv", "patient": "who", **table}}
-    probe = {"name": "p", "data": [source], "rank": rank, "label": "ill"}
+    probe = {"name": "p", "data": [source], "rank": rank, "label": "ill", **(changes or {})}  # type: ignore[dict-item]
     simulation = simulated(tmp_path)
     path = tmp_path / "simulation.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "probe": [probe]}))
@@ -261,3 +263,86 @@ def test_rows_that_the_filter_leaves_out_give_a_probe_no_label(tmp_path: Path) -
     (tmp_path / "t.csv").write_text("file,ill,who,reader\na/0.png,y,p,A\na/0.png,n,p,B\n")
     found, _ = probed(tmp_path, where={"reader": ["A"]})
     assert list(found.values()) == ["y"]
+
+
+GRADES = "file,ill,who\na/0.png,1.0,p0\na/1.png,0.0,p1\na/2.png,-1.0,p2\na/3.png,1.0,p3\na/4.png,0.0,p3\n"
+
+
+def test_what_counts_as_positive_and_negative_and_what_as_neither_is_told_with_its_labels(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 5)
+    (tmp_path / "t.csv").write_text(GRADES)
+    found, heard = probed(tmp_path, changes={"positive": ["1.0"], "negative": ["0.0"]}, patient=None)
+    assert sorted(found.values()) == ["0", "0", "1", "1"]
+    assert heard[-3:] == [
+        "p: positive: 1.0 2",
+        "p: negative: 0.0 2",
+        "p: left out, as neither positive nor negative: -1.0 1",
+    ]
+    other, heard = probed(tmp_path, changes={"positive": ["1.0"]}, patient=None)
+    assert sorted(other.values()) == ["0", "0", "0", "1", "1"]
+    assert heard[-2:] == ["p: positive: 1.0 2", "p: negative: -1.0 1, 0.0 2"]
+
+
+def test_labels_that_may_be_patients_are_counted_and_not_named(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 4)
+    (tmp_path / "t.csv").write_text("file,ill,who\n" + "".join(f"a/{n}.png,JANE {n},p{n}\n" for n in range(4)))
+    _, heard = probed(tmp_path, changes={"positive": ["JANE 1"]})
+    assert heard[-2:] == ["p: positive: 1 scans", "p: negative: 3 scans"]
+
+
+def test_a_label_that_no_scan_has_is_told(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 5)
+    (tmp_path / "t.csv").write_text(GRADES)
+    _, heard = probed(tmp_path, changes={"positive": ["1"], "negative": ["0.0"]}, patient=None)
+    assert "p: positive: 0 scans" in heard
+    with pytest.raises(
+        ConfigError, match="no scan of rank 2 with a label in column 'ill' that is positive or negative"
+    ):
+        probed(tmp_path, changes={"positive": ["1"], "negative": ["0"]}, patient=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"negative": ["0"]}, "negative has no meaning without positive"),
+        ({"positive": ["1", "2"], "negative": ["0", "2"]}, "positive and negative both hold '2'"),
+    ],
+)
+def test_negative_goes_with_positive_alone(tmp_path: Path, changes: object, told: str) -> None:
+    write_pictures(tmp_path, 1)
+    with pytest.raises(ConfigError, match=told):
+        probed(tmp_path, changes=changes)
+
+
+def test_a_probe_without_negative_is_kept_where_it_always_was() -> None:
+    probe = parse(SimulatedProbe, {"name": "p", "data": [{"folder": "d"}], "rank": 2, "label": "ill"}, where="")
+    assert '"negative"' not in probe.canonical()
+
+
+def test_files_of_a_probe_of_which_nothing_says_whose_they_are_are_counted(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 2)
+    (tmp_path / "t.csv").write_text("file,ill,who\na/0.png,y,p\na/1.png,n,p\n")
+    _, heard = probed(tmp_path, patient=None)
+    assert [told for told in heard if told.startswith("p: 2 files count as a patient each")] != []
+    _, heard = probed(tmp_path)
+    assert not [told for told in heard if "a patient each" in told]
+
+
+@pytest.mark.parametrize(("part", "shared"), [([0.0, 1.0], 3), (None, 0)])
+def test_patients_of_a_probe_whom_a_site_trains_on_are_counted(
+    tmp_path: Path, part: list[float] | None, shared: int
+) -> None:
+    """Of those with a label of the rank alone; a patient whom nobody names is none."""
+    write_pictures(tmp_path, 5)
+    (tmp_path / "t.csv").write_text(GRADES.replace("a/2.png,-1.0", "a/2.png,"))
+    (tmp_path / "site.csv").write_text(GRADES if part else GRADES.replace("p", "q").replace("qng", "png"))
+    site = {"data": [{"folder": "scans", "table": {"path": "site.csv", "patient": "who"}}]}
+    source = {"folder": "scans", "table": {"path": "t.csv", "patient": "who"}}
+    simulated(tmp_path, **site)
+    path, heard = tmp_path / "simulation.yaml", list[str]()
+    probe = {"name": "p", "data": [source], "rank": 2, "label": "ill"}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "probe": [probe]}))
+    with progress.listen(lambda event: heard.append(event.text) if isinstance(event, progress.Note) else None):
+        prepare(read_simulation(path), tmp_path / "out", resume=False)
+    told = [words.partition(";")[0] for words in heard if "trains on" in words]
+    assert told == [f"p: {shared} of its 3 patients are called as patients that north trains on"][:shared]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.probing import Yardstick, read_probe_set
+from server.probing import Yardstick, read_probe_set, tell_of_sets
 from server.report import write_report
 from server.run_folder import RunFolder
 from tests.run_artefacts import round_records, write_run
@@ -88,6 +88,37 @@ def test_the_report_draws_the_probe_over_the_rounds_where_there_was_more_than_on
     write_run(tmp_path, records, rounds=4)
     write_report(tmp_path)
     assert title not in (tmp_path / "report.html").read_text()
+
+
+def test_the_classes_of_a_set_are_told_before_a_run_and_with_its_figures(tmp_path: Path) -> None:
+    path, told = a_set(tmp_path / "noise.npz"), list[Event]()
+    with listen(told.append):
+        tell_of_sets([path])
+    assert [event.text for event in told if isinstance(event, Note)] == [
+        "probe noise: 24 scans of 24 patients; classes 0 12, 1 12"
+    ]
+    measure = Yardstick(run_folder(tmp_path / "out"), [path], NANO)
+    assert measure(tensors_of(build_network(NANO, seed=0)), is_last=False)["noise"]["classes"] == {"0": 12, "1": 12}
+    with np.load(path) as held:
+        np.savez(path, scans=held["scans"], labels=np.array([f"JANE {n}" for n in range(24)]), patients=np.arange(24))
+    with listen(told.append):
+        tell_of_sets([path])
+    assert isinstance(told[-1], Note)
+    assert told[-1].text == "probe noise: 24 scans of 24 patients; 24 classes"
+
+
+def test_a_file_that_is_no_set_is_told_before_a_run(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_text("no archive")
+    with pytest.raises(ConfigError, match=r"expected an \.npz with scans, labels and patients"):
+        tell_of_sets([tmp_path / "x.npz"])
+
+
+def test_the_report_says_how_many_scans_are_of_each_class(tmp_path: Path) -> None:
+    write_run(tmp_path, round_records(4), rounds=4)
+    figures = {"task": "noise", "auc": 0.9, "n": 24, "classes": {"-1.0": 4, "1.0": 20}}
+    (tmp_path / "report" / "probe-after.json").write_text(json.dumps({"noise": figures}))
+    write_report(tmp_path)
+    assert "noise: -1.0 4, 1.0 20." in (tmp_path / "report.html").read_text()
 
 
 def test_what_is_no_set_is_told(tmp_path: Path) -> None:
