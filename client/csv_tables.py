@@ -1,13 +1,18 @@
-"""Tables that a hospital or a researcher wrote: CSV in UTF-8 with a header line."""
+"""Tables that a hospital or a researcher wrote: CSV in UTF-8 with a header line, cells parted by commas or by tabs.
+
+The header line alone says which: tabs where it has some, and no comma but in quotation marks, as BIDS writes its .tsv
+files; commas otherwise, whatever the file is called.
+"""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from unimiss_core.errors import ConfigError
 
-SURPLUS = "has more cells than the header line; put quotation marks around a text that holds a comma"
+SURPLUS = "has more cells than the header line; put quotation marks around a text that holds a comma, or a tab"
 """What is wrong with such a line: which text is which column's cannot be told, whose scan it is least of all."""
 
 
@@ -34,7 +39,9 @@ def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tupl
     try:
         errors = "surrogateescape" if keeps_bytes else "strict"
         with table.open(encoding="utf-8-sig", errors=errors, newline="") as file:
-            reader = csv.DictReader(file, strict=True, restval="")
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True, restval="", delimiter=_parted_by(header))
             rows = [_row(reader.line_num, raw) for raw in reader]
             columns = tuple(reader.fieldnames or ())
     except csv.Error:
@@ -45,6 +52,11 @@ def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tupl
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"table {named}: cannot be read as a CSV in UTF-8 with a header line") from None
     return columns, [row for row in rows if row.has_surplus or any(row.cells.values())]
+
+
+def _parted_by(header: str) -> str:
+    bare = re.sub(r'"[^"]*("|$)', "", header)
+    return "\t" if "\t" in bare and "," not in bare else ","
 
 
 def _row(number: int, raw: dict[str | None, str | list[str]]) -> Row:

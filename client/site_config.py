@@ -22,7 +22,7 @@ from unimiss_core.yaml_files import read_yaml
 
 
 class TableConfig(Config):
-    """A CSV that says which files of a folder count, and whose they are."""
+    """A CSV, or the same with tabs (TSV), that says which files of a folder count, and whose they are."""
 
     path: GivenPath
     file: str = "file"
