@@ -9,18 +9,15 @@ from torch import Tensor
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.backbone import Backbone
-from unimiss_core.device import is_out_of_memory
-from unimiss_core.embedding import encoder_of
+from unimiss_core.embedding import encoder_of, seen_whole
 from unimiss_core.errors import ScanError
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.network import build_network, tensors_of
-from unimiss_core.plan import prepare
 from unimiss_core.released import read_released
 from unimiss_core.scan import Modality, Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tuned_round import has_head, rank_of_task, require_tensors_of_model, require_unsigned, study_of
-from unimiss_core.views import whole
 
 TAUGHT = (
     "this encoder was taught by labels: what follows holds for patients who neither trained it nor chose its epoch, of "
@@ -63,17 +60,15 @@ class Beginning:
         """On the CPU; from scratch the random one. A task's knows scans of `rank` alone."""
         return self.random_encoder() if self.tensors is None else encoder_of(self.model, self.tensors, self.rank)
 
+    def size_of(self, rank: Rank) -> tuple[int, ...]:
+        """S that the encoder sees a scan of this rank at. Raises ScanError: it takes none of them."""
+        if self.rank not in {None, rank}:
+            raise ScanError("other_rank")
+        return self.size or self.model.size_of(rank)
+
     def seen_whole(self, scan: Scan) -> Tensor:
         """(C, *S) as the encoder takes it: prepared by the plan, and resized as a whole. Raises ScanError."""
-        if self.rank not in {None, scan.rank}:
-            raise ScanError("other_rank")
-        try:
-            values, _ = prepare(scan, self.plan)
-            return whole(values, self.size or self.model.size_of(scan.rank))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ScanError("out_of_memory") from None
+        return seen_whole(scan, self.plan, self.size_of(scan.rank))
 
     def random_encoder(self, seed: int = 0) -> Backbone:
         """What an encoder of these sizes is before it has seen a scan."""

@@ -22,6 +22,7 @@ from client.onnx_export import EncoderOutputs, Graph, graph_of
 from unimiss_core import durable, progress
 from unimiss_core.errors import ConfigError
 from unimiss_core.exported import CONFIG, TENSORS, ExportedConfig
+from unimiss_core.inputs import InputConfig
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.scan import SMALLEST, Rank
 
@@ -61,6 +62,7 @@ def export(
         files, use = {TENSORS: as_bytes(source.model.state_dict())}, _use_safetensors(source)
     config = source.config.model_copy(
         update={
+            "inputs": _inputs(source.config, graphs),
             "graphs": {name: graph.config for name, graph in graphs.items()},
             "sha256": {name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()},
         }
@@ -117,6 +119,13 @@ def _graphs(source: Source, size: Sequence[int] | None, channels: int) -> Iterat
         name, own = f"encoder-{len(chosen)}d.onnx", channels if len(chosen) == 2 else 1
         _tell(name, chosen)
         yield name, graph_of(model, chosen, channels=own, outputs=["features", "tokens"], facts=facts)
+
+
+def _inputs(config: ExportedConfig, graphs: Mapping[str, Graph]) -> tuple[InputConfig, ...]:
+    """As the model has them, or as its ONNX files do, which were made for one size each."""
+    sizes = [graph.config.input[2:] for graph in graphs.values()] or [one.size for one in config.inputs]
+    known = {len(one.size): one for one in config.inputs}
+    return tuple(known[len(size)].model_copy(update={"size": size}) for size in sizes)
 
 
 def _tell(name: str, size: Sequence[int]) -> None:

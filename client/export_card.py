@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.export_sources import Pretrained, Source, Tuned
-from unimiss_core.card_wording import literally, plan_in_words, promise_in_words, sizes_in_words
+from unimiss_core.card_wording import inputs_in_words, literally, plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.exported import ExportedConfig
 from unimiss_core.model_config import ModelConfig
 
@@ -60,6 +60,8 @@ tags: [medical-imaging, {"self-supervised" if isinstance(source, Pretrained) els
 {plan_in_words(config.plan)}
 
 That leaves values in [0, 1]; the network takes x -> 4 x - 2 of them.
+
+{inputs_in_words(config.inputs)}
 
 ## Files
 

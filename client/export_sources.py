@@ -15,6 +15,7 @@ from unimiss_core.embedding import encoder_of
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.exported import ExportedConfig
 from unimiss_core.gaussian_privacy import gaussian_epsilon
+from unimiss_core.inputs import inputs_of
 from unimiss_core.json_text import read_object
 from unimiss_core.keys import SigningPublicKey
 from unimiss_core.network import check_tensors, empty_network
@@ -101,6 +102,7 @@ def _pretrained(folder: Path, *, student: bool, key: SigningPublicKey | None, li
         num_features=encoder.num_features,
         ranks=RANKS,
         plan=manifest.plan,
+        inputs=inputs_of(manifest.model, None),
         study_digest=manifest.study_digest,
         source_digest=_sha256(folder / checkpoint.MANIFEST),
         licence=licence,
@@ -118,6 +120,8 @@ def _tuned(folder: Path, described_by: str, *, key: SigningPublicKey | None, lic
         num_features=model.backbone.num_features,
         ranks=(manifest.task.rank,),
         plan=manifest.plan,
+        inputs=inputs_of(manifest.model, manifest.task),
+        modality=manifest.modality,
         task=manifest.task,
         source_digest=_sha256(folder / described_by),
         licence=licence,

@@ -5,9 +5,10 @@ import math
 
 from server.artefacts import Artefacts
 from server.wording import counted
-from unimiss_core.card_wording import literally, plan_in_words, promise_in_words, sizes_in_words
+from unimiss_core.card_wording import inputs_in_words, literally, plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.gaussian_privacy import gaussian_epsilon
+from unimiss_core.inputs import inputs_of
 from unimiss_core.privacy_config import SitePrivacyConfig
 from unimiss_core.study import StudyConfig
 
@@ -57,6 +58,10 @@ files shows nothing.
 ## How scans must be prepared
 
 {plan_in_words(manifest.plan)}
+
+That leaves values in [0, 1]; the network takes x -> 4 x - 2 of them.
+
+{inputs_in_words(inputs_of(manifest.model, study.finetune.task if study.finetune else None))}
 
 ## Limits
 

@@ -263,6 +263,7 @@ def test_the_card_says_what_it_is_and_names_no_site(home: Home, tmp_path: Path) 
         keys.fingerprint(public),
         "Nothing is promised.",
         "volume_spacing_mm",
+        "All of a scan is then resized to",
     ):
         assert told in card, told
     assert str(home.path) not in card

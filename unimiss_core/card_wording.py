@@ -2,9 +2,11 @@
 a name stands in one."""
 
 import re
+from collections.abc import Sequence
 
 import yaml
 
+from unimiss_core.inputs import InputConfig
 from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
 
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
@@ -58,3 +60,30 @@ def plan_in_words(plan: PlanConfig) -> str:
     """An indented block of Markdown."""
     lines = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False).splitlines()
     return "\n".join(f"    {line}" for line in lines)
+
+
+def inputs_in_words(inputs: Sequence[InputConfig]) -> str:
+    """How axes lie and what a prepared scan is resized to: paragraphs of Markdown."""
+    axes = {2: _IMAGE_AXES, 3: _VOLUME_AXES}
+    sizes = " and ".join(
+        f"{' x '.join(map(str, one.size))} ({'H, W' if len(one.size) == 2 else 'D, H, W'})" for one in inputs
+    )
+    told = [axes[len(one.size)] for one in inputs]
+    if all(one.fit == "whole" for one in inputs):
+        told.append(f"All of a scan is then resized to {sizes}, whatever its sides' ratio. {_RESIZE}")
+    else:
+        alone = "For features of the encoder alone all of it is resized to that."
+        told.append(f"Windows of {sizes} are cut from it. {alone} {_RESIZE}")
+    return "\n\n".join([*told, "`client.features.prepare_file` does all of this, from a file to a tensor."])
+
+
+_VOLUME_AXES = "The axes (D, H, W) of a volume point to the patient's superior, posterior and left."
+_IMAGE_AXES = (
+    "Images (H, W) lie as a radiologist sees them, where their files say how they lie: an axial slice with posterior "
+    "down, a coronal or sagittal one with inferior down, the patient's left or posterior to the right. Others are as "
+    "they are stored."
+)
+_RESIZE = (
+    "Resizing is linear along each axis, and antialiased where an axis shrinks: of images what torch calls "
+    '`interpolate(mode="bilinear", antialias=True)`, of volumes the same along the third axis, too.'
+)

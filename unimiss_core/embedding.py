@@ -3,7 +3,7 @@
 Legend of shapes: N scans, C channels, S spatial axes - (H, W) or (D, H, W).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unimiss_core.backbone import Backbone, backbone_of
+from unimiss_core.device import is_out_of_memory
+from unimiss_core.errors import ScanError
 from unimiss_core.network import below, empty_network, load_tensors_
-from unimiss_core.scan import Rank
-from unimiss_core.study import ModelConfig
+from unimiss_core.plan import prepare
+from unimiss_core.scan import Rank, Scan
+from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.unvalued import unvalued
+from unimiss_core.views import whole
 
 _FLOOR_SIDE = 16
 
@@ -34,6 +38,17 @@ def encoder_of(model: ModelConfig, tensors: Mapping[str, Tensor], rank: Rank | N
             backbone = backbone_of(model, {rank})
         load_tensors_(backbone.to_empty(device="cpu"), below("backbone.", tensors))
     return backbone.eval().requires_grad_(False)
+
+
+def seen_whole(scan: Scan, plan: PlanConfig, size: Sequence[int]) -> Tensor:
+    """(C, *size) as an encoder takes it: prepared by the plan, and resized as a whole. Raises ScanError."""
+    try:
+        values, _ = prepare(scan, plan)
+        return whole(values, size)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ScanError("out_of_memory") from None
 
 
 @torch.inference_mode()

@@ -19,9 +19,10 @@ from torch import nn
 
 from unimiss_core.backbone import Backbone, backbone_of
 from unimiss_core.config import Config
-from unimiss_core.errors import CheckpointError
+from unimiss_core.errors import CheckpointError, ScanError
+from unimiss_core.inputs import InputConfig, inputs_of
 from unimiss_core.json_text import object_in
-from unimiss_core.scan import Rank
+from unimiss_core.scan import Modality, Rank
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tasks import TaskModel, load_task_model
@@ -57,6 +58,11 @@ class ExportedConfig(Config):
     """Range of the input: a scan that `plan` brought to [0, 1] is x -> 4 x - 2."""
     plan: PlanConfig
     """How a scan is prepared before the model sees it."""
+    inputs: tuple[InputConfig, ...] = ()
+    """What follows on the plan, for each of `ranks`, or of an ONNX file alone; empty where an earlier version wrote
+    this, which did the same (`size_of`)."""
+    modality: Modality | None = None
+    """What a fine-tuned model took scans for whose files do not say it."""
     task: TaskConfig | None = None
     study_digest: str | None = None
     """sha256 of the study that an encoder was trained by; None where it is of none, or of a fine-tuned model."""
@@ -67,6 +73,13 @@ class ExportedConfig(Config):
     """ONNX files by name."""
     sha256: Mapping[str, str] = {}
     """File name -> sha256 of its bytes."""
+
+    def size_of(self, rank: Rank) -> tuple[int, ...]:
+        """S that a scan of this rank is brought to. Raises ScanError: the model takes none of them."""
+        for one in self.inputs or inputs_of(self.model, self.task):
+            if len(one.size) == rank:
+                return one.size
+        raise ScanError("other_rank")
 
 
 def load(folder: Path) -> tuple[Backbone | TaskModel, ExportedConfig]:
