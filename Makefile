@@ -1,6 +1,7 @@
-# make demo   three synthetic hospitals pretrain one encoder; the report is runs/demo/report.html
-# make test   formatting, lint, types and the test suite: all that CI runs
-# make help   this list
+# make demo     three synthetic hospitals pretrain one encoder; the report is runs/demo/report.html
+# make test     formatting, lint, types and the test suite: all that CI runs
+# make install  this program into .venv, with all that the two above need; they do it by themselves
+# make help     this list
 # Any of them with SYSTEM_TORCH=1 uses the torch that PYTHON brings, such as a GPU machine's own build.
 PYTHON ?= python3
 SYSTEM_TORCH ?=
@@ -12,7 +13,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 
-.PHONY: demo test check clean-demo help
+.PHONY: demo test check install clean-demo help
 
 demo: $(INSTALLED)
 	$(BIN)/unimiss-simulate configs/simulation/demo.yaml --out $(OUT) --resume \
@@ -29,8 +30,10 @@ check: $(INSTALLED)
 clean-demo:
 	rm -rf $(OUT)
 
+install: $(INSTALLED)
+
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 # Through the environment, so that it also holds where pip builds the package: older pips read the first, newer the second.
 $(INSTALLED): export PIP_CONSTRAINT = .venv/constraints.txt

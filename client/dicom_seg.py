@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unimiss_core.errors import ConfigError
+from unimiss_core.extras import way_to
 from unimiss_core.task_checkpoint import TaskManifest
 
 _MAKER = "Federated UniMiSS"
@@ -23,7 +24,7 @@ _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 def check_highdicom() -> None:
     """Before scans are read. Raises ConfigError."""
     if importlib.util.find_spec("highdicom") is None:
-        raise ConfigError("--dicom-seg: highdicom must be installed: pip install 'federated-unimiss[dicomseg]'")
+        raise ConfigError(f"--dicom-seg: highdicom must be installed: {way_to('dicomseg')}")
 
 
 def write_dicom_seg(

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from unimiss_core.extras import way_to
+
 FORMS = ("safetensors", "onnx", "monai")
 
 
@@ -11,7 +13,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> a
         "export",
         help="write an encoder, or a fine-tuned model, for other programs",
         epilog="Each folder also holds a model card, README.md, and config.json. onnx is held against torch with "
-        "onnxruntime before it is written, and needs the extra: pip install 'federated-unimiss[export]'. monai takes a "
+        f"onnxruntime before it is written, and needs the extra: {way_to('export')}. monai takes a "
         "fine-tuned model. docs/export.md says more. Exit codes: 0 done, 1 the ONNX answers otherwise than torch, 2 "
         "wrong option, missing extra or an OUT that is not empty, 4 bad checkpoint or model, 130 interrupted; nothing "
         "is written but by 0.",

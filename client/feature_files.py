@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from unimiss_core import durable
 from unimiss_core.errors import ConfigError
+from unimiss_core.extras import way_to
 
 ENDINGS = (".npz", ".parquet")
 _IN_ONE_GROUP = 4096
@@ -49,7 +50,7 @@ def check_ending(path: Path) -> None:
         raise ConfigError(f"--out {path}: the result is an {ENDINGS[0]} or a {ENDINGS[1]} file; give it that ending")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(
-            f"--out {path}: pyarrow must be installed for parquet: pip install 'federated-unimiss[parquet]'; "
+            f"--out {path}: pyarrow must be installed for parquet: {way_to('parquet')}; "
             "or give a name that ends in .npz"
         )
 

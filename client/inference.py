@@ -18,6 +18,7 @@ from client.labelled import Grid
 from client.task_training import autocast
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NonFiniteLossError
+from unimiss_core.extras import way_to
 from unimiss_core.resampling import as_they_are
 from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SegmentationConfig, TaskConfig
 from unimiss_core.tasks import TaskModel
@@ -128,6 +129,4 @@ def check_extra(task: TaskConfig) -> None:
     """Before scans are read. Raises ConfigError: what masks need is not installed."""
     needed = ("monai", "scipy") if isinstance(task, SegmentationConfig) else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"{' and '.join(missing)} must be installed for masks: pip install 'federated-unimiss[finetune]'"
-        )
+        raise ConfigError(f"{' and '.join(missing)} must be installed for masks: {way_to('finetune')}")

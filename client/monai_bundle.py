@@ -16,6 +16,7 @@ from typing import Any
 from client.export_sources import Tuned
 from unimiss_core import task_checkpoint
 from unimiss_core.errors import ConfigError
+from unimiss_core.extras import way_to
 from unimiss_core.layers import CHANNELS
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
@@ -25,7 +26,7 @@ A MONAI bundle. Each file in `dataset_dir`, or each folder in it with a DICOM se
 `output_dir`: `predictions.csv`, or masks in the geometry of each scan's own file. Both name a scan by its file's name.
 What cannot be read is left out, and logged. MONAI warns that a bundle's configuration is run as a program: so it is.
 
-    pip install 'federated-unimiss[finetune]' fire
+    pip install -e 'FOLDER_OF_FEDERATED_UNIMISS[finetune]' fire
     python -m monai.bundle run --bundle_root . --config_file configs/inference.json \\
         --meta_file configs/metadata.json --dataset_dir SCANS --output_dir ANSWERS
 """
@@ -38,7 +39,7 @@ _NOTHING = -2.0
 def require_extra() -> None:
     """Raises ConfigError: MONAI is not installed."""
     if importlib.util.find_spec("monai") is None:
-        raise ConfigError("monai must be installed for --to monai: pip install 'federated-unimiss[finetune]'")
+        raise ConfigError(f"monai must be installed for --to monai: {way_to('finetune')}")
 
 
 def files_of(source: Tuned) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unimiss_core.backbone import Backbone
 from unimiss_core.errors import ConfigError, ExportError
 from unimiss_core.exported import GraphConfig
+from unimiss_core.extras import way_to
 from unimiss_core.layers import PositionTable
 
 Values = NDArray[Any]
@@ -56,9 +57,7 @@ class EncoderOutputs(nn.Module):
 def require_extra() -> None:
     """Raises ConfigError: what ONNX needs is not installed."""
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"{' and '.join(missing)} must be installed for --to onnx: pip install 'federated-unimiss[export]'"
-        )
+        raise ConfigError(f"{' and '.join(missing)} must be installed for --to onnx: {way_to('export')}")
 
 
 @torch.no_grad()

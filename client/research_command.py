@@ -24,6 +24,7 @@ from client.screen import Screen
 from unimiss_core import progress
 from unimiss_core.commands import exit_code_of
 from unimiss_core.errors import ConfigError
+from unimiss_core.extras import way_to
 
 _MODALITIES = ("CT", "MR", "PT", "XR", "OT")
 """`unimiss_core.scan.Modality`, which cannot be read without importing NumPy."""
@@ -127,7 +128,7 @@ def _probe(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name != "sklearn":
             raise
-        raise ConfigError("a probe needs scikit-learn: pip install 'federated-unimiss[research]'") from None
+        raise ConfigError(f"a probe needs scikit-learn: {way_to('research')}") from None
 
     source = source_of(
         options.data,

@@ -30,6 +30,7 @@ from server.run_folder import RunFolder, folder_of
 from unimiss_core import progress
 from unimiss_core.config import NAME, load
 from unimiss_core.errors import ConfigError, UnimissError
+from unimiss_core.extras import way_to
 from unimiss_core.schedule import untaught
 from unimiss_core.study import StudyConfig
 
@@ -102,7 +103,7 @@ def check_probed(study: StudyConfig) -> None:
     try:
         from server.judging import can_judge
     except ModuleNotFoundError:
-        raise ConfigError("'probe' needs scikit-learn; install with the extra: federated-unimiss[research]") from None
+        raise ConfigError(f"'probe' needs scikit-learn: {way_to('research')}") from None
     if study.finetune is not None and not can_judge(study.finetune):
         raise ConfigError(
             f"'probe': the model of study '{study.name}' cannot be judged by sets of classes: only one that sorts "

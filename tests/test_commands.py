@@ -2,13 +2,18 @@
 
 import re
 import shlex
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from client import research_command, site_command
 from server import server_command, simulate_command
+from server.simulate import SimulationConfig
 from unimiss_core.commands import OF_EVERY_COMMAND, Command, Program
+from unimiss_core.config import parse
 from unimiss_core.errors import AuditError, RoundError
 
 ROOT = Path(__file__).parents[1]
@@ -108,3 +113,37 @@ def test_a_command_with_arguments_that_a_page_names_is_one(page: Path) -> None:
             continue
         typed = re.sub(r"--to \S+", "--to onnx", told.replace("[", "").replace("]", ""))
         research_command._parser().parse_args(shlex.split(typed))
+
+
+def test_nothing_tells_to_install_a_name_that_is_on_no_index() -> None:
+    """Whoever took the name there would be given to everybody who types it."""
+    told = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    told += [path for package in ("unimiss_core", "client", "server") for path in (ROOT / package).glob("*.py")]
+    wrong = [
+        path.name
+        for path in told
+        if re.search(r"install[^\n]*\s['\"]?federated-unimiss|federated-unimiss\[", path.read_text())
+    ]
+    assert not wrong
+
+
+def test_the_readme_says_what_each_extra_is_for() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Install\n")[2].partition("\n## ")[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(project["optional-dependencies"])
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in section
+
+
+def test_make_help_lists_how_to_install() -> None:
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^make (\S+) ", told, re.MULTILINE)
+    assert targets == ["demo", "test", "install", "help"]
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_the_example_of_several_gpus_is_a_simulation() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```\n(workers: .*?)```", page, re.DOTALL)
+    found = parse(SimulationConfig, {"study": "study.yaml", **yaml.safe_load(example)}, where="docs/training.md")
+    assert found.workers == len(found.sites) == len({site.devices for site in found.sites}) == 2

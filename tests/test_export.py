@@ -364,9 +364,9 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest
     [
         (
             "onnx",
-            "onnx and onnxruntime and onnxscript must be installed for --to onnx: pip install 'federated-unimiss[e",
+            "onnx and onnxruntime and onnxscript must be installed for --to onnx: pip install -e '.[export]' in this",
         ),
-        ("monai", "monai must be installed for --to monai: pip install 'federated-unimiss[finetune]'"),
+        ("monai", "monai must be installed for --to monai: pip install -e '.[finetune]' in this"),
     ],
 )
 def test_a_missing_extra_is_told_before_anything_is_read(

@@ -96,4 +96,7 @@ def test_parquet_without_pyarrow_is_told_before_the_work(
     folder = nano_checkpoint(tmp_path / "r")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert main(["embed", str(folder), str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.parquet")]) == 2
-    assert "pip install 'federated-unimiss[parquet]'; or give a name that ends in .npz" in capsys.readouterr().err
+    assert (
+        "pip install -e '.[parquet]' in this program's folder; or give a name that ends in .npz"
+        in capsys.readouterr().err
+    )

@@ -339,7 +339,7 @@ def test_what_masks_need_is_asked_for_before_scans_are_read(
     path = write_config(tmp_path, task=task, data={"name": "msd", "folder": "nowhere"})
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert main(["finetune", str(path)]) == 2
-    assert "federated-unimiss[finetune]" in capsys.readouterr().err
+    assert "pip install -e '.[finetune]' in this program's folder" in capsys.readouterr().err
 
 
 @needs(DATA)

@@ -250,7 +250,7 @@ def test_dicom_seg_without_highdicom_or_masks_is_told(
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "highdicom" else find(name))
     assert main(["predict", str(drawer), *asked]) == 2
-    assert "pip install 'federated-unimiss[dicomseg]'" in capsys.readouterr().err
+    assert "pip install -e '.[dicomseg]' in this program's folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
