@@ -14,7 +14,7 @@ from unimiss_core.errors import ScanError
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.released import read_released
-from unimiss_core.scan import Modality, Rank, Scan
+from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tuned_round import has_head, rank_of_task, require_tensors_of_model, require_unsigned, study_of
@@ -65,6 +65,14 @@ class Beginning:
         if self.rank not in {None, rank}:
             raise ScanError("other_rank")
         return self.size or self.model.size_of(rank)
+
+    def prepares_as(self, other: "Beginning") -> bool:
+        """Whether both see a scan of any rank alike."""
+        return (self.plan, self.rank, self._sizes) == (other.plan, other.rank, other._sizes)
+
+    @property
+    def _sizes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(self.size_of(rank) for rank in RANKS if self.rank in {None, rank})
 
     def seen_whole(self, scan: Scan) -> Tensor:
         """(C, *S) as the encoder takes it: prepared by the plan, and resized as a whole. Raises ScanError."""

@@ -45,6 +45,8 @@ class Known:
     """One for each of the source's `questions`; empty where nobody knows."""
     patient: str
     """Not to be shown or written."""
+    number: int
+    """Its line in a table, its place among all of a MedMNIST file, in a folder that in the order of reading."""
     is_scored: bool
     """Whether the split keeps it for judging; where it keeps none, all are judged in turn."""
 
@@ -148,7 +150,7 @@ class _Folders:
             label, _, below = origin.files[0].partition("/")
             bare += not below
             if below:
-                yield Known(scan, (label,), origin.patient, is_scored=False)
+                yield Known(scan, (label,), origin.patient, origin.number, is_scored=False)
             progress.report(progress.StepDone("scans", origin.number, len(reading), None))
         if not reading.found.files_seen:
             raise NoUsableScanError(f"--data {self._source.folder}: holds no file")
@@ -191,7 +193,7 @@ class _Table:
             if isinstance(scan, ScanError):
                 left_out.setdefault(scan.reason, []).append(case.number)
             else:
-                yield Known(scan, self._labels(case.target), case.patient, case.number in self._tested)
+                yield Known(scan, self._labels(case.target), case.patient, case.number, case.number in self._tested)
             progress.report(progress.StepDone("scans", number, len(cases), None))
         for reason, lines in left_out.items():
             told = ", ".join(map(str, lines[:_SHOWN])) + (" and others" if len(lines) > _SHOWN else "")

@@ -139,9 +139,10 @@ def _probe(options: argparse.Namespace) -> None:
         counts_as={n: told for n in ("missing", "uncertain") if (told := getattr(options, n)) is not None},
     )
     run_probe(
-        options.checkpoint,
+        options.checkpoints,
         source,
         out=options.out,
+        scores=options.scores,
         set_out=options.set_out,
         study=options.study,
         batch=options.batch,
@@ -354,7 +355,12 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "split each scan is judged by a model of other patients. docs/after-pretraining.md has more. Exit codes: 0 "
         "done, 2 wrong input or an output that cannot be written, 3 no usable scan, 4 bad checkpoint, 130 interrupted.",
     )
-    probe.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, a released file, or scratch")
+    probe.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="its folder, a released file, or scratch; others are held against the first",
+    )
     probe.add_argument("--data", type=Path, required=True, metavar="DATA", help="labelled scans")
     probe.add_argument("--root", type=Path, metavar="FOLDER", help="where a table's paths begin (default: its own)")
     for column in ("scan", "label", "patient"):
@@ -372,6 +378,7 @@ def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_modality(probe, "NIfTI is OT, pictures are XR")
     probe.add_argument("--study", type=Path, metavar="STUDY.yaml", help="whose model and plan scratch has")
     probe.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
+    probe.add_argument("--scores", action="store_true", help="into FILE.json also what each judged scan scored")
     probe.add_argument(
         "--set-out", type=Path, metavar="FILE.npz", help="also write the scans as a coordinator's `probe` takes them"
     )
