@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from client.catalogue import read_one_apart
 from client.inference import require_numbers
+from client.input_names import stem
 from client.labelled import as_stored, as_values, grid_of
 from client.masks import write_at_source
 from client.task_training import autocast
@@ -29,8 +30,6 @@ from unimiss_core.views import standardise, whole
 _log = logging.getLogger(__name__)
 
 Item = dict[str, Any]
-
-_ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
 
 
 def network(folder: str) -> TaskModel:
@@ -105,7 +104,7 @@ class MaskAtSource:
 
         classes = segmenting.keep_largest(segmenting.likeliest_at_source(item["pred"].cpu(), item["grid"]), self._kept)
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{_stem(item['source'])}_seg"
+        name = f"{stem(item['source'])}_seg"
         if name in self._written:  # a folder A beside A.nii, say
             name = f"{item['source'].name}_seg"
         self._written.add(name)
@@ -164,9 +163,3 @@ def _reason(error: BaseException | None) -> str | None:
     while error is not None and not isinstance(error, ScanError):
         error = error.__cause__
     return None if error is None else error.reason
-
-
-def _stem(path: Path) -> str:
-    """A file's name without the ending of its format."""
-    ending = next((one for one in _ENDINGS if path.name.lower().endswith(one)), "")
-    return path.name[: len(path.name) - len(ending)]

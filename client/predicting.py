@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from client.cache import READING_VERSION
 from client.channels import of_one_channel
 from client.dicom_seg import check_highdicom, write_dicom_seg
 from client.inference import Inference, check_extra
+from client.input_names import names_by_number
 from client.labelled import Grid, as_stored, as_values, grid_of
 from client.masks import write_at_source
 from client.outputs import make_new_folder
@@ -47,6 +48,7 @@ _KINDS: Mapping[Modality, str] = {"CT": "CT", "MR": "MR", "PT": "PET", "XR": "ra
 LIKELY = 0.5
 """Probability from which a label of several counts as there."""
 
+Names = Literal["number", "input"]
 Line = Mapping[str, Any]
 
 
@@ -70,14 +72,16 @@ def predict(
     device: str = "auto",
     show_paths: bool = False,
     dicom_seg: bool = False,
+    names: Names = "number",
     key: Path | None = None,
 ) -> None:
     """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file. A round of a
     federation that fine-tuned is such a model, too.
 
     modality: of scans whose files do not say it; None takes what the model was trained with. batch: scans, or windows
-    of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG. key: the
-    public key's file of who must have signed the round.
+    of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG. names:
+    what masks are called, and the table's scans beside their number: nothing more, or as their files. key: the public
+    key's file of who must have signed the round.
     Raises CheckpointError, ConfigError, NoUsableScanError.
     """
     chosen = device_of(device)
@@ -92,8 +96,9 @@ def predict(
     if manifest.channel is not None:
         reading = Reading(of_one_channel(reading.found, manifest.channel))
     inference = _inference(manifest, chosen, batch)
+    called = _names(reading, manifest) if names == "input" else {}
     unlike = _unlike_training(reading, manifest, says_modality=modality is not None)
-    answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg)
+    answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg, called)
     if len(reading):
         _tell_of_other_reading(manifest)
         progress.report(progress.Note(f"asking about {len(reading)} scan(s) on {chosen}"))
@@ -171,6 +176,14 @@ def _unlike_training(reading: Reading, manifest: TaskManifest, *, says_modality:
     return unlike
 
 
+def _names(reading: Reading, manifest: TaskManifest) -> Mapping[int, str]:
+    """Of scans of the model's rank: masks without the ending of their file, in the table of classes with it. Raises
+    ConfigError: two would be called alike."""
+    kind, is_classes = f"{manifest.task.rank}d", isinstance(manifest.task, ClassificationConfig)
+    numbered = enumerate(reading.found.candidates, start=1)
+    return names_by_number(((number, one) for number, one in numbered if one.kind == kind), keeps_ending=is_classes)
+
+
 def _is_like(kind: Modality, known: Sequence[Modality]) -> bool:
     """Whether scans of this kind may be such as the model knows. OT says nothing, and may be any but CT, whose values
     alone are prepared by a window in HU."""
@@ -211,6 +224,8 @@ class _Answers:
     out: Path
     show_paths: bool
     dicom_seg: bool
+    names: Mapping[int, str]
+    """Number of a scan -> what it is called; empty where that is its number alone."""
 
     def lines(self, scans: Iterable[Asked]) -> Iterator[Line]:
         """Of each scan, in their order; masks are written on the way."""
@@ -251,7 +266,8 @@ class _Answers:
 
     def _segmented(self, one: Asked) -> Line:
         classes = self.inference.mask(self.model, one.values, one.grid)
-        name, (source, *_) = f"scan-{one.origin.number:05d}", one.origin.paths
+        number, (source, *_) = one.origin.number, one.origin.paths
+        name = self.names.get(number, f"scan-{number:05d}")
         path = write_at_source(self.out / "masks", name, classes, one.grid.affine, source)
         if self.dicom_seg:
             self._write_dicom_seg(path.with_name(f"{name}.dcm"), classes, one)
@@ -278,7 +294,9 @@ class _Answers:
 
     def _named(self, one: Asked) -> Line:
         origin = one.origin
-        return {"scan": one.origin.number, "key": origin.key, **({"file": origin.files[0]} if self.show_paths else {})}
+        name = {"name": self.names[origin.number]} if self.names else {}
+        file = {"file": origin.files[0]} if self.show_paths else {}
+        return {"scan": origin.number, "key": origin.key, **name, **file}
 
 
 def _batches(scans: Iterable[Asked], size: int) -> Iterator[list[Asked]]:

@@ -117,6 +117,7 @@ def _predict(options: argparse.Namespace) -> None:
         device=options.device,
         show_paths=options.show_paths,
         dicom_seg=options.dicom_seg,
+        names=options.names,
         key=options.key,
     )
 
@@ -343,6 +344,13 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_asking(predict)
     predict.add_argument(
         "--dicom-seg", action="store_true", help="masks of DICOM series also as DICOM SEG, which names the patient"
+    )
+    predict.add_argument(
+        "--names",
+        choices=("number", "input"),
+        default="number",
+        help="what masks are called: as their scan's number, or as its file or folder, which may name a patient "
+        "(default: number)",
     )
 
 
