@@ -1,6 +1,6 @@
 """MedMNIST's files: arrays by name in a zip archive, read without unpickling anything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,3 +54,9 @@ def _told(where: str) -> Iterator[None]:
         raise ConfigError(
             f"{where}: is no MedMNIST .npz with train_, val_ and test_images and _labels, or is damaged"
         ) from None
+
+
+def who_takes(files: Iterable[str]) -> str:
+    """What to say where files that are no scans are called as MedMNIST's; nothing where none is."""
+    count = sum(file.lower().endswith(".npz") for file in files)
+    return f"{count} .npz file(s): MedMNIST's are for `unimiss finetune` and `unimiss probe` alone" if count else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from client import workers
 from client.candidates import Candidate, Format
 from client.catalogue import Catalogue, catalogue, catalogue_one, read, safe_here
+from client.medmnist import who_takes
 from client.reasons import REASONS
 from client.site_config import DataSource
 from unimiss_core import progress
@@ -135,11 +136,17 @@ class Reading:
         if reasons := self.reasons:
             said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             progress.report(progress.Note(f"left out: {said}"))
+        self._tell_of_arrays()
 
     def explain(self) -> None:
         """`tell`, with each reason in words."""
         for reason, count in self.reasons.items():
             progress.report(progress.Note(f"left out: {count} {reason}: {REASONS.get(reason, 'not known')}"))
+        self._tell_of_arrays()
+
+    def _tell_of_arrays(self) -> None:
+        if told := who_takes(files[0] for files, reason in self.left_out if reason == "not_an_image"):
+            progress.report(progress.Note(told))
 
     def require(self, used: int) -> None:
         """Raises NoUsableScanError: nothing was used."""

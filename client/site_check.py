@@ -24,6 +24,7 @@ from client.cache import content_key
 from client.candidates import Candidate, LeftOut
 from client.catalogue import Catalogue, catalogue, read
 from client.listing import oddities
+from client.medmnist import who_takes
 from client.reasons import FLAGS, REASONS
 from client.series import Kind
 from client.site_config import RANKS_BY_NAME, DataSource, PatientLimits
@@ -328,6 +329,8 @@ def _advice(report: CheckReport) -> Iterator[str]:
             f"Patients: {report.unowned} of the scans do not say whose they are, and each counts as a patient of its "
             "own. Say it in a site file (patient_pattern or table) and check that file."
         )
+    if told := who_takes(path.name for path in report.unreadable.get("not_an_image", ())):
+        yield told
     unnamed = sum(entry.modality == "OT" for entry in report.used)
     if unnamed:
         yield (

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from client.nifti import write_nifti
-from client.reading import Reading
+from client.reading import Reading, read_scans
+from client.research_command import main
+from client.site_command import main as site_main
 from client.site_config import DataSource
 from tests.series_files import write_series
+from tests.test_predict import LABELS, untrained
+from tests.test_research_command import nano_checkpoint
+from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NoUsableScanError
 from unimiss_core.scan import Scan
 from unimiss_core.study import PlanConfig
@@ -77,3 +82,34 @@ def test_a_scan_that_turns_out_unusable_when_it_is_read_keeps_its_number(tmp_pat
     reading = Reading.of_path(tmp_path / "scans", PLAN)
     assert [(origin.number, origin.files) for origin, _ in reading] == [(1, ("0.nii.gz",)), (3, ("2.nii.gz",))]
     assert len(reading.left_out) == 1
+
+
+def medmnist(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:  # by its path numpy would add an ending
+        np.savez(file, **{f"{part}_images": np.zeros((2, 28, 28), np.uint8) for part in ("train", "val", "test")})
+    return path
+
+
+@pytest.mark.parametrize("place", ["secret.npz", "secret/SECRET.NPZ"])
+def test_of_a_medmnist_file_it_is_told_what_takes_it_and_not_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    file = medmnist(tmp_path / "data" / place)
+    scans = file if place == "secret.npz" else tmp_path / "data"
+    encoder, model = nano_checkpoint(tmp_path / "round-0001"), untrained(tmp_path / "model", LABELS)
+    told = "1 .npz file(s): MedMNIST's are for `unimiss finetune` and `unimiss probe` alone"
+    for command in (
+        ("embed", str(encoder), str(scans), "--out", str(tmp_path / "features.npz")),
+        ("predict", str(model), str(scans), "--out", str(tmp_path / "out")),
+    ):
+        assert main([*command]) == 3
+        heard = capsys.readouterr().err
+        assert told in heard
+        assert "SECRET" not in heard
+    assert site_main(["check", str(tmp_path / "data")]) == 3
+    assert told in " ".join(capsys.readouterr().out.split())
+    notes: list[object] = []
+    with progress.listen(notes.append):  # as a simulation's probe reads its folder
+        assert not list(read_scans([DataSource(folder=tmp_path / "data")], PLAN))
+    assert progress.Note(told) in notes
