@@ -8,9 +8,11 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.cache import CachedScan, Library
@@ -23,7 +25,7 @@ from unimiss_core.device import is_out_of_memory
 from unimiss_core.errors import ConfigError, NonFiniteLossError, NoUsableScanError
 from unimiss_core.figures import VALIDATION_AUC, VALIDATION_DICE
 from unimiss_core.study import StudyConfig
-from unimiss_core.task_config import ClassificationConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig
 from unimiss_core.tasks import TaskModel, load_task_model
 
 _BATCH = 8
@@ -87,11 +89,11 @@ def measured(
     """The figure of the model that a round begins with, on the patients who are held out; none where too few of them
     are of each class. library: with all patients."""
     scans = _held_out(study, library.scans)
-    if study.finetune is None or (patients := len({scan.patient for scan in scans})) < LEAST_PATIENTS:
+    if study.finetune is None or len({scan.patient for scan in scans}) < LEAST_PATIENTS:
         return {}
     try:
         check_extra(study.finetune.task)
-        value = _figure(site, study, scans, student, device)
+        found = _figure(site, study, scans, student, device)
     except ConfigError as error:
         why = str(error)
     except NonFiniteLossError:
@@ -103,14 +105,21 @@ def measured(
             raise
         why = "a held-out scan does not fit into the device's memory"
     else:
-        if value is not None:
+        if found is not None:
             is_area = study.finetune.task.name == "classification"
-            steps = _STEPS_OF_FEW if is_area and patients < _FEW_PATIENTS else _STEPS
-            return {VALIDATION_AUC if is_area else VALIDATION_DICE: round(value * steps) / steps}
+            steps = _STEPS_OF_FEW if is_area and found.patients < _FEW_PATIENTS else _STEPS
+            return {VALIDATION_AUC if is_area else VALIDATION_DICE: round(found.value * steps) / steps}
         tell_once_if_heard(site.name, _TOO_FEW[study.finetune.task.name], state=site.state)
         return {}
     tell(site.name, f"does not measure the shared model: {why}")  # the round is trained by now, and is not lost for it
     return {}
+
+
+class _Figure(NamedTuple):
+    """patients: over how many it is, at least, for each class that it counts: an area's digits count their pairs."""
+
+    value: float
+    patients: int
 
 
 def _figure(
@@ -119,7 +128,7 @@ def _figure(
     scans: Sequence[LabelledScan],
     student: Mapping[str, Tensor],
     device: torch.device,
-) -> float | None:
+) -> _Figure | None:
     """None where no class has enough patients. Raises ConfigError, OSError: a scan was changed, or is gone;
     NonFiniteLossError: the model answers no numbers."""
     assert study.finetune is not None
@@ -135,21 +144,25 @@ def _held_out(study: StudyConfig, scans: Sequence[CachedScan]) -> list[LabelledS
     return [scan for scan in scans if isinstance(scan, LabelledScan) and is_held_out(scan.patient, study)]
 
 
-def _auc(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float | None:
+def _auc(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> _Figure | None:
     """Mean over the classes that enough patients have a scan of, and enough one that is not; of two classes that of the
     second. None of none."""
     assert isinstance(inference.task, ClassificationConfig)
     truth, patients = inference.truth([scan.target for scan in scans]), np.array([scan.patient for scan in scans])
     classes = range(1, 2) if inference.task.kind == "binary" else range(truth.shape[1])
-    told = [
-        all(len(set(patients[truth[:, number] == side])) >= LEAST_PATIENTS for side in (0, 1)) for number in classes
-    ]
+
+    def count(scans: NDArray[np.bool_]) -> int:
+        return len(set(patients[scans]))
+
+    told = [all(count(truth[:, number] == side) >= LEAST_PATIENTS for side in (0, 1)) for number in classes]
     if not any(told):
         return None
-    return float(inference.areas(inference.chances_of_all(model, scans), truth)[told].mean())
+    fewest = min(count(truth[:, number] != UNKNOWN) for number, is_told in zip(classes, told, strict=True) if is_told)
+    value = float(inference.areas(inference.chances_of_all(model, scans), truth)[told].mean())
+    return _Figure(value, fewest)
 
 
-def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> float | None:
+def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan]) -> _Figure | None:
     """Mean over scans and the classes in either mask, on the prepared grid; of classes that the true masks of enough
     patients have, whatever the model draws. None of none."""
     from client import segmenting  # MONAI takes seconds to import, and a classification needs none
@@ -164,5 +177,8 @@ def _dice(inference: Inference, model: TaskModel, scans: Sequence[LabelledScan])
                 known[number].append(value)
             if (truth == number).any():
                 whose[number].add(scan.patient)
-    told = [value for number, values in known.items() if len(whose[number]) >= LEAST_PATIENTS for value in values]
-    return float(np.mean(told)) if told else None
+    kept = [number for number in known if len(whose[number]) >= LEAST_PATIENTS]
+    if not kept:
+        return None
+    told = [value for number in kept for value in known[number]]
+    return _Figure(float(np.mean(told)), min(len(whose[number]) for number in kept))

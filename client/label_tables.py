@@ -140,20 +140,21 @@ def _of_csv(
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
     problems = [(number, SURPLUS) for number in surplus]
     problems += [(number, said) for number, row in kept for said in _problems(row, data, task, given=given)]
-    unread = {number for number, _ in problems} if one_by_one else set()
+    unclear = {number for number, _ in problems}
+    clear = {number: _case(number, row, data, task) for number, row in kept if number not in unclear}
+    unlabelled = {number for number, case in clear.items() if set(case.target) == {UNKNOWN}}
+    unread = unlabelled | (unclear if one_by_one else set())  # of a scan they say nothing, and a later line may
     problems += _listed_again([line for line in kept if line[0] not in unread], data, by_patient=one_by_one)
     if not one_by_one:
         _refuse(f"table {data.table.name}", [f"line {number}: {said}" for number, said in problems])
     wrong: dict[int, list[str]] = {}
     for number, said in problems:
         wrong.setdefault(number, []).append(said)
-    cases = tuple(_case(number, row, data, task) for number, row in kept if number not in wrong)
-    unlabelled = {case.number for case in cases if set(case.target) == {UNKNOWN}}
     if not one_by_one:
-        _tell_of_unlabelled(data, len(unlabelled), len(cases))
+        _tell_of_unlabelled(data, len(unlabelled), len(clear))
     wrong |= {number: ["of no class it is known whether it is there"] for number in unlabelled if one_by_one}
     left_out = tuple(f"line {number}: {', '.join(wrong[number])}" for number in sorted(wrong))
-    return tuple(case for case in cases if case.number not in unlabelled), left_out
+    return tuple(case for number, case in clear.items() if number not in {*wrong, *unlabelled}), left_out
 
 
 def _tell_of_unlabelled(data: CsvData, unlabelled: int, lines: int) -> None:

@@ -56,7 +56,7 @@ REASONS: Mapping[str, str] = {
     "no_patient_match": "the source's table or patient_pattern gives no patient for it",
     "two_patients_in_series": "one series under two patients: whose it is cannot be known",
     # Series and geometry
-    "label_unfit": "the table or folder of labels names no path, patient, class or channel that there can be",
+    "label_unfit": "the table or folder of labels names no path, patient, class or channel there can be, or no label",
     "other_channel": "another channel of its case (CASE_0000, CASE_0001, ...) than the one that the model reads",
     "mask_unfit": "its mask does not go with it: another geometry or kind, other values, empty, or not to be read",
     "duplicate": "a copy of a file, slice or scan that is used",

@@ -221,7 +221,9 @@ def check_state(folder: Path, digest: str, settings: Settings) -> Mapping[str, A
             "in another folder, or go on with that version"
         )
     if of != digest:
-        changed = differences(then, settings) or "its file, its scans, its labels or what it began with have changed"
+        changed = differences(then, settings) or (
+            "its file, its scans, its labels or what it began with have changed, or this program reads scans otherwise"
+        )
         raise CheckpointError(
             f"{STATE} is of another fine-tuning: {changed}; put that back, or begin anew in another folder"
         )

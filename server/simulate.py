@@ -193,8 +193,8 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
     config, study, base = simulation
     folder = RunFolder(out)
     with folder.alone():
-        folder.check(study, resume=resume)
-        sites = _prepare_sites(simulation, out)
+        is_begun = folder.check(study, resume=resume) is not None
+        sites = _prepare_sites(simulation, out, goes_on=config.goes_on_without or is_begun)
         durable.write_text(out / "study-requested.yaml", dump_yaml(study))
         coordinator = {
             "study": "study-requested.yaml",
@@ -213,24 +213,25 @@ def prepare(simulation: Simulation, out: Path, *, resume: bool) -> Path:
     return out / "coordinator.yaml"
 
 
-def _prepare_sites(simulation: Simulation, out: Path) -> dict[str, Path]:
-    """Write the sites' files and have their scans read: name -> file of those that lack nothing. Raises ConfigError, as
-    `prepare` does."""
+def _prepare_sites(simulation: Simulation, out: Path, *, goes_on: bool) -> dict[str, Path]:
+    """Write the sites' files and have their scans read: name -> file of those that lack nothing. goes_on: without those
+    that lack something. Raises ConfigError, as `prepare` does."""
     config, study, base = simulation
     for site in config.sites:
         _write_site(site, base, out)
     files = {site.name: _site_file(out, site.name) for site in config.sites}
     of_probes = [told for probe in config.probe for told in problems(probe, study, base, out)]
     lacking = lacking_files(files, study)
-    if of_probes or not config.goes_on_without:
+    if of_probes or not goes_on:
         require_all(files, lacking, of_probes)
     for site in config.sites:
         _write_example_views(site, study, out)
     lacking |= lacking_scans({name: files[name] for name in files if name not in lacking}, study)
-    if not config.goes_on_without:
+    if not goes_on:
         require_all(files, lacking)
     elif lacking and len(files) - len(lacking) >= config.quorum.min_sites:
-        progress.report(progress.Note(f"going on without {listed(sorted(lacking))}, as the file's quorum allows"))
+        why = "as the file's quorum allows" if config.goes_on_without else "as the run was begun before"
+        progress.report(progress.Note(f"going on without {listed(sorted(lacking))}, {why}"))
     return {name: file for name, file in files.items() if name not in lacking}
 
 

@@ -391,7 +391,7 @@ def test_an_exported_folder_that_was_changed_is_not_loaded(tmp_path: Path) -> No
     assert export(nano_checkpoint(tmp_path / "round-0001"), out) == 0
     config = (out / "config.json").read_text()
     for change, told in (
-        ({"format_version": 2}, "has format version 2, this program reads 1"),
+        ({"format_version": 3}, "has format version 3, this program reads 2"),
         ({"sha256": {}}, "was changed after it was written"),
         ({"model": {**NANO.model_dump(mode="json"), "size": "tiny"}}, "are not those of the model in config.json"),
         ({"extra": 1}, "is not of this program"),

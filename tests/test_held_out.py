@@ -29,7 +29,7 @@ from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError, NoUsableScanError
 from unimiss_core.students import build_student
 from unimiss_core.study import StudyConfig
-from unimiss_core.task_config import ClassificationConfig
+from unimiss_core.task_config import UNKNOWN, ClassificationConfig
 from unimiss_core.tasks import load_task_model
 
 PICTURES = 24
@@ -384,6 +384,16 @@ def test_an_area_does_not_tell_of_how_many_pairs_it_is(
         assert told == round(below / (positives * negatives) * steps) / steps
     reached = {round(pairs / (positives * negatives) * steps) for pairs in range(positives * negatives + 1)}
     assert reached == set(range(steps + 1))
+
+
+def test_patients_whose_label_nobody_knows_do_not_make_an_area_finer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred held out, five are known to be ill and five not: the area is of 25 pairs, 0.04 each."""
+    truth = [(1,)] * 5 + [(0,)] * 5 + [(UNKNOWN,)] * 90
+    for below in range(26):
+        whole, rest = divmod(below, 5)
+        scores = [*(whole + (number < rest) - 0.5 for number in range(5)), *range(5), *[0.0] * 90]
+        told = told_of(run, monkeypatch, np.array(scores)[:, None], truth, "multi_label")["validation_auc"]
+        assert told == round(below / 25 * 20) / 20
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,14 @@ def test_intervals_are_those_of_the_known_scans_alone() -> None:
     assert of_labels(more[1], more[0], more[2], ["a"]) == of_labels(scores, target, patients, ["a"])
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_line_without_a_label_does_not_cost_the_scan_its_label(tmp_path: Path, one_by_one: bool) -> None:
+    (tmp_path / "t.csv").write_text("scan,patient,Edema,Mass\na.png,1,,\na.png,1,1,0\n")
+    config = configured(tmp_path, SEVERAL, {"table": "t.csv", "missing": "ignore"})
+    found = labels_in(config.data, config.task, one_by_one=one_by_one)
+    assert [(one.number, one.target) for one in found.cases] == [(3, (1, 0))]
+
+
 def case(number: int, target: tuple[int, ...]) -> Labelled:
     stored = np.zeros((1, 36, 44), np.uint16)
     return Labelled(Case(number, "", str(number), target), stored, Grid((36, 44), (1, 1), (1, 1), None))
@@ -146,7 +154,7 @@ def case(number: int, target: tuple[int, ...]) -> Labelled:
 
 def test_early_stopping_goes_by_the_known_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = [(1, -1), (0, 1), (-1, 0), (1, 0), (0, -1), (0, 1)]
-    chances = RNG.random((6, 2))
+    chances = np.array([[0.9, 0.2], [0.4, 0.3], [0.7, 0.6], [0.2, 0.1], [0.6, 0.9], [0.1, 0.8]])
     settings = configured(Path(), SEVERAL, {"table": "t.csv"})
     judge = Classifying(settings, torch.device("cpu"), (33, 40))
     monkeypatch.setattr(judge, "chances", lambda *_: chances)
@@ -154,7 +162,10 @@ def test_early_stopping_goes_by_the_known_labels(monkeypatch: pytest.MonkeyPatch
     pairs = [(t, p) for one, told in zip(truth, chances, strict=True) for t, p in zip(one, told, strict=True) if t >= 0]
     assert likelihood == pytest.approx(np.mean([np.log(p if t else 1 - p) for t, p in pairs]))
     known = [[(one[k], told[k]) for one, told in zip(truth, chances, strict=True) if one[k] >= 0] for k in range(2)]
-    assert area == pytest.approx(np.mean([roc_auc_score(*zip(*each, strict=True)) for each in known]))
+    expected = np.mean([roc_auc_score(*zip(*each, strict=True)) for each in known])
+    assert area == pytest.approx(expected)
+    as_negative = np.array(truth).clip(0)
+    assert expected != pytest.approx(np.mean([roc_auc_score(as_negative[:, k], chances[:, k]) for k in range(2)]))
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

@@ -256,7 +256,7 @@ def test_what_cannot_be_recorded_is_launched_one_by_one(monkeypatch: pytest.Monk
     assert len(told) == 1
     assert told[0].startswith("a step could not be recorded, going on without that: ")
     assert not ours._graphs.on
-    assert held[2] <= held[0] + 100  # of which 32 are what cuBLAS keeps for the stream of the recording
+    assert held[2] <= held[0] + 20 + 32  # which cuBLAS keeps on a Hopper card for the stream of the recording
 
 
 def test_recorded_steps_make_room_where_memory_runs_out() -> None:

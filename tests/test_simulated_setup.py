@@ -8,11 +8,14 @@ import torch
 import yaml
 
 from client.pictures import write_png
-from server import simulated_setup
+from server import simulated_overlap, simulated_setup
+from server.run_folder import RunFolder
 from server.simulate import prepare, read_simulation
 from server.simulate_command import main
 from unimiss_core import progress
+from unimiss_core.config import parse
 from unimiss_core.errors import ConfigError
+from unimiss_core.study import StudyConfig
 
 PRIVATE = {
     "privacy": {"mode": "patient", "max_epsilon": 50.0, "noise_multiplier": 2.0, "centre_noise": 5.0},
@@ -113,10 +116,33 @@ def test_a_quorum_in_the_file_goes_on_without_them_and_says_so(tmp_path: Path, l
     assert ("going on without arrays and gone, as the file's quorum allows" in heard) == said
 
 
+def test_a_run_that_was_begun_goes_on_though_a_site_is_broken_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs of earlier versions did from the first."""
+    simulation, out = read_simulation(written(tmp_path, GOOD, GONE)), tmp_path / "out"
+    begun = out / "checkpoints" / "round-0003"
+    monkeypatch.setattr(RunFolder, "check", lambda folder, *_, **__: begun if folder.path == out else None)
+    said: list[str] = []
+    with progress.listen(lambda event: said.append(event.text) if isinstance(event, progress.Note) else None):
+        prepare(simulation, out, resume=True)
+    assert "going on without gone, as the run was begun before" in said
+    with pytest.raises(ConfigError, match="gone"):
+        prepare(simulation, tmp_path / "new", resume=True)
+
+
 def test_a_quorum_does_not_excuse_a_probe_that_cannot_be_read(tmp_path: Path) -> None:
     probe = {"name": "p", "rank": 2, "label": "ill", "data": [source("scans")]}
     told = refused(written(tmp_path, GOOD, GONE, quorum={"min_sites": 1}, probe=[probe]))
     assert "probe 'p': its folder needs a table with the column 'ill'" in told
+
+
+def test_nothing_tells_whom_a_site_of_a_patient_level_study_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated_overlap, "load_site", lambda _: pytest.fail("looked at"))
+    study = parse(StudyConfig, {"name": "x", **PRIVATE}, where="study")
+    assert list(simulated_overlap.shared_patients([], [], {"north": tmp_path}, study)) == []
 
 
 def test_a_site_that_refuses_the_study_by_its_own_policy_is_not_broken(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tasks import TaskModel, load_task_model
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ = (1, FORMAT_VERSION)
+"""Versions of which this program reads what they wrote; 1 has neither `inputs` nor `modality`."""
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
@@ -114,7 +116,7 @@ def read_config(folder: Path) -> ExportedConfig:
     try:
         written = path.read_bytes()
         version = object_in(written)["format_version"]
-        if version == FORMAT_VERSION:
+        if version in _READ:
             return ExportedConfig.model_validate_json(written)
     except OSError:
         raise CheckpointError(f"{folder}: holds no {CONFIG}; give a folder that `unimiss export` wrote") from None

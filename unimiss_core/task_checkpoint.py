@@ -58,9 +58,9 @@ class TaskManifest(Config):
     """What scans were taken for whose files do not say it; None goes by the kind of file."""
     trained_on: tuple[Modality, ...] = ()
     """Kinds of its training scans, as they were read; empty where nobody told, as of a federation's sites."""
-    channel: int | None = None
+    channel: Annotated[int | None, Field(exclude_if=lambda channel: channel is None)] = None
     """Of cases whose files are called CASE_0000, CASE_0001, ..., as nnU-Net's, which it was trained on; None: they were
-    not, or nobody told."""
+    not, or nobody told, which is not written out, so that versions before this one read the others' models."""
     reading: int | None = None
     """Which version of the rules its training scans were read by; None: by earlier ones, or nobody told."""
     tensors: Mapping[str, tuple[int, ...]] = {}
