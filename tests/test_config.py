@@ -247,6 +247,15 @@ def test_bad_yaml_is_told_with_its_file(tmp_path: Path, text: str, told: str) ->
     assert str(path) in str(caught.value)
 
 
+def test_what_nests_too_deep_is_told_whoever_read_it() -> None:
+    """A peer's study comes as JSON."""
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="nests lists or mappings too deep"):
+        parse(StudyConfig, {"name": "x", "views": deep}, where="study")
+
+
 def test_merged_keys_may_be_written_over(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: &base {rounds: 2, local_steps: 3}\nschedule: {<<: *base, rounds: 5}\n")
     assert read_yaml(tmp_path / "a.yaml")["schedule"] == {"rounds": 5, "local_steps": 3}

@@ -98,12 +98,12 @@ def parse(kind: type[ConfigT], raw: Any, *, where: str) -> ConfigT:
     """Check `raw` (what YAML gave) as `kind`; `where` begins the message of a ConfigError."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: expected a mapping of settings, got {_describe(raw)}")
-    if beyond := list(_beyond_all(raw)):
-        raise ConfigError(
-            f"{where}: {printable(', '.join(beyond[:MOST_PLACES]))}: expected numbers of at most {LARGEST:g} and, "
-            f"beside 0, at least {SMALLEST:g}"
-        )
     try:
+        if beyond := list(_beyond_all(raw)):
+            raise ConfigError(
+                f"{where}: {printable(', '.join(beyond[:MOST_PLACES]))}: expected numbers of at most {LARGEST:g} and, "
+                f"beside 0, at least {SMALLEST:g}"
+            )
         # Through JSON, so that YAML lists become tuples and texts become paths while types stay strict.
         return kind.model_validate_json(json.dumps(raw))
     except TypeError as error:
