@@ -248,7 +248,7 @@ class _Pair:
 def read_pair(pair: _Pair) -> tuple[Scan, Scan | MaskError | None]:
     """Raises ScanError: the scan cannot be read."""
     scan = read_one(pair.scan, pair.modality, interpolate=pair.interpolate)
-    return scan, None if pair.mask is None else mask_at(pair.mask)
+    return scan, None if pair.mask is None else mask_beside(pair.scan, pair.mask)
 
 
 def _safe_here(pairs: Sequence[_Pair]) -> bool:
@@ -260,6 +260,16 @@ def _safe_here(pairs: Sequence[_Pair]) -> bool:
         if not safe_here(found):
             return False
     return True
+
+
+def mask_beside(scan: Path, path: Path) -> Scan | MaskError:
+    """`mask_at`, of the scan in this file or folder: one drawn on pixels as they are stored would lie wrong unseen."""
+    mask = mask_at(path)
+    if isinstance(mask, MaskError) or mask.affine is not None or pictures.is_stored_turned(path):
+        return mask
+    if any(map(pictures.is_stored_turned, scan.rglob("*") if scan.is_dir() else [scan])):
+        return MaskError("the picture is stored turned, and its mask does not say so; save both upright")
+    return mask
 
 
 def mask_at(path: Path) -> Scan | MaskError:

@@ -42,6 +42,18 @@ def check_header(path: Path) -> tuple[int, int]:
         return (image.width, image.height) if _orientation(image) > 4 else (image.height, image.width)
 
 
+def is_stored_turned(path: Path) -> bool:
+    """Whether the file is a picture that says that it is shown otherwise than it is stored."""
+    try:
+        with path.open("rb") as file:
+            if not looks_like_picture(file.read(8)):
+                return False
+        with _opened(path) as image:
+            return _stated_orientation(image) != 1
+    except (ScanError, OSError):
+        return False
+
+
 def may_take_long(path: Path) -> bool:
     """Whether a small file may ask for work without end: a JPEG of several scans, as progressive ones are, which all go
     over its pixels, or a TIFF, which may name its strips again and again."""
@@ -107,11 +119,18 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def _orientation(image: Image.Image) -> int:
     """How it is to be turned, from 1 to 8, as EXIF numbers it; 1 of a TIFF, which Pillow turns by itself."""
-    exif = Image.Exif()
-    with contextlib.suppress(Exception):  # a damaged EXIF says nothing
-        if image.format != "TIFF" and "exif" in image.info:
-            exif.load(image.info["exif"])
-    found = exif.get(_EXIF_ORIENTATION, 1)
+    return 1 if image.format == "TIFF" else _stated_orientation(image)
+
+
+def _stated_orientation(image: Image.Image) -> int:
+    """What a file whose pixels were not read yet says of it; 1 where it says nothing."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    if image.format != "TIFF":
+        tags = exif = Image.Exif()
+        with contextlib.suppress(Exception):  # a damaged EXIF says nothing
+            if "exif" in image.info:
+                exif.load(image.info["exif"])
+    found = tags.get(_EXIF_ORIENTATION, 1)
     return found if found in range(1, 9) else 1
 
 

@@ -58,7 +58,8 @@ REASONS: Mapping[str, str] = {
     # Series and geometry
     "label_unfit": "the table or folder of labels names no path, patient, class or channel there can be, or no label",
     "other_channel": "another channel of its case (CASE_0000, CASE_0001, ...) than the one that the model reads",
-    "mask_unfit": "its mask does not go with it: another geometry or kind, other values, empty, or not to be read",
+    "mask_unfit": "its mask does not go with it: another geometry or kind, not stored turned as it is, other values, "
+    "empty, or not to be read",
     "duplicate": "a copy of a file, slice or scan that is used",
     "several_scans": "holds several scans where one was named",
     "later_time_point": "a later time point of a series whose first one is used",

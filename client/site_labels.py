@@ -30,7 +30,7 @@ from client.catalogue import read_one
 from client.decoders import decoders
 from client.label_config import LabelData
 from client.label_tables import Case, LabelTable, labels_in
-from client.labelled import MaskError, labels_of, mask_at, places_in
+from client.labelled import MaskError, labels_of, mask_beside, places_in
 from client.labelled_room import STAMP, LabelledRoom
 from client.patients import load_secret, patient_of
 from client.reasons import OF_DECODERS, PASSING
@@ -369,7 +369,7 @@ def build(task: _Task) -> _Record:
     stored = [np.rint(values * FULL).astype(np.uint16)]
     if task.mask is not None:
         try:
-            mask = mask_at(task.mask)
+            mask = mask_beside(task.scan, task.mask)
             if isinstance(mask, MaskError):
                 raise mask
             labels = labels_of(scan, mask, classes=len(task.asked.task.classes), may_be_empty=task.may_be_empty)

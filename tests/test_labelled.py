@@ -5,7 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.ndimage import map_coordinates
 
 import client.labelled
@@ -14,7 +14,8 @@ from client.catalogue import read_one
 from client.dicom import write_dicom
 from client.finetune_config import AugmentationConfig, FinetuneConfig
 from client.label_tables import Case, label_table
-from client.labelled import Grid, Labelled, MaskError, labels_of, mask_at, prepare_cases, read_cases
+from client.labelled import Grid, Labelled, MaskError, labels_of, mask_at, mask_beside, prepare_cases, read_cases
+from client.masks import write_at_source
 from client.nifti import write_nifti
 from client.pictures import write_png
 from client.splits import split_cases
@@ -167,6 +168,52 @@ def test_a_mask_of_another_kind_than_its_scan_is_refused_for_nothing_says_how_it
         np.testing.assert_array_equal(
             labels_of(found, masked(tmp_path / of_kind), classes=1, may_be_empty=False), inside
         )
+
+
+@pytest.mark.parametrize("scan", ["s.jpg", "s.png", "s.tif", "folder"])
+@pytest.mark.parametrize("says", [None, 1, 3])
+def test_a_mask_of_a_picture_that_is_stored_turned_must_say_so_too(tmp_path: Path, scan: str, says: int | None) -> None:
+    """By half a turn, which leaves the shape as it is."""
+    pixels = np.random.default_rng(0).integers(0, 100, (40, 40)).astype(np.uint8)
+    inside = ball((40, 40), (8, 12), 5)
+    pixels[inside > 0] = 255
+    turned = Image.Exif()
+    turned[274] = 3
+    (tmp_path / "folder").mkdir()
+    for name in ("s.jpg", "s.png", "folder/s.png"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=turned)
+    Image.fromarray(pixels).save(tmp_path / "s.tif", tiffinfo={274: 3})
+    exif = Image.Exif()
+    if says:
+        exif[274] = says
+    Image.fromarray(inside).save(tmp_path / "m.png", exif=exif)
+    Image.fromarray(inside).save(tmp_path / "m.tif", tiffinfo={274: says} if says else {})
+    for file in ("m.png", "m.tif"):
+        mask = mask_beside(tmp_path / scan, tmp_path / file)
+        if says == 3:
+            assert isinstance(mask, Scan)
+            found = read_one(tmp_path / scan).voxels[0]
+            labels = labels_of(read_one(tmp_path / scan), mask, classes=1, may_be_empty=False)
+            np.testing.assert_array_equal(labels, inside[::-1, ::-1])
+            assert found[labels > 0].min() > 200
+        else:
+            assert str(mask) == "the picture is stored turned, and its mask does not say so; save both upright"
+        assert isinstance(mask_beside(tmp_path / "m.png" if says != 3 else tmp_path / "m.tif", tmp_path / file), Scan)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_that_is_made_lies_on_the_picture_as_it_is_shown(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "s.png", exif=exif)
+    scan = read_one(tmp_path / "s.png")
+    made = write_at_source(
+        tmp_path / "masks", "s", (scan.voxels[0] > 99).astype(np.uint8), scan.affine, tmp_path / "s.png"
+    )
+    with Image.open(tmp_path / "s.png") as stored, Image.open(made) as mask:
+        assert "exif" not in mask.info
+        np.testing.assert_array_equal(np.asarray(mask), np.asarray(ImageOps.exif_transpose(stored)) > 99)
 
 
 def masked(path: Path) -> Scan:
