@@ -21,7 +21,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from client.dicom_bytes import DEFLATED, PixelRoom, check_inflation, pixel_room
-from client.dicom_elements import count_of, identity_of, number_of, numbers_of, scale_of, text_of, texts_of
+from client.dicom_elements import count_of, identity_of, number_of, numbers_of, says_scale, scale_of, text_of, texts_of
 from client.dicom_rules import CLASS_OF_MODALITY, DICOMDIR, SECONDARY_CAPTURE, modality_of, pixels_reason, type_reason
 from client.dicom_values import as_stored, between, bounds, grey_of, without_unused_bits
 from client.frames import Frame
@@ -47,11 +47,12 @@ _HEADER_TAGS = [
     "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
-_DESCRIPTION = (
-    "SOPClassUID", "Modality", "PhotometricInterpretation", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit",
-    "PixelRepresentation", "RescaleSlope", "RescaleIntercept",
+_DESCRIPTION = ("SOPClassUID", "Modality", "PhotometricInterpretation")
+_DESCRIPTION_IN_NUMBERS = (
+    "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope",
+    "RescaleIntercept",
 )  # fmt: skip
-"""Other scans under one UID differ in these, where all else is alike."""
+"""Other scans under one UID differ in these, where all else is alike; 1 and 1.0 are the same."""
 
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 
@@ -143,10 +144,16 @@ def _header(dataset: Dataset, room: PixelRoom | None, file: str, secret: bytes) 
         matrix=(count_of(dataset, "Rows"), count_of(dataset, "Columns")),
         frame_of_reference=identity_of(dataset, "FrameOfReferenceUID"),
         frames=frames,
-        described=repr([texts_of(dataset, name) for name in _DESCRIPTION]),
+        described=_described(dataset),
         compressed=_is_compressed(syntax),
         reason=reason,
     )
+
+
+def _described(dataset: Dataset) -> str:
+    texts = [texts_of(dataset, name) for name in _DESCRIPTION]
+    told = {name: texts_of(dataset, name) for name in _DESCRIPTION_IN_NUMBERS}
+    return repr([*texts, *(numbers_of(dataset, name, max(1, len(of))) or of for name, of in told.items())])
 
 
 def _reason(dataset: Dataset, room: PixelRoom | None, sop_class: str, modality: Modality | None) -> str:
@@ -359,6 +366,11 @@ def _scale_reason(dataset: Dataset, number: int) -> str:
     return ""
 
 
+def _is_ct(dataset: Dataset) -> bool:
+    sop_class = text_of(dataset, "SOPClassUID") or _meta_text(dataset, "MediaStorageSOPClassUID")
+    return modality_of(sop_class, text_of(dataset, "Modality")) == "CT"
+
+
 def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
     """Slope and intercept of one frame: its own in an enhanced object, else the file's, else none (1, 0)."""
     holders = [dataset]
@@ -366,10 +378,11 @@ def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
         holders = [*(shared[0].get("PixelValueTransformationSequence") or []), *holders]
     if per_frame := dataset.get("PerFrameFunctionalGroupsSequence"):
         holders = [*(per_frame[number].get("PixelValueTransformationSequence") or []), *holders]
+    is_ct = _is_ct(dataset)
     for holder in holders:
-        if "RescaleSlope" in holder or "RescaleIntercept" in holder:
-            return scale_of(holder)
-    if per_frame and text_of(dataset, "Modality") == "CT" and count_of(dataset, "PixelRepresentation") == 0:
+        if says_scale(holder, empty_counts=is_ct):
+            return scale_of(holder, empty_counts=is_ct)
+    if per_frame and is_ct and count_of(dataset, "PixelRepresentation") == 0:
         raise ScanError("no_rescale")  # a plain CT was refused by its header
     return 1.0, 0.0
 

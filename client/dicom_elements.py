@@ -64,20 +64,34 @@ def count_of(dataset: DataSet, name: str, default: int = 0) -> int:
         return 0
 
 
-def scale_of(dataset: DataSet) -> tuple[float, float]:
-    """Rescale slope and intercept; 1 and 0 stand for what is absent.
+def says_scale(dataset: DataSet, *, empty_counts: bool) -> bool:
+    """Whether a slope or an intercept is there. empty_counts: also where it is empty."""
+    names = ("RescaleSlope", "RescaleIntercept")
+    return any(name in dataset and (empty_counts or not _is_empty(dataset, name)) for name in names)
+
+
+def scale_of(dataset: DataSet, *, empty_counts: bool) -> tuple[float, float]:
+    """Rescale slope and intercept; 1 and 0 stand for what is absent, and unless `empty_counts` for what is empty.
 
     Raises ScanError(bad_pixel_description): one is there and is not one number, so that nobody knows what values mean;
     or the slope is zero.
     """
-    slope, intercept = _only_number(dataset, "RescaleSlope", 1.0), _only_number(dataset, "RescaleIntercept", 0.0)
+    slope = _only_number(dataset, "RescaleSlope", 1.0, empty_counts=empty_counts)
+    intercept = _only_number(dataset, "RescaleIntercept", 0.0, empty_counts=empty_counts)
     if slope == 0:
         raise ScanError("bad_pixel_description", "rescale slope is zero")
     return slope, intercept
 
 
-def _only_number(dataset: DataSet, name: str, absent: float) -> float:
-    if name not in dataset:
+def _is_empty(dataset: DataSet, name: str) -> bool:
+    with contextlib.suppress(Exception):  # what cannot be read is not empty
+        value = dataset.get(name)
+        return value is None or not str(value).strip("\0 ")
+    return False
+
+
+def _only_number(dataset: DataSet, name: str, absent: float, *, empty_counts: bool) -> float:
+    if name not in dataset or (not empty_counts and _is_empty(dataset, name)):
         return absent
     values = numbers_of(dataset, name, 1)
     if values is None or len(texts_of(dataset, name)) > 1:

@@ -7,6 +7,7 @@ Every frame that cannot be part of a scan is left out with a reason; the rules a
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -110,14 +111,9 @@ def sort_out(headers: Iterable[Header], *, interpolate: bool) -> list[Group]:
 def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
     refused: dict[str, list[Header]] = {}
     usable: list[Header] = []
-    seen: set[Header] = set()
+    copies = _copies(headers)
     for header in headers:
-        reason = header.reason or _header_problem(header)
-        if not reason and header.instance:
-            # Some anonymisers give every slice one and the same UID: a copy also has all else of the other.
-            copy = _without_file(header)
-            reason = "duplicate" if copy in seen else ""
-            seen.add(copy)
+        reason = header.reason or _header_problem(header) or ("duplicate" if header.file in copies else "")
         if reason:
             refused.setdefault(reason, []).append(header)
         else:
@@ -131,9 +127,22 @@ def _sort_series(headers: list[Header], *, interpolate: bool) -> list[Group]:
     return _without_remnants(groups)
 
 
-def _without_file(header: Header) -> Header:
-    """The header as of whatever file holds it, packed or not."""
-    return replace(header, file="", compressed=False, frames=tuple(replace(one, file="") for one in header.frames))
+def _copies(headers: Sequence[Header]) -> set[str]:
+    """Files that repeat another, which is kept: of archives that wrote a frame of reference of their own, those of the
+    one that wrote most, for slices of several make no volume."""
+    usable = [header for header in headers if header.instance and not (header.reason or _header_problem(header))]
+    wrote = Counter(header.frame_of_reference for header in usable)
+    first: dict[Header, str] = {}
+    for header in sorted(usable, key=lambda one: (-wrote[one.frame_of_reference], one.frame_of_reference, one.file)):
+        # Some anonymisers give every slice one and the same UID: a copy also has all else of the other.
+        first.setdefault(_as_copied(header), header.file)
+    return {header.file for header in usable} - set(first.values())
+
+
+def _as_copied(header: Header) -> Header:
+    """The header as of whatever file holds it, packed or not, and whatever its archive calls the frame of reference."""
+    frames = tuple(replace(one, file="") for one in header.frames)
+    return replace(header, file="", frame_of_reference="", compressed=False, frames=frames)
 
 
 def _alike(headers: Sequence[Header]) -> list[list[Header]]:

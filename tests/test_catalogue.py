@@ -67,6 +67,8 @@ def test_files_are_known_by_content_and_not_by_name(tmp_path):
         ((12, 8), {}, [("used", 2)]),
         ((13, 9), {"PhotometricInterpretation": "MONOCHROME1"}, [("used", 2)]),
         ((13, 9), {"RescaleSlope": 2}, [("used", 2)]),
+        ((13, 9), {"RescaleSlope": "1.0"}, [("duplicate", 1), ("used", 1)]),
+        ((13, 9), {"FrameOfReferenceUID": "1.2.4"}, [("duplicate", 1), ("used", 1)]),
         ((13, 9), {"Modality": "DX"}, [("used", 2)]),
     ],
 )

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import random
 import tracemalloc
 from pathlib import Path
@@ -185,14 +186,32 @@ def test_an_unsigned_ct_must_say_how_it_becomes_hounsfield_units(tmp_path):
     assert header(tmp_path / "b").reason == ""
 
 
-@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
-@pytest.mark.parametrize("value", [b"", b"NaN ", b"-1,5", b"1\\2 ", b"1\\"])
-@pytest.mark.parametrize("modality", ["CT", "MR", "CR"])
-def test_a_scale_that_is_there_and_is_not_one_number_is_never_guessed(tmp_path, modality, name, value):
+def raw(name, value):
+    """Puts in the bytes of a number, whatever they are."""
+
     def change(dataset):
         dataset._dict[Tag(name)] = RawDataElement(Tag(name), "DS", len(value), value, 0, False, True)
 
-    write_dicom(tmp_path / "a", GREY, CT | {"Modality": modality}, adjust=change)
+    return change
+
+
+@pytest.mark.parametrize("value", [b"", b"  ", b"\0\0"])
+@pytest.mark.parametrize("modality", ["MR", "CR"])
+def test_of_all_but_ct_an_empty_scale_counts_as_absent(tmp_path, modality, value):
+    write_dicom(tmp_path / "a", GREY, CT | {"Modality": modality}, adjust=raw("RescaleSlope", value))
+    write_dicom(tmp_path / "b", GREY, CT | {"Modality": modality}, adjust=raw("RescaleIntercept", value))
+    for file, values in (("a", GREY - 1024.0), ("b", GREY * 2.0)):
+        assert [frame.reason for frame in header(tmp_path / file).frames] == [""]
+        np.testing.assert_array_equal(read_frames(tmp_path / file, [0])[0], values)
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+@pytest.mark.parametrize(
+    ("modality", "value"),
+    [("CT", b""), ("CT", b"  "), *itertools.product(("CT", "MR", "CR"), (b"NaN ", b"-1,5", b"1\\2 ", b"1\\", b"\\"))],
+)
+def test_a_scale_that_is_there_and_is_not_one_number_is_never_guessed(tmp_path, modality, name, value):
+    write_dicom(tmp_path / "a", GREY, CT | {"Modality": modality}, adjust=raw(name, value))
     (frame,) = header(tmp_path / "a").frames
     assert frame.reason == "bad_pixel_description"
     with pytest.raises(ScanError, match="bad_pixel_description"):
@@ -208,13 +227,30 @@ def test_a_frame_whose_scale_is_not_one_number_is_left_out(tmp_path, shared):
         return holder
 
     def enhance(dataset):
-        dataset.SharedFunctionalGroupsSequence = [scaled(None if shared else 0)]
+        dataset.SharedFunctionalGroupsSequence = [scaled([1, 2] if shared else 0)]
         dataset.PerFrameFunctionalGroupsSequence = [scaled(-1), Dataset() if shared else scaled([1, 2])]
 
     facts = {"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.1", "PatientID": "invented"}
     write_dicom(tmp_path / "a", np.stack([GREY, GREY]), facts, adjust=enhance)
     assert [frame.reason for frame in header(tmp_path / "a").frames] == ["", "bad_pixel_description"]
     np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], GREY - 1.0)
+
+
+@pytest.mark.parametrize("modality", ["MR", "CT"])
+def test_an_empty_scale_of_a_frame_leaves_the_word_to_that_of_all(tmp_path, modality):
+    def enhance(dataset):
+        own, shared = Dataset(), Dataset()
+        own.PixelValueTransformationSequence, shared.PixelValueTransformationSequence = [Dataset()], [Dataset()]
+        own.PixelValueTransformationSequence[0].RescaleSlope = None
+        shared.PixelValueTransformationSequence[0].RescaleSlope = 3
+        dataset.PerFrameFunctionalGroupsSequence, dataset.SharedFunctionalGroupsSequence = [own], [shared]
+
+    classes = {"MR": "1.2.840.10008.5.1.4.1.1.4.1", "CT": "1.2.840.10008.5.1.4.1.1.2.1"}
+    write_dicom(tmp_path / "a", GREY[None], {"Modality": modality, "SOPClassUID": classes[modality]}, adjust=enhance)
+    (frame,) = header(tmp_path / "a").frames
+    assert frame.reason == ("bad_pixel_description" if modality == "CT" else "")
+    if modality == "MR":
+        np.testing.assert_array_equal(read_frames(tmp_path / "a", [0])[0], GREY * 3.0)
 
 
 def test_an_empty_table_of_values_says_nothing(tmp_path):

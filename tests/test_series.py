@@ -210,6 +210,14 @@ def test_copies_of_an_instance_are_dropped():
     assert outcome([*headers, replace(headers[1], file="900")]) == [("duplicate", 1), ("used", 3)]
 
 
+@pytest.mark.parametrize("copied", [[0, 1, 2, 3, 4], [1, 3], [0]])
+def test_copies_under_another_frame_of_reference_are_dropped_and_those_of_the_fuller_archive_kept(copied):
+    """Its copies come first by name, so that the first of each would be slices of both."""
+    headers = heights([0, 3, 6, 9, 12])
+    again = [replace(headers[place], file=f"!{place}", frame_of_reference="~of the archive") for place in copied]
+    assert outcome([*headers, *again]) == [("duplicate", len(copied)), ("used", 5)]
+
+
 def test_a_lone_slice_beside_a_volume_of_its_study_is_left_out():
     alone = replace(header(50, (0, 0, 99)), series="2")
     assert outcome([*heights([0, 3, 6]), alone]) == [("slice_beside_volume", 1), ("used", 3)]
