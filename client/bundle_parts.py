@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from client.catalogue import read_one_apart
 from client.inference import require_numbers
-from client.input_names import stem
+from client.input_names import without_ending
 from client.labelled import as_stored, as_values, grid_of
 from client.masks import write_at_source
 from client.task_training import autocast
@@ -104,7 +104,7 @@ class MaskAtSource:
 
         classes = segmenting.keep_largest(segmenting.likeliest_at_source(item["pred"].cpu(), item["grid"]), self._kept)
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{stem(item['source'])}_seg"
+        name = f"{without_ending(item['source'])}_seg"
         if name in self._written:  # a folder A beside A.nii, say
             name = f"{item['source'].name}_seg"
         self._written.add(name)

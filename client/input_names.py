@@ -9,7 +9,7 @@ from unimiss_core.errors import ConfigError
 _ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
 
 
-def stem(path: Path) -> str:
+def without_ending(path: Path) -> str:
     """A file's name without the ending of its format."""
     ending = next((one for one in _ENDINGS if path.name.lower().endswith(one)), "")
     return path.name[: len(path.name) - len(ending)]
@@ -36,4 +36,4 @@ def _name_of(scan: Candidate, *, keeps_ending: bool) -> str:
     path = scan.paths[0]
     if len(scan.files) > 1:
         return path.parent.resolve().name or path.name
-    return path.name if keeps_ending else stem(path) or path.name
+    return path.name if keeps_ending else without_ending(path) or path.name

@@ -136,14 +136,14 @@ def _one_against_rest(
     it is known whether a scan is positive, else 0."""
     figures: dict[str, Callable[[Floats], Floats]] = {}
     for figure, of in {"auc": auc, "ap": average_precision}.items():
-        each = [partial(_of_column, of, scores[:, k], positive[:, k], counts[:, k], folds) for k in range(len(names))]
+        each = [partial(of_column, of, scores[:, k], positive[:, k], counts[:, k], folds) for k in range(len(names))]
         figures[figure] = partial(_mean_of, each)
         if len(names) > 1:
             figures |= {f"{figure}/{name}": one for name, one in zip(names, each, strict=True)}
     return figures
 
 
-def _of_column(
+def of_column(
     of: _Ranking,
     score: Floats,
     positive: NDArray[np.bool_],
@@ -151,7 +151,8 @@ def _of_column(
     folds: NDArray[np.int64] | None,
     weights: Floats,
 ) -> Floats:
-    """Of several folds the mean, each by what it ranks: pairs of an AUC, positive scans of a precision."""
+    """(R,): `auc` or `average_precision` of one column, over scans that count. Of several folds the mean, each by what
+    it ranks: pairs of an AUC, positive scans of a precision."""
     counted = weights * counts
     if folds is None:
         return of(score, positive, counted)

@@ -364,16 +364,12 @@ def _precisions(found: Probe, weights: Floats) -> Floats:
     and scores of different folds, which are of different models, are not compared."""
     assert found.scores is not None
     assert found.folds is not None
-    each = []
-    for k in [1] if len(found.classes) == 2 else range(len(found.classes)):
-        positive, total, hits = found.labels == k, np.zeros(len(weights)), np.zeros(len(weights))
-        for fold in np.unique(found.folds):
-            there = found.folds == fold
-            count = weights[:, there & positive].sum(1)
-            precision = merit.average_precision(found.scores[there, k], positive[there], weights[:, there])
-            total += np.where(count > 0, count * np.nan_to_num(precision), 0)
-            hits += count
-        each.append(np.divide(total, hits, out=np.full(len(weights), np.nan), where=hits > 0))
+    told = [1] if len(found.classes) == 2 else range(len(found.classes))
+    everyone = np.ones(len(found.labels))
+    each = [
+        merit.of_column(merit.average_precision, found.scores[:, k], found.labels == k, everyone, found.folds, weights)
+        for k in told
+    ]
     return np.asarray(np.mean(each, axis=0))
 
 
