@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -434,6 +435,20 @@ def test_a_mask_of_another_shape_is_left_out_and_told(tmp_path: Path) -> None:
     assert library.left_out == {"mask_unfit": 1}
     assert len(library.scans) == 3
     assert any("line 3: the scan has (64, 64) voxels, its mask (32, 64)" in told for told in heard)
+
+
+def test_a_mask_that_does_not_say_that_its_picture_is_stored_turned_is_left_out_and_told(tmp_path: Path) -> None:
+    path, exif = hospital(tmp_path / "north", "north", masks=True), Image.Exif()
+    exif[274] = 3
+    for name in ("1.png", "2.png", "mask-2.png"):
+        with Image.open(tmp_path / "north" / "scans" / name) as picture:
+            picture.load()
+        picture.save(tmp_path / "north" / "scans" / name, exif=exif)
+    heard: list[str] = []
+    with progress.listen(lambda event: heard.append(str(event))):
+        library = open_labelled(opened(path, masks_study()).config, masks_study())
+    assert library.left_out == {"mask_unfit": 1}
+    assert any("line 3: the picture is stored turned, and its mask does not say so" in told for told in heard)
 
 
 @pytest.mark.parametrize(
