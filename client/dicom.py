@@ -366,9 +366,9 @@ def _scale_reason(dataset: Dataset, number: int) -> str:
     return ""
 
 
-def _is_ct(dataset: Dataset) -> bool:
+def _modality(dataset: Dataset) -> Modality | None:
     sop_class = text_of(dataset, "SOPClassUID") or _meta_text(dataset, "MediaStorageSOPClassUID")
-    return modality_of(sop_class, text_of(dataset, "Modality")) == "CT"
+    return modality_of(sop_class, text_of(dataset, "Modality"))
 
 
 def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
@@ -378,11 +378,12 @@ def _rescale(dataset: Dataset, number: int) -> tuple[float, float]:
         holders = [*(shared[0].get("PixelValueTransformationSequence") or []), *holders]
     if per_frame := dataset.get("PerFrameFunctionalGroupsSequence"):
         holders = [*(per_frame[number].get("PixelValueTransformationSequence") or []), *holders]
-    is_ct = _is_ct(dataset)
+    modality = _modality(dataset)
+    empty_counts = modality in ("CT", "PT")  # which is in HU; of which each slice has a slope of its own
     for holder in holders:
-        if says_scale(holder, empty_counts=is_ct):
-            return scale_of(holder, empty_counts=is_ct)
-    if per_frame and is_ct and count_of(dataset, "PixelRepresentation") == 0:
+        if says_scale(holder, empty_counts=empty_counts):
+            return scale_of(holder, empty_counts=empty_counts)
+    if per_frame and modality == "CT" and count_of(dataset, "PixelRepresentation") == 0:
         raise ScanError("no_rescale")  # a plain CT was refused by its header
     return 1.0, 0.0
 

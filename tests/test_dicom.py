@@ -197,7 +197,7 @@ def raw(name, value):
 
 @pytest.mark.parametrize("value", [b"", b"  ", b"\0\0"])
 @pytest.mark.parametrize("modality", ["MR", "CR"])
-def test_of_all_but_ct_an_empty_scale_counts_as_absent(tmp_path, modality, value):
+def test_of_all_but_ct_and_pet_an_empty_scale_counts_as_absent(tmp_path, modality, value):
     write_dicom(tmp_path / "a", GREY, CT | {"Modality": modality}, adjust=raw("RescaleSlope", value))
     write_dicom(tmp_path / "b", GREY, CT | {"Modality": modality}, adjust=raw("RescaleIntercept", value))
     for file, values in (("a", GREY - 1024.0), ("b", GREY * 2.0)):
@@ -208,7 +208,12 @@ def test_of_all_but_ct_an_empty_scale_counts_as_absent(tmp_path, modality, value
 @pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
 @pytest.mark.parametrize(
     ("modality", "value"),
-    [("CT", b""), ("CT", b"  "), *itertools.product(("CT", "MR", "CR"), (b"NaN ", b"-1,5", b"1\\2 ", b"1\\", b"\\"))],
+    [
+        ("CT", b""),
+        ("CT", b"  "),
+        ("PT", b""),
+        *itertools.product(("CT", "MR", "CR"), (b"NaN ", b"-1,5", b"1\\2 ", b"1\\", b"\\")),
+    ],
 )
 def test_a_scale_that_is_there_and_is_not_one_number_is_never_guessed(tmp_path, modality, name, value):
     write_dicom(tmp_path / "a", GREY, CT | {"Modality": modality}, adjust=raw(name, value))
