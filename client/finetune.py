@@ -1,6 +1,7 @@
 """`unimiss finetune`: from a pretrained encoder and labelled scans to a model, its figures and its masks.
 
 OUT/model.json, model.safetensors    the model of the best epoch (`unimiss_core.task_checkpoint`)
+OUT/made-of.json                     what that was made of, for its owner alone (`client.made_of`)
 OUT/metrics.json                     figures with intervals, last of all: where it stands, the work is done
 OUT/curves.csv                       loss and validation score by epoch
 OUT/state.safetensors, prepared/     only while it runs: what going on needs, and the prepared scans; finetune.lock
@@ -28,11 +29,12 @@ from client.folds import runs_of, summarise
 from client.inference import check_extra
 from client.label_tables import LabelTable, Part, label_table
 from client.labelled import Labelled, prepare_cases
+from client.made_of import check_made_of, digests_of, keep_made_of
 from client.splits import Split, split_cases
 from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
 from client.tuning_folder import METRICS, alone_in, check_folder, is_finished
-from client.tuning_settings import settings_of
+from client.tuning_settings import Settings, settings_of
 from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.device import device_of
@@ -60,9 +62,9 @@ def finetune(
 ) -> None:
     """Do what the fine-tuning's file says; the others stand in the place of its own settings.
 
-    resume: go on where a fine-tuning that was interrupted left off; one that is finished is left as it is. show_paths:
-    tables and messages name files. key: of who must have signed the checkpoint. fold: one of the split's, or all
-    of them, each in a folder of its own below `out`.
+    resume: go on where a fine-tuning that was interrupted left off; one that is finished is left as it is, and must be
+    of the same settings, weights and labelled scans. show_paths: tables and messages name files. key: of who must have
+    signed the checkpoint. fold: one of the split's, or all of them, each in a folder of its own below `out`.
     Raises ConfigError, CheckpointError, NoUsableScanError, NonFiniteLossError.
     """
     config = load_finetune(path, data_root=data_root, out=out)
@@ -70,24 +72,29 @@ def finetune(
     changed = {"init": signed_by(key, begins_with) if key else begins_with, "device": device or config.device}
     config = config.model_copy(update={**changed, "out": out or config.out.resolve()})
     runs = runs_of(config, fold)
-    waiting = [one for one in runs if not (resume and is_finished(one.out, settings_of(one)))]
-    for one in runs:
-        if one not in waiting:
-            print(f"{one.out}: is finished, and nothing is left to do")
-    if not waiting and fold != "all":
-        return
-    chosen = device_of(config.device)
-    check_extra(config.task)
+    finished = [one for one in runs if resume and is_finished(one.out)]
+    waiting = [one for one in runs if one not in finished]
+    for one in finished:  # first what needs nothing read
+        check_made_of(one.out, settings_of(one))
+    chosen = device_of(config.device if waiting else "cpu")
+    if waiting:
+        check_extra(config.task)
     for one in waiting:
         check_folder(one.out, resume=resume)
     beginning = begin(config.init, config.plan)
     _check_rank(config, beginning)
     table = label_table(config)
+    digests = digests_of(config, beginning, table)
+    for one in finished:
+        check_made_of(one.out, {**settings_of(one), **digests})
+        print(f"{one.out}: is finished, and nothing is left to do")
+    if not waiting and fold != "all":
+        return
     splits = [split_cases(table.cases, one) for one in waiting]  # before hours of work on the first
     for one, split in zip(waiting, splits, strict=True):
         if fold == "all":
             progress.report(progress.Note(f"{one.out.name}, of {len(runs)} folds"))
-        _tune(one, split, table, beginning, chosen, resume=resume, show_paths=show_paths)
+        _tune(one, split, table, beginning, chosen, digests, resume=resume, show_paths=show_paths)
     if fold == "all":
         summarise(config, runs, table)
 
@@ -98,11 +105,12 @@ def _tune(
     table: LabelTable,
     beginning: Beginning,
     chosen: torch.device,
+    digests: Settings,
     *,
     resume: bool,
     show_paths: bool,
 ) -> None:
-    """One fine-tuning, in its folder. Raises as `finetune`."""
+    """One fine-tuning, in its folder. digests: `client.made_of`. Raises as `finetune`."""
     with alone_in(config.out, resume=resume), _removed_afterwards(config.out / _PREPARED) as folder:
         goes_on = (config.out / task_training.STATE).exists()
         if resume and not goes_on:
@@ -128,7 +136,7 @@ def _tune(
         kinds = sorted({one.modality for one in parts["train"]})
         _write_model(config, beginning, training, table, kinds)
         task_training.set_tensors_(training.model, training.best)
-        _write_results(config, beginning, judge, training, parts, show_paths=show_paths)
+        _write_results(config, beginning, judge, training, parts, digests, show_paths=show_paths)
         (config.out / task_training.STATE).unlink(missing_ok=True)
     print(f"{config.out}: model of epoch {training.progress.best_epoch}, figures and predictions")
 
@@ -279,6 +287,7 @@ def _write_results(
     judge: Classifying | Segmenting,
     training: Training,
     parts: Mapping[Part, Sequence[Labelled]],
+    digests: Settings,
     *,
     show_paths: bool,
 ) -> None:
@@ -306,8 +315,8 @@ def _write_results(
         "epochs": training.progress.epoch,
         "best_epoch": training.progress.best_epoch,
         "parts": figures,
-        "settings": settings_of(config),
     }
+    keep_made_of(config.out, {**settings_of(config), **digests})
     durable.write_text(config.out / METRICS, json.dumps(told, indent=2) + "\n")
     for part in judged:
         for line in _lines(figures[part]):

@@ -42,15 +42,15 @@ def runs_of(config: FinetuneConfig, fold: int | Literal["all"] | None) -> list[F
 
 
 def summarise(config: FinetuneConfig, runs: Sequence[FinetuneConfig], table: LabelTable) -> None:
-    """Write and print what finished folds say together. table: whose scans they are. Raises ConfigError: it is another
-    by now, or a fold's files are gone."""
+    """Write and print what finished folds say together. table: whose scans they are, of each fold the same
+    (`client.made_of`). Raises ConfigError: a fold's files are gone, or others by now."""
     patients = {case.number: case.patient for case in table.cases}
     try:
         parts = {part: _of_part(config, runs, part, patients) for part in _PARTS}
     except (OSError, ValueError, LookupError):
         raise ConfigError(
-            "--fold all: what the folds wrote cannot be put together: a file of theirs or a line of the table has "
-            "changed or is gone since; begin anew in another --out"
+            "--fold all: what the folds wrote cannot be put together: a file of theirs has changed or is gone since; "
+            "begin anew in another --out"
         ) from None
     told = {"name": config.name, "task": config.task.name, "folds": len(runs), "parts": parts}
     durable.write_text(config.out / SUMMARY, json.dumps(told, indent=2) + "\n")

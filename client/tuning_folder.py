@@ -8,9 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from client.task_training import STATE
-from client.tuning_settings import Settings, differences
 from unimiss_core.errors import ConfigError
-from unimiss_core.json_text import read_object
 from unimiss_core.locks import locked
 
 METRICS = "metrics.json"
@@ -28,16 +26,9 @@ def check_folder(out: Path, *, resume: bool) -> None:
     _check_content(out, resume=resume)
 
 
-def is_finished(out: Path, settings: Settings) -> bool:
-    """Whether the work is done there that these settings ask for. Raises ConfigError: other work is."""
-    try:
-        then = read_object(out / METRICS)["settings"]
-        changed = differences(then, settings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or of a version that kept no settings
-        return False
-    if changed:
-        raise ConfigError(f"out: holds a finished fine-tuning of another file ({changed}); give another --out")
-    return True
+def is_finished(out: Path) -> bool:
+    """Whether work is done there, whichever (`client.made_of`)."""
+    return (out / METRICS).exists()
 
 
 @contextmanager
@@ -54,12 +45,12 @@ def alone_in(out: Path, *, resume: bool) -> Iterator[None]:
     with _held(mark):
         _check_content(out, resume=resume)  # another may have worked here meanwhile
         yield
-    if (out / METRICS).exists():
+    if is_finished(out):
         mark.unlink(missing_ok=True)
 
 
 def _check_content(out: Path, *, resume: bool) -> None:
-    if (out / METRICS).exists():
+    if is_finished(out):
         raise ConfigError(
             "out: holds a finished fine-tuning, which --resume leaves as it is; give another folder with --out"
         )

@@ -18,6 +18,14 @@ Settings = Mapping[str, Any]
 _PLACES = {"out", "device", "data_root"}
 """What a fine-tuning may be gone on with at another."""
 _DIGESTED = ("data", "init")
+WEIGHTS, CASES = "weights", "cases"
+"""Keys of digests of what these two name, where that was read: `client.made_of`."""
+_IN_WORDS = {
+    "data": "data: otherwise then",
+    "init": "init: otherwise then",
+    WEIGHTS: "init: other weights, sizes or plan then",
+    CASES: "data: other scans, labels, patients or parts then",
+}
 _SHOWN = 5
 
 
@@ -34,8 +42,7 @@ def differences(then: Settings, now: Settings) -> str:
     """In words; empty where there is none."""
     differing = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     told = [
-        f"{key}: otherwise then" if key in _DIGESTED else f"{key}: {_said(then, key)} then, {_said(now, key)} now"
-        for key in differing[:_SHOWN]
+        _IN_WORDS.get(key) or f"{key}: {_said(then, key)} then, {_said(now, key)} now" for key in differing[:_SHOWN]
     ]
     return "; ".join(told) + (f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else "")
 

@@ -72,6 +72,7 @@ def test_a_classification_learns_from_a_checkpoint_and_says_how_well(
     assert told["parts"]["test"]["patients"] == 10
     assert {p.name for p in out.iterdir()} == {
         "metrics.json",
+        "made-of.json",
         "model.json",
         "model.safetensors",
         "curves.csv",
@@ -123,7 +124,7 @@ def test_an_interrupted_fine_tuning_goes_on_and_a_finished_one_is_left_alone(
     assert main(["finetune", str(path), "--out", str(parts)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(["finetune", str(path), "--out", str(parts), "--resume"]) == 0
-    for name in ("metrics.json", "model.json", "model.safetensors", "curves.csv", "predictions.csv"):
+    for name in ("metrics.json", "made-of.json", "model.json", "model.safetensors", "curves.csv", "predictions.csv"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
     assert main(["finetune", str(path), "--out", str(parts)]) == 2
     assert "finished" in capsys.readouterr().err

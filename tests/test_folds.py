@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_sco
 from client.merit import of_classes
 from client.research_command import main
 from tests.test_finetune import QUICK, pictures, write_config
-from tests.test_labelled import write_case
+from tests.test_labelled import SHAPE, write_case
 
 
 def judged_in(out: Path, name: str = "predictions.csv") -> list[list[dict[str, str]]]:
@@ -82,21 +83,48 @@ def test_folds_that_were_stopped_go_on_and_end_as_if_they_had_not_been(
     assert main(["finetune", str(path), "--fold", "all", "--out", str(parts), "--resume"]) == 0
     assert capsys.readouterr().out.count("is finished") == 3
     assert contents(parts) == contents(whole)
-    table = tmp_path / "t.csv"
-    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
+    (parts / "fold-1" / "predictions.csv").unlink()
     assert main(["finetune", str(path), "--fold", "all", "--out", str(parts), "--resume"]) == 2
     assert "cannot be put together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [lines[0], "secret0.png,fine,jones", *lines[2:], lines[1].replace("secret0", "secret18")],
+        lambda lines: [line.translate(str.maketrans({"0": "1", "1": "0"})) for line in lines],
+        lambda lines: [line.replace(",miller", ",smith") for line in lines],
+        lambda lines: lines[:-3],
+    ],
+    ids=["inserted", "swapped", "renamed", "lost"],
+)
+def test_folds_of_a_table_that_changed_are_not_put_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any
+) -> None:
+    path = write_config(tmp_path, **pictures(tmp_path, 18), training={**QUICK, "epochs": 1})
+    out, table = tmp_path / "out", tmp_path / "t.csv"
+    assert main(["finetune", str(path), "--fold", "0"]) == 0
+    before = contents(out)
+    shutil.copy(tmp_path / "pictures" / "secret0.png", tmp_path / "pictures" / "secret18.png")
+    table.write_text("\n".join(change(table.read_text().splitlines())))
+    capsys.readouterr()
+    assert main(["finetune", str(path), "--fold", "all", "--resume"]) == 2
+    told = f"{out / 'fold-0'} holds another fine-tuning, which is finished (data: other scans, labels, patients or"
+    assert told in capsys.readouterr().err
+    assert contents(out) == before
+
+
 def test_masks_of_all_folds_are_averaged_over_their_scans(tmp_path: Path) -> None:
+    """Those in which the model alone found something count in every fold."""
     for number in range(6):
-        write_case(tmp_path, f"c{number}", number)
+        write_case(tmp_path, f"c{number}", number, **({"values": np.zeros(SHAPE)} if number in (0, 3) else {}))
     path = write_config(
         tmp_path,
         task={"name": "segmentation", "rank": 3, "classes": ["ball"], "input_size": [16, 33, 33]},
         plan={"volume_spacing_mm": [2.0, 2.0, 2.0]},
         data={"name": "msd", "folder": ".", "modality": "MR"},
         split={"folds": 3, "validation": 0.5},
+        allow_empty_masks=True,
         training={"epochs": 1, "steps_per_epoch": 1, "batch": 1},
     )
     assert main(["finetune", str(path), "--fold", "all"]) == 0
@@ -106,6 +134,8 @@ def test_masks_of_all_folds_are_averaged_over_their_scans(tmp_path: Path) -> Non
     assert test["dice"]["value"] == pytest.approx(np.mean(np.concatenate(dice)))
     assert test["dice"]["by_fold"] == pytest.approx([np.mean(one) for one in dice])
     assert (test["scans"], test["patients"]) == (6, 6)
+    alone = [sum(not row["hd95_mm"] for row in rows) for rows in folds]
+    assert (test["missed_or_made_up"], sum(alone), max(alone)) == (2, 2, 1)
 
 
 @pytest.mark.parametrize(

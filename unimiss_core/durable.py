@@ -12,15 +12,17 @@ PARTIAL = ".partial"
 """Ending of a file or folder that is still being written; whatever bears it may be deleted."""
 
 
-def write_bytes(path: Path, payload: bytes) -> None:
+def write_bytes(path: Path, payload: bytes, *, private: bool = False) -> None:
     """Replace `path` by `payload`: after a crash it holds the old content or the new, never a mixture. It stays its
-    owner's, and of its mode.
+    owner's, and of its mode. private: nobody else may read it, at no time.
 
     Raises OSError: it holds the old content, and nothing half written takes room.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
+        if private:
+            partial.unlink(missing_ok=True)  # of whatever mode an attempt before left it
+        with open(partial, "wb", opener=_opened_for_owner if private else None) as file:
             _give_to_owner_of(path, file.fileno())
             file.write(payload)
             file.flush()
@@ -31,6 +33,10 @@ def write_bytes(path: Path, payload: bytes) -> None:
             partial.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _opened_for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL, 0o600)
 
 
 def _give_to_owner_of(path: Path, descriptor: int) -> None:
