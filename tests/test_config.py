@@ -160,7 +160,7 @@ def test_broken_relation_is_told() -> None:
         ("views", {"blur_sigma": [0.1, 5e7]}, "blur_sigma: the upper bound 5e\\+07 must be at most 1000"),
         ("views", {"contrast_factor": [1.0, 1e40]}, "contrast_factor: the upper bound 1e\\+40 must be at most 100"),
         ("views", {"volume_region": 1e40}, r"volume_region': .* less than or equal to 1000"),
-        ("plan", {"volume_spacing_mm": [1.0, 1.0, 1e4]}, "above zero, and at most 100 mm"),
+        ("plan", {"volume_spacing_mm": [1.0, 1.0, 1e4]}, "must be above zero, 100 mm at most"),
         ("aggregation", {"server_optimiser": {"name": "fedadam", "tau": 1e40}}, r"tau': .* less than or equal to"),
         ("aggregation", {"server_optimiser": {"name": "fedavgm", "lr": 1e40}}, r"lr': .* less than or equal to"),
         ("schedule", {"rounds": 1}, r"warmup_steps=100 must be below rounds x local_steps = 1 x 50 = 50"),

@@ -29,11 +29,8 @@ TermWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 the two rounds to nothing; and much larger products overflow, in bf16 as well."""
 
 
-COARSEST_MM = 100.0
-"""Of what a scan is resampled to. The time for that grows with it, and from here on there is nothing left to see."""
-MOST_STRENGTHS = {"blur_sigma": 1e3, "noise_sigma": 1e3}
-"""Upper bounds of how strongly a view may be changed, 100 where none is named: no study means more, and time and memory
-for a blur grow with it."""
+COARSEST_MM, MOST_SIGMA, MOST_FACTOR = 100.0, 1e3, 100.0
+"""Far beyond what any study means: time and memory grow with a grid's spacing and with a blur."""
 
 
 class PlanConfig(Config):
@@ -61,9 +58,7 @@ class PlanConfig(Config):
             raise ValueError(f"percentiles: {self.percentiles} must lie in [0, 100]")
         spacing = self.volume_spacing_mm + (self.image_spacing_mm or ())
         if not (min(spacing) > 0 and max(spacing) <= COARSEST_MM):
-            raise ValueError(
-                f"volume_spacing_mm and image_spacing_mm must be above zero, and at most {COARSEST_MM:g} mm"
-            )
+            raise ValueError(f"volume_spacing_mm, image_spacing_mm: must be above zero, {COARSEST_MM:g} mm at most")
         return self
 
 
@@ -102,18 +97,13 @@ class ViewConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        sigmas = {"blur_sigma": self.blur_sigma, "noise_sigma": self.noise_sigma}
-        factors = {
-            "area": self.area,
-            "aspect": self.aspect,
-            "brightness_factor": self.brightness_factor,
-            "contrast_factor": self.contrast_factor,
-            "gamma_exponent": self.gamma_exponent,
-        }
-        for name, (low, high) in (sigmas | factors).items():
+        sigmas = ("blur_sigma", "noise_sigma")
+        factors = ("area", "aspect", "brightness_factor", "contrast_factor", "gamma_exponent")
+        for name in (*sigmas, *factors):
+            low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name}: the lower bound {low} must not be above the upper bound {high}")
-            if high > (most := MOST_STRENGTHS.get(name, 100.0)):
+            if high > (most := MOST_SIGMA if name in sigmas else MOST_FACTOR):
                 raise ValueError(f"{name}: the upper bound {high:g} must be at most {most:g}")
             if low < 0 or (low == 0 and name in factors):
                 raise ValueError(
