@@ -14,7 +14,7 @@ class InputConfig(Config):
 
     axes: tuple[str, ...]
     """Where each axis of S points to, of the patient; an image whose file does not say how it lies is as it is
-    stored."""
+    shown."""
     size: tuple[int, ...]
     """S that the network takes: that of the position tables, or the task's."""
     fit: Literal["whole", "windows"]
