@@ -81,7 +81,7 @@ _VOLUME_AXES = "The axes (D, H, W) of a volume point to the patient's superior, 
 _IMAGE_AXES = (
     "Images (H, W) lie as a radiologist sees them, where their files say how they lie: an axial slice with posterior "
     "down, a coronal or sagittal one with inferior down, the patient's left or posterior to the right. Others are as "
-    "they are stored."
+    "they are shown."
 )
 _RESIZE = (
     "Resizing is linear along each axis, and antialiased where an axis shrinks: of images what torch calls "
