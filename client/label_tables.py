@@ -154,7 +154,8 @@ def _of_csv(
         _tell_of_unlabelled(data, len(unlabelled), len(clear))
     wrong |= {number: ["of no class it is known whether it is there"] for number in unlabelled if one_by_one}
     left_out = tuple(f"line {number}: {', '.join(wrong[number])}" for number in sorted(wrong))
-    return tuple(case for number, case in clear.items() if number not in {*wrong, *unlabelled}), left_out
+    dropped = unlabelled | wrong.keys()
+    return tuple(case for number, case in clear.items() if number not in dropped), left_out
 
 
 def _tell_of_unlabelled(data: CsvData, unlabelled: int, lines: int) -> None:

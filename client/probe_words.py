@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from client import merit
+from unimiss_core.label_counts import MOST_NAMED, counts_in_words
 
 GAIN, MINUS = "gain", " minus "
 """What a difference is called: of the one checkpoint to the random encoder, or between two."""
-MOST_NAMED = 20
-"""Labels that are told by name; more are counted."""
 JUDGES = {"linear": "linear probe", "neighbours": "nearest neighbours"}
 _IN_WORDS = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
 _HEADS = {GAIN: "this minus random"}
@@ -17,7 +16,7 @@ _HEADS = {GAIN: "this minus random"}
 def in_words(told: Mapping[str, Any]) -> str:
     """Of one question what the file holds, as a table."""
     kind = "images" if told["rank"] == 2 else "volumes"
-    classes = ", ".join(f"{name} {count}" for name, count in told["classes"].items())
+    classes = counts_in_words(told["classes"])
     if len(told["classes"]) > MOST_NAMED:
         classes = f"{len(told['classes'])} classes"
     if not told["classes"]:

@@ -27,7 +27,7 @@ from client.finetune_config import FromScratch, init_from, signed_by
 from client.labelled import content_key
 from client.outputs import check_file
 from client.probe_sources import Source
-from client.probe_words import GAIN, JUDGES, MINUS, MOST_NAMED, in_words
+from client.probe_words import GAIN, JUDGES, MINUS, in_words
 from client.reasons import REASONS
 from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress
@@ -36,6 +36,7 @@ from unimiss_core.config import load
 from unimiss_core.device import device_of
 from unimiss_core.embedding import bare_pixels, embed
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
+from unimiss_core.label_counts import MOST_NAMED, of_one_patient
 from unimiss_core.probe import Probe, neighbours, probe
 from unimiss_core.scan import Modality, Rank
 from unimiss_core.study import StudyConfig
@@ -334,16 +335,13 @@ def _rounded(found: Probe, row: int) -> list[float]:
 def _look_like_patients(labels: Sequence[str], patients: Sequence[str]) -> bool:
     """Whether most labels stand for one patient, as where folders of patients were given for folders of labels: then
     none is named. Raises ConfigError, which names none either: there are many."""
-    owners: dict[str, set[str]] = {}
-    for label, patient in zip(labels, patients, strict=True):
-        owners.setdefault(label, set()).add(patient)
-    alone = sum(len(whose) == 1 for whose in owners.values())
-    if len(owners) > MOST_NAMED and 2 * alone > len(owners):
+    count, alone = len(set(labels)), of_one_patient(labels, patients)
+    if count > MOST_NAMED and 2 * alone > count:
         raise ConfigError(
-            f"--data: asks to tell {len(owners)} labels apart, of which {alone} are of one patient each, so they look "
+            f"--data: asks to tell {count} labels apart, of which {alone} are of one patient each, so they look "
             "like patients; give a folder whose folders are called by their label, or a table"
         )
-    return 2 * alone > len(owners)
+    return 2 * alone > count
 
 
 def _figures(probed: Mapping[str, Probe], judged: Judged) -> dict[str, dict[str, merit.Figure]]:

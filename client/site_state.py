@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from unimiss_core import durable
@@ -31,6 +31,7 @@ from unimiss_core.config import RUN
 from unimiss_core.errors import ConfigError
 from unimiss_core.json_text import object_in
 from unimiss_core.sealing import Seal
+from unimiss_core.tensor_bytes import load_whole
 
 _SUM = "sha256"
 """In a file's metadata: as `_sum_of` gives it."""
@@ -176,12 +177,6 @@ def _require_sum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
     rest = dict(metadata)
     if _SUM in rest and rest.pop(_SUM) != _sum_of(rest, tensors):
         raise ValueError("the content is not what was written")
-
-
-def load_whole(payload: bytes) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:
-    """(metadata, tensors) of a safetensors file in memory. Raises SafetensorError, ValueError, KeyError."""
-    tensors = load(payload)  # checks the header, too
-    return object_in(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"], tensors
 
 
 def name_in_seal(path: Path) -> str:

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from server.class_counts import class_counts, counts_in_words
 from server.run_folder import RunFolder
 from unimiss_core import durable, progress
 from unimiss_core.backbone import Backbone
 from unimiss_core.embedding import bare_pixels, embed, encoder_of
 from unimiss_core.errors import ConfigError
+from unimiss_core.label_counts import class_counts, counts_in_words
 from unimiss_core.probe import Probe, gain, plane, probe
 from unimiss_core.study import ModelConfig
 

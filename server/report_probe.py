@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from server import charts
 from server.artefacts import Artefacts, ProbeRecord
 from server.charts import Compared, Estimate, Reference, Series
-from server.class_counts import counts_in_words
 from server.markup import Html, joined, tag
 from server.report_pieces import card_table, caution, grid, in_words, legend, note, section, whole
 from server.wording import listed
 from unimiss_core.figures import STEPS_THAT_TEACH
+from unimiss_core.label_counts import counts_in_words
 
 """Optimiser steps of a site below which the published recipe has not left the uniform answer in our pilots."""
 

@@ -15,12 +15,12 @@ from client.patients import read_column, read_table
 from client.phantoms import PhantomConfig
 from client.reading import Reading
 from client.site_config import DataSource
-from server.class_counts import class_counts, counts_in_words
 from server.simulated_data import require_either_data_or_phantom, sources_of
 from server.simulated_overlap import shared_patients
 from unimiss_core import durable, progress
 from unimiss_core.config import Config, Name
 from unimiss_core.errors import ConfigError, ScanError
+from unimiss_core.label_counts import class_counts, counts_in_words
 from unimiss_core.plan import prepare
 from unimiss_core.scan import Rank
 from unimiss_core.study import PlanConfig, StudyConfig

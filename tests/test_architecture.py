@@ -142,13 +142,9 @@ def test_files_are_short_and_say_what_they_are_for(path: Path) -> None:
     assert path.stem not in {"utils", "helper", "helpers", "manager", "info", "data", "common", "misc"}
 
 
-READS_JSON = {"unimiss_core/json_text.py", "unimiss_core/wire.py"}
-"""The one place, and the other, which takes a peer's apart by rules of its own."""
-
-
 def test_json_is_read_in_one_place_which_knows_all_that_can_be_wrong_with_it() -> None:
     found = {str(path.relative_to(ROOT)) for path in sources() if "json.load" in path.read_text()}
-    assert found <= READS_JSON, "use unimiss_core.json_text: json.loads raises more than ValueError"
+    assert found == {"unimiss_core/json_text.py"}, "use unimiss_core.json_text: json.loads raises more than ValueError"
 
 
 def test_preparing_a_simulation_does_not_import_the_client_app() -> None:

@@ -16,11 +16,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from unimiss_core import codec
@@ -31,9 +31,11 @@ from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.figures import is_diagnostic, is_loss
 from unimiss_core.formats import FORMATS
 from unimiss_core.groups import GROUPS, Group
+from unimiss_core.json_text import value_in
 from unimiss_core.reasons import REASONS
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
+from unimiss_core.tensor_bytes import load_whole
 
 PROTOCOL = 4
 
@@ -267,8 +269,7 @@ def run_of(content: RecordDict) -> str:
 
 def with_ledger(reply: RecordDict, head: Head) -> RecordDict:
     """The reply, saying where the site's ledger stands."""
-    facts = dict(cast(ConfigRecord, reply["facts"]))
-    return RecordDict({**reply, "facts": ConfigRecord({**facts, **_ledger_fact(head)})})
+    return RecordDict({**reply, "facts": ConfigRecord({**facts_in(reply), **_ledger_fact(head)})})
 
 
 def to_keep(reply: RecordDict) -> bytes:
@@ -276,19 +277,17 @@ def to_keep(reply: RecordDict) -> bytes:
     arrays = {(part, group): array for part, record in arrays_in(reply).items() for group, array in record.items()}
     described = [[part, group, array.dtype, list(array.shape), array.stype] for (part, group), array in arrays.items()]
     payloads = {str(n): torch.frombuffer(bytearray(a.data), dtype=torch.uint8) for n, a in enumerate(arrays.values())}
-    facts = dict(cast(ConfigRecord, reply["facts"]))
-    return save(payloads, metadata={"facts": json.dumps(facts), "arrays": json.dumps(described)})
+    return save(payloads, metadata={"facts": json.dumps(facts_in(reply)), "arrays": json.dumps(described)})
 
 
 def as_kept(payload: bytes) -> RecordDict:
     """The inverse of `to_keep`, for a payload that was seen to be whole."""
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"]
-    payloads = load(payload)
+    header, payloads = load_whole(payload)
     parts: dict[str, ArrayRecord] = {}
-    for number, (part, group, dtype, shape, stype) in enumerate(json.loads(header["arrays"])):
+    for number, (part, group, dtype, shape, stype) in enumerate(value_in(header["arrays"])):
         data = payloads[str(number)].numpy().tobytes()
         parts.setdefault(part, ArrayRecord())[group] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
-    return _content(json.loads(header["facts"]), parts)
+    return _content(value_in(header["facts"]), parts)
 
 
 def facts_in(content: RecordDict) -> dict[str, Any]:
@@ -361,8 +360,8 @@ def _study(facts: Mapping[str, Any]) -> StudyConfig:
     try:
         if len(text := _take(facts, "study", str)) > STUDY_LIMIT:
             raise ValueError
-        return parse(StudyConfig, json.loads(text), where="study")
-    except (ConfigError, ValueError, RecursionError, ArithmeticError):
+        return parse(StudyConfig, value_in(text), where="study")
+    except (ConfigError, ValueError, ArithmeticError):
         raise WireError("study", "the message holds no study that this version understands") from None
 
 
@@ -409,11 +408,11 @@ def _figures(facts: Mapping[str, Any], name: str, is_known: Callable[[str], bool
     try:
         if len(text) > FIGURES_LIMIT:
             raise ValueError
-        figures = json.loads(text)
+        figures = value_in(text)
         checked = {key: float(value) for key, value in figures.items() if is_known(key)}
         if len(checked) < len(figures):
             raise ValueError
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise WireError("malformed", f"'{name}' should be a mapping of known names to numbers") from None
     if not all(abs(value) <= LARGEST_FIGURE for value in checked.values()):
         raise WireError("not_finite", f"a figure of '{name}' is not a finite number, or beyond {LARGEST_FIGURE:g}")
