@@ -30,6 +30,7 @@ from client.labelled import Grid
 from client.segmenting import keep_largest, likeliest_at_source, probabilities
 from unimiss_core.model_config import AnySize
 from unimiss_core.study import ModelConfig
+from unimiss_core.task_config import SegmentationConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 from unimiss_core.views import standardise
 
@@ -96,9 +97,7 @@ def measure(case: Case) -> Result:
     torch.set_num_threads(case.threads)
     model = build_task_model(
         ModelConfig(size=case.model),  # type: ignore[arg-type]
-        3,
-        outputs=1 + case.classes,
-        dense=True,
+        SegmentationConfig(classes=tuple(f"class {number}" for number in range(case.classes))),
         seed=0,
         pretrained=None,
     ).eval()

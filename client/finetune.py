@@ -152,15 +152,12 @@ def _removed_afterwards(folder: Path) -> Iterator[Path]:
 
 def task_model(config: FinetuneConfig, beginning: Beginning) -> TaskModel:
     """The task's model as it begins."""
-    task = config.task
     return build_task_model(
         beginning.model,
-        task.rank,
-        outputs=task.outputs,
-        dense=task.name == "segmentation",
+        config.task,
         seed=config.seed,
         pretrained=beginning.tensors,
-        takes_head=beginning.has_head_for(task),
+        takes_head=beginning.has_head_for(config.task),
     )
 
 

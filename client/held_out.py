@@ -133,11 +133,10 @@ def _figure(
     NonFiniteLossError: the model answers no numbers."""
     assert study.finetune is not None
     task = study.finetune.task
-    dense = task.name == "segmentation"
-    model = load_task_model(study.model, task.rank, outputs=task.outputs, dense=dense, tensors=student).to(device)
+    model = load_task_model(study.model, task, tensors=student).to(device)
     size = task.size_for(study.model)
     inference = Inference(task, size, device, site.precision, batch=_BATCH, overlap=0.5, keep_largest=())
-    return (_dice if dense else _auc)(inference, model, scans)
+    return (_dice if task.name == "segmentation" else _auc)(inference, model, scans)
 
 
 def _held_out(study: StudyConfig, scans: Sequence[CachedScan]) -> list[LabelledScan]:

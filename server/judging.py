@@ -75,8 +75,7 @@ def _read(path: Path, asked: SupervisionConfig) -> ProbeSet:
 
 def _model(study: StudyConfig, tensors: Mapping[str, Tensor]) -> TaskModel:
     assert study.finetune is not None
-    task = study.finetune.task
-    return load_task_model(study.model, task.rank, outputs=task.outputs, dense=False, tensors=tensors)
+    return load_task_model(study.model, study.finetune.task, tensors=tensors)
 
 
 @torch.inference_mode()

@@ -88,11 +88,12 @@ def test_a_large_volume_gets_the_mask_of_the_plain_way() -> None:
     """Windows side by side: where they overlap, the one joins probabilities, the other logits."""
     from inference import Case, ours, plain, volume
 
+    from tests.small_tasks import three_answers
     from unimiss_core.study import ModelConfig
     from unimiss_core.tasks import build_task_model
 
     case = Case("ours", "nano", (16, 40, 80), (16, 40, 40), 0.0, 2, 2, 1)
-    model = build_task_model(ModelConfig(prototypes=16), 3, outputs=3, dense=True, seed=0, pretrained=None).eval()
+    model = build_task_model(ModelConfig(prototypes=16), three_answers(3, dense=True), seed=0, pretrained=None).eval()
     with torch.no_grad():
         model.head.classes.weight.mul_(50)  # type: ignore[union-attr, operator]
     values = volume(case.shape)

@@ -30,7 +30,7 @@ from unimiss_core.trained_by import TrainedBy
 def tuned(folder: Path, part: str = "test", **figures: Any) -> Path:
     """A fine-tuned model of three classes of pictures, judged on scans of this part."""
     task = ClassificationConfig(kind="multi_class", rank=2, classes=("a", "b", "c|d"), input_size=(40, 44))
-    model = build_task_model(NANO, 2, outputs=3, dense=False, seed=3, pretrained=None)
+    model = build_task_model(NANO, task, seed=3, pretrained=None)
     manifest = TaskManifest(
         task=task,
         model=NANO,

@@ -249,7 +249,7 @@ def test_masks_are_measured_by_dice_on_the_prepared_grid(tmp_path: Path) -> None
     site = opened(known_hospital(tmp_path / "north", 11, masks=True, pictures=10), study)
     student = {name: parameter.detach() for name, parameter in build_student(study).named_parameters()}
     found = held_out.measured(site.config, study, site.everything, student, torch.device("cpu"))
-    model, expected = load_task_model(study.model, 2, outputs=2, dense=True, tensors=student), []
+    model, expected = load_task_model(study.model, study.finetune.task, tensors=student), []
     for number, scan in enumerate(site.everything.scans):
         if held_out.is_held_out(scan.patient, study):
             x = pictures_of(tmp_path / "north" / "site.yaml", study, 10)[number][None]

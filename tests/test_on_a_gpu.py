@@ -17,6 +17,7 @@ from client.execution import MEMORY, learner_for
 from client.segmenting import probabilities
 from client.site_config import SiteConfig
 from tests import team_members
+from tests.small_tasks import three_answers
 from tests.test_learner import apart, copied, everything, images, in_float64, plus_study, study, volumes
 from tests.test_patient_gradients import taking
 from tests.test_private_learner import distance, ward
@@ -377,7 +378,9 @@ def test_one_process_of_a_team_sums_with_nccl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_mask_is_the_one_of_a_cpu(rank: Rank) -> None:
-    model = build_task_model(ModelConfig(prototypes=16), rank, outputs=3, dense=True, seed=0, pretrained=None).eval()
+    model = build_task_model(
+        ModelConfig(prototypes=16), three_answers(rank, dense=True), seed=0, pretrained=None
+    ).eval()
     values = np.random.default_rng(0).random((1, *(20, 90, 75)[-rank:]), dtype=np.float32)
     found = [
         probabilities(

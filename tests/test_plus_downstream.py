@@ -11,6 +11,7 @@ from torch import Tensor
 from client.onnx_export import EncoderOutputs, graph_of
 from client.research_command import main
 from tests.federation import small_study
+from tests.small_tasks import three_answers
 from tests.test_private_learner import CLIP, Recorded, clipped_and_summed, distance, in_float64, learner, patient, study
 from unimiss_core import checkpoint, exported
 from unimiss_core.adaptation import check_adaptation
@@ -131,7 +132,7 @@ def test_recomputed_activations_give_the_same_bits_and_keep_less_than_half(rank:
 
 def made(rank: Rank, *, dense: bool) -> TaskModel:
     pretrained = tensors_of(build_network(NANO, seed=3))
-    return build_task_model(NANO, rank, outputs=3, dense=dense, seed=0, pretrained=pretrained)
+    return build_task_model(NANO, three_answers(rank, dense=dense), seed=0, pretrained=pretrained)
 
 
 @pytest.mark.parametrize("rank", SIZES)
@@ -186,7 +187,7 @@ def test_layers_count_what_lies_between_a_tensor_and_the_answer() -> None:
 def test_a_model_comes_back_from_its_own_tensors_alone(dense: bool) -> None:
     model, x = made(2, dense=dense), scans(2)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    again = load_task_model(NANO, 2, outputs=3, dense=dense, tensors=tensors)
+    again = load_task_model(NANO, three_answers(2, dense=dense), tensors=tensors)
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 

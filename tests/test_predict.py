@@ -40,8 +40,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def untrained(folder: Path, task: TaskConfig, *, diverged: bool = False, **more: Any) -> Path:
     """A model of this task that never saw a scan, as fine-tuning would write it."""
-    model, dense = ModelConfig(prototypes=16), task.name == "segmentation"
-    made = build_task_model(model, task.rank, outputs=task.outputs, dense=dense, seed=0, pretrained=None)
+    model = ModelConfig(prototypes=16)
+    made = build_task_model(model, task, seed=0, pretrained=None)
     manifest = TaskManifest(
         task=task,
         model=model,

@@ -25,6 +25,7 @@ from unimiss_core import progress
 from unimiss_core.plan import prepare, resample_labels
 from unimiss_core.scan import Scan
 from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.task_config import SegmentationConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 from unimiss_core.views import standardise
 
@@ -32,7 +33,7 @@ NANO = ModelConfig(prototypes=16)
 
 
 def model(rank: int = 2) -> TaskModel:
-    return build_task_model(NANO, rank, outputs=3, dense=True, seed=0, pretrained=None).eval()  # type: ignore[arg-type]
+    return build_task_model(NANO, SegmentationConfig(rank=rank, classes=("a", "b")), seed=0, pretrained=None).eval()  # type: ignore[arg-type]
 
 
 def inferred(

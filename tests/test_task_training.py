@@ -19,6 +19,7 @@ from client.task_training import (
 from tests.test_label_tables import BINARY, configured
 from unimiss_core.errors import CheckpointError, NonFiniteLossError
 from unimiss_core.study import ModelConfig
+from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import build_task_model
 
 SIZE = (33, 40)
@@ -41,7 +42,9 @@ def config(task: dict[str, Any] | None = None, **training: Any) -> FinetuneConfi
 
 
 def training(settings: FinetuneConfig, found: list[Labelled], score: Any = None) -> Training:
-    model = build_task_model(ModelConfig(prototypes=16), 2, outputs=2, dense=False, seed=0, pretrained=None)
+    model = build_task_model(
+        ModelConfig(prototypes=16), ClassificationConfig(rank=2, classes=("a", "b")), seed=0, pretrained=None
+    )
     loss = classification_loss(found, settings, CPU)
     return Training(model, found, settings, loss=loss, score=score or (lambda _: (0.0, 0.0)), device=CPU, size=SIZE)
 

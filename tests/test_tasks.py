@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.small_tasks import three_answers
 from unimiss_core.errors import CheckpointError
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.scan import Rank
@@ -21,7 +22,7 @@ ODD_SIZES: dict[Rank, list[tuple[int, ...]]] = {2: [(33, 47), (64, 64)], 3: [(13
 
 
 def made(rank: Rank, *, dense: bool = True, seed: int = 0, pretrained: dict[str, Tensor] | None = None) -> TaskModel:
-    return build_task_model(NANO, rank, outputs=3, dense=dense, seed=seed, pretrained=pretrained)
+    return build_task_model(NANO, three_answers(rank, dense=dense), seed=seed, pretrained=pretrained)
 
 
 def scans(*size: int) -> Tensor:
@@ -77,11 +78,11 @@ def test_a_pretrained_tensor_that_is_missing_or_changed_is_named() -> None:
 def test_a_model_comes_back_from_its_own_tensors_alone() -> None:
     model, x = made(2, seed=3), scans(40, 40)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    again = load_task_model(NANO, 2, outputs=3, dense=True, tensors=tensors)
+    again = load_task_model(NANO, three_answers(2, dense=True), tensors=tensors)
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
     del tensors["head.classes.bias"]
     with pytest.raises(CheckpointError, match=r"head\.classes\.bias"):
-        load_task_model(NANO, 2, outputs=3, dense=True, tensors=tensors)
+        load_task_model(NANO, three_answers(2, dense=True), tensors=tensors)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from unimiss_core.backbone import backbone_of
 from unimiss_core.model_config import ModelConfig
 from unimiss_core.network import build_network, empty_network
 from unimiss_core.scan import RANKS
+from unimiss_core.task_config import SegmentationConfig
 from unimiss_core.tasks import build_task_model, empty_task_model
 from unimiss_core.unvalued import unvalued
 
@@ -28,7 +29,7 @@ class Counted(TorchDispatchMode):
 def test_nothing_is_drawn_for_a_network_without_values() -> None:
     with Counted() as ran:
         empty_network(ModelConfig())
-        empty_task_model(ModelConfig(), 2, outputs=2, dense=True)
+        empty_task_model(ModelConfig(), SegmentationConfig(rank=2, classes=("a",)))
     assert ran.names, "no operation was seen: the line below proves nothing"
     assert not [name for name in ran.names if "uniform" in name or "normal" in name]
 
@@ -62,7 +63,7 @@ def test_a_task_draws_only_what_it_is_not_given() -> None:
     given = {name: value.detach() for name, value in build_network(model, seed=1).named_parameters()}
     for rank in RANKS:
         made, alone = (
-            build_task_model(model, rank, outputs=2, dense=True, seed=0, pretrained=pretrained)
+            build_task_model(model, SegmentationConfig(rank=rank, classes=("a",)), seed=0, pretrained=pretrained)
             for pretrained in (given, None)
         )
         for (name, value), other in zip(made.named_parameters(), alone.parameters(), strict=True):

@@ -101,9 +101,7 @@ def load(folder: Path) -> tuple[Backbone | TaskModel, ExportedConfig]:
     except SafetensorError:
         raise CheckpointError(f"{folder / TENSORS}: is not a file of tensors; take another copy") from None
     if config.task is not None:
-        task = config.task
-        dense = task.name == "segmentation"
-        return load_task_model(config.model, task.rank, outputs=task.outputs, dense=dense, tensors=tensors), config
+        return load_task_model(config.model, config.task, tensors=tensors), config
     with torch.device("meta"):
         encoder = backbone_of(config.model)
     _take_(encoder, tensors, folder)

@@ -26,8 +26,7 @@ def empty_student(study: StudyConfig, *, ranks: Collection[Rank] = RANKS) -> Stu
     """`build_student` on torch's meta device: names and shapes without values, memory or time."""
     if study.finetune is None:
         return empty_network(study.model, ranks=ranks)
-    task = study.finetune.task
-    made = empty_task_model(study.model, task.rank, outputs=task.outputs, dense=task.name == "segmentation")
+    made = empty_task_model(study.model, study.finetune.task)
     freeze_(made, study.finetune.trains)
     return made
 
@@ -40,9 +39,7 @@ def build_student(study: StudyConfig, *, ranks: Collection[Rank] = RANKS) -> Stu
     """
     if study.finetune is None:
         return build_network(study.model, seed=study.seed, ranks=ranks)
-    task = study.finetune.task
-    dense = task.name == "segmentation"
-    made = build_task_model(study.model, task.rank, outputs=task.outputs, dense=dense, seed=study.seed, pretrained=None)
+    made = build_task_model(study.model, study.finetune.task, seed=study.seed, pretrained=None)
     freeze_(made, study.finetune.trains)
     return made
 

@@ -140,9 +140,7 @@ def load(folder: Path) -> tuple[TaskModel, TaskManifest]:
         tensors = tensors_in(payload)
     except SafetensorError:
         raise CheckpointError(f"{folder / _TENSORS}: is not a file of tensors; take another copy") from None
-    task = manifest.task
-    dense = task.name == "segmentation"
-    return load_task_model(manifest.model, task.rank, outputs=task.outputs, dense=dense, tensors=tensors), manifest
+    return load_task_model(manifest.model, manifest.task, tensors=tensors), manifest
 
 
 def _manifest_in(path: Path) -> TaskManifest:

@@ -21,7 +21,7 @@ from unimiss_core.model import MiT
 from unimiss_core.model_config import ModelConfig
 from unimiss_core.network import initialise_
 from unimiss_core.scan import Rank
-from unimiss_core.task_config import Trains
+from unimiss_core.task_config import SegmentationConfig, TaskConfig, Trains
 from unimiss_core.unvalued import unvalued
 
 _BACKBONE = "backbone."
@@ -104,33 +104,28 @@ class FineSegmenter(nn.Module):
 
 def build_task_model(
     model: ModelConfig,
-    rank: Rank,
+    task: TaskConfig,
     *,
-    outputs: int,
-    dense: bool,
     seed: int,
     pretrained: Mapping[str, Tensor] | None,
     takes_head: bool = False,
 ) -> TaskModel:
     """A task's model on the CPU, in float32.
 
-    outputs: K. dense: whether there is an answer for each voxel. pretrained: a whole network's tensors, by the names
-    of pretraining, of which the backbone's of this rank are taken; None begins at random. takes_head: `pretrained` is
-    of a model for the same task, and its head is taken, too.
+    pretrained: a whole network's tensors, by the names of pretraining, of which the backbone's of the task's rank are
+    taken; None begins at random. takes_head: `pretrained` is of a model for the same task, and its head is taken, too.
     Every tensor follows from the seed and its name alone; the global random state is neither read nor moved.
     Raises CheckpointError: a tensor is missing or of another shape.
     """
-    made = empty_task_model(model, rank, outputs=outputs, dense=dense).to_empty(device="cpu")
+    made = empty_task_model(model, task).to_empty(device="cpu")
     taken = set() if pretrained is None else _take_(made, pretrained, "" if takes_head else _BACKBONE)
     initialise_(made, seed, but=taken)
     return made
 
 
-def load_task_model(
-    model: ModelConfig, rank: Rank, *, outputs: int, dense: bool, tensors: Mapping[str, Tensor]
-) -> TaskModel:
+def load_task_model(model: ModelConfig, task: TaskConfig, *, tensors: Mapping[str, Tensor]) -> TaskModel:
     """The model that holds exactly these tensors. Raises CheckpointError: they are not those of this model."""
-    made = empty_task_model(model, rank, outputs=outputs, dense=dense)
+    made = empty_task_model(model, task)
     expected = {name: parameter.shape for name, parameter in made.named_parameters()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         odd = sorted(expected.keys() ^ tensors.keys()) or sorted(n for n in expected if expected[n] != tensors[n].shape)
@@ -142,18 +137,20 @@ def load_task_model(
     return made.eval()
 
 
-def empty_task_model(model: ModelConfig, rank: Rank, *, outputs: int, dense: bool) -> TaskModel:
+def empty_task_model(model: ModelConfig, task: TaskConfig) -> TaskModel:
     """A task's model on torch's meta device: names and shapes without values, memory or time."""
     with unvalued():
-        backbone = backbone_of(model, {rank})
-        head = _segmenter(backbone, rank, outputs) if dense else Classifier(backbone.num_features, outputs)
-        return TaskModel(backbone, head)
+        backbone = backbone_of(model, {task.rank})
+        if isinstance(task, SegmentationConfig):
+            return TaskModel(backbone, _segmenter(backbone, task))
+        return TaskModel(backbone, Classifier(backbone.num_features, task.outputs))
 
 
-def _segmenter(backbone: Backbone, rank: Rank, outputs: int) -> Segmenter | FineSegmenter:
+def _segmenter(backbone: Backbone, task: SegmentationConfig) -> Segmenter | FineSegmenter:
+    width, outputs = backbone.map_width, task.outputs
     if isinstance(backbone, MiT):
-        return Segmenter(rank, width=backbone.map_width, stem=backbone.architecture.stem, outputs=outputs)
-    return FineSegmenter(rank, width=backbone.map_width, outputs=outputs)
+        return Segmenter(task.rank, width=width, stem=backbone.architecture.stem, outputs=outputs)
+    return FineSegmenter(task.rank, width=width, outputs=outputs)
 
 
 def _take_(made: TaskModel, pretrained: Mapping[str, Tensor], prefix: str) -> set[str]:

@@ -95,8 +95,7 @@ def _tuned_round(folder: Path, key: SigningPublicKey | None) -> tuple[TaskModel,
             "folder; put it beside the manifest"
         )
     task, study = tuned.task, of[0]
-    dense = task.name == "segmentation"
-    model = load_task_model(study.model, task.rank, outputs=task.outputs, dense=dense, tensors=found.student)
+    model = load_task_model(study.model, task, tensors=found.student)
     told = task_checkpoint.of_rounds(study, round=manifest.round, began_with="unknown", pretrained_digest=None)
     return model, task_checkpoint.packed(found.student, told)[1]
 
