@@ -9,8 +9,9 @@ from torch import Tensor
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.backbone import Backbone
+from unimiss_core.channels import for_channels_of
 from unimiss_core.embedding import encoder_of, seen_whole
-from unimiss_core.errors import ScanError
+from unimiss_core.errors import ConfigError, ScanError
 from unimiss_core.keys import read_signing_public_key
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.released import read_released
@@ -42,6 +43,8 @@ class Beginning:
     """S of scans of `rank`, as its task has it; None where nothing says, and of pretraining."""
     modality: Modality | None = None
     """What a fine-tuned model took scans for whose files do not say it; None of all else."""
+    channels: tuple[str, ...] | None = None
+    """Of the scans of a task that has channels; None of all else, and of pretraining."""
 
     @property
     def is_taught(self) -> bool:
@@ -56,8 +59,18 @@ class Beginning:
         """Whether its head answers just this, for scans of whatever size."""
         return self.task is not None and _without_size(self.task) == _without_size(task)
 
+    def tensors_for(self, task: TaskConfig) -> Mapping[str, Tensor] | None:
+        """`tensors`, as a model of the task's channels begins with them."""
+        return None if self.tensors is None else for_channels_of(task, self.model, self.tensors, self.channels)
+
     def encoder(self) -> Backbone:
-        """On the CPU; from scratch the random one. A task's knows scans of `rank` alone."""
+        """On the CPU; from scratch the random one. A task's knows scans of `rank` alone. Raises ConfigError: one that
+        knows scans of several channels alone."""
+        if self.channels is not None:
+            raise ConfigError(
+                f"the model was fine-tuned on scans of {len(self.channels)} channels ({', '.join(self.channels)}), and "
+                "here each file is a scan of one; ask it by `unimiss predict`, or give an encoder of pretraining"
+            )
         return self.random_encoder() if self.tensors is None else encoder_of(self.model, self.tensors, self.rank)
 
     def size_of(self, rank: Rank) -> tuple[int, ...]:
@@ -101,7 +114,7 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
         tuned, told = task_checkpoint.load(init.folder)
         task, model, tensors = told.task, told.model, tensors_of(tuned)
         about = task.rank, task, task.size_for(model), told.modality
-        return Beginning("checkpoint", model, plan or told.plan, tensors, *about)
+        return Beginning("checkpoint", model, plan or told.plan, tensors, *about, channels=task.channels)
     found = checkpoint.load(init.folder, key=read_signing_public_key(init.key) if init.key else None)
     manifest, rank = found.manifest, rank_of_task(found.manifest)
     if rank is None:
@@ -109,9 +122,16 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
         return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.teacher)
     study = study_of(init.folder, manifest)
     asked = study[0].finetune.task if study and study[0].finetune else None
-    size = asked.size_for(manifest.model) if asked else None
-    answers = asked if has_head(manifest) else None
-    return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.student, rank, answers, size)
+    return Beginning(
+        "checkpoint",
+        manifest.model,
+        plan or manifest.plan,
+        found.student,
+        rank=rank,
+        task=asked if has_head(manifest) else None,
+        size=asked.size_for(manifest.model) if asked else None,
+        channels=asked.channels if asked else None,
+    )
 
 
 def _without_size(task: TaskConfig) -> TaskConfig:

@@ -36,18 +36,17 @@ def are_channels(names: Collection[str]) -> bool:
     return None not in channels and 0 in channels
 
 
-def in_words(channel: int, others: Collection[int], named: Mapping[str, str]) -> str:
-    """Which channel of a folder's cases is read, and which are not. named: as dataset.json has them."""
+def in_words(read: Collection[int], others: Collection[int], named: Mapping[str, str]) -> str:
+    """Which channels of a folder's cases are read, and which are not. named: as dataset.json has them."""
 
     def told(number: int) -> str:
         name = re.sub(r"[^\w .+-]", "", named.get(str(number), ""))
         return f"{number} ({name})" if name else str(number)
 
-    passed = " and ".join(map(told, sorted(others)))
-    return (
-        f"{1 + len(others)} channels per case: {told(channel)} is read, {passed} {'is' if len(others) == 1 else 'are'} "
-        "not looked at"
-    )
+    def are(numbers: Collection[int]) -> str:
+        return f"{' and '.join(map(told, sorted(numbers)))} {'is' if len(numbers) == 1 else 'are'}"
+
+    return f"{len(read) + len(others)} channels per case: {are(read)} read, {are(others)} not looked at"
 
 
 def of_one_channel(found: Catalogue, channel: int) -> Catalogue:

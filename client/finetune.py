@@ -119,7 +119,8 @@ def _tune(
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
         if table.modality is None and not isinstance(config.data, MedMnistData):
-            tell_of_unnamed((one.modality for found in parts.values() for one in found), "data.modality: CT")
+            kinds = (kind for found in parts.values() for one in found for kind in one.modalities)
+            tell_of_unnamed(kinds, "data.modality: CT")
         digest = _digest(config, beginning, parts, table.modality)
         size = config.task.size_for(beginning.model)
         judge = (
@@ -133,8 +134,8 @@ def _tune(
             progress.report(progress.Note(f"goes on after epoch {training.progress.epoch}"))
         training.run(lambda now: now.save(config.out, digest))
         _write_curves(config.out / "curves.csv", training.progress.curve)
-        kinds = sorted({one.modality for one in parts["train"]})
-        _write_model(config, beginning, training, table, kinds)
+        taught = sorted({kind for one in parts["train"] for kind in one.modalities})
+        _write_model(config, beginning, training, table, taught)
         task_training.set_tensors_(training.model, training.best)
         _write_results(config, beginning, judge, training, parts, digests, show_paths=show_paths)
         (config.out / task_training.STATE).unlink(missing_ok=True)
@@ -156,7 +157,7 @@ def task_model(config: FinetuneConfig, beginning: Beginning) -> TaskModel:
         beginning.model,
         config.task,
         seed=config.seed,
-        pretrained=beginning.tensors,
+        pretrained=beginning.tensors_for(config.task),
         takes_head=beginning.has_head_for(config.task),
     )
 
@@ -274,6 +275,7 @@ def _write_model(
         modality=table.modality,
         trained_on=tuple(kinds),
         channel=table.channel,
+        channels=table.channels,
     )
     task_checkpoint.save(config.out, training.best, manifest)
 

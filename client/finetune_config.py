@@ -178,6 +178,8 @@ def _contradictions(config: FinetuneConfig) -> list[str]:
         problems.append("data: an msd folder holds masks; the task must be segmentation")
     if isinstance(data, MedMnistData) and not isinstance(task, ClassificationConfig):
         problems.append("data: a MedMNIST file holds classes; the task must be classification")
+    if isinstance(data, MedMnistData) and task.channels is not None:
+        problems.append("task.channels: a MedMNIST file's images are of one channel, or coloured; leave it out")
     if isinstance(data, MsdData) and isinstance(config.split, GivenSplit):
         problems.append("split: an msd folder's imagesTr says of none what it is for; use folds")
     if not isinstance(data, MedMnistData):
@@ -185,7 +187,7 @@ def _contradictions(config: FinetuneConfig) -> list[str]:
             check_patient_pattern(data.patient_pattern)
         except ValueError as error:
             problems.append(f"data.{error}")
-    if isinstance(data, CsvData) and (wrong := wrong_settings(data, task)) is not None:
+    if not isinstance(data, MedMnistData) and (wrong := wrong_settings(data, task)) is not None:
         problems.append(wrong)
     if isinstance(task, ClassificationConfig) and task.kind == "multi_label" and config.training.balance == "sampling":
         problems.append("training.balance: a scan of several labels cannot be drawn for one of them; use loss or none")

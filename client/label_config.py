@@ -32,8 +32,9 @@ class CsvData(Config):
     table: GivenPath
     folder: GivenPath = Path()
     """What the table's paths begin from."""
-    scan: str = "scan"
-    """Column with the path of a file, or of the folder of a DICOM series."""
+    scan: str | tuple[str, ...] = "scan"
+    """Column with the path of a file, or of the folder of a DICOM series; of a task with channels a list, a column for
+    each."""
     label: str = "label"
     """Column with the class, or with the path of the mask. Not read for multi_label: there each class has a column of
     its name that holds 1 or 0."""
@@ -50,7 +51,13 @@ class CsvData(Config):
     where: Mapping[str, tuple[str, ...]] = {}
     """Only lines whose column holds one of these texts are used, for each column named."""
     modality: Modality | None = None
-    """For formats that do not say it; CT is what makes values HU."""
+    """For formats that do not say it; CT is what makes values HU. None goes by the names of a task's channels, where
+    these begin with CT, MR or PET."""
+
+    @property
+    def scan_columns(self) -> tuple[str, ...]:
+        """`scan`, for each channel of a scan."""
+        return (self.scan,) if isinstance(self.scan, str) else self.scan
 
 
 class MsdData(Config):
@@ -62,8 +69,11 @@ class MsdData(Config):
     """A regular expression with a group `patient`, searched in the file's name; without it a file is a patient."""
     channel: Annotated[int, Field(ge=0, le=9999)] = 0
     """Which of nnU-Net's CASE_0000, CASE_0001, ... is read; of names without such an end, the one file."""
+    channels: Annotated[tuple[Annotated[int, Field(ge=0, le=9999)], ...] | None, Field(min_length=2)] = None
+    """Of a task with channels: which of them each is, or, where a case is one file, of its volumes. None finds them by
+    their names in dataset.json."""
     modality: Modality | None = None
-    """None takes what dataset.json says, if it says anything."""
+    """None takes what dataset.json says, if it says anything; of a task with channels, the names of these."""
 
 
 LabelData = Annotated[

@@ -7,22 +7,22 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from client.channels import are_channels, case_of, channel_of, in_words, stem
+from client.channel_reading import modality_named
+from client.channels import are_channels, channel_of, in_words
 from client.csv_tables import SURPLUS, rows_of
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
 from client.label_values import LabelError, target_of, wrong_settings
 from client.medmnist import opened_arrays
-from client.patients import MODALITY_NAMES
+from client.msd_folders import channels_in, check_labels, files_by_case, numbers_of, told_in
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError
-from unimiss_core.json_text import read_object
 from unimiss_core.scan import Modality
 from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SegmentationConfig, TaskConfig
 
@@ -48,7 +48,8 @@ class Case:
     number: int
     """Line of the table, or place among the files from 1: what messages and results call it."""
     file: str
-    """Path below the data's folder; empty in a MedMNIST file. For the researcher's own eyes."""
+    """Path below the data's folder, of the first of several channels; empty in a MedMNIST file. For the researcher's
+    own eyes."""
     patient: str
     """As the table says it; never shown or written."""
     target: tuple[int, ...] = ()
@@ -59,6 +60,13 @@ class Case:
     """What the table says it is for, whether or not anyone goes by it."""
     place: tuple[str, int] | None = None
     """Of a MedMNIST file: name of the array, row."""
+    others: tuple[str, ...] = ()
+    """Paths of its other channels; all are `file` where that holds them as volumes."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Path of each channel below the data's folder."""
+        return (self.file, *self.others)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class LabelTable:
     modality: Modality | None = None
     channel: int | None = None
     """Of files that nnU-Net names, CASE_0000, CASE_0001, ...: which one of each case is read."""
+    channels: tuple[int, ...] = ()
+    """Of a task with channels: which of these, or of a file's volumes, each of them is."""
     left_out: tuple[str, ...] = ()
     """Where each line stands by itself: what is wrong with those that are no case, without a word of their text."""
 
@@ -96,9 +106,12 @@ def labels_in(
         _must_be_a_file("data.table", data.table, root)
         _must_be_a_folder(data.folder, root)
         cases, problems = _of_csv(data, task, given=given, one_by_one=one_by_one)
-        return LabelTable(cases, data.folder, data.modality, left_out=problems)
+        channels = tuple(range(task.channel_count or 0))
+        return LabelTable(cases, data.folder, data.modality, channels=channels, left_out=problems)
     if not isinstance(task, SegmentationConfig):
         raise ConfigError("data: an msd folder holds masks; the task must be segmentation")
+    if (wrong_setting := wrong_settings(data, task)) is not None:
+        raise ConfigError(wrong_setting)
     _must_be_a_folder(data.folder, root)
     return _of_msd(data, task, one_by_one=one_by_one)
 
@@ -173,15 +186,16 @@ def _listed_again(
 ) -> Iterator[tuple[int, str]]:
     """Lines of a scan that an earlier line is of; by_patient: of the same patient. Paths are compared as paths: ./A and
     A are one scan, and may not be of two patients."""
-    first: dict[tuple[str, PurePosixPath], int] = {}
+    first: dict[tuple[str, tuple[PurePosixPath, ...]], int] = {}
     for number, row in kept:
-        scan = (_whose(row, data) if by_patient else "", PurePosixPath(row[data.scan]))
+        paths = tuple(PurePosixPath(row[column]) for column in data.scan_columns)
+        scan = (_whose(row, data) if by_patient else "", paths)
         if first.setdefault(scan, number) != number:
             yield number, f"lists the scan of line {first[scan]} again"
 
 
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
-    wanted = [data.scan, *_label_columns(data, task), *_patient_column(data)]
+    wanted = [*data.scan_columns, *_label_columns(data, task), *_patient_column(data)]
     wanted += [*([data.split] if given else []), *data.where]
     problems = []
     for column in dict.fromkeys(wanted):
@@ -198,7 +212,7 @@ def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, giv
 
 def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Iterator[str]:
     """What is wrong with one line; no text of the line is told, which could be a patient's."""
-    paths = (data.scan, *((data.label,) if isinstance(task, SegmentationConfig) else ()))
+    paths = (*data.scan_columns, *((data.label,) if isinstance(task, SegmentationConfig) else ()))
     for column in (*paths, *_patient_column(data)):
         if not _is_text(row[column]):
             yield f"'{column}' is no UTF-8"
@@ -208,7 +222,8 @@ def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given:
             yield f"'{column}' must be a path that stays below the folder"
     if not _whose(row, data):
         told = f"'{data.patient}' is empty"
-        yield told if data.patient_pattern is None else f"data.patient_pattern finds no patient in '{data.scan}'"
+        column = data.scan_columns[0]
+        yield told if data.patient_pattern is None else f"data.patient_pattern finds no patient in '{column}'"
     if isinstance(task, ClassificationConfig):
         for column in _label_columns(data, task):
             try:
@@ -225,7 +240,8 @@ def _case(number: int, row: Mapping[str, str], data: CsvData, task: TaskConfig) 
         target = tuple(target_of(row[column], data, task) for column in _label_columns(data, task))
     return Case(
         number=number,
-        file=row[data.scan],
+        file=row[data.scan_columns[0]],
+        others=tuple(row[column] for column in data.scan_columns[1:]),
         patient=_whose(row, data),
         target=target,
         mask="" if target else row[data.label],
@@ -241,7 +257,7 @@ def _whose(row: Mapping[str, str], data: CsvData) -> str:
     """As the column, or the scan's path, says it; empty where that says nothing."""
     if data.patient_pattern is None:
         return row[data.patient]
-    return _patient(row[data.scan], data.patient_pattern) or ""
+    return _patient(row[data.scan_columns[0]], data.patient_pattern) or ""
 
 
 def _is_text(read: str) -> bool:
@@ -267,60 +283,41 @@ def _refuse(where: str, problems: Sequence[str]) -> None:
 
 
 def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> LabelTable:
-    images, masks = (_files_by_case(data.folder / name) for name in ("imagesTr", "labelsTr"))
-    channels = {case: _channels(names) for case, names in images.items()}
+    images, masks = (files_by_case(data.folder / name) for name in ("imagesTr", "labelsTr"))
+    channels = {case: channels_in(names) for case, names in images.items()}
     masks_of = {case: names[0] for case, names in masks.items()}
     both = sorted(channels.keys() & masks_of.keys())
     if lone := len(channels) + len(masks_of) - 2 * len(both):
         progress.report(progress.Note(f"{lone} image(s) or mask(s) of the folder have no counterpart and are left out"))
     if not both and not one_by_one:
         raise ConfigError("data.folder: imagesTr and labelsTr hold no image with a mask of the same name")
-    told = _told_in(data.folder / "dataset.json")
-    if others := {number for case in both for number in channels[case]} - {data.channel}:
-        progress.report(progress.Note(in_words(data.channel, others, told.channels)))
+    told = told_in(data.folder / "dataset.json")
+    wanted = (data.channel,) if task.channels is None else numbers_of(task, data, told.channels)
+    if others := {number for case in both for number in channels[case]} - {*wanted}:
+        progress.report(progress.Note(in_words(wanted, others, told.channels)))
     cases, problems = [], []
     for number, case in enumerate(both, start=1):
         patient = _patient(case, data.patient_pattern)
-        if data.channel not in channels[case]:
-            problems.append(f"case {number}: has no channel {data.channel} (data.channel)")
+        held = channels[case]
+        if task.channels is not None and len(images[case]) == 1 and channel_of(images[case][0]) is None:
+            held = dict.fromkeys(wanted, images[case][0])  # as its volumes
+        if lacking := [channel for channel in wanted if channel not in held]:
+            setting = "data.channel" if task.channels is None else "data.channels"
+            problems.append(f"case {number}: has no channel {lacking[0]} ({setting})")
         elif patient is None:
             problems.append(f"case {number}: data.patient_pattern does not match its name")
         else:
-            file, mask = f"imagesTr/{channels[case][data.channel]}", f"labelsTr/{masks_of[case]}"
-            cases.append(Case(number, file, patient, mask=mask))
+            file, *other_files = (f"imagesTr/{held[channel]}" for channel in wanted)
+            cases.append(Case(number, file, patient, mask=f"labelsTr/{masks_of[case]}", others=tuple(other_files)))
     if not one_by_one:
         _refuse("data.folder", problems)
     if told.labels is not None:
-        _check_labels_told(told.labels, task)
-    modality = data.modality or MODALITY_NAMES.get(
-        re.split(r"[^A-Z]", told.channels.get(str(data.channel), "").upper())[0]
-    )
+        check_labels(told.labels, task)
+    if task.channels is not None:
+        return LabelTable(tuple(cases), data.folder, data.modality, channels=wanted, left_out=tuple(problems))
+    modality = data.modality or modality_named(told.channels.get(str(data.channel), ""))
     channel = data.channel if are_channels([name for names in images.values() for name in names]) else None
-    return LabelTable(tuple(cases), data.folder, modality, channel, tuple(problems))
-
-
-def _files_by_case(folder: Path) -> dict[str, list[str]]:
-    """Case -> its files: without the ending, and without nnU-Net's channel, for images and masks alike."""
-    if not folder.is_dir():
-        raise ConfigError(f"data.folder: holds no folder {folder.name}")
-    found: dict[str, list[str]] = {}
-    for path in sorted(folder.iterdir()):
-        if stem(path.name) != path.name and not path.name.startswith("."):
-            case = case_of(path.name) if folder.name == "imagesTr" else stem(path.name)
-            found.setdefault(case, []).append(path.name)
-    return _undone_where_names_alone_end_so(found)
-
-
-def _undone_where_names_alone_end_so(found: dict[str, list[str]]) -> dict[str, list[str]]:
-    """A case whose own name ends in four digits is not a channel: nnU-Net's channels always begin with _0000."""
-    if any(channel_of(name) == 0 for names in found.values() for name in names):
-        return found
-    return {stem(name): [name] for names in found.values() for name in names}
-
-
-def _channels(names: Sequence[str]) -> dict[int, str]:
-    numbered = {number: name for name in names if (number := channel_of(name)) is not None}
-    return numbered if len(numbered) == len(names) and 0 in numbered else {0: names[0]}
+    return LabelTable(tuple(cases), data.folder, modality, channel, left_out=tuple(problems))
 
 
 def _patient(case: str, pattern: str | None) -> str | None:
@@ -329,62 +326,6 @@ def _patient(case: str, pattern: str | None) -> str | None:
         return case
     match = re.search(pattern, case)
     return (match["patient"] or None) if match else None
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a folder's dataset.json says, where it is there."""
-
-    labels: Mapping[str, Any] | None = None
-    channels: Mapping[str, str] = field(default_factory=dict)
-    """By their numbers."""
-
-
-def _told_in(path: Path) -> _Told:
-    """Raises ConfigError: it is none."""
-    if not path.exists():
-        return _Told()
-    try:
-        told = read_object(path)
-        channels = dict(told.get("channel_names") or told.get("modality") or {})
-        return _Told(dict(told["labels"]), {str(number): str(name) for number, name in channels.items()})
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError("data.folder: dataset.json is no JSON with 'labels', as MSD and nnU-Net write it") from None
-
-
-def _check_labels_told(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
-    """Raises ConfigError: they are no classes one of which each voxel is of, or contradict the task."""
-    if regions := sum(isinstance(value, list) for value in labels.values()):
-        raise ConfigError(
-            f"data.folder: {regions} label(s) of dataset.json are of several values (nnU-Net's regions), and here each "
-            "voxel is of one class; name each value of the masks as a label of its own, or write masks whose values "
-            "are what is to be told apart"
-        )
-    if any(str(told).strip().lower() == "ignore" for told in (*labels, *labels.values())):
-        raise ConfigError(
-            "data.folder: dataset.json has a label 'ignore', for voxels that nobody labelled, and here they would be "
-            "trained as a class; label them in the masks, or leave out cases that hold any, and then take the label "
-            "out of dataset.json"
-        )
-    if len(labels) != task.outputs:
-        raise ConfigError(
-            f"task.classes: {len(task.classes)} beside the background; dataset.json has {len(labels) - 1}"
-        )
-    _check_order(labels, task)
-
-
-def _check_order(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
-    """labels: value -> name as MSD writes them, or name -> value as nnU-Net does. Raises ConfigError: they give the
-    task's own names to other values; of names that are not the task's nothing can be said."""
-    if not all(value.isdecimal() for value in labels):
-        labels = {str(value): name for name, value in labels.items()}
-    values = {str(name).strip().lower(): value for value, name in labels.items() if value.isdecimal()}
-    for number, name in enumerate(task.classes, start=1):
-        if (told := values.get(name.strip().lower(), str(number))) != str(number):
-            raise ConfigError(
-                f"task.classes: '{name}' is value {number}, and dataset.json says it is {told}; value i of a mask is "
-                "the i-th class, so put the classes in the order of dataset.json"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------- MedMNIST

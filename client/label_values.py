@@ -6,7 +6,7 @@ does not mention. What the last two count as is for whoever trains to say: nobod
 
 from collections.abc import Mapping
 
-from client.label_config import CsvData
+from client.label_config import CsvData, MsdData
 from unimiss_core.task_config import UNKNOWN, ClassificationConfig, TaskConfig
 
 _CERTAIN: Mapping[str, int] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
@@ -18,8 +18,14 @@ class LabelError(Exception):
     """A cell is no label; the text says why, without any of the cell's."""
 
 
-def wrong_settings(data: CsvData, task: TaskConfig) -> str | None:
-    """Where `data` says what cells count as that such a task's cannot be."""
+def wrong_settings(data: CsvData | MsdData, task: TaskConfig) -> str | None:
+    """Where `data` has not the task's channels, or says what cells count as that such a task's cannot be."""
+    if isinstance(data, MsdData):
+        return _wrong_numbers(data, task)
+    if len(data.scan_columns) != (task.channel_count or 1) or len(set(data.scan_columns)) < len(data.scan_columns):
+        if task.channels is None:
+            return "data.scan: a list of columns is of a task with channels; name these in task.channels"
+        return f"data.scan: expected a list of {task.channel_count} columns, of {_named(task)}, in this order"
     if _is_of_numbers(task):
         return None
     if data.uncertain is not None or data.missing == "zeros":
@@ -30,6 +36,20 @@ def wrong_settings(data: CsvData, task: TaskConfig) -> str | None:
     if data.missing is not None and not isinstance(task, ClassificationConfig):
         return "data.missing: of classes; take lines without a mask out of the table"
     return None
+
+
+def _wrong_numbers(data: MsdData, task: TaskConfig) -> str | None:
+    if task.channels is None:
+        return None if data.channels is None else "data.channels: the task has none; name them in task.channels"
+    if data.channel:
+        return "data.channel: is of a task without channels; data.channels says which file each of them is"
+    if data.channels is not None and len(set(data.channels)) != task.channel_count:
+        return f"data.channels: expected {task.channel_count} different numbers, of {_named(task)}, in this order"
+    return None
+
+
+def _named(task: TaskConfig) -> str:
+    return ", ".join(task.channels or ())
 
 
 def target_of(cell: str, data: CsvData, task: ClassificationConfig) -> int:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from client import nifti, pictures, workers
 from client.candidates import Candidate
-from client.catalogue import catalogue_one, read_one, safe_here
+from client.catalogue import catalogue_one, safe_here
+from client.channel_reading import modalities_of, read_channels
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_tables import PARTS, Case, LabelTable, Part
 from client.medmnist import opened_arrays
@@ -26,16 +27,14 @@ from client.reasons import REASONS
 from client.splits import Split, check_parts
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
-from unimiss_core.plan import prepare, resample_labels
-from unimiss_core.scan import Modality, Scan
+from unimiss_core.plan import prepare_channels, resample_labels
+from unimiss_core.scan import AGREE, Modality, Scan
 from unimiss_core.study import PlanConfig
 from unimiss_core.task_config import SegmentationConfig
 
 _FULL = 65535
 _PLACES = 1000
 """Voxels of a class that are remembered of a scan, to lay training windows about."""
-_AGREE = 0.1
-"""Voxels by which corners of a scan and of its mask may lie apart: what rounding in headers does."""
 _WHITE = 255
 """What pictures of masks often hold in the place of 1."""
 _SHOWN = 5
@@ -69,8 +68,8 @@ class Labelled:
     """The mask on the source's own grid, which is what a result is measured by."""
     places: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
     """Class that is there -> (n, rank) indices of some of its voxels."""
-    modality: Modality = "OT"
-    """As the scan was read."""
+    modalities: tuple[Modality, ...] = ("OT",)
+    """As the scan was read, of each of its channels."""
     key: str = ""
     """`content_key` of `values`."""
     mask_key: str = ""
@@ -138,14 +137,14 @@ def prepare_cases(
     parts: dict[Part, list[Labelled]] = {part: [] for part in split}
     total, done = sum(len(cases) for cases in split.values()), 0
     for part, cases in split.items():
-        for case, scan, mask in read_cases(cases, table, config, plan):
+        for case, scans, mask in read_cases(cases, table, config, plan):
             done += 1
             progress.report(progress.Preparing(config.name, done, total))
-            if isinstance(scan, ScanError):
-                unread.setdefault(scan.reason, []).append(shown(case))
+            if isinstance(scans, ScanError):
+                unread.setdefault(scans.reason, []).append(shown(case))
                 continue
             try:
-                parts[part].append(_prepared(case, scan, mask, plan, config, folder, keeps_reference=part == "test"))
+                parts[part].append(_prepared(case, scans, mask, plan, config, folder, keeps_reference=part == "test"))
             except ScanError as error:
                 unread.setdefault(error.reason, []).append(shown(case))
             except MemoryError:
@@ -210,20 +209,28 @@ def _check(
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
-Read = tuple[Case, Scan | ScanError, "Scan | MaskError | None"]
+Scans = tuple[Scan, ...]
+"""What one scan is made of: one image or volume, or that of each of the task's channels."""
+Read = tuple[Case, Scans | ScanError, "Scan | MaskError | None"]
 
 
 def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig, plan: PlanConfig) -> Iterator[Read]:
-    """Each case with its scan, and its mask where the task has them; or what was wrong with either.
+    """Each case with what its scan is made of, and its mask where the task has them; or what was wrong with either.
 
     In their order. Where there is much to read, or codecs take part that may crash, a worker does it.
     """
     if isinstance(config.data, MedMnistData):
         yield from _of_arrays(cases, config.data.file, config, plan)
         return
-    interpolate = plan.missing_slices == "interpolate"
+    modalities, interpolate = modalities_of(config.task, table.modality), plan.missing_slices == "interpolate"
     pairs = [
-        _Pair(table.folder / case.file, table.folder / case.mask if case.mask else None, table.modality, interpolate)
+        _Pair(
+            scans=tuple(table.folder / file for file in case.files),
+            mask=table.folder / case.mask if case.mask else None,
+            numbers=table.channels,
+            modalities=modalities,
+            interpolate=interpolate,
+        )
         for case in cases
     ]
     outcomes = (
@@ -239,22 +246,24 @@ def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig,
 class _Pair:
     """A scan to be read, and its mask."""
 
-    scan: Path
+    scans: tuple[Path, ...]
+    """Of each channel."""
     mask: Path | None
-    modality: Modality | None
+    numbers: tuple[int, ...]
+    modalities: tuple[Modality | None, ...]
     interpolate: bool
 
 
-def read_pair(pair: _Pair) -> tuple[Scan, Scan | MaskError | None]:
+def read_pair(pair: _Pair) -> tuple[Scans, Scan | MaskError | None]:
     """Raises ScanError: the scan cannot be read."""
-    scan = read_one(pair.scan, pair.modality, interpolate=pair.interpolate)
-    return scan, None if pair.mask is None else mask_beside(pair.scan, pair.mask)
+    scans = read_channels(pair.scans, pair.numbers, pair.modalities, interpolate=pair.interpolate)
+    return scans, None if pair.mask is None else mask_beside(pair.scans, pair.mask)
 
 
 def _safe_here(pairs: Sequence[_Pair]) -> bool:
     """`safe_here` of all the scans and masks, whose headers are looked at until it is not."""
     found: list[Candidate] = []
-    for path in filter(None, (path for pair in pairs for path in (pair.scan, pair.mask))):
+    for path in filter(None, (path for pair in pairs for path in (*dict.fromkeys(pair.scans), pair.mask))):
         outcome = workers.attempt(catalogue_one, path)
         found += () if isinstance(outcome, ScanError) else outcome.candidates
         if not safe_here(found):
@@ -262,12 +271,14 @@ def _safe_here(pairs: Sequence[_Pair]) -> bool:
     return True
 
 
-def mask_beside(scan: Path, path: Path) -> Scan | MaskError:
-    """`mask_at`, of the scan in this file or folder: one drawn on pixels as they are stored would lie wrong unseen."""
+def mask_beside(scan: Sequence[Path], path: Path) -> Scan | MaskError:
+    """`mask_at`, of the scan in these files or folders: one drawn on pixels as they are stored would lie wrong
+    unseen."""
     mask = mask_at(path)
     if isinstance(mask, MaskError) or mask.affine is not None or pictures.is_stored_turned(path):
         return mask
-    if any(map(pictures.is_stored_turned, scan.rglob("*") if scan.is_dir() else [scan])):
+    files = (file for one in scan for file in (one.rglob("*") if one.is_dir() else [one]))
+    if any(map(pictures.is_stored_turned, files)):
         return MaskError("the picture is stored turned, and its mask does not say so; save both upright")
     return mask
 
@@ -301,7 +312,7 @@ def _of_arrays(cases: Sequence[Case], file: Path, config: FinetuneConfig, plan: 
             if values.ndim != rank and not coloured:
                 raise ConfigError(f"task.rank: {rank}, but {name} holds arrays of shape {values.shape}")
             channels = np.moveaxis(values, -1, 0) if coloured else values[None]
-            yield case, Scan(channels, spacing, "OT", spacing_known=False), None
+            yield case, (Scan(channels, spacing, "OT", spacing_known=False),), None
 
 
 # --------------------------------------------------------------------------------------------------------- preparing
@@ -309,7 +320,7 @@ def _of_arrays(cases: Sequence[Case], file: Path, config: FinetuneConfig, plan: 
 
 def _prepared(
     case: Case,
-    scan: Scan,
+    scans: Scans,
     mask: Scan | MaskError | None,
     plan: PlanConfig,
     config: FinetuneConfig,
@@ -318,16 +329,15 @@ def _prepared(
     keeps_reference: bool,
 ) -> Labelled:
     """Raises ScanError: the scan cannot be used. Raises MaskError."""
-    task = config.task
-    if scan.rank != task.rank:
+    task, scan = config.task, scans[0]
+    if other := next((one.rank for one in scans if one.rank != task.rank), None):
         kinds = {2: "an image (rank 2)", 3: "a volume (rank 3)"}
-        raise MaskError(
-            f"the scan is {kinds[scan.rank]}, expected {kinds[task.rank]}; correct task.rank, or leave it out"
-        )
-    values, spacing = prepare(scan, plan)
+        raise MaskError(f"the scan is {kinds[other]}, expected {kinds[task.rank]}; correct task.rank, or leave it out")
+    values, spacing = prepare_channels(scans, plan)
     stored = as_stored(values)
     kept = _kept(folder / f"{case.number:06d}.npy", stored)
-    found = Labelled(case, kept, grid_of(scan, spacing), modality=scan.modality, key=content_key(stored))
+    modalities = tuple(one.modality for one in scans)
+    found = Labelled(case, kept, grid_of(scan, spacing), modalities=modalities, key=content_key(stored))
     if not isinstance(task, SegmentationConfig):
         return found
     if isinstance(mask, MaskError):
@@ -356,8 +366,8 @@ def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> ND
     if mask.voxels.shape[1:] != scan.voxels.shape[1:]:
         raise MaskError(f"the scan has {scan.voxels.shape[1:]} voxels, its mask {mask.voxels.shape[1:]}")
     if mask.affine is not None:
-        apart = _apart(scan, mask.affine)
-        if apart > _AGREE * min(scan.spacing_mm):
+        apart = scan.apart_mm(mask.affine)
+        if apart > AGREE * min(scan.spacing_mm):
             raise MaskError(
                 f"scan and mask lie up to {apart:.1f} mm apart, as their affines say; resample the mask onto the scan, "
                 "or correct the header that is wrong"
@@ -374,16 +384,6 @@ def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> ND
         raise MaskError("the mask is empty; leave the scan out, or set allow_empty_masks: true")
     labels: NDArray[np.uint8] = values.astype(np.uint8)
     return labels
-
-
-def _apart(scan: Scan, other: NDArray[np.float64]) -> float:
-    """Largest distance in mm between a corner of the scan by its own affine and by another."""
-    assert scan.affine is not None
-    lengths = scan.voxels.shape[1:] if scan.rank == 3 else (1, *scan.voxels.shape[1:])
-    corners = np.array(
-        [[d, h, w, 1] for d in (0, lengths[0] - 1) for h in (0, lengths[1] - 1) for w in (0, lengths[2] - 1)]
-    )
-    return float(np.linalg.norm(corners @ (scan.affine - other).T, axis=1).max())
 
 
 def content_key(array: NDArray[Any]) -> str:

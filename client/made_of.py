@@ -23,9 +23,12 @@ MADE_OF = "made-of.json"
 def digests_of(config: FinetuneConfig, beginning: Beginning, table: LabelTable) -> Settings:
     """Beside `settings_of`, of each fold the same. Of the scans who and what they are called, and no voxel."""
     weights = [beginning.digest, beginning.plan.canonical(), beginning.model.canonical()]
-    cases = [[one.number, one.file, one.patient, one.target, one.mask, one.part, one.place] for one in table.cases]
+    cases = [
+        [one.number, one.file, one.patient, one.target, one.mask, one.part, one.place, *one.others]
+        for one in table.cases
+    ]
     file = config.data.file.name if isinstance(config.data, MedMnistData) else None  # one of each size has equal labels
-    return {WEIGHTS: _digest(weights), CASES: _digest([file, table.modality, table.channel, cases])}
+    return {WEIGHTS: _digest(weights), CASES: _digest([file, table.modality, table.channel, cases, *table.channels])}
 
 
 def keep_made_of(out: Path, made: Settings) -> None:

@@ -52,29 +52,32 @@ def check_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[
         return _spatial_shape(image), spacing_of(affine), flags
 
 
-def read_nifti(path: Path, modality: Modality) -> Scan:
-    """The first volume of a NIfTI file in canonical axes; a file with one slice is an image.
+def read_nifti(path: Path, modality: Modality, *, volume: int = 0) -> Scan:
+    """One volume, from 0, of a NIfTI file in canonical axes; a file with one slice is an image.
 
-    Raises ScanError: `not_an_image`, `damaged_header`, `truncated_pixels`, `bad_spacing`, `bad_geometry`, ...
+    Raises ScanError: `not_an_image`, `damaged_header`, `truncated_pixels`, `bad_spacing`, `bad_geometry`, ...;
+    `lacks_channel`: the file holds fewer volumes.
     """
     with _opened(path) as image:
         affine, _ = _affine(image)
-        voxels = _first_volume(image)
+        voxels = _volume(image, volume)
     if 1 in voxels.shape:
         return image_of(voxels[None], affine, modality)
     turned, affine = canonical(voxels[None], affine)
     return Scan(turned, spacing_of(affine), modality, affine)
 
 
-def _first_volume(image: Any) -> NDArray[np.float32]:
-    """(X, Y, Z), scaled as the header says."""
-    shape = _spatial_shape(image)
-    first = (slice(None),) * min(3, len(image.shape)) + (0,) * (len(image.shape) - 3)
+def _volume(image: Any, number: int) -> NDArray[np.float32]:
+    """(X, Y, Z), scaled as the header says. Raises ScanError."""
+    shape, held = _spatial_shape(image), image.shape[3:]
+    if number >= math.prod(held):
+        raise ScanError("lacks_channel")
+    place = (slice(None),) * min(3, len(image.shape)) + tuple(np.unravel_index(number, held, order="F") if held else ())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            voxels = np.asarray(image.dataobj[first], dtype=np.float32).reshape(shape)
-            if math.prod(image.shape[3:]) == 1:
+            voxels = np.asarray(image.dataobj[place], dtype=np.float32).reshape(shape)
+            if number == math.prod(held) - 1:
                 image.dataobj.file_like.read(1)  # past the last voxel gzip compares its checksum
             return voxels
     except (OSError, EOFError, ValueError, zlib.error) as error:

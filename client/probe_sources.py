@@ -189,11 +189,11 @@ class _Table:
     def scans(self, plan: PlanConfig, modality: Modality | None) -> Iterator[Known]:
         cases, left_out = self._table.cases, dict[str, list[int]]()
         table = replace(self._table, modality=self._table.modality or modality)
-        for number, (case, scan, _) in enumerate(read_cases(cases, table, self._config, plan), start=1):
-            if isinstance(scan, ScanError):
-                left_out.setdefault(scan.reason, []).append(case.number)
+        for number, (case, scans, _) in enumerate(read_cases(cases, table, self._config, plan), start=1):
+            if isinstance(scans, ScanError):
+                left_out.setdefault(scans.reason, []).append(case.number)
             else:
-                yield Known(scan, self._labels(case.target), case.patient, case.number, case.number in self._tested)
+                yield Known(scans[0], self._labels(case.target), case.patient, case.number, case.number in self._tested)
             progress.report(progress.StepDone("scans", number, len(cases), None))
         for reason, lines in left_out.items():
             told = ", ".join(map(str, lines[:_SHOWN])) + (" and others" if len(lines) > _SHOWN else "")

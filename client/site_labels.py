@@ -369,7 +369,7 @@ def build(task: _Task) -> _Record:
     stored = [np.rint(values * FULL).astype(np.uint16)]
     if task.mask is not None:
         try:
-            mask = mask_beside(task.scan, task.mask)
+            mask = mask_beside([task.scan], task.mask)
             if isinstance(mask, MaskError):
                 raise mask
             labels = labels_of(scan, mask, classes=len(task.asked.task.classes), may_be_empty=task.may_be_empty)

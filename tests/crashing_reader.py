@@ -23,7 +23,7 @@ def write_compressed(path: Path) -> Path:
 
 def read_pair(pair: Any) -> Any:
     """`client.labelled.read_pair`, where it does not crash."""
-    if pair.scan.suffix == ".dcm":
+    if pair.scans[0].suffix == ".dcm":
         crash(pair)
     return _read_pair(pair)
 

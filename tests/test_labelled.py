@@ -24,7 +24,7 @@ from tests import crashing_reader
 from tests.series_files import write_radiograph
 from tests.test_label_tables import configured
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
-from unimiss_core.plan import prepare, resample_labels
+from unimiss_core.plan import prepare, prepare_channels, resample_labels
 from unimiss_core.progress import Note, listen
 from unimiss_core.scan import Scan
 from unimiss_core.study import PlanConfig
@@ -189,7 +189,7 @@ def test_a_mask_of_a_picture_that_is_stored_turned_must_say_so_too(tmp_path: Pat
     Image.fromarray(inside).save(tmp_path / "m.png", exif=exif)
     Image.fromarray(inside).save(tmp_path / "m.tif", tiffinfo={274: says} if says else {})
     for file in ("m.png", "m.tif"):
-        mask = mask_beside(tmp_path / scan, tmp_path / file)
+        mask = mask_beside([tmp_path / scan], tmp_path / file)
         if says == 3:
             assert isinstance(mask, Scan)
             found = read_one(tmp_path / scan).voxels[0]
@@ -198,7 +198,7 @@ def test_a_mask_of_a_picture_that_is_stored_turned_must_say_so_too(tmp_path: Pat
             assert found[labels > 0].min() > 200
         else:
             assert str(mask) == "the picture is stored turned, and its mask does not say so; save both upright"
-        assert isinstance(mask_beside(tmp_path / "m.png" if says != 3 else tmp_path / "m.tif", tmp_path / file), Scan)
+        assert isinstance(mask_beside([tmp_path / ("m.png" if says != 3 else "m.tif")], tmp_path / file), Scan)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -321,10 +321,10 @@ def test_a_mask_that_may_take_long_is_read_by_a_worker(tmp_path: Path, monkeypat
     table = label_table(config)
     monkeypatch.setattr(workers, "run", lambda *_, **__: iter([(0, ScanError("timed_out"))]))
 
-    def outcome() -> Scan | ScanError:
+    def outcome() -> tuple[Scan, ...] | ScanError:
         return next(read_cases(table.cases[:1], table, config, PLAN))[1]
 
-    assert isinstance(outcome(), Scan)
+    assert isinstance(outcome(), tuple)
     Image.fromarray(np.zeros((9, 7), np.uint8)).save(tmp_path / "labelsTr" / "c0.nii.gz", "TIFF")
     assert isinstance(outcome(), ScanError)
 
@@ -332,15 +332,15 @@ def test_a_mask_that_may_take_long_is_read_by_a_worker(tmp_path: Path, monkeypat
 def test_a_scan_that_cannot_be_prepared_in_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(8):
         write_case(tmp_path, f"c{number}", number)
-    small, calls = prepare, []
+    small, calls = prepare_channels, []
 
-    def first_too_large(scan: Scan, plan: PlanConfig) -> Any:
+    def first_too_large(scans: tuple[Scan, ...], plan: PlanConfig) -> Any:
         calls.append(0)
         if len(calls) == 1:
             raise MemoryError
-        return small(scan, plan)
+        return small(scans, plan)
 
-    monkeypatch.setattr(client.labelled, "prepare", first_too_large)
+    monkeypatch.setattr(client.labelled, "prepare_channels", first_too_large)
     notes: list[Any] = []
     with listen(notes.append):
         parts = read(tmp_path)

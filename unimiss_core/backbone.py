@@ -22,10 +22,20 @@ def architecture_of(model: ModelConfig) -> Architecture | PlusArchitecture:
     return ARCHITECTURES[model.size]
 
 
-def backbone_of(model: ModelConfig, ranks: Collection[Rank] = RANKS) -> Backbone:
-    """The backbone of this model, with the tensors of these ranks, on the device that torch makes tensors on."""
+def backbone_of(model: ModelConfig, ranks: Collection[Rank] = RANKS, *, channels: int | None = None) -> Backbone:
+    """The backbone of this model, with the tensors of these ranks, on the device that torch makes tensors on.
+
+    channels: C of scans that are several images or volumes; None: each is one, as in pretraining.
+    """
     needed = {rank: model.size_of(rank) for rank in sorted(ranks)}
     architecture = architecture_of(model)
     if isinstance(architecture, PlusArchitecture):
-        return MiTPlus(architecture, needed)
-    return MiT(architecture, needed)
+        return MiTPlus(architecture, needed, channels)
+    return MiT(architecture, needed, channels)
+
+
+def scan_kernel(model: ModelConfig, rank: Rank) -> str:
+    """Below the backbone, the name of what convolves the scan itself, (O, C, *k): the one tensor that hangs on how many
+    channels a scan has."""
+    first = "at_full" if isinstance(architecture_of(model), PlusArchitecture) else "stem"
+    return f"encoder.{first}.{rank}d.conv.weight"

@@ -24,7 +24,8 @@ from unimiss_core.scan import RANKS, SMALLEST, Rank
 INSTANCE_NORM: dict[Rank, type[InstanceNorm2d] | type[InstanceNorm3d]] = {2: InstanceNorm2d, 3: InstanceNorm3d}
 
 CHANNELS: dict[Rank, int] = {2: 3, 3: 1}
-"""Channels of the stem; a grey image counts as three equal ones."""
+"""Channels of the stem in pretraining, and wherever a scan is one image or volume; a grey image counts as three equal
+ones."""
 
 STEM_STRIDE: dict[Rank, tuple[int, ...]] = {2: (2, 2), 3: (1, 2, 2)}
 
@@ -108,14 +109,18 @@ class StagedEncoder(nn.Module):
         return class_token, tuple(maps)
 
 
-def check_scans(x: Tensor, ranks: tuple[Rank, ...]) -> None:
-    """Raises ValueError: x is no (B, C, *S) of one of these ranks, with channels and a size that a backbone takes."""
+def check_scans(x: Tensor, ranks: tuple[Rank, ...], channels: int | None) -> None:
+    """channels: C of scans of several images or volumes; None: each is one.
+
+    Raises ValueError: x is no (B, C, *S) of one of these ranks, with channels and a size that a backbone takes.
+    """
     rank = x.ndim - 2
     if rank not in ranks:
         known = " or ".join(f"{r}D (B, C, {', '.join('DHW'[-r:])})" for r in ranks)
         raise ValueError(f"the model takes {known}; got a tensor of shape {tuple(x.shape)}")
-    if x.shape[1] not in {1, CHANNELS[rank]}:
-        raise ValueError(f"{rank}D input needs 1{' or 3' * (rank == 2)} channels; got {x.shape[1]}")
+    takes = {1, CHANNELS[rank]} if channels is None else {channels}
+    if x.shape[1] not in takes:
+        raise ValueError(f"{rank}D input needs {' or '.join(map(str, sorted(takes)))} channels; got {x.shape[1]}")
     size, least = tuple(x.shape[2:]), SMALLEST[rank]
     if any(have < need for have, need in zip(size, least, strict=True)):
         raise ValueError(f"{rank}D input of size {size} is too small: every axis needs at least {least}")

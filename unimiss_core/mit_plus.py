@@ -84,33 +84,37 @@ PLUS_ARCHITECTURES: dict[PlusSize, PlusArchitecture] = {
 class MiTPlus(TokenNetwork):
     """Convolutions, four stages of tokens, and back up to full resolution; the input's number of axes picks the path.
 
-    input_sizes: as of `MiT`. The released code drops paths of the decoder's blocks by chance in pretraining, those of
-    the last with a probability of 0.1; nothing here is dropped.
+    input_sizes, channels: as of `MiT`. The released code drops paths of the decoder's blocks by chance in pretraining,
+    those of the last with a probability of 0.1; nothing here is dropped.
     """
 
     architecture: PlusArchitecture
 
-    def __init__(self, architecture: PlusArchitecture, input_sizes: dict[Rank, tuple[int, ...]]) -> None:
+    def __init__(
+        self, architecture: PlusArchitecture, input_sizes: dict[Rank, tuple[int, ...]], channels: int | None = None
+    ) -> None:
         super().__init__()
         self.architecture = architecture
+        self.channels = channels
         self.ranks = tuple(sorted(input_sizes))
         grids = {rank: plus_grids(size) for rank, size in input_sizes.items()}
-        self.encoder = PlusEncoder(architecture, grids)
+        self.encoder = PlusEncoder(architecture, grids, channels)
         self.decoder = PlusDecoder(architecture, grids)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *S) -> class token (B, width) as the last block leaves it, not normalised; the decoder is not run.
 
-        C is 3 or 1 for images, 1 for volumes. Raises ValueError: a rank, channels or a size that do not fit.
+        C is 3 or 1 for images, 1 for volumes, or what `channels` says. Raises ValueError: a rank, channels or a size
+        that do not fit.
         """
-        check_scans(x, self.ranks)
+        check_scans(x, self.ranks, self.channels)
         _, half = self.encoder.convolved(x)
         class_token: Tensor = self.encoder.through(half, class_only=True)[0]
         return class_token
 
     def features(self, x: Tensor) -> Features:
         """x (B, C, *S) -> class token and every feature map; the decoder's is as fine as x. Errors as forward."""
-        check_scans(x, self.ranks)
+        check_scans(x, self.ranks, self.channels)
         full, half = self.encoder.convolved(x)
         class_token, maps = self.encoder.through(half)
         return Features(class_token, half, maps, self.decoder(maps, half, full))
@@ -139,7 +143,7 @@ class MiTPlus(TokenNetwork):
     def forward_features(self, x: Tensor) -> Tensor:
         """x (B, C, *S) -> tokens (B, 1 + N, width) of the encoder's last stage, the class token first, then its map
         cell by cell. With `forward_head` the two halves that timm's models have; errors as forward."""
-        check_scans(x, self.ranks)
+        check_scans(x, self.ranks, self.channels)
         _, half = self.encoder.convolved(x)
         class_token, maps = self.encoder.through(half)
         return torch.cat([class_token[:, None], maps[-1].flatten(2).mT], dim=1)
@@ -148,11 +152,13 @@ class MiTPlus(TokenNetwork):
 class PlusEncoder(StagedEncoder):
     """Convolutions at full and at half resolution, and four stages."""
 
-    def __init__(self, architecture: PlusArchitecture, grids: dict[Rank, list[tuple[int, ...]]]) -> None:
+    def __init__(
+        self, architecture: PlusArchitecture, grids: dict[Rank, list[tuple[int, ...]]], channels: int | None = None
+    ) -> None:
         super().__init__()
         full, half = architecture.stem
         widths = (half, *architecture.widths)
-        self.at_full = Switched(lambda rank: ConvBlock(rank, CHANNELS[rank], full, 3, 1), grids)
+        self.at_full = Switched(lambda rank: ConvBlock(rank, channels or CHANNELS[rank], full, 3, 1), grids)
         self.at_half = Switched(lambda rank: _two_convolutions(rank, full, half, STEM_STRIDE[rank]), grids)
         self.class_token = nn.Parameter(torch.empty(1, widths[1]))
         self.stages = nn.ModuleList(

@@ -86,31 +86,36 @@ class MiT(TokenNetwork):
 
     input_sizes: by rank, the input that its position tables are made for. A rank left out has no tensors here, so
     a site without volumes can hold the model without its 3D part; shared and 2D tensors keep their names.
+    channels: C of scans that are several images or volumes; None: each is one.
     The released code asks for stochastic depth of 0.1 and drops it in silence; there is none here.
     """
 
     architecture: Architecture
 
-    def __init__(self, architecture: Architecture, input_sizes: dict[Rank, tuple[int, ...]]) -> None:
+    def __init__(
+        self, architecture: Architecture, input_sizes: dict[Rank, tuple[int, ...]], channels: int | None = None
+    ) -> None:
         super().__init__()
         self.architecture = architecture
+        self.channels = channels
         self.ranks = tuple(sorted(input_sizes))
         grids = {rank: token_grids(size) for rank, size in input_sizes.items()}
-        self.encoder = Encoder(architecture, grids)
+        self.encoder = Encoder(architecture, grids, channels)
         self.decoder = Decoder(architecture, grids)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *S) -> class token (B, width), normalised. The same as `features(x).class_token`, for less work.
 
-        C is 3 or 1 for images, 1 for volumes. Raises ValueError: a rank, channels or a size that do not fit.
+        C is 3 or 1 for images, 1 for volumes, or what `channels` says. Raises ValueError: a rank, channels or a size
+        that do not fit.
         """
-        check_scans(x, self.ranks)
+        check_scans(x, self.ranks, self.channels)
         class_token: Tensor = self.decoder(*self.encoder(x), class_only=True)[0]
         return class_token
 
     def features(self, x: Tensor) -> Features:
         """x (B, C, *S) -> class token and every feature map, for segmentation and reconstruction. Errors as forward."""
-        check_scans(x, self.ranks)
+        check_scans(x, self.ranks, self.channels)
         stem_map = self.encoder.stem(x)
         class_token, maps = self.encoder.through(stem_map)
         class_token, decoder_map = self.decoder(class_token, maps)
@@ -147,10 +152,14 @@ class MiT(TokenNetwork):
 class Encoder(StagedEncoder):
     """Stem and four stages, each halving the grid."""
 
-    def __init__(self, architecture: Architecture, grids: dict[Rank, list[tuple[int, ...]]]) -> None:
+    def __init__(
+        self, architecture: Architecture, grids: dict[Rank, list[tuple[int, ...]]], channels: int | None = None
+    ) -> None:
         super().__init__()
         widths = (architecture.stem, *architecture.widths)
-        self.stem = Switched(lambda rank: ConvBlock(rank, CHANNELS[rank], widths[0], 7, STEM_STRIDE[rank]), grids)
+        self.stem = Switched(
+            lambda rank: ConvBlock(rank, channels or CHANNELS[rank], widths[0], 7, STEM_STRIDE[rank]), grids
+        )
         self.class_token = nn.Parameter(torch.empty(1, widths[1]))
         self.stages = nn.ModuleList(
             _encoder_stage(i, widths[i], widths[i + 1], depth, {rank: grid[i] for rank, grid in grids.items()})

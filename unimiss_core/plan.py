@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unimiss_core.errors import ScanError
-from unimiss_core.scan import Scan
+from unimiss_core.scan import AGREE, Scan
 from unimiss_core.study import PlanConfig
 
 _SAMPLED_VOXELS = 2**22
 """Percentiles of a larger scan are taken over every k-th voxel."""
+_SAME_SPACING = 1e-3
+"""As a share, of pictures whose headers round it."""
 _HALFWAY = 1e-6
 """Old points: so near to the middle of two, a point lies between them but for rounding."""
 
@@ -39,6 +41,26 @@ def prepare(scan: Scan, plan: PlanConfig) -> tuple[NDArray[np.float32], tuple[fl
     for axis in sorted(range(len(steps)), key=lambda axis: -steps[axis]):
         values = resample(values, axis + 1, shape[axis], steps[axis])
     return np.clip(values, 0.0, 1.0), spacing
+
+
+def prepare_channels(scans: Sequence[Scan], plan: PlanConfig) -> tuple[NDArray[np.float32], tuple[float, ...]]:
+    """`prepare` of what one scan's channels are, each by its own kind and its own percentiles: (C, *S), spacing in mm.
+
+    Raises ScanError: as `prepare`; `channels_apart` (they do not lie on one grid).
+    """
+    first, *others = scans
+    if not all(_is_on_grid_of(first, other) for other in others):
+        raise ScanError("channels_apart")
+    prepared = [prepare(scan, plan) for scan in scans]
+    return np.concatenate([values for values, _ in prepared]), prepared[0][1]
+
+
+def _is_on_grid_of(one: Scan, other: Scan) -> bool:
+    if one.voxels.shape[1:] != other.voxels.shape[1:] or (one.affine is None) != (other.affine is None):
+        return False
+    if one.affine is not None and other.affine is not None:
+        return one.apart_mm(other.affine) <= AGREE * min(one.spacing_mm)
+    return np.allclose(one.spacing_mm, other.spacing_mm, rtol=_SAME_SPACING)
 
 
 def target_grid(

@@ -4,6 +4,7 @@ Legend of shapes: C channels, S spatial axes - (H, W) for an image, (D, H, W) fo
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ RANKS: tuple[Rank, Rank] = (2, 3)
 SMALLEST: dict[Rank, tuple[int, ...]] = {2: (33, 33), 3: (13, 33, 33)}
 """S that every network needs at least. Below it a stage's grid of MiT is smaller than its reduction, or its last map is
 one voxel and has no variance."""
+
+AGREE = 0.1
+"""Voxels by which corners of what lies on one grid may be apart: what rounding in headers does."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,10 @@ class Scan:
     @property
     def rank(self) -> Rank:
         return 2 if self.voxels.ndim == 3 else 3
+
+    def apart_mm(self, affine: NDArray[np.float64]) -> float:
+        """Largest distance between a corner of the scan by its own affine, which it must have, and by another."""
+        assert self.affine is not None
+        lengths = self.voxels.shape[1:] if self.rank == 3 else (1, *self.voxels.shape[1:])
+        corners = np.array([[*corner, 1] for corner in product(*((0, length - 1) for length in lengths))])
+        return float(np.linalg.norm(corners @ (self.affine - affine).T, axis=1).max())

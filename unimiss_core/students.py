@@ -96,8 +96,9 @@ def gathering(student: Student) -> Iterator[list[GatheredGradient]]:
 
 def shape_of_views(study: StudyConfig, rank: Rank) -> tuple[int, ...]:
     """(V, C, *S) of one scan in a step; a label is a channel more (`unimiss_core.labelled_views`)."""
-    views, channels = (study.views.views, 1) if study.finetune is None else (1, 2)
-    return views, channels, *study.size_of(rank)
+    if study.finetune is None:
+        return study.views.views, 1, *study.size_of(rank)
+    return 1, (study.finetune.task.channel_count or 1) + 1, *study.size_of(rank)
 
 
 def rank_of_views(views: Tensor) -> Rank:

@@ -21,6 +21,10 @@ UNKNOWN = -1
 
 ClassName = Annotated[str, Field(min_length=1, max_length=64)]
 
+MOST_CHANNELS = 16
+
+ChannelName = Annotated[str, Field(min_length=1, max_length=64)]
+
 
 class _Task(Config):
     """What both kinds of task set."""
@@ -29,6 +33,13 @@ class _Task(Config):
     rank: Rank = 3
     """2 for images, 3 for volumes."""
     classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MOST_CLASSES)]
+    channels: Annotated[
+        tuple[ChannelName, ...] | None,
+        Field(min_length=2, max_length=MOST_CHANNELS, exclude_if=lambda named: named is None),
+    ] = None
+    """What each image or volume of a scan is, in their order, where several of one patient lie on one grid: MR
+    sequences, say, or CT and PET. None: a scan is one, which is not written out, so that older studies keep their
+    digests."""
     input_size: Annotated[tuple[Axis, ...], Field(min_length=2, max_length=3)] | None = None
     """(H, W) or (D, H, W) that the network sees; None takes the size that its position tables are made for."""
 
@@ -36,8 +47,15 @@ class _Task(Config):
         """S that the network sees."""
         return self.input_size or model.size_of(self.rank)
 
+    @property
+    def channel_count(self) -> int | None:
+        """C of scans that are several images or volumes; None: each is one."""
+        return None if self.channels is None else len(self.channels)
+
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
+        if self.channels is not None and len({name.casefold() for name in self.channels}) < len(self.channels):
+            raise ValueError("channels: each name may stand once, however it is written")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes: each name may stand once")
         if self.input_size is not None:

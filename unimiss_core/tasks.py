@@ -68,14 +68,14 @@ class Segmenter(nn.Module):
     resolution), continued. Odd axes: what doubling adds beyond the finer map is left off, as in MiT's decoder.
     """
 
-    def __init__(self, rank: Rank, *, width: int, stem: int, outputs: int) -> None:
+    def __init__(self, rank: Rank, *, channels: int, width: int, stem: int, outputs: int) -> None:
         super().__init__()
         self.outputs = outputs
         up: Any = CONV_TRANSPOSED[rank]
         self.to_stem = up(width, stem, 2, 2)
         self.at_stem = ConvBlock(rank, stem, stem, 3, 1)
         self.to_full = up(stem, FULL_WIDTH, STEM_STRIDE[rank], STEM_STRIDE[rank])
-        self.input = ConvBlock(rank, CHANNELS[rank], FULL_WIDTH, 3, 1)
+        self.input = ConvBlock(rank, channels, FULL_WIDTH, 3, 1)
         self.at_full = ConvBlock(rank, FULL_WIDTH, FULL_WIDTH, 3, 1)
         self.classes = CONV[rank](FULL_WIDTH, outputs, 1)
 
@@ -113,7 +113,8 @@ def build_task_model(
     """A task's model on the CPU, in float32.
 
     pretrained: a whole network's tensors, by the names of pretraining, of which the backbone's of the task's rank are
-    taken; None begins at random. takes_head: `pretrained` is of a model for the same task, and its head is taken, too.
+    taken, for scans of the task's channels (`unimiss_core.channels`); None begins at random. takes_head: `pretrained`
+    is of a model for the same task, and its head is taken, too.
     Every tensor follows from the seed and its name alone; the global random state is neither read nor moved.
     Raises CheckpointError: a tensor is missing or of another shape.
     """
@@ -140,7 +141,7 @@ def load_task_model(model: ModelConfig, task: TaskConfig, *, tensors: Mapping[st
 def empty_task_model(model: ModelConfig, task: TaskConfig) -> TaskModel:
     """A task's model on torch's meta device: names and shapes without values, memory or time."""
     with unvalued():
-        backbone = backbone_of(model, {task.rank})
+        backbone = backbone_of(model, {task.rank}, channels=task.channel_count)
         if isinstance(task, SegmentationConfig):
             return TaskModel(backbone, _segmenter(backbone, task))
         return TaskModel(backbone, Classifier(backbone.num_features, task.outputs))
@@ -149,7 +150,8 @@ def empty_task_model(model: ModelConfig, task: TaskConfig) -> TaskModel:
 def _segmenter(backbone: Backbone, task: SegmentationConfig) -> Segmenter | FineSegmenter:
     width, outputs = backbone.map_width, task.outputs
     if isinstance(backbone, MiT):
-        return Segmenter(task.rank, width=width, stem=backbone.architecture.stem, outputs=outputs)
+        channels, stem = backbone.channels or CHANNELS[task.rank], backbone.architecture.stem
+        return Segmenter(task.rank, channels=channels, width=width, stem=stem, outputs=outputs)
     return FineSegmenter(task.rank, width=width, outputs=outputs)
 
 

@@ -1,0 +1,37 @@
+"""The images or volumes that one scan is made of, as tasks of several channels have them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from client.catalogue import read_one
+from client.nifti import read_nifti
+from client.patients import MODALITY_NAMES
+from unimiss_core.scan import Modality, Scan
+from unimiss_core.task_config import TaskConfig
+
+
+def modalities_of(task: TaskConfig, said: Modality | None) -> tuple[Modality | None, ...]:
+    """What each of a scan's channels is taken for where its file does not say it: what is said of all, or else what the
+    channel's name begins with, as CT and PET do."""
+    return tuple(said or modality_named(name) for name in task.channels or ("",))
+
+
+def modality_named(name: str) -> Modality | None:
+    """What a channel called so holds; None where its name does not begin with a modality's."""
+    return MODALITY_NAMES.get(re.split(r"[^A-Z]", name.upper())[0])
+
+
+def read_channels(
+    paths: Sequence[Path], numbers: Sequence[int], modalities: Sequence[Modality | None], *, interpolate: bool
+) -> tuple[Scan, ...]:
+    """A scan of each path, which may be a series' folder. One path for all of several is a NIfTI file that holds them
+    as its volumes, of these numbers from 0, as the Medical Segmentation Decathlon has them.
+
+    For a worker, or files that are known to be safe. Raises ScanError: as `read_one`; `lacks_channel`.
+    """
+    if len(set(paths)) == 1 < len(paths):
+        each = zip(numbers, modalities, strict=True)
+        return tuple(read_nifti(paths[0], modality or "OT", volume=number) for number, modality in each)
+    pairs = zip(paths, modalities, strict=True)
+    return tuple(read_one(path, modality, interpolate=interpolate) for path, modality in pairs)

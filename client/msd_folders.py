@@ -1,0 +1,115 @@
+"""What a folder of the Medical Segmentation Decathlon or of nnU-Net says: its cases' files, and its dataset.json."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from client.channels import case_of, channel_of, stem
+from client.label_config import MsdData
+from unimiss_core.errors import ConfigError
+from unimiss_core.json_text import read_object
+from unimiss_core.task_config import SegmentationConfig
+
+
+def files_by_case(folder: Path) -> dict[str, list[str]]:
+    """Case -> its files: without the ending, and without nnU-Net's channel, for images and masks alike."""
+    if not folder.is_dir():
+        raise ConfigError(f"data.folder: holds no folder {folder.name}")
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if stem(path.name) != path.name and not path.name.startswith("."):
+            case = case_of(path.name) if folder.name == "imagesTr" else stem(path.name)
+            found.setdefault(case, []).append(path.name)
+    return _undone_where_names_alone_end_so(found)
+
+
+def _undone_where_names_alone_end_so(found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """A case whose own name ends in four digits is not a channel: nnU-Net's channels always begin with _0000."""
+    if any(channel_of(name) == 0 for names in found.values() for name in names):
+        return found
+    return {stem(name): [name] for names in found.values() for name in names}
+
+
+def channels_in(names: Sequence[str]) -> dict[int, str]:
+    numbered = {number: name for name in names if (number := channel_of(name)) is not None}
+    return numbered if len(numbered) == len(names) and 0 in numbered else {0: names[0]}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a folder's dataset.json says, where it is there."""
+
+    labels: Mapping[str, Any] | None = None
+    channels: Mapping[str, str] = field(default_factory=dict)
+    """By their numbers."""
+
+
+def told_in(path: Path) -> Told:
+    """Raises ConfigError: it is none."""
+    if not path.exists():
+        return Told()
+    try:
+        told = read_object(path)
+        channels = dict(told.get("channel_names") or told.get("modality") or {})
+        return Told(dict(told["labels"]), {str(number): str(name) for number, name in channels.items()})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError("data.folder: dataset.json is no JSON with 'labels', as MSD and nnU-Net write it") from None
+
+
+def check_labels(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
+    """Raises ConfigError: they are no classes one of which each voxel is of, or contradict the task."""
+    if regions := sum(isinstance(value, list) for value in labels.values()):
+        raise ConfigError(
+            f"data.folder: {regions} label(s) of dataset.json are of several values (nnU-Net's regions), and here each "
+            "voxel is of one class; name each value of the masks as a label of its own, or write masks whose values "
+            "are what is to be told apart"
+        )
+    if any(str(told).strip().lower() == "ignore" for told in (*labels, *labels.values())):
+        raise ConfigError(
+            "data.folder: dataset.json has a label 'ignore', for voxels that nobody labelled, and here they would be "
+            "trained as a class; label them in the masks, or leave out cases that hold any, and then take the label "
+            "out of dataset.json"
+        )
+    if len(labels) != task.outputs:
+        raise ConfigError(
+            f"task.classes: {len(task.classes)} beside the background; dataset.json has {len(labels) - 1}"
+        )
+    _check_order(labels, task)
+
+
+def _check_order(labels: Mapping[str, Any], task: SegmentationConfig) -> None:
+    """labels: value -> name as MSD writes them, or name -> value as nnU-Net does. Raises ConfigError: they give the
+    task's own names to other values; of names that are not the task's nothing can be said."""
+    if not all(value.isdecimal() for value in labels):
+        labels = {str(value): name for name, value in labels.items()}
+    values = {str(name).strip().lower(): value for value, name in labels.items() if value.isdecimal()}
+    for number, name in enumerate(task.classes, start=1):
+        if (told := values.get(name.strip().lower(), str(number))) != str(number):
+            raise ConfigError(
+                f"task.classes: '{name}' is value {number}, and dataset.json says it is {told}; value i of a mask is "
+                "the i-th class, so put the classes in the order of dataset.json"
+            )
+
+
+def numbers_of(task: SegmentationConfig, data: MsdData, told: Mapping[str, str]) -> tuple[int, ...]:
+    """Of each of the task's channels, as data.channels or dataset.json has them; told: number -> name of the latter.
+
+    Raises ConfigError: neither says it, or they contradict each other.
+    """
+    assert task.channels is not None
+    by_name = {name.strip().casefold(): int(number) for number, name in told.items() if number.isdecimal()}
+    named = [by_name.get(name.strip().casefold()) for name in task.channels]
+    for name, number, said in zip(task.channels, named, data.channels or (), strict=data.channels is not None):
+        if number not in (None, said):
+            raise ConfigError(f"data.channels: {name} is {said}, and dataset.json says it is {number}")
+    if data.channels is not None:
+        return data.channels
+    lacking = [name for name, number in zip(task.channels, named, strict=True) if number is None]
+    if lacking:
+        there = f"dataset.json names {', '.join(map(str, told.values()))}" if told else "there is no dataset.json"
+        raise ConfigError(
+            f"task.channels: {there}, which does not say which channel {', '.join(lacking)} is; write them as it does, "
+            "or give data.channels, the number of each"
+        )
+    return tuple(number for number in named if number is not None)

@@ -1,0 +1,256 @@
+"""Models of tasks whose scans are several images or volumes of one patient."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from client.catalogue import read_one
+from client.finetune_config import FinetuneConfig
+from client.label_tables import label_table
+from client.labelled import Labelled, prepare_cases
+from client.nifti import write_nifti
+from client.splits import split_cases
+from tests.test_label_tables import configured
+from tests.test_labelled import write_case
+from unimiss_core.channels import for_channels_of
+from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.network import build_network, tensors_of
+from unimiss_core.plan import prepare
+from unimiss_core.progress import Note, listen
+from unimiss_core.scan import Modality, Rank, Scan
+from unimiss_core.study import ModelConfig, PlanConfig
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
+from unimiss_core.tasks import TaskModel, build_task_model
+
+SIZES: dict[Rank, tuple[int, ...]] = {2: (33, 47), 3: (13, 35, 41)}
+MODELS = [ModelConfig(prototypes=16), ModelConfig(size="plus_nano", prototypes=16)]
+SEQUENCES = ("FLAIR", "T1", "T1gd", "T2")
+
+
+def segmentation(rank: Rank, channels: tuple[str, ...] | None = SEQUENCES) -> SegmentationConfig:
+    return SegmentationConfig(rank=rank, classes=("a", "b"), channels=channels)
+
+
+def begun(model: ModelConfig, task: SegmentationConfig, seed: int = 1) -> TaskModel:
+    """On a network of pretraining, of another seed than the head."""
+    pretrained = tensors_of(build_network(model, seed=seed))
+    return build_task_model(model, task, seed=0, pretrained=for_channels_of(task, model, pretrained, None)).eval()
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.size)
+@pytest.mark.parametrize("rank", SIZES)
+@pytest.mark.parametrize("channels", [("T1", "T2"), ("R", "G", "B"), SEQUENCES])
+def test_a_scan_whose_channels_are_alike_is_seen_as_the_one_that_pretraining_knows(
+    model: ModelConfig, rank: Rank, channels: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    one = torch.randn(2, 1, *SIZES[rank])
+    alike = one.expand(-1, len(channels), *[-1] * rank)
+    pretrained = build_network(model, seed=1).backbone.eval()
+    with torch.inference_mode():
+        expected, found = pretrained.features(one), begun(model, segmentation(rank, channels)).backbone.features(alike)
+    torch.testing.assert_close(found.class_token, expected.class_token, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.decoder_map, expected.decoder_map, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.size)
+@pytest.mark.parametrize("rank", SIZES)
+def test_every_channel_counts_and_learns(model: ModelConfig, rank: Rank) -> None:
+    found = build_task_model(model, segmentation(rank), seed=0, pretrained=None)
+    x = torch.randn(2, 4, *SIZES[rank], generator=torch.Generator().manual_seed(0)).requires_grad_()
+    answer = found(x)
+    assert answer.shape == (2, 3, *SIZES[rank])
+    answer.square().sum().backward()
+    assert x.grad is not None
+    assert all(x.grad[:, channel].abs().max() > 0 for channel in range(4))
+    for channels in (1, 3, 5):
+        with pytest.raises(ValueError, match=f"needs 4 channels; got {channels}"):
+            found(torch.zeros(1, channels, *SIZES[rank]))
+
+
+@pytest.mark.parametrize("rank", SIZES)
+def test_weights_of_the_same_channels_stay_and_of_others_are_parted_anew(rank: Rank) -> None:
+    model = MODELS[0]
+    tensors = tensors_of(begun(model, segmentation(rank)))
+    kernel = f"backbone.encoder.stem.{rank}d.conv.weight"
+    tensors[kernel] = torch.randn(tensors[kernel].shape, generator=torch.Generator().manual_seed(0))
+    same = for_channels_of(segmentation(rank), model, tensors, SEQUENCES)
+    assert torch.equal(same[kernel], tensors[kernel])
+    whole = tensors[kernel].sum(1)
+    for other in (None, ("T1", "T2"), SEQUENCES[::-1]):
+        task = segmentation(rank, other)
+        parted = for_channels_of(task, model, tensors, SEQUENCES)[kernel]
+        torch.testing.assert_close(parted.sum(1), whole)
+        build_task_model(model, task, seed=0, pretrained={**tensors, kernel: parted})
+
+
+def test_a_task_of_one_channel_is_written_as_it_always_was() -> None:
+    plain = ClassificationConfig(classes=("a", "b"))
+    assert "channels" not in plain.model_dump()
+    assert plain.channel_count is None
+    assert "channels" in ClassificationConfig(classes=("a", "b"), channels=("T1", "T2")).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [(("T1",), "at least 2"), (("T1", "t1"), "each name may stand once"), (tuple(map(str, range(17))), "at most 16")],
+)
+def test_channels_that_cannot_be(channels: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ClassificationConfig(classes=("a", "b"), channels=channels)
+
+
+# ------------------------------------------------------------------------------------------------------ labelled scans
+
+PLAN = PlanConfig(volume_spacing_mm=(2.0, 2.0, 2.0))
+TASK = {"name": "segmentation", "rank": 3, "classes": ["ball"], "channels": ["CT", "PET", "T2"]}
+FILES = {"CT": 2, "PET": 0, "T2": 1}
+"""Which number each has in a folder of nnU-Net's."""
+NAMES = {str(number): name for name, number in FILES.items()}
+
+
+def write_cases(folder: Path, *, count: int = 8, in_one_file: bool = False) -> None:
+    """nnU-Net's folder: each case of three channels of other ranges, with the ball in the second alone."""
+    for case in range(count):
+        write_case(folder, f"c{case}", case)
+        path = folder / "imagesTr" / f"c{case}.nii.gz"
+        scan, random = read_one(path), np.random.default_rng(100 + case)
+        other = [random.normal(centre, width, scan.voxels.shape) for centre, width in ((40, 400), (1e3, 50))]
+        channels = [scan.voxels, *(values.astype(np.float32) for values in other)]
+        path.unlink()
+        if in_one_file:
+            volumes = np.concatenate([values.transpose(0, 3, 2, 1) for values in channels])
+            image = nibabel.load(folder / "labelsTr" / f"c{case}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(np.moveaxis(volumes, 0, -1), image.affine), path)
+            continue
+        for number, values in enumerate(channels):
+            write_nifti(folder / "imagesTr" / f"c{case}_{number:04d}.nii.gz", Scan(values, scan.spacing_mm, "OT"))
+
+
+def told(folder: Path, names: dict[str, str]) -> None:
+    (folder / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "ball": 1}, "channel_names": names}), encoding="utf-8"
+    )
+
+
+def of_folder(folder: Path, **data: Any) -> FinetuneConfig:
+    split = {"folds": 2, "validation": 0.5}
+    return configured(folder, TASK, {"name": "msd", "folder": ".", **data}, split=split)
+
+
+def prepared(folder: Path, config: FinetuneConfig) -> list[Labelled]:
+    table = label_table(config)
+    parts = prepare_cases(split_cases(table.cases, config), table, PLAN, config, folder / "prepared")
+    return sorted((one for found in parts.values() for one in found), key=lambda one: one.case.number)
+
+
+def alone(path: Path, modality: Modality | None) -> np.ndarray:
+    """A channel prepared as if it were all there is."""
+    return prepare(read_one(path, modality), PLAN)[0][0]
+
+
+def test_each_channel_is_prepared_by_its_own_kind_as_if_it_stood_alone(tmp_path: Path) -> None:
+    write_cases(tmp_path)
+    told(tmp_path, NAMES)
+    found = prepared(tmp_path, of_folder(tmp_path))
+    assert len(found) == 8
+    for case, one in enumerate(found):
+        kinds: list[tuple[int, Modality | None]] = [(2, "CT"), (0, "PT"), (1, None)]
+        files = [(tmp_path / "imagesTr" / f"c{case}_{number:04d}.nii.gz", kind) for number, kind in kinds]
+        np.testing.assert_allclose(one.whole(), [alone(*file) for file in files], atol=1e-4)
+        assert one.modalities == ("CT", "PT", "OT")
+        bright = one.whole()[1]
+        assert bright[one.mask == 1].mean() - bright[one.mask == 0].mean() > 0.5
+
+
+def test_volumes_of_one_file_are_its_channels(tmp_path: Path) -> None:
+    """Oracle: the same channels in files of their own."""
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "one").mkdir()
+    write_cases(tmp_path / "apart")
+    write_cases(tmp_path / "one", in_one_file=True)
+    expected = prepared(tmp_path / "apart", of_folder(tmp_path / "apart", channels=[2, 0, 1]))
+    told(tmp_path / "one", NAMES)
+    for one, other in zip(prepared(tmp_path / "one", of_folder(tmp_path / "one")), expected, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+        np.testing.assert_array_equal(one.mask, other.mask)
+    notes: list[Any] = []
+    (tmp_path / "one" / "dataset.json").unlink()
+    with pytest.raises(NoUsableScanError), listen(notes.append):
+        prepared(tmp_path / "one", of_folder(tmp_path / "one", channels=[0, 1, 3]))
+    assert any("lacks_channel" in note.text for note in notes if isinstance(note, Note))
+
+
+def test_columns_of_a_table_are_channels(tmp_path: Path) -> None:
+    write_cases(tmp_path)
+    lines = ["pet,ct,t2,label,patient"]
+    lines += [
+        ",".join([*(f"imagesTr/c{n}_{k:04d}.nii.gz" for k in (0, 2, 1)), f"labelsTr/c{n}.nii.gz", f"p{n}"])
+        for n in range(8)
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    split, data = {"folds": 2, "validation": 0.5}, {"table": "t.csv", "scan": ["ct", "pet", "t2"]}
+    by_table = prepared(tmp_path, configured(tmp_path, TASK, data, split=split))
+    by_name = prepared(tmp_path, of_folder(tmp_path, channels=[2, 0, 1]))
+    for one, other in zip(by_table, by_name, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+
+
+def test_channels_that_do_not_lie_on_one_grid_are_left_out(tmp_path: Path) -> None:
+    write_cases(tmp_path)
+    for number, more in ((0, {"spacing": (1.0, 1.0, 1.5)}), (1, {"offset": 3.0}), (2, {"cut": 1})):
+        path = tmp_path / "imagesTr" / f"c{number}_0001.nii.gz"
+        scan = read_one(path)
+        affine = scan.affine.copy()  # type: ignore[union-attr]
+        affine[0, 3] += more.get("offset", 0.0)
+        values = scan.voxels[..., int(more.get("cut", 0)) :]
+        if "spacing" in more:
+            write_nifti(path, Scan(values, more["spacing"], "OT"))  # type: ignore[arg-type]
+        else:
+            write_nifti(path, Scan(values, scan.spacing_mm, "OT", affine))
+    notes: list[Any] = []
+    with listen(notes.append):
+        found = prepared(tmp_path, of_folder(tmp_path, channels=[2, 0, 1]))
+    assert [one.case.number for one in found] == [4, 5, 6, 7, 8]
+    assert sum("channels_apart" in note.text for note in notes if isinstance(note, Note)) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "message"),
+    [
+        ({}, None, "there is no dataset.json, which does not say which channel CT, PET, T2 is"),
+        ({"0": "PET", "1": "T2w", "2": "ct"}, None, "names PET, T2w, ct, which does not say which channel T2 is"),
+        (NAMES, [0, 2, 1], "CT is 0, and dataset.json says it is 2"),
+        (NAMES, [2, 0], "expected 3 different numbers, of CT, PET, T2, in this order"),
+        (NAMES, [2, 0, 0], "expected 3 different numbers"),
+        ({}, [2, 0, 7], "has no channel 7 .data.channels"),
+    ],
+)
+def test_which_file_is_which_channel_is_never_guessed(
+    tmp_path: Path, names: dict[str, str], channels: list[int] | None, message: str
+) -> None:
+    write_cases(tmp_path, count=2)
+    if names:
+        told(tmp_path, names)
+    with pytest.raises(ConfigError, match=message):
+        label_table(of_folder(tmp_path, channels=channels))
+
+
+def test_a_table_has_a_column_for_each_channel(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b,label,patient\n")
+    for columns in ("a", ["a", "b"], ["a", "b", "b"]):
+        with pytest.raises(
+            ConfigError, match=r"data\.scan: expected a list of 3 columns, of CT, PET, T2, in this order"
+        ):
+            configured(tmp_path, TASK, {"table": "t.csv", "scan": columns})
+    plain = {**TASK, "channels": None}
+    with pytest.raises(ConfigError, match="a list of columns is of a task with channels"):
+        configured(tmp_path, plain, {"table": "t.csv", "scan": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"data\.channels: the task has none"):
+        configured(tmp_path, plain, {"name": "msd", "folder": ".", "channels": [0, 1]})

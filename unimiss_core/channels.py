@@ -1,0 +1,37 @@
+"""Scans of several channels: images or volumes of one patient on one grid, as MR sequences, or CT and PET.
+
+Pretraining knows scans of one channel. A model for a task of several begins as if all were that one: the kernel that
+meets the scan is parted among them evenly, so that a scan whose channels are all alike gives the features that one of
+them gave, and every other tensor stays as it is.
+
+Legend of shapes: O, C channels of a kernel out and in, k its size.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from unimiss_core.backbone import scan_kernel
+from unimiss_core.layers import CHANNELS
+from unimiss_core.model_config import ModelConfig
+from unimiss_core.task_config import TaskConfig
+
+
+def for_channels_of(
+    task: TaskConfig, model: ModelConfig, tensors: Mapping[str, Tensor], known: tuple[str, ...] | None
+) -> Mapping[str, Tensor]:
+    """The tensors of a network, or of a model for a task, as a model of the task's channels begins with them.
+
+    known: channels of the scans that they are of; None of pretraining, and of tasks whose scans are one. Where they are
+    the task's, nothing is changed.
+    """
+    name = f"backbone.{scan_kernel(model, task.rank)}"
+    if known == task.channels or name not in tensors:
+        return tensors
+    return {**tensors, name: _parted(tensors[name], task.channel_count or CHANNELS[task.rank])}
+
+
+def _parted(kernel: Tensor, count: int) -> Tensor:
+    """(O, C, *k) -> (O, count, *k): what all C together say of a scan whose channels are alike, a share for each."""
+    one = kernel.sum(1, keepdim=True) / count
+    return one.expand(-1, count, *kernel.shape[2:]).contiguous()
