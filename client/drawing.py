@@ -79,10 +79,11 @@ def labelled_view(
 ) -> Tensor:
     """A random crop of a whole scan with its class, or a window of it with its mask: (C + 1, *size)."""
     assert isinstance(scan, LabelledScan), "a study of fine-tuning opens labelled scans"
-    task = asked.task
+    task, apart = asked.task, asked.task.channels is not None
     if not isinstance(task, ClassificationConfig):
-        return with_mask(*window_of(scan, size, asked.augmentation, generator, foreground=asked.foreground))
-    view = crop_of(scan, size, asked.augmentation, generator)
+        about = asked.foreground
+        return with_mask(*window_of(scan, size, asked.augmentation, generator, foreground=about, shades_apart=apart))
+    view = crop_of(scan, size, asked.augmentation, generator, shades_apart=apart)
     if task.kind == "multi_label":
         return with_shares(view, scan.target)
     return with_shares(view, [float(number == scan.target[0]) for number in range(task.outputs)])

@@ -333,7 +333,7 @@ def _prepared(
     if other := next((one.rank for one in scans if one.rank != task.rank), None):
         kinds = {2: "an image (rank 2)", 3: "a volume (rank 3)"}
         raise MaskError(f"the scan is {kinds[other]}, expected {kinds[task.rank]}; correct task.rank, or leave it out")
-    values, spacing = prepare_channels(scans, plan)
+    values, spacing = prepare_channels(scans, plan, task.other_grids)
     stored = as_stored(values)
     kept = _kept(folder / f"{case.number:06d}.npy", stored)
     modalities = tuple(one.modality for one in scans)

@@ -58,7 +58,8 @@ REASONS: Mapping[str, str] = {
     # Series and geometry
     "label_unfit": "the table or folder of labels names no path, patient, class or channel there can be, or no label",
     "other_channel": "another channel of its case (CASE_0000, CASE_0001, ...) than the one that the model reads",
-    "channels_apart": "its channels do not lie on one grid; resample them onto one",
+    "channels_apart": "its channels (of a task that has several) do not lie on one grid; resample them onto one, or "
+    "set task.other_grids: resample",
     "lacks_channel": "holds fewer volumes than the task has channels, or is no NIfTI file of several",
     "mask_unfit": "its mask does not go with it: another geometry or kind, not stored turned as it is, other values, "
     "empty, or not to be read",

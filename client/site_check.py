@@ -29,7 +29,7 @@ from client.reasons import FLAGS, REASONS
 from client.series import Kind
 from client.site_config import RANKS_BY_NAME, DataSource, PatientLimits
 from unimiss_core.errors import ConfigError, ScanError
-from unimiss_core.plan import prepare
+from unimiss_core.plan import affine_of_prepared, prepare
 from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import PlanConfig
 
@@ -154,7 +154,7 @@ def examine(task: _Examine) -> _Examined:
     scan = read(task.candidate)
     values, spacing = prepare(scan, task.plan)
     if task.nifti_folder is not None:
-        prepared = Scan(values, spacing, scan.modality, moved_affine(scan, values.shape[1:]))
+        prepared = Scan(values, spacing, scan.modality, affine_of_prepared(scan, values.shape[1:], spacing))
         try:
             nifti.write_nifti(task.nifti_folder / f"{task.name}_{scan.modality}_{scan.rank}d.nii.gz", prepared)
         except OSError as error:
@@ -165,19 +165,6 @@ def examine(task: _Examine) -> _Examined:
         key=content_key(task.candidate, task.plan),
         tile=_tile(values) if task.preview else None,
     )
-
-
-def moved_affine(scan: Scan, shape: Sequence[int]) -> NDArray[np.float64] | None:
-    """The affine of a scan after resampling to `shape` about the same centre; see `unimiss_core.plan.resample`."""
-    if scan.affine is None:
-        return None
-    thin = 3 - len(shape)  # an image's affine begins with the axis it has no extent along
-    old = np.array([1] * thin + list(scan.voxels.shape[1:]), dtype=float)
-    new = np.array([1] * thin + list(shape), dtype=float)
-    step = old / new
-    to_old = np.diag([*step, 1.0])
-    to_old[:3, 3] = (old - 1) / 2 - step * (new - 1) / 2
-    return np.asarray(scan.affine @ to_old)
 
 
 def _tile(values: NDArray[np.float32]) -> NDArray[np.uint8]:

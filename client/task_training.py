@@ -160,14 +160,15 @@ class Training:
 
     def _views(self, scans: Sequence[Labelled], step: int) -> Batch:
         task, train = self.config.task, self.config.training
+        apart = task.channels is not None
         generators = [generator_for(self.config.seed, "view", step, place) for place in range(len(scans))]
         if isinstance(task, ClassificationConfig):
             drawn = zip(scans, generators, strict=True)
-            views = [crop_of(one, self.size, train.augmentation, own) for one, own in drawn]
+            views = [crop_of(one, self.size, train.augmentation, own, shades_apart=apart) for one, own in drawn]
             targets = torch.tensor([one.case.target for one in scans])
             return torch.stack(views), targets.float() if task.kind == "multi_label" else targets[:, 0]
         pairs = [
-            window_of(one, self.size, train.augmentation, own, foreground=train.foreground)
+            window_of(one, self.size, train.augmentation, own, foreground=train.foreground, shades_apart=apart)
             for one, own in zip(scans, generators, strict=True)
         ]
         return torch.stack([view for view, _ in pairs]), torch.stack([mask for _, mask in pairs])

@@ -30,8 +30,18 @@ class Masked(Croppable, Protocol):
         """Of a box along S: (*box)."""
 
 
-def crop_of(one: Croppable, size: Sequence[int], config: AugmentationConfig, generator: torch.Generator) -> Tensor:
-    """A random crop of the scan, shrunk to `size`, perhaps mirrored and shaded, as the model takes it: (C, *size)."""
+def crop_of(
+    one: Croppable,
+    size: Sequence[int],
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    *,
+    shades_apart: bool = False,
+) -> Tensor:
+    """A random crop of the scan, shrunk to `size`, perhaps mirrored and shaded, as the model takes it: (C, *size).
+
+    shades_apart: each channel is shaded by itself, as MR sequences are, and the colours of one picture are not.
+    """
     lengths = one.shape[1:]
     share = math.sqrt(_between(config.area, _uniform(1, generator)[0]))
     box = []
@@ -43,17 +53,23 @@ def crop_of(one: Croppable, size: Sequence[int], config: AugmentationConfig, gen
         chance > draw for chance, draw in zip(config.flip[-len(size) :], _uniform(len(size), generator), strict=True)
     ]
     view = resize(torch.from_numpy(one.crop(tuple(box))), size, mirrored=mirrored)
-    shade_(view, _strengths(config.intensity, generator), generator)
+    _shade_(view, config, generator, apart=shades_apart)
     return standardise(view)
 
 
 def window_of(
-    one: Masked, size: Sequence[int], config: AugmentationConfig, generator: torch.Generator, *, foreground: float
+    one: Masked,
+    size: Sequence[int],
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    *,
+    foreground: float,
+    shades_apart: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A window of the scan and of its mask, not stretched: (C, *size) as the model takes it, and (*size) of classes.
 
     foreground: the chance that the window is laid about a voxel of a class, each class being as likely as another.
-    Beyond the scan there is 0 and background, as in inference.
+    Beyond the scan there is 0 and background, as in inference. shades_apart: as of `crop_of`.
     """
     lengths, rank = one.shape[1:], len(size)
     about = _foreground_voxel(one, generator) if _uniform(1, generator)[0] < foreground else None
@@ -72,7 +88,7 @@ def window_of(
     view, truth = torch.from_numpy(values), torch.from_numpy(classes)
     turned = [a for a, draw in enumerate(_uniform(rank, generator)) if draw < config.flip[-rank:][a]]
     view, truth = view.flip([a + 1 for a in turned]), truth.flip(turned)
-    shade_(view, _strengths(config.intensity, generator), generator)
+    _shade_(view, config, generator, apart=shades_apart)
     return standardise(view), truth
 
 
@@ -82,6 +98,11 @@ def _foreground_voxel(one: Masked, generator: torch.Generator) -> list[int] | No
     which, where = _uniform(2, generator)
     voxels = one.places[sorted(one.places)[int(which * len(one.places))]]
     return [int(index) for index in voxels[int(where * len(voxels))]]
+
+
+def _shade_(view: Tensor, config: AugmentationConfig, generator: torch.Generator, *, apart: bool) -> None:
+    for channels in view.split(1) if apart else (view,):
+        shade_(channels, _strengths(config.intensity, generator), generator)
 
 
 def _strengths(chance: float, generator: torch.Generator) -> Strengths:

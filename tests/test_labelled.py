@@ -1,3 +1,5 @@
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,11 +336,11 @@ def test_a_scan_that_cannot_be_prepared_in_memory_is_left_out(tmp_path: Path, mo
         write_case(tmp_path, f"c{number}", number)
     small, calls = prepare_channels, []
 
-    def first_too_large(scans: tuple[Scan, ...], plan: PlanConfig) -> Any:
+    def first_too_large(*asked: Any) -> Any:
         calls.append(0)
         if len(calls) == 1:
             raise MemoryError
-        return small(scans, plan)
+        return small(*asked)
 
     monkeypatch.setattr(client.labelled, "prepare_channels", first_too_large)
     notes: list[Any] = []
@@ -393,3 +395,23 @@ def test_a_crop_without_change_is_the_whole_scan_and_its_draws_follow_the_genera
     first, again, other = (crop_of(one, (13, 20, 20), moved, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("of", ["crop", "window"])
+def test_channels_are_shaded_each_by_itself_where_that_is_asked_for(of: str) -> None:
+    """Noise has no mean: two channels that are alike stay so on average, unless their brightness was drawn apart."""
+    one = np.linspace(10_000, 50_000, 40 * 40).reshape(40, 40).astype(np.uint16)
+    scan = Labelled(Case(1, "", ""), np.stack([one, one]), Grid((40, 40), (1.0,) * 2, (1.0,) * 2, None))
+    scan = replace(scan, mask=np.zeros((40, 40), np.uint8))
+    config, apart = AugmentationConfig(intensity=1.0), {False: 0, True: 0}
+    for shades_apart, seed in itertools.product(apart, range(20)):
+        drawn = torch.Generator().manual_seed(seed)
+        view = (
+            crop_of(scan, (36, 36), config, drawn, shades_apart=shades_apart)
+            if of == "crop"
+            else window_of(scan, (36, 36), config, drawn, foreground=0.0, shades_apart=shades_apart)[0]
+        )
+        first, second = view.mean((1, 2))
+        apart[shades_apart] += int(abs(first - second) > 0.05)
+    assert apart[False] == 0
+    assert apart[True] > 10

@@ -19,9 +19,9 @@ from client.splits import split_cases
 from tests.test_label_tables import configured
 from tests.test_labelled import write_case
 from unimiss_core.channels import for_channels_of
-from unimiss_core.errors import ConfigError, NoUsableScanError
+from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.network import build_network, tensors_of
-from unimiss_core.plan import prepare
+from unimiss_core.plan import affine_of_prepared, prepare, prepare_channels
 from unimiss_core.progress import Note, listen
 from unimiss_core.scan import Modality, Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
@@ -254,3 +254,87 @@ def test_a_table_has_a_column_for_each_channel(tmp_path: Path) -> None:
         configured(tmp_path, plain, {"table": "t.csv", "scan": ["a", "b"]})
     with pytest.raises(ConfigError, match=r"data\.channels: the task has none"):
         configured(tmp_path, plain, {"name": "msd", "folder": ".", "channels": [0, 1]})
+
+
+# ---------------------------------------------------------------------------------------------- channels of other grids
+
+
+def turned(degrees: float, spacing: tuple[float, ...], origin: tuple[float, ...]) -> np.ndarray:
+    """An affine of (d, h, w): superior, posterior, left, turned about the first axis."""
+    sine, cosine = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
+    axes = np.array([[0, sine, -cosine], [0, -cosine, -sine], [1, 0, 0]])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes * spacing, origin
+    return affine
+
+
+def smooth(affine: np.ndarray, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Scan:
+    """A volume of a function that is smooth in the patient, in HU."""
+    return Scan(hu(affine, shape)[None].astype(np.float32), spacing, "CT", affine)
+
+
+def hu(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    indices = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1)
+    x, y, z = np.moveaxis(indices @ affine[:3, :3].T + affine[:3, 3], -1, 0)
+    return 300 * np.sin(x / 15 + 0.3) + 200 * np.cos(y / 12) + 250 * np.sin((z + y) / 20)
+
+
+def test_a_prepared_scan_lies_where_its_affine_says() -> None:
+    """Oracle: the function itself, at the places that the affine gives; a grid of another length than its step."""
+    scan = smooth(turned(0, (1.5, 0.93, 0.87), (20, 30, -40)), (40, 53, 47), (1.5, 0.93, 0.87))
+    values, spacing = prepare(scan, PLAN)
+    affine = affine_of_prepared(scan, values.shape[1:], spacing)
+    assert affine is not None
+    inner = (slice(2, -2),) * 3
+    expected = (hu(affine, values.shape[1:]) + 1024) / 2048
+    np.testing.assert_allclose(values[0][inner], expected[inner], atol=0.004)
+    np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), spacing)
+
+
+@pytest.mark.parametrize("degrees", [0, 25])
+def test_a_channel_of_another_grid_is_laid_where_its_file_says(degrees: float) -> None:
+    """Oracle: the function itself, at the first channel's prepared places."""
+    first = smooth(turned(0, (3.0, 1.0, 1.2), (20, 30, -40)), (20, 50, 40), (3.0, 1.0, 1.2))
+    other = smooth(turned(degrees, (2.5, 2.0, 2.1), (45, 55, -55)), (40, 60, 60), (2.5, 2.0, 2.1))
+    with pytest.raises(ScanError, match="channels_apart"):
+        prepare_channels([first, other], PLAN)
+    values, spacing = prepare_channels([first, other], PLAN, "resample")
+    np.testing.assert_array_equal(values[:1], prepare(first, PLAN)[0])
+    affine = affine_of_prepared(first, values.shape[1:], spacing)
+    assert affine is not None
+    expected = (hu(affine, values.shape[1:]) + 1024) / 2048
+    shift = np.eye(4)
+    shift[:3, 3] = 0.5
+    seen = values[1] > 0
+    assert seen.mean() > 0.7
+    inner = seen & np.pad(seen[2:-2, 2:-2, 2:-2], 2)
+    moved = (hu(affine @ shift, values.shape[1:]) + 1024) / 2048
+    error, error_of_half_a_voxel = (np.abs(values[1] - one)[inner].mean() for one in (expected, moved))
+    assert error < 0.25 * error_of_half_a_voxel
+
+
+def test_channels_that_hardly_meet_or_say_nothing_of_where_they_lie_are_left_out() -> None:
+    first = smooth(turned(0, (3.0, 1.0, 1.2), (20, 30, -40)), (20, 50, 40), (3.0, 1.0, 1.2))
+    beside = smooth(turned(0, (3.0, 1.0, 1.2), (20, 30, 40)), (20, 50, 40), (3.0, 1.0, 1.2))
+    nowhere = Scan(first.voxels[:, :15], first.spacing_mm, "CT")
+    for other in (beside, nowhere):
+        with pytest.raises(ScanError, match="channels_apart"):
+            prepare_channels([first, other], PLAN, "resample")
+
+
+def test_a_grid_that_differs_by_rounding_stays_one() -> None:
+    spacing = (3.0, 1.0, 1.0)
+    first = smooth(turned(0, spacing, (0, 0, 0)), (20, 501, 40), spacing)
+    near = (3.0, 1.00015, 1.0)
+    other = Scan(first.voxels, near, "CT", turned(0, near, (0, 0, 0)))
+    plan = PlanConfig(volume_spacing_mm=(3.0, 1.0, 1.0))
+    assert prepare(other, plan)[0].shape[1:] == first.voxels.shape[1:]
+    values, _ = prepare_channels([first, other], plan)
+    np.testing.assert_array_equal(values[0], values[1])
+
+
+def test_only_volumes_of_several_channels_can_be_laid_on_one_grid() -> None:
+    for more in ({"channels": None}, {"rank": 2}):
+        told = {"classes": ("ball",), "channels": ("CT", "PET"), "other_grids": "resample", **more}
+        with pytest.raises(ValidationError, match="other_grids: resample is of volumes of several channels"):
+            SegmentationConfig(**told)

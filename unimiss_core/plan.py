@@ -6,18 +6,23 @@ Shapes: C channels, S spatial axes - (H, W) or (D, H, W).
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import AGREE, Scan
 from unimiss_core.study import PlanConfig
+from unimiss_core.task_config import OtherGrids
 
 _SAMPLED_VOXELS = 2**22
 """Percentiles of a larger scan are taken over every k-th voxel."""
 _SAME_SPACING = 1e-3
 """As a share, of pictures whose headers round it."""
+_LEAST_COVERED = 0.5
 _HALFWAY = 1e-6
 """Old points: so near to the middle of two, a point lies between them but for rounding."""
 
@@ -43,16 +48,27 @@ def prepare(scan: Scan, plan: PlanConfig) -> tuple[NDArray[np.float32], tuple[fl
     return np.clip(values, 0.0, 1.0), spacing
 
 
-def prepare_channels(scans: Sequence[Scan], plan: PlanConfig) -> tuple[NDArray[np.float32], tuple[float, ...]]:
-    """`prepare` of what one scan's channels are, each by its own kind and its own percentiles: (C, *S), spacing in mm.
+def prepare_channels(
+    scans: Sequence[Scan], plan: PlanConfig, other_grids: OtherGrids = "refuse"
+) -> tuple[NDArray[np.float32], tuple[float, ...]]:
+    """`prepare` of what one scan's channels are, each by its own kind and its own percentiles: (C, *S) on the grid of
+    the first, and spacing in mm.
 
-    Raises ScanError: as `prepare`; `channels_apart` (they do not lie on one grid).
+    other_grids: what becomes of one that does not lie on the first's grid. Raises ScanError: as `prepare`;
+    `channels_apart` (they lie on different grids, or hardly meet).
     """
     first, *others = scans
-    if not all(_is_on_grid_of(first, other) for other in others):
+    are_on_grid = [_is_on_grid_of(first, other) for other in others]
+    if not all(are_on_grid) and (other_grids == "refuse" or not all(_says_where_it_lies(scan) for scan in scans)):
         raise ScanError("channels_apart")
-    prepared = [prepare(scan, plan) for scan in scans]
-    return np.concatenate([values for values, _ in prepared]), prepared[0][1]
+    values, spacing = prepare(first, plan)
+    found = [values]
+    for other, is_on_grid in zip(others, are_on_grid, strict=True):
+        if is_on_grid:  # but for rounding, which must not make its grid another
+            found.append(prepare(replace(other, spacing_mm=first.spacing_mm), plan)[0])
+        else:
+            found.append(_laid_on(affine_of_prepared(first, values.shape[1:], spacing), values.shape[1:], other, plan))
+    return np.concatenate(found), spacing
 
 
 def _is_on_grid_of(one: Scan, other: Scan) -> bool:
@@ -61,6 +77,52 @@ def _is_on_grid_of(one: Scan, other: Scan) -> bool:
     if one.affine is not None and other.affine is not None:
         return one.apart_mm(other.affine) <= AGREE * min(one.spacing_mm)
     return np.allclose(one.spacing_mm, other.spacing_mm, rtol=_SAME_SPACING)
+
+
+def _says_where_it_lies(scan: Scan) -> bool:
+    return scan.affine is not None and scan.rank == 3
+
+
+def _laid_on(
+    affine: NDArray[np.float64] | None, shape: tuple[int, ...], other: Scan, plan: PlanConfig
+) -> NDArray[np.float32]:
+    """(1, *shape) of another volume, prepared by itself and taken linearly between its points where a grid's lie, by
+    what both affines say; 0 where it has none. Raises ScanError: it covers half of neither."""
+    own, spacing = prepare(other, plan)
+    own_affine = affine_of_prepared(other, own.shape[1:], spacing)
+    assert affine is not None
+    assert own_affine is not None
+    to_own = np.linalg.inv(own_affine) @ affine  # indices of the grid -> indices of `own`
+    theta = np.linalg.inv(_of_shares(own.shape[1:])) @ to_own @ _of_shares(shape)
+    xyz = theta[[2, 1, 0]][:, [2, 1, 0, 3]]  # torch's order of axes
+    grid = F.affine_grid(torch.from_numpy(xyz).float()[None], [1, 1, *shape], align_corners=True)
+    covered = float((grid.abs().amax(-1) <= 1).float().mean())
+    covered_of_own = covered * math.prod(shape) * abs(np.linalg.det(to_own[:3, :3])) / math.prod(own.shape[1:])
+    if max(covered, covered_of_own) < _LEAST_COVERED:
+        raise ScanError("channels_apart")
+    taken = F.grid_sample(torch.from_numpy(own)[None], grid, align_corners=True)
+    return np.asarray(taken[0].numpy())
+
+
+def _of_shares(shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """(4, 4) from -1 at an axis's first point and 1 at its last to indices."""
+    halves = [max(length - 1, 1) / 2 for length in shape]
+    matrix = np.diag([*halves, 1.0])
+    matrix[:3, 3] = [(length - 1) / 2 for length in shape]
+    return matrix
+
+
+def affine_of_prepared(scan: Scan, shape: Sequence[int], spacing_mm: Sequence[float]) -> NDArray[np.float64] | None:
+    """Where a scan lies once `prepare` gave it this S and spacing, as its affine says it of its own grid; None where it
+    has none."""
+    if scan.affine is None:
+        return None
+    thin = [1.0] * (3 - len(shape))  # an image's affine begins with the axis that it has no extent along
+    old, new = np.array([*thin, *scan.voxels.shape[1:]]), np.array([*thin, *shape])
+    step = np.array([*thin, *(to / of for to, of in zip(spacing_mm, scan.spacing_mm, strict=True))])
+    to_old = np.diag([*step, 1.0])
+    to_old[:3, 3] = (old - 1) / 2 - step * (new - 1) / 2
+    return np.asarray(scan.affine @ to_old)
 
 
 def target_grid(

@@ -14,6 +14,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Trains = Literal["linear_probe", "frozen", "full"]
 """What of a model is trained: its new head alone; all but the encoder (head and decoder); everything."""
 
+OtherGrids = Literal["refuse", "resample"]
+"""What becomes of a channel that does not lie on the grid of its scan's first."""
+
 MOST_CLASSES = 256
 
 UNKNOWN = -1
@@ -40,6 +43,9 @@ class _Task(Config):
     """What each image or volume of a scan is, in their order, where several of one patient lie on one grid: MR
     sequences, say, or CT and PET. None: a scan is one, which is not written out, so that older studies keep their
     digests."""
+    other_grids: Annotated[OtherGrids, Field(exclude_if=lambda rule: rule == "refuse")] = "refuse"
+    """Of volumes that do not lie on the grid of their scan's first channel: refuse leaves the scan out, resample lays
+    them on it by where their files say that they lie in the patient. Whether they are registered nobody checks."""
     input_size: Annotated[tuple[Axis, ...], Field(min_length=2, max_length=3)] | None = None
     """(H, W) or (D, H, W) that the network sees; None takes the size that its position tables are made for."""
 
@@ -56,6 +62,8 @@ class _Task(Config):
     def _check_sizes(self) -> Self:
         if self.channels is not None and len({name.casefold() for name in self.channels}) < len(self.channels):
             raise ValueError("channels: each name may stand once, however it is written")
+        if self.other_grids == "resample" and (self.channels is None or self.rank == 2):
+            raise ValueError("other_grids: resample is of volumes of several channels; leave it out")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes: each name may stand once")
         if self.input_size is not None:
