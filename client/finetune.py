@@ -231,7 +231,9 @@ def _head_in_words(config: FinetuneConfig, beginning: Beginning) -> str:
         return ""
     if beginning.has_head_for(config.task):
         return " (fine-tuned for the same classes: its head, too)"
-    why = "is for another task or other classes" if beginning.task else "stayed at its sites, or nothing says its task"
+    why = "stayed at its sites, or nothing says its task"
+    if beginning.task is not None:
+        why = "is for another task, other classes or other channels"
     return f" (fine-tuned; a new head, for its own {why})"
 
 

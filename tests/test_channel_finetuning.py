@@ -1,0 +1,99 @@
+"""`unimiss finetune` of scans of several channels, as its user meets it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import yaml
+
+from client.pictures import write_png
+from client.research_command import main
+from tests.test_finetune import PLAIN, QUICK, write_config
+from tests.test_labelled import SHAPE
+from tests.test_research_command import nano_checkpoint
+from tests.test_several_channels import NAMES, TASK, told, write_cases
+from unimiss_core import task_checkpoint
+
+
+def pairs(folder: Path, count: int = 60) -> dict[str, Any]:
+    """Two pictures of each patient: noise, and noise that is brighter above or below, which is the class."""
+    lines = ["scan,other,label,patient"]
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 200, (2, 40, 44))
+        noise[1, 20 * (number % 2) :][:20] += 50
+        for name, pixels in zip(("noise", "class"), noise.astype(np.uint8), strict=True):
+            write_png(folder / f"{name}{number}.png", pixels)
+        lines.append(f"noise{number}.png,class{number}.png,{['above', 'below'][number % 2]},miller{number}")
+    (folder / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "rank": 2, "classes": ["above", "below"], "input_size": [40, 44]}
+    data = {"table": "t.csv", "scan": ["scan", "other"]}
+    return {"task": {**task, "channels": ["noise", "class"]}, "data": data, "split": {"folds": 3}}
+
+
+def test_what_stands_in_the_second_channel_alone_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nano_checkpoint(tmp_path / "round-0001")
+    training = {"epochs": 5, "batch": 6, "lr": 0.003, "layer_decay": 1.0, "augmentation": PLAIN}
+    settings = {**pairs(tmp_path), "init": {"folder": "round-0001"}, "training": training}
+    path = write_config(tmp_path, **settings)
+    assert main(["finetune", str(path)]) == 0
+    area = json.loads((tmp_path / "out" / "metrics.json").read_text())["parts"]["test"]["auc"]["value"]
+    assert area > 0.9
+    model, manifest = task_checkpoint.load(tmp_path / "out")
+    assert model.backbone.channels == 2
+    assert (manifest.channels, manifest.trained_on) == ((0, 1), ("OT",))
+
+    def begun_with_that(**task: Any) -> str:
+        capsys.readouterr()
+        again = {**settings, "task": {**settings["task"], **task}, "training": QUICK}
+        again["init"] = {"folder": str(tmp_path / "out")}
+        assert main(["finetune", str(write_config(tmp_path, **again)), "--out", str(tmp_path / "again")]) == 0
+        for left in (tmp_path / "again").iterdir():
+            left.unlink()
+        return capsys.readouterr().err
+
+    assert "fine-tuned for the same classes: its head, too" in begun_with_that()
+    assert "a new head, for its own is for another task, other classes or other channels" in begun_with_that(
+        channels=["class", "noise"]
+    )
+
+
+def test_a_finished_fine_tuning_knows_which_file_was_which_channel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = pairs(tmp_path)
+    assert main(["finetune", str(write_config(tmp_path, **settings)), "--out", str(tmp_path / "out")]) == 0
+    again = ["finetune", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "out"), "--resume"]
+    assert main(again) == 0
+    raw = yaml.safe_load((tmp_path / "x.yaml").read_text())
+    raw["data"]["scan"] = raw["data"]["scan"][::-1]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(raw))
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "holds another fine-tuning, which is finished" in capsys.readouterr().err
+
+
+def test_masks_of_volumes_of_several_channels_lie_on_the_first(tmp_path: Path) -> None:
+    write_cases(tmp_path)
+    told(tmp_path, NAMES)
+    path = write_config(
+        tmp_path,
+        task={**TASK, "input_size": [16, 33, 33]},
+        data={"name": "msd", "folder": "."},
+        split={"folds": 2, "validation": 0.5},
+    )
+    assert main(["finetune", str(path)]) == 0
+    manifest = task_checkpoint.load(tmp_path / "out")[1]
+    assert manifest.channels == (2, 0, 1)
+    assert manifest.channel is None
+    assert manifest.trained_on == ("CT", "OT", "PT")
+    drawn = sorted((tmp_path / "out" / "predictions").iterdir())
+    assert len(drawn) == 4
+    for mask in drawn:
+        case = int(mask.name[5:10]) - 1
+        source = nibabel.load(tmp_path / "imagesTr" / f"c{case}_0002.nii.gz")
+        image = nibabel.load(mask)
+        assert image.shape == source.shape == SHAPE[::-1]
+        np.testing.assert_array_equal(image.affine, source.affine)
