@@ -57,7 +57,7 @@ class Beginning:
 
     def has_head_for(self, task: TaskConfig) -> bool:
         """Whether its head answers just this, for scans of whatever size."""
-        return self.task is not None and _without_size(self.task) == _without_size(task)
+        return self.task is not None and _answered(self.task) == _answered(task)
 
     def tensors_for(self, task: TaskConfig) -> Mapping[str, Tensor] | None:
         """`tensors`, as a model of the task's channels begins with them."""
@@ -134,5 +134,6 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
     )
 
 
-def _without_size(task: TaskConfig) -> TaskConfig:
-    return task.model_copy(update={"input_size": None})
+def _answered(task: TaskConfig) -> TaskConfig:
+    """The task as all have it that a head answers alike, of scans of whatever size and grid."""
+    return task.model_copy(update={"input_size": None, "other_grids": "refuse"})

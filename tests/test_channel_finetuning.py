@@ -43,7 +43,7 @@ def test_what_stands_in_the_second_channel_alone_is_learnt(tmp_path: Path, capsy
     assert area > 0.9
     model, manifest = task_checkpoint.load(tmp_path / "out")
     assert model.backbone.channels == 2
-    assert (manifest.channels, manifest.trained_on) == ((0, 1), ("OT",))
+    assert (manifest.channels, manifest.trained_on) == ((0, 1), ("XR",))
 
     def begun_with_that(**task: Any) -> str:
         capsys.readouterr()
