@@ -9,16 +9,24 @@ from torch import Tensor
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.backbone import Backbone
-from unimiss_core.channels import for_channels_of
+from unimiss_core.channels import for_channels_of, require_one
 from unimiss_core.embedding import encoder_of, seen_whole
-from unimiss_core.errors import ConfigError, ScanError
+from unimiss_core.errors import ScanError
 from unimiss_core.keys import read_signing_public_key
+from unimiss_core.layers import CHANNELS
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.released import read_released
 from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
-from unimiss_core.tuned_round import has_head, rank_of_task, require_tensors_of_model, require_unsigned, study_of
+from unimiss_core.tuned_round import (
+    channels_of,
+    has_head,
+    rank_of_task,
+    require_tensors_of_model,
+    require_unsigned,
+    study_of,
+)
 
 TAUGHT = (
     "this encoder was taught by labels: what follows holds for patients who neither trained it nor chose its epoch, of "
@@ -44,7 +52,8 @@ class Beginning:
     modality: Modality | None = None
     """What a fine-tuned model took scans for whose files do not say it; None of all else."""
     channels: tuple[str, ...] | None = None
-    """Of the scans of a task that has channels; None of all else, and of pretraining."""
+    """Of the scans of a task that has channels, their numbers where nothing says their names; None of all else, and of
+    pretraining."""
 
     @property
     def is_taught(self) -> bool:
@@ -66,11 +75,7 @@ class Beginning:
     def encoder(self) -> Backbone:
         """On the CPU; from scratch the random one. A task's knows scans of `rank` alone. Raises ConfigError: one that
         knows scans of several channels alone."""
-        if self.channels is not None:
-            raise ConfigError(
-                f"the model was fine-tuned on scans of {len(self.channels)} channels ({', '.join(self.channels)}), and "
-                "here each file is a scan of one; ask it by `unimiss predict`, or give an encoder of pretraining"
-            )
+        require_one(self.channels)
         return self.random_encoder() if self.tensors is None else encoder_of(self.model, self.tensors, self.rank)
 
     def size_of(self, rank: Rank) -> tuple[int, ...]:
@@ -121,7 +126,8 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
         require_tensors_of_model(init.folder, manifest)
         return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.teacher)
     study = study_of(init.folder, manifest)
-    asked = study[0].finetune.task if study and study[0].finetune else None
+    asked, count = study[0].finetune.task if study and study[0].finetune else None, channels_of(manifest, rank)
+    unnamed = None if count == CHANNELS[rank] else tuple(map(str, range(count)))
     return Beginning(
         "checkpoint",
         manifest.model,
@@ -130,7 +136,7 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
         rank=rank,
         task=asked if has_head(manifest) else None,
         size=asked.size_for(manifest.model) if asked else None,
-        channels=asked.channels if asked else None,
+        channels=asked.channels if asked else unnamed,
     )
 
 

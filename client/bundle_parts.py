@@ -1,7 +1,8 @@
 """What the configuration of a MONAI bundle of ours names (`client.monai_bundle`): callables around our own pieces.
 
-A scan goes through as a dict: `image`, its path and then the tensor that the network takes; `source` and `grid`, where
-it lay; `pred`, what was found. Legend of shapes: C channels, S spatial axes, K outputs.
+A scan goes through as a dict: `image`, its path, or those of its channels, and then the tensor that the network takes;
+`name`, of a case of several files; `source` and `grid`, where it lay, or its first channel; `pred`, what was found.
+Legend of shapes: C channels, S spatial axes, K outputs.
 """
 
 import csv
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from client.catalogue import read_one_apart
+from client.channel_reading import modalities_of, read_channels_apart
+from client.channels import cases_of, of_numbers
 from client.inference import require_numbers
 from client.input_names import without_ending
 from client.labelled import as_stored, as_values, grid_of
@@ -21,7 +24,8 @@ from client.masks import write_at_source
 from client.task_training import autocast
 from unimiss_core import task_checkpoint
 from unimiss_core.errors import ConfigError, ScanError
-from unimiss_core.plan import prepare
+from unimiss_core.plan import prepare_channels
+from unimiss_core.scan import Scan
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel
@@ -45,11 +49,25 @@ def manifest(folder: str) -> TaskManifest:
 def scans_in(folder: str) -> list[Item]:
     """Each file of a folder, and each folder in it, which should hold a DICOM series; those that begin with a dot are
     left out. Raises ConfigError: there is none."""
+    return [{"image": str(Path(folder) / name)} for name in _names_in(folder)]
+
+
+def cases_in(folder: str, manifest: TaskManifest) -> list[Item]:
+    """As `scans_in`, of a task with channels: each case, called CASE_0000, CASE_0001, ..., or one file of its volumes.
+
+    `image` is a path for each of the task's channels, in their order, but for those that the case lacks.
+    """
+    found = cases_of(_names_in(folder))
+    files = {case: of_numbers(manifest.channel_numbers, held).values() for case, held in found.items()}
+    return [{"image": [str(Path(folder) / name) for name in names], "name": case} for case, names in files.items()]
+
+
+def _names_in(folder: str) -> list[str]:
     path = Path(folder)
-    found = sorted(one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else []
+    found = sorted(one.name for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else []
     if not found:
         raise ConfigError("dataset_dir: is no folder that holds scans; each file in it is one, or each folder a series")
-    return [{"image": str(one)} for one in found]
+    return found
 
 
 class Prepared:
@@ -59,19 +77,29 @@ class Prepared:
         self._manifest = manifest
 
     def __call__(self, item: Mapping[str, Any]) -> Item:
-        """Raises ScanError: the scan cannot be read, or is of the other rank."""
+        """Raises ScanError: the scan cannot be read, is of the other rank, or lacks a channel."""
         plan, task = self._manifest.plan, self._manifest.task
-        source = Path(item["image"])
-        scan = read_one_apart(source, self._manifest.modality, interpolate=plan.missing_slices == "interpolate")
-        if scan.rank != task.rank:
+        scans, source = self._read(item["image"])
+        if any(scan.rank != task.rank for scan in scans):
             raise ScanError("other_rank")
-        values, spacing = prepare(scan, plan)
+        values, spacing = prepare_channels(scans, plan)
         values = as_values(as_stored(values))
         if isinstance(task, ClassificationConfig):
             image = whole(values, task.size_for(self._manifest.model))
         else:
             image = standardise(torch.from_numpy(values))
-        return {**item, "image": image, "source": source, "grid": grid_of(scan, spacing)}
+        return {**item, "image": image, "source": source, "grid": grid_of(scans[0], spacing)}
+
+    def _read(self, image: str | Sequence[str]) -> tuple[tuple[Scan, ...], Path]:
+        """What the scan is made of, and where the first of it lies."""
+        manifest, interpolate = self._manifest, self._manifest.plan.missing_slices == "interpolate"
+        if isinstance(image, str):
+            return (read_one_apart(Path(image), manifest.modality, interpolate=interpolate),), Path(image)
+        numbers, paths = manifest.channel_numbers, [Path(one) for one in image]
+        if len(paths) < len(numbers):
+            raise ScanError("lacks_channel")
+        modalities = modalities_of(manifest.task, manifest.modality)
+        return read_channels_apart(paths, numbers, modalities, interpolate=interpolate), paths[0]
 
 
 class Chances(nn.Module):
@@ -104,12 +132,18 @@ class MaskAtSource:
 
         classes = segmenting.keep_largest(segmenting.likeliest_at_source(item["pred"].cpu(), item["grid"]), self._kept)
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{without_ending(item['source'])}_seg"
+        called = _name_of(item)
+        name = f"{without_ending(Path(called))}_seg"
         if name in self._written:  # a folder A beside A.nii, say
-            name = f"{item['source'].name}_seg"
+            name = f"{called}_seg"
         self._written.add(name)
         path = write_at_source(self._folder, name, classes, item["grid"].affine, item["source"])
         return {**item, "pred": classes, "mask": path}
+
+
+def _name_of(item: Item) -> str:
+    """As its file, or as the case that its files are of."""
+    return str(item.get("name", item["source"].name))
 
 
 class Table:
@@ -127,7 +161,7 @@ class Table:
             writer = csv.writer(file)
             if not self._begun:
                 writer.writerow(["scan", *(f"p/{name}" for name in self._classes)])
-            writer.writerow([item["source"].name, *(f"{chance:.6f}" for chance in chances.values())])
+            writer.writerow([_name_of(item), *(f"{chance:.6f}" for chance in chances.values())])
         self._begun = True
         return {**item, "pred": chances}
 

@@ -159,12 +159,12 @@ def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool 
     For a worker, or files that are known to be safe (`safe_here`). Raises ScanError: there is none, with its reason, or
     `several_scans`.
     """
-    return read(_only_one(path, modality, interpolate=interpolate))
+    return read(only_one(path, modality, interpolate=interpolate))
 
 
 def read_one_apart(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Scan:
     """`read_one`, in a process of its own where a codec may crash or much memory is asked for. Raises as it does."""
-    found = [_only_one(path, modality, interpolate=interpolate)]
+    found = [only_one(path, modality, interpolate=interpolate)]
     ((_, outcome),) = (
         workers.run_here(read, found)
         if safe_here(found)
@@ -175,7 +175,8 @@ def read_one_apart(path: Path, modality: Modality | None = None, *, interpolate:
     return outcome
 
 
-def _only_one(path: Path, modality: Modality | None, *, interpolate: bool) -> Candidate:
+def only_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Candidate:
+    """What `read_one` reads, by its headers. Raises ScanError as it does."""
     found = catalogue_one(path, modality, interpolate=interpolate)
     if len(found.candidates) > 1:
         raise ScanError("several_scans", f"{len(found.candidates)} scans")
@@ -201,6 +202,18 @@ def safe_here(candidates: Sequence[Candidate]) -> bool:
     unpacked = 4 * sum(math.prod(candidate.shape) for candidate in candidates)  # a small file may hold a large scan
     stored = _bytes_of(path for one in candidates for path in one.paths)
     return count <= _FEW_FILES and max(stored, unpacked) <= FEW_BYTES
+
+
+def safe_to_read_here(paths: Iterable[Path]) -> bool:
+    """`safe_here` of all that lies there, whose headers are looked at until it is not; what is named several times is
+    read as often."""
+    found: list[Candidate] = []
+    for path in paths:
+        outcome = workers.attempt(catalogue_one, path)
+        found += () if isinstance(outcome, ScanError) else outcome.candidates
+        if not safe_here(found):
+            return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------- files

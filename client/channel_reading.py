@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from client.catalogue import read_one
+from client import workers
+from client.catalogue import only_one, read_one, safe_to_read_here
 from client.nifti import read_nifti
 from client.patients import MODALITY_NAMES
+from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_config import TaskConfig
 
@@ -31,7 +34,25 @@ def read_channels(
     For a worker, or files that are known to be safe. Raises ScanError: as `read_one`; `lacks_channel`.
     """
     if len(set(paths)) == 1 < len(paths):
+        if only_one(paths[0]).format != "nifti":
+            raise ScanError("lacks_channel")
         each = zip(numbers, modalities, strict=True)
         return tuple(read_nifti(paths[0], modality or "OT", volume=number) for number, modality in each)
     pairs = zip(paths, modalities, strict=True)
     return tuple(read_one(path, modality, interpolate=interpolate) for path, modality in pairs)
+
+
+def read_channels_apart(
+    paths: Sequence[Path], numbers: Sequence[int], modalities: Sequence[Modality | None], *, interpolate: bool
+) -> tuple[Scan, ...]:
+    """`read_channels`, in a process of its own where a codec may crash or much memory is asked for, and raises as it
+    does."""
+    read = partial(read_channels, numbers=numbers, modalities=modalities, interpolate=interpolate)
+    ((_, outcome),) = (
+        workers.run_here(read, [paths])
+        if safe_to_read_here(paths)
+        else workers.run(read, [paths], time_limit_s=workers.READING_LIMIT_S)
+    )
+    if isinstance(outcome, ScanError):
+        raise outcome
+    return outcome

@@ -1,7 +1,7 @@
-"""nnU-Net's names of files: CASE_0000, CASE_0001, ... are a case's channels, of which a model here reads one."""
+"""nnU-Net's names of files: CASE_0000, CASE_0001, ... are a case's channels, of which a model reads one or several."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,31 @@ def are_channels(names: Collection[str]) -> bool:
     the cases' own."""
     channels = {channel_of(name) for name in names}
     return None not in channels and 0 in channels
+
+
+def cases_of(names: Iterable[str]) -> dict[str, dict[int | None, str]]:
+    """Case -> its files, or series' folders, of all names in one folder: by the channel's number, or by None where one
+    is all of the case.
+
+    A case is called as such a file: CASE.nii.gz of CASE_0000.nii.gz, CASE_0001.nii.gz, ... Where no name ends in _0000,
+    with which nnU-Net's channels begin, four digits are the cases' own.
+    """
+    there = sorted(names)
+    are_numbered = any(channel_of(name) == 0 for name in there)
+    found: dict[str, dict[int | None, str]] = {}
+    for name in there:
+        number = channel_of(name) if are_numbered else None
+        case = name if number is None else case_of(name) + name.removeprefix(stem(name))
+        found.setdefault(case, {})[number] = name
+    return found
+
+
+def of_numbers(numbers: Iterable[int], held: Mapping[int | None, str]) -> dict[int, str]:
+    """The file of each of these channels of a case of `cases_of`, but of those that it lacks. A file that is all of the
+    case is every one's: as its volumes, where they are several."""
+    if held.keys() == {None}:
+        return dict.fromkeys(numbers, held[None])
+    return {number: held[number] for number in numbers if number in held}
 
 
 def in_words(read: Collection[int], others: Collection[int], named: Mapping[str, str]) -> str:

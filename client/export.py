@@ -7,6 +7,7 @@ OUT/README.md, config.json     model card, and what programs need to know (`unim
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from client.export_card import card
 from client.export_sources import Pretrained, Source, Tuned, read_source
 from client.onnx_export import EncoderOutputs, Graph, graph_of
 from unimiss_core import durable, progress
+from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError
 from unimiss_core.exported import CONFIG, TENSORS, ExportedConfig
 from unimiss_core.inputs import InputConfig
@@ -46,16 +48,18 @@ def export(
     """Write what lies in `folder` as the folder `out`, whole or not at all.
 
     student: of a checkpoint, in the teacher's place. size, channels: that an ONNX graph is made for; None takes the
-    model's own sizes, and grey. licence: an SPDX identifier. key: the public key that must have signed a checkpoint.
+    model's own sizes, and its task's channels, or grey. licence: an SPDX identifier. key: the public key that must have
+    signed a checkpoint.
     Raises ConfigError, CheckpointError, ExportError.
     """
     _check(form, out, size=size, channels=channels, licence=licence)
     source = read_source(
         folder, student=student, key=read_signing_public_key(key) if key is not None else None, licence=licence
     )
-    graphs = dict(_graphs(source, size, channels or 1)) if form == "onnx" else {}
+    graphs = dict(_graphs(source, size, _channels(source, size, channels))) if form == "onnx" else {}
     if form == "monai":
-        files, use = monai_bundle.files_of(_task_of(source)), monai_bundle.USE
+        tuned = _task_of(source)
+        files, use = monai_bundle.files_of(tuned), monai_bundle.use_of(tuned.manifest)
     elif form == "onnx":
         files, use = {name: graph.payload for name, graph in graphs.items()}, _USE_ONNX
     else:
@@ -84,8 +88,6 @@ def _check(form: Form, out: Path, *, size: Sequence[int] | None, channels: int |
         if len(size) not in SMALLEST or any(n < least for n, least in zip(size, SMALLEST[rank], strict=True)):
             least = " or ".join(" ".join(map(str, SMALLEST[one])) for one in SMALLEST)
             raise ConfigError(f"--input-size {' '.join(map(str, size))}: give H W or D H W, at least {least}")
-        if rank == 3 and channels == 3:
-            raise ConfigError("--channels 3: volumes have one channel; leave it out")
     if licence is not None and not _LICENCE.fullmatch(licence):
         raise ConfigError(f"--licence {licence!a}: give an SPDX identifier, such as CC-BY-NC-4.0")
     if form == "onnx":
@@ -100,6 +102,21 @@ def _task_of(source: Source) -> Tuned:
     return source
 
 
+def _channels(source: Source, size: Sequence[int] | None, asked: int | None) -> int:
+    """C of the graphs' scans: the task's, or of images 1, grey, or 3. Raises ConfigError: there are no such scans."""
+    if (named := source.config.channels) is not None:
+        if asked not in (None, len(named)):
+            told = ", ".join(map(on_one_line, named))
+            raise ConfigError(f"--channels {asked}: the model's scans have {len(named)} ({told}); leave it out")
+        return len(named)
+    if asked not in (None, 1, 3):
+        raise ConfigError(f"--channels {asked}: give 1, of grey images, or 3, of coloured ones")
+    ranks = {len(size)} if size is not None else {*source.config.ranks}
+    if asked == 3 and ranks == {3}:
+        raise ConfigError("--channels 3: volumes have one channel; leave it out")
+    return asked or 1
+
+
 def _graphs(source: Source, size: Sequence[int] | None, channels: int) -> Iterator[tuple[str, Graph]]:
     """ONNX files by name, one at a time: of an encoder one for each rank, or for that of `size` alone."""
     config, facts = source.config, _facts(source.config)
@@ -108,8 +125,6 @@ def _graphs(source: Source, size: Sequence[int] | None, channels: int) -> Iterat
         chosen = tuple(size or task.size_for(config.model))
         if len(chosen) != task.rank:
             raise ConfigError(f"--input-size: the model is for scans of {task.rank} axes, {len(chosen)} were given")
-        if task.rank == 3 and channels == 3:
-            raise ConfigError("--channels 3: volumes have one channel; leave it out")
         _tell("model.onnx", chosen)
         yield "model.onnx", graph_of(source.model, chosen, channels=channels, outputs=["logits"], facts=facts)
         return
@@ -141,12 +156,19 @@ def _facts(config: ExportedConfig) -> dict[str, str]:
         "plan": config.plan.canonical(),
         "values": "the plan's [0, 1] as 4 x - 2",
         "task": "" if config.task is None else config.task.canonical(),
+        "channels": _channels_told(config),
         "study_digest": config.study_digest or "",
         "source_digest": config.source_digest,
         "licence": config.licence or "",
         "use": "research; not for diagnosis",
     }
     return {f"unimiss.{name}": text for name, text in told.items() if text}
+
+
+def _channels_told(config: ExportedConfig) -> str:
+    """JSON; empty of scans of one."""
+    named = [one.model_dump(mode="json") for told in config.inputs for one in told.channels]
+    return json.dumps(named) if named else ""
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> None:

@@ -148,6 +148,7 @@ def _of_task(source: Tuned) -> _About:
         rows={
             "model": f"{_called(manifest.model)} with a head, {_count(source)}",
             "input": f"{' x '.join(map(str, task.size_for(manifest.model)))} ({', '.join('DHW'[-task.rank :])})",
+            "channels": ", ".join(map(literally, task.channels or ())),
             "classes": ", ".join(map(literally, task.classes)),
             "trained on": ", ".join(manifest.trained_on),
             "trained": f"`{manifest.trained}`, {manifest.epoch} {manifest.trained_in}, seed {manifest.seed}",

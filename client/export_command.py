@@ -29,7 +29,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> a
         metavar="N",
         help="of onnx: H W or D H W; of an encoder that rank alone (default: the model's own, both ranks)",
     )
-    parser.add_argument("--channels", type=int, choices=(1, 3), help="of onnx for images (default: 1, grey)")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        metavar="C",
+        help="of onnx for images, 1 or 3 (default: 1, grey; of a task with channels all of them)",
+    )
     parser.add_argument("--licence", metavar="SPDX", help="for the card, such as CC-BY-NC-4.0 (default: not stated)")
     return parser
 

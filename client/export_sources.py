@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from client import accounting
+from client.channel_reading import modalities_of
 from unimiss_core import checkpoint, task_checkpoint, trained_by
 from unimiss_core.backbone import Backbone, architecture_of
 from unimiss_core.checkpoint import Manifest
@@ -112,17 +113,19 @@ def _pretrained(folder: Path, *, student: bool, key: SigningPublicKey | None, li
 
 def _tuned(folder: Path, described_by: str, *, key: SigningPublicKey | None, licence: str | None) -> Tuned:
     model, manifest = load_tuned(folder, key=key)
+    task = manifest.task
+    kinds = None if task.channels is None else modalities_of(task, manifest.modality)
     config = ExportedConfig(
-        holds=manifest.task.name,
+        holds=task.name,
         part=None,
         model=manifest.model,
         architecture=architecture_of(manifest.model).numbers(),
         num_features=model.backbone.num_features,
-        ranks=(manifest.task.rank,),
+        ranks=(task.rank,),
         plan=manifest.plan,
-        inputs=inputs_of(manifest.model, manifest.task),
+        inputs=inputs_of(manifest.model, task, kinds),
         modality=manifest.modality,
-        task=manifest.task,
+        task=task,
         source_digest=_sha256(folder / described_by),
         licence=licence,
     )

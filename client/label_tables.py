@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from client.channel_reading import modality_named
-from client.channels import are_channels, channel_of, in_words
+from client.channels import in_words, of_numbers
 from client.csv_tables import SURPLUS, rows_of
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
 from client.label_values import LabelError, target_of, wrong_settings
 from client.medmnist import opened_arrays
-from client.msd_folders import channels_in, check_labels, files_by_case, numbers_of, told_in
+from client.msd_folders import check_labels, images_by_case, masks_by_case, numbers_of, told_in
 from unimiss_core import progress
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
@@ -283,24 +283,20 @@ def _refuse(where: str, problems: Sequence[str]) -> None:
 
 
 def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> LabelTable:
-    images, masks = (files_by_case(data.folder / name) for name in ("imagesTr", "labelsTr"))
-    channels = {case: channels_in(names) for case, names in images.items()}
-    masks_of = {case: names[0] for case, names in masks.items()}
-    both = sorted(channels.keys() & masks_of.keys())
-    if lone := len(channels) + len(masks_of) - 2 * len(both):
+    images, masks = images_by_case(data.folder / "imagesTr"), masks_by_case(data.folder / "labelsTr")
+    both = sorted(images.keys() & masks.keys())
+    if lone := len(images) + len(masks) - 2 * len(both):
         progress.report(progress.Note(f"{lone} image(s) or mask(s) of the folder have no counterpart and are left out"))
     if not both and not one_by_one:
         raise ConfigError("data.folder: imagesTr and labelsTr hold no image with a mask of the same name")
     told = told_in(data.folder / "dataset.json")
     wanted = (data.channel,) if task.channels is None else numbers_of(task, data, told.channels)
-    if others := {number for case in both for number in channels[case]} - {*wanted}:
+    if others := {number for case in both for number in images[case] if number is not None} - {*wanted}:
         progress.report(progress.Note(in_words(wanted, others, told.channels)))
     cases, problems = [], []
     for number, case in enumerate(both, start=1):
         patient = _patient(case, data.patient_pattern)
-        held = channels[case]
-        if task.channels is not None and len(images[case]) == 1 and channel_of(images[case][0]) is None:
-            held = dict.fromkeys(wanted, images[case][0])  # as its volumes
+        held = of_numbers(wanted, images[case])
         if lacking := [channel for channel in wanted if channel not in held]:
             setting = "data.channel" if task.channels is None else "data.channels"
             problems.append(f"case {number}: has no channel {lacking[0]} ({setting})")
@@ -308,7 +304,7 @@ def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> Lab
             problems.append(f"case {number}: data.patient_pattern does not match its name")
         else:
             file, *other_files = (f"imagesTr/{held[channel]}" for channel in wanted)
-            cases.append(Case(number, file, patient, mask=f"labelsTr/{masks_of[case]}", others=tuple(other_files)))
+            cases.append(Case(number, file, patient, mask=f"labelsTr/{masks[case]}", others=tuple(other_files)))
     if not one_by_one:
         _refuse("data.folder", problems)
     if told.labels is not None:
@@ -316,7 +312,7 @@ def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> Lab
     if task.channels is not None:
         return LabelTable(tuple(cases), data.folder, data.modality, channels=wanted, left_out=tuple(problems))
     modality = data.modality or modality_named(told.channels.get(str(data.channel), ""))
-    channel = data.channel if are_channels([name for names in images.values() for name in names]) else None
+    channel = data.channel if all(None not in held for held in images.values()) else None
     return LabelTable(tuple(cases), data.folder, modality, channel, left_out=tuple(problems))
 
 

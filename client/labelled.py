@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import nifti, pictures, workers
-from client.candidates import Candidate
-from client.catalogue import catalogue_one, safe_here
+from client.catalogue import safe_to_read_here
 from client.channel_reading import modalities_of, read_channels
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_tables import PARTS, Case, LabelTable, Part
@@ -235,7 +234,7 @@ def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig,
     ]
     outcomes = (
         workers.run_here(read_pair, pairs)
-        if _safe_here(pairs)
+        if safe_to_read_here(path for pair in pairs for path in pair.paths)
         else workers.run(read_pair, pairs, workers=1, time_limit_s=workers.READING_LIMIT_S)  # one keeps the order
     )
     for index, outcome in outcomes:
@@ -253,22 +252,16 @@ class _Pair:
     modalities: tuple[Modality | None, ...]
     interpolate: bool
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Each once."""
+        return (*dict.fromkeys(self.scans), *((self.mask,) if self.mask is not None else ()))
+
 
 def read_pair(pair: _Pair) -> tuple[Scans, Scan | MaskError | None]:
     """Raises ScanError: the scan cannot be read."""
     scans = read_channels(pair.scans, pair.numbers, pair.modalities, interpolate=pair.interpolate)
     return scans, None if pair.mask is None else mask_beside(pair.scans, pair.mask)
-
-
-def _safe_here(pairs: Sequence[_Pair]) -> bool:
-    """`safe_here` of all the scans and masks, whose headers are looked at until it is not."""
-    found: list[Candidate] = []
-    for path in filter(None, (path for pair in pairs for path in (*dict.fromkeys(pair.scans), pair.mask))):
-        outcome = workers.attempt(catalogue_one, path)
-        found += () if isinstance(outcome, ScanError) else outcome.candidates
-        if not safe_here(found):
-            return False
-    return True
 
 
 def mask_beside(scan: Sequence[Path], path: Path) -> Scan | MaskError:

@@ -15,15 +15,16 @@ from typing import Any
 
 from client.export_sources import Tuned
 from unimiss_core import task_checkpoint
+from unimiss_core.card_wording import literally
 from unimiss_core.errors import ConfigError
 from unimiss_core.extras import way_to
 from unimiss_core.layers import CHANNELS
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig
 
-USE = """\
-A MONAI bundle. Each file in `dataset_dir`, or each folder in it with a DICOM series, is a scan; answers go to
-`output_dir`: `predictions.csv`, or masks in the geometry of each scan's own file. Both name a scan by its file's name.
+_USE = """\
+A MONAI bundle. {scans}; answers go to
+`output_dir`: `predictions.csv`, or masks in the geometry of each scan's own file. Both name a scan by its {called}.
 What cannot be read is left out, and logged. MONAI warns that a bundle's configuration is run as a program: so it is.
 
     pip install -e 'FOLDER_OF_FEDERATED_UNIMISS[finetune]' fire
@@ -34,6 +35,21 @@ What cannot be read is left out, and logged. MONAI warns that a bundle's configu
 _PARTS = "client.bundle_parts"
 _NOTHING = -2.0
 """What value 0 of a prepared scan is to the model: windows beyond the scan's edge are filled up with it."""
+
+
+def use_of(manifest: TaskManifest) -> str:
+    """How the bundle is used, as Markdown."""
+    if manifest.task.channels is None:
+        one = "Each file in `dataset_dir`, or each folder in it with a DICOM series, is a scan"
+        return _USE.format(scans=one, called="file's name")
+    told = zip(manifest.task.channels, manifest.channel_numbers, strict=True)
+    named = ", ".join(f"{number:04d} is {literally(name)}" for name, number in told)
+    cases = (
+        "The files in `dataset_dir`, or the folders in it with a DICOM series each, are called CASE_0000.nii.gz,\n"
+        f"CASE_0001.nii.gz, ..., where {named}; or a case is one NIfTI file, which holds\n"
+        "these as its volumes, numbered alike"
+    )
+    return _USE.format(scans=cases, called="case")
 
 
 def require_extra() -> None:
@@ -56,6 +72,9 @@ def files_of(source: Tuned) -> dict[str, bytes]:
 def inference(manifest: TaskManifest) -> dict[str, Any]:
     """`configs/inference.json`: components by the names that MONAI's own bundles use."""
     dense = not isinstance(manifest.task, ClassificationConfig)
+    scans = {"_target_": f"{_PARTS}.scans_in", "folder": "@dataset_dir"}
+    if manifest.task.channels is not None:
+        scans = {"_target_": f"{_PARTS}.cases_in", "folder": "@dataset_dir", "manifest": "@manifest"}
     return {
         "imports": [f"$import {_PARTS} as bundle_parts"],
         "bundle_root": ".",
@@ -67,7 +86,7 @@ def inference(manifest: TaskManifest) -> dict[str, Any]:
         "network_def": {"_target_": f"{_PARTS}.network", "folder": "@models"},
         "network": "$@network_def.to(@device)",
         "predictor": {"_target_": f"{_PARTS}.Chances", "network": "@network", "manifest": "@manifest"},
-        "datalist": {"_target_": f"{_PARTS}.scans_in", "folder": "@dataset_dir"},
+        "datalist": scans,
         "preprocessing": {
             "_target_": "monai.transforms.Compose",
             "transforms": [{"_target_": f"{_PARTS}.Prepared", "manifest": "@manifest"}],
@@ -94,6 +113,7 @@ def metadata(manifest: TaskManifest) -> dict[str, Any]:
     is_classes = isinstance(task, ClassificationConfig)
     names = task.classes if is_classes else ("background", *task.classes)
     size = list(task.size_for(manifest.model))
+    channels = ["image"] if task.channels is None else [_inert("channel", name) for name in task.channels]
     return {
         "version": version("federated-unimiss"),
         "changelog": {version("federated-unimiss"): "as exported"},
@@ -111,12 +131,12 @@ def metadata(manifest: TaskManifest) -> dict[str, Any]:
                 "image": {
                     "type": "image",
                     "format": "magnitude",
-                    "num_channels": 1,
+                    "num_channels": len(channels),
                     "spatial_shape": size,
                     "dtype": "float32",
                     "value_range": [-2, 2],
                     "is_patch_data": not is_classes,
-                    "channel_def": {"0": "image"},
+                    "channel_def": {str(number): name for number, name in enumerate(channels)},
                 }
             },
             "outputs": {
@@ -128,17 +148,21 @@ def metadata(manifest: TaskManifest) -> dict[str, Any]:
                     "dtype": "float32",
                     "value_range": [],
                     "is_patch_data": not is_classes,
-                    "channel_def": {str(number): _inert(name) for number, name in enumerate(names)},
+                    "channel_def": {str(number): _inert("class", name) for number, name in enumerate(names)},
                 }
             },
         },
-        "unimiss": {"channels_at_most": CHANNELS[task.rank], "plan": manifest.plan.model_dump(mode="json")},
+        "unimiss": {
+            "channels_at_most": task.channel_count or CHANNELS[task.rank],
+            "plan": manifest.plan.model_dump(mode="json"),
+        },
     }
 
 
-def _inert(name: str) -> str:
-    """A class's name as mere text: MONAI runs what begins with $ as a program, and takes @ and % for references."""
-    return f"class {name}".replace("::", ": :")
+def _inert(what: str, name: str) -> str:
+    """The name of a class or channel as mere text: MONAI runs what begins with $ as a program, and takes @ and % for
+    references."""
+    return f"{what} {name}".replace("::", ": :")
 
 
 def _sliding_window(manifest: TaskManifest) -> dict[str, Any]:

@@ -1,39 +1,35 @@
 """What a folder of the Medical Segmentation Decathlon or of nnU-Net says: its cases' files, and its dataset.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.channels import case_of, channel_of, stem
+from client.channels import cases_of, stem
 from client.label_config import MsdData
 from unimiss_core.errors import ConfigError
 from unimiss_core.json_text import read_object
 from unimiss_core.task_config import SegmentationConfig
 
 
-def files_by_case(folder: Path) -> dict[str, list[str]]:
-    """Case -> its files: without the ending, and without nnU-Net's channel, for images and masks alike."""
+def images_by_case(folder: Path) -> dict[str, dict[int | None, str]]:
+    """As `cases_of`, but that a case has no ending, for its mask may have another. Raises ConfigError: no folder."""
+    found: dict[str, dict[int | None, str]] = {}
+    for case, held in cases_of(_names_in(folder)).items():
+        found.setdefault(stem(case), {}).update(held)
+    return found
+
+
+def masks_by_case(folder: Path) -> dict[str, str]:
+    """Raises ConfigError: no folder."""
+    return {stem(name): name for name in reversed(_names_in(folder))}  # of several endings the first
+
+
+def _names_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ConfigError(f"data.folder: holds no folder {folder.name}")
-    found: dict[str, list[str]] = {}
-    for path in sorted(folder.iterdir()):
-        if stem(path.name) != path.name and not path.name.startswith("."):
-            case = case_of(path.name) if folder.name == "imagesTr" else stem(path.name)
-            found.setdefault(case, []).append(path.name)
-    return _undone_where_names_alone_end_so(found)
-
-
-def _undone_where_names_alone_end_so(found: dict[str, list[str]]) -> dict[str, list[str]]:
-    """A case whose own name ends in four digits is not a channel: nnU-Net's channels always begin with _0000."""
-    if any(channel_of(name) == 0 for names in found.values() for name in names):
-        return found
-    return {stem(name): [name] for names in found.values() for name in names}
-
-
-def channels_in(names: Sequence[str]) -> dict[int, str]:
-    numbered = {number: name for name in names if (number := channel_of(name)) is not None}
-    return numbered if len(numbered) == len(names) and 0 in numbered else {0: names[0]}
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if stem(name) != name and not name.startswith(".")]
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,11 @@ class _Table:
         by_split: those are judged whom this fine-tuning would test on, not whom the table names. Raises ConfigError."""
         if not isinstance(config.task, ClassificationConfig):
             raise ConfigError("--data: names masks; a probe is of classes, so give a classification's file")
+        if config.task.channels is not None:
+            raise ConfigError(
+                f"--data: its scans have {len(config.task.channels)} channels, and a probe takes each file for a scan; "
+                "give a table of one of them, with scan, label and patient"
+            )
         self._config, self._task = config, config.task
         self._table = label_table(config)
         self.way_to_name = None if self._table.modality else way_to_name

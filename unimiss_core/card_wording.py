@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from unimiss_core.inputs import InputConfig
+from unimiss_core.inputs import ChannelConfig, InputConfig
 from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
 
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
@@ -63,7 +63,7 @@ def plan_in_words(plan: PlanConfig) -> str:
 
 
 def inputs_in_words(inputs: Sequence[InputConfig]) -> str:
-    """How axes lie and what a prepared scan is resized to: paragraphs of Markdown."""
+    """How axes lie, what a prepared scan is resized to, and which its channels are: paragraphs of Markdown."""
     axes = {2: _IMAGE_AXES, 3: _VOLUME_AXES}
     sizes = " and ".join(
         f"{' x '.join(map(str, one.size))} ({'H, W' if len(one.size) == 2 else 'D, H, W'})" for one in inputs
@@ -74,7 +74,22 @@ def inputs_in_words(inputs: Sequence[InputConfig]) -> str:
     else:
         alone = "For features of the encoder alone all of it is resized to that."
         told.append(f"Windows of {sizes} are cut from it. {alone} {_RESIZE}")
-    return "\n\n".join([*told, "`client.features.prepare_file` does all of this, from a file to a tensor."])
+    if channels := next((one.channels for one in inputs if one.channels), ()):
+        told = [_channels_in_words(channels), *told, "`unimiss predict` does all of this, and so does a MONAI bundle."]
+    else:
+        told.append("`client.features.prepare_file` does all of this, from a file to a tensor.")
+    return "\n\n".join(told)
+
+
+def _channels_in_words(channels: Sequence[ChannelConfig]) -> str:
+    named = ", ".join(literally(one.name) + (f" (as {one.modality})" if one.modality else "") for one in channels)
+    words = (
+        f"A scan has {len(channels)} channels, of one patient and on one grid, in this order: {named}. Each is "
+        "prepared by itself: CT by the window, all else by percentiles of its own."
+    )
+    if any(one.modality for one in channels):
+        words += " What a file says of itself goes before what stands in brackets."
+    return words
 
 
 _VOLUME_AXES = "The axes (D, H, W) of a volume point to the patient's superior, posterior and left."

@@ -7,11 +7,13 @@ them gave, and every other tensor stays as it is.
 Legend of shapes: O, C channels of a kernel out and in, k its size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from unimiss_core.backbone import scan_kernel
+from unimiss_core.card_wording import on_one_line
+from unimiss_core.errors import ConfigError
 from unimiss_core.layers import CHANNELS
 from unimiss_core.model_config import ModelConfig
 from unimiss_core.task_config import TaskConfig
@@ -29,6 +31,15 @@ def for_channels_of(
     if known == task.channels or name not in tensors:
         return tensors
     return {**tensors, name: _parted(tensors[name], task.channel_count or CHANNELS[task.rank])}
+
+
+def require_one(channels: Sequence[str] | None) -> None:
+    """Of what takes each file for a scan. Raises ConfigError: the model was fine-tuned on scans of these channels."""
+    if channels is not None:
+        raise ConfigError(
+            f"the model was fine-tuned on scans of {len(channels)} channels ({', '.join(map(on_one_line, channels))}), "
+            "and here each file is a scan of one; ask it by `unimiss predict`, or give an encoder of pretraining"
+        )
 
 
 def _parted(kernel: Tensor, count: int) -> Tensor:

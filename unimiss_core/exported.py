@@ -55,7 +55,8 @@ class ExportedConfig(Config):
     num_features: int
     """Width of what the encoder says of a scan."""
     ranks: tuple[Rank, ...]
-    """2 takes images (B, 1 or 3, H, W), 3 volumes (B, 1, D, H, W)."""
+    """2 takes images (B, 1 or 3, H, W), 3 volumes (B, 1, D, H, W); of a task with channels (B, C, *S), as `inputs` has
+    them."""
     values: tuple[float, float] = (-2.0, 2.0)
     """Range of the input: a scan that `plan` brought to [0, 1] is x -> 4 x - 2."""
     plan: PlanConfig
@@ -75,6 +76,11 @@ class ExportedConfig(Config):
     """ONNX files by name."""
     sha256: Mapping[str, str] = {}
     """File name -> sha256 of its bytes."""
+
+    @property
+    def channels(self) -> tuple[str, ...] | None:
+        """Of scans that are several images or volumes; None of all else."""
+        return None if self.task is None else self.task.channels
 
     def size_of(self, rank: Rank) -> tuple[int, ...]:
         """S that a scan of this rank is brought to. Raises ScanError: the model takes none of them."""

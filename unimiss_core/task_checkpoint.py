@@ -70,6 +70,11 @@ class TaskManifest(Config):
     sha256: str = ""
     """Of model.safetensors."""
 
+    @property
+    def channel_numbers(self) -> tuple[int, ...]:
+        """Of each of the task's channels, where it has some: `channels`, or their own numbers."""
+        return self.channels or tuple(range(self.task.channel_count or 0))
+
 
 def save(folder: Path, tensors: Mapping[str, Tensor], manifest: TaskManifest) -> TaskManifest:
     """Write both files, the description last; returns it with the tensors' shapes and digest."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from unimiss_core import checkpoint, task_checkpoint
+from unimiss_core.backbone import scan_kernel
 from unimiss_core.checkpoint import Manifest
 from unimiss_core.config import load
 from unimiss_core.errors import CheckpointError, ConfigError
@@ -23,17 +24,35 @@ _BACKBONE, _HEAD = "backbone.", "head."
 
 
 def rank_of_task(manifest: Manifest) -> Rank | None:
-    """The one rank that the backbone of a task's checkpoint is of; None of a checkpoint of pretraining, of both."""
-    held = _backbone_of(manifest.tensors)
+    """The one rank that the backbone of a task's checkpoint is of, whatever channels its scans have; None of a
+    checkpoint of pretraining, of both."""
     for rank in RANKS:
         network = empty_network(manifest.model, ranks={rank})
-        if held == _backbone_of({name: tuple(p.shape) for name, p in network.named_parameters()}):
+        shapes, kernel = (
+            {name: tuple(p.shape) for name, p in network.named_parameters()},
+            _scan_kernel_of(manifest, rank),
+        )
+        if _backbone_of(manifest.tensors, kernel) == _backbone_of(shapes, kernel):
             return rank
     return None
 
 
-def _backbone_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in shapes.items() if name.startswith(_BACKBONE)}
+def channels_of(manifest: Manifest, rank: Rank) -> int:
+    """C that the kernel has which meets the scans of a task of this rank."""
+    return manifest.tensors[_scan_kernel_of(manifest, rank)][1]
+
+
+def _scan_kernel_of(manifest: Manifest, rank: Rank) -> str:
+    return f"{_BACKBONE}{scan_kernel(manifest.model, rank)}"
+
+
+def _backbone_of(shapes: Mapping[str, tuple[int, ...]], kernel: str) -> dict[str, tuple[int, ...]]:
+    """kernel: (O, C, *k), of which C is left off."""
+    return {
+        name: (*shape[:1], *shape[2:]) if name == kernel else tuple(shape)
+        for name, shape in shapes.items()
+        if name.startswith(_BACKBONE)
+    }
 
 
 def require_tensors_of_model(folder: Path, manifest: Manifest) -> None:
