@@ -68,14 +68,15 @@ class Segmenter(nn.Module):
     resolution), continued. Odd axes: what doubling adds beyond the finer map is left off, as in MiT's decoder.
     """
 
-    def __init__(self, rank: Rank, *, channels: int, width: int, stem: int, outputs: int) -> None:
+    def __init__(self, rank: Rank, *, channels: int | None = None, width: int, stem: int, outputs: int) -> None:
+        """channels: as of the backbone."""
         super().__init__()
         self.outputs = outputs
         up: Any = CONV_TRANSPOSED[rank]
         self.to_stem = up(width, stem, 2, 2)
         self.at_stem = ConvBlock(rank, stem, stem, 3, 1)
         self.to_full = up(stem, FULL_WIDTH, STEM_STRIDE[rank], STEM_STRIDE[rank])
-        self.input = ConvBlock(rank, channels, FULL_WIDTH, 3, 1)
+        self.input = ConvBlock(rank, channels or CHANNELS[rank], FULL_WIDTH, 3, 1)
         self.at_full = ConvBlock(rank, FULL_WIDTH, FULL_WIDTH, 3, 1)
         self.classes = CONV[rank](FULL_WIDTH, outputs, 1)
 
@@ -150,8 +151,8 @@ def empty_task_model(model: ModelConfig, task: TaskConfig) -> TaskModel:
 def _segmenter(backbone: Backbone, task: SegmentationConfig) -> Segmenter | FineSegmenter:
     width, outputs = backbone.map_width, task.outputs
     if isinstance(backbone, MiT):
-        channels, stem = backbone.channels or CHANNELS[task.rank], backbone.architecture.stem
-        return Segmenter(task.rank, channels=channels, width=width, stem=stem, outputs=outputs)
+        stem = backbone.architecture.stem
+        return Segmenter(task.rank, channels=backbone.channels, width=width, stem=stem, outputs=outputs)
     return FineSegmenter(task.rank, width=width, outputs=outputs)
 
 
