@@ -56,19 +56,21 @@ PICTURES = ClassificationConfig(kind="multi_class", rank=2, classes=("a", "b", "
 SEVERAL = PICTURES.model_copy(update={"channels": ("T1", "T2", "FLAIR", "T1gd")})
 
 
-def write_case(folder: Path, case: str, seed: int = 0, shape: tuple[int, ...] = (22, 38, 36)) -> Path:
-    """A case of three files, of other ranges each, turned as the affine says; the folder."""
+def write_case(folder: Path, case: str, seed: int = 0, shape: tuple[int, ...] = (38, 22, 36)) -> Path:
+    """A case of three files, of other ranges each, on one grid, of which one is stored in another order; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     affine = np.array([[0, 0, -1.5, 5], [1.1, 0, 0, 3], [0, -2.5, 0, 9], [0, 0, 0, 1]])
     ranges: list[tuple[float, float]] = [(900, 60), (3, 1), (40, 500)]
     for number, (centre, width) in enumerate(ranges):
-        values = np.random.default_rng([seed, number]).normal(centre, width, (shape[1], shape[0], shape[2]))
-        nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), affine), folder / f"{case}_{number:04d}.nii.gz")
+        values = np.random.default_rng([seed, number]).normal(centre, width, shape).astype(np.float32)
+        image = nibabel.Nifti1Image(values, affine)
+        stored = image.as_reoriented(np.array([[1, 1], [0, -1], [2, 1]])) if number == 2 else image
+        nibabel.save(stored, folder / f"{case}_{number:04d}.nii.gz")
     return folder
 
 
 def in_one_file(folder: Path, case: str) -> None:
-    images = [nibabel.load(folder / f"{case}_{number:04d}.nii.gz") for number in range(3)]
+    images = [nibabel.as_closest_canonical(nibabel.load(folder / f"{case}_{n:04d}.nii.gz")) for n in range(3)]
     volumes = np.stack([np.asarray(image.dataobj) for image in images], -1)
     for number in range(3):
         (folder / f"{case}_{number:04d}.nii.gz").unlink()
@@ -344,7 +346,7 @@ def test_series_of_a_case_are_its_channels_where_their_folders_are_called_so(tmp
 
 def test_channels_on_other_grids_are_told_apart(tmp_path: Path) -> None:
     scans = write_case(tmp_path / "scans", "a")
-    write_case(tmp_path / "other", "a", shape=(22, 38, 35))
+    write_case(tmp_path / "other", "a", shape=(38, 22, 35))
     shutil.copy(tmp_path / "other" / "a_0001.nii.gz", scans)
     manifest = task_checkpoint.load(untrained(tmp_path / "model", BALL))[1]
     (item,) = cases_in(str(scans), manifest)
