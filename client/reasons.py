@@ -60,7 +60,7 @@ REASONS: Mapping[str, str] = {
     "other_channel": "another channel of its case (CASE_0000, CASE_0001, ...) than the one that the model reads",
     "channels_apart": "its channels (of a task that has several) do not lie on one grid; resample them onto one, or "
     "set task.other_grids: resample",
-    "lacks_channel": "holds fewer volumes than the task has channels, or is no NIfTI file of several",
+    "lacks_channel": "one of the task's channels has no file, or is no volume of the case's one NIfTI file",
     "mask_unfit": "its mask does not go with it: another geometry or kind, not stored turned as it is, other values, "
     "empty, or not to be read",
     "duplicate": "a copy of a file, slice or scan that is used",
