@@ -82,7 +82,7 @@ class Prepared:
         scans, source = self._read(item["image"])
         if any(scan.rank != task.rank for scan in scans):
             raise ScanError("other_rank")
-        values, spacing = prepare_channels(scans, plan)
+        values, spacing = prepare_channels(scans, plan, task.other_grids)
         values = as_values(as_stored(values))
         if isinstance(task, ClassificationConfig):
             image = whole(values, task.size_for(self._manifest.model))
