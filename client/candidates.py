@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from client.series import Kind, Stack
 from unimiss_core.scan import Modality
@@ -18,6 +18,16 @@ Format = Literal["dicom", "nifti", "picture"]
 MAX_VOLUME_MM3 = 5e9
 """No scanner takes five cubic metres. On a plan's grid such a scan would need more room than all the others."""
 ItemT = TypeVar("ItemT")
+
+
+class Channel(NamedTuple):
+    """One of the images or volumes that each scan of a task is made of."""
+
+    name: str
+    number: int
+    """Of its file, CASE_0000 or CASE_0001 and so on, or of its volume in a file that holds all of them."""
+    modality: Modality | None
+    """What it is taken for where its file does not say it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,14 @@ class Candidate:
     stack: Stack | None = None
     compressed: bool = False
     """In a way that may make its reader crash, or take long for a small file."""
+    channels: tuple[Channel, ...] = ()
+    """Of a scan that is several images or volumes: a file each, in this order, or one file for all. What else is said
+    here is of the first."""
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """As it will be read, of each image or volume that it is made of."""
+        return tuple(one.modality or self.modality for one in self.channels) or (self.modality,)
 
     @property
     def kind(self) -> Kind:

@@ -144,7 +144,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def read(candidate: Candidate) -> Scan:
-    """Decode one scan. Raises ScanError with the reason why it cannot be used."""
+    """Decode one scan, which is one image or volume. Raises ScanError with the reason why it cannot be used."""
     if candidate.format == "nifti":
         return no_labels(nifti.read_nifti(candidate.paths[0], candidate.modality))
     if candidate.format == "picture":
@@ -199,7 +199,8 @@ def safe_here(candidates: Sequence[Candidate]) -> bool:
     if any(candidate.compressed for candidate in candidates):
         return False
     count = sum(len(candidate.files) for candidate in candidates)
-    unpacked = 4 * sum(math.prod(candidate.shape) for candidate in candidates)  # a small file may hold a large scan
+    held = (len(candidate.modalities) * math.prod(candidate.shape) for candidate in candidates)
+    unpacked = 4 * sum(held)  # a small file may hold a large scan
     stored = _bytes_of(path for one in candidates for path in one.paths)
     return count <= _FEW_FILES and max(stored, unpacked) <= FEW_BYTES
 

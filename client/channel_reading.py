@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from client import workers
-from client.catalogue import only_one, read_one, safe_to_read_here
+from client.candidates import Candidate
+from client.catalogue import only_one, read, read_one, safe_to_read_here
+from client.label_maps import no_labels
 from client.nifti import read_nifti
 from client.patients import MODALITY_NAMES
 from unimiss_core.errors import ScanError
@@ -37,7 +39,7 @@ def read_channels(
         if only_one(paths[0]).format != "nifti":
             raise ScanError("lacks_channel")
         each = zip(numbers, modalities, strict=True)
-        return tuple(read_nifti(paths[0], modality or "OT", volume=number) for number, modality in each)
+        return tuple(no_labels(read_nifti(paths[0], modality or "OT", volume=number)) for number, modality in each)
     pairs = zip(paths, modalities, strict=True)
     return tuple(read_one(path, modality, interpolate=interpolate) for path, modality in pairs)
 
@@ -47,12 +49,22 @@ def read_channels_apart(
 ) -> tuple[Scan, ...]:
     """`read_channels`, in a process of its own where a codec may crash or much memory is asked for, and raises as it
     does."""
-    read = partial(read_channels, numbers=numbers, modalities=modalities, interpolate=interpolate)
+    whole = partial(read_channels, numbers=numbers, modalities=modalities, interpolate=interpolate)
     ((_, outcome),) = (
-        workers.run_here(read, [paths])
+        workers.run_here(whole, [paths])
         if safe_to_read_here(paths)
-        else workers.run(read, [paths], time_limit_s=workers.READING_LIMIT_S)
+        else workers.run(whole, [paths], time_limit_s=workers.READING_LIMIT_S)
     )
     if isinstance(outcome, ScanError):
         raise outcome
     return outcome
+
+
+def read_whole(candidate: Candidate) -> tuple[Scan, ...]:
+    """All that the scan is made of: one image or volume, or that of each of its channels. For a worker, as
+    `read_channels`; raises as it does."""
+    if not candidate.channels:
+        return (read(candidate),)
+    paths = candidate.paths if len(candidate.files) > 1 else candidate.paths * len(candidate.channels)
+    numbers = [one.number for one in candidate.channels]
+    return read_channels(paths, numbers, [one.modality for one in candidate.channels], interpolate=False)

@@ -1,13 +1,15 @@
-"""nnU-Net's names of files: CASE_0000, CASE_0001, ... are a case's channels, of which a model reads one or several."""
+"""nnU-Net's names of files: CASE_0000, CASE_0001, ... are a case's channels, of which a model reads one, or several as
+one scan."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from client.candidates import Candidate, LeftOut
-from client.catalogue import Catalogue
+from client.candidates import Candidate, Channel, LeftOut
+from client.catalogue import Catalogue, catalogue_one
 from unimiss_core import progress
+from unimiss_core.scan import Modality
 
 _ENDING = re.compile(r"\.(nii|nii\.gz|png|tiff?)$")
 _CHANNEL = re.compile(r"_(\d{4})$")
@@ -79,21 +81,113 @@ def of_one_channel(found: Catalogue, channel: int) -> Catalogue:
 
     Unchanged where files of one folder and ending, left out or not, are not all called so.
     """
-    alike: dict[tuple[Path, str], list[str]] = {}
-    looked_at: tuple[Candidate | LeftOut, ...] = (*found.candidates, *found.left_out, *found.unreadable)
-    for path in (path for one in looked_at for path in one.paths):
-        if stem(path.name) != path.name:
-            alike.setdefault((path.parent, path.name.removeprefix(stem(path.name))), []).append(path.name)
-    by_channel = {of for of, names in alike.items() if are_channels(names)}
+    by_channel = {of for of, names in _names_alike(found).items() if are_channels(names)}
 
     def is_other(one: Candidate) -> bool:
-        path, name = one.paths[0], one.paths[0].name
-        return (path.parent, name.removeprefix(stem(name))) in by_channel and channel_of(name) != channel
+        path = one.paths[0]
+        return (path.parent, _ending(path.name)) in by_channel and channel_of(path.name) != channel
 
     others = [one for one in found.candidates if is_other(one)]
     if by_channel:
         told = f"reads channel {channel} of each case, on which the model was fine-tuned"
         progress.report(progress.Note(f"{told}; {len(others)} file(s) of other channels are not looked at"))
-    left_out = (LeftOut(o.folder, o.files, "other_channel", o.modality, o.shape, o.spacing_mm) for o in others)
+    left_out = (_left_out(one, "other_channel") for one in others)
     kept = tuple(one for one in found.candidates if not is_other(one))
     return replace(found, candidates=kept, left_out=(*found.left_out, *left_out))
+
+
+def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
+    """With a scan for each case, made of these channels: of its files of one folder and ending, or of the volumes of
+    one NIfTI file, whatever that is called. A note says which file is which channel.
+
+    Left out are files of other channels (`other_channel`), cases that lack one (`lacks_channel`), and all else that is
+    one image or volume (`unknown_channel`).
+    """
+    numbered = {
+        of: [name for name in names if channel_of(name) is not None] for of, names in _names_alike(found).items()
+    }
+    by_channel = {of for of, names in numbered.items() if are_channels(names)}
+    left_out = list(found.left_out)
+    scans: dict[tuple[Path, ...] | tuple[Path, str, str], dict[int, Candidate]] = {}
+    others = 0
+    for one in found.candidates:
+        path, ending = one.paths[0], _ending(one.paths[0].name)
+        number = channel_of(path.name)
+        if _holds_several(one):
+            scans[(path,)] = {channel.number: one for channel in channels}
+        elif one.format == "dicom" or number is None or (path.parent, ending) not in by_channel:
+            left_out.append(_left_out(one, "unknown_channel"))
+        elif number not in {channel.number for channel in channels}:
+            left_out.append(_left_out(one, "other_channel"))
+            others += 1
+        else:
+            scans.setdefault((path.parent, ending, case_of(path.name)), {})[number] = one
+    if by_channel:
+        told = ", ".join(f"_{one.number:04d} as {one.name}" for one in channels)
+        progress.report(
+            progress.Note(f"of each case reads {told}; {others} file(s) of other channels are not looked at")
+        )
+    kept = []
+    for held in scans.values():
+        parts = [held[channel.number] for channel in channels if channel.number in held]
+        files = tuple(dict.fromkeys(file for part in parts for file in part.files))
+        whole = replace(parts[0], files=files, compressed=any(part.compressed for part in parts))
+        if len(parts) < len(channels):
+            left_out.append(_left_out(whole, "lacks_channel"))
+        else:
+            kept.append(replace(whole, channels=tuple(channels)))
+    return replace(found, candidates=tuple(kept), left_out=tuple(left_out))
+
+
+def with_its_case(found: Catalogue, channels: Sequence[Channel], modality: Modality | None) -> Catalogue:
+    """What was found of one file, and, where it is a channel of a case, of the others that lie beside it."""
+    if not found.candidates or _holds_several(found.candidates[0]):
+        return found
+    path = found.candidates[0].paths[0]
+    numbers = {0, *(channel.number for channel in channels)} - {channel_of(path.name)}
+    if channel_of(path.name) is None:
+        return found
+    beside = [path.with_name(f"{case_of(path.name)}_{number:04d}{_ending(path.name)}") for number in sorted(numbers)]
+    parts = [catalogue_one(other, modality) for other in beside if other.is_file()]
+    return Catalogue(
+        candidates=(*found.candidates, *(one for part in parts for one in part.candidates if not _holds_several(one))),
+        left_out=(*found.left_out, *(one for part in parts for one in part.left_out)),
+        unreadable=(*found.unreadable, *(one for part in parts for one in part.unreadable)),
+        files_seen=found.files_seen + sum(part.files_seen for part in parts),
+    )
+
+
+def expected_names(channels: Sequence[Channel]) -> str:
+    """How scans of these channels are to be given, in words."""
+    numbers = [one.number for one in channels]
+    volumes = f"of {len(numbers)} volumes"
+    if numbers != list(range(len(numbers))):
+        volumes = f"that holds them as its volumes {', '.join(map(str, numbers))}, from 0"
+    files = ", ".join(f"CASE_{number:04d}" for number in numbers)
+    names = ", ".join(one.name for one in channels)
+    return (
+        f"the model reads {names}: give each case as {files} in one folder, all of one ending (.nii.gz, .nii, .png, "
+        f".tif or .tiff), or as one NIfTI file {volumes}"
+    )
+
+
+def _names_alike(found: Catalogue) -> dict[tuple[Path, str], list[str]]:
+    """Folder and ending -> the names of its files, used or not."""
+    alike: dict[tuple[Path, str], list[str]] = {}
+    looked_at: tuple[Candidate | LeftOut, ...] = (*found.candidates, *found.left_out, *found.unreadable)
+    for path in (path for one in looked_at for path in one.paths):
+        if ending := _ending(path.name):
+            alike.setdefault((path.parent, ending), []).append(path.name)
+    return alike
+
+
+def _ending(name: str) -> str:
+    return name.removeprefix(stem(name))
+
+
+def _holds_several(one: Candidate) -> bool:
+    return one.format == "nifti" and "first_of_several_times" in one.flags
+
+
+def _left_out(one: Candidate, reason: str) -> LeftOut:
+    return LeftOut(one.folder, one.files, reason, one.modality, one.shape, one.spacing_mm)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from client.candidates import Candidate
+from client.channels import case_of
 from unimiss_core.errors import ConfigError
 
 _ENDINGS = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
@@ -16,9 +17,9 @@ def without_ending(path: Path) -> str:
 
 
 def names_by_number(scans: Iterable[tuple[int, Candidate]], *, keeps_ending: bool) -> Mapping[int, str]:
-    """Number of a scan -> what it is called: as its file, without the ending unless it `keeps_ending`; of several
-    files as their folder. Raises ConfigError, which names no file: two would be called alike, perhaps on a disk that
-    knows no capitals."""
+    """Number of a scan -> what it is called: as its file, without the ending unless it `keeps_ending`; of a series as
+    its folder, of several channels' files as their case. Raises ConfigError, which names no file: two would be called
+    alike, perhaps on a disk that knows no capitals."""
     names: dict[int, str] = {}
     first: dict[str, int] = {}
     for number, scan in scans:
@@ -34,6 +35,8 @@ def names_by_number(scans: Iterable[tuple[int, Candidate]], *, keeps_ending: boo
 
 def _name_of(scan: Candidate, *, keeps_ending: bool) -> str:
     path = scan.paths[0]
+    if len(scan.files) > 1 and scan.channels:
+        return case_of(path.name)
     if len(scan.files) > 1:
         return path.parent.resolve().name or path.name
     return path.name if keeps_ending else without_ending(path) or path.name

@@ -145,7 +145,7 @@ def _affine(image: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     affine = np.array(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all():
         raise ScanError("bad_geometry")
-    if len(image.shape) > 3 and image.shape[3] > 1:
+    if math.prod(image.shape[3:]) > 1:
         flags.append("first_of_several_times")
     if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
         flags.append("orientation_assumed")

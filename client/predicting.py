@@ -23,7 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from client.cache import READING_VERSION
-from client.channels import of_one_channel
+from client.candidates import Channel
+from client.channel_reading import modalities_of, read_whole
+from client.channels import expected_names, of_channels, of_one_channel, with_its_case
 from client.dicom_seg import check_highdicom, write_dicom_seg
 from client.inference import Inference, check_extra
 from client.input_names import names_by_number
@@ -36,7 +38,7 @@ from unimiss_core import durable, progress
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, ScanError
 from unimiss_core.keys import read_signing_public_key
-from unimiss_core.plan import prepare
+from unimiss_core.plan import prepare, prepare_channels
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
@@ -60,6 +62,7 @@ class Asked:
     values: NDArray[np.float32]
     """(C, *S) in [0, 1]"""
     grid: Grid
+    """Of its first channel."""
 
 
 def predict(
@@ -76,7 +79,8 @@ def predict(
     key: Path | None = None,
 ) -> None:
     """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file. A round of a
-    federation that fine-tuned is such a model, too.
+    federation that fine-tuned is such a model, too. A model of several channels is asked about cases of as many files,
+    or volumes of one; a single file of a case stands for all of it.
 
     modality: of scans whose files do not say it; None takes what the model was trained with. batch: scans, or windows
     of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG. names:
@@ -92,12 +96,13 @@ def predict(
     if dicom_seg:
         _check_dicom_seg(manifest)
     make_new_folder("--out", out)
-    reading = Reading.of_path(scans, manifest.plan, modality or manifest.modality)
-    if manifest.channel is not None:
-        reading = Reading(of_one_channel(reading.found, manifest.channel))
+    channels = _channels(manifest, modality)
+    reading = _reading(scans, manifest, channels, modality)
     inference = _inference(manifest, chosen, batch)
     called = _names(reading, manifest) if names == "input" else {}
-    unlike = _unlike_training(reading, manifest, says_modality=modality is not None)
+    unlike = _unlike_training(
+        reading, manifest, says_modality=modality is not None or any(one.modality for one in channels)
+    )
     answers = _Answers(network.to(chosen), manifest, inference, reading, out, show_paths, dicom_seg, called)
     if len(reading):
         _tell_of_other_reading(manifest)
@@ -109,8 +114,11 @@ def predict(
             f"{model}: its answers are not all numbers: its training diverged; fine-tune it again"
         ) from None
     reading.explain()
+    if channels and {"lacks_channel", "unknown_channel"} & reading.reasons.keys():
+        progress.report(progress.Note(expected_names(channels)))
     if show_paths:
-        _write_table(out / _LEFT_OUT, ({"file": files[0], "reason": reason} for files, reason in reading.left_out))
+        shown = ((files if channels else files[:1], reason) for files, reason in reading.left_out)
+        _write_table(out / _LEFT_OUT, ({"file": file, "reason": reason} for files, reason in shown for file in files))
     reading.require(done)
     told = {
         "model": manifest.sha256,
@@ -128,7 +136,28 @@ def predict(
 def _check_dicom_seg(manifest: TaskManifest) -> None:
     if not isinstance(manifest.task, SegmentationConfig) or manifest.task.rank != 3:
         raise ConfigError("--dicom-seg: the model draws no masks of volumes; leave the option out")
+    if manifest.task.channels is not None:
+        raise ConfigError(
+            "--dicom-seg: is of DICOM series, and the model reads the channels of a scan from other files; leave the "
+            "option out"
+        )
     check_highdicom()
+
+
+def _channels(manifest: TaskManifest, modality: Modality | None) -> tuple[Channel, ...]:
+    """Empty of a task without channels."""
+    names, taken_for = manifest.task.channels or (), modalities_of(manifest.task, modality or manifest.modality)
+    return tuple(map(Channel, names, manifest.channel_numbers, taken_for))
+
+
+def _reading(scans: Path, manifest: TaskManifest, channels: Sequence[Channel], modality: Modality | None) -> Reading:
+    """Raises ConfigError: `scans` is neither a folder nor a file."""
+    modality = modality or manifest.modality
+    reading = Reading.of_path(scans, manifest.plan, modality)
+    if channels:
+        found = reading.found if scans.is_dir() else with_its_case(reading.found, channels, modality)
+        return Reading(of_channels(found, channels))
+    return reading if manifest.channel is None else Reading(of_one_channel(reading.found, manifest.channel))
 
 
 def _tell_of_other_reading(manifest: TaskManifest) -> None:
@@ -157,10 +186,11 @@ def _inference(manifest: TaskManifest, device: torch.device, batch: int) -> Infe
 
 
 def _unlike_training(reading: Reading, manifest: TaskManifest, *, says_modality: bool) -> dict[Modality, int]:
-    """Kind -> how many scans of the model's rank are of it, for each kind that it was not trained on; all are told. Of
-    a model of which nothing says that, scans are told that do not say their own."""
+    """Kind -> how many scans of the model's rank are of it, or a channel of theirs, for each kind that it was not
+    trained on; all are told. Of a model of which nothing says that, scans are told that do not say their own."""
     known = manifest.trained_on
-    kinds = Counter(one.modality for one in reading.found.candidates if one.kind == f"{manifest.task.rank}d")
+    asked = (one for one in reading.found.candidates if one.kind == f"{manifest.task.rank}d")
+    kinds = Counter(kind for one in asked for kind in set(one.modalities))
     unlike = {kind: count for kind, count in sorted(kinds.items()) if known and not _is_like(kind, known)}
     for kind, count in unlike.items():
         taught = ", ".join(_KINDS[one] for one in known)
@@ -177,8 +207,8 @@ def _unlike_training(reading: Reading, manifest: TaskManifest, *, says_modality:
 
 
 def _names(reading: Reading, manifest: TaskManifest) -> Mapping[int, str]:
-    """Of scans of the model's rank: masks without the ending of their file, in the table of classes with it. Raises
-    ConfigError: two would be called alike."""
+    """Of scans of the model's rank: masks without the ending of their file, in the table of classes with it; a case of
+    several files without ending and channel. Raises ConfigError: two would be called alike."""
     kind, is_classes = f"{manifest.task.rank}d", isinstance(manifest.task, ClassificationConfig)
     numbered = enumerate(reading.found.candidates, start=1)
     return names_by_number(((number, one) for number, one in numbered if one.kind == kind), keeps_ending=is_classes)
@@ -192,25 +222,26 @@ def _is_like(kind: Modality, known: Sequence[Modality]) -> bool:
 
 def _asked(reading: Reading, manifest: TaskManifest) -> Iterator[Asked]:
     """The scans that the model can be asked about; the others are counted."""
-    for origin, scan in reading:
+    for origin, scans in reading.each(read_whole):
         try:
-            values, grid = _prepared(scan, manifest)
+            values, grid = _prepared(scans, manifest)
         except (ScanError, MemoryError) as error:
-            del scan
+            del scans
             reading.leave_out(origin, error.reason if isinstance(error, ScanError) else "out_of_memory")
         else:
-            del scan
+            del scans
             yield Asked(origin, values, grid)
             del values
         progress.report(progress.StepDone("scans", origin.number, len(reading), None))
 
 
-def _prepared(scan: Scan, manifest: TaskManifest) -> tuple[NDArray[np.float32], Grid]:
-    """To the last bit as fine-tuning prepares it. Raises ScanError."""
-    if scan.rank != manifest.task.rank:
+def _prepared(scans: Sequence[Scan], manifest: TaskManifest) -> tuple[NDArray[np.float32], Grid]:
+    """Of what one scan is made of, to the last bit as fine-tuning prepares it. Raises ScanError."""
+    if any(scan.rank != manifest.task.rank for scan in scans):
         raise ScanError("other_rank")
-    values, spacing = prepare(scan, manifest.plan)
-    return as_values(as_stored(values)), grid_of(scan, spacing)
+    first, *others = scans
+    values, spacing = prepare_channels(scans, manifest.plan) if others else prepare(first, manifest.plan)  # no copy
+    return as_values(as_stored(values)), grid_of(first, spacing)
 
 
 @dataclass(frozen=True)

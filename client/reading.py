@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from client import workers
 from client.candidates import Candidate, Format
@@ -22,6 +23,8 @@ from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.study import PlanConfig
 
+ReadT = TypeVar("ReadT")
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -29,7 +32,7 @@ class Origin:
 
     folder: Path
     files: tuple[str, ...]
-    """Paths below the folder, in slice order."""
+    """Paths below the folder, in the order of slices or channels."""
     patient: str
     """Key of the patient, comparable within one `Reading`."""
     format: Format
@@ -46,14 +49,14 @@ class Origin:
     def key(self) -> str:
         """What the scan is called wherever its files lie: 32 hex digits.
 
-        Of NIfTI and pictures the first half of the file's sha256; of DICOM, of the sha256 of all files in the order of
-        slices, and the numbers of their frames.
+        Of NIfTI and pictures the first half of the file's sha256; of DICOM, and of several channels' files, of the
+        sha256 of all files in their order, and the numbers of DICOM's frames.
         """
         digests = []
         for path in self.paths:
             with path.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        if self.format != "dicom":
+        if self.format != "dicom" and len(digests) == 1:
             return digests[0][:32]
         return hashlib.sha256(repr((digests, self.frames)).encode()).hexdigest()[:32]
 
@@ -107,11 +110,16 @@ class Reading:
         return len(self.found.candidates)
 
     def __iter__(self) -> Iterator[tuple[Origin, Scan]]:
+        return self.each(read)
+
+    def each(self, function: Callable[[Candidate], ReadT]) -> Iterator[tuple[Origin, ReadT]]:
+        """What `function`, as for `workers.run`, reads of each scan; where it raises ScanError, the scan is left
+        out."""
         candidates = self.found.candidates
         outcomes = (
-            workers.run_here(read, candidates)
+            workers.run_here(function, candidates)
             if safe_here(candidates)
-            else workers.run(read, candidates, workers=1, time_limit_s=workers.READING_LIMIT_S)  # one keeps the order
+            else workers.run(function, candidates, workers=1, time_limit_s=workers.READING_LIMIT_S)  # keeps the order
         )
         for index, outcome in outcomes:
             origin = _origin(index + 1, candidates[index])

@@ -60,7 +60,9 @@ REASONS: Mapping[str, str] = {
     "other_channel": "another channel of its case (CASE_0000, CASE_0001, ...) than the one that the model reads",
     "channels_apart": "its channels (of a task that has several) do not lie on one grid; resample them onto one, or "
     "set task.other_grids: resample",
-    "lacks_channel": "one of the task's channels has no file, or is no volume of the case's one NIfTI file",
+    "lacks_channel": "lacks a channel of the task: a file of its case (CASE_0000, CASE_0001, ...), or a volume of its "
+    "one NIfTI file",
+    "unknown_channel": "one image or volume where a scan is several, and its name does not say which of them it is",
     "mask_unfit": "its mask does not go with it: another geometry or kind, not stored turned as it is, other values, "
     "empty, or not to be read",
     "duplicate": "a copy of a file, slice or scan that is used",

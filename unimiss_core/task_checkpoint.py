@@ -9,9 +9,9 @@ Whoever has both needs nothing else to use the model. No time, no host and no pa
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from safetensors.torch import save as as_bytes
@@ -72,8 +72,14 @@ class TaskManifest(Config):
 
     @property
     def channel_numbers(self) -> tuple[int, ...]:
-        """Of each of the task's channels, where it has some: `channels`, or their own numbers."""
+        """`channels`, or what stands for it; empty of a task without channels."""
         return self.channels or tuple(range(self.task.channel_count or 0))
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        if self.channels and len(set(self.channels)) != self.task.channel_count:
+            raise ValueError("channels: expected a different number for each of the task's channels")
+        return self
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], manifest: TaskManifest) -> TaskManifest:
