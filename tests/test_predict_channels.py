@@ -206,6 +206,23 @@ def test_volumes_of_one_file_are_a_case_whatever_it_is_called(tmp_path: Path) ->
     assert [row["key"] for row in alone] == [found[1]["key"]]
 
 
+def test_channels_along_the_fifth_axis_are_volumes_too_and_one_of_labels_is_none(tmp_path: Path) -> None:
+    """ITK writes them there. Oracle: the same channels in files of their own."""
+    model, apart, one, out = model_of(tmp_path / "model"), tmp_path / "apart", tmp_path / "one", tmp_path / "out"
+    write_case(apart, "a", 0)
+    for name in ("a_0000", "labels"):
+        write_in_one(one, name, 0)
+        image = nibabel.load(one / f"{name}.nii.gz")
+        values = np.asarray(image.dataobj).copy()
+        if name == "labels":
+            values[..., 1] = values[..., 1] > 100
+        nibabel.save(nibabel.Nifti1Image(values[:, :, :, None], image.affine), one / f"{name}.nii.gz")
+    (row,) = predicted(model, one, out)
+    assert left_out(out) == {"labels.nii.gz": "label_map"}
+    (other,) = predicted(model, apart, tmp_path / "expected")
+    np.testing.assert_array_equal(drawn(out, row), drawn(tmp_path / "expected", other))
+
+
 def test_what_is_no_whole_case_is_left_out_with_its_reason_and_the_rest_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
