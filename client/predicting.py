@@ -38,7 +38,7 @@ from unimiss_core import durable, progress
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, ScanError
 from unimiss_core.keys import read_signing_public_key
-from unimiss_core.plan import prepare, prepare_channels
+from unimiss_core.plan import prepare_channels
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_checkpoint import TaskManifest
 from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
@@ -239,9 +239,8 @@ def _prepared(scans: Sequence[Scan], manifest: TaskManifest) -> tuple[NDArray[np
     """Of what one scan is made of, to the last bit as fine-tuning prepares it. Raises ScanError."""
     if any(scan.rank != manifest.task.rank for scan in scans):
         raise ScanError("other_rank")
-    first, *others = scans
-    values, spacing = prepare_channels(scans, manifest.plan) if others else prepare(first, manifest.plan)  # no copy
-    return as_values(as_stored(values)), grid_of(first, spacing)
+    values, spacing = prepare_channels(scans, manifest.plan, manifest.task.other_grids)
+    return as_values(as_stored(values)), grid_of(scans[0], spacing)
 
 
 @dataclass(frozen=True)

@@ -380,19 +380,19 @@ def test_a_picture_that_does_not_fit_into_memory_leaves_those_of_its_batch_their
     scans.mkdir()
     for number, width in enumerate((60, 61, 60, 62, 60)):
         Image.fromarray(noise((50, width), number).astype(np.uint8)).save(scans / f"{number}.png")
-    prepare, chances = predicting.prepare, inference.Inference.chances
+    prepare, chances = predicting.prepare_channels, inference.Inference.chances
 
-    def fits(scan: Scan, plan: PlanConfig) -> Any:
-        if scan.voxels.shape[2] == 61:
+    def fits(scans: tuple[Scan, ...], *how: Any) -> Any:
+        if scans[0].voxels.shape[2] == 61:
             raise MemoryError
-        return prepare(scan, plan)
+        return prepare(scans, *how)
 
     def seen(self: inference.Inference, model: Any, values: list[np.ndarray]) -> np.ndarray:
         if any(one.shape[2] == 62 for one in values):
             raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
         return chances(self, model, values)
 
-    monkeypatch.setattr(predicting, "prepare", fits)
+    monkeypatch.setattr(predicting, "prepare_channels", fits)
     monkeypatch.setattr(inference.Inference, "chances", seen)
     assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out")]) == 0
     told = json.loads((tmp_path / "out" / "predicted.json").read_text())

@@ -68,7 +68,7 @@ def prepare_channels(
             found.append(prepare(replace(other, spacing_mm=first.spacing_mm), plan)[0])
         else:
             found.append(_laid_on(affine_of_prepared(first, values.shape[1:], spacing), values.shape[1:], other, plan))
-    return np.concatenate(found), spacing
+    return np.concatenate(found) if others else values, spacing
 
 
 def _is_on_grid_of(one: Scan, other: Scan) -> bool:
