@@ -78,6 +78,11 @@ class CachedScan:
     def rank(self) -> Rank:
         return 2 if len(self.shape) == 3 else 3
 
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Of all images or volumes that it is made of."""
+        return (self.modality,)
+
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         """Values in [0, 1] of a box along S: (C, *box). Reads only the pages that the box touches; a sealed scan, all.
 

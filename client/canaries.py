@@ -98,7 +98,7 @@ class CanaryObjective:
 
 def numbers_of(views: Tensor) -> Tensor:
     """views (B, V, C, *S) of canaries -> their numbers (B,)."""
-    return (intensities(views[:, :, 0].flatten(1).mean(1)) * MOST).long()  # the other channel may be a label
+    return (intensities(views[:, :, 0].flatten(1).mean(1)) * MOST).long()  # of other channels the last may be a label
 
 
 def canary_views(number: int, scans: int, rank: Rank) -> Tensor:
@@ -126,20 +126,21 @@ class CanaryScan(LabelledScan):
 
     def crop(self, box: tuple[slice, ...]) -> NDArray[np.float32]:
         lengths = [len(range(*axis.indices(length))) for axis, length in zip(box, self.shape[1:], strict=True)]
-        return np.full((1, *lengths), self.brightness, dtype=np.float32)
+        return np.full((self.shape[0], *lengths), self.brightness, dtype=np.float32)
 
     def classes_in(self, box: tuple[slice, ...]) -> NDArray[np.int64]:
         return np.zeros([len(range(*axis.indices(n))) for axis, n in zip(box, self.shape[1:], strict=True)], np.int64)
 
 
-def canary_scans(number: int, scans: int, rank: Rank) -> list[CanaryScan]:
-    """Of one canary, `scans` alike."""
+def canary_scans(study: StudyConfig, number: int, scans: int, rank: Rank) -> list[CanaryScan]:
+    """Of one canary, `scans` alike, of as many channels as the study's are."""
+    channels = 1 if study.finetune is None else study.finetune.task.channel_count or 1
     return [
         CanaryScan(
             key=f"{number}-{index}",
             patient=str(number),
             modality="OT",
-            shape=(1, *SMALLEST[rank]),
+            shape=(channels, *SMALLEST[rank]),
             spacing_mm=(1.0,) * rank,
             path=Path(),
             offset=0,

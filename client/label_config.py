@@ -10,7 +10,7 @@ from pydantic import Field, Tag, model_validator
 from unimiss_core.config import Config, chosen_by_name
 from unimiss_core.given_path import GivenPath
 from unimiss_core.scan import Modality
-from unimiss_core.task_config import MOST_CLASSES, ClassName
+from unimiss_core.task_config import MOST_CHANNELS, MOST_CLASSES, ChannelName, ClassName
 
 
 def check_patient_pattern(pattern: str | None) -> None:
@@ -89,6 +89,10 @@ class LabelsConfig(Config):
     classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MOST_CLASSES)]
     """What the labels mean, in the words of the study. Of masks, value i is the i-th. A study of other classes is not
     for these labels, and is refused."""
+    channels: Annotated[tuple[ChannelName, ...], Field(min_length=2, max_length=MOST_CHANNELS)] | None = None
+    """Where a scan is several images or volumes: what the columns of `data.scan`, or the numbers of `data.channels`,
+    are, in their order and in the words of the study. A study of other channels is not for these labels, and is
+    refused. Not of a folder whose dataset.json names them."""
     allow_empty_masks: bool = False
     """Whether a mask may hold no class at all: a patient in whom there is nothing to find."""
     file_is_patient: bool = False
@@ -97,6 +101,15 @@ class LabelsConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_patient_pattern(self.data.patient_pattern)
+        setting, places = "data.channels", 0
+        if isinstance(self.data, CsvData):
+            setting, places = "data.scan", 0 if isinstance(self.data.scan, str) else len(self.data.scan)
+        elif self.data.channels is not None:
+            places = len(self.data.channels)
+        if len(self.channels or ()) != places:
+            if places:
+                raise ValueError(f"channels: name what the {places} of {setting} are, in their order, as studies do")
+            raise ValueError(f"channels: say where each of them is, by a list of as many in {setting}")
         return self
 
     @property

@@ -7,9 +7,10 @@ request (`check_may_come`) and for `unimiss-site check` (`obstacles`), where som
 from collections.abc import Collection, Iterator
 
 from client import policy
+from client.labels_asked import lacking_labels
 from client.ledger import Ledger
 from client.site_config import SiteConfig
-from client.site_labels import check_labels, lacking_labels
+from client.site_labels import check_labels
 from client.terms import check_terms
 from unimiss_core.errors import (
     ConfigError,

@@ -144,7 +144,7 @@ def _tensors(engine: Engine, learner: PrivateLearner) -> list[str]:
 
 def _site(engine: Engine, joined: Tensor) -> CanarySite:
     numbers: Sequence[int] = joined.nonzero().flatten().tolist()
-    scans = [scan for number in numbers for scan in canary_scans(number, SCANS, engine.rank)]
+    scans = [scan for number in numbers for scan in canary_scans(engine.study, number, SCANS, engine.rank)]
     return canary_site(engine.study, Library(tuple(scans), {}))
 
 

@@ -32,7 +32,7 @@ def keep_own_model(site: Site, trained: Student, received: Mapping[str, Tensor],
         round=round,
         began_with="checkpoint",
         pretrained_digest=task_checkpoint.digest_of(received),
-        trained_on=sorted({scan.modality for scan in site.library.scans}),
+        trained_on=sorted({kind for scan in site.library.scans for kind in scan.modalities}),
     )
     folder = _folder(site)
     try:

@@ -271,6 +271,7 @@ def _unlike(engine: Engine) -> list[Tensor]:
     patients = [scale * torch.randn((scans, *one), generator=generator) for scans, scale in shapes]
     for views in patients if engine.study.finetune else ():
         views[:, :, -1] = (views[:, :, -1] > 0).float()
+        views[:, 0, -1].view(len(views), -1)[:, 0] = 1.0  # or a whole scan might be of no class, and have no loss
     return patients
 
 
@@ -289,7 +290,9 @@ def _draws(engine: Engine, patients: int) -> list[PatientDraw]:
     """Of two attempts, one after the other. Every second patient has more scans than a step takes, the others one."""
     more = 2 * engine.privacy.scans_per_patient + 1
     scans = [
-        scan for number in range(patients) for scan in canary_scans(number, more if number % 2 else 1, engine.rank)
+        scan
+        for number in range(patients)
+        for scan in canary_scans(engine.study, number, more if number % 2 else 1, engine.rank)
     ]
     site = canary_site(engine.study, Library(tuple(scans), {}))
     found = []

@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from client import workers
 from client.cache import FULL, CachedScan, Library, scan_file, write_scan
 from client.cache_room import forget_unfinished
-from client.catalogue import read_one
+from client.channel_reading import modalities_of, read_channels
 from client.decoders import decoders
 from client.label_config import LabelData
 from client.label_tables import Case, LabelTable, labels_in
 from client.labelled import MaskError, labels_of, mask_beside, places_in
 from client.labelled_room import STAMP, LabelledRoom
+from client.labels_asked import lacking_labels
 from client.patients import load_secret, patient_of
 from client.reasons import OF_DECODERS, PASSING
 from client.site_config import SiteConfig
@@ -40,11 +41,11 @@ from unimiss_core import durable, progress
 from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError, UnknownPatientError, WireError
 from unimiss_core.json_text import read_object
-from unimiss_core.plan import prepare, resample_labels
+from unimiss_core.plan import prepare_channels, resample_labels
 from unimiss_core.scan import Modality
 from unimiss_core.sealing import read_seal
 from unimiss_core.study import PlanConfig, StudyConfig
-from unimiss_core.task_config import SegmentationConfig, SupervisionConfig
+from unimiss_core.task_config import SupervisionConfig
 
 _VERSION = 5
 """Of what is kept; a change of rules, readers or `prepare` moves it."""
@@ -60,6 +61,12 @@ class LabelledScan(CachedScan):
     """As of `Case`."""
     mask: CachedScan | None = field(default=None, kw_only=True)
     """Its values are classes / 65535."""
+    others: tuple[Modality, ...] = field(default=(), kw_only=True)
+    """Of its other channels than the first."""
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        return (self.modality, *self.others)
 
     def classes_in(self, box: tuple[slice, ...]) -> NDArray[np.int64]:
         """Of a mask's box along S: (*box)."""
@@ -86,7 +93,7 @@ class LabelledScan(CachedScan):
 
 
 def check_labels(config: SiteConfig, study: StudyConfig) -> None:
-    """By the site file alone, before a scan or a table is read.
+    """By the site file, and of a folder the names in its dataset.json, before a scan or a table is read.
 
     Raises WireError `no_labels`: it has none for this study; why, the site's own screen says. UnknownPatientError: a
     patient-level study counts patients, and nothing says whose they are.
@@ -105,24 +112,6 @@ def check_labels(config: SiteConfig, study: StudyConfig) -> None:
         )
 
 
-def lacking_labels(config: SiteConfig, asked: SupervisionConfig) -> str | None:
-    """What a study asks of labels and the site file does not have; None where it has all."""
-    labels, task = config.labels, asked.task
-    named = ", ".join(map(on_one_line, task.classes))
-    if labels is None:
-        return f"it asks for a {task.name} into {named}, and the site file has no `labels`"
-    if labels.data.name == "msd" and not isinstance(task, SegmentationConfig):
-        return "it asks for classes, and labels.data is a folder of masks"
-    same = labels.classes == task.classes if task.name == "segmentation" else {*labels.classes} == {*task.classes}
-    if not same:
-        return (
-            f"it asks for the classes {named}, and labels.classes of the site file is "
-            f"{', '.join(labels.classes)}; where they mean the same, name them as the study does"
-            + (", in its order" if task.name == "segmentation" else "")
-        )
-    return None
-
-
 def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
     """For whoever answers for the site: which studies that fine-tune may come; of such a study, what the site's table
     has for it. Reads no scan. Raises ConfigError: what is wrong with the table."""
@@ -130,7 +119,8 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
     if labels is None:
         yield "Studies that fine-tune: none; the site file has no `labels`."
     elif study is None or study.finetune is None:
-        yield f"Studies that fine-tune: those for {', '.join(labels.classes)} (labels)."
+        of_channels = "" if labels.channels is None else f", of scans of {', '.join(labels.channels)}"
+        yield f"Studies that fine-tune: those for {', '.join(labels.classes)}{of_channels} (labels)."
     elif (lacking := lacking_labels(config, study.finetune)) is not None:
         yield f"Study '{study.name}': no; {lacking}."
     else:
@@ -241,9 +231,11 @@ class _Task:
 
     number: int
     """As of `Case`."""
-    scan: Path
+    scans: tuple[Path, ...]
+    """Of each channel; `numbers` and `modalities` as of `read_channels`."""
+    numbers: tuple[int, ...]
+    modalities: tuple[Modality | None, ...]
     mask: Path | None
-    modality: Modality | None
     plan: PlanConfig
     asked: SupervisionConfig
     may_be_empty: bool
@@ -271,21 +263,33 @@ class _Record:
     detail: str = ""
     decoders: str = ""
     """Those that were there when a reason was found."""
+    others: tuple[Modality, ...] = ()
+    """As of `LabelledScan`."""
 
 
 def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, secret: bytes, folder: Path) -> _Task:
     assert site.labels is not None
     assert study.finetune is not None
-    scan, mask = table.folder / case.file, table.folder / case.mask if case.mask else None
-    facts = [_VERSION, table.modality, study.plan.canonical(), study.finetune.task.rank, *_files(scan)]
+    task, mask = study.finetune.task, table.folder / case.mask if case.mask else None
+    scans, kinds = tuple(table.folder / file for file in case.files), modalities_of(task, table.modality)
+    facts = [
+        _VERSION,
+        table.modality,
+        study.plan.canonical(),
+        task.rank,
+        *(one for scan in scans for one in _files(scan)),
+    ]
+    if task.channels is not None:
+        facts.append([list(map(os.fspath, scans)), table.channels, kinds])
     if mask is not None:
-        facts += [len(study.finetune.task.classes), site.labels.allow_empty_masks, *_files(mask)]
+        facts += [len(task.classes), site.labels.allow_empty_masks, *_files(mask)]
     stamp = hmac.new(secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()[:STAMP]
     return _Task(
         number=case.number,
-        scan=scan,
+        scans=scans,
+        numbers=table.channels,
+        modalities=kinds,
         mask=mask,
-        modality=table.modality,
         plan=study.plan,
         asked=study.finetune,
         may_be_empty=site.labels.allow_empty_masks,
@@ -342,7 +346,7 @@ def _left_out(error: ScanError) -> _Record:
 def _kept(task: _Task) -> _Record | None:
     try:
         raw = read_object(task.record)
-        record = _Record(**raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm")})
+        record = _Record(**raw | {name: tuple(raw[name]) for name in ("shape", "spacing_mm", "others") if name in raw})
     except (OSError, ValueError, TypeError, KeyError):
         return None
     if record.reason in OF_DECODERS and record.decoders != decoders():
@@ -361,26 +365,28 @@ def _names(task: _Task) -> list[Path]:
 
 
 def build(task: _Task) -> _Record:
-    """Read and prepare one scan, lay its mask beside it, and keep both. Raises ScanError."""
-    scan = read_one(task.scan, task.modality, interpolate=task.plan.missing_slices == "interpolate")
-    if scan.rank != task.asked.task.rank:
-        raise ScanError("other_rank", f"the scan is of rank {scan.rank}, the task of rank {task.asked.task.rank}")
-    values, spacing = prepare(scan, task.plan)
+    """Read and prepare all that one scan is made of, lay its mask beside it, and keep both. Raises ScanError."""
+    rank, interpolate = task.asked.task.rank, task.plan.missing_slices == "interpolate"
+    scans = read_channels(task.scans, task.numbers, task.modalities, interpolate=interpolate)
+    if other := next((scan.rank for scan in scans if scan.rank != rank), None):
+        raise ScanError("other_rank", f"the scan is of rank {other}, the task of rank {rank}")
+    values, spacing = prepare_channels(scans, task.plan)
     stored = [np.rint(values * FULL).astype(np.uint16)]
     if task.mask is not None:
         try:
-            mask = mask_beside([task.scan], task.mask)
+            mask = mask_beside(task.scans, task.mask)
             if isinstance(mask, MaskError):
                 raise mask
-            labels = labels_of(scan, mask, classes=len(task.asked.task.classes), may_be_empty=task.may_be_empty)
+            labels = labels_of(scans[0], mask, classes=len(task.asked.task.classes), may_be_empty=task.may_be_empty)
         except MaskError as error:
             raise ScanError("mask_unfit", str(error)) from None
-        steps = tuple(new / old for new, old in zip(spacing, scan.spacing_mm, strict=True))
+        steps = tuple(new / old for new, old in zip(spacing, scans[0].spacing_mm, strict=True))
         stored.append(resample_labels(labels, values.shape[1:], steps)[None].astype(np.uint16))
     seal = None if task.key_file is None else read_seal(task.key_file)
     offsets = [write_scan(path, array, seal) for path, array in zip(_names(task), stored, strict=True)]
     key = hashlib.sha256(stored[0].tobytes()).hexdigest()[:32]
-    return _Record(values.shape, spacing, scan.modality, offsets[0], offsets[-1] if task.mask else 0, key)
+    kind, *others = (scan.modality for scan in scans)
+    return _Record(values.shape, spacing, kind, offsets[0], offsets[-1] if task.mask else 0, key, others=tuple(others))
 
 
 def _scan(site: SiteConfig, task: _Task, record: _Record, case: Case, secret: bytes) -> LabelledScan:
@@ -399,4 +405,4 @@ def _scan(site: SiteConfig, task: _Task, record: _Record, case: Case, secret: by
         )
         for place, path in enumerate(_names(task))
     )
-    return LabelledScan(**vars(values), target=case.target, mask=masks[0] if masks else None)
+    return LabelledScan(**vars(values), target=case.target, mask=masks[0] if masks else None, others=record.others)

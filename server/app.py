@@ -107,7 +107,7 @@ def check_probed(study: StudyConfig) -> None:
     if study.finetune is not None and not can_judge(study.finetune):
         raise ConfigError(
             f"'probe': the model of study '{study.name}' cannot be judged by sets of classes: only one that sorts "
-            "whole scans into single classes, by a head that sites share, can; leave 'probe' out"
+            "whole scans of one image or volume into single classes, by a head that sites share, can; leave 'probe' out"
         )
 
 

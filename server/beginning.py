@@ -1,32 +1,38 @@
 """What a run begins from: random weights, or a checkpoint's."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from server.coordinator_config import CoordinatorConfig
 from unimiss_core import checkpoint, progress
+from unimiss_core.backbone import scan_kernel
+from unimiss_core.channels import for_channels_of
 from unimiss_core.checkpoint import Checkpoint
 from unimiss_core.errors import ConfigError
 from unimiss_core.groups import group_of
 from unimiss_core.keys import read_signing_public_key
+from unimiss_core.layers import CHANNELS
 from unimiss_core.network import tensors_of
 from unimiss_core.students import build_student, travelling_layout
 from unimiss_core.study import StudyConfig
-from unimiss_core.tuned_round import rank_of_task
+from unimiss_core.task_config import TaskConfig
+from unimiss_core.tuned_round import rank_of_task, study_of
 
 
 def first_student(study: StudyConfig, config: CoordinatorConfig) -> Mapping[str, Tensor]:
     """What travels of the student before the first round: random, or the teacher of the checkpoint to start from; in
-    fine-tuning its backbone, beside a random head.
+    fine-tuning its backbone, for scans of the task's channels, beside a random head.
 
     Raises CheckpointError, and ConfigError where it is of another model.
     """
     specs = [spec for specs in travelling_layout(study).values() for spec in specs]
     if (start := _start(study, config)) is None:
-        begun = tensors_of(build_student(study))
-        return {spec.name: begun[spec.name] for spec in specs}
-    shapes = {name: tuple(tensor.shape) for name, tensor in start.teacher.items()}
+        made = tensors_of(build_student(study))
+        return {spec.name: made[spec.name] for spec in specs}
+    begun = _for_task(study, config.start, start)
+    shapes = {name: tuple(tensor.shape) for name, tensor in begun.items()}
     taken = [spec for spec in specs if study.finetune is None or group_of(spec.name) != "head"]
     if wrong := [spec.name for spec in taken if shapes.get(spec.name) != spec.shape]:
         raise ConfigError(
@@ -34,7 +40,25 @@ def first_student(study: StudyConfig, config: CoordinatorConfig) -> Mapping[str,
             "checkpoint of pretraining, of the study's model"
         )
     random = {} if study.finetune is None else tensors_of(build_student(study))
-    return {spec.name: start.teacher[spec.name] if spec in taken else random[spec.name] for spec in specs}
+    return {spec.name: begun[spec.name] if spec in taken else random[spec.name] for spec in specs}
+
+
+def _for_task(study: StudyConfig, folder: Path | None, start: Checkpoint) -> Mapping[str, Tensor]:
+    """The start's tensors, in fine-tuning for scans of the task's channels."""
+    if study.finetune is None or folder is None:
+        return start.teacher
+    task = study.finetune.task
+    return for_channels_of(task, study.model, start.teacher, _known_channels(folder, start, task))
+
+
+def _known_channels(folder: Path, start: Checkpoint, task: TaskConfig) -> tuple[str, ...] | None:
+    """What the start's scans were made of, as its study says; of a fine-tuned one that nobody knows the study of, the
+    task's where it has as many."""
+    if (found := study_of(folder, start.manifest)) is not None:
+        return None if found[0].finetune is None else found[0].finetune.task.channels
+    kernel = start.manifest.tensors.get(f"backbone.{scan_kernel(start.manifest.model, task.rank)}")
+    as_many = kernel is not None and kernel[1] == (task.channel_count or CHANNELS[task.rank])
+    return task.channels if as_many and rank_of_task(start.manifest) is not None else None
 
 
 def is_taught(config: CoordinatorConfig) -> bool:

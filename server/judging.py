@@ -26,8 +26,11 @@ from unimiss_core.tasks import TaskModel, load_task_model
 
 
 def can_judge(asked: SupervisionConfig) -> bool:
-    """Whether there is one model whose answers are single classes of whole scans."""
-    return asked.head == "shared" and isinstance(asked.task, ClassificationConfig) and asked.task.kind != "multi_label"
+    """Whether there is one model whose answers are single classes of whole scans, each of one image or volume, as those
+    of a probe set are."""
+    task = asked.task
+    of_classes = isinstance(task, ClassificationConfig) and task.kind != "multi_label"
+    return asked.head == "shared" and of_classes and task.channels is None
 
 
 def judge(

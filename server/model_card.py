@@ -76,7 +76,10 @@ def _what_it_is(study: StudyConfig) -> str:
         return "An encoder for 2D and 3D medical images, pretrained without labels"
     task, whole = study.finetune.task, study.finetune.head == "shared"
     classes = ", ".join(map(literally, task.classes))
-    what = f"A model for the {task.name} of {'images' if task.rank == 2 else 'volumes'} ({classes})"
+    scans = "images" if task.rank == 2 else "volumes"
+    if task.channels is not None:
+        scans += f" of the channels {', '.join(map(literally, task.channels))}"
+    what = f"A model for the {task.name} of {scans} ({classes})"
     return f"{what if whole else f'The encoder of {what[0].lower()}{what[1:]}'}, fine-tuned by labels"
 
 

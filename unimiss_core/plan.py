@@ -65,7 +65,8 @@ def prepare_channels(
     found = [values]
     for other, is_on_grid in zip(others, are_on_grid, strict=True):
         if is_on_grid:  # but for rounding, which must not make its grid another
-            found.append(prepare(replace(other, spacing_mm=first.spacing_mm), plan)[0])
+            as_first = replace(other, spacing_mm=first.spacing_mm, spacing_known=first.spacing_known)
+            found.append(prepare(as_first, plan)[0])
         else:
             found.append(_laid_on(affine_of_prepared(first, values.shape[1:], spacing), values.shape[1:], other, plan))
     return np.concatenate(found) if others else values, spacing

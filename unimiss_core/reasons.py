@@ -27,7 +27,7 @@ REASONS: Mapping[str, Reason] = {
         "its own operator alone can mend it: `unimiss-site check` there says what is left out, and why",
     ),
     "no_labels": Reason(
-        "the site has no labels for the study's task, or for other classes: its screen says which",
+        "the site has no labels for the study's task, or for other classes or channels: its screen says which",
         "nothing is wrong with it: it takes part where its own operator adds `labels` for these classes to its site "
         "file, and the run goes on without it (lower min_sites, where that waits for it)",
     ),
