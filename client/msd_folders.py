@@ -43,12 +43,12 @@ class Told:
 
 def told_in(path: Path) -> Told:
     """Raises ConfigError: it is none."""
-    if not path.exists():
-        return Told()
     try:
         told = read_object(path)
         channels = dict(told.get("channel_names") or told.get("modality") or {})
         return Told(dict(told["labels"]), {str(number): str(name) for number, name in channels.items()})
+    except FileNotFoundError:
+        return Told()
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError("data.folder: dataset.json is no JSON with 'labels', as MSD and nnU-Net write it") from None
 

@@ -25,9 +25,11 @@ from client.label_config import LabelsConfig
 from client.nifti import write_nifti
 from client.patient_draws import PatientDraws
 from client.pictures import read_picture, write_png
+from client.policy import beyond
 from client.privacy_audit import check_engine
 from client.research_command import main as unimiss
 from client.site import Site
+from client.site_config import SitePolicy
 from client.site_labels import LabelledScan, check_labels, labels_told, open_labelled
 from server.beginning import first_student
 from server.coordinator_config import CoordinatorConfig
@@ -37,6 +39,7 @@ from server.simulate import simulate
 from tests.federation import metric_rows, saved_checkpoint, small_study
 from tests.labelled_hospitals import CLASSES, PLAIN, opened, task_study
 from tests.test_federated_finetuning import PRIVATE, federate
+from tests.test_several_channels import FILES, write_cases
 from unimiss_core import progress, task_checkpoint
 from unimiss_core.channels import for_channels_of
 from unimiss_core.config import dump_yaml, parse
@@ -153,6 +156,19 @@ def test_a_site_prepares_each_channel_as_if_it_stood_alone_whatever_its_number(t
         assert all(np.array_equal(one.whole(), other.whole()) for other in others)
         assert all(np.array_equal(one.classes(), other.classes()) for other in others)
         assert np.array_equal(one.classes(), volumes_of(0, case)["PET"] > 0.5)
+
+
+def test_a_site_may_have_all_channels_as_volumes_of_one_file(tmp_path: Path) -> None:
+    """Oracle: the same channels in files of their own."""
+    study, found = study_of(MASKS), []
+    for name, in_one_file in (("apart", False), ("together", True)):
+        (tmp_path / name).mkdir()
+        write_cases(tmp_path / name, count=2, in_one_file=in_one_file)
+        told(tmp_path / name, FILES)
+        found.append(scans_of(site_file(tmp_path / name, FOLDER), study))
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one.whole(), other.whole())
+        assert one.modalities == other.modalities == ("CT", "PT", "OT")
 
 
 def test_headers_that_round_the_spacing_otherwise_are_of_one_grid() -> None:
@@ -389,6 +405,14 @@ def site_of(study: StudyConfig, scans: list[Any]) -> Site:
     from client.cache import Library
 
     return canary_site(study, Library(tuple(scans), {}))
+
+
+def test_a_sites_policy_counts_the_voxels_of_all_channels() -> None:
+    study = study_of(MASKS)
+    voxels = 2 * 4 * 13 * 33 * 33
+    assert list(beyond(SitePolicy(most_voxels=voxels), study)) == []
+    (told,) = beyond(SitePolicy(most_voxels=voxels - 1), study)
+    assert f"it asks for {voxels:,} voxels in a step" in told
 
 
 def test_noise_that_hides_a_site_is_on_the_kernel_of_all_channels(tmp_path: Path) -> None:
