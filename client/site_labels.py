@@ -34,7 +34,7 @@ from client.labelled import MaskError, labels_of, mask_beside, places_in
 from client.labelled_room import STAMP, LabelledRoom
 from client.labels_asked import lacking_labels
 from client.patients import load_secret, patient_of
-from client.reasons import OF_DECODERS, PASSING
+from client.reasons import OF_DECODERS, PASSING, REASONS
 from client.site_config import SiteConfig
 from client.telling import tell_if_heard, tell_once_if_heard
 from unimiss_core import durable, progress
@@ -211,7 +211,11 @@ def _opened(
 def _tell_of_left_out(site: SiteConfig, tasks: Sequence["_Task"], records: Sequence["_Record"]) -> None:
     """On the site's own screen."""
     pairs = zip(tasks, records, strict=True)
-    left_out = [f"line {task.number}: {record.detail or record.reason}" for task, record in pairs if record.reason]
+    left_out = [
+        f"line {task.number}: {record.detail or f'{record.reason} ({REASONS[record.reason]})'}"
+        for task, record in pairs
+        if record.reason
+    ]
     if left_out:
         tell_if_heard(site.name, f"labelled scans left out: {_shown(left_out)}")
 
