@@ -284,7 +284,7 @@ def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, s
         *(one for scan in scans for one in _files(scan)),
     ]
     if task.channels is not None:
-        facts.append([list(map(os.fspath, scans)), table.channels, kinds])
+        facts.append([list(map(os.fspath, scans)), table.channels, kinds, task.other_grids])
     if mask is not None:
         facts += [len(task.classes), site.labels.allow_empty_masks, *_files(mask)]
     stamp = hmac.new(secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()[:STAMP]
@@ -374,7 +374,7 @@ def build(task: _Task) -> _Record:
     scans = read_channels(task.scans, task.numbers, task.modalities, interpolate=interpolate)
     if other := next((scan.rank for scan in scans if scan.rank != rank), None):
         raise ScanError("other_rank", f"the scan is of rank {other}, the task of rank {rank}")
-    values, spacing = prepare_channels(scans, task.plan)
+    values, spacing = prepare_channels(scans, task.plan, task.asked.task.other_grids)
     stored = [np.rint(values * FULL).astype(np.uint16)]
     if task.mask is not None:
         try:

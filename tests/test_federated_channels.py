@@ -27,6 +27,7 @@ from client.patient_draws import PatientDraws
 from client.pictures import read_picture, write_png
 from client.policy import beyond
 from client.privacy_audit import check_engine
+from client.reasons import REASONS
 from client.research_command import main as unimiss
 from client.site import Site
 from client.site_config import SitePolicy
@@ -295,13 +296,23 @@ def test_a_site_names_what_each_of_its_channels_is(changes: dict[str, Any], mess
         parse(LabelsConfig, COLUMNS | changes, where="test")
 
 
+def test_a_study_may_have_channels_of_other_grids_laid_on_the_first(tmp_path: Path) -> None:
+    """The same files: what one study leaves out is read again for the other."""
+    path, found = of_volumes(tmp_path / "north"), {}
+    write_nifti(path.parent / "imagesTr" / "c0_0001.nii.gz", Scan(volumes_of(0, 0)["T2"][None], (2.0, 1.0, 1.5), "OT"))
+    for other_grids in ("refuse", "resample", "refuse"):
+        scans = scans_of(path, study_of({**MASKS, "other_grids": other_grids}))
+        assert all(scan.shape[0] == 3 for scan in scans)
+        found.setdefault(other_grids, []).append({scan.key for scan in scans})
+    (refused, again), (laid,) = found.values()
+    assert refused == again < laid
+    assert len(laid) == len(refused) + 1
+
+
 # ------------------------------------------------------------------------------------------------------------ privacy
 
 
-LEFT_OUT = (
-    "line 1: channels_apart (its channels do not lie on one grid; resample them onto one); "
-    "line 3: blank (shows one value everywhere); line 4: "
-)
+LEFT_OUT = f"line 1: channels_apart ({REASONS['channels_apart']}); line 3: blank (shows one value everywhere); line 4: "
 
 
 def broken(folder: Path) -> None:
