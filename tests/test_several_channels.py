@@ -322,6 +322,29 @@ def test_channels_that_hardly_meet_or_say_nothing_of_where_they_lie_are_left_out
             prepare_channels([first, other], PLAN, "resample")
 
 
+def test_a_slab_of_one_prepared_slice_lies_in_that_slice_alone() -> None:
+    spacing = (2.0, 2.0, 2.0)
+    first = smooth(turned(0, spacing, (0, 0, 0)), (40, 40, 40), spacing)
+    thin = (0.6, 2.0, 2.0)
+    slab = smooth(turned(0, thin, (0, 0, 39.4)), (3, 40, 40), thin)
+    assert prepare(slab, PLAN)[0].shape == (1, 1, 40, 40)
+    values, _ = prepare_channels([first, slab], PLAN, "resample")
+    assert np.flatnonzero(values[1].any((1, 2))).tolist() == [20]
+    np.testing.assert_allclose(values[1, 20], values[0, 20], atol=0.01)
+
+
+def test_the_outermost_voxels_of_a_channel_are_not_darkened_where_it_is_laid() -> None:
+    """Both fields of view are the same in the patient; everything is of one value, but for a point to be seen."""
+    spacing, other = (2.0, 2.0, 2.0), (2.0, 1.95, 1.95)
+    voxels = [np.full((1, 30, n, n), 300.0, dtype=np.float32) for n in (40, 41)]
+    for one in voxels:
+        one[0, 15, 20, 20] = 400.0
+    first = Scan(voxels[0], spacing, "CT", turned(0, spacing, (0, 0, 0)))
+    second = Scan(voxels[1], other, "CT", turned(0, other, (0.025, 0.025, 0)))
+    values, _ = prepare_channels([first, second], PLAN, "resample")
+    np.testing.assert_allclose(values[1].min(), values[0].min(), atol=1e-4)
+
+
 def test_a_grid_that_differs_by_rounding_stays_one() -> None:
     spacing = (3.0, 1.0, 1.0)
     first = smooth(turned(0, spacing, (0, 0, 0)), (20, 501, 40), spacing)

@@ -88,29 +88,29 @@ def _laid_on(
     affine: NDArray[np.float64] | None, shape: tuple[int, ...], other: Scan, plan: PlanConfig
 ) -> NDArray[np.float32]:
     """(1, *shape) of another volume, prepared by itself and taken linearly between its points where a grid's lie, by
-    what both affines say; 0 where it has none. Raises ScanError: it covers half of neither."""
+    what both affines say; 0 beyond its outermost voxels. Raises ScanError: it covers half of neither."""
     own, spacing = prepare(other, plan)
     own_affine = affine_of_prepared(other, own.shape[1:], spacing)
     assert affine is not None
     assert own_affine is not None
     to_own = np.linalg.inv(own_affine) @ affine  # indices of the grid -> indices of `own`
-    theta = np.linalg.inv(_of_shares(own.shape[1:])) @ to_own @ _of_shares(shape)
-    xyz = theta[[2, 1, 0]][:, [2, 1, 0, 3]]  # torch's order of axes
-    grid = F.affine_grid(torch.from_numpy(xyz).float()[None], [1, 1, *shape], align_corners=True)
-    covered = float((grid.abs().amax(-1) <= 1).float().mean())
-    covered_of_own = covered * math.prod(shape) * abs(np.linalg.det(to_own[:3, :3])) / math.prod(own.shape[1:])
+    lengths = torch.tensor(own.shape[:0:-1], dtype=torch.float32)  # torch's order of axes
+    theta = torch.from_numpy(to_own[[2, 1, 0]][:, [2, 1, 0, 3]]).float()
+    volume, within = torch.from_numpy(own)[None], 0
+    taken = np.empty((1, *shape), dtype=np.float32)
+    rows = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in shape[1:]), indexing="ij")[::-1], -1)
+    for depth in range(shape[0]):  # one after the other, for the places are three volumes
+        places = rows @ theta[:, :2].T + (depth * theta[:, 2] + theta[:, 3])
+        is_within = ((places >= -0.5) & (places <= lengths - 0.5)).all(-1)
+        grid = (2 * places + 1) / lengths - 1
+        found = F.grid_sample(volume, grid[None, None], padding_mode="border", align_corners=False)
+        taken[0, depth] = (found[0, 0, 0] * is_within).numpy()
+        within += int(is_within.sum())
+    covered = within / math.prod(shape)
+    covered_of_own = within * abs(np.linalg.det(to_own[:3, :3])) / math.prod(own.shape[1:])
     if max(covered, covered_of_own) < _LEAST_COVERED:
         raise ScanError("channels_apart")
-    taken = F.grid_sample(torch.from_numpy(own)[None], grid, align_corners=True)
-    return np.asarray(taken[0].numpy())
-
-
-def _of_shares(shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """(4, 4) from -1 at an axis's first point and 1 at its last to indices."""
-    halves = [max(length - 1, 1) / 2 for length in shape]
-    matrix = np.diag([*halves, 1.0])
-    matrix[:3, 3] = [(length - 1) / 2 for length in shape]
-    return matrix
+    return taken
 
 
 def affine_of_prepared(scan: Scan, shape: Sequence[int], spacing_mm: Sequence[float]) -> NDArray[np.float64] | None:
