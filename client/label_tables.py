@@ -220,6 +220,8 @@ def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given:
         path = PurePosixPath(row[column])
         if not row[column] or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
             yield f"'{column}' must be a path that stays below the folder"
+    if 1 < len({PurePosixPath(row[column]) for column in data.scan_columns}) < len(data.scan_columns):
+        yield "names one file for two channels; give each a file of its own, or all the same one of as many volumes"
     if not _whose(row, data):
         told = f"'{data.patient}' is empty"
         column = data.scan_columns[0]
@@ -283,7 +285,8 @@ def _refuse(where: str, problems: Sequence[str]) -> None:
 
 
 def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> LabelTable:
-    images, masks = images_by_case(data.folder / "imagesTr"), masks_by_case(data.folder / "labelsTr")
+    masks = masks_by_case(data.folder / "labelsTr")
+    images = images_by_case(data.folder / "imagesTr", masks)
     both = sorted(images.keys() & masks.keys())
     if lone := len(images) + len(masks) - 2 * len(both):
         progress.report(progress.Note(f"{lone} image(s) or mask(s) of the folder have no counterpart and are left out"))

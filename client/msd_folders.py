@@ -1,22 +1,27 @@
 """What a folder of the Medical Segmentation Decathlon or of nnU-Net says: its cases' files, and its dataset.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.channels import cases_of, stem
+from client.channels import case_of, channel_of, stem
 from client.label_config import MsdData
 from unimiss_core.errors import ConfigError
 from unimiss_core.json_text import read_object
 from unimiss_core.task_config import SegmentationConfig
 
 
-def images_by_case(folder: Path) -> dict[str, dict[int | None, str]]:
-    """As `cases_of`, but that a case has no ending, for its mask may have another. Raises ConfigError: no folder."""
+def images_by_case(folder: Path, masks: Collection[str]) -> dict[str, dict[int | None, str]]:
+    """Case, as one of `masks_by_case` -> its files: by the channel's number, or by None where one is all of the case.
+
+    Four digits at the end of a name are a channel's unless a mask is called so, too: no other case's files decide that,
+    for they may be another patient's. Raises ConfigError: no folder.
+    """
     found: dict[str, dict[int | None, str]] = {}
-    for case, held in cases_of(_names_in(folder)).items():
-        found.setdefault(stem(case), {}).update(held)
+    for name in reversed(_names_in(folder)):  # of several endings the first
+        number = None if stem(name) in masks else channel_of(name)
+        found.setdefault(stem(name) if number is None else case_of(name), {})[number] = name
     return found
 
 

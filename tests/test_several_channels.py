@@ -256,6 +256,42 @@ def test_a_table_has_a_column_for_each_channel(tmp_path: Path) -> None:
         configured(tmp_path, plain, {"name": "msd", "folder": ".", "channels": [0, 1]})
 
 
+def test_one_file_is_all_channels_or_one_of_them(tmp_path: Path) -> None:
+    """Two alike would be twice the first volume of their file, and nobody would see it."""
+    data = {"table": "t.csv", "scan": ["ct", "pet", "t2"], "label": "mask"}
+    for files in ("a.nii,a.nii,b.nii", "a.nii,b.nii,./a.nii"):
+        (tmp_path / "t.csv").write_text(f"ct,pet,t2,mask,patient\n{files},m.nii,1\n")
+        with pytest.raises(ConfigError, match="line 2: names one file for two channels"):
+            label_table(configured(tmp_path, TASK, data))
+    (tmp_path / "t.csv").write_text("ct,pet,t2,mask,patient\na.nii,a.nii,a.nii,m.nii,1\n")
+    assert label_table(configured(tmp_path, TASK, data)).cases[0].files == ("a.nii",) * 3
+
+
+def test_no_other_patients_file_decides_what_four_digits_are(tmp_path: Path) -> None:
+    for kind, names in {"imagesTr": ["p_1234", "q_0000", "q_0001"], "labelsTr": ["p_1234", "q"]}.items():
+        (tmp_path / kind).mkdir()
+        for name in names:
+            (tmp_path / kind / f"{name}.nii.gz").touch()
+    several = configured(
+        tmp_path, TASK | {"channels": ["CT", "PET"]}, {"name": "msd", "folder": ".", "channels": [1, 0]}
+    )
+    second = configured(tmp_path, TASK | {"channels": None}, {"name": "msd", "folder": ".", "channel": 1})
+    lone, *both = (f"imagesTr/{name}.nii.gz" for name in ("p_1234", "q_0001", "q_0000"))
+    assert [case.files for case in label_table(several).cases] == [(lone, lone), tuple(both)]
+    for _ in range(2):
+        assert [case.file for case in label_table(second).cases] == [lone, both[0]]
+        (tmp_path / both[1]).unlink(missing_ok=True)
+
+
+def test_of_several_endings_the_first_is_read(tmp_path: Path) -> None:
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind).mkdir()
+        for name in ("p.nii", "p.nii.gz"):
+            (tmp_path / kind / name).touch()
+    config = configured(tmp_path, {**TASK, "channels": None}, {"name": "msd", "folder": "."})
+    assert [(one.file, one.mask) for one in label_table(config).cases] == [("imagesTr/p.nii", "labelsTr/p.nii")]
+
+
 # ---------------------------------------------------------------------------------------------- channels of other grids
 
 
