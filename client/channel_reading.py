@@ -11,6 +11,7 @@ from client.catalogue import only_one, read, read_one, safe_to_read_here
 from client.label_maps import no_labels
 from client.nifti import read_nifti
 from client.patients import MODALITY_NAMES
+from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_config import TaskConfig
@@ -20,6 +21,15 @@ def modalities_of(task: TaskConfig, said: Modality | None) -> tuple[Modality | N
     """What each of a scan's channels is taken for where its file does not say it: what is said of all, or else what the
     channel's name begins with, as CT and PET do."""
     return tuple(said or modality_named(name) for name in task.channels or ("",))
+
+
+def contradicted(task: TaskConfig, said: Modality | None) -> str | None:
+    """Which of the task's channels is, by its name, not what is said of all, in words: CT's window laid on PET, say.
+    OT contradicts no name, for it asks for percentiles of all."""
+    for name in task.channels or () if said not in (None, "OT") else ():
+        if (named := modality_named(name)) not in (None, said):
+            return f"{said} is said of all channels, and '{on_one_line(name)}' is {named} by its name"
+    return None
 
 
 def modality_named(name: str) -> Modality | None:

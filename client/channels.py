@@ -9,6 +9,7 @@ from pathlib import Path
 from client.candidates import Candidate, Channel, LeftOut
 from client.catalogue import Catalogue, catalogue_one
 from unimiss_core import progress
+from unimiss_core.card_wording import on_one_line
 from unimiss_core.scan import Modality
 
 _ENDING = re.compile(r"\.(nii|nii\.gz|png|tiff?)$")
@@ -123,7 +124,7 @@ def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
         else:
             scans.setdefault((path.parent, ending, case_of(path.name)), {})[number] = one
     if by_channel:
-        told = ", ".join(f"_{one.number:04d} as {one.name}" for one in channels)
+        told = ", ".join(f"_{one.number:04d} as {on_one_line(one.name)}" for one in channels)
         progress.report(
             progress.Note(f"of each case reads {told}; {others} file(s) of other channels are not looked at")
         )
@@ -164,7 +165,7 @@ def expected_names(channels: Sequence[Channel]) -> str:
     if numbers != list(range(len(numbers))):
         volumes = f"that holds them as its volumes {', '.join(map(str, numbers))}, from 0"
     files = ", ".join(f"CASE_{number:04d}" for number in numbers)
-    names = ", ".join(one.name for one in channels)
+    names = ", ".join(on_one_line(one.name) for one in channels)
     return (
         f"the model reads {names}: give each case as {files} in one folder, all of one ending (.nii.gz, .nii, .png, "
         f".tif or .tiff), or as one NIfTI file {volumes}"

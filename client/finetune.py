@@ -41,7 +41,7 @@ from unimiss_core.device import device_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
 from unimiss_core.task_checkpoint import TaskManifest
-from unimiss_core.task_config import ClassificationConfig
+from unimiss_core.task_config import ClassificationConfig, TaskConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 
 _PREPARED = "prepared"
@@ -119,8 +119,9 @@ def _tune(
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
         if table.modality is None and not isinstance(config.data, MedMnistData):
-            kinds = (kind for found in parts.values() for one in found for kind in one.modalities)
-            tell_of_unnamed(kinds, "data.modality: CT")
+            scans = [one.modalities for found in parts.values() for one in found]
+            of_each: Iterator[Modality] = ("OT" if "OT" in kinds else kinds[0] for kinds in scans)
+            tell_of_unnamed(of_each, _way_to_name(config.task))
         digest = _digest(config, beginning, parts, table.modality)
         size = config.task.size_for(beginning.model)
         judge = (
@@ -149,6 +150,11 @@ def _removed_afterwards(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _way_to_name(task: TaskConfig) -> str:
+    whole = "data.modality: CT"
+    return whole if task.channels is None else f"{whole}, or of some channels by names that begin with CT,"
 
 
 def task_model(config: FinetuneConfig, beginning: Beginning) -> TaskModel:

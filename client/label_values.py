@@ -6,6 +6,7 @@ does not mention. What the last two count as is for whoever trains to say: nobod
 
 from collections.abc import Mapping
 
+from client.channel_reading import contradicted
 from client.label_config import CsvData, MsdData
 from unimiss_core.task_config import UNKNOWN, ClassificationConfig, TaskConfig
 
@@ -19,7 +20,10 @@ class LabelError(Exception):
 
 
 def wrong_settings(data: CsvData | MsdData, task: TaskConfig) -> str | None:
-    """Where `data` has not the task's channels, or says what cells count as that such a task's cannot be."""
+    """Where `data` has not the task's channels, denies their names, or says what cells count as that such a task's
+    cannot be."""
+    if (apart := contradicted(task, data.modality)) is not None:
+        return f"data.modality: {apart}; leave data.modality out, or call the channel otherwise"
     if isinstance(data, MsdData):
         return _wrong_numbers(data, task)
     if len(data.scan_columns) != (task.channel_count or 1) or len(set(data.scan_columns)) < len(data.scan_columns):

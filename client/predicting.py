@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from client.cache import READING_VERSION
 from client.candidates import Channel
-from client.channel_reading import modalities_of, read_whole
+from client.channel_reading import contradicted, modalities_of, read_whole
 from client.channels import expected_names, of_channels, of_one_channel, with_its_case
 from client.dicom_seg import check_highdicom, write_dicom_seg
 from client.inference import Inference, check_extra
@@ -145,7 +145,9 @@ def _check_dicom_seg(manifest: TaskManifest) -> None:
 
 
 def _channels(manifest: TaskManifest, modality: Modality | None) -> tuple[Channel, ...]:
-    """Empty of a task without channels."""
+    """Empty of a task without channels. Tells where what is said of all is not what the name of one says."""
+    if (apart := contradicted(manifest.task, modality)) is not None:
+        progress.report(progress.Note(f"WARNING: --modality: {apart}; it is prepared as {modality} all the same"))
     names, taken_for = manifest.task.channels or (), modalities_of(manifest.task, modality or manifest.modality)
     return tuple(map(Channel, names, manifest.channel_numbers, taken_for))
 

@@ -33,6 +33,20 @@ def pairs(folder: Path, count: int = 60) -> dict[str, Any]:
     return {"task": {**task, "channels": ["noise", "class"]}, "data": data, "split": {"folds": 3}}
 
 
+def test_a_scan_of_which_channels_are_unnamed_is_one_scan_that_does_not_say_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cases(tmp_path, count=6)
+    told(tmp_path, {"0": "late", "1": "early", "2": "CT"})
+    task = {**TASK, "channels": ["CT", "late", "early"], "input_size": [16, 33, 33]}
+    split = {"folds": 3, "validation": 0.5}
+    path = write_config(tmp_path, task=task, data={"name": "msd", "folder": "."}, split=split, training=QUICK)
+    assert main(["finetune", str(path)]) == 0
+    said = capsys.readouterr().err
+    assert "\n6 scan(s) do not say what they are" in said
+    assert "data.modality: CT, or of some channels by names that begin with CT," in said
+
+
 def test_what_stands_in_the_second_channel_alone_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nano_checkpoint(tmp_path / "round-0001")
     training = {"epochs": 5, "batch": 6, "lr": 0.003, "layer_decay": 1.0, "augmentation": PLAIN}

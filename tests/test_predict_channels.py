@@ -158,18 +158,38 @@ def test_a_classification_of_pictures_answers_what_it_answered_when_it_was_measu
 @pytest.mark.parametrize("said", [None, "MR"])
 @pytest.mark.parametrize("here", [True, False])
 def test_each_channel_is_prepared_by_its_own_kind_here_and_in_a_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Modality | None, here: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    said: Modality | None,
+    here: bool,
 ) -> None:
     monkeypatch.setattr(reading, "safe_here", lambda _: here)
     model, scans, out = model_of(tmp_path / "model"), tmp_path / "scans", tmp_path / "out"
     for seed, name in enumerate("ab"):
         write_case(scans, name, seed)
     rows = predicted(model, scans, out, *(["--modality", said] if said else []))
+    assert ("--modality: MR is said of all channels, and 'CT' is CT by its name" in capsys.readouterr().err) == bool(
+        said
+    )
     kinds: dict[int, Modality | None] = {2: said or "CT", 0: said or "PT", 1: said}
     for name, row in zip("ab", rows, strict=True):
         np.testing.assert_array_equal(drawn(out, row), by_hand(model, scans, name, kinds))
     other = by_hand(model, scans, "a", dict.fromkeys(NUMBERS, None if said is None else "CT"))
     assert (other != drawn(out, rows[0])).any()
+
+
+def test_no_name_of_a_channel_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model may come from anybody."""
+    task = BALL.model_copy(update={"channels": ("CT\x1b[31m", "PET\nleft out: 9", "T2")})
+    model, scans = untrained(tmp_path / "model", task, channels=NUMBERS), tmp_path / "scans"
+    write_case(scans, "a", 0)
+    write_case(scans, "b", 1, (0, 1))
+    predicted(model, scans, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "the model reads CT" in said
+    assert "\x1b" not in said
+    assert "\nleft out: 9" not in said
 
 
 def test_numbers_of_a_model_that_keeps_none_are_the_channels_own(tmp_path: Path) -> None:

@@ -292,6 +292,18 @@ def test_of_several_endings_the_first_is_read(tmp_path: Path) -> None:
     assert [(one.file, one.mask) for one in label_table(config).cases] == [("imagesTr/p.nii", "labelsTr/p.nii")]
 
 
+@pytest.mark.parametrize("data", [{"table": "t.csv", "scan": ["a", "b", "c"]}, {"name": "msd", "folder": "."}])
+def test_no_channel_is_said_to_be_what_its_name_denies(tmp_path: Path, data: dict[str, Any]) -> None:
+    """Of all that is said CT, PET would be clipped to the window of CT, in silence."""
+    for said, name in (("CT", "'PET' is PT"), ("MR", "'CT' is CT")):
+        with pytest.raises(
+            ConfigError, match=rf"data\.modality: {said} is said of all channels, and {name} by its name"
+        ):
+            configured(tmp_path, TASK, {**data, "modality": said})
+    configured(tmp_path, TASK, {**data, "modality": "OT"})
+    configured(tmp_path, {**TASK, "channels": ["late", "CT", "early"]}, {**data, "modality": "CT"})
+
+
 # ---------------------------------------------------------------------------------------------- channels of other grids
 
 
