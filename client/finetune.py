@@ -37,6 +37,7 @@ from client.tuning_folder import METRICS, alone_in, check_folder, is_finished
 from client.tuning_settings import Settings, settings_of
 from client.unnamed_scans import tell_of_unnamed
 from unimiss_core import durable, progress, task_checkpoint
+from unimiss_core.channels import SEES_THEIR_MEAN, sees_their_mean
 from unimiss_core.device import device_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
@@ -229,6 +230,8 @@ def _say_how_it_begins(config: FinetuneConfig, beginning: Beginning, device: tor
     )
     if beginning.is_taught:
         progress.report(progress.Note(TAUGHT))
+    if beginning.tensors is not None and sees_their_mean(config.task, config.training.trains, beginning.channels):
+        progress.report(progress.Note(SEES_THEIR_MEAN))
 
 
 def _head_in_words(config: FinetuneConfig, beginning: Beginning) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from server.coordinator_config import CoordinatorConfig
 from unimiss_core import checkpoint, progress
 from unimiss_core.backbone import scan_kernel
-from unimiss_core.channels import for_channels_of
+from unimiss_core.channels import SEES_THEIR_MEAN, for_channels_of, sees_their_mean
 from unimiss_core.checkpoint import Checkpoint
 from unimiss_core.errors import ConfigError
 from unimiss_core.groups import group_of
@@ -48,7 +48,10 @@ def _for_task(study: StudyConfig, folder: Path | None, start: Checkpoint) -> Map
     if study.finetune is None or folder is None:
         return start.teacher
     task = study.finetune.task
-    return for_channels_of(task, study.model, start.teacher, _known_channels(folder, start, task))
+    known = _known_channels(folder, start, task)
+    if sees_their_mean(task, study.finetune.trains, known):
+        progress.report(progress.Note(SEES_THEIR_MEAN))
+    return for_channels_of(task, study.model, start.teacher, known)
 
 
 def _known_channels(folder: Path, start: Checkpoint, task: TaskConfig) -> tuple[str, ...] | None:

@@ -16,6 +16,7 @@ from tests.test_labelled import SHAPE
 from tests.test_research_command import nano_checkpoint
 from tests.test_several_channels import NAMES, TASK, told, write_cases
 from unimiss_core import task_checkpoint
+from unimiss_core.channels import SEES_THEIR_MEAN
 
 
 def pairs(folder: Path, count: int = 60) -> dict[str, Any]:
@@ -59,9 +60,9 @@ def test_what_stands_in_the_second_channel_alone_is_learnt(tmp_path: Path, capsy
     assert model.backbone.channels == 2
     assert (manifest.channels, manifest.trained_on) == ((0, 1), ("XR",))
 
-    def begun_with_that(**task: Any) -> str:
+    def begun_with_that(trains: str = "full", **task: Any) -> str:
         capsys.readouterr()
-        again = {**settings, "task": {**settings["task"], **task}, "training": QUICK}
+        again = {**settings, "task": {**settings["task"], **task}, "training": {**QUICK, "trains": trains}}
         again["init"] = {"folder": str(tmp_path / "out")}
         assert main(["finetune", str(write_config(tmp_path, **again)), "--out", str(tmp_path / "again")]) == 0
         for left in (tmp_path / "again").iterdir():
@@ -72,6 +73,13 @@ def test_what_stands_in_the_second_channel_alone_is_learnt(tmp_path: Path, capsy
     assert "a new head, for its own is for another task, other classes or other channels" in begun_with_that(
         channels=["class", "noise"]
     )
+    for trains, channels, is_told in (
+        ("frozen", ["class", "noise"], True),
+        ("linear_probe", ["class", "noise"], True),
+        ("frozen", ["noise", "class"], False),
+        ("full", ["class", "noise"], False),
+    ):
+        assert (SEES_THEIR_MEAN in begun_with_that(trains, channels=channels)) == is_told
 
 
 def test_a_finished_fine_tuning_knows_which_file_was_which_channel(

@@ -42,7 +42,7 @@ from tests.labelled_hospitals import CLASSES, PLAIN, opened, task_study
 from tests.test_federated_finetuning import PRIVATE, federate
 from tests.test_several_channels import FILES, write_cases
 from unimiss_core import progress, task_checkpoint
-from unimiss_core.channels import for_channels_of
+from unimiss_core.channels import SEES_THEIR_MEAN, for_channels_of
 from unimiss_core.config import dump_yaml, parse
 from unimiss_core.errors import ConfigError, WireError
 from unimiss_core.execution import Execution
@@ -473,6 +473,12 @@ def test_a_run_begins_from_what_knows_other_channels(tmp_path: Path) -> None:
     )
     (tmp_path / "run" / "study.yaml").write_text(dump_yaml(study))
     assert torch.equal(begun(study, folder)[kernel], tuned[kernel])
+    frozen, heard = study_of(MASKS, finetune={"trains": "frozen"}), []
+    with progress.listen(heard.append):
+        for beside, is_told in ((start, True), (folder, False)):
+            heard.clear()
+            begun(frozen, beside)
+            assert (progress.Note(SEES_THEIR_MEAN) in heard) == is_told
     for channels in (NAMES[::-1], ("CT", "PET"), None):
         other = study_of({**MASKS, "channels": channels})
         found = begun(other, folder)[kernel]

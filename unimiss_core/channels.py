@@ -16,7 +16,17 @@ from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError
 from unimiss_core.layers import CHANNELS
 from unimiss_core.model_config import ModelConfig
-from unimiss_core.task_config import TaskConfig
+from unimiss_core.task_config import TaskConfig, Trains
+
+SEES_THEIR_MEAN = (
+    "WARNING: the encoder begins with weights of other channels and stays so: it sees the mean of the task's, and "
+    "cannot tell one from another; trains: full lets it learn them"
+)
+
+
+def sees_their_mean(task: TaskConfig, trains: Trains, known: tuple[str, ...] | None) -> bool:
+    """Whether a model that begins with weights of scans of these channels never tells its task's apart."""
+    return trains != "full" and task.channels is not None and known != task.channels
 
 
 def for_channels_of(
