@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from client.catalogue import read_one_apart
-from client.channel_reading import modalities_of, read_channels_apart
+from client.channel_reading import modalities_of, read_channels_apart, require_like_names
 from client.channels import cases_of, of_numbers
 from client.inference import require_numbers
 from client.input_names import without_ending
@@ -82,6 +82,7 @@ class Prepared:
         scans, source = self._read(item["image"])
         if any(scan.rank != task.rank for scan in scans):
             raise ScanError("other_rank")
+        require_like_names(task, scans)
         values, spacing = prepare_channels(scans, plan, task.other_grids)
         values = as_values(as_stored(values))
         if isinstance(task, ClassificationConfig):

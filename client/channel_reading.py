@@ -16,6 +16,9 @@ from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
 from unimiss_core.task_config import TaskConfig
 
+_TOLD_APART = {"CT", "MR", "PT"}
+"""A picture of any of them is read as XR."""
+
 
 def modalities_of(task: TaskConfig, said: Modality | None) -> tuple[Modality | None, ...]:
     """What each of a scan's channels is taken for where its file does not say it: what is said of all, or else what the
@@ -30,6 +33,15 @@ def contradicted(task: TaskConfig, said: Modality | None) -> str | None:
         if (named := modality_named(name)) not in (None, said):
             return f"{said} is said of all channels, and '{on_one_line(name)}' is {named} by its name"
     return None
+
+
+def require_like_names(task: TaskConfig, scans: Sequence[Scan]) -> None:
+    """Of what a scan of the task is made of, as it was read. Raises ScanError: `unlike_channel` (DICOM says what it is,
+    and so shows columns that were swapped)."""
+    for name, scan in zip(task.channels or (), scans, strict=task.channels is not None):
+        kinds = {modality_named(name), scan.modality}
+        if len(kinds) > 1 and kinds <= _TOLD_APART:
+            raise ScanError("unlike_channel")
 
 
 def modality_named(name: str) -> Modality | None:

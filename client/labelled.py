@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from client import nifti, pictures, workers
 from client.catalogue import safe_to_read_here
-from client.channel_reading import modalities_of, read_channels
+from client.channel_reading import modalities_of, read_channels, require_like_names
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_tables import PARTS, Case, LabelTable, Part
 from client.medmnist import opened_arrays
@@ -326,6 +326,7 @@ def _prepared(
     if other := next((one.rank for one in scans if one.rank != task.rank), None):
         kinds = {2: "an image (rank 2)", 3: "a volume (rank 3)"}
         raise MaskError(f"the scan is {kinds[other]}, expected {kinds[task.rank]}; correct task.rank, or leave it out")
+    require_like_names(task, scans)
     values, spacing = prepare_channels(scans, plan, task.other_grids)
     stored = as_stored(values)
     kept = _kept(folder / f"{case.number:06d}.npy", stored)

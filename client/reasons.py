@@ -62,6 +62,8 @@ REASONS: Mapping[str, str] = {
     "set task.other_grids: resample",
     "lacks_channel": "lacks a channel of the task: a file of its case (CASE_0000, CASE_0001, ...), or a volume of its "
     "one NIfTI file",
+    "unlike_channel": "the file of a channel says that it is CT, MR or PET, and the channel's name begins with another "
+    "of them; files or columns may be swapped",
     "unknown_channel": "one image or volume where a scan is several, and its name does not say which of them it is",
     "mask_unfit": "its mask does not go with it: another geometry or kind, not stored turned as it is, other values, "
     "empty, or not to be read",

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from client import workers
 from client.cache import FULL, CachedScan, Library, scan_file, write_scan
 from client.cache_room import forget_unfinished
-from client.channel_reading import modalities_of, read_channels
+from client.channel_reading import modalities_of, read_channels, require_like_names
 from client.decoders import decoders
 from client.label_config import LabelData
 from client.label_tables import Case, LabelTable, labels_in
@@ -374,6 +374,7 @@ def build(task: _Task) -> _Record:
     scans = read_channels(task.scans, task.numbers, task.modalities, interpolate=interpolate)
     if other := next((scan.rank for scan in scans if scan.rank != rank), None):
         raise ScanError("other_rank", f"the scan is of rank {other}, the task of rank {rank}")
+    require_like_names(task.asked.task, scans)
     values, spacing = prepare_channels(scans, task.plan, task.asked.task.other_grids)
     stored = [np.rint(values * FULL).astype(np.uint16)]
     if task.mask is not None:

@@ -11,6 +11,7 @@ import yaml
 
 from client.pictures import write_png
 from client.research_command import main
+from tests.series_files import write_series
 from tests.test_finetune import PLAIN, QUICK, write_config
 from tests.test_labelled import SHAPE
 from tests.test_research_command import nano_checkpoint
@@ -46,6 +47,23 @@ def test_a_scan_of_which_channels_are_unnamed_is_one_scan_that_does_not_say_what
     said = capsys.readouterr().err
     assert "\n6 scan(s) do not say what they are" in said
     assert "data.modality: CT, or of some channels by names that begin with CT," in said
+
+
+def test_series_in_swapped_columns_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DICOM says what it is: PET would be clipped by nothing, and CT be met where training knew PET."""
+    lines = ["ct,pet,label,patient"]
+    for number in range(12):
+        folders = [f"{kind}{number}" for kind in ("CT", "PT")]
+        for place, kind in enumerate(("CT", "PT")):
+            volume = np.random.default_rng([number, place]).integers(0, 900, (13, 34, 36)).astype(np.int16)
+            write_series(tmp_path / folders[place], volume, attributes={"Modality": kind})
+        lines.append(f"{','.join(folders[:: -1 if number == 4 else 1])},{['no', 'yes'][number % 2]},p{number}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    task = {"name": "classification", "classes": ["no", "yes"], "channels": ["CT", "PET"], "input_size": [13, 33, 33]}
+    data = {"table": "t.csv", "scan": ["ct", "pet"]}
+    path = write_config(tmp_path, task=task, data=data, split={"folds": 3}, training=QUICK)
+    assert main(["finetune", str(path)]) == 0
+    assert "left out: 1 scan(s), unlike_channel: the file of a channel says" in capsys.readouterr().err
 
 
 def test_what_stands_in_the_second_channel_alone_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
