@@ -185,13 +185,17 @@ def _listed_again(
     kept: Sequence[tuple[int, Mapping[str, str]]], data: CsvData, *, by_patient: bool
 ) -> Iterator[tuple[int, str]]:
     """Lines of a scan that an earlier line is of; by_patient: of the same patient. Paths are compared as paths: ./A and
-    A are one scan, and may not be of two patients."""
+    A are one scan, and may not be of two patients, nor may one of its channels."""
     first: dict[tuple[str, tuple[PurePosixPath, ...]], int] = {}
+    owners: dict[PurePosixPath, tuple[int, str]] = {}
     for number, row in kept:
-        paths = tuple(PurePosixPath(row[column]) for column in data.scan_columns)
-        scan = (_whose(row, data) if by_patient else "", paths)
+        paths, patient = tuple(PurePosixPath(row[column]) for column in data.scan_columns), _whose(row, data)
+        scan = (patient if by_patient else "", paths)
+        found = [owners.setdefault(path, (number, patient)) for path in paths]
         if first.setdefault(scan, number) != number:
             yield number, f"lists the scan of line {first[scan]} again"
+        elif not by_patient and (others := [line for line, whose in found if whose != patient]):
+            yield number, f"names a file of line {others[0]}, which is of another patient"
 
 
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:

@@ -267,6 +267,20 @@ def test_one_file_is_all_channels_or_one_of_them(tmp_path: Path) -> None:
     assert label_table(configured(tmp_path, TASK, data)).cases[0].files == ("a.nii",) * 3
 
 
+def test_no_channel_is_of_two_patients(tmp_path: Path) -> None:
+    """Or training would see what testing is measured by. Of one patient it may belong to several scans."""
+    data = {"table": "t.csv", "scan": ["ct", "pet", "t2"], "label": "mask"}
+
+    def cases(patients: str) -> int:
+        lines = ["a.nii,b.nii,c.nii,m.nii,1", f"d.nii,./b.nii,e.nii,n.nii,{patients}"]
+        (tmp_path / "t.csv").write_text("\n".join(["ct,pet,t2,mask,patient", *lines]))
+        return len(label_table(configured(tmp_path, TASK, data)).cases)
+
+    assert cases("1") == 2
+    with pytest.raises(ConfigError, match="line 3: names a file of line 2, which is of another patient"):
+        cases("2")
+
+
 def test_no_other_patients_file_decides_what_four_digits_are(tmp_path: Path) -> None:
     for kind, names in {"imagesTr": ["p_1234", "q_0000", "q_0001"], "labelsTr": ["p_1234", "q"]}.items():
         (tmp_path / kind).mkdir()
