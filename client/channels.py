@@ -165,6 +165,8 @@ def expected_names(channels: Sequence[Channel]) -> str:
     if numbers != list(range(len(numbers))):
         volumes = f"that holds them as its volumes {', '.join(map(str, numbers))}, from 0"
     files = ", ".join(f"CASE_{number:04d}" for number in numbers)
+    if 0 not in numbers:
+        files += ", beside a CASE_0000 (without any, four digits may be a patient's),"
     names = ", ".join(on_one_line(one.name) for one in channels)
     return (
         f"the model reads {names}: give each case as {files} in one folder, all of one ending (.nii.gz, .nii, .png, "

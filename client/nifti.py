@@ -59,12 +59,13 @@ def read_nifti(path: Path, modality: Modality, *, volume: int = 0) -> Scan:
     `lacks_channel`: the file holds fewer volumes.
     """
     with _opened(path) as image:
-        affine, _ = _affine(image)
+        affine, flags = _affine(image)
         voxels = _volume(image, volume)
     if 1 in voxels.shape:
         return image_of(voxels[None], affine, modality)
     turned, affine = canonical(voxels[None], affine)
-    return Scan(turned, spacing_of(affine), modality, affine)
+    place_known = "orientation_assumed" not in flags
+    return Scan(turned, spacing_of(affine), modality, affine, place_known=place_known)
 
 
 def _volume(image: Any, number: int) -> NDArray[np.float32]:

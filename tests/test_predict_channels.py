@@ -179,6 +179,35 @@ def test_each_channel_is_prepared_by_its_own_kind_here_and_in_a_worker(
     assert (other != drawn(out, rows[0])).any()
 
 
+@pytest.mark.parametrize("number", [-1, 10_000])
+def test_a_channels_number_is_one_that_a_file_can_have(tmp_path: Path, number: int) -> None:
+    model = model_of(tmp_path / "model")
+    told = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps({**told, "channels": [number, 0, 1]}))
+    write_case(tmp_path / "scans", "a", 0)
+    assert predict(model, tmp_path / "scans", tmp_path / "out") == 4
+
+
+def test_a_channel_that_does_not_say_where_it_lies_is_laid_nowhere(tmp_path: Path) -> None:
+    """nibabel puts the middle of such a file at 0, which is no place in the patient."""
+    model = untrained(tmp_path / "model", BALL.model_copy(update={"other_grids": "resample"}), channels=NUMBERS)
+    scans = tmp_path / "scans"
+    for name, code in (("a", 1), ("b", 0)):
+        write_case(scans, name, 0)
+        image = nibabel.Nifti1Image(values_of(0, 0)[:, :-4].transpose(2, 1, 0), None)
+        image.header.set_zooms((2.0, 2.0, 2.0))
+        image = nibabel.Nifti1Image(image.dataobj, image.header.get_base_affine(), image.header)
+        image.set_qform(image.affine, code)
+        image.set_sform(image.affine, code)
+        nibabel.save(image, scans / f"{name}_0000.nii.gz")
+        for number in (1, 2):
+            whole = nibabel.load(scans / f"{name}_{number:04d}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(whole.dataobj, image.affine), scans / f"{name}_{number:04d}.nii.gz")
+    (row,) = predicted(model, scans, tmp_path / "out")
+    assert row["file"] == "a_0002.nii.gz"
+    assert set(left_out(tmp_path / "out").values()) == {"channels_apart"}
+
+
 def test_no_name_of_a_channel_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model may come from anybody."""
     task = BALL.model_copy(update={"channels": ("CT\x1b[31m", "PET\nleft out: 9", "T2")})
@@ -311,6 +340,7 @@ def test_what_names_are_expected_is_said_in_the_models_order() -> None:
     own = [Channel(name, number, None) for number, name in enumerate(("FLAIR", "T1"))]
     assert "the model reads FLAIR, T1: give each case as CASE_0000, CASE_0001 in one folder" in expected_names(own)
     assert expected_names(own).endswith("or as one NIfTI file of 2 volumes")
+    assert "CASE_0000" in expected_names([Channel("T1", 1, None), Channel("T2", 2, None)])  # or none is a channel
 
 
 @pytest.mark.parametrize("number", [0, 2])

@@ -81,7 +81,7 @@ def _is_on_grid_of(one: Scan, other: Scan) -> bool:
 
 
 def _says_where_it_lies(scan: Scan) -> bool:
-    return scan.affine is not None and scan.rank == 3
+    return scan.affine is not None and scan.place_known and scan.rank == 3
 
 
 def _laid_on(

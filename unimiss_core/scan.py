@@ -45,6 +45,8 @@ class Scan:
     affine: NDArray[np.float64] | None = None
     spacing_known: bool = True
     """False where the source states no spacing (PNG): spacing_mm is then 1 for each pixel."""
+    place_known: bool = True
+    """False where the affine is assumed (NIfTI without qform and sform): in the patient the scan may lie anywhere."""
     is_calibrated: bool = True
     """False of a picture (PNG): its grey values were made to be looked at, and those of a CT are no HU."""
 

@@ -61,7 +61,9 @@ class TaskManifest(Config):
     channel: Annotated[int | None, Field(exclude_if=lambda channel: channel is None)] = None
     """Of cases whose files are called CASE_0000, CASE_0001, ..., as nnU-Net's, which it was trained on; None: they were
     not, or nobody told, which is not written out, so that versions before this one read the others' models."""
-    channels: Annotated[tuple[int, ...], Field(exclude_if=lambda numbers: not numbers)] = ()
+    channels: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=9999)], ...], Field(exclude_if=lambda numbers: not numbers)
+    ] = ()
     """Of a task with channels: which of CASE_0000, CASE_0001, ..., or of a file's volumes, each of them is; empty where
     a federation tuned it, and of all others: their own numbers, from 0."""
     reading: int | None = None
