@@ -8,7 +8,7 @@ from client.msd_folders import numbers_of, told_in
 from client.site_config import SiteConfig
 from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError
-from unimiss_core.task_config import SegmentationConfig, SupervisionConfig, TaskConfig
+from unimiss_core.task_config import SegmentationConfig, SupervisionConfig, TaskConfig, folded
 
 
 def lacking_labels(config: SiteConfig, asked: SupervisionConfig) -> str | None:
@@ -51,4 +51,4 @@ def _lacking_channels(labels: LabelsConfig, task: TaskConfig) -> str | None:
 
 
 def _folded(names: Sequence[str] | None) -> list[str]:
-    return [name.strip().casefold() for name in names or ()]
+    return [folded(name) for name in names or ()]

@@ -9,7 +9,7 @@ from client.channels import case_of, channel_of, stem
 from client.label_config import MsdData
 from unimiss_core.errors import ConfigError
 from unimiss_core.json_text import read_object
-from unimiss_core.task_config import SegmentationConfig
+from unimiss_core.task_config import SegmentationConfig, folded
 
 
 def images_by_case(folder: Path, masks: Collection[str]) -> dict[str, dict[int | None, str]]:
@@ -99,18 +99,21 @@ def numbers_of(task: SegmentationConfig, data: MsdData, told: Mapping[str, str])
     Raises ConfigError: neither says it, or they contradict each other.
     """
     assert task.channels is not None
-    by_name = {name.strip().casefold(): int(number) for number, name in told.items() if number.isdecimal()}
-    named = [by_name.get(name.strip().casefold()) for name in task.channels]
-    for name, number, said in zip(task.channels, named, data.channels or (), strict=data.channels is not None):
-        if number not in (None, said):
-            raise ConfigError(f"data.channels: {name} is {said}, and dataset.json says it is {number}")
+    by_name: dict[str, list[int]] = {}
+    for number, name in told.items():
+        if number.isdecimal():
+            by_name.setdefault(folded(name), []).append(int(number))
+    named = [by_name.get(folded(name), []) for name in task.channels]
+    for name, known, said in zip(task.channels, named, data.channels or (), strict=data.channels is not None):
+        if known and said not in known:
+            raise ConfigError(f"data.channels: {name} is {said}, and dataset.json says it is {known[0]}")
     if data.channels is not None:
         return data.channels
-    lacking = [name for name, number in zip(task.channels, named, strict=True) if number is None]
+    lacking = [name for name, known in zip(task.channels, named, strict=True) if len(known) != 1]
     if lacking:
         there = f"dataset.json names {', '.join(map(str, told.values()))}" if told else "there is no dataset.json"
         raise ConfigError(
             f"task.channels: {there}, which does not say which channel {', '.join(lacking)} is; write them as it does, "
             "or give data.channels, the number of each"
         )
-    return tuple(number for number in named if number is not None)
+    return tuple(number for (number,) in named)

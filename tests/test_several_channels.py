@@ -99,7 +99,13 @@ def test_a_task_of_one_channel_is_written_as_it_always_was() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "message"),
-    [(("T1",), "at least 2"), (("T1", "t1"), "each name may stand once"), (tuple(map(str, range(17))), "at most 16")],
+    [
+        (("T1",), "at least 2"),
+        (("T1", "t1"), "each name may stand once"),
+        (("T1", "t1 "), "each name may stand once"),
+        ((" ", "T1"), "is no blank"),
+        (tuple(map(str, range(17))), "at most 16"),
+    ],
 )
 def test_channels_that_cannot_be(channels: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
@@ -229,6 +235,7 @@ def test_channels_that_do_not_lie_on_one_grid_are_left_out(tmp_path: Path) -> No
         (NAMES, [0, 2, 1], "CT is 0, and dataset.json says it is 2"),
         (NAMES, [2, 0], "expected 3 different numbers, of CT, PET, T2, in this order"),
         (NAMES, [2, 0, 0], "expected 3 different numbers"),
+        ({**NAMES, "7": " pet"}, None, "does not say which channel PET is"),
         ({}, [2, 0, 7], "has no channel 7 .data.channels"),
     ],
 )

@@ -29,6 +29,11 @@ MOST_CHANNELS = 16
 ChannelName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
+def folded(channel: str) -> str:
+    """A channel's name as all have it who mean the same, however they write it."""
+    return channel.strip().casefold()
+
+
 class _Task(Config):
     """What both kinds of task set."""
 
@@ -60,8 +65,9 @@ class _Task(Config):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if self.channels is not None and len({name.casefold() for name in self.channels}) < len(self.channels):
-            raise ValueError("channels: each name may stand once, however it is written")
+        names = [folded(name) for name in self.channels or ()]
+        if len(set(names)) < len(names) or "" in names:
+            raise ValueError("channels: each name may stand once, however it is written, and is no blank")
         if self.other_grids == "resample" and (self.channels is None or self.rank == 2):
             raise ValueError("other_grids: resample is of volumes of several channels; leave it out")
         if len(set(self.classes)) < len(self.classes):
