@@ -284,7 +284,7 @@ def _task(site: SiteConfig, study: StudyConfig, table: LabelTable, case: Case, s
         *(one for scan in scans for one in _files(scan)),
     ]
     if task.channels is not None:
-        facts.append([list(map(os.fspath, scans)), table.channels, kinds, task.other_grids])
+        facts.append([list(map(os.fspath, scans)), table.channels, kinds, modalities_of(task, None), task.other_grids])
     if mask is not None:
         facts += [len(task.classes), site.labels.allow_empty_masks, *_files(mask)]
     stamp = hmac.new(secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()[:STAMP]

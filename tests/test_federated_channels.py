@@ -1,5 +1,6 @@
 """Federated fine-tuning of tasks whose scans are several images or volumes, each site's in files of its own order."""
 
+import contextlib
 import csv
 import json
 import re
@@ -39,12 +40,13 @@ from server.run_folder import RunFolder
 from server.simulate import simulate
 from tests.federation import metric_rows, saved_checkpoint, small_study
 from tests.labelled_hospitals import CLASSES, PLAIN, opened, task_study
+from tests.series_files import write_series
 from tests.test_federated_finetuning import PRIVATE, federate
 from tests.test_several_channels import FILES, write_cases
 from unimiss_core import progress, task_checkpoint
 from unimiss_core.channels import SEES_THEIR_MEAN, for_channels_of
 from unimiss_core.config import dump_yaml, parse
-from unimiss_core.errors import ConfigError, WireError
+from unimiss_core.errors import ConfigError, NoUsableScanError, WireError
 from unimiss_core.execution import Execution
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.plan import prepare, prepare_channels
@@ -205,6 +207,25 @@ def pictures_of(folder: Path, study: StudyConfig, cases: int) -> Tensor:
         return np.concatenate([prepare(scan, study.plan)[0] for scan in scans])
 
     return torch.stack([whole(values(case), study.size_of(2)) for case in range(cases)])
+
+
+def test_series_are_held_against_the_names_that_a_study_gives_their_columns(tmp_path: Path) -> None:
+    """Again with each study, whatever is kept of an earlier one: they say themselves that they are CT and PET."""
+    folder, lines = tmp_path / "north", ["a,b,label,patient"]
+    for case in range(2):
+        for place, kind in enumerate(("CT", "PT")):
+            volume = np.random.default_rng([case, place]).integers(0, 900, (13, 34, 36)).astype(np.int16)
+            write_series(folder / f"{kind}{case}", volume, attributes={"Modality": kind})
+        lines.append(f"CT{case},PT{case},{CLASSES[case]},P{case}")
+    (folder / "labels.csv").write_text("\n".join(lines))
+    found = []
+    for names in (["CT", "PET"], ["PET", "CT"], ["early", "late"]):
+        data = {"table": "labels.csv", "scan": ["a", "b"], "modality": "OT"}
+        path = site_file(folder, {"data": data, "classes": CLASSES, "channels": names})
+        study = study_of({**PICTURES, "rank": 3, "channels": names, "input_size": None})
+        with contextlib.suppress(NoUsableScanError):
+            found.append((names[0], [scan.modalities for scan in scans_of(path, study)]))
+    assert found == [("CT", [("CT", "PT")] * 2), ("early", [("CT", "PT")] * 2)]
 
 
 def test_what_changes_of_any_channel_is_read_again_and_nothing_else_is(tmp_path: Path) -> None:
