@@ -114,6 +114,15 @@ def test_what_is_said_of_all_channels_goes_before_their_names(tmp_path: Path, mo
     assert {one.modality for one in exported.read_config(out).inputs[0].channels} == {modality}
 
 
+@pytest.mark.parametrize("rule", ["refuse", "resample"])
+def test_what_becomes_of_channels_of_other_grids_goes_with_the_model(tmp_path: Path, rule: str) -> None:
+    task = BALL.model_copy(update={"other_grids": rule})
+    assert export(untrained(tmp_path / "model", task, channels=NUMBERS), tmp_path / "out", "safetensors") == 0
+    said = "laid on the grid of the first" in (tmp_path / "out" / "README.md").read_text()
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["inputs"][0]
+    assert (said, told.get("other_grids")) == ((True, "resample") if rule == "resample" else (False, None))
+
+
 def test_a_model_of_one_channel_is_described_as_it_always_was(tmp_path: Path) -> None:
     assert export(untrained(tmp_path / "model", PICTURES), tmp_path / "out", "safetensors") == 0
     told = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -8,6 +8,7 @@ import yaml
 
 from unimiss_core.inputs import ChannelConfig, InputConfig
 from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
+from unimiss_core.task_config import OtherGrids
 
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 """What Markdown would read as more than itself; an underscore only at an end of a word."""
@@ -75,18 +76,24 @@ def inputs_in_words(inputs: Sequence[InputConfig]) -> str:
         alone = "For features of the encoder alone all of it is resized to that."
         told.append(f"Windows of {sizes} are cut from it. {alone} {_RESIZE}")
     if channels := next((one.channels for one in inputs if one.channels), ()):
-        told = [_channels_in_words(channels), *told, "`unimiss predict` does all of this, and so does a MONAI bundle."]
+        told = [
+            _channels_in_words(channels, inputs[0].other_grids),
+            *told,
+            "`unimiss predict` does all of this, and so does a MONAI bundle.",
+        ]
     else:
         told.append("`client.features.prepare_file` does all of this, from a file to a tensor.")
     return "\n\n".join(told)
 
 
-def _channels_in_words(channels: Sequence[ChannelConfig]) -> str:
+def _channels_in_words(channels: Sequence[ChannelConfig], other_grids: OtherGrids) -> str:
     named = ", ".join(literally(one.name) + (f" (as {one.modality})" if one.modality else "") for one in channels)
     words = (
         f"A scan has {len(channels)} channels, of one patient and on one grid, in this order: {named}. Each is "
         "prepared by itself: CT by the window, all else by percentiles of its own."
     )
+    if other_grids == "resample":
+        words += " Volumes that lie otherwise are laid on the grid of the first, by their files' affines, linearly."
     if any(one.modality for one in channels):
         words += " What a file says of itself goes before what stands in brackets."
     return words

@@ -8,7 +8,7 @@ from pydantic import Field
 from unimiss_core.config import Config
 from unimiss_core.model_config import ModelConfig
 from unimiss_core.scan import RANKS, Modality, Rank
-from unimiss_core.task_config import TaskConfig
+from unimiss_core.task_config import OtherGrids, TaskConfig
 
 
 class ChannelConfig(Config):
@@ -36,6 +36,8 @@ class InputConfig(Config):
     grid's step averages what lies between. Of images torch's `interpolate(mode="bilinear", antialias=True)`."""
     channels: Annotated[tuple[ChannelConfig, ...], Field(exclude_if=lambda named: not named)] = ()
     """Of a task that has some, in the order of the input, on one grid; empty where a scan is one image or volume."""
+    other_grids: Annotated[OtherGrids, Field(exclude_if=lambda rule: rule == "refuse")] = "refuse"
+    """resample: channels that lie otherwise are laid on the grid of the first."""
 
 
 _AXES: Mapping[Rank, tuple[str, ...]] = {
@@ -58,4 +60,8 @@ def inputs_of(
     names = task.channels or ()
     kinds = modalities if modalities is not None else [None] * len(names)
     channels = tuple(ChannelConfig(name=name, modality=kind) for name, kind in zip(names, kinds, strict=True))
-    return (InputConfig(axes=_AXES[task.rank], size=task.size_for(model), fit=fit, channels=channels),)
+    return (
+        InputConfig(
+            axes=_AXES[task.rank], size=task.size_for(model), fit=fit, channels=channels, other_grids=task.other_grids
+        ),
+    )
