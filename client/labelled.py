@@ -254,8 +254,8 @@ class _Pair:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Each once."""
-        return (*dict.fromkeys(self.scans), *((self.mask,) if self.mask is not None else ()))
+        """As often as each is read: of several volumes once for each."""
+        return (*self.scans, *((self.mask,) if self.mask is not None else ()))
 
 
 def read_pair(pair: _Pair) -> tuple[Scans, Scan | MaskError | None]:

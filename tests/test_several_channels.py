@@ -1,6 +1,7 @@
 """Models of tasks whose scans are several images or volumes of one patient."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from client import catalogue, workers
 from client.catalogue import read_one
 from client.finetune_config import FinetuneConfig
 from client.label_tables import label_table
-from client.labelled import Labelled, prepare_cases
+from client.labelled import Labelled, prepare_cases, read_cases
 from client.nifti import write_nifti
 from client.splits import split_cases
 from tests.test_label_tables import configured
@@ -261,6 +263,26 @@ def test_a_table_has_a_column_for_each_channel(tmp_path: Path) -> None:
         configured(tmp_path, plain, {"table": "t.csv", "scan": ["a", "b"]})
     with pytest.raises(ConfigError, match=r"data\.channels: the task has none"):
         configured(tmp_path, plain, {"name": "msd", "folder": ".", "channels": [0, 1]})
+
+
+def test_all_volumes_of_a_file_count_where_it_is_asked_whether_a_worker_should_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cases(tmp_path, count=2, in_one_file=True)
+    told(tmp_path, NAMES)
+    config = of_folder(tmp_path)
+    table = label_table(config)
+    mask = nibabel.load(tmp_path / "labelsTr" / "c0.nii.gz")
+    volume = 4 * math.prod(mask.shape)
+    easily_packed = np.arange(3 * math.prod(mask.shape), dtype=np.int16).reshape(*mask.shape, 3) % 100
+    nibabel.save(nibabel.Nifti1Image(easily_packed, mask.affine), tmp_path / "imagesTr" / "c0.nii.gz")
+    stored = sum((tmp_path / f"{kind}Tr" / "c0.nii.gz").stat().st_size for kind in ("images", "labels"))
+    assert 3 * stored < 4 * volume
+    for volumes, here in ((4, True), (3, False)):
+        monkeypatch.setattr(catalogue, "FEW_BYTES", volumes * volume)
+        monkeypatch.setattr(workers, "run", lambda *_, **__: iter([(0, ScanError("timed_out"))]))
+        found = next(read_cases(table.cases[:1], table, config, PLAN))[1]
+        assert isinstance(found, tuple) == here
 
 
 def test_one_file_is_all_channels_or_one_of_them(tmp_path: Path) -> None:
