@@ -123,6 +123,8 @@ class Library:
     """Reason -> series, images or unreadable files left out for it."""
     assumed: Mapping[int, int] = field(default_factory=dict)
     """As `Catalogue.assumed`."""
+    channels: tuple[int, ...] = ()
+    """Of labelled scans, as of `LabelTable`."""
 
     def of_rank(self, rank: Rank) -> tuple[CachedScan, ...]:
         return tuple(scan for scan in self.scans if scan.rank == rank)

@@ -33,6 +33,7 @@ def keep_own_model(site: Site, trained: Student, received: Mapping[str, Tensor],
         began_with="checkpoint",
         pretrained_digest=task_checkpoint.digest_of(received),
         trained_on=sorted({kind for scan in site.library.scans for kind in scan.modalities}),
+        channels=site.library.channels,
     )
     folder = _folder(site)
     try:

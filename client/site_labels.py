@@ -181,7 +181,7 @@ def open_labelled(site: SiteConfig, study: StudyConfig, *, evicts: bool = True) 
     if not scans and study.privacy.mode != "patient":
         said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise NoUsableScanError(f"site '{site.name}': none of its labelled scans can be used: {said}")
-    return Library(scans, reasons)
+    return Library(scans, reasons, channels=table.channels)
 
 
 def _opened(

@@ -570,6 +570,7 @@ def test_a_site_keeps_a_model_of_all_its_kinds(tmp_path: Path) -> None:
     model, manifest = task_checkpoint.load(tmp_path / "north" / "state" / "models" / RunFolder(tmp_path / "out").run)
     assert manifest.trained_on == ("CT", "OT", "PT")
     assert manifest.task.channels == NAMES
+    assert manifest.channel_numbers == tuple(NORTH[name] for name in NAMES) != (0, 1, 2)
     assert model(torch.zeros(1, 3, 13, 33, 33)).shape == (1, 2, 13, 33, 33)
 
 

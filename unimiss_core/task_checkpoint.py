@@ -64,8 +64,8 @@ class TaskManifest(Config):
     channels: Annotated[
         tuple[Annotated[int, Field(ge=0, le=9999)], ...], Field(exclude_if=lambda numbers: not numbers)
     ] = ()
-    """Of a task with channels: which of CASE_0000, CASE_0001, ..., or of a file's volumes, each of them is; empty where
-    a federation tuned it, and of all others: their own numbers, from 0."""
+    """Of a task with channels: which of CASE_0000, CASE_0001, ..., or of a file's volumes, each of them is. Empty of what
+    sites share, who each have numbers of their own: 0, 1, ... in the task's order; and of all other tasks."""
     reading: int | None = None
     """Which version of the rules its training scans were read by; None: by earlier ones, or nobody told."""
     tensors: Mapping[str, tuple[int, ...]] = {}
@@ -113,6 +113,7 @@ def of_rounds(
     pretrained_digest: str | None,
     taught_by_labels: bool | None = None,
     trained_on: Sequence[Modality] = (),
+    channels: tuple[int, ...] = (),
 ) -> TaskManifest:
     """What a model says of itself that a federation fine-tuned by `study`, after `round`; tensors are not yet told."""
     assert study.finetune is not None
@@ -128,6 +129,7 @@ def of_rounds(
         epoch=round,
         trained_in="rounds",
         trained_on=tuple(trained_on),
+        channels=channels,
     )
 
 
