@@ -64,8 +64,8 @@ class TaskManifest(Config):
     channels: Annotated[
         tuple[Annotated[int, Field(ge=0, le=9999)], ...], Field(exclude_if=lambda numbers: not numbers)
     ] = ()
-    """Of a task with channels: which of CASE_0000, CASE_0001, ..., or of a file's volumes, each of them is. Empty of what
-    sites share, who each have numbers of their own: 0, 1, ... in the task's order; and of all other tasks."""
+    """Of a task with channels: which of CASE_0000, CASE_0001, ..., or of a file's volumes, each of them is. Empty of
+    what sites share, who each have numbers of their own: 0, 1, ... in the task's order; and of all other tasks."""
     reading: int | None = None
     """Which version of the rules its training scans were read by; None: by earlier ones, or nobody told."""
     tensors: Mapping[str, tuple[int, ...]] = {}
