@@ -13,15 +13,14 @@ from unimiss_core.channels import for_channels_of, require_one
 from unimiss_core.embedding import encoder_of, seen_whole
 from unimiss_core.errors import ScanError
 from unimiss_core.keys import read_signing_public_key
-from unimiss_core.layers import CHANNELS
 from unimiss_core.network import build_network, tensors_of
 from unimiss_core.released import read_released
 from unimiss_core.scan import RANKS, Modality, Rank, Scan
 from unimiss_core.study import ModelConfig, PlanConfig
 from unimiss_core.task_config import TaskConfig
 from unimiss_core.tuned_round import (
-    channels_of,
     has_head,
+    known_channels,
     rank_of_task,
     require_tensors_of_model,
     require_unsigned,
@@ -126,8 +125,7 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
         require_tensors_of_model(init.folder, manifest)
         return Beginning("checkpoint", manifest.model, plan or manifest.plan, found.teacher)
     study = study_of(init.folder, manifest)
-    asked, count = study[0].finetune.task if study and study[0].finetune else None, channels_of(manifest, rank)
-    unnamed = None if count == CHANNELS[rank] else tuple(map(str, range(count)))
+    asked = study[0].finetune.task if study and study[0].finetune else None
     return Beginning(
         "checkpoint",
         manifest.model,
@@ -136,7 +134,7 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
         rank=rank,
         task=asked if has_head(manifest) else None,
         size=asked.size_for(manifest.model) if asked else None,
-        channels=asked.channels if asked else unnamed,
+        channels=known_channels(init.folder, manifest, rank),
     )
 
 

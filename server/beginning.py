@@ -7,18 +7,15 @@ from torch import Tensor
 
 from server.coordinator_config import CoordinatorConfig
 from unimiss_core import checkpoint, progress
-from unimiss_core.backbone import scan_kernel
 from unimiss_core.channels import SEES_THEIR_MEAN, for_channels_of, sees_their_mean
 from unimiss_core.checkpoint import Checkpoint
 from unimiss_core.errors import ConfigError
 from unimiss_core.groups import group_of
 from unimiss_core.keys import read_signing_public_key
-from unimiss_core.layers import CHANNELS
 from unimiss_core.network import tensors_of
 from unimiss_core.students import build_student, travelling_layout
 from unimiss_core.study import StudyConfig
-from unimiss_core.task_config import TaskConfig
-from unimiss_core.tuned_round import rank_of_task, study_of
+from unimiss_core.tuned_round import known_channels, rank_of_task
 
 
 def first_student(study: StudyConfig, config: CoordinatorConfig) -> Mapping[str, Tensor]:
@@ -48,20 +45,10 @@ def _for_task(study: StudyConfig, folder: Path | None, start: Checkpoint) -> Map
     if study.finetune is None or folder is None:
         return start.teacher
     task = study.finetune.task
-    known = _known_channels(folder, start, task)
+    known = known_channels(folder, start.manifest, rank_of_task(start.manifest))
     if sees_their_mean(task, study.finetune.trains, known):
         progress.report(progress.Note(SEES_THEIR_MEAN))
     return for_channels_of(task, study.model, start.teacher, known)
-
-
-def _known_channels(folder: Path, start: Checkpoint, task: TaskConfig) -> tuple[str, ...] | None:
-    """What the start's scans were made of, as its study says; of a fine-tuned one that nobody knows the study of, the
-    task's where it has as many."""
-    if (found := study_of(folder, start.manifest)) is not None:
-        return None if found[0].finetune is None else found[0].finetune.task.channels
-    kernel = start.manifest.tensors.get(f"backbone.{scan_kernel(start.manifest.model, task.rank)}")
-    as_many = kernel is not None and kernel[1] == (task.channel_count or CHANNELS[task.rank])
-    return task.channels if as_many and rank_of_task(start.manifest) is not None else None
 
 
 def is_taught(config: CoordinatorConfig) -> bool:

@@ -14,6 +14,7 @@ from unimiss_core.checkpoint import Manifest
 from unimiss_core.config import load
 from unimiss_core.errors import CheckpointError, ConfigError
 from unimiss_core.keys import SigningPublicKey
+from unimiss_core.layers import CHANNELS
 from unimiss_core.network import empty_network
 from unimiss_core.scan import RANKS, Rank
 from unimiss_core.study import StudyConfig
@@ -27,19 +28,22 @@ def rank_of_task(manifest: Manifest) -> Rank | None:
     """The one rank that the backbone of a task's checkpoint is of, whatever channels its scans have; None of a
     checkpoint of pretraining, of both."""
     for rank in RANKS:
-        network = empty_network(manifest.model, ranks={rank})
-        shapes, kernel = (
-            {name: tuple(p.shape) for name, p in network.named_parameters()},
-            _scan_kernel_of(manifest, rank),
-        )
+        network, kernel = empty_network(manifest.model, ranks={rank}), _scan_kernel_of(manifest, rank)
+        shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         if _backbone_of(manifest.tensors, kernel) == _backbone_of(shapes, kernel):
             return rank
     return None
 
 
-def channels_of(manifest: Manifest, rank: Rank) -> int:
-    """C that the kernel has which meets the scans of a task of this rank."""
-    return manifest.tensors[_scan_kernel_of(manifest, rank)][1]
+def known_channels(folder: Path, manifest: Manifest, rank: Rank | None) -> tuple[str, ...] | None:
+    """Of the scans that a checkpoint's task has, as its study names them; where they are several and nobody knows
+    their names, their numbers. None: they are one. rank: as of `rank_of_task`."""
+    if rank is None:
+        return None
+    if (found := study_of(folder, manifest)) is not None and found[0].finetune is not None:
+        return found[0].finetune.task.channels
+    count = manifest.tensors[_scan_kernel_of(manifest, rank)][1]
+    return None if count == CHANNELS[rank] else tuple(map(str, range(count)))
 
 
 def _scan_kernel_of(manifest: Manifest, rank: Rank) -> str:
