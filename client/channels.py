@@ -123,11 +123,9 @@ def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
             others += 1
         else:
             scans.setdefault((path.parent, ending, case_of(path.name)), {})[number] = one
-    if by_channel:
-        told = ", ".join(f"_{one.number:04d} as {on_one_line(one.name)}" for one in channels)
-        progress.report(
-            progress.Note(f"of each case reads {told}; {others} file(s) of other channels are not looked at")
-        )
+    _tell_which_is_which(
+        channels, of_files=bool(by_channel), of_volumes=any(len(one) == 1 for one in scans), others=others
+    )
     kept = []
     for held in scans.values():
         parts = [held[channel.number] for channel in channels if channel.number in held]
@@ -138,6 +136,17 @@ def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
         else:
             kept.append(replace(whole, channels=tuple(channels)))
     return replace(found, candidates=tuple(kept), left_out=tuple(left_out))
+
+
+def _tell_which_is_which(channels: Sequence[Channel], *, of_files: bool, of_volumes: bool, others: int) -> None:
+    """others: files of other channels."""
+    if of_files:
+        told = ", ".join(f"_{one.number:04d} as {on_one_line(one.name)}" for one in channels)
+        more = f"; {others} file(s) of other channels are not looked at" if others else ""
+        progress.report(progress.Note(f"of each case reads {told}{more}"))
+    if of_volumes:
+        told = ", ".join(f"{one.number} as {on_one_line(one.name)}" for one in channels)
+        progress.report(progress.Note(f"of each file of several volumes reads, counted from 0, {told}"))
 
 
 def with_its_case(found: Catalogue, channels: Sequence[Channel], modality: Modality | None) -> Catalogue:

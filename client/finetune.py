@@ -35,7 +35,7 @@ from client.task_results import Classifying, Segmenting
 from client.task_training import Epoch, Training
 from client.tuning_folder import METRICS, alone_in, check_folder, is_finished
 from client.tuning_settings import Settings, settings_of
-from client.unnamed_scans import tell_of_unnamed
+from client.unnamed_scans import tell_of_unnamed, tell_of_unnamed_channels
 from unimiss_core import durable, progress, task_checkpoint
 from unimiss_core.channels import SEES_THEIR_MEAN, sees_their_mean
 from unimiss_core.device import device_of
@@ -46,6 +46,7 @@ from unimiss_core.task_config import ClassificationConfig, TaskConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 
 _PREPARED = "prepared"
+_CT_AMONG_CHANNELS = "where one is CT, let its name in task.channels begin so; where all are, set data.modality: CT"
 _RESULTS = ("predictions.csv", "cases.csv", "predictions")
 
 
@@ -120,9 +121,11 @@ def _tune(
         parts = prepare_cases(split, table, beginning.plan, config, folder, show_paths=show_paths)
         _tell(parts)
         if table.modality is None and not isinstance(config.data, MedMnistData):
-            scans = [one.modalities for found in parts.values() for one in found]
-            of_each: Iterator[Modality] = ("OT" if "OT" in kinds else kinds[0] for kinds in scans)
-            tell_of_unnamed(of_each, _way_to_name(config.task))
+            kinds = [one.modalities for found in parts.values() for one in found]
+            if config.task.channels is None:
+                tell_of_unnamed((kind for (kind,) in kinds), "data.modality: CT")
+            else:
+                tell_of_unnamed_channels(config.task.channels, kinds, _CT_AMONG_CHANNELS)
         digest = _digest(config, beginning, parts, table.modality)
         size = config.task.size_for(beginning.model)
         judge = (
@@ -151,11 +154,6 @@ def _removed_afterwards(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _way_to_name(task: TaskConfig) -> str:
-    whole = "data.modality: CT"
-    return whole if task.channels is None else f"{whole}, or of some channels by names that begin with CT,"
 
 
 def task_model(config: FinetuneConfig, beginning: Beginning) -> TaskModel:

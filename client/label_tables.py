@@ -22,6 +22,7 @@ from client.label_values import LabelError, target_of, wrong_settings
 from client.medmnist import opened_arrays
 from client.msd_folders import check_labels, images_by_case, masks_by_case, numbers_of, told_in
 from unimiss_core import progress
+from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
 from unimiss_core.task_config import UNKNOWN, ClassificationConfig, SegmentationConfig, TaskConfig
@@ -151,6 +152,8 @@ def _of_csv(
     kept = [(row.number, row.cells) for row in rows if row.number not in surplus and row.is_among(data.where)]
     if not kept and not surplus and not one_by_one:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
+    if not one_by_one:
+        kept = _without_lacking(kept, data)
     problems = [(number, SURPLUS) for number in surplus]
     problems += [(number, said) for number, row in kept for said in _problems(row, data, task, given=given)]
     unclear = {number for number, _ in problems}
@@ -169,6 +172,20 @@ def _of_csv(
     left_out = tuple(f"line {number}: {', '.join(wrong[number])}" for number in sorted(wrong))
     dropped = unlabelled | wrong.keys()
     return tuple(case for number, case in clear.items() if number not in dropped), left_out
+
+
+def _without_lacking(
+    kept: Sequence[tuple[int, Mapping[str, str]]], data: CsvData
+) -> list[tuple[int, Mapping[str, str]]]:
+    """Without lines of patients who lack some channel: its column is blank, and another's is not. All, where no line
+    has every channel."""
+    lacks = {number: [column for column in data.scan_columns if not row[column]] for number, row in kept}
+    lacks = {number: blank for number, blank in lacks.items() if 0 < len(blank) < len(data.scan_columns)}
+    if not 0 < len(lacks) < len(kept):
+        return list(kept)
+    lines = _some([f"line {number}: '{blank[0]}' is blank" for number, blank in lacks.items()])
+    progress.report(progress.Note(f"left out: {len(lacks)} line(s) of the table that lack a channel ({lines})"))
+    return [line for line in kept if line[0] not in lacks]
 
 
 def _tell_of_unlabelled(data: CsvData, unlabelled: int, lines: int) -> None:
@@ -222,9 +239,12 @@ def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given:
             yield f"'{column}' is no UTF-8"
     for column in paths:
         path = PurePosixPath(row[column])
-        if not row[column] or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
+        if not row[column]:
+            yield f"'{column}' is blank, and must be a path"
+        elif path.is_absolute() or ".." in path.parts or "\0" in row[column]:
             yield f"'{column}' must be a path that stays below the folder"
-    if 1 < len({PurePosixPath(row[column]) for column in data.scan_columns}) < len(data.scan_columns):
+    named = [PurePosixPath(row[column]) for column in data.scan_columns if row[column]]
+    if 1 < len(set(named)) < len(named):
         yield "names one file for two channels; give each a file of its own, or all the same one of as many volumes"
     if not _whose(row, data):
         told = f"'{data.patient}' is empty"
@@ -279,6 +299,10 @@ def _is_multi_label(task: TaskConfig) -> bool:
     return isinstance(task, ClassificationConfig) and task.kind == "multi_label"
 
 
+def _some(told: Sequence[str]) -> str:
+    return ", ".join(told[:_SHOWN]) + (" and others" if len(told) > _SHOWN else "")
+
+
 def _refuse(where: str, problems: Sequence[str]) -> None:
     if problems:
         more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -300,20 +324,27 @@ def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> Lab
     wanted = (data.channel,) if task.channels is None else numbers_of(task, data, told.channels)
     if others := {number for case in both for number in images[case] if number is not None} - {*wanted}:
         progress.report(progress.Note(in_words(wanted, others, told.channels)))
-    cases, problems = [], []
+    cases: list[Case] = []
+    problems: list[str] = []
+    lacks: list[str] = []
+    leaves_out = task.channels is not None and not one_by_one
     for number, case in enumerate(both, start=1):
         patient = _patient(case, data.patient_pattern)
         held = of_numbers(wanted, images[case])
         if lacking := [channel for channel in wanted if channel not in held]:
-            setting = "data.channel" if task.channels is None else "data.channels"
-            problems.append(f"case {number}: has no channel {lacking[0]} ({setting})")
+            setting = "data.channel"
+            if task.channels is not None:
+                setting = f"data.channels: {on_one_line(task.channels[wanted.index(lacking[0])])}"
+            (lacks if leaves_out else problems).append(f"case {number}: has no channel {lacking[0]} ({setting})")
         elif patient is None:
             problems.append(f"case {number}: data.patient_pattern does not match its name")
         else:
             file, *other_files = (f"imagesTr/{held[channel]}" for channel in wanted)
             cases.append(Case(number, file, patient, mask=f"labelsTr/{masks[case]}", others=tuple(other_files)))
+    if lacks and cases:
+        progress.report(progress.Note(f"left out: {len(lacks)} case(s) of the folder ({_some(lacks)})"))
     if not one_by_one:
-        _refuse("data.folder", problems)
+        _refuse("data.folder", problems or ([] if cases else lacks))
     if told.labels is not None:
         check_labels(told.labels, task)
     if task.channels is not None:

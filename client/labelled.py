@@ -25,6 +25,7 @@ from client.medmnist import opened_arrays
 from client.reasons import REASONS
 from client.splits import Split, check_parts
 from unimiss_core import progress
+from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.plan import prepare_channels, resample_labels
 from unimiss_core.scan import AGREE, Modality, Scan
@@ -337,7 +338,9 @@ def _prepared(
     if isinstance(mask, MaskError):
         raise mask
     assert mask is not None
-    labels = labels_of(scan, mask, classes=len(task.classes), may_be_empty=config.allow_empty_masks)
+    labels = labels_of(
+        scan, mask, classes=len(task.classes), may_be_empty=config.allow_empty_masks, among=task.channels
+    )
     beside = resample_labels(labels, values.shape[1:], found.grid.steps)
     return replace(
         found,
@@ -348,8 +351,15 @@ def _prepared(
     )
 
 
-def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> NDArray[np.uint8]:
-    """The mask's classes (*S), 0 for background. Raises MaskError: of another geometry, other values, or empty."""
+def labels_of(
+    scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool, among: Sequence[str] | None = None
+) -> NDArray[np.uint8]:
+    """The mask's classes (*S), 0 for background. among: names of the task's channels, the first of which the scan is.
+    Raises MaskError: of another geometry, other values, or empty."""
+    whose, way_out = "scan", ""
+    if among is not None:
+        whose = f"scan's first channel ({on_one_line(among[0])})"
+        way_out = "; let task.channels begin with the one that masks were drawn on"
     if (scan.affine is None) != (mask.affine is None):
         which = "mask" if scan.affine is None else "scan"
         raise MaskError(
@@ -358,13 +368,13 @@ def labels_of(scan: Scan, mask: Scan, *, classes: int, may_be_empty: bool) -> ND
             "grey PNG or TIFF for pictures and for X-rays in DICOM"
         )
     if mask.voxels.shape[1:] != scan.voxels.shape[1:]:
-        raise MaskError(f"the scan has {scan.voxels.shape[1:]} voxels, its mask {mask.voxels.shape[1:]}")
+        raise MaskError(f"the {whose} has {scan.voxels.shape[1:]} voxels, its mask {mask.voxels.shape[1:]}{way_out}")
     if mask.affine is not None:
         apart = scan.apart_mm(mask.affine)
         if apart > AGREE * min(scan.spacing_mm):
             raise MaskError(
-                f"scan and mask lie up to {apart:.1f} mm apart, as their affines say; resample the mask onto the scan, "
-                "or correct the header that is wrong"
+                f"{whose} and mask lie up to {apart:.1f} mm apart, as their affines say; resample the mask onto the "
+                f"scan, or correct the header that is wrong{way_out}"
             )
     values = mask.voxels[0]
     there = np.unique(values)

@@ -37,6 +37,8 @@ def _lacking_channels(labels: LabelsConfig, task: TaskConfig) -> str | None:
     names_them = isinstance(data, MsdData) and data.channels is None and task.channels is not None  # dataset.json
     if not names_them and _folded(labels.channels) != _folded(task.channels):
         if labels.channels is None:
+            if isinstance(data, MsdData):
+                return f"{asked}; name what labels.data.channels of the site file are in labels.channels"
             return (
                 f"{asked}; make labels.data.scan of the site file a list of as many, and name them in labels.channels"
             )

@@ -1,6 +1,6 @@
 """What a folder of the Medical Segmentation Decathlon or of nnU-Net says: its cases' files, and its dataset.json."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,7 @@ def numbers_of(task: SegmentationConfig, data: MsdData, told: Mapping[str, str])
     Raises ConfigError: neither says it, or they contradict each other.
     """
     assert task.channels is not None
-    by_name: dict[str, list[int]] = {}
-    for number, name in told.items():
-        if number.isdecimal():
-            by_name.setdefault(folded(name), []).append(int(number))
-    named = [by_name.get(folded(name), []) for name in task.channels]
+    named = _numbers_told(task.channels, told)
     for name, known, said in zip(task.channels, named, data.channels or (), strict=data.channels is not None):
         if known and said not in known:
             raise ConfigError(f"data.channels: {name} is {said}, and dataset.json says it is {known[0]}")
@@ -111,9 +107,34 @@ def numbers_of(task: SegmentationConfig, data: MsdData, told: Mapping[str, str])
         return data.channels
     lacking = [name for name, known in zip(task.channels, named, strict=True) if len(known) != 1]
     if lacking:
-        there = f"dataset.json names {', '.join(map(str, told.values()))}" if told else "there is no dataset.json"
-        raise ConfigError(
-            f"task.channels: {there}, which does not say which channel {', '.join(lacking)} is; write them as it does, "
-            "or give data.channels, the number of each"
-        )
+        which = f"which channel {', '.join(lacking)} is"
+        there, way_out = f"no dataset.json says {which}", ""
+        if told:
+            there = f"dataset.json names {', '.join(map(str, told.values()))}, which does not say {which}"
+            way_out = "write them as it does, or "
+        raise ConfigError(f"task.channels: {there}; {way_out}give data.channels, the number of each")
     return tuple(number for (number,) in named)
+
+
+def _numbers_told(channels: Sequence[str], told: Mapping[str, str]) -> list[list[int]]:
+    """Of each channel all that go by its name."""
+    by_name: dict[str, list[int]] = {}
+    for number, name in told.items():
+        if number.isdecimal():
+            by_name.setdefault(folded(name), []).append(int(number))
+    return [by_name.get(folded(name), []) for name in channels]
+
+
+def numbers_beside(scans: Path, channels: Sequence[str]) -> tuple[int, ...] | None:
+    """Of each channel, as a dataset.json has them that lies in the folder of the scans or, as where nnU-Net's imagesTs
+    are asked about, in the one above; None where none names all of them."""
+    folder = (scans if scans.is_dir() else scans.parent).absolute()
+    for path in (folder / "dataset.json", folder.parent / "dataset.json"):
+        try:
+            told = told_in(path).channels
+        except ConfigError:  # of whatever kind that is, it is no labelled folder's
+            continue
+        numbers = _numbers_told(channels, told)
+        if all(len(known) == 1 for known in numbers):
+            return tuple(number for (number,) in numbers)
+    return None

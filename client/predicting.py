@@ -31,9 +31,10 @@ from client.inference import Inference, check_extra
 from client.input_names import names_by_number
 from client.labelled import Grid, as_stored, as_values, grid_of
 from client.masks import write_at_source
+from client.msd_folders import numbers_beside
 from client.outputs import make_new_folder
 from client.reading import Origin, Reading
-from client.unnamed_scans import tell_of_unnamed
+from client.unnamed_scans import tell_of_unnamed, tell_of_unnamed_channels
 from unimiss_core import durable, progress
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, ScanError
@@ -47,6 +48,7 @@ from unimiss_core.tuned_round import load_tuned
 
 _TABLE, _LEFT_OUT, _DONE = "predictions.csv", "left_out.csv", "predicted.json"
 _KINDS: Mapping[Modality, str] = {"CT": "CT", "MR": "MR", "PT": "PET", "XR": "radiographs", "OT": "not stated"}
+_ALL_CT = "where all are CT, say so with --modality CT"
 LIKELY = 0.5
 """Probability from which a label of several counts as there."""
 
@@ -96,7 +98,7 @@ def predict(
     if dicom_seg:
         _check_dicom_seg(manifest)
     make_new_folder("--out", out)
-    channels = _channels(manifest, modality)
+    channels = _channels(manifest, scans, modality)
     reading = _reading(scans, manifest, channels, modality)
     inference = _inference(manifest, chosen, batch)
     called = _names(reading, manifest) if names == "input" else {}
@@ -144,12 +146,18 @@ def _check_dicom_seg(manifest: TaskManifest) -> None:
     check_highdicom()
 
 
-def _channels(manifest: TaskManifest, modality: Modality | None) -> tuple[Channel, ...]:
-    """Empty of a task without channels. Tells where what is said of all is not what the name of one says."""
+def _channels(manifest: TaskManifest, scans: Path, modality: Modality | None) -> tuple[Channel, ...]:
+    """Empty of a task without channels. A dataset.json decides that lies with the scans and names them: which number
+    each is differs between hospitals. Tells where what is said of all is not what the name of one says."""
     if (apart := contradicted(manifest.task, modality)) is not None:
         progress.report(progress.Note(f"WARNING: --modality: {apart}; it is prepared as {modality} all the same"))
     names, taken_for = manifest.task.channels or (), modalities_of(manifest.task, modality or manifest.modality)
-    return tuple(map(Channel, names, manifest.channel_numbers, taken_for))
+    told, numbers = numbers_beside(scans, names) if names else None, manifest.channel_numbers
+    if told not in (None, numbers):
+        progress.report(
+            progress.Note("dataset.json of the scans numbers the channels otherwise than the model, and decides")
+        )
+    return tuple(map(Channel, names, told or numbers, taken_for))
 
 
 def _reading(scans: Path, manifest: TaskManifest, channels: Sequence[Channel], modality: Modality | None) -> Reading:
@@ -191,7 +199,7 @@ def _unlike_training(reading: Reading, manifest: TaskManifest, *, says_modality:
     """Kind -> how many scans of the model's rank are of it, or a channel of theirs, for each kind that it was not
     trained on; all are told. Of a model of which nothing says that, scans are told that do not say their own."""
     known = manifest.trained_on
-    asked = (one for one in reading.found.candidates if one.kind == f"{manifest.task.rank}d")
+    asked = [one for one in reading.found.candidates if one.kind == f"{manifest.task.rank}d"]
     kinds = Counter(kind for one in asked for kind in set(one.modalities))
     unlike = {kind: count for kind, count in sorted(kinds.items()) if known and not _is_like(kind, known)}
     for kind, count in unlike.items():
@@ -204,7 +212,10 @@ def _unlike_training(reading: Reading, manifest: TaskManifest, *, says_modality:
         )
         progress.report(progress.Note(f"{told}; {way_out}"))
     if not known and not says_modality:
-        tell_of_unnamed(kinds.elements())
+        if manifest.task.channels is None:
+            tell_of_unnamed(kinds.elements())
+        else:
+            tell_of_unnamed_channels(manifest.task.channels, [one.modalities for one in asked], _ALL_CT)
     return unlike
 
 

@@ -64,7 +64,8 @@ REASONS: Mapping[str, str] = {
     "one NIfTI file",
     "unlike_channel": "the file of a channel says that it is CT, MR or PET, and the channel's name begins with another "
     "of them; files or columns may be swapped",
-    "unknown_channel": "one image or volume where a scan is several, and its name does not say which of them it is",
+    "unknown_channel": "one image or volume where a scan is several, and its name does not say which of them it is, "
+    "or no file beside it is called CASE_0000",
     "mask_unfit": "its mask does not go with it: another geometry or kind, not stored turned as it is, other values, "
     "empty, or not to be read",
     "duplicate": "a copy of a file, slice or scan that is used",

@@ -382,7 +382,9 @@ def build(task: _Task) -> _Record:
             mask = mask_beside(task.scans, task.mask)
             if isinstance(mask, MaskError):
                 raise mask
-            labels = labels_of(scans[0], mask, classes=len(task.asked.task.classes), may_be_empty=task.may_be_empty)
+            asked = task.asked.task
+            classes, may_be_empty = len(asked.classes), task.may_be_empty
+            labels = labels_of(scans[0], mask, classes=classes, may_be_empty=may_be_empty, among=asked.channels)
         except MaskError as error:
             raise ScanError("mask_unfit", str(error)) from None
         steps = tuple(new / old for new, old in zip(spacing, scans[0].spacing_mm, strict=True))

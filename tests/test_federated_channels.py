@@ -257,6 +257,11 @@ def test_what_changes_of_any_channel_is_read_again_and_nothing_else_is(tmp_path:
             "CT, PET, T2; make labels.data.scan of the site file a list of as many, and name them in labels.channels",
         ),
         (
+            {**FOLDER, "data": {**FOLDER["data"], "channels": [0, 1, 2]}, "channels": ["PET", "T2", "CT"]},
+            {},
+            "the channels CT, PET, T2, and labels.channels of the site file is PET, T2, CT",
+        ),
+        (
             FOLDER,
             {"channels": ("CT", "T1\x1b[2J")},
             r"dataset.json names CT, PET, T2, which does not say which channel T1\S+ is",
@@ -365,7 +370,7 @@ def test_in_a_private_study_wrong_channels_cost_their_own_patient_and_are_told_a
     left_out = {"blank": 1, "channels_apart": 1, "label_unfit": 1}
     assert {reason: library.left_out[reason] for reason in left_out} == left_out
     assert sum(library.left_out.values()) == 4
-    assert "damaged: labels left out: case 2: has no channel 1 (data.channels)" in heard
+    assert "damaged: labels left out: case 2: has no channel 1 (data.channels: T2)" in heard
     (lines,) = (line for line in heard if line.startswith("damaged: labelled scans left out: "))
     assert LEFT_OUT in lines
     federate(tmp_path / "out", [whole, damaged], study, least=2)

@@ -112,7 +112,8 @@ def test_a_segmentation_draws_what_it_drew_when_it_was_measured(
     assert list(rows) == [f"c{number}" for number in range(6)]
     said = capsys.readouterr().err
     assert "WARNING" not in said
-    assert ("of each case reads _0002 as CT, _0000 as PET, _0001 as T2; 0 file(s)" in said) == (not in_one_file)
+    assert ("of each case reads _0002 as CT, _0000 as PET, _0001 as T2\n" in said) == (not in_one_file)
+    assert ("several volumes reads, counted from 0, 2 as CT, 0 as PET, 1 as T2\n" in said) == in_one_file
     measured = sorted((tmp_path / "out" / "predictions").iterdir())
     assert len(measured) == 2
     for mask in measured:
@@ -437,3 +438,40 @@ def test_a_classification_names_a_case_without_its_ending(tmp_path: Path) -> Non
         write_png(scans / f"case.one_{number:04d}.png", noise((40, 44), number).astype(np.uint8))
     (row,) = predicted(untrained(tmp_path / "model", task), scans, tmp_path / "out", "--names", "input")
     assert row["name"] == "case.one"
+
+
+@pytest.mark.parametrize("beside", ["scans", "."])
+@pytest.mark.parametrize("one_file", [False, True])
+def test_a_dataset_json_of_the_scans_says_which_is_which_whatever_the_model_was_taught(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], beside: str, one_file: bool
+) -> None:
+    """A federation's model does not know any hospital's numbers."""
+    model, scans = untrained(tmp_path / "model", BALL), tmp_path / "scans"
+    write_case(scans, "c", 1)
+    asked = scans / "c_0001.nii.gz" if one_file else scans
+    (without,) = predicted(model, asked, tmp_path / "without")
+    told(tmp_path / beside, NAMES)
+    capsys.readouterr()
+    (row,) = predicted(model, asked, tmp_path / "out")
+    assert "dataset.json of the scans numbers the channels otherwise" in capsys.readouterr().err
+    expected = by_hand(model, scans, "c", {0: "PT", 1: None, 2: "CT"})
+    assert np.array_equal(drawn(tmp_path / "out", row), expected)
+    assert not np.array_equal(drawn(tmp_path / "without", without), expected)
+    told(tmp_path / beside, {"0": "PET", "1": "FLAIR", "2": "CT"})  # says nothing of T2
+    (row,) = predicted(model, asked, tmp_path / "other")
+    assert np.array_equal(drawn(tmp_path / "other", row), drawn(tmp_path / "without", without))
+    (tmp_path / beside / "dataset.json").write_text("[]")
+    (row,) = predicted(model, asked, tmp_path / "none")
+    assert row["file"] == "c_0000.nii.gz"
+
+
+def test_only_channels_of_which_nothing_says_what_they_are_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = SegmentationConfig(classes=("ball",), channels=("early", "late"), input_size=(16, 33, 33))
+    model, scans = untrained(tmp_path / "model", plain), tmp_path / "scans"
+    write_case(scans, "c", 1, (0, 1))
+    predicted(model, scans, tmp_path / "out")
+    assert "nothing says what early, late of 1 scan(s) are; where all are CT, say so" in capsys.readouterr().err
+    predicted(model, scans, tmp_path / "said", "--modality", "MR")
+    assert "nothing says" not in capsys.readouterr().err

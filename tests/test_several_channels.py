@@ -232,7 +232,7 @@ def test_channels_that_do_not_lie_on_one_grid_are_left_out(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("names", "channels", "message"),
     [
-        ({}, None, "there is no dataset.json, which does not say which channel CT, PET, T2 is"),
+        ({}, None, "task.channels: no dataset.json says which channel CT, PET, T2 is; give data.channels"),
         ({"0": "PET", "1": "T2w", "2": "ct"}, None, "names PET, T2w, ct, which does not say which channel T2 is"),
         (NAMES, [0, 2, 1], "CT is 0, and dataset.json says it is 2"),
         (NAMES, [2, 0], "expected 3 different numbers, of CT, PET, T2, in this order"),
@@ -249,6 +249,60 @@ def test_which_file_is_which_channel_is_never_guessed(
         told(tmp_path, names)
     with pytest.raises(ConfigError, match=message):
         label_table(of_folder(tmp_path, channels=channels))
+
+
+def heard_of(config: FinetuneConfig) -> tuple[list[int], str]:
+    notes: list[Any] = []
+    with listen(notes.append):
+        found = label_table(config)
+    return [case.number for case in found.cases], "\n".join(note.text for note in notes if isinstance(note, Note))
+
+
+def test_a_case_that_lacks_a_channel_is_left_out_and_costs_no_other(tmp_path: Path) -> None:
+    write_cases(tmp_path, count=4)
+    told(tmp_path, NAMES)
+    for lacking in ("c1_0001", "c3_0002"):
+        (tmp_path / "imagesTr" / f"{lacking}.nii.gz").unlink()
+    numbers, said = heard_of(of_folder(tmp_path))
+    assert numbers == [1, 3]
+    assert "2 case(s) of the folder (case 2: has no channel 1 (data.channels: T2), case 4: has no channel 2" in said
+    lines = [f"{'' if n == 1 else f'a{n}'},b{n},c{n},m{n},p{n}" for n in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(["ct,pet,t2,label,patient", *lines, ",,,m9,p9"]))
+    data = {"table": "t.csv", "scan": ["ct", "pet", "t2"]}
+    with pytest.raises(ConfigError, match="problem") as refused:
+        label_table(configured(tmp_path, TASK, data))
+    assert "line 5: 'ct' is blank" in str(refused.value)  # of which nothing is said is a mistake, not a patient
+    (tmp_path / "t.csv").write_text("\n".join(["ct,pet,t2,label,patient", *lines]))
+    numbers, said = heard_of(configured(tmp_path, TASK, data))
+    assert numbers == [2, 4]
+    assert "1 line(s) of the table that lack a channel (line 3: 'ct' is blank)" in said
+    (tmp_path / "t.csv").write_text("\n".join(["ct,pet,t2,label,patient", ",b,c,m,p"]))
+    with pytest.raises(ConfigError, match="line 2: 'ct' is blank, and must be a path"):
+        label_table(configured(tmp_path, TASK, data))
+
+
+def test_two_channels_are_not_the_same_file(tmp_path: Path) -> None:
+    """But all of them may be one, as its volumes."""
+    lines = ["ct,pet,t2,label,patient", "a,a,a,m0,p0", "b,./b,c,m1,p1"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    config = configured(tmp_path, TASK, {"table": "t.csv", "scan": ["ct", "pet", "t2"]})
+    with pytest.raises(ConfigError, match=r"1 problem\(s\)\n  - line 3: names one file for two channels"):
+        label_table(config)
+
+
+def test_whose_grid_a_mask_lies_on_is_said(tmp_path: Path) -> None:
+    write_cases(tmp_path, count=6)
+    path = tmp_path / "imagesTr" / "c0_0002.nii.gz"
+    scan = read_one(path)
+    write_nifti(path, Scan(scan.voxels[:, ::2, ::2, ::2], (2.0, 2.0, 2.0), "OT"))
+    config = configured(
+        tmp_path,
+        {**TASK, "other_grids": "resample"},
+        {"name": "msd", "folder": ".", "channels": [2, 0, 1]},
+        split={"folds": 2, "validation": 0.5},
+    )
+    with pytest.raises(ConfigError, match=r"line 1: the scan's first channel \(CT\) has .* begin with the one"):
+        prepared(tmp_path, config)
 
 
 def test_a_table_has_a_column_for_each_channel(tmp_path: Path) -> None:
