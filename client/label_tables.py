@@ -81,7 +81,8 @@ class LabelTable:
     channels: tuple[int, ...] = ()
     """Of a task with channels: which of these, or of a file's volumes, each of them is."""
     left_out: tuple[str, ...] = ()
-    """Where each line stands by itself: what is wrong with those that are no case, without a word of their text."""
+    """Lines, or a folder's cases, that lack a channel of the task; where each stands by itself, all that are no case:
+    what is wrong with them, without a word of their text."""
 
 
 def label_table(config: FinetuneConfig) -> LabelTable:
@@ -91,7 +92,12 @@ def label_table(config: FinetuneConfig) -> LabelTable:
         assert isinstance(config.task, ClassificationConfig)
         _must_be_a_file("data.file", data.file, config.data_root)
         return LabelTable(_of_medmnist(data, config.task), data.file.parent)
-    return labels_in(data, config.task, given=config.split.name == "given", root=config.data_root)
+    found = labels_in(data, config.task, given=config.split.name == "given", root=config.data_root)
+    if count := len(found.left_out):
+        more = " and others" if count > _SHOWN else ""
+        told = f"left out: {count} scan(s) that lack a channel ({'; '.join(found.left_out[:_SHOWN])}{more})"
+        progress.report(progress.Note(told))
+    return found
 
 
 def labels_in(
@@ -152,8 +158,8 @@ def _of_csv(
     kept = [(row.number, row.cells) for row in rows if row.number not in surplus and row.is_among(data.where)]
     if not kept and not surplus and not one_by_one:
         raise ConfigError(f"table {data.table.name}: no line has what `data.where` asks for")
-    if not one_by_one:
-        kept = _without_lacking(kept, data)
+    lacks = {} if one_by_one else _lacking(kept, data)
+    kept = [line for line in kept if line[0] not in lacks]
     problems = [(number, SURPLUS) for number in surplus]
     problems += [(number, said) for number, row in kept for said in _problems(row, data, task, given=given)]
     unclear = {number for number, _ in problems}
@@ -163,7 +169,7 @@ def _of_csv(
     problems += _listed_again([line for line in kept if line[0] not in unread], data, by_patient=one_by_one)
     if not one_by_one:
         _refuse(f"table {data.table.name}", [f"line {number}: {said}" for number, said in problems])
-    wrong: dict[int, list[str]] = {}
+    wrong = {number: [said] for number, said in lacks.items()}
     for number, said in problems:
         wrong.setdefault(number, []).append(said)
     if not one_by_one:
@@ -174,18 +180,12 @@ def _of_csv(
     return tuple(case for number, case in clear.items() if number not in dropped), left_out
 
 
-def _without_lacking(
-    kept: Sequence[tuple[int, Mapping[str, str]]], data: CsvData
-) -> list[tuple[int, Mapping[str, str]]]:
-    """Without lines of patients who lack some channel: its column is blank, and another's is not. All, where no line
-    has every channel."""
-    lacks = {number: [column for column in data.scan_columns if not row[column]] for number, row in kept}
-    lacks = {number: blank for number, blank in lacks.items() if 0 < len(blank) < len(data.scan_columns)}
-    if not 0 < len(lacks) < len(kept):
-        return list(kept)
-    lines = _some([f"line {number}: '{blank[0]}' is blank" for number, blank in lacks.items()])
-    progress.report(progress.Note(f"left out: {len(lacks)} line(s) of the table that lack a channel ({lines})"))
-    return [line for line in kept if line[0] not in lacks]
+def _lacking(kept: Sequence[tuple[int, Mapping[str, str]]], data: CsvData) -> dict[int, str]:
+    """Lines of patients who lack a channel, for its column is blank, and another's is not, with what is wrong with
+    them. None, where no line has every channel: then the setting is wrong."""
+    blank = {number: [column for column in data.scan_columns if not row[column]] for number, row in kept}
+    lacks = {number: of[0] for number, of in blank.items() if 0 < len(of) < len(data.scan_columns)}
+    return {number: f"'{column}' is blank" for number, column in lacks.items()} if len(lacks) < len(kept) else {}
 
 
 def _tell_of_unlabelled(data: CsvData, unlabelled: int, lines: int) -> None:
@@ -299,10 +299,6 @@ def _is_multi_label(task: TaskConfig) -> bool:
     return isinstance(task, ClassificationConfig) and task.kind == "multi_label"
 
 
-def _some(told: Sequence[str]) -> str:
-    return ", ".join(told[:_SHOWN]) + (" and others" if len(told) > _SHOWN else "")
-
-
 def _refuse(where: str, problems: Sequence[str]) -> None:
     if problems:
         more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -341,17 +337,16 @@ def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> Lab
         else:
             file, *other_files = (f"imagesTr/{held[channel]}" for channel in wanted)
             cases.append(Case(number, file, patient, mask=f"labelsTr/{masks[case]}", others=tuple(other_files)))
-    if lacks and cases:
-        progress.report(progress.Note(f"left out: {len(lacks)} case(s) of the folder ({_some(lacks)})"))
     if not one_by_one:
         _refuse("data.folder", problems or ([] if cases else lacks))
+    left_out = tuple(problems or lacks)
     if told.labels is not None:
         check_labels(told.labels, task)
     if task.channels is not None:
-        return LabelTable(tuple(cases), data.folder, data.modality, channels=wanted, left_out=tuple(problems))
+        return LabelTable(tuple(cases), data.folder, data.modality, channels=wanted, left_out=left_out)
     modality = data.modality or modality_named(told.channels.get(str(data.channel), ""))
     channel = data.channel if all(None not in held for held in images.values()) else None
-    return LabelTable(tuple(cases), data.folder, modality, channel, left_out=tuple(problems))
+    return LabelTable(tuple(cases), data.folder, modality, channel, left_out=left_out)
 
 
 def _patient(case: str, pattern: str | None) -> str | None:

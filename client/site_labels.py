@@ -136,7 +136,8 @@ def labels_told(config: SiteConfig, study: StudyConfig | None) -> Iterator[str]:
         if (meant := _meant_for_judging(cases)) is not None:
             yield f"{meant.capitalize()}."
         if table.left_out:
-            yield f"Left out, for a patient-level study takes each line by itself: {_shown(table.left_out)}."
+            why = ", for a patient-level study takes each line by itself" if study.privacy.mode == "patient" else ""
+            yield f"Left out{why}: {_shown(table.left_out)}."
 
 
 def _meant_for_judging(cases: Sequence[Case]) -> str | None:

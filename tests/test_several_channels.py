@@ -265,7 +265,9 @@ def test_a_case_that_lacks_a_channel_is_left_out_and_costs_no_other(tmp_path: Pa
         (tmp_path / "imagesTr" / f"{lacking}.nii.gz").unlink()
     numbers, said = heard_of(of_folder(tmp_path))
     assert numbers == [1, 3]
-    assert "2 case(s) of the folder (case 2: has no channel 1 (data.channels: T2), case 4: has no channel 2" in said
+    assert (
+        "2 scan(s) that lack a channel (case 2: has no channel 1 (data.channels: T2); case 4: has no channel 2" in said
+    )
     lines = [f"{'' if n == 1 else f'a{n}'},b{n},c{n},m{n},p{n}" for n in range(3)]
     (tmp_path / "t.csv").write_text("\n".join(["ct,pet,t2,label,patient", *lines, ",,,m9,p9"]))
     data = {"table": "t.csv", "scan": ["ct", "pet", "t2"]}
@@ -275,7 +277,7 @@ def test_a_case_that_lacks_a_channel_is_left_out_and_costs_no_other(tmp_path: Pa
     (tmp_path / "t.csv").write_text("\n".join(["ct,pet,t2,label,patient", *lines]))
     numbers, said = heard_of(configured(tmp_path, TASK, data))
     assert numbers == [2, 4]
-    assert "1 line(s) of the table that lack a channel (line 3: 'ct' is blank)" in said
+    assert "left out: 1 scan(s) that lack a channel (line 3: 'ct' is blank)" in said
     (tmp_path / "t.csv").write_text("\n".join(["ct,pet,t2,label,patient", ",b,c,m,p"]))
     with pytest.raises(ConfigError, match="line 2: 'ct' is blank, and must be a path"):
         label_table(configured(tmp_path, TASK, data))
