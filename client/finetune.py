@@ -42,7 +42,7 @@ from unimiss_core.device import device_of
 from unimiss_core.errors import ConfigError
 from unimiss_core.scan import Modality
 from unimiss_core.task_checkpoint import TaskManifest
-from unimiss_core.task_config import ClassificationConfig, TaskConfig
+from unimiss_core.task_config import ClassificationConfig
 from unimiss_core.tasks import TaskModel, build_task_model
 
 _PREPARED = "prepared"
