@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.export_sources import Pretrained, Source, Tuned
-from unimiss_core.card_wording import inputs_in_words, literally, plan_in_words, promise_in_words, sizes_in_words
+from unimiss_core.card_wording import KINDS, inputs_in_words, literally, plan_in_words, promise_in_words, sizes_in_words
 from unimiss_core.exported import ExportedConfig
 from unimiss_core.model_config import ModelConfig
 
@@ -150,7 +150,7 @@ def _of_task(source: Tuned) -> _About:
             "input": f"{' x '.join(map(str, task.size_for(manifest.model)))} ({', '.join('DHW'[-task.rank :])})",
             "channels": ", ".join(map(literally, task.channels or ())),
             "classes": ", ".join(map(literally, task.classes)),
-            "trained on": ", ".join(manifest.trained_on),
+            "trained on": ", ".join(KINDS[kind] for kind in manifest.trained_on),
             "trained": f"`{manifest.trained}`, {manifest.epoch} {manifest.trained_in}, seed {manifest.seed}",
             "pretrained": f"sha256 `{manifest.pretrained_digest}` of its tensors" if manifest.pretrained_digest else "",
             "judged on": _judged(source),

@@ -24,7 +24,7 @@ import torch
 from client import task_training
 from client.beginning import TAUGHT, Beginning, begin
 from client.cache import READING_VERSION
-from client.finetune_config import FinetuneConfig, MedMnistData, init_from, load_finetune, signed_by
+from client.finetune_config import CsvData, FinetuneConfig, MedMnistData, init_from, load_finetune, signed_by
 from client.folds import runs_of, summarise
 from client.inference import check_extra
 from client.label_tables import LabelTable, Part, label_table
@@ -92,6 +92,7 @@ def finetune(
         print(f"{one.out}: is finished, and nothing is left to do")
     if not waiting and fold != "all":
         return
+    _say_which_is_which(config, table)
     splits = [split_cases(table.cases, one) for one in waiting]  # before hours of work on the first
     for one, split in zip(waiting, splits, strict=True):
         if fold == "all":
@@ -230,6 +231,17 @@ def _say_how_it_begins(config: FinetuneConfig, beginning: Beginning, device: tor
         progress.report(progress.Note(TAUGHT))
     if beginning.tensors is not None and sees_their_mean(config.task, config.training.trains, beginning.channels):
         progress.report(progress.Note(SEES_THEIR_MEAN))
+
+
+def _say_which_is_which(config: FinetuneConfig, table: LabelTable) -> None:
+    """Columns or numbers that were written in another order than the channels' names cannot be seen but by a person."""
+    if config.task.channels is None:
+        return
+    places = [f"number {number}" for number in table.channels]
+    if isinstance(config.data, CsvData):
+        places = [f"column '{column}'" for column in config.data.scan_columns]
+    told = zip(config.task.channels, places, strict=True)
+    progress.report(progress.Note(f"channels: {', '.join(f'{name} is {place}' for name, place in told)}"))
 
 
 def _head_in_words(config: FinetuneConfig, beginning: Beginning) -> str:

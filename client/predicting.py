@@ -36,6 +36,7 @@ from client.outputs import make_new_folder
 from client.reading import Origin, Reading
 from client.unnamed_scans import tell_of_unnamed, tell_of_unnamed_channels
 from unimiss_core import durable, progress
+from unimiss_core.card_wording import KINDS
 from unimiss_core.device import device_of, is_out_of_memory
 from unimiss_core.errors import CheckpointError, ConfigError, NonFiniteLossError, ScanError
 from unimiss_core.keys import read_signing_public_key
@@ -47,7 +48,6 @@ from unimiss_core.tasks import TaskModel
 from unimiss_core.tuned_round import load_tuned
 
 _TABLE, _LEFT_OUT, _DONE = "predictions.csv", "left_out.csv", "predicted.json"
-_KINDS: Mapping[Modality, str] = {"CT": "CT", "MR": "MR", "PT": "PET", "XR": "radiographs", "OT": "not stated"}
 _ALL_CT = "where all are CT, say so with --modality CT"
 LIKELY = 0.5
 """Probability from which a label of several counts as there."""
@@ -203,9 +203,9 @@ def _unlike_training(reading: Reading, manifest: TaskManifest, *, says_modality:
     kinds = Counter(kind for one in asked for kind in set(one.modalities))
     unlike = {kind: count for kind, count in sorted(kinds.items()) if known and not _is_like(kind, known)}
     for kind, count in unlike.items():
-        taught = ", ".join(_KINDS[one] for one in known)
+        taught = ", ".join(KINDS[one] for one in known)
         told = (
-            f"WARNING: {count} scan(s) are of another kind ({_KINDS[kind]}) than the model was fine-tuned on ({taught})"
+            f"WARNING: {count} scan(s) are of another kind ({KINDS[kind]}) than the model was fine-tuned on ({taught})"
         )
         way_out = (
             "where they are CT, say so with --modality CT" if kind == "OT" else "its answers were never judged on such"

@@ -104,6 +104,7 @@ def test_a_finished_fine_tuning_knows_which_file_was_which_channel(
 ) -> None:
     settings = pairs(tmp_path)
     assert main(["finetune", str(write_config(tmp_path, **settings)), "--out", str(tmp_path / "out")]) == 0
+    assert "channels: noise is column 'scan', class is column 'other'\n" in capsys.readouterr().err
     again = ["finetune", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "out"), "--resume"]
     assert main(again) == 0
     raw = yaml.safe_load((tmp_path / "x.yaml").read_text())
@@ -114,7 +115,9 @@ def test_a_finished_fine_tuning_knows_which_file_was_which_channel(
     assert "holds another fine-tuning, which is finished" in capsys.readouterr().err
 
 
-def test_masks_of_volumes_of_several_channels_lie_on_the_first(tmp_path: Path) -> None:
+def test_masks_of_volumes_of_several_channels_lie_on_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_cases(tmp_path)
     told(tmp_path, NAMES)
     path = write_config(
@@ -124,6 +127,7 @@ def test_masks_of_volumes_of_several_channels_lie_on_the_first(tmp_path: Path) -
         split={"folds": 2, "validation": 0.5},
     )
     assert main(["finetune", str(path)]) == 0
+    assert "\nchannels: CT is number 2, PET is number 0, T2 is number 1\n" in f"\n{capsys.readouterr().err}"
     manifest = task_checkpoint.load(tmp_path / "out")[1]
     assert manifest.channels == (2, 0, 1)
     assert manifest.channel is None

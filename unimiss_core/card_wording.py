@@ -2,14 +2,17 @@
 a name stands in one."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 
 from unimiss_core.inputs import ChannelConfig, InputConfig
+from unimiss_core.scan import Modality
 from unimiss_core.study import ModelConfig, PlanConfig, StudyConfig
 from unimiss_core.task_config import OtherGrids
 
+KINDS: Mapping[Modality, str] = {"CT": "CT", "MR": "MR", "PT": "PET", "XR": "radiographs", "OT": "not stated"}
+"""What scans are, in words."""
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 """What Markdown would read as more than itself; an underscore only at an end of a word."""
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
