@@ -41,7 +41,7 @@ from server.simulate import simulate
 from tests.federation import metric_rows, saved_checkpoint, small_study
 from tests.labelled_hospitals import CLASSES, PLAIN, opened, task_study
 from tests.series_files import write_series
-from tests.test_federated_finetuning import PRIVATE, federate
+from tests.test_federated_finetuning import NOISE_OF_SITES, PRIVATE, federate
 from tests.test_several_channels import FILES, write_cases
 from unimiss_core import progress, task_checkpoint
 from unimiss_core.channels import SEES_THEIR_MEAN, for_channels_of
@@ -461,15 +461,7 @@ def test_a_sites_policy_counts_the_voxels_of_all_channels() -> None:
 
 
 def test_noise_that_hides_a_site_is_on_the_kernel_of_all_channels(tmp_path: Path) -> None:
-    privacy = {
-        "mode": "site",
-        "sites": 1,
-        "max_epsilon": 50.0,
-        "noise_multiplier": 1.0,
-        "clip_norm": 0.5,
-        "delta": 1e-4,
-    }
-    study = study_of(PICTURES, privacy=privacy, aggregation={"max_size_ratio": None})
+    study = study_of(PICTURES, privacy=NOISE_OF_SITES, aggregation={"max_size_ratio": None})
     federate(tmp_path / "out", [of_pictures(tmp_path / "north")], study, identity="believed")
     before, after = (RunFolder(tmp_path / "out").load(round).student for round in (0, 1))
     kernel = next(name for name in after if name.endswith("stem.2d.conv.weight"))

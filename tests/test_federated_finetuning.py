@@ -159,16 +159,18 @@ def test_what_the_study_leaves_alone_is_not_sent_back(tmp_path: Path) -> None:
     assert 4 * head <= line["bytes_up"] < 4 * head + 4000 < line["bytes_down"] / 10
 
 
+NOISE_OF_SITES = {
+    "mode": "site",
+    "sites": 1,
+    "max_epsilon": 50.0,
+    "noise_multiplier": 1.0,
+    "clip_norm": 0.5,
+    "delta": 1e-4,
+}
+
+
 def test_noise_that_hides_a_site_is_on_what_the_study_trains_alone(tmp_path: Path) -> None:
-    privacy = {
-        "mode": "site",
-        "sites": 1,
-        "max_epsilon": 50.0,
-        "noise_multiplier": 1.0,
-        "clip_norm": 0.5,
-        "delta": 1e-4,
-    }
-    study = task_study(finetune={"trains": "frozen"}, privacy=privacy, aggregation={"max_size_ratio": None})
+    study = task_study(finetune={"trains": "frozen"}, privacy=NOISE_OF_SITES, aggregation={"max_size_ratio": None})
     federate(tmp_path / "out", [hospital(tmp_path / "north", "north")], study, identity="believed")
     before, after = (RunFolder(tmp_path / "out").load(round).student for round in (0, 1))
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
