@@ -14,14 +14,15 @@ import csv
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 
-from benchmarks.downstream import ROOT, Row, draws, interval, markdown, mean_of_known, scan_means
+from benchmarks.downstream import ROOT
+from benchmarks.paired import SECONDS, Row, compared, markdown, mean_of_known, scan_means, write_seconds
 from client.finetune import finetune
 from client.folds import SUMMARY
 from client.task_training import STATE
@@ -46,18 +47,18 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     table = options.out.absolute() / "table.csv"
     patients = write_table(options.data / "sts_ct_pet_mr" / "meta.csv", table)
-    seconds: dict[str, list[float]] = {}
     for seed in options.seeds:
         for arm in options.arms:
-            folder, began = folder_of(options.out, arm, seed), time.process_time()
+            folder = folder_of(options.out, arm, seed)
             if not (folder / SUMMARY).exists():
                 settings = write_settings(options.out, arm, seed, table)
                 goes_on = any(folder.glob(f"fold-*/{STATE}")) or any(folder.glob("fold-*/metrics.json"))
+                wall, cpu = time.monotonic(), time.process_time()
                 finetune(settings, data_root=options.data, out=folder, device="cpu", fold="all", resume=goes_on)
-                seconds.setdefault(arm, []).append(time.process_time() - began)
-    rows = list(rows_of(options, patients, seconds))
+                write_seconds(folder / SECONDS, wall, cpu)
+    rows = list(rows_of(options, patients))
     (options.out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    print("\n".join(markdown(rows)).replace("beside scratch", f"beside {BASELINE} alone"))
+    print("\n".join(markdown(rows, BASELINE)))
 
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
@@ -96,35 +97,16 @@ def write_settings(out: Path, arm: str, seed: int, table: Path) -> Path:
     return path
 
 
-def rows_of(
-    options: argparse.Namespace, patients: Mapping[int, str], seconds: Mapping[str, Sequence[float]]
-) -> list[Row]:
-    rows = []
+def rows_of(options: argparse.Namespace, patients: Mapping[int, str]) -> Iterator[Row]:
+    lines = sorted(patients)
+    owners = [patients[line] for line in lines]
+    folders = {arm: [folder_of(options.out, arm, seed) for seed in options.seeds] for arm in options.arms}
     for figure in FIGURES:
-        lines = sorted(patients)
-        found = {}
-        for number, arm in enumerate(options.arms):
-            tested = [_tested(folder_of(options.out, arm, seed)) for seed in options.seeds]
-            weighed = [mean_of_known(scan_means(each, figure, lines)) for each in tested]
-            found[arm] = draws(weighed, [patients[line] for line in lines], stream=number)
-        for arm, (values, seeds) in found.items():
-            apart = None if arm == BASELINE or BASELINE not in found else values - found[BASELINE][0]
-            own = seconds.get(arm, [])
-            rows.append(
-                Row(
-                    task="sts",
-                    arm=arm,
-                    figure=figure,
-                    value=float(values[0]),
-                    interval=interval(values),
-                    seeds=tuple(seeds.tolist()),
-                    difference=None if apart is None else float(apart[0]),
-                    difference_interval=None if apart is None else interval(apart),
-                    test_patients=len(patients),
-                    cpu_s=sum(own) / len(own) if own else float("nan"),
-                )
-            )
-    return rows
+        runs = {
+            arm: {folder: mean_of_known(scan_means(_tested(folder), figure, lines)) for folder in own}
+            for arm, own in folders.items()
+        }
+        yield from compared("sts", figure, runs, owners, baseline=BASELINE, arms=tuple(ARMS))
 
 
 def _tested(folder: Path) -> list[dict[str, str]]:

@@ -22,15 +22,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 
+from benchmarks.paired import SECONDS, Row, Weighed, compared, markdown, mean_of_known, scan_means, write_seconds
 from benchmarks.recipe import add_objective, nano, pooled, train
 from benchmarks.recipe_tasks import HELD_OUT
 from client import merit
@@ -45,7 +45,6 @@ from unimiss_core.config import parse
 from unimiss_core.errors import UnimissError
 from unimiss_core.learner import Learner
 from unimiss_core.network import tensors_of
-from unimiss_core.resampling import DRAWS, as_they_are, drawn_by_patient, interval_95
 from unimiss_core.study import StudyConfig
 from unimiss_core.yaml_files import read_yaml
 
@@ -53,10 +52,6 @@ ROOT = Path(__file__).parents[1]
 TASKS = ("hippocampus", "sts_ct", "sts_mr", "adrenal", "nih_findings")
 """Files of configs/finetune."""
 CLASSIFICATIONS = ("adrenal", "nih_findings")
-
-Floats = NDArray[np.float64]
-Weighed = Callable[[Floats], Floats]
-"""One run's figure: how often each of N test scans counts (R, N) -> (R,)."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +88,6 @@ class Run:
         return (self.folder / "metrics.json").exists()
 
 
-@dataclass(frozen=True)
-class Row:
-    """A figure of an arm, over its seeds; the difference is to BASELINE, None of itself."""
-
-    task: str
-    arm: str
-    figure: str
-    value: float
-    interval: tuple[float, float]
-    seeds: tuple[float, ...]
-    difference: float | None
-    difference_interval: tuple[float, float] | None
-    test_patients: int
-    cpu_s: float
-    """Of a run, mean over seeds: reading scans, training, validating, testing."""
-
-
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
@@ -123,7 +101,7 @@ def main() -> None:
     except UnimissError as error:
         sys.exit(f"benchmarks.downstream: {error}")
     rows = list(rows_of([run for run in runs if run.is_done], options.data))
-    lines = markdown(rows)
+    lines = markdown(rows, BASELINE)
     (options.out / "rows.md").write_text("\n".join(lines) + "\n")
     (options.out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print("\n".join(lines))
@@ -150,7 +128,7 @@ def pretrained(options: argparse.Namespace) -> Path:
         wall, cpu = time.monotonic(), time.process_time()
         train(learner, library)
     options.out.mkdir(parents=True, exist_ok=True)
-    _write_seconds(options.out / "pretrained.json", wall, cpu)
+    write_seconds(options.out / "pretrained.json", wall, cpu)
     checkpoint.save(
         folder.absolute(),
         origin="federation",
@@ -177,13 +155,7 @@ def _do(run: Run, init: Path, data: Path) -> None:
             device="cpu",
             resume=(run.folder / STATE).exists(),
         )
-    _write_seconds(run.folder / "seconds.json", wall, cpu)
-
-
-def _write_seconds(path: Path, wall: float, cpu: float) -> None:
-    """Since these readings of both clocks."""
-    spent = {"wall_s": time.monotonic() - wall, "cpu_s": time.process_time() - cpu}
-    path.write_text(json.dumps(spent) + "\n")
+    write_seconds(run.folder / SECONDS, wall, cpu)
 
 
 def _settings_of(run: Run) -> Path:
@@ -234,25 +206,11 @@ def rows_of(runs: Sequence[Run], data: Path) -> Iterator[Row]:
         own = [run for run in runs if run.task == task]
         kind = "classification" if task in CLASSIFICATIONS else "segmentation"
         for figure in FIGURES[kind]:
-            drawn, seeds, patients = {}, {}, []
-            for arm in dict.fromkeys(run.arm for run in own):
-                found = [weighed(run, figure, data) for run in own if run.arm == arm]
-                patients = found[0][1]
-                drawn[arm], seeds[arm] = draws([each[0] for each in found], patients, stream=list(ARMS).index(arm))
-            for arm, values in drawn.items():
-                apart = None if arm == BASELINE or BASELINE not in drawn else values - drawn[BASELINE]
-                yield Row(
-                    task=task,
-                    arm=arm,
-                    figure=figure,
-                    value=float(values[0]),
-                    interval=interval(values),
-                    seeds=tuple(seeds[arm].tolist()),
-                    difference=None if apart is None else float(apart[0]),
-                    difference_interval=None if apart is None else interval(apart),
-                    test_patients=len(set(patients)),
-                    cpu_s=float(np.mean([_seconds(run) for run in own if run.arm == arm])),
-                )
+            by_arm: dict[str, dict[Path, Weighed]] = {}
+            patients: list[str] = []
+            for run in own:
+                by_arm.setdefault(run.arm, {})[run.folder], patients = weighed(run, figure, data)
+            yield from compared(task, figure, by_arm, patients, baseline=BASELINE, arms=tuple(ARMS))
 
 
 def weighed(run: Run, figure: str, data: Path) -> tuple[Weighed, list[str]]:
@@ -274,69 +232,6 @@ def weighed(run: Run, figure: str, data: Path) -> tuple[Weighed, list[str]]:
         for each in classes
     ]
     return lambda weights: np.mean([merit.auc(p, there, weights) for p, there in columns], axis=0), owners
-
-
-def scan_means(rows: Sequence[Mapping[str, str]], figure: str, lines: Sequence[int]) -> Floats:
-    """(N,): of each scan the mean over its classes; nan where it has none."""
-    found: dict[int, list[float]] = {number: [] for number in lines}
-    for row in rows:
-        if row[figure]:
-            found[int(row["line"])].append(float(row[figure]))
-    return np.array([np.mean(values) if values else np.nan for values in found.values()])
-
-
-def mean_of_known(values: Floats) -> Weighed:
-    """The mean over scans that have a value."""
-    known = np.isfinite(values)
-    return lambda weights: (weights[:, known] @ values[known]) / weights[:, known].sum(1)
-
-
-def draws(seeds: Sequence[Weighed], patients: Sequence[str], stream: int) -> tuple[Floats, Floats]:
-    """((1 + DRAWS,), (seeds,)): the mean over seeds, then over as many drawn seeds on drawn patients; and each seed's.
-
-    Patients are drawn alike in every call with the same ones, so that draws of two arms are of the same patients; seeds
-    are drawn by `stream`, for a seed of one arm has nothing to do with that of another.
-    """
-    weights = np.concatenate([as_they_are(len(patients)), drawn_by_patient(patients)])
-    values = np.stack([figure(weights) for figure in seeds])
-    own = np.random.default_rng((1, stream)).integers(0, len(seeds), (len(seeds), DRAWS))
-    drawn = np.take_along_axis(values[:, 1:], own, axis=0).mean(0)
-    return np.concatenate([[values[:, 0].mean()], drawn]), values[:, 0]
-
-
-def interval(values: Floats) -> tuple[float, float]:
-    """95%, of what `draws` gives; nan where it gives nothing."""
-    return interval_95(values[1:]) or (np.nan, np.nan)
-
-
-def _seconds(run: Run) -> float:
-    path = run.folder / "seconds.json"
-    return float(json.loads(path.read_text())["cpu_s"]) if path.exists() else float("nan")
-
-
-def markdown(rows: Sequence[Row]) -> list[str]:
-    """Rows of a table; differences whose interval spares 0 stand in bold."""
-    lines = ["| task | arm | figure | mean [95%] | seeds | beside scratch [95%] | s |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        places = 1 if row.figure == "hd95_mm" else 3
-        seeds = ", ".join(f"{value:.{places}f}" for value in row.seeds)
-        lines.append(
-            f"| {row.task} ({row.test_patients}) | {row.arm} | {row.figure} | "
-            f"{_told(row.value, row.interval, places)} | {seeds} | {_apart(row, places)} | {row.cpu_s:.0f} |"
-        )
-    return lines
-
-
-def _told(value: float, interval: tuple[float, float], places: int, sign: str = "") -> str:
-    low, high = interval
-    return f"{value:{sign}.{places}f} [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
-
-
-def _apart(row: Row, places: int) -> str:
-    if row.difference is None or row.difference_interval is None:
-        return ""
-    told = _told(row.difference, row.difference_interval, places, "+")
-    return f"**{told}**" if row.difference_interval[0] > 0 or row.difference_interval[1] < 0 else told
 
 
 def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from benchmarks.downstream import ROOT, TASKS, Floats, Run, Weighed, draws, interval, mean_of_known, write_settings
+from benchmarks.downstream import ROOT, TASKS, Run, write_settings
+from benchmarks.paired import Floats, Weighed, draws, interval, mean_of_known
 from client import merit
 from client.finetune_config import FinetuneConfig, load_finetune
 from client.label_tables import Part, label_table

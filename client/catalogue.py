@@ -164,15 +164,8 @@ def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool 
 
 def read_one_apart(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Scan:
     """`read_one`, in a process of its own where a codec may crash or much memory is asked for. Raises as it does."""
-    found = [only_one(path, modality, interpolate=interpolate)]
-    ((_, outcome),) = (
-        workers.run_here(read, found)
-        if safe_here(found)
-        else workers.run(read, found, time_limit_s=workers.READING_LIMIT_S)
-    )
-    if isinstance(outcome, ScanError):
-        raise outcome
-    return outcome
+    found = only_one(path, modality, interpolate=interpolate)
+    return workers.read_one(read, found, here=safe_here([found]))
 
 
 def only_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Candidate:

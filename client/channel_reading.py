@@ -72,14 +72,7 @@ def read_channels_apart(
     """`read_channels`, in a process of its own where a codec may crash or much memory is asked for, and raises as it
     does."""
     whole = partial(read_channels, numbers=numbers, modalities=modalities, interpolate=interpolate)
-    ((_, outcome),) = (
-        workers.run_here(whole, [paths])
-        if safe_to_read_here(paths)
-        else workers.run(whole, [paths], time_limit_s=workers.READING_LIMIT_S)
-    )
-    if isinstance(outcome, ScanError):
-        raise outcome
-    return outcome
+    return workers.read_one(whole, paths, here=safe_to_read_here(paths))
 
 
 def read_whole(candidate: Candidate) -> tuple[Scan, ...]:

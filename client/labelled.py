@@ -233,12 +233,8 @@ def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig,
         )
         for case in cases
     ]
-    outcomes = (
-        workers.run_here(read_pair, pairs)
-        if safe_to_read_here(path for pair in pairs for path in pair.paths)
-        else workers.run(read_pair, pairs, workers=1, time_limit_s=workers.READING_LIMIT_S)  # one keeps the order
-    )
-    for index, outcome in outcomes:
+    here = safe_to_read_here(path for pair in pairs for path in pair.paths)
+    for index, outcome in workers.read_in_order(read_pair, pairs, here=here):
         yield cases[index], *((outcome, None) if isinstance(outcome, ScanError) else outcome)
 
 

@@ -116,12 +116,7 @@ class Reading:
         """What `function`, as for `workers.run`, reads of each scan; where it raises ScanError, the scan is left
         out."""
         candidates = self.found.candidates
-        outcomes = (
-            workers.run_here(function, candidates)
-            if safe_here(candidates)
-            else workers.run(function, candidates, workers=1, time_limit_s=workers.READING_LIMIT_S)  # keeps the order
-        )
-        for index, outcome in outcomes:
+        for index, outcome in workers.read_in_order(function, candidates, here=safe_here(candidates)):
             origin = _origin(index + 1, candidates[index])
             if isinstance(outcome, ScanError):
                 self.leave_out(origin, outcome.reason)

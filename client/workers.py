@@ -67,6 +67,24 @@ def run_here(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Itera
         yield index, attempt(function, task)
 
 
+def read_in_order(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, here: bool
+) -> Iterator[tuple[int, Result | ScanError]]:
+    """`run` of whole scans in the order of `tasks`: `here`, or one by one in a process of its own where a codec may
+    crash or much memory is asked for. The next is not begun `here` before it is asked for."""
+    if here:
+        return run_here(function, tasks)
+    return run(function, tasks, workers=1, time_limit_s=READING_LIMIT_S)  # one keeps the order
+
+
+def read_one(function: Callable[[Task], Result], task: Task, *, here: bool) -> Result:
+    """`read_in_order` of one task: what `function` returns. Raises the ScanError that it ended in."""
+    ((_, outcome),) = read_in_order(function, [task], here=here)
+    if isinstance(outcome, ScanError):
+        raise outcome
+    return outcome
+
+
 def attempt(function: Callable[[Task], Result], task: Task) -> Result | ScanError:
     """What `function` returns, or the ScanError that stands for its failure; never text from the file."""
     try:

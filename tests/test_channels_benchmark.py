@@ -1,6 +1,7 @@
 """benchmarks/channels.py: what it writes is a fine-tuning's, and what it tells is what the folds say."""
 
 import csv
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.channels import ARMS, folder_of, rows_of, write_settings, write_table
+from benchmarks.paired import SECONDS
 from client.finetune_config import load_finetune
 from client.label_tables import label_table
 
@@ -49,8 +51,10 @@ def test_arms_are_compared_patient_by_patient(tmp_path: Path) -> None:
                 writer.writerow(["line", "part", "dice", "hd95_mm"])
                 writer.writerows([2 + n, "test", dice[n] + more, 5.0] for n in range(fold, 10, 5))
                 writer.writerow([2, "validation", 0.0, 99.0])
+        (folder.parent / SECONDS).write_text(json.dumps({"cpu_s": 100.0 + more}))
     options = Namespace(out=tmp_path, arms=["CT", "CT, PET"], seeds=[0])
-    alone, both = (row for row in rows_of(options, patients, {}) if row.figure == "dice")
+    alone, both = (row for row in rows_of(options, patients) if row.figure == "dice")
+    assert (alone.cpu_s, both.cpu_s) == (100.0, 100.1)
     assert alone.value == pytest.approx(dice.mean())
     assert alone.difference is None
     assert both.difference == pytest.approx(0.1)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.downstream import ARMS, TASKS, Run, draws, interval, mean_of_known, scan_means, write_settings
+from benchmarks.downstream import ARMS, TASKS, Run, write_settings
+from benchmarks.paired import draws, interval, mean_of_known, scan_means
 from client.finetune_config import load_finetune
 from client.label_tables import label_table
 from client.splits import split_cases
