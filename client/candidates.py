@@ -49,14 +49,18 @@ class Candidate:
     stack: Stack | None = None
     compressed: bool = False
     """In a way that may make its reader crash, or take long for a small file."""
-    channels: tuple[Channel, ...] = ()
-    """Of a scan that is several images or volumes: a file each, in this order, or one file for all. What else is said
-    here is of the first."""
+    volume: int = 0
+    """Of a NIfTI file that holds several: which is read."""
+    parts: tuple["Candidate", ...] = ()
+    """Of a scan of several channels, or that a table names: what is read for each. `files` are those of all parts, and
+    what else is said here is of the first."""
+    line: int = 0
+    """Of the table that names it, where one does."""
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """As it will be read, of each image or volume that it is made of."""
-        return tuple(one.modality or self.modality for one in self.channels) or (self.modality,)
+        return tuple(one.modality for one in self.parts) or (self.modality,)
 
     @property
     def kind(self) -> Kind:
@@ -78,6 +82,8 @@ class LeftOut:
     shape: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
     patient: str = ""
+    line: int = 0
+    """As of a `Candidate`."""
 
     @property
     def kind(self) -> Kind:

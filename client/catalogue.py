@@ -146,11 +146,24 @@ def _size_and_time(path: str) -> tuple[int, int]:
 def read(candidate: Candidate) -> Scan:
     """Decode one scan, which is one image or volume. Raises ScanError with the reason why it cannot be used."""
     if candidate.format == "nifti":
-        return no_labels(nifti.read_nifti(candidate.paths[0], candidate.modality))
+        return no_labels(nifti.read_nifti(candidate.paths[0], candidate.modality, volume=candidate.volume))
     if candidate.format == "picture":
         return no_labels(pictures.read_picture(candidate.paths[0], candidate.modality))
     assert candidate.stack is not None
     return assemble(candidate.stack, _frames_of(candidate.folder, candidate.stack), candidate.modality)
+
+
+def read_whole(candidate: Candidate) -> tuple[Scan, ...]:
+    """All that the scan is made of: what `read` decodes of each part, or of itself where it has none; as it raises."""
+    parts = candidate.parts or (candidate,)
+    if len({part.paths for part in parts}) == 1 < len(parts):
+        return read_volumes(parts[0].paths[0], [(part.volume, part.modality) for part in parts])
+    return tuple(map(read, parts))
+
+
+def read_volumes(path: Path, wanted: Sequence[tuple[int, Modality]]) -> tuple[Scan, ...]:
+    """Of one NIfTI file, each (number, modality) as `read` decodes it; raises as it does."""
+    return tuple(map(no_labels, nifti.read_volumes(path, wanted)))
 
 
 def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Scan:

@@ -6,10 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from client import workers
-from client.candidates import Candidate
-from client.catalogue import only_one, read, read_one, safe_to_read_here
-from client.label_maps import no_labels
-from client.nifti import read_nifti
+from client.catalogue import only_one, read_one, read_volumes, safe_to_read_here
 from client.patients import MODALITY_NAMES
 from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ScanError
@@ -39,9 +36,14 @@ def require_like_names(task: TaskConfig, scans: Sequence[Scan]) -> None:
     """Of what a scan of the task is made of, as it was read. Raises ScanError: `unlike_channel` (DICOM says what it is,
     and so shows columns that were swapped)."""
     for name, scan in zip(task.channels or (), scans, strict=task.channels is not None):
-        kinds = {modality_named(name), scan.modality}
-        if len(kinds) > 1 and kinds <= _TOLD_APART:
+        if is_unlike(name, scan.modality):
             raise ScanError("unlike_channel")
+
+
+def is_unlike(name: str, modality: Modality) -> bool:
+    """Whether a channel called so cannot be what its file says it is."""
+    kinds = {modality_named(name), modality}
+    return len(kinds) > 1 and kinds <= _TOLD_APART
 
 
 def modality_named(name: str) -> Modality | None:
@@ -60,8 +62,9 @@ def read_channels(
     if len(set(paths)) == 1 < len(paths):
         if only_one(paths[0]).format != "nifti":
             raise ScanError("lacks_channel")
-        each = zip(numbers, modalities, strict=True)
-        return tuple(no_labels(read_nifti(paths[0], modality or "OT", volume=number)) for number, modality in each)
+        return read_volumes(
+            paths[0], [(number, said or "OT") for number, said in zip(numbers, modalities, strict=True)]
+        )
     pairs = zip(paths, modalities, strict=True)
     return tuple(read_one(path, modality, interpolate=interpolate) for path, modality in pairs)
 
@@ -73,13 +76,3 @@ def read_channels_apart(
     does."""
     whole = partial(read_channels, numbers=numbers, modalities=modalities, interpolate=interpolate)
     return workers.read_one(whole, paths, here=safe_to_read_here(paths))
-
-
-def read_whole(candidate: Candidate) -> tuple[Scan, ...]:
-    """All that the scan is made of: one image or volume, or that of each of its channels. For a worker, as
-    `read_channels`; raises as it does."""
-    if not candidate.channels:
-        return (read(candidate),)
-    paths = candidate.paths if len(candidate.files) > 1 else candidate.paths * len(candidate.channels)
-    numbers = [one.number for one in candidate.channels]
-    return read_channels(paths, numbers, [one.modality for one in candidate.channels], interpolate=False)

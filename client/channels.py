@@ -114,8 +114,8 @@ def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
     for one in found.candidates:
         path, ending = one.paths[0], _ending(one.paths[0].name)
         number = channel_of(path.name)
-        if _holds_several(one):
-            scans[(path,)] = {channel.number: one for channel in channels}
+        if holds_several(one):
+            scans[(path,)] = {channel.number: replace(one, volume=channel.number) for channel in channels}
         elif one.format == "dicom" or number is None or (path.parent, ending) not in by_channel:
             left_out.append(_left_out(one, "unknown_channel"))
         elif number not in {channel.number for channel in channels}:
@@ -128,14 +128,24 @@ def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
     )
     kept = []
     for held in scans.values():
-        parts = [held[channel.number] for channel in channels if channel.number in held]
-        files = tuple(dict.fromkeys(file for part in parts for file in part.files))
-        whole = replace(parts[0], files=files, compressed=any(part.compressed for part in parts))
-        if len(parts) < len(channels):
-            left_out.append(_left_out(whole, "lacks_channel"))
+        case = whole(
+            [
+                replace(held[channel.number], modality=channel.modality or held[channel.number].modality)
+                for channel in channels
+                if channel.number in held
+            ]
+        )
+        if len(case.parts) < len(channels):
+            left_out.append(_left_out(case, "lacks_channel"))
         else:
-            kept.append(replace(whole, channels=tuple(channels)))
+            kept.append(case)
     return replace(found, candidates=tuple(kept), left_out=tuple(left_out))
+
+
+def whole(parts: Sequence[Candidate]) -> Candidate:
+    """The scan that is made of these, in the order of its channels; all lie in one folder, or below it."""
+    files = tuple(dict.fromkeys(file for part in parts for file in part.files))
+    return replace(parts[0], files=files, compressed=any(part.compressed for part in parts), parts=tuple(parts))
 
 
 def _tell_which_is_which(channels: Sequence[Channel], *, of_files: bool, of_volumes: bool, others: int) -> None:
@@ -151,7 +161,7 @@ def _tell_which_is_which(channels: Sequence[Channel], *, of_files: bool, of_volu
 
 def with_its_case(found: Catalogue, channels: Sequence[Channel], modality: Modality | None) -> Catalogue:
     """What was found of one file, and, where it is a channel of a case, of the others that lie beside it."""
-    if not found.candidates or _holds_several(found.candidates[0]):
+    if not found.candidates or holds_several(found.candidates[0]):
         return found
     path = found.candidates[0].paths[0]
     numbers = {0, *(channel.number for channel in channels)} - {channel_of(path.name)}
@@ -160,7 +170,7 @@ def with_its_case(found: Catalogue, channels: Sequence[Channel], modality: Modal
     beside = [path.with_name(f"{case_of(path.name)}_{number:04d}{_ending(path.name)}") for number in sorted(numbers)]
     parts = [catalogue_one(other, modality) for other in beside if other.is_file()]
     return Catalogue(
-        candidates=(*found.candidates, *(one for part in parts for one in part.candidates if not _holds_several(one))),
+        candidates=(*found.candidates, *(one for part in parts for one in part.candidates if not holds_several(one))),
         left_out=(*found.left_out, *(one for part in parts for one in part.left_out)),
         unreadable=(*found.unreadable, *(one for part in parts for one in part.unreadable)),
         files_seen=found.files_seen + sum(part.files_seen for part in parts),
@@ -179,7 +189,7 @@ def expected_names(channels: Sequence[Channel]) -> str:
     names = ", ".join(on_one_line(one.name) for one in channels)
     return (
         f"the model reads {names}: give each case as {files} in one folder, all of one ending (.nii.gz, .nii, .png, "
-        f".tif or .tiff), or as one NIfTI file {volumes}"
+        f".tif or .tiff), or as one NIfTI file {volumes}; or name its files, or DICOM series, in a table"
     )
 
 
@@ -197,7 +207,8 @@ def _ending(name: str) -> str:
     return name.removeprefix(stem(name))
 
 
-def _holds_several(one: Candidate) -> bool:
+def holds_several(one: Candidate) -> bool:
+    """Whether it is a NIfTI file of several volumes."""
     return one.format == "nifti" and "first_of_several_times" in one.flags
 
 

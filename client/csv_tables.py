@@ -5,15 +5,20 @@ files; commas otherwise, whatever the file is called.
 """
 
 import csv
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from unimiss_core.errors import ConfigError
 
 SURPLUS = "has more cells than the header line; put quotation marks around a text that holds a comma, or a tab"
 """What is wrong with such a line: which text is which column's cannot be told, whose scan it is least of all."""
+
+
+SHOWN = 5
+"""Problems of a table that a message tells; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,43 @@ def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tupl
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"table {named}: cannot be read as a CSV in UTF-8 with a header line") from None
     return columns, [row for row in rows if row.has_surplus or any(row.cells.values())]
+
+
+def require_columns(named: str, known: Sequence[str], wanted: Iterable[str], way_out: str) -> None:
+    """Raises ConfigError: a table so `named` has not each of these columns once, or one column alone."""
+    problems = []
+    folded = {one.casefold(): one for one in known}
+    for column in dict.fromkeys(wanted):
+        if column not in known:
+            near = difflib.get_close_matches(column.casefold(), folded, n=1)
+            problems.append(f"no column '{column}'" + (f" (did you mean '{folded[near[0]]}'?)" if near else ""))
+        elif known.count(column) > 1:
+            problems.append(f"{known.count(column)} columns '{column}'")
+    if problems and len(known) == 1 and any(mark in known[0] for mark in ";\t|"):
+        raise ConfigError(f"table {named}: its header is a single column; separate columns by commas")
+    if problems:
+        raise ConfigError(f"table {named}: {'; '.join(problems)}; {way_out}")
+
+
+def wrong_paths(cells: Mapping[str, str], columns: Sequence[str], scan_columns: Sequence[str]) -> Iterator[str]:
+    """What is wrong with a line's paths in these columns, of which some are a scan's channels; no text of the line is
+    told, which could be a patient's."""
+    for column in columns:
+        path = PurePosixPath(cells[column])
+        if not cells[column]:
+            yield f"'{column}' is blank, and must be a path"
+        elif path.is_absolute() or ".." in path.parts or "\0" in cells[column]:
+            yield f"'{column}' must be a path that stays below the folder"
+    named = [PurePosixPath(cells[column]) for column in scan_columns if cells[column]]
+    if 1 < len(set(named)) < len(named):
+        yield "names one file for two channels; give each a file of its own, or all the same one of as many volumes"
+
+
+def refuse(where: str, problems: Sequence[str]) -> None:
+    """Raises ConfigError: there are some, of which the first are told."""
+    if problems:
+        more = f"\n  - and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ConfigError(f"{where}: {len(problems)} problem(s)\n  - " + "\n  - ".join(problems[:SHOWN]) + more)
 
 
 def _parted_by(header: str) -> str:

@@ -3,7 +3,6 @@
 Messages name a table's lines by number and a folder's files by their place, never a patient or a path below a root.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from client.channel_reading import modality_named
 from client.channels import in_words, of_numbers
-from client.csv_tables import SURPLUS, rows_of
+from client.csv_tables import SHOWN, SURPLUS, refuse, require_columns, rows_of, wrong_paths
 from client.finetune_config import FinetuneConfig, MedMnistData
 from client.label_config import CsvData, LabelData, MsdData
 from client.label_values import LabelError, target_of, wrong_settings
@@ -37,8 +36,6 @@ _SPELLINGS: Mapping[str, Part] = {
     "validation": "validation",
     "test": "test",
 }
-_SHOWN = 5
-"""Problems of a table that a message tells; the others are counted."""
 _WAY_OUT = "correct it, or the folder that paths begin from (data_root, or --data, of a fine-tuning; --root of a probe)"
 
 
@@ -94,8 +91,8 @@ def label_table(config: FinetuneConfig) -> LabelTable:
         return LabelTable(_of_medmnist(data, config.task), data.file.parent)
     found = labels_in(data, config.task, given=config.split.name == "given", root=config.data_root)
     if count := len(found.left_out):
-        more = " and others" if count > _SHOWN else ""
-        told = f"left out: {count} scan(s) that lack a channel ({'; '.join(found.left_out[:_SHOWN])}{more})"
+        more = " and others" if count > SHOWN else ""
+        told = f"left out: {count} scan(s) that lack a channel ({'; '.join(found.left_out[:SHOWN])}{more})"
         progress.report(progress.Note(told))
     return found
 
@@ -168,7 +165,7 @@ def _of_csv(
     unread = unlabelled | (unclear if one_by_one else set())  # of a scan they say nothing, and a later line may
     problems += _listed_again([line for line in kept if line[0] not in unread], data, by_patient=one_by_one)
     if not one_by_one:
-        _refuse(f"table {data.table.name}", [f"line {number}: {said}" for number, said in problems])
+        refuse(f"table {data.table.name}", [f"line {number}: {said}" for number, said in problems])
     wrong = {number: [said] for number, said in lacks.items()}
     for number, said in problems:
         wrong.setdefault(number, []).append(said)
@@ -218,17 +215,7 @@ def _listed_again(
 def _check_columns(data: CsvData, task: TaskConfig, known: Sequence[str], *, given: bool) -> None:
     wanted = [*data.scan_columns, *_label_columns(data, task), *_patient_column(data)]
     wanted += [*([data.split] if given else []), *data.where]
-    problems = []
-    for column in dict.fromkeys(wanted):
-        if column not in known:
-            near = difflib.get_close_matches(column, known, n=1)
-            problems.append(f"no column '{column}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
-        elif known.count(column) > 1:
-            problems.append(f"{known.count(column)} columns '{column}'")
-    if problems and len(known) == 1 and any(mark in known[0] for mark in ";\t|"):
-        raise ConfigError(f"table {data.table.name}: its header is a single column; separate columns by commas")
-    if problems:
-        raise ConfigError(f"table {data.table.name}: {'; '.join(problems)}; `data` names the columns")
+    require_columns(data.table.name, known, wanted, "`data` names the columns")
 
 
 def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given: bool) -> Iterator[str]:
@@ -237,15 +224,7 @@ def _problems(row: Mapping[str, str], data: CsvData, task: TaskConfig, *, given:
     for column in (*paths, *_patient_column(data)):
         if not _is_text(row[column]):
             yield f"'{column}' is no UTF-8"
-    for column in paths:
-        path = PurePosixPath(row[column])
-        if not row[column]:
-            yield f"'{column}' is blank, and must be a path"
-        elif path.is_absolute() or ".." in path.parts or "\0" in row[column]:
-            yield f"'{column}' must be a path that stays below the folder"
-    named = [PurePosixPath(row[column]) for column in data.scan_columns if row[column]]
-    if 1 < len(set(named)) < len(named):
-        yield "names one file for two channels; give each a file of its own, or all the same one of as many volumes"
+    yield from wrong_paths(row, paths, data.scan_columns)
     if not _whose(row, data):
         told = f"'{data.patient}' is empty"
         column = data.scan_columns[0]
@@ -299,12 +278,6 @@ def _is_multi_label(task: TaskConfig) -> bool:
     return isinstance(task, ClassificationConfig) and task.kind == "multi_label"
 
 
-def _refuse(where: str, problems: Sequence[str]) -> None:
-    if problems:
-        more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ConfigError(f"{where}: {len(problems)} problem(s)\n  - " + "\n  - ".join(problems[:_SHOWN]) + more)
-
-
 # --------------------------------------------------------------------------------------------------------------- MSD
 
 
@@ -338,7 +311,7 @@ def _of_msd(data: MsdData, task: SegmentationConfig, *, one_by_one: bool) -> Lab
             file, *other_files = (f"imagesTr/{held[channel]}" for channel in wanted)
             cases.append(Case(number, file, patient, mask=f"labelsTr/{masks[case]}", others=tuple(other_files)))
     if not one_by_one:
-        _refuse("data.folder", problems or ([] if cases else lacks))
+        refuse("data.folder", problems or ([] if cases else lacks))
     left_out = tuple(problems or lacks)
     if told.labels is not None:
         check_labels(told.labels, task)

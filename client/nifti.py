@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,30 @@ def check_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[
 
 
 def read_nifti(path: Path, modality: Modality, *, volume: int = 0) -> Scan:
-    """One volume, from 0, of a NIfTI file in canonical axes; a file with one slice is an image.
+    """One volume, from 0, of a NIfTI file in canonical axes; a file with one slice is an image. Raises as
+    `read_volumes`."""
+    (scan,) = read_volumes(path, [(volume, modality)])
+    return scan
+
+
+def read_volumes(path: Path, wanted: Sequence[tuple[int, Modality]]) -> tuple[Scan, ...]:
+    """Each (number, modality) as `read_nifti`, in the order asked for; a file that is gzipped is unpacked once.
 
     Raises ScanError: `not_an_image`, `damaged_header`, `truncated_pixels`, `bad_spacing`, `bad_geometry`, ...;
     `lacks_channel`: the file holds fewer volumes.
     """
     with _opened(path) as image:
         affine, flags = _affine(image)
-        voxels = _volume(image, volume)
+        held = {number: _volume(image, number) for number in sorted({number for number, _ in wanted})}
+    place_known = "orientation_assumed" not in flags
+    return tuple(_scan(held[number], affine, modality, place_known=place_known) for number, modality in wanted)
+
+
+def _scan(voxels: NDArray[np.float32], affine: NDArray[np.float64], modality: Modality, *, place_known: bool) -> Scan:
+    """Of voxels (X, Y, Z)."""
     if 1 in voxels.shape:
         return image_of(voxels[None], affine, modality)
     turned, affine = canonical(voxels[None], affine)
-    place_known = "orientation_assumed" not in flags
     return Scan(turned, spacing_of(affine), modality, affine, place_known=place_known)
 
 

@@ -3,7 +3,7 @@
 OUT/predictions.csv   a line for each scan: of a classification its probabilities, of a segmentation its mask's volumes
 OUT/masks/            of a segmentation: a mask for each scan, on the grid and in the axes of the scan's own file
 OUT/masks/*.dcm       of DICOM series the same as DICOM SEG, where that is asked for
-OUT/left_out.csv      only with --show-paths: what was not used, by file
+OUT/left_out.csv      only with --show-paths, or of a table: what was not used, by file or line
 OUT/predicted.json    what was asked of which model, last of all: where it stands, the work is done
 
 Scans are read, prepared and asked about one after the other, in the order of `client.reading`, so that memory holds a
@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 
 from client.cache import READING_VERSION
 from client.candidates import Channel
-from client.channel_reading import contradicted, modalities_of, read_whole
+from client.case_tables import SCAN, CaseTable, cases_of_table, is_table
+from client.catalogue import read_whole
+from client.channel_reading import contradicted, modalities_of
 from client.channels import expected_names, of_channels, of_one_channel, with_its_case
 from client.dicom_seg import check_highdicom, write_dicom_seg
 from client.inference import Inference, check_extra
@@ -79,10 +81,13 @@ def predict(
     dicom_seg: bool = False,
     names: Names = "number",
     key: Path | None = None,
+    root: Path | None = None,
+    columns: Sequence[str] = (),
 ) -> None:
     """Ask the fine-tuned model in the folder `model` about every scan of `scans`, a folder or a file. A round of a
     federation that fine-tuned is such a model, too. A model of several channels is asked about cases of as many files,
-    or volumes of one; a single file of a case stands for all of it.
+    or volumes of one; a single file of a case stands for all of it. `scans` may also be a table that names them, whose
+    lines are called as they are numbered: `client.case_tables`, also of root and columns.
 
     modality: of scans whose files do not say it; None takes what the model was trained with. batch: scans, or windows
     of one, at a time. show_paths: the tables name files. dicom_seg: masks of DICOM series also as DICOM SEG. names:
@@ -95,11 +100,14 @@ def predict(
     if not all(parameter.isfinite().all() for parameter in network.parameters()):  # a mask would be all background
         raise CheckpointError(f"{model}: its weights are not all numbers: its training diverged; fine-tune it again")
     check_extra(manifest.task)
+    table = CaseTable.of(scans, root, columns, manifest.task.channels or ()) if is_table(scans) else None
+    if table is None and (root is not None or columns):
+        raise ConfigError("--root, --scan: are of a table, and SCANS is no file whose name ends in .csv or .tsv")
     if dicom_seg:
-        _check_dicom_seg(manifest)
+        _check_dicom_seg(manifest, are_named=table is not None)
     make_new_folder("--out", out)
     channels = _channels(manifest, scans, modality)
-    reading = _reading(scans, manifest, channels, modality)
+    reading = _reading(table or scans, manifest, channels, modality)
     inference = _inference(manifest, chosen, batch)
     called = _names(reading, manifest) if names == "input" else {}
     unlike = _unlike_training(
@@ -116,11 +124,10 @@ def predict(
             f"{model}: its answers are not all numbers: its training diverged; fine-tune it again"
         ) from None
     reading.explain()
-    if channels and {"lacks_channel", "unknown_channel"} & reading.reasons.keys():
+    if channels and table is None and {"lacks_channel", "unknown_channel"} & reading.reasons.keys():
         progress.report(progress.Note(expected_names(channels)))
-    if show_paths:
-        shown = ((files if channels else files[:1], reason) for files, reason in reading.left_out)
-        _write_table(out / _LEFT_OUT, ({"file": file, "reason": reason} for files, reason in shown for file in files))
+    if show_paths or table is not None:
+        _write_table(out / _LEFT_OUT, _left_out(reading, all_files=bool(channels), show_paths=show_paths))
     reading.require(done)
     told = {
         "model": manifest.sha256,
@@ -135,13 +142,21 @@ def predict(
     print(f"{out}: {done} scan(s) predicted" + (f", {left} scan(s) or file(s) left out" if left else ""))
 
 
-def _check_dicom_seg(manifest: TaskManifest) -> None:
+def _left_out(reading: Reading, *, all_files: bool, show_paths: bool) -> Iterator[Line]:
+    """all_files: of what belongs together, not the first alone. A table's lines are told once."""
+    for files, reason, line in sorted(reading.left_out, key=lambda one: one.line):
+        for file in files if all_files and not line else files[:1]:
+            yield {**({"line": line} if line else {}), **({"file": file} if show_paths else {}), "reason": reason}
+
+
+def _check_dicom_seg(manifest: TaskManifest, *, are_named: bool) -> None:
+    """are_named: whether a table names the scans."""
     if not isinstance(manifest.task, SegmentationConfig) or manifest.task.rank != 3:
         raise ConfigError("--dicom-seg: the model draws no masks of volumes; leave the option out")
-    if manifest.task.channels is not None:
+    if manifest.task.channels is not None and not are_named:
         raise ConfigError(
-            "--dicom-seg: is of DICOM series, and the model reads the channels of a scan from other files; leave the "
-            "option out"
+            "--dicom-seg: is of DICOM series, and of a folder the model reads the channels of a scan from other files; "
+            "leave the option out, or name the series in a table"
         )
     check_highdicom()
 
@@ -160,9 +175,15 @@ def _channels(manifest: TaskManifest, scans: Path, modality: Modality | None) ->
     return tuple(map(Channel, names, told or numbers, taken_for))
 
 
-def _reading(scans: Path, manifest: TaskManifest, channels: Sequence[Channel], modality: Modality | None) -> Reading:
-    """Raises ConfigError: `scans` is neither a folder nor a file."""
+def _reading(
+    scans: Path | CaseTable, manifest: TaskManifest, channels: Sequence[Channel], modality: Modality | None
+) -> Reading:
+    """Raises ConfigError: `scans` is neither a folder nor a file, or no table of paths."""
     modality = modality or manifest.modality
+    if isinstance(scans, CaseTable):
+        read = channels or (Channel(SCAN, 0, modality),)
+        interpolate = manifest.plan.missing_slices == "interpolate"
+        return Reading(cases_of_table(scans, read, interpolate=interpolate))
     reading = Reading.of_path(scans, manifest.plan, modality)
     if channels:
         found = reading.found if scans.is_dir() else with_its_case(reading.found, channels, modality)
@@ -309,8 +330,8 @@ class _Answers:
 
     def _segmented(self, one: Asked) -> Line:
         classes = self.inference.mask(self.model, one.values, one.grid)
-        number, (source, *_) = one.origin.number, one.origin.paths
-        name = self.names.get(number, f"scan-{number:05d}")
+        number, (source, *_), line = one.origin.number, one.origin.paths, one.origin.line
+        name = self.names.get(number, f"line-{line:05d}" if line else f"scan-{number:05d}")
         path = write_at_source(self.out / "masks", name, classes, one.grid.affine, source)
         if self.dicom_seg:
             self._write_dicom_seg(path.with_name(f"{name}.dcm"), classes, one)
@@ -329,7 +350,7 @@ class _Answers:
         affine, origin = one.grid.affine, one.origin
         if affine is None or origin.format != "dicom":
             return
-        if not write_dicom_seg(path, classes, affine, origin.paths, self.manifest):
+        if not write_dicom_seg(path, classes, affine, origin.paths[: origin.first], self.manifest):
             why = "for its files lack what that must repeat"
             if any(origin.frames):  # the second frame of a file, say
                 why = "which highdicom does not make of such an enhanced (multi-frame) object"
@@ -339,7 +360,8 @@ class _Answers:
         origin = one.origin
         name = {"name": self.names[origin.number]} if self.names else {}
         file = {"file": origin.files[0]} if self.show_paths else {}
-        return {"scan": origin.number, "key": origin.key, **name, **file}
+        line = {"line": origin.line} if origin.line else {}
+        return {"scan": origin.number, **line, "key": origin.key, **name, **file}
 
 
 def _batches(scans: Iterable[Asked], size: int) -> Iterator[list[Asked]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from client import workers
 from client.candidates import Candidate, Format
@@ -40,6 +40,10 @@ class Origin:
     """Place in the order of reading, from 1, among all that looked usable by their headers."""
     frames: tuple[int, ...] = ()
     """Of DICOM: which frames of the files, in the order of slices."""
+    first: int = 0
+    """How many of the files are the first channel's, on whose grid answers lie."""
+    line: int = 0
+    """Of the table that names it, where one does."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -61,6 +65,15 @@ class Origin:
         return hashlib.sha256(repr((digests, self.frames)).encode()).hexdigest()[:32]
 
 
+class NotUsed(NamedTuple):
+    """Files that belong together, below their folder, and why they are not used."""
+
+    files: tuple[str, ...]
+    reason: str
+    line: int = 0
+    """As of `Origin`."""
+
+
 @dataclass
 class Reading:
     """The scans of folders, in a fixed order, not cached and not yet prepared; and the account of what is left out.
@@ -70,11 +83,11 @@ class Reading:
     """
 
     found: Catalogue
-    left_out: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
-    """Files that belong together, below their folder, and the reason why they are not used."""
+    left_out: list[NotUsed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.left_out += [(entry.files, entry.reason) for entry in (*self.found.left_out, *self.found.unreadable)]
+        entries = (*self.found.left_out, *self.found.unreadable)
+        self.left_out += [NotUsed(entry.files, entry.reason, entry.line) for entry in entries]
 
     @classmethod
     def of_sources(
@@ -127,12 +140,12 @@ class Reading:
 
     def leave_out(self, origin: Origin, reason: str) -> None:
         """Count a scan that was read as one that could not be used after all."""
-        self.left_out.append((origin.files, reason))
+        self.left_out.append(NotUsed(origin.files, reason, origin.line))
 
     @property
     def reasons(self) -> dict[str, int]:
         """Reason -> how many scans or files were left out for it so far."""
-        return dict(sorted(Counter(reason for _, reason in self.left_out).items()))
+        return dict(sorted(Counter(one.reason for one in self.left_out).items()))
 
     def tell(self) -> None:
         """Report what was left out as a `progress.Note`, if anything was."""
@@ -148,7 +161,7 @@ class Reading:
         self._tell_of_arrays()
 
     def _tell_of_arrays(self) -> None:
-        if told := who_takes(files[0] for files, reason in self.left_out if reason == "not_an_image"):
+        if told := who_takes(one.files[0] for one in self.left_out if one.reason == "not_an_image"):
             progress.report(progress.Note(told))
 
     def require(self, used: int) -> None:
@@ -175,5 +188,14 @@ def _interpolates(plan: PlanConfig | None) -> bool:
 
 
 def _origin(number: int, candidate: Candidate) -> Origin:
-    frames = () if candidate.stack is None else tuple(frame.number for frame in candidate.stack.frames)
-    return Origin(candidate.folder, candidate.files, candidate.patient, candidate.format, number, frames)
+    parts = candidate.parts or (candidate,)
+    return Origin(
+        candidate.folder,
+        candidate.files,
+        candidate.patient,
+        candidate.format,
+        number,
+        frames=tuple(frame.number for part in parts if part.stack is not None for frame in part.stack.frames),
+        first=len(parts[0].files),
+        line=candidate.line,
+    )

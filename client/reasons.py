@@ -60,8 +60,8 @@ REASONS: Mapping[str, str] = {
     "other_channel": "another channel of its case (CASE_0000, CASE_0001, ...) than the one that the model reads",
     "channels_apart": "its channels (of a task that has several) do not lie on one grid; resample them onto one, or "
     "set task.other_grids: resample; where it is set, they hardly meet, or a file does not say where it lies",
-    "lacks_channel": "lacks a channel of the task: a file of its case (CASE_0000, CASE_0001, ...), or a volume of its "
-    "one NIfTI file",
+    "lacks_channel": "lacks a channel of the task: a file of its case (CASE_0000, CASE_0001, ...), a volume of its one "
+    "NIfTI file, or a cell of its table",
     "unlike_channel": "the file of a channel says that it is CT, MR or PET, and the channel's name begins with another "
     "of them; files or columns may be swapped",
     "unknown_channel": "one image or volume where a scan is several, and its name does not say which of them it is, "

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from client import export_command
+from client import export_command, predict_command
 from client.screen import Screen
 from unimiss_core import progress
 from unimiss_core.commands import exit_code_of
@@ -105,23 +105,6 @@ def _embed(options: argparse.Namespace) -> None:
     )
 
 
-def _predict(options: argparse.Namespace) -> None:
-    from client.predicting import predict
-
-    predict(
-        options.model,
-        options.scans,
-        options.out,
-        modality=options.modality,
-        batch=options.batch,
-        device=options.device,
-        show_paths=options.show_paths,
-        dicom_seg=options.dicom_seg,
-        names=options.names,
-        key=options.key,
-    )
-
-
 def _probe(options: argparse.Namespace) -> None:
     try:
         from client.probe_sources import Columns, source_of
@@ -195,7 +178,7 @@ _ACTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "verify": _verify,
     "export": export_command.run,
     "finetune": _finetune,
-    "predict": _predict,
+    "predict": predict_command.run,
     "probe": _probe,
     "plan-privacy": _plan,
     "audit-privacy": _audit,
@@ -242,7 +225,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_key(export_command.add_to(commands))
     _add_finetune(commands)
-    _add_predict(commands)
+    predict = predict_command.add_to(commands)
+    _add_key(predict)
+    _add_modality(predict, "what the model was trained with")
+    _add_asking(predict)
     _add_probe(commands)
     plan = commands.add_parser(
         "plan-privacy",
@@ -320,38 +306,6 @@ def _add_finetune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     tune.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     tune.add_argument("--show-paths", action="store_true", help="also name each scan's file below its folder")
     _add_key(tune)
-
-
-def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    predict = commands.add_parser(
-        "predict",
-        help="ask a fine-tuned model about scans",
-        epilog="OUT_DIR/predictions.csv has a line for each scan, OUT_DIR/masks what a segmentation draws, on the grid "
-        "of each scan's own file. What cannot be read is counted and left out. --show-paths says which line is of "
-        "which file. docs/after-pretraining.md has more. Exit codes: 0 done, 2 wrong input or an output that cannot be "
-        "written, 3 no usable scan, 4 bad model, 130 interrupted.",
-    )
-    predict.add_argument(
-        "model",
-        type=Path,
-        metavar="MODEL_DIR",
-        help="as `unimiss finetune` wrote it, or a round of a federation that fine-tuned",
-    )
-    predict.add_argument("scans", type=Path, metavar="SCANS", help="folder of DICOM, NIfTI, PNG, ..., or one file")
-    predict.add_argument("--out", type=Path, required=True, metavar="OUT_DIR", help="new or empty")
-    _add_key(predict)
-    _add_modality(predict, "what the model was trained with")
-    _add_asking(predict)
-    predict.add_argument(
-        "--dicom-seg", action="store_true", help="masks of DICOM series also as DICOM SEG, which names the patient"
-    )
-    predict.add_argument(
-        "--names",
-        choices=("number", "input"),
-        default="number",
-        help="what masks are called: as their scan's number, or as its file or folder, which may name a patient "
-        "(default: number)",
-    )
 
 
 def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

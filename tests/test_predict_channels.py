@@ -15,7 +15,7 @@ import torch
 from client import catalogue, reading
 from client.candidates import Candidate, Channel
 from client.catalogue import read_one, safe_here
-from client.channels import expected_names
+from client.channels import expected_names, whole
 from client.inference import Inference
 from client.labelled import as_stored, as_values, grid_of
 from client.nifti import write_nifti
@@ -340,7 +340,7 @@ def test_where_no_name_says_what_is_which_nothing_is_guessed(
 def test_what_names_are_expected_is_said_in_the_models_order() -> None:
     own = [Channel(name, number, None) for number, name in enumerate(("FLAIR", "T1"))]
     assert "the model reads FLAIR, T1: give each case as CASE_0000, CASE_0001 in one folder" in expected_names(own)
-    assert expected_names(own).endswith("or as one NIfTI file of 2 volumes")
+    assert "or as one NIfTI file of 2 volumes" in expected_names(own)
     assert "CASE_0000" in expected_names([Channel("T1", 1, None), Channel("T2", 2, None)])  # or none is a channel
 
 
@@ -405,8 +405,9 @@ def test_a_kind_that_no_channel_was_trained_on_is_told(tmp_path: Path, capsys: p
 def test_it_makes_no_dicom_seg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = model_of(tmp_path / "model"), tmp_path / "out"
     assert predict(model, tmp_path, out, "--dicom-seg") == 2
-    assert "--dicom-seg: is of DICOM series, and the model reads the channels of a scan from other files" in (
-        capsys.readouterr().err
+    assert (
+        "--dicom-seg: is of DICOM series, and of a folder the model reads the channels of a scan from other files"
+        in (capsys.readouterr().err)
     )
     assert not out.exists()
 
@@ -421,13 +422,12 @@ def test_numbers_that_are_not_the_tasks_are_no_model(tmp_path: Path, capsys: pyt
 
 
 def test_what_is_read_here_is_counted_with_every_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    channels = tuple(Channel(name, number, None) for name, number in CASE.items())
     one = Candidate(Path(), ("a.nii",), "nifti", "", "OT", (10, 10, 10), (1.0, 1.0, 1.0))
     monkeypatch.setattr(catalogue, "FEW_BYTES", 2 * 4 * 1000)
     assert safe_here([one, one])
-    assert not safe_here([replace(one, channels=channels)])
+    assert not safe_here([whole([one] * 3)])
     assert one.modalities == ("OT",)
-    assert replace(one, channels=(Channel("CT", 0, "CT"), Channel("T2", 1, None))).modalities == ("CT", "OT")
+    assert whole([replace(one, modality="CT"), one]).modalities == ("CT", "OT")
 
 
 def test_a_classification_names_a_case_without_its_ending(tmp_path: Path) -> None:
