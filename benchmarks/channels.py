@@ -55,7 +55,8 @@ def main() -> None:
                 goes_on = any(folder.glob(f"fold-*/{STATE}")) or any(folder.glob("fold-*/metrics.json"))
                 wall, cpu = time.monotonic(), time.process_time()
                 finetune(settings, data_root=options.data, out=folder, device="cpu", fold="all", resume=goes_on)
-                write_seconds(folder / SECONDS, wall, cpu)
+                if not goes_on:
+                    write_seconds(folder / SECONDS, wall, cpu)
     rows = list(rows_of(options, patients))
     (options.out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print("\n".join(markdown(rows, BASELINE)))

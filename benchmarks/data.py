@@ -35,8 +35,9 @@ from rich.table import Table
 
 from benchmarks import views
 from client import workers
-from client.catalogue import Catalogue, Plain, catalogue, look_at, read
+from client.catalogue import Catalogue, catalogue, read
 from client.dicom import read_frames
+from client.looking import Plain, look_at
 from client.nifti import read_nifti
 from client.pictures import read_picture
 from client.site_config import DataSource

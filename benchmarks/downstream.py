@@ -145,6 +145,7 @@ def pretrained(options: argparse.Namespace) -> Path:
 def _do(run: Run, init: Path, data: Path) -> None:
     print(f"--- {time.strftime('%H:%M:%S')} {run.folder.name}", flush=True)
     path = write_settings(run, data)
+    goes_on = (run.folder / STATE).exists()
     wall, cpu = time.monotonic(), time.process_time()
     with progress.listen(_show):
         finetune(
@@ -153,9 +154,10 @@ def _do(run: Run, init: Path, data: Path) -> None:
             out=run.folder,
             init=str(init) if ARMS[run.arm].pretrained else "scratch",
             device="cpu",
-            resume=(run.folder / STATE).exists(),
+            resume=goes_on,
         )
-    write_seconds(run.folder / SECONDS, wall, cpu)
+    if not goes_on:
+        write_seconds(run.folder / SECONDS, wall, cpu)
 
 
 def _settings_of(run: Run) -> Path:

@@ -110,7 +110,7 @@ def write_seconds(path: Path, wall: float, cpu: float) -> None:
 
 
 def seconds_of(folder: Path) -> float:
-    """Processor seconds of the run in this folder; nan where it kept none."""
+    """Processor seconds of the run in this folder; nan where it kept none, having been cut off and gone on with."""
     path = folder / SECONDS
     return float(json.loads(path.read_text())["cpu_s"]) if path.exists() else float("nan")
 

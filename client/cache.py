@@ -35,8 +35,9 @@ from client import workers
 from client.cache_journal import Record, forget_unused, library_file, note_use, open_journal, plan_digest, tidy
 from client.cache_room import check_spare, forget_unfinished, make_room, prepared_bytes
 from client.candidates import Candidate
-from client.catalogue import FEW_BYTES, Catalogue, catalogue, read, safe_here, state_of
+from client.catalogue import Catalogue, catalogue, read, safe_here, state_of
 from client.decoders import decoders
+from client.looking import FEW_BYTES
 from client.patients import check_known, load_secret
 from client.reasons import OF_DECODERS, PASSING
 from client.site_config import SiteConfig

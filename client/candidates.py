@@ -58,6 +58,11 @@ class Candidate:
     """Of the table that names it, where one does."""
 
     @property
+    def first(self) -> "Candidate":
+        """Of its parts, on whose grid answers lie; itself where it has none."""
+        return self.parts[0] if self.parts else self
+
+    @property
     def modalities(self) -> tuple[Modality, ...]:
         """As it will be read, of each image or volume that it is made of."""
         return tuple(one.modality for one in self.parts) or (self.modality,)

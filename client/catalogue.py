@@ -8,8 +8,7 @@ import hmac
 import math
 import os
 import secrets
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -20,41 +19,20 @@ from numpy.typing import NDArray
 from client import dicom, nifti, pictures, workers
 from client.candidates import (
     Candidate,
-    Format,
     LeftOut,
     of_each_patient,
     without_absurd_sizes,
     without_lone_slices,
 )
-from client.dicom_bytes import looks_like_dicom
 from client.label_maps import no_labels
-from client.listing import files_of
+from client.listing import files_of, is_folder
+from client.looking import FEW_BYTES, FEW_FILES, Look, Plain, bytes_of, looks
 from client.patients import Listed, Patient, patient_of, ruled_patient
 from client.series import Group, Header, Stack, sort_out
 from client.site_config import DataSource
 from client.volumes import assemble
 from unimiss_core.errors import ScanError
 from unimiss_core.scan import Modality, Scan
-
-_FEW_FILES = 256
-FEW_BYTES = 256 * 2**20
-"""Up to so much is read in this process, unless native codecs take part: workers take a second to start."""
-
-_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-"""What a picture or NIfTI must not be called: then something went wrong where it was written."""
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A NIfTI file or picture by its header."""
-
-    file: str
-    format: Format
-    shape: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    flags: tuple[str, ...] = ()
-    compressed: bool = False
-    """As `Candidate.compressed`."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +72,9 @@ def catalogue(
     for source in sources:
         files = files_of(source)
         found: dict[str, Header | Plain | ScanError] = {}
-        for file, outcome in _looks(source, files, secret, processes=processes, isolate=isolate):
-            found[file] = outcome
+        tasks = [Look(source.folder, file, secret) for file in files]
+        for index, outcome in looks(tasks, processes=processes, isolate=isolate):
+            found[tasks[index].file] = outcome
             done += 1
             if looked is not None:
                 looked(done)
@@ -157,12 +136,12 @@ def read_whole(candidate: Candidate) -> tuple[Scan, ...]:
     """All that the scan is made of: what `read` decodes of each part, or of itself where it has none; as it raises."""
     parts = candidate.parts or (candidate,)
     if len({part.paths for part in parts}) == 1 < len(parts):
-        return read_volumes(parts[0].paths[0], [(part.volume, part.modality) for part in parts])
+        return volumes_of(parts[0].paths[0], [(part.volume, part.modality) for part in parts])
     return tuple(map(read, parts))
 
 
-def read_volumes(path: Path, wanted: Sequence[tuple[int, Modality]]) -> tuple[Scan, ...]:
-    """Of one NIfTI file, each (number, modality) as `read` decodes it; raises as it does."""
+def volumes_of(path: Path, wanted: Sequence[tuple[int, Modality]]) -> tuple[Scan, ...]:
+    """Scans that are volumes of one NIfTI file, each (number, modality) as `read` decodes it; raises as it does."""
     return tuple(map(no_labels, nifti.read_volumes(path, wanted)))
 
 
@@ -178,12 +157,16 @@ def read_one(path: Path, modality: Modality | None = None, *, interpolate: bool 
 def read_one_apart(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Scan:
     """`read_one`, in a process of its own where a codec may crash or much memory is asked for. Raises as it does."""
     found = only_one(path, modality, interpolate=interpolate)
-    return workers.read_one(read, found, here=safe_here([found]))
+    return workers.read_single(read, found, here=safe_here([found]))
 
 
 def only_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Candidate:
     """What `read_one` reads, by its headers. Raises ScanError as it does."""
-    found = catalogue_one(path, modality, interpolate=interpolate)
+    return only_of(catalogue_one(path, modality, interpolate=interpolate))
+
+
+def only_of(found: Catalogue) -> Candidate:
+    """The one scan in it. Raises ScanError: as `read_one`."""
     if len(found.candidates) > 1:
         raise ScanError("several_scans", f"{len(found.candidates)} scans")
     if not found.candidates:
@@ -193,11 +176,35 @@ def only_one(path: Path, modality: Modality | None = None, *, interpolate: bool 
 
 def catalogue_one(path: Path, modality: Modality | None = None, *, interpolate: bool = False) -> Catalogue:
     """What one file, or the folder of one series, holds: whoever names it knows whose it is, and wants lone slices."""
+    (found,) = catalogue_each([(path, modality)], interpolate=interpolate, processes=1)
+    return found
+
+
+def catalogue_each(
+    named: Sequence[tuple[Path, Modality | None]],
+    *,
+    interpolate: bool = False,
+    processes: int | None = None,
+    looked: Callable[[int], None] | None = None,
+) -> list[Catalogue]:
+    """`catalogue_one` of each path, with patients' keys that can be compared. processes, looked: as of `catalogue`."""
     secret = secrets.token_bytes(32)
-    source = DataSource(folder=path if path.is_dir() else path.parent, modality=modality)
-    files = files_of(source) if path.is_dir() else {path.name: None}
-    looked = {file: (outcome, None) for file, outcome in _looks(source, files, secret, processes=1, isolate=False)}
-    return _sorted_out(source, looked, secret, interpolate=interpolate, by_patient=False, nameless=True)
+    found: list[tuple[DataSource, list[str]]] = []
+    for path, modality in named:
+        is_series = is_folder(path)
+        source = DataSource(folder=path if is_series else path.parent, modality=modality)
+        found.append((source, list(files_of(source)) if is_series else [path.name]))
+    tasks = [Look(source.folder, file, secret) for source, files in found for file in files]
+    outcomes: dict[int, Header | Plain | ScanError] = {}
+    for index, outcome in looks(tasks, processes=processes, isolate=False):
+        outcomes[index] = outcome
+        if looked is not None:
+            looked(len(outcomes))
+    in_order = iter([outcomes[index] for index in range(len(tasks))])
+    how = {"interpolate": interpolate, "by_patient": False, "nameless": True}
+    return [
+        _sorted_out(source, {file: (next(in_order), None) for file in files}, secret, **how) for source, files in found
+    ]
 
 
 def safe_here(candidates: Sequence[Candidate]) -> bool:
@@ -205,10 +212,10 @@ def safe_here(candidates: Sequence[Candidate]) -> bool:
     if any(candidate.compressed for candidate in candidates):
         return False
     count = sum(len(candidate.files) for candidate in candidates)
-    held = (len(candidate.modalities) * math.prod(candidate.shape) for candidate in candidates)
+    held = (math.prod(part.shape) for candidate in candidates for part in candidate.parts or (candidate,))
     unpacked = 4 * sum(held)  # a small file may hold a large scan
-    stored = _bytes_of(path for one in candidates for path in one.paths)
-    return count <= _FEW_FILES and max(stored, unpacked) <= FEW_BYTES
+    stored = bytes_of(path for one in candidates for path in one.paths)
+    return count <= FEW_FILES and max(stored, unpacked) <= FEW_BYTES
 
 
 def safe_to_read_here(paths: Iterable[Path]) -> bool:
@@ -221,76 +228,6 @@ def safe_to_read_here(paths: Iterable[Path]) -> bool:
         if not safe_here(found):
             return False
     return True
-
-
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-def _bytes_of(paths: Iterator[Path]) -> int:
-    total = 0
-    for path in paths:
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue
-    return total
-
-
-@dataclass(frozen=True)
-class _Look:
-    folder: Path
-    file: str
-    secret: bytes
-
-
-def look(task: _Look) -> Header | Plain:
-    """`look_at` for a worker."""
-    return look_at(task.folder, task.file, task.secret)
-
-
-def look_at(folder: Path, file: str, secret: bytes) -> Header | Plain:
-    """What the file below `folder` is, by its content. Raises ScanError where it is nothing that can be read."""
-    path = folder / file
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):  # a link that is there leads nowhere
-        raise ScanError("cannot_open" if path.is_symlink() else "missing_file") from None
-    if stat.S_ISDIR(status.st_mode):
-        raise ScanError("linked_folder" if path.is_symlink() else "cannot_open")
-    if not stat.S_ISREG(status.st_mode):
-        raise ScanError("not_an_image")  # a pipe would block its reader for ever
-    if status.st_size == 0:
-        raise ScanError("empty_file")
-    with path.open("rb") as stream:
-        start = stream.read(348)
-    # A DICOM file may look like a TIFF too: its first 128 bytes are free for that.
-    if start[128:132] != b"DICM" and (pictures.looks_like_picture(start) or nifti.looks_like_nifti(start)):
-        if path.suffix.lower() in _DICOM_SUFFIXES:
-            raise ScanError("name_contradicts_content")
-        return _plain(path, file, start)
-    if looks_like_dicom(start):
-        return dicom.read_header(path, file, secret)
-    raise ScanError("not_an_image")
-
-
-def _plain(path: Path, file: str, start: bytes) -> Plain:
-    if pictures.looks_like_picture(start):
-        shape, compressed = pictures.check_header(path), pictures.may_take_long(path)
-        return Plain(file, "picture", shape, (1.0, 1.0), ("spacing_unknown",), compressed)
-    volume, spacing_mm, flags = nifti.check_header(path)
-    return Plain(file, "nifti", volume, spacing_mm, flags)
-
-
-def _looks(
-    source: DataSource, files: Iterable[str], secret: bytes, *, processes: int | None, isolate: bool
-) -> Iterator[tuple[str, Header | Plain | ScanError]]:
-    tasks = [_Look(source.folder, file, secret) for file in files]
-    few = len(tasks) <= _FEW_FILES and _bytes_of(source.folder / task.file for task in tasks) <= FEW_BYTES
-    # A header takes a millisecond or two, a worker half a second to start.
-    count = min(processes or os.cpu_count() or 1, 1 + len(tasks) // 128)
-    outcomes = workers.run_here(look, tasks) if few and not isolate else workers.run(look, tasks, workers=count)
-    for index, outcome in outcomes:
-        yield tasks[index].file, outcome
 
 
 def _sorted_out(

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from client import workers
-from client.catalogue import only_one, read_one, read_volumes, safe_to_read_here
+from client.catalogue import only_one, read_one, safe_to_read_here, volumes_of
 from client.patients import MODALITY_NAMES
 from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ScanError
@@ -62,9 +62,8 @@ def read_channels(
     if len(set(paths)) == 1 < len(paths):
         if only_one(paths[0]).format != "nifti":
             raise ScanError("lacks_channel")
-        return read_volumes(
-            paths[0], [(number, said or "OT") for number, said in zip(numbers, modalities, strict=True)]
-        )
+        each = zip(numbers, modalities, strict=True)
+        return volumes_of(paths[0], [(number, modality or "OT") for number, modality in each])
     pairs = zip(paths, modalities, strict=True)
     return tuple(read_one(path, modality, interpolate=interpolate) for path, modality in pairs)
 
@@ -74,5 +73,5 @@ def read_channels_apart(
 ) -> tuple[Scan, ...]:
     """`read_channels`, in a process of its own where a codec may crash or much memory is asked for, and raises as it
     does."""
-    whole = partial(read_channels, numbers=numbers, modalities=modalities, interpolate=interpolate)
-    return workers.read_one(whole, paths, here=safe_to_read_here(paths))
+    reads = partial(read_channels, numbers=numbers, modalities=modalities, interpolate=interpolate)
+    return workers.read_single(reads, paths, here=safe_to_read_here(paths))

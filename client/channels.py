@@ -123,18 +123,14 @@ def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
             others += 1
         else:
             scans.setdefault((path.parent, ending, case_of(path.name)), {})[number] = one
-    _tell_which_is_which(
+    tell_which_is_which(
         channels, of_files=bool(by_channel), of_volumes=any(len(one) == 1 for one in scans), others=others
     )
     kept = []
     for held in scans.values():
-        case = whole(
-            [
-                replace(held[channel.number], modality=channel.modality or held[channel.number].modality)
-                for channel in channels
-                if channel.number in held
-            ]
-        )
+        there = [(held[channel.number], channel) for channel in channels if channel.number in held]
+        parts = [replace(one, modality=channel.modality or one.modality) for one, channel in there]
+        case = whole(parts, parts[0].folder)
         if len(case.parts) < len(channels):
             left_out.append(_left_out(case, "lacks_channel"))
         else:
@@ -142,14 +138,19 @@ def of_channels(found: Catalogue, channels: Sequence[Channel]) -> Catalogue:
     return replace(found, candidates=tuple(kept), left_out=tuple(left_out))
 
 
-def whole(parts: Sequence[Candidate]) -> Candidate:
-    """The scan that is made of these, in the order of its channels; all lie in one folder, or below it."""
-    files = tuple(dict.fromkeys(file for part in parts for file in part.files))
-    return replace(parts[0], files=files, compressed=any(part.compressed for part in parts), parts=tuple(parts))
+def whole(parts: Sequence[Candidate], folder: Path) -> Candidate:
+    """The scan that is made of these, in the order of its channels; all lie in this folder, or below it."""
+    return replace(
+        parts[0],
+        folder=folder,
+        files=tuple(dict.fromkeys(path.relative_to(folder).as_posix() for part in parts for path in part.paths)),
+        compressed=any(part.compressed for part in parts),
+        parts=tuple(parts),
+    )
 
 
-def _tell_which_is_which(channels: Sequence[Channel], *, of_files: bool, of_volumes: bool, others: int) -> None:
-    """others: files of other channels."""
+def tell_which_is_which(channels: Sequence[Channel], *, of_files: bool, of_volumes: bool, others: int) -> None:
+    """Notes: which files of cases, and which volumes, are read as what. others: files of other channels."""
     if of_files:
         told = ", ".join(f"_{one.number:04d} as {on_one_line(one.name)}" for one in channels)
         more = f"; {others} file(s) of other channels are not looked at" if others else ""

@@ -11,12 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError
 
 SURPLUS = "has more cells than the header line; put quotation marks around a text that holds a comma, or a tab"
 """What is wrong with such a line: which text is which column's cannot be told, whose scan it is least of all."""
 
 
+_PATH = re.compile(r"[/\\]|\.(nii|gz|png|jpe?g|tiff?|dcm)$", re.IGNORECASE)
+"""Of a header's cell: then it names no column."""
 SHOWN = 5
 """Problems of a table that a message tells; the others are counted."""
 
@@ -36,7 +39,8 @@ class Row:
 
 
 def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tuple[str, ...], list[Row]]:
-    """Names of columns, and the lines below but those without any text, such as a spreadsheet ends a table with.
+    """Names of columns, without space around them, and the lines below but those without any text, such as a
+    spreadsheet ends a table with.
 
     named: what messages call it. keeps_bytes: bytes that are no UTF-8 cost the line they stand in, not the table.
     Raises ConfigError: it is no CSV. A quotation mark that nothing closes is told, for it takes all that follows along.
@@ -48,7 +52,7 @@ def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tupl
             file.seek(0)
             reader = csv.DictReader(file, strict=True, restval="", delimiter=_parted_by(header))
             rows = [_row(reader.line_num, raw) for raw in reader]
-            columns = tuple(reader.fieldnames or ())
+            columns = tuple(name.strip() for name in reader.fieldnames or ())
     except csv.Error:
         raise ConfigError(
             f"table {named}: line {reader.reader.line_num} is no CSV, or one before it: a quotation mark is open, or "
@@ -62,13 +66,18 @@ def rows_of(table: Path, *, named: str, keeps_bytes: bool = False) -> tuple[tupl
 def require_columns(named: str, known: Sequence[str], wanted: Iterable[str], way_out: str) -> None:
     """Raises ConfigError: a table so `named` has not each of these columns once, or one column alone."""
     problems = []
-    folded = {one.casefold(): one for one in known}
+    # Where the header line is missing, what stands there instead may name a patient.
+    folded = {one.casefold(): one for one in known if not _PATH.search(one)}
     for column in dict.fromkeys(wanted):
+        told = on_one_line(column)
         if column not in known:
             near = difflib.get_close_matches(column.casefold(), folded, n=1)
-            problems.append(f"no column '{column}'" + (f" (did you mean '{folded[near[0]]}'?)" if near else ""))
+            meant = f" (did you mean '{on_one_line(folded[near[0]])}'?)" if near else ""
+            problems.append(f"no column '{told}'{meant}")
         elif known.count(column) > 1:
-            problems.append(f"{known.count(column)} columns '{column}'")
+            problems.append(f"{known.count(column)} columns '{told}'")
+    if problems and not folded:
+        raise ConfigError(f"table {named}: its first line must name the columns, and is one of paths")
     if problems and len(known) == 1 and any(mark in known[0] for mark in ";\t|"):
         raise ConfigError(f"table {named}: its header is a single column; separate columns by commas")
     if problems:
@@ -79,11 +88,11 @@ def wrong_paths(cells: Mapping[str, str], columns: Sequence[str], scan_columns: 
     """What is wrong with a line's paths in these columns, of which some are a scan's channels; no text of the line is
     told, which could be a patient's."""
     for column in columns:
-        path = PurePosixPath(cells[column])
+        path, told = PurePosixPath(cells[column]), on_one_line(column)
         if not cells[column]:
-            yield f"'{column}' is blank, and must be a path"
+            yield f"'{told}' is blank, and must be a path"
         elif path.is_absolute() or ".." in path.parts or "\0" in cells[column]:
-            yield f"'{column}' must be a path that stays below the folder"
+            yield f"'{told}' must be a relative path that stays below the folder"
     named = [PurePosixPath(cells[column]) for column in scan_columns if cells[column]]
     if 1 < len(set(named)) < len(named):
         yield "names one file for two channels; give each a file of its own, or all the same one of as many volumes"
@@ -103,5 +112,5 @@ def _parted_by(header: str) -> str:
 
 def _row(number: int, raw: dict[str | None, str | list[str]]) -> Row:
     """raw: of `csv.DictReader`, which keeps what is beyond the last column under None."""
-    cells = {name: text.strip() for name, text in raw.items() if name is not None and isinstance(text, str)}
+    cells = {name.strip(): text.strip() for name, text in raw.items() if name is not None and isinstance(text, str)}
     return Row(number, cells, has_surplus=any(text.strip() for text in raw.get(None, ())))

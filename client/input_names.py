@@ -34,8 +34,8 @@ def names_by_number(scans: Iterable[tuple[int, Candidate]], *, keeps_ending: boo
 
 
 def _name_of(scan: Candidate, *, keeps_ending: bool) -> str:
-    path, first = scan.paths[0], scan.parts[0] if scan.parts else scan
-    if len(first.files) > 1:
+    path = scan.paths[0]
+    if len(scan.first.files) > 1:
         return path.parent.resolve().name or path.name
     if len(scan.files) > 1:
         return case_of(path.name)

@@ -65,7 +65,7 @@ def _all(source: DataSource) -> Iterator[tuple[str, Listed | None, bool]]:
     found: dict[str, Listed | None] = {}
     for below, listed in read_table(source.table).items():
         path = source.folder / below
-        is_series = _is_folder(path)  # a row may name its folder
+        is_series = is_folder(path)  # a row may name its folder
         files = [((below / name).as_posix(), is_file) for name, is_file in _walk(path)] if is_series else []
         for file, is_file in files if is_series else [(below.as_posix(), True)]:
             if file not in found:
@@ -77,7 +77,7 @@ def _all(source: DataSource) -> Iterator[tuple[str, Listed | None, bool]]:
                 )
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
     """False where nobody can say, as below a folder that this user may not enter: then it is a file with a reason."""
     try:
         return path.is_dir()

@@ -67,9 +67,12 @@ def read_volumes(path: Path, wanted: Sequence[tuple[int, Modality]]) -> tuple[Sc
     """
     with _opened(path) as image:
         affine, flags = _affine(image)
-        held = {number: _volume(image, number) for number in sorted({number for number, _ in wanted})}
-    place_known = "orientation_assumed" not in flags
-    return tuple(_scan(held[number], affine, modality, place_known=place_known) for number, modality in wanted)
+        place_known = "orientation_assumed" not in flags
+        found: dict[int, Scan] = {}
+        for place in sorted(range(len(wanted)), key=lambda place: wanted[place][0]):  # forward through the file
+            number, modality = wanted[place]
+            found[place] = _scan(_volume(image, number), affine, modality, place_known=place_known)
+    return tuple(found[place] for place in range(len(wanted)))
 
 
 def _scan(voxels: NDArray[np.float32], affine: NDArray[np.float64], modality: Modality, *, place_known: bool) -> Scan:

@@ -103,10 +103,12 @@ def predict(
     table = CaseTable.of(scans, root, columns, manifest.task.channels or ()) if is_table(scans) else None
     if table is None and (root is not None or columns):
         raise ConfigError("--root, --scan: are of a table, and SCANS is no file whose name ends in .csv or .tsv")
+    if table is not None and names == "input":
+        raise ConfigError("--names input: masks of a table's scans are called by its lines; leave the option out")
     if dicom_seg:
         _check_dicom_seg(manifest, are_named=table is not None)
     make_new_folder("--out", out)
-    channels = _channels(manifest, scans, modality)
+    channels = _channels(manifest, None if table else scans, modality)
     reading = _reading(table or scans, manifest, channels, modality)
     inference = _inference(manifest, chosen, batch)
     called = _names(reading, manifest) if names == "input" else {}
@@ -123,11 +125,12 @@ def predict(
         raise CheckpointError(
             f"{model}: its answers are not all numbers: its training diverged; fine-tune it again"
         ) from None
+    finally:  # of what is interrupted, too: a line of a table must not be in neither
+        if show_paths or table is not None:
+            _write_table(out / _LEFT_OUT, _left_out(reading, all_files=bool(channels)))
     reading.explain()
     if channels and table is None and {"lacks_channel", "unknown_channel"} & reading.reasons.keys():
         progress.report(progress.Note(expected_names(channels)))
-    if show_paths or table is not None:
-        _write_table(out / _LEFT_OUT, _left_out(reading, all_files=bool(channels), show_paths=show_paths))
     reading.require(done)
     told = {
         "model": manifest.sha256,
@@ -142,11 +145,14 @@ def predict(
     print(f"{out}: {done} scan(s) predicted" + (f", {left} scan(s) or file(s) left out" if left else ""))
 
 
-def _left_out(reading: Reading, *, all_files: bool, show_paths: bool) -> Iterator[Line]:
-    """all_files: of what belongs together, not the first alone. A table's lines are told once."""
+def _left_out(reading: Reading, *, all_files: bool) -> Iterator[Line]:
+    """all_files: of what belongs together, not the first alone. Of a table its lines, where it says which files are
+    theirs."""
     for files, reason, line in sorted(reading.left_out, key=lambda one: one.line):
-        for file in files if all_files and not line else files[:1]:
-            yield {**({"line": line} if line else {}), **({"file": file} if show_paths else {}), "reason": reason}
+        if line:
+            yield {"line": line, "reason": reason}
+        else:
+            yield from ({"file": file, "reason": reason} for file in (files if all_files else files[:1]))
 
 
 def _check_dicom_seg(manifest: TaskManifest, *, are_named: bool) -> None:
@@ -161,13 +167,15 @@ def _check_dicom_seg(manifest: TaskManifest, *, are_named: bool) -> None:
     check_highdicom()
 
 
-def _channels(manifest: TaskManifest, scans: Path, modality: Modality | None) -> tuple[Channel, ...]:
-    """Empty of a task without channels. A dataset.json decides that lies with the scans and names them: which number
-    each is differs between hospitals. Tells where what is said of all is not what the name of one says."""
+def _channels(manifest: TaskManifest, scans: Path | None, modality: Modality | None) -> tuple[Channel, ...]:
+    """Empty of a task without channels. scans: None where a table names them; else a dataset.json decides that lies
+    with them and names the channels: which number each is differs between hospitals. Tells where what is said of all
+    is not what the name of one says."""
     if (apart := contradicted(manifest.task, modality)) is not None:
-        progress.report(progress.Note(f"WARNING: --modality: {apart}; it is prepared as {modality} all the same"))
+        how = f"it is prepared as {modality} all the same, where its file does not say what it is"
+        progress.report(progress.Note(f"WARNING: --modality: {apart}; {how}"))
     names, taken_for = manifest.task.channels or (), modalities_of(manifest.task, modality or manifest.modality)
-    told, numbers = numbers_beside(scans, names) if names else None, manifest.channel_numbers
+    told, numbers = numbers_beside(scans, names) if names and scans else None, manifest.channel_numbers
     if told not in (None, numbers):
         progress.report(
             progress.Note("dataset.json of the scans numbers the channels otherwise than the model, and decides")
@@ -347,14 +355,16 @@ class _Answers:
         }
 
     def _write_dicom_seg(self, path: Path, classes: NDArray[np.uint8], one: Asked) -> None:
-        affine, origin = one.grid.affine, one.origin
-        if affine is None or origin.format != "dicom":
+        affine, number, line = one.grid.affine, one.origin.number, one.origin.line
+        series = self.reading.found.candidates[number - 1].first
+        if affine is None or series.stack is None:
             return
-        if not write_dicom_seg(path, classes, affine, origin.paths[: origin.first], self.manifest):
+        if not write_dicom_seg(path, classes, affine, series.paths, self.manifest):
             why = "for its files lack what that must repeat"
-            if any(origin.frames):  # the second frame of a file, say
+            if any(frame.number for frame in series.stack.frames):  # the second frame of a file, say
                 why = "which highdicom does not make of such an enhanced (multi-frame) object"
-            progress.report(progress.Note(f"scan {one.origin.number}: no DICOM SEG, {why}; the NIfTI is there"))
+            called = f"line {line}" if line else f"scan {number}"
+            progress.report(progress.Note(f"{called}: no DICOM SEG, {why}; the NIfTI is there"))
 
     def _named(self, one: Asked) -> Line:
         origin = one.origin

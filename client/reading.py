@@ -40,8 +40,6 @@ class Origin:
     """Place in the order of reading, from 1, among all that looked usable by their headers."""
     frames: tuple[int, ...] = ()
     """Of DICOM: which frames of the files, in the order of slices."""
-    first: int = 0
-    """How many of the files are the first channel's, on whose grid answers lie."""
     line: int = 0
     """Of the table that names it, where one does."""
 
@@ -196,6 +194,5 @@ def _origin(number: int, candidate: Candidate) -> Origin:
         candidate.format,
         number,
         frames=tuple(frame.number for part in parts if part.stack is not None for frame in part.stack.frames),
-        first=len(parts[0].files),
         line=candidate.line,
     )

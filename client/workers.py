@@ -77,7 +77,7 @@ def read_in_order(
     return run(function, tasks, workers=1, time_limit_s=READING_LIMIT_S)  # one keeps the order
 
 
-def read_one(function: Callable[[Task], Result], task: Task, *, here: bool) -> Result:
+def read_single(function: Callable[[Task], Result], task: Task, *, here: bool) -> Result:
     """`read_in_order` of one task: what `function` returns. Raises the ScanError that it ended in."""
     ((_, outcome),) = read_in_order(function, [task], here=here)
     if isinstance(outcome, ScanError):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from client import cache, cache_journal, cache_room
-from client import catalogue as look_module
+from client import looking as look_module
 from client.cache import open_library, open_private_library
 from client.cache_room import prepared_bytes
 from client.catalogue import catalogue, read

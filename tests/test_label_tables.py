@@ -76,7 +76,7 @@ def test_a_column_that_stands_twice_is_not_guessed_at(tmp_path: Path) -> None:
 
 
 def test_a_path_that_no_file_can_have_is_told_by_its_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="line 2: 'scan' must be a path"):
+    with pytest.raises(ConfigError, match="line 2: 'scan' must be a relative path"):
         table(tmp_path, "scan,label,patient\na\0.png,no,1\n")
 
 

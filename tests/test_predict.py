@@ -38,14 +38,16 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def untrained(folder: Path, task: TaskConfig, *, diverged: bool = False, **more: Any) -> Path:
+def untrained(
+    folder: Path, task: TaskConfig, *, diverged: bool = False, plan: PlanConfig | None = None, **more: Any
+) -> Path:
     """A model of this task that never saw a scan, as fine-tuning would write it."""
     model = ModelConfig(prototypes=16)
     made = build_task_model(model, task, seed=0, pretrained=None)
     manifest = TaskManifest(
         task=task,
         model=model,
-        plan=PlanConfig(volume_spacing_mm=(2.0, 2.0, 2.0)),
+        plan=plan or PlanConfig(volume_spacing_mm=(2.0, 2.0, 2.0)),
         began_with="scratch",
         pretrained_digest=None,
         trained="full",

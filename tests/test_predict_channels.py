@@ -425,9 +425,13 @@ def test_what_is_read_here_is_counted_with_every_channel(monkeypatch: pytest.Mon
     one = Candidate(Path(), ("a.nii",), "nifti", "", "OT", (10, 10, 10), (1.0, 1.0, 1.0))
     monkeypatch.setattr(catalogue, "FEW_BYTES", 2 * 4 * 1000)
     assert safe_here([one, one])
-    assert not safe_here([whole([one] * 3)])
+    assert not safe_here([whole([one] * 3, Path())])
+    large = replace(one, files=("b.nii",), shape=(20, 20, 20))
+    assert not safe_here([whole([one, large], Path())])
+    assert not safe_here([whole([large, one], Path())])
+    assert whole([one, replace(one, compressed=True)], Path()).compressed
     assert one.modalities == ("OT",)
-    assert whole([replace(one, modality="CT"), one]).modalities == ("CT", "OT")
+    assert whole([replace(one, modality="CT"), one], Path()).modalities == ("CT", "OT")
 
 
 def test_a_classification_names_a_case_without_its_ending(tmp_path: Path) -> None:

@@ -13,18 +13,21 @@ import pytest
 import torch
 from pydicom.uid import generate_uid
 
-from client import case_tables
-from client.catalogue import read_one
+from client import case_tables, reading
+from client.candidates import Channel
+from client.catalogue import read_one, read_whole
 from client.inference import Inference
 from client.labelled import as_stored, as_values, grid_of
+from client.pictures import write_png
 from client.research_command import main
-from tests.series_files import write_series
+from tests.series_files import write_radiograph, write_series
 from tests.test_finetune import QUICK, write_config
 from tests.test_predict import noise, rows_of, untrained
 from tests.test_predict_channels import BALL, NUMBERS, write_case, write_in_one
 from unimiss_core.plan import prepare
+from unimiss_core.study import PlanConfig
 from unimiss_core.task_checkpoint import load
-from unimiss_core.task_config import SegmentationConfig
+from unimiss_core.task_config import ClassificationConfig, SegmentationConfig
 
 PET_CT = SegmentationConfig(classes=("ball", "cube"), channels=("CT", "PET"), input_size=(16, 33, 33))
 ONE = SegmentationConfig(classes=("ball", "cube"), input_size=(16, 33, 33))
@@ -158,14 +161,95 @@ def test_a_model_of_one_image_reads_the_column_that_is_named(tmp_path: Path) -> 
     assert predict(model, tmp_path / "scans", tmp_path / "folder", "--show-paths") == 0
     by_file = {row["file"]: row for row in rows_of(tmp_path / "folder" / "predictions.csv")}
     table = write_table(tmp_path / "t.csv", ["id", "volume"], ["1", "p1/pet"], ["2", "a_0001.nii.gz"])
-    words = ("--root", str(tmp_path / "scans"), "--scan", "volume", "--show-paths", "--names", "input")
+    words = ("--root", str(tmp_path / "scans"), "--scan", "volume", "--show-paths")
     assert predict(model, table, tmp_path / "out", *words) == 0
     rows = rows_of(tmp_path / "out" / "predictions.csv")
-    assert [row["name"] for row in rows] == ["pet", "a_0001"]
+    assert [row["mask"] for row in rows] == ["masks/line-00002.nii.gz", "masks/line-00003.nii.gz"]
     for row in rows:
         same = by_file[row["file"]]
         assert (row["key"], row["voxels/ball"]) == (same["key"], same["voxels/ball"])
     assert predict(model, table, tmp_path / "again", "--root", str(tmp_path / "scans")) == 2
+
+
+def test_values_and_missing_slices_are_those_of_a_folder(tmp_path: Path) -> None:
+    """Oracle: the folder that holds nothing else; and both options change what is drawn."""
+    write_patient(tmp_path, "p1", 3)
+    (tmp_path / "p1" / "ct" / "file007").unlink()
+    plan = PlanConfig(volume_spacing_mm=(2, 2, 2), missing_slices="interpolate")
+    filled = untrained(tmp_path / "filled", ONE, plan=plan)
+    table = write_table(tmp_path / "t.csv", ["scan"], ["p1/ct"])
+    assert predict(filled, table, tmp_path / "by-table") == 0
+    assert predict(filled, tmp_path / "p1" / "ct", tmp_path / "by-folder") == 0
+    write_case(tmp_path / "nifti", "a", 1, (2,))
+    model = untrained(tmp_path / "model", ONE)
+    table = write_table(tmp_path / "u.csv", ["scan"], ["nifti/a_0002.nii.gz"])
+    for kind in ("CT", "MR"):
+        assert predict(model, table, tmp_path / f"{kind}-table", "--modality", kind) == 0
+        assert predict(model, tmp_path / "nifti", tmp_path / f"{kind}-folder", "--modality", kind) == 0
+    for one, other in (("by-table", "by-folder"), ("CT-table", "CT-folder"), ("MR-table", "MR-folder")):
+        mask = np.asarray(nibabel.load(tmp_path / one / "masks" / "line-00002.nii.gz").dataobj)
+        same = np.asarray(nibabel.load(tmp_path / other / "masks" / "scan-00001.nii.gz").dataobj)
+        np.testing.assert_array_equal(mask, same)
+    of_kinds = [(tmp_path / f"{kind}-table" / "predictions.csv").read_bytes() for kind in ("CT", "MR")]
+    assert of_kinds[0] != of_kinds[1]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_files_do_not_say_the_channels_names_say_or_whoever_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: bool
+) -> None:
+    monkeypatch.setattr(reading, "safe_here", lambda _: here)
+    model = untrained(tmp_path / "model", PET_CT, channels=(0, 1))
+    write_case(tmp_path, "a", 1, (0, 2))
+    write_patient(tmp_path, "p1", 1)
+    table = write_table(tmp_path / "t.csv", ["CT", "PET"], ["a_0002.nii.gz", "a_0000.nii.gz"], ["p1/ct", "p1/pet"])
+    masks = {}
+    for said in (None, "MR"):
+        out = tmp_path / f"said-{said}"
+        assert predict(model, table, out, *(["--modality", said] if said else [])) == 0
+        told = "prepared as MR all the same, where its file does not say what it is"
+        assert (told in capsys.readouterr().err) == bool(said)
+        for row in rows_of(out / "predictions.csv"):
+            masks[said, row["line"]] = np.asarray(nibabel.load(out / row["mask"]).dataobj)
+    assert (masks[None, "2"] != masks["MR", "2"]).any()
+    np.testing.assert_array_equal(masks[None, "3"], masks["MR", "3"])
+
+
+def test_no_dataset_json_decides_about_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = untrained(tmp_path / "model", PET_CT, channels=(0, 1))
+    write_in_one(tmp_path / "scans", "b", 2, (2, 0))
+    table = write_table(tmp_path / "scans" / "t.csv", ["CT", "PET"], ["b.nii.gz"] * 2)
+    assert predict(model, table, tmp_path / "out") == 0
+    assert "counted from 0, 0 as CT, 1 as PET" in capsys.readouterr().err
+    channels = {"channel_names": {"0": "PET", "1": "CT"}}
+    (tmp_path / "scans" / "dataset.json").write_text(json.dumps({**channels, "labels": {"background": 0, "ball": 1}}))
+    assert predict(model, table, tmp_path / "again") == 0
+    first, again = ((tmp_path / name / "predictions.csv").read_text() for name in ("out", "again"))
+    assert first == again
+
+
+def test_pictures_are_channels_too_and_one_file_is_not_two(tmp_path: Path) -> None:
+    task = ClassificationConfig(rank=2, classes=("no", "yes"), channels=("early", "late"), input_size=(40, 44))
+    model = untrained(tmp_path / "model", task, channels=(0, 1))
+    for number in range(2):
+        write_png(tmp_path / f"{number}.png", noise((40, 44), number).clip(0, 255).astype(np.uint8))
+    write_radiograph(tmp_path / "xr" / "one.dcm", noise((40, 44), 3))
+    lines = (["0.png", "1.png"], ["1.png", "0.png"], ["xr", "xr/one.dcm"], ["xr", "1.png"])
+    table = write_table(tmp_path / "t.csv", ["early", "late"], *lines)
+    assert predict(model, table, tmp_path / "out") == 0
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    assert [row["line"] for row in rows] == ["2", "3", "5"]
+    assert len({(row["p/yes"], row["key"]) for row in rows}) == 3
+    assert rows_of(tmp_path / "out" / "left_out.csv") == [{"line": "4", "reason": "lacks_channel"}]
+
+
+def test_a_key_is_of_every_channels_frames(tmp_path: Path) -> None:
+    write_patient(tmp_path, "p1", 1)
+    table = case_tables.CaseTable(tmp_path, {2: ("p1/ct", "p1/pet")})
+    found = case_tables.cases_of_table(table, [Channel("CT", 0, None), Channel("PET", 1, None)], interpolate=False)
+    ((origin, scans),) = reading.Reading(found).each(read_whole)
+    assert (len(scans), len(origin.files), len(origin.frames)) == (2, 40, 40)
+    assert found.files_seen == 40
 
 
 # ---------------------------------------------------------------------------------------------------- what is left out
@@ -191,6 +275,8 @@ def test_what_a_line_lacks_is_told_by_its_number_and_the_rest_goes_on(
         ["miller2/ct", "miller2/pet", "a slice is missing"],
         ["brown_0000.nii.gz", "brown_0000.nii.gz", "one volume for both"],
         ["brown_0000.nii.gz", "miller1/pet", "apart"],
+        ["miller0/ct", "miller0/ct", "one series for both"],
+        ["m" * 300, "miller0/pet", "no name that a disk can have"],
     )
     assert predict(model, table, tmp_path / "out") == 0
     out = tmp_path / "out"
@@ -203,18 +289,70 @@ def test_what_a_line_lacks_is_told_by_its_number_and_the_rest_goes_on(
         {"line": "7", "reason": "missing_slices"},
         {"line": "8", "reason": "lacks_channel"},
         {"line": "9", "reason": "channels_apart"},
+        {"line": "10", "reason": "lacks_channel"},
+        {"line": "11", "reason": "cannot_open"},
     ]
     told = json.loads((out / "predicted.json").read_text())
-    assert sum(told["left_out"].values()) == 7
+    assert sum(told["left_out"].values()) == 9
     said = capsys.readouterr()
-    assert "left out: 2 lacks_channel: " in said.err
+    assert "left out: 3 lacks_channel: " in said.err
     assert "give each case as" not in said.err
     written = [path.read_text() for path in (out / "predictions.csv", out / "left_out.csv", out / "predicted.json")]
     assert not any("miller" in text or "brown" in text for text in (said.err, said.out, *written))
-    assert predict(model, table, tmp_path / "shown", "--show-paths") == 0
-    shown = rows_of(tmp_path / "shown" / "left_out.csv")
-    assert [row["file"] for row in shown][:3] == ["miller0/ct", "miller1/pet", "nowhere"]
-    assert [row["line"] for row in shown] == ["3", "4", "5", "6", "7", "8", "9"]
+
+
+def test_lines_that_are_hardly_one_patients_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = untrained(tmp_path / "model", PET_CT, channels=(0, 1))
+    for name in ("miller", "brown"):
+        write_patient(tmp_path, name, 1)
+    (tmp_path / "brown").rename(tmp_path / "p1")
+    (tmp_path / "miller").rename(tmp_path / "p2")
+    table = write_table(tmp_path / "t.csv", ["CT", "PET"], ["p1/ct", "p1/pet"], ["p1/ct", "p2/pet"])
+    assert predict(model, table, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "WARNING: 1 line(s) (3) hold series of which DICOM does not say that they are of one patient" in said
+    assert len(rows_of(tmp_path / "out" / "predictions.csv")) == 2
+
+
+def test_a_file_of_several_volumes_beside_others_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = untrained(tmp_path / "model", PET_CT, channels=(0, 1))
+    write_in_one(tmp_path, "b", 2, (2, 0))
+    write_case(tmp_path, "a", 1, (0, 2))
+    lines = (["b.nii.gz", "b.nii.gz"], ["a_0002.nii.gz", "b.nii.gz"], ["a_0002.nii.gz", "a_0000.nii.gz"])
+    assert predict(model, write_table(tmp_path / "t.csv", [" CT", "PET "], *lines), tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "channels: CT is column 'CT', PET is column 'PET'" in said
+    assert "WARNING: 1 line(s) (3) name a file of several volumes beside others, of which the first volume" in said
+    assert len(rows_of(tmp_path / "out" / "predictions.csv")) == 3
+
+
+def test_no_line_is_in_neither_table_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = untrained(tmp_path / "model", PET_CT, channels=(0, 1))
+    write_patient(tmp_path, "p1", 1)
+    line = ["p1/ct", "p1/pet"]
+    table = write_table(tmp_path / "t.csv", ["CT", "PET"], ["p1/ct", ""], line, line)
+    really, asked = Inference.mask, []
+
+    def mask(*arguments: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return really(*arguments)
+
+    monkeypatch.setattr(Inference, "mask", mask)
+    assert predict(model, table, tmp_path / "out") == 130
+    assert [row["line"] for row in rows_of(tmp_path / "out" / "predictions.csv")] == ["3"]
+    assert rows_of(tmp_path / "out" / "left_out.csv") == [{"line": "2", "reason": "lacks_channel"}]
+    assert not (tmp_path / "out" / "predicted.json").exists()
+
+
+def test_paths_that_begin_elsewhere_are_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = untrained(tmp_path / "model", ONE)
+    table = write_table(tmp_path / "t.csv", ["scan"], ["miller/a.nii"], ["miller/b.nii"])
+    assert predict(model, table, tmp_path / "out") == 3
+    said = capsys.readouterr().err
+    assert "nothing lies where the table says, below the folder that its paths begin from; --root names another" in said
+    assert "miller" not in said
 
 
 @pytest.mark.parametrize(
@@ -225,7 +363,7 @@ def test_what_a_line_lacks_is_told_by_its_number_and_the_rest_goes_on(
             ["CT", "PET"],
             ["/a", "../b"],
             [],
-            "line 2: 'CT' must be a path that stays below the folder\n  - line 2: 'PET'",
+            "line 2: 'CT' must be a relative path that stays below the folder\n  - line 2: 'PET'",
         ),
         (["CT", "PET"], ["a", "b", "c"], [], "line 2: has more cells than the header line"),
         (["CT", "PET", "n"], ["", "", "x"], [], "line 2: 'CT' is blank, and must be a path"),
@@ -235,6 +373,14 @@ def test_what_a_line_lacks_is_told_by_its_number_and_the_rest_goes_on(
         (["CT", "PET"], ["a", "b"], ["--root", "none"], "--root: none is no folder"),
         (["CT", "PET"], ["a", "b"], ["--scan", "CT=x y"], "no column 'x y'"),
         (["CT;PET"], ["a;b"], [], "its header is a single column; separate columns by commas"),
+        (
+            ["miller/CT", "miller/PET"],
+            ["a", "b"],
+            [],
+            "table t.csv: its first line must name the columns, and is one of",
+        ),
+        (["miller.CT/x", "note"], ["a", "b"], [], "no column 'CT'; no column 'PET'; name"),
+        (["CT", "PET"], ["a", "b"], ["--names", "input"], "--names input: masks of a table's scans are called by its"),
     ],
 )
 def test_a_table_that_is_wrong_is_told_before_anything_is_looked_at(
@@ -246,12 +392,14 @@ def test_a_table_that_is_wrong_is_told_before_anything_is_looked_at(
     words: list[str],
     said: str,
 ) -> None:
-    monkeypatch.setattr(case_tables, "only_one", None)
+    monkeypatch.setattr(case_tables, "catalogue_each", None)
     model = untrained(tmp_path / "model", PET_CT, channels=(0, 1))
     table = write_table(tmp_path / "t.csv", header, *([] if line is None else [line]))
     assert predict(model, table, tmp_path / "out", *words) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "out" / "predictions.csv").exists()
+    told = capsys.readouterr().err
+    assert said in told
+    assert "miller" not in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_columns_are_a_tables_and_one_images_model_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +412,8 @@ def test_columns_are_a_tables_and_one_images_model_has_one(tmp_path: Path, capsy
     assert predict(model, table, tmp_path / "out", "--scan", "x", "--scan", "y") == 2
     assert "--scan: 2 columns, but the model reads one image or volume" in capsys.readouterr().err
     assert predict(model, table, tmp_path / "out") == 0
+    assert predict(model, tmp_path / "typo.csv", tmp_path / "again", "--root", str(tmp_path)) == 2
+    assert "typo.csv: does not exist; give a folder of scans, one file, or a table" in capsys.readouterr().err
 
 
 def test_two_files_for_three_channels_are_no_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
