@@ -123,11 +123,11 @@ def _parts(found: Sequence[Catalogue], channels: Sequence[Channel]) -> list[Cand
 
 def _tell_of(candidates: Sequence[Candidate], channels: Sequence[Channel]) -> None:
     """What a person should look at, for nothing says that it is wrong."""
-    in_one_file = [one for one in candidates if len({part.paths for part in one.parts}) < len(one.parts)]
+    of_several = [one for one in candidates if len(one.parts) > 1 and any(map(holds_several, one.parts))]
+    in_one_file = {one.line for one in of_several if len({part.paths for part in one.parts}) == 1}
     tell_which_is_which(channels, of_files=False, of_volumes=bool(in_one_file), others=0)
-    apart = [one for one in candidates if one not in in_one_file]
     _warn(
-        [one.line for one in apart if any(map(holds_several, one.parts))],
+        [one.line for one in of_several if one.line not in in_one_file],
         "name a file of several volumes beside others, of which the first volume is read",
     )
     # Not refused: series may have been given pseudonyms one by one.
