@@ -9,7 +9,7 @@ from torch import Tensor
 from client.finetune_config import FromCheckpoint, FromReleased, InitConfig
 from unimiss_core import checkpoint, task_checkpoint
 from unimiss_core.backbone import Backbone
-from unimiss_core.channels import for_channels_of, require_one
+from unimiss_core.channels import are_same, for_channels_of, require_one
 from unimiss_core.embedding import encoder_of, seen_whole
 from unimiss_core.errors import ScanError
 from unimiss_core.keys import read_signing_public_key
@@ -65,7 +65,9 @@ class Beginning:
 
     def has_head_for(self, task: TaskConfig) -> bool:
         """Whether its head answers just this, for scans of whatever size."""
-        return self.task is not None and _answered(self.task) == _answered(task)
+        if self.task is None or not are_same(task.channels, self.task.channels):
+            return False
+        return _answered(self.task) == _answered(task)
 
     def tensors_for(self, task: TaskConfig) -> Mapping[str, Tensor] | None:
         """`tensors`, as a model of the task's channels begins with them."""
@@ -139,5 +141,5 @@ def _from_checkpoint(init: FromCheckpoint, plan: PlanConfig | None) -> Beginning
 
 
 def _answered(task: TaskConfig) -> TaskConfig:
-    """The task as all have it that a head answers alike, of scans of whatever size and grid."""
-    return task.model_copy(update={"input_size": None, "other_grids": "refuse"})
+    """The task as all have it that a head answers alike, of scans of whatever size, grid and order of channels."""
+    return task.model_copy(update={"input_size": None, "other_grids": "refuse", "channels": None})

@@ -87,14 +87,16 @@ def test_what_stands_in_the_second_channel_alone_is_learnt(tmp_path: Path, capsy
         return capsys.readouterr().err
 
     assert "fine-tuned for the same classes: its head, too" in begun_with_that()
+    assert "fine-tuned for the same classes: its head, too" in begun_with_that(channels=["Class", "noise"])
     assert "a new head, for its own is for another task, other classes or other channels" in begun_with_that(
-        channels=["class", "noise"]
+        channels=["class", "other"]
     )
     for trains, channels, is_told in (
-        ("frozen", ["class", "noise"], True),
-        ("linear_probe", ["class", "noise"], True),
+        ("frozen", ["other", "noise"], True),
+        ("linear_probe", ["other", "noise"], True),
         ("frozen", ["noise", "class"], False),
-        ("full", ["class", "noise"], False),
+        ("frozen", ["class", "noise"], False),
+        ("full", ["other", "noise"], False),
     ):
         assert (SEES_THEIR_MEAN in begun_with_that(trains, channels=channels)) == is_told
 

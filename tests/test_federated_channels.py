@@ -499,7 +499,9 @@ def test_a_run_begins_from_what_knows_other_channels(tmp_path: Path) -> None:
             heard.clear()
             begun(frozen, beside)
             assert (progress.Note(SEES_THEIR_MEAN) in heard) == is_told
-    for channels in (NAMES[::-1], ("CT", "PET"), None):
+    reordered = study_of({**MASKS, "channels": NAMES[::-1]})
+    assert torch.equal(begun(reordered, folder)[kernel], tuned[kernel].flip(1))
+    for channels in ((*NAMES[:-1], "DWI"), ("CT", "PET"), None):
         other = study_of({**MASKS, "channels": channels})
         found = begun(other, folder)[kernel]
         assert found.shape[1] == (len(channels) if channels else 1)

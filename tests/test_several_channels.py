@@ -20,6 +20,7 @@ from client.nifti import write_nifti
 from client.splits import split_cases
 from tests.test_label_tables import configured
 from tests.test_labelled import write_case
+from unimiss_core.backbone import scan_kernel
 from unimiss_core.channels import for_channels_of
 from unimiss_core.errors import ConfigError, NoUsableScanError, ScanError
 from unimiss_core.network import build_network, tensors_of
@@ -85,11 +86,30 @@ def test_weights_of_the_same_channels_stay_and_of_others_are_parted_anew(rank: R
     same = for_channels_of(segmentation(rank), model, tensors, SEQUENCES)
     assert torch.equal(same[kernel], tensors[kernel])
     whole = tensors[kernel].sum(1)
-    for other in (None, ("T1", "T2"), SEQUENCES[::-1]):
+    for other in (None, ("T1", "T2"), ("T1", "T2", "T1gd", "DWI")):
         task = segmentation(rank, other)
         parted = for_channels_of(task, model, tensors, SEQUENCES)[kernel]
         torch.testing.assert_close(parted.sum(1), whole)
         build_task_model(model, task, seed=0, pretrained={**tensors, kernel: parted})
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.size)
+@pytest.mark.parametrize("rank", SIZES)
+def test_channels_keep_their_weights_wherever_they_stand(model: ModelConfig, rank: Rank) -> None:
+    """A model of the same channels in another order, asked about the scan in that order, answers as the first did."""
+    order = ("t2 ", "FLAIR", "T1GD", "T1")
+    network = begun(model, segmentation(rank))
+    tensors = tensors_of(network)
+    kernel = f"backbone.{scan_kernel(model, rank)}"
+    tensors[kernel] = torch.randn(tensors[kernel].shape, generator=torch.Generator().manual_seed(0)) / 10
+    scan = torch.randn(1, 4, *SIZES[rank], generator=torch.Generator().manual_seed(1))
+    places = [["FLAIR", "T1", "T1gd", "T2"].index(name) for name in ("T2", "FLAIR", "T1gd", "T1")]
+    known = build_task_model(model, segmentation(rank), seed=0, pretrained=tensors, takes_head=True).eval()
+    moved = for_channels_of(segmentation(rank, order), model, tensors, SEQUENCES)
+    assert not torch.equal(moved[kernel], tensors[kernel])
+    asked = build_task_model(model, segmentation(rank, order), seed=2, pretrained=moved, takes_head=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(asked(scan[:, places]), known(scan), rtol=1e-4, atol=1e-4)
 
 
 def test_a_task_of_one_channel_is_written_as_it_always_was() -> None:

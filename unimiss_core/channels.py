@@ -16,7 +16,8 @@ from unimiss_core.card_wording import on_one_line
 from unimiss_core.errors import ConfigError
 from unimiss_core.layers import CHANNELS
 from unimiss_core.model_config import ModelConfig
-from unimiss_core.task_config import TaskConfig, Trains
+from unimiss_core.task_config import TaskConfig, Trains, folded
+from unimiss_core.tasks import HEAD_KERNEL
 
 SEES_THEIR_MEAN = (
     "WARNING: the encoder begins with weights of other channels and stays so: it sees the mean of the task's, and "
@@ -26,7 +27,7 @@ SEES_THEIR_MEAN = (
 
 def sees_their_mean(task: TaskConfig, trains: Trains, known: tuple[str, ...] | None) -> bool:
     """Whether a model that begins with weights of scans of these channels never tells its task's apart."""
-    return trains != "full" and task.channels is not None and known != task.channels
+    return trains != "full" and task.channels is not None and not are_same(task.channels, known)
 
 
 def for_channels_of(
@@ -35,12 +36,22 @@ def for_channels_of(
     """The tensors of a network, or of a model for a task, as a model of the task's channels begins with them.
 
     known: channels of the scans that they are of; None of pretraining, and of tasks whose scans are one. Where they are
-    the task's, nothing is changed.
+    the task's, each keeps its part of the kernel, whatever place it has.
     """
     name = f"backbone.{scan_kernel(model, task.rank)}"
     if known == task.channels or name not in tensors:
         return tensors
+    if task.channels is not None and known is not None and are_same(task.channels, known):
+        places = [[*map(folded, known)].index(folded(one)) for one in task.channels]
+        return {**tensors, **{of: tensors[of][:, places].contiguous() for of in (name, HEAD_KERNEL) if of in tensors}}
     return {**tensors, name: _parted(tensors[name], task.channel_count or CHANNELS[task.rank])}
+
+
+def are_same(channels: Sequence[str] | None, others: Sequence[str] | None) -> bool:
+    """Whether scans of these are made of the same images or volumes, in any order; None: of one that has no name."""
+    if channels is None or others is None:
+        return channels is others
+    return sorted(map(folded, channels)) == sorted(map(folded, others))
 
 
 def require_one(channels: Sequence[str] | None) -> None:

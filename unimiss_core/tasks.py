@@ -25,6 +25,8 @@ from unimiss_core.task_config import SegmentationConfig, TaskConfig, Trains
 from unimiss_core.unvalued import unvalued
 
 _BACKBONE = "backbone."
+HEAD_KERNEL = "head.input.conv.weight"
+"""Of a `Segmenter`, what convolves the scan itself, (O, C, *k), as `backbone.scan_kernel` does."""
 FULL_WIDTH = 16
 """Channels of the map at full resolution: the widest of all in memory, so it is kept narrow."""
 
