@@ -1,8 +1,9 @@
 """What a site's patients have cost: charged before a scan is read, kept for ever, refused where it would be too much.
 
-One ledger for a site, over all runs and studies, for a patient pays for everything the site ever released. It lies in
-the state folder: `ledger.jsonl`, one entry a line (`client.ledger_entries`), each bearing the digest of the line before
-(`unimiss_core.chained_log`). A private round goes through it so:
+One ledger for a site, over all runs and studies, for a patient pays for everything the site ever released; or one for
+several sites that hold the same patients. It lies in the state folder, or where the site file says: `ledger.jsonl`, one
+entry a line (`client.ledger_entries`), each bearing the digest of the line before (`unimiss_core.chained_log`). A
+private round goes through it so:
 
     with ledger.alone(run):
         if (sent := ledger.reply_of(asked)) is not None:
@@ -26,6 +27,7 @@ where the limits do not allow it.
 """
 
 import hashlib
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -103,12 +105,21 @@ class Ledger:
     cannot be written to: what was charged before still is then, and nothing may be sent.
     """
 
-    def __init__(self, folder: Path, limits: PatientLimits, epsilon: Epsilon, seal: Seal | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limits: PatientLimits,
+        epsilon: Epsilon,
+        seal: Seal | None = None,
+        *,
+        shared: Path | None = None,
+    ) -> None:
         """folder: the site's state folder. epsilon: `client.accounting.epsilon`. seal: of the replies that are kept;
-        the ledger itself is in clear. Nothing is read or written yet."""
+        the ledger itself is in clear. shared: where the ledger lies, if not there; charges of other sites may come
+        between any two calls. Nothing is read or written yet."""
         self._folder, self._limits, self._epsilon, self._seal = folder, limits, epsilon, seal
         self._log: ChainedLog[Entry] = ChainedLog(
-            folder / "ledger.jsonl", entry_of, damaged=LedgerError, way_out=WAY_OUT
+            (shared or folder) / "ledger.jsonl", entry_of, damaged=LedgerError, way_out=WAY_OUT
         )
         self._held: str | None = None
 
@@ -323,8 +334,20 @@ class Ledger:
 
 
 def ledger_of(config: SiteConfig) -> Ledger:
-    """The ledger of a site, over all its studies."""
-    return Ledger(config.state, config.privacy, _epsilon, config.seal())
+    """The ledger of a site, over all its studies, and of every other site that names its folder."""
+    return Ledger(config.state, config.privacy, _epsilon, config.seal(), shared=config.ledger)
+
+
+def require_one_ledger(config: SiteConfig) -> None:
+    """Raises LedgerError: the site was charged in its state folder, and its file names a ledger elsewhere, which would
+    forget that."""
+    own = Ledger(config.state, config.privacy, _epsilon)
+    if os.path.realpath(config.ledger_folder) != os.path.realpath(config.state) and own.is_begun:
+        raise LedgerError(
+            f"site '{config.name}': its state folder holds a ledger that is begun, and 'ledger' of the site file names "
+            "another, in which those charges are not; let the ledger of the other sites be this one, or leave 'ledger' "
+            "out (docs/site.md, 'In two federations at once')"
+        )
 
 
 def _epsilon(releases: Sequence[Mechanism], delta: float) -> float:

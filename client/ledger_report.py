@@ -8,8 +8,8 @@ from rich.table import Table
 
 from client import accounting
 from client.audit import last_ledger, log_of
-from client.ledger import Account, Ledger, ledger_of
-from client.site_config import load_site
+from client.ledger import Account, Ledger, ledger_of, require_one_ledger
+from client.site_config import SiteConfig, load_site
 from client.terms import check_ledger, terms
 from unimiss_core.config import load
 from unimiss_core.errors import ConfigError, LedgerError
@@ -31,7 +31,7 @@ def show(site_file: Path, study_file: Path | None, console: Console) -> None:
         raise ConfigError(f"{study_file}: the study charges no patient (privacy.mode: {study.privacy.mode})")
     ledger = ledger_of(site)
     taken_part_in = list(terms(site, ledger))
-    console.print(_accounts(site.name, ledger))
+    console.print(_accounts(site, ledger))
     console.print(*taken_part_in, sep="\n", markup=False, highlight=False)
     if study is not None:
         held = site.privacy.ranks.intersection(study.ranks)
@@ -44,6 +44,7 @@ def begin_anew(site_file: Path) -> str:
     """Write down in the audit log that a ledger which lacks what the log tells of goes on from what it holds; what to
     tell the person who decided so. Raises LedgerError: what there is of it is damaged; AuditError, ConfigError."""
     site, log = load_site(site_file, reads_scans=False), log_of(site_file)
+    require_one_ledger(site)
     ledger = ledger_of(site)
     held, known = ledger.head, last_ledger(log)
     try:
@@ -59,14 +60,15 @@ def begin_anew(site_file: Path) -> str:
     )
 
 
-def _accounts(site: str, ledger: Ledger) -> Table:
-    table = Table(title=f"{site}: what a patient has cost; the chain is whole", title_justify="left")
+def _accounts(site: SiteConfig, ledger: Ledger) -> Table:
+    table = Table(title=f"{site.name}: what a patient has cost; the chain is whole", title_justify="left")
     for heading in ("study", "digest", "rounds charged", "delta", "epsilon spent", "limit", "left"):
         table.add_column(heading, justify="left" if heading in ("study", "digest") else "right")
     for (name, digest), account in ledger.study_accounts().items():
         table.add_row(name, digest[:12], *_figures(account))
     table.add_section()
-    table.add_row("all of this site", "", *_figures(ledger.site_account()))
+    whose = "all of this site" if site.ledger is None else "all of this ledger's sites"
+    table.add_row(whose, "", *_figures(ledger.site_account()))
     return table
 
 

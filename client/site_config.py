@@ -216,6 +216,10 @@ class SiteConfig(SiteTraining):
     these alone, and one of pretraining reads `data` alone."""
     state: GivenPath
     """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
+    ledger: GivenPath | None = None
+    """Folder of the ledger of what patients have cost; None means the state folder. Sites that hold the same patients,
+    as a hospital in two federations has, name one: what any of them releases then counts against the limits of all
+    (docs/site.md, 'In two federations at once')."""
     state_key: GivenPath | None = None
     """A key made by `unimiss-site make-key`, on another disk than the state folder: what is remembered of rounds and
     the preprocessed scans are then sealed with it (docs/sealing.md). None leaves them in clear."""
@@ -233,6 +237,10 @@ class SiteConfig(SiteTraining):
                 "key on another disk"
             )
         return read_seal(self.state_key)
+
+    @property
+    def ledger_folder(self) -> Path:
+        return self.ledger or self.state
 
     @property
     def cache_folder(self) -> Path:
@@ -265,7 +273,8 @@ def anchored(site: SiteConfig, base: Path) -> SiteConfig:
     for source in site.data:
         table = source.table and source.table.model_copy(update={"path": base / source.table.path})
         sources.append(source.model_copy(update={"folder": base / source.folder, "table": table}))
-    placed = {"state": base / site.state, "cache": site.cache and base / site.cache}
+    placed: dict[str, Path | None] = {"state": base / site.state}
+    placed |= {key: path and base / path for key, path in (("cache", site.cache), ("ledger", site.ledger))}
     labels = site.labels and site.labels.model_copy(update={"data": below_base(site.labels.data, base)})
     return site.model_copy(
         update={
@@ -297,7 +306,7 @@ def _require_data(site: SiteConfig) -> None:
         raise ConfigError(
             f"site '{site.name}': its file names what is not there\n" + "\n".join(f"  - {line}" for line in problems)
         )
-    for key, folder in (("state", site.state), ("cache", site.cache_folder)):
+    for key, folder in (("state", site.state), ("cache", site.cache_folder), ("ledger", site.ledger_folder)):
         if any(_is_read_through(source, folder) for source in site.data):
             raise ConfigError(
                 f"site '{site.name}': '{key}': {folder} lies in a folder of scans, and what is written there would be "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from client.audit import last_ledger, site_log
 from client.hold import Hold
 from client.home import PATIENTS_OF_BEFORE
-from client.ledger import Ledger
+from client.ledger import Ledger, require_one_ledger
 from client.site_config import PatientLimits, SiteConfig
 from client.telling import tell
 from unimiss_core import locks
@@ -39,8 +39,10 @@ def check_terms(config: SiteConfig, study: StudyConfig, ledger: Ledger) -> None:
 
 
 def check_ledger(config: SiteConfig, ledger: Ledger) -> None:
-    """Raises LedgerError: by the site's own audit log, the ledger was put back or begun anew; and as `Ledger`. A state
-    folder that was put back as a whole takes the log with it: that, coordinators notice (`Ledger.check_known`)."""
+    """Raises LedgerError: by the site's own audit log, the ledger was put back or begun anew; and as `Ledger` and
+    `require_one_ledger`. A state folder that was put back as a whole takes the log with it: that, coordinators notice
+    (`Ledger.check_known`)."""
+    require_one_ledger(config)
     if (known := last_ledger(site_log(config.state))) is not None:
         ledger.check_known(known, by="this site's own audit log tells of")
 
@@ -87,6 +89,8 @@ def terms(config: SiteConfig, ledger: Ledger, *, unowned: int = 0) -> Iterator[s
         yield f"Patient-level studies: yes, as a site with {' and '.join(limits.holds or ())}; epsilon: {most}."
         if limits.max_epsilon is not None and not is_charged:
             yield f"Nothing was charged here yet. {PATIENTS_OF_BEFORE}"
+    if config.ledger is not None:
+        yield "What patients cost is counted together with every other site whose file names the same ledger."
     if (held := Hold(config).in_words()) is not None:
         yield f"Held: {held}."
     if (why := _protected(limits, ledger)) is not None:
