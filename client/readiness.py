@@ -4,6 +4,7 @@ All that it sends is one empty question to the coordinator. Each look is a point
 do about it.
 """
 
+import os
 import shutil
 import stat
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ def points(home: Home, site: SiteConfig) -> Iterator[Point]:
     """All that is looked at, in the order in which a person would mend it. Raises ConfigError: keys are damaged."""
     yield _private(home)
     yield _audit_log(site)
+    if site.ledger is not None:
+        yield _shared_ledger(site.ledger)
     yield Point("good", "code", f"the bundle that may run here has the sha256 {bundle.fab_hash()}")
     yield from _room(site)
     yield from _devices(site)
@@ -76,6 +79,14 @@ def _audit_log(site: SiteConfig) -> Point:
     except (AuditError, ConfigError) as error:
         return Point("bad", "audit log", str(error))
     return Point("good", "audit log", f"whole, {lines} lines")
+
+
+def _shared_ledger(folder: Path) -> Point:
+    """What cannot be charged does not leave."""
+    if os.access(_existing(folder), os.W_OK | os.X_OK):
+        return Point("good", "ledger", "its folder, which other sites may name, can be written to")
+    told = "its folder cannot be written to by this user, and without it no private round is let in"
+    return Point("bad", "ledger", f"{told}; docs/site.md, 'In two federations at once'")
 
 
 def _room(site: SiteConfig) -> Iterator[Point]:

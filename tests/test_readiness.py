@@ -116,6 +116,19 @@ def test_the_question_goes_through_the_proxy_that_the_environment_names(
     assert reach(pair.site).way == "directly"
 
 
+@pytest.mark.parametrize("can_be_written", [True, False])
+def test_a_shared_ledger_that_cannot_be_written_to_is_bad(
+    pair: Joined, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, can_be_written: bool
+) -> None:
+    config, asked = load_site(pair.site.site), []
+    assert "ledger" not in found(pair)
+    monkeypatch.setattr(readiness.os, "access", lambda path, _: asked.append(path) or can_be_written)
+    shared = config.model_copy(update={"ledger": tmp_path / "not" / "there" / "yet"})
+    (point,) = (point for point in points(pair.site, shared) if point.what == "ledger")
+    assert point.mark == ("good" if can_be_written else "bad")
+    assert asked == [tmp_path]
+
+
 def test_keys_that_others_can_read_are_bad(pair: Joined) -> None:
     pair.site.tls_key.chmod(0o640)
     assert found(pair)["keys"].mark == "bad"

@@ -10,7 +10,8 @@ _KEYS: Mapping[str, str] = {
     "wire privacy",
     "a simulation file": "study overrides start sites probe probe_every quorum forget_ledgers workers",
     "a site file": "name devices precision micro_batch patients_at_once views_in_turn activation_checkpointing compile "
-    "cuda_graphs threads checkpoint_minutes workers privacy policy data labels state ledger state_key cache cache_limit_gb",
+    "cuda_graphs threads checkpoint_minutes workers privacy policy data labels state ledger state_key cache "
+    "cache_limit_gb",
     "a coordinator file": "study out start start_key signing_key sites identity min_sites min_replies wait_s "
     "introduction_s deadline_s round_tries retry_s set_aside_after keep_checkpoints probe probe_every ledgers "
     "forget_ledgers written_by",
