@@ -5,7 +5,8 @@ keys/                   site.key, site.tls.key: one private key in two forms (06
                         after `join` also site.crt, authority.crt, coordinator.pub, out of the welcome
 SITE.join.yaml          to be given to the coordinator's operator
 welcome.yaml            what the coordinator's operator gave back: written by `unimiss-site join`
-state/                  all that the daemon writes: ledger, audit log, cache, what was learned, Flower's own home
+state/                  all that the daemon writes: ledger, audit log, cache, what was learned, Flower's own home; but
+                        what `ledger` and `cache` of site.yaml put elsewhere
 """
 
 import os

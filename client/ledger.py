@@ -27,15 +27,16 @@ where the limits do not allow it.
 """
 
 import hashlib
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from os.path import realpath
 from pathlib import Path
 
 from client.ledger_entries import Charges, Entry, Replied, Request, Reserved, entry_of, releases_of, total
+from client.shared_ledger import NOTE, note_in, noted_in
 from client.site_config import PatientLimits, SiteConfig
 from client.site_state import KEPT_ROUNDS, make_run_folder, name_in_seal, run_folder
 from unimiss_core import durable
@@ -50,6 +51,8 @@ from unimiss_core.sealing import Damaged, Seal
 from unimiss_core.study import StudyConfig
 
 WAY_OUT = "docs/privacy.md, 'The ledger', says what to do"
+_NOT_YET = "not charged yet"
+"""Of a site that counts with others: no entry bears it."""
 
 Epsilon = Callable[[Sequence[Mechanism], float], float]
 """(releases, delta) -> epsilon of them together; raises ConfigError where it is too large to be told."""
@@ -118,6 +121,7 @@ class Ledger:
         the ledger itself is in clear. shared: where the ledger lies, if not there; charges of other sites may come
         between any two calls. Nothing is read or written yet."""
         self._folder, self._limits, self._epsilon, self._seal = folder, limits, epsilon, seal
+        self._shared = shared
         self._log: ChainedLog[Entry] = ChainedLog(
             (shared or folder) / "ledger.jsonl", entry_of, damaged=LedgerError, way_out=WAY_OUT
         )
@@ -151,8 +155,9 @@ class Ledger:
     def reply_of(self, asked: Asked) -> bytes | None:
         """The reply to this very request, as it was recorded; None where none was, or it is no longer kept (the last
         two rounds of a run are), so that another is a new release."""
+        owner = self._owner()
         with self._log.writing() as log:  # not only read: the entry must be on the disk before the reply goes
-            digest = Charges.of(log.chain).newest_reply(asked.as_charged)
+            digest = Charges.of(log.chain, owner).newest_reply(asked.as_charged)
         path = self._reply_file(asked.run, asked.round)
         try:
             reply = path.read_bytes()
@@ -176,13 +181,14 @@ class Ledger:
         self._require_alone(asked.run)
         if not (charged := total(releases)):
             raise ValueError("a private round without releases")
+        owner = self._owner(begins=True)
         with self._log.writing() as log:
-            charges = Charges.of(log.chain)
+            charges = Charges.of(log.chain, owner)
             entry = _open_for(charges, asked, charged)
             added = [] if entry else charged
             if (refused := self._refused(charges, asked.study, charged, added)) is not None:
                 raise PrivacyBudgetError(f"round {asked.round} of study '{asked.study.name}' is refused: {refused}")
-            seq = entry.seq if entry else log.append(partial(_reserved, asked, charged)).seq
+            seq = entry.seq if entry else log.append(partial(_reserved, asked, charged, owner)).seq
         return Reservation(seq, asked.run, asked.round)
 
     def record_reply(self, reservation: Reservation, reply: bytes) -> None:
@@ -192,18 +198,19 @@ class Ledger:
         """
         self._require_alone(reservation.run)
         path = self._reply_file(reservation.run, reservation.round)
+        charges = self._charges()
+        newest = charges.newest(reservation.run)
+        if newest is None or newest.seq != reservation.seq or newest.seq in charges.replies:
+            raise ValueError("a reply to a reservation that is used or given up")
+        # Kept first: a reply that is noted and lost would have to be paid for again. And while nobody is kept from the
+        # ledger, for other sites may count in it: what is asked above nobody changes meanwhile, by `alone`.
+        try:
+            make_run_folder(path.parent)
+            durable.write_bytes(path, reply if self._seal is None else self._seal.seal(reply, name_in_seal(path)))
+        except OSError as error:
+            raise _unwritable(error) from None
+        digest = hashlib.sha256(reply).hexdigest()
         with self._log.writing() as log:
-            charges = Charges.of(log.chain)
-            newest = charges.newest(reservation.run)
-            if newest is None or newest.seq != reservation.seq or newest.seq in charges.replies:
-                raise ValueError("a reply to a reservation that is used or given up")
-            # Kept first: a reply that is noted and lost would have to be paid for again.
-            try:
-                make_run_folder(path.parent)
-                durable.write_bytes(path, reply if self._seal is None else self._seal.seal(reply, name_in_seal(path)))
-            except OSError as error:
-                raise _unwritable(error) from None
-            digest = hashlib.sha256(reply).hexdigest()
             log.append(partial(Replied, reservation=reservation.seq, reply=digest))
         _forget_replies(path.parent, newest=reservation.round)
 
@@ -214,9 +221,14 @@ class Ledger:
             return log.chain.head
 
     @property
+    def entries(self) -> int:
+        """How many it has. Nothing is written."""
+        return len(self._log.read().entries)
+
+    @property
     def is_begun(self) -> bool:
         """Whether it has any entry. Nothing is written."""
-        return bool(self._log.read().entries)
+        return self.entries > 0
 
     def check_known(self, known: Head, *, by: str = "the coordinator has seen") -> None:
         """Raises LedgerError: `known`, which was this ledger's head when somebody looked, is not in it. So it is an
@@ -226,7 +238,8 @@ class Ledger:
         if not chain.holds(known):
             raise LedgerError(
                 f"{by} entry {known.seq} of this site's ledger, which is not in it (it holds {chain.head.seq}): the "
-                f"state folder, or the ledger in it, was put back to an older one, or begun anew; {WAY_OUT}"
+                "state folder, or the ledger, was put back to an older one, or begun anew, or 'ledger' of the site "
+                f"file named another folder then; {WAY_OUT}"
             )
 
     def site_account(self) -> Account:
@@ -250,7 +263,7 @@ class Ledger:
 
     def newest_charge(self, study: StudyConfig) -> Request | None:
         """What was charged last for `study` as it stands: the run at work on it, if any is, and how far it has come."""
-        charged = [entry for entry in self._charges().of_study(study.name) if entry.study == study.digest()]
+        charged = [entry for entry in self._charges().own if entry.study == study.digest()]
         return charged[-1].for_request if charged else None
 
     def rounds_left(self, study: StudyConfig, ranks: Collection[Rank], *, after: int = 0) -> int:
@@ -277,7 +290,17 @@ class Ledger:
         return self._charges().newest(run) is not None
 
     def _charges(self) -> Charges:
-        return Charges.of(self._log.read())
+        return Charges.of(self._log.read(), self._owner())
+
+    def _owner(self, *, begins: bool = False) -> str | None:
+        """What marks this site's charges; None in a ledger of its own. begins: from now on it counts in this folder."""
+        if self._shared is None:
+            return None
+        try:
+            note = noted_in(self._folder, self._shared) if begins else note_in(self._folder)
+        except OSError as error:
+            raise _unwritable(error) from None
+        return _NOT_YET if note is None else note.owner
 
     def _account(self, entries: Sequence[Reserved], limit: float | None, delta: float) -> Account:
         try:
@@ -339,15 +362,33 @@ def ledger_of(config: SiteConfig) -> Ledger:
 
 
 def require_one_ledger(config: SiteConfig) -> None:
-    """Raises LedgerError: the site was charged in its state folder, and its file names a ledger elsewhere, which would
-    forget that."""
-    own = Ledger(config.state, config.privacy, _epsilon)
-    if os.path.realpath(config.ledger_folder) != os.path.realpath(config.state) and own.is_begun:
+    """Raises LedgerError: the site was charged in another ledger than its file names, which would forget that;
+    ConfigError: there is no folder that the file names, or it lies where its files would not stay."""
+    places = (config.ledger_folder, config.state, config.cache_folder)
+    folder, state, cache = (Path(realpath(place)) for place in places)  # of a loop, too, of which whoever writes tells
+    try:
+        note, is_there = note_in(config.state), folder.is_dir()
+    except OSError as error:
+        raise ConfigError(f"'ledger' or 'state' cannot be looked into: {error.strerror or 'unknown error'}") from None
+    way_out = "(docs/site.md, 'In two federations at once')"
+    if note is not None and note.folder != str(folder):
+        what = "names another folder" if config.ledger else "is left out"
+        raise LedgerError(
+            f"site '{config.name}': it counts what patients cost in a ledger with other sites, and 'ledger' of its "
+            f"file {what} now, in which those charges may not be; {NOTE} of the state folder says which it was. Where "
+            f"that was moved, not copied, while no daemon of these sites ran, delete the note {way_out}"
+        )
+    if config.ledger is None or folder == state:
+        return
+    if Ledger(config.state, config.privacy, _epsilon).is_begun:
         raise LedgerError(
             f"site '{config.name}': its state folder holds a ledger that is begun, and 'ledger' of the site file names "
-            "another, in which those charges are not; let the ledger of the other sites be this one, or leave 'ledger' "
-            "out (docs/site.md, 'In two federations at once')"
+            f"another, in which those charges are not; move it there, where that is empty, or leave it out {way_out}"
         )
+    if {state, cache} & {*folder.parents}:
+        raise ConfigError("'ledger' lies below the state folder or the cache, parts of which go; point it away")
+    if not is_there:
+        raise ConfigError("'ledger' names no folder; correct it, or make the folder (mkdir -m 700), before a round")
 
 
 def _epsilon(releases: Sequence[Mechanism], delta: float) -> float:
@@ -371,7 +412,7 @@ def _open_for(charges: Charges, asked: Asked, releases: Sequence[Mechanism]) -> 
     return newest if same else None
 
 
-def _reserved(asked: Asked, releases: Sequence[Mechanism], *, seq: int, previous: str) -> Reserved:
+def _reserved(asked: Asked, releases: Sequence[Mechanism], owner: str | None, *, seq: int, previous: str) -> Reserved:
     promise = asked.study.privacy
     assert isinstance(promise, PatientPrivacyConfig), "checked before it is charged"
     return Reserved(
@@ -385,6 +426,7 @@ def _reserved(asked: Asked, releases: Sequence[Mechanism], *, seq: int, previous
         max_epsilon=promise.max_epsilon,
         delta=promise.delta,
         mechanisms=tuple((each.noise_multiplier, each.sampling_rate, each.steps) for each in releases),
+        owner=owner,
     )
 
 

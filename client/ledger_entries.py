@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter
 
+from client.shared_ledger import OWNER
 from unimiss_core.chained_log import Chain, Link
 from unimiss_core.config import RUN, Name
 from unimiss_core.privacy import Mechanism
@@ -48,6 +49,8 @@ class Reserved(Link):
     delta: Delta
     mechanisms: Annotated[tuple[tuple[Noise, Chance, Count], ...], Field(min_length=1)]
     """(noise multiplier, sampling rate, steps) of each."""
+    owner: Annotated[str | None, Field(pattern=f"^{OWNER}$", exclude_if=lambda owner: owner is None)] = None
+    """Of a ledger that several sites count in, whose charge this is (`client.shared_ledger`)."""
 
     @property
     def for_request(self) -> Request:
@@ -92,12 +95,19 @@ class Charges:
     reserved: Sequence[Reserved]
     replies: dict[int, str]
     """Number of a reservation -> digest of its reply."""
+    owner: str | None = None
+    """Who asks: limits are over all that is reserved, and a round goes on under its own site's charge alone."""
 
     @classmethod
-    def of(cls, chain: Chain[Entry]) -> "Charges":
+    def of(cls, chain: Chain[Entry], owner: str | None = None) -> "Charges":
         reserved = [entry for entry in chain.entries if isinstance(entry, Reserved)]
         replied = [entry for entry in chain.entries if isinstance(entry, Replied)]
-        return cls(reserved, {entry.reservation: entry.reply for entry in replied})
+        return cls(reserved, {entry.reservation: entry.reply for entry in replied}, owner)
+
+    @property
+    def own(self) -> list[Reserved]:
+        """What the site that asks was charged for."""
+        return [entry for entry in self.reserved if entry.owner == self.owner]
 
     def of_study(self, name: str) -> list[Reserved]:
         """All that was charged under a study's name: its digest changes with each setting, and patients do not."""
@@ -105,11 +115,11 @@ class Charges:
 
     def newest(self, run: str) -> Reserved | None:
         """The last reservation of a run: the only one that may still be used."""
-        return next((entry for entry in reversed(self.reserved) if entry.run == run), None)
+        return next((entry for entry in reversed(self.own) if entry.run == run), None)
 
     def newest_reply(self, request: Request) -> str | None:
         """The digest of the last reply to it."""
-        paid = (entry.seq for entry in reversed(self.reserved) if entry.for_request == request)
+        paid = (entry.seq for entry in reversed(self.own) if entry.for_request == request)
         return next((self.replies[seq] for seq in paid if seq in self.replies), None)
 
 

@@ -16,13 +16,14 @@ from typing import Literal
 from client.audit import site_log
 from client.health import PROBLEMS, read_health
 from client.home import Home
+from client.ledger import ledger_of, require_one_ledger
 from client.listening import listeners_of
 from client.reachability import Reached, reach
 from client.site_config import SiteConfig
 from unimiss_core import bundle
 from unimiss_core.certificates import days_left, read_certificate
 from unimiss_core.device import devices_of, left_unused, memory_of
-from unimiss_core.errors import AuditError, ConfigError
+from unimiss_core.errors import AuditError, ConfigError, LedgerError
 
 Mark = Literal["good", "warning", "bad"]
 
@@ -48,7 +49,7 @@ def points(home: Home, site: SiteConfig) -> Iterator[Point]:
     yield _private(home)
     yield _audit_log(site)
     if site.ledger is not None:
-        yield _shared_ledger(site.ledger)
+        yield shared_ledger(site)
     yield Point("good", "code", f"the bundle that may run here has the sha256 {bundle.fab_hash()}")
     yield from _room(site)
     yield from _devices(site)
@@ -81,12 +82,20 @@ def _audit_log(site: SiteConfig) -> Point:
     return Point("good", "audit log", f"whole, {lines} lines")
 
 
-def _shared_ledger(folder: Path) -> Point:
-    """What cannot be charged does not leave."""
-    if os.access(_existing(folder), os.W_OK | os.X_OK):
-        return Point("good", "ledger", "its folder, which other sites may name, can be written to")
-    told = "its folder cannot be written to by this user, and without it no private round is let in"
-    return Point("bad", "ledger", f"{told}; docs/site.md, 'In two federations at once'")
+def shared_ledger(site: SiteConfig) -> Point:
+    """What cannot be charged does not leave; two operators see by the number whether theirs is one ledger."""
+    folder = site.ledger_folder
+    try:
+        require_one_ledger(site)
+        entries = ledger_of(site).entries
+        files = [path for name in ("ledger.jsonl", "ledger.head") if (path := folder / name).exists()]
+    except (LedgerError, ConfigError) as error:
+        return Point("bad", "ledger", str(error))
+    except OSError as error:
+        return Point("bad", "ledger", f"{folder} cannot be looked into ({error.strerror})")
+    if not os.access(folder, os.W_OK | os.X_OK) or not all(os.access(file, os.R_OK | os.W_OK) for file in files):
+        return Point("bad", "ledger", f"{folder}, or a file in it, cannot be written to by this user")
+    return Point("good", "ledger", f"{entries} entries in {folder.resolve()}, with every other site that names it")
 
 
 def _room(site: SiteConfig) -> Iterator[Point]:

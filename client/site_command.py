@@ -69,8 +69,8 @@ def _init(options: argparse.Namespace) -> None:
     if options.state is None:
         print(f"Then fill in {begun.home.site}. {PATIENTS_OF_BEFORE}")
     else:
-        print(f"Then fill in {begun.home.site}: data, and privacy, policy and state_key as the site file of before has")
-        print("them. Ledger and audit log of before go on.")
+        print(f"Then fill in {begun.home.site}: data, and privacy, policy, ledger and state_key as the site file of")
+        print("before has them. Ledger and audit log of before go on.")
 
 
 def _add_join(parser: argparse.ArgumentParser) -> None:

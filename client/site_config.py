@@ -217,9 +217,9 @@ class SiteConfig(SiteTraining):
     state: GivenPath
     """Folder for optimiser state, teacher, secret and cache: on local disk, readable by the daemon alone."""
     ledger: GivenPath | None = None
-    """Folder of the ledger of what patients have cost; None means the state folder. Sites that hold the same patients,
-    as a hospital in two federations has, name one: what any of them releases then counts against the limits of all
-    (docs/site.md, 'In two federations at once')."""
+    """Folder of the ledger of what patients have cost, which must be there; None means the state folder. Sites that
+    hold the same patients, as a hospital in two federations has, name one: what any of them releases then counts
+    against the limits of all (docs/site.md, 'In two federations at once')."""
     state_key: GivenPath | None = None
     """A key made by `unimiss-site make-key`, on another disk than the state folder: what is remembered of rounds and
     the preprocessed scans are then sealed with it (docs/sealing.md). None leaves them in clear."""

@@ -1,6 +1,7 @@
 """What `unimiss-site check` finds on this machine and on the way to the coordinator; `status` and `leave`."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -122,11 +123,18 @@ def test_a_shared_ledger_that_cannot_be_written_to_is_bad(
 ) -> None:
     config, asked = load_site(pair.site.site), []
     assert "ledger" not in found(pair)
-    monkeypatch.setattr(readiness.os, "access", lambda path, _: asked.append(path) or can_be_written)
-    shared = config.model_copy(update={"ledger": tmp_path / "not" / "there" / "yet"})
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "ledger.jsonl").touch()
+
+    def access(path: Path, mode: int) -> bool:
+        asked.append((path.name, mode))
+        return can_be_written or path.suffix == ""
+
+    monkeypatch.setattr(readiness.os, "access", access)
+    shared = config.model_copy(update={"ledger": tmp_path / "both"})
     (point,) = (point for point in points(pair.site, shared) if point.what == "ledger")
     assert point.mark == ("good" if can_be_written else "bad")
-    assert asked == [tmp_path]
+    assert asked == [("both", os.W_OK | os.X_OK), ("ledger.jsonl", os.R_OK | os.W_OK)]
 
 
 def test_keys_that_others_can_read_are_bad(pair: Joined) -> None:

@@ -3,17 +3,21 @@
 import json
 import os
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
 
 from client.ledger import Asked, Ledger, ledger_of
+from client.readiness import Point, shared_ledger
+from client.shared_ledger import NOTE
 from client.site_command import main
 from client.site_config import PatientLimits, load_site
 from client.terms import check_ledger, check_terms, terms
 from tests.federation import small_study
 from tests.test_ledger import ROUND_COST, by_hand, private, releases
 from tests.test_ledger_command import rows
+from unimiss_core import durable
 from unimiss_core.errors import ConfigError, LedgerError, PrivacyBudgetError
 from unimiss_core.study import StudyConfig
 
@@ -22,6 +26,7 @@ RUNS = {"north": "1" * 16, "south": "2" * 16}
 
 def site_file(folder: Path, name: str, *, ledger: str | None = "../both", **privacy: object) -> Path:
     (folder / name / "scans").mkdir(parents=True)
+    (folder / "both").mkdir(exist_ok=True)
     raw = {"name": name, "data": [{"folder": "scans"}], "state": "state", **({"ledger": ledger} if ledger else {})}
     path = folder / name / "site.yaml"
     path.write_text(yaml.safe_dump({**raw, "privacy": {"holds": ["images"], "max_epsilon": 8.0, **privacy}}))
@@ -122,7 +127,107 @@ def test_processes_of_both_that_charge_at_once_never_spend_more_than_the_limit(t
     assert (account.rounds, account.spent) == (7, pytest.approx(7 * ROUND_COST))
 
 
+def test_two_sites_in_one_run_go_on_under_no_charge_of_the_others(tmp_path: Path) -> None:
+    """A coordinator of both may choose one id, or a hospital join one federation twice; the requests may be equal."""
+    run, study = RUNS["north"], private("chest")
+    north, south = (opened(site_file(tmp_path, name)) for name in RUNS)
+    asked = Asked(study, run, 1, "a" * 64)
+    with north.alone(run), south.alone(run):
+        first, second = (ledger.reserve(asked, releases()) for ledger in (north, south))
+        assert first.seq != second.seq
+        south.record_reply(second, b"south")
+        assert north.reply_of(asked) is None
+        assert north.reserve(asked, releases()) == first
+        north.record_reply(first, b"north")
+    for ledger, reply in ((north, b"north"), (south, b"south")):
+        assert go_through(ledger, study, run, 1, b"another") == reply
+        assert ledger.site_account().rounds == 2
+    go_through(south, study, run, 2, b"south")
+    charged = [ledger.newest_charge(study) for ledger in (north, south)]
+    assert [request and request.round for request in charged] == [1, 2]
+    assert "owner" in (tmp_path / "both" / "ledger.jsonl").read_text()
+
+
+def test_a_ledger_of_one_site_is_written_as_it_always_was(tmp_path: Path) -> None:
+    go_through(opened(site_file(tmp_path, "north", ledger=None)), private("chest"), RUNS["north"], 1, b"x")
+    state = tmp_path / "north" / "state"
+    assert "owner" not in (state / "ledger.jsonl").read_text()
+    assert not (state / NOTE).exists()
+
+
+def test_a_site_that_writes_its_reply_keeps_the_other_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north, south = (opened(site_file(tmp_path, name)) for name in RUNS)
+    really, went_on = durable.write_bytes, []
+
+    def slow_disk(path: Path, payload: bytes) -> None:
+        if path.name.startswith("reply-") and not went_on:
+            other = Thread(target=lambda: went_on.append(south.head), daemon=True)
+            other.start()
+            other.join(timeout=20)
+        really(path, payload)
+
+    monkeypatch.setattr(durable, "write_bytes", slow_disk)
+    go_through(north, private("chest"), RUNS["north"], 1, b"x")
+    assert len(went_on) == 1
+
+
 # ------------------------------------------------------------------------------------------------------ mistakes, words
+
+
+def test_a_site_file_that_lost_the_setting_does_not_begin_from_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = site_file(tmp_path, "north")
+    go_through(opened(site), private("chest"), RUNS["north"], 1, b"x")
+    written, state = site.read_text(), load_site(site).state
+    (tmp_path / "copy").mkdir()
+    for changed, told in ((written.replace("../both", "../copy"), "names another"), ("", "is left out")):
+        site.write_text(changed or written.replace("ledger: ../both\n", ""))
+        for words in (["ledger", str(site)], ["ledger", str(site), "--begin-anew"]):
+            assert main(words) == 6
+            assert f"'ledger' of its file {told}" in " ".join(capsys.readouterr().err.split())
+        (point,) = readiness_of(site)
+        assert point.mark == "bad"
+    assert not (state / "audit.jsonl").exists()
+    assert list((tmp_path / "copy").iterdir()) == []
+    (tmp_path / "both").rename(tmp_path / "moved")
+    (state / NOTE).unlink()
+    site.write_text(written.replace("../both", "../moved"))
+    check_ledger(load_site(site), ledger_of(load_site(site)))
+    go_through(opened(site), private("chest"), RUNS["north"], 2, b"x")
+    assert opened(site).site_account().rounds == 2
+    (state / NOTE).write_text("{}")
+    assert main(["ledger", str(site)]) == 6
+    assert f"'{NOTE}' of the state folder is damaged" in capsys.readouterr().err
+
+
+def readiness_of(site: Path) -> list[Point]:
+    return [shared_ledger(load_site(site))]
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [("../nowhere", "names no folder"), ("site.yaml", "names no folder"), ("state/flower", "lies below the state")],
+)
+def test_a_folder_that_is_none_is_told_before_anything_is_charged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, told: str
+) -> None:
+    site = site_file(tmp_path, "north", ledger=where)
+    assert main(["ledger", str(site)]) == 2
+    assert f"'ledger' {told}" in capsys.readouterr().err
+    (point,) = readiness_of(site)
+    assert (point.mark, told in point.words) == ("bad", True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_entries_are_told_by_which_two_operators_see_that_it_is_one(tmp_path: Path) -> None:
+    sites = [site_file(tmp_path, name) for name in RUNS]
+    go_through(opened(sites[0]), private("chest"), RUNS["north"], 1, b"x")
+    points = [point for site in sites for point in readiness_of(site)]
+    assert [point.words for point in points] == [points[0].words] * 2
+    assert points[0].words.startswith(f"2 entries in {(tmp_path / 'both').resolve()}")
 
 
 def test_a_site_that_was_charged_alone_forgets_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +246,8 @@ def test_a_site_that_was_charged_alone_forgets_nothing(tmp_path: Path, capsys: p
     assert not (config.state / "audit.jsonl").exists()
     said = capsys.readouterr().err
     assert "docs/site.md, 'In two federations at once'" in said
-    for own in ("state", str((tmp_path / "north" / "state").resolve())):  # it names its own
+    (tmp_path / "link").symlink_to(tmp_path / "north" / "state")
+    for own in ("state", str((tmp_path / "north" / "state").resolve()), "../link"):  # it names its own
         alone.write_text(alone.read_text().replace("ledger: ../both", f"ledger: {own}"))
         check_ledger(load_site(alone), ledger_of(load_site(alone)))
         alone.write_text(alone.read_text().replace(f"ledger: {own}", "ledger: ../both"))

@@ -112,8 +112,9 @@ class ChainedLog(Generic[LinkT]):
         Raises `damaged`; ConfigError: it cannot be read.
         """
         with self._told():
+            is_counted = self._head_file.exists()  # asked first: a log's first line is written before its head is
             if not self._path.exists():
-                return self._verified(b"", Chain())[0]
+                return self._verified(b"", Chain())[0] if is_counted else Chain()
             with self._path.open("rb") as file, locked(file, shared=True):
                 return self._verified(file.read(), Chain())[0]
 
@@ -247,9 +248,11 @@ class ChainedLog(Generic[LinkT]):
         try:
             yield
         except OSError as error:
-            mend = "make room on the disk of the state folder"
+            mend = "make room on the disk that it lies on"
             if isinstance(error, PermissionError):
-                mend = "give the state folder, and all that is in it, to the user whom this program runs as"
+                mend = "give the folder that it lies in, and all that is in it, to the user whom this program runs as"
+            elif isinstance(error, NotADirectoryError | FileExistsError):
+                mend = "let the folder that it is to lie in be one"
             raise ConfigError(
                 f"{self._name(self._path)} cannot be read or written: {error.strerror or 'unknown error'}; {mend}"
             ) from None
