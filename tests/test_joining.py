@@ -354,7 +354,7 @@ def test_under_another_name_ledger_and_audit_log_go_on(
     assert "unimiss-site init FOLDER --name NAME --state STATE" in refused
     beta = Typed(site_command.main, tmp_path / "beta", capsys)
     said = beta("init", beta.folder, "--name", "beta", "--state", moved, home=False)
-    assert (said.code, "privacy, policy and state_key" in said.out) == (0, True)
+    assert (said.code, "privacy, policy, ledger and state_key" in said.out) == (0, True)
     assert server("approve", "beta", "--key", beta.folder / "beta.join.yaml").code == 0
     assert beta("join", Home(server.folder).welcome("beta")).code == 0
     site_file = filled_in(beta)
