@@ -93,7 +93,7 @@ class Prepared:
 
     def _read(self, image: str | Sequence[str]) -> tuple[tuple[Scan, ...], Path]:
         """What the scan is made of, and where the first of it lies."""
-        manifest, interpolate = self._manifest, self._manifest.plan.missing_slices == "interpolate"
+        manifest, interpolate = self._manifest, self._manifest.plan.interpolates
         if isinstance(image, str):
             return (read_one_apart(Path(image), manifest.modality, interpolate=interpolate),), Path(image)
         numbers, paths = manifest.channel_numbers, [Path(one) for one in image]

@@ -193,7 +193,7 @@ def _looked_up(site: SiteConfig, plan: PlanConfig, *, by_patient: bool, evicts: 
     found = catalogue(
         site.data,
         secret,
-        interpolate=plan.missing_slices == "interpolate",
+        interpolate=plan.interpolates,
         by_patient=by_patient,
         processes=site.workers,
         looked=lambda files: show(files, 0),

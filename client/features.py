@@ -45,6 +45,6 @@ def prepare_file(path: Path, config: Prepares, modality: Modality | None = None)
     require_one(config.channels)
     if not path.exists():
         raise ConfigError(f"{path}: does not exist; give a file, or the folder of a series")
-    interpolate = config.plan.missing_slices == "interpolate"
+    interpolate = config.plan.interpolates
     scan = read_one_apart(path, modality or config.modality, interpolate=interpolate)
     return seen_whole(scan, config.plan, config.size_of(scan.rank))

@@ -222,7 +222,7 @@ def read_cases(cases: Sequence[Case], table: LabelTable, config: FinetuneConfig,
     if isinstance(config.data, MedMnistData):
         yield from _of_arrays(cases, config.data.file, config, plan)
         return
-    modalities, interpolate = modalities_of(config.task, table.modality), plan.missing_slices == "interpolate"
+    modalities, interpolate = modalities_of(config.task, table.modality), plan.interpolates
     pairs = [
         _Pair(
             scans=tuple(table.folder / file for file in case.files),

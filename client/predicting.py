@@ -190,8 +190,7 @@ def _reading(
     modality = modality or manifest.modality
     if isinstance(scans, CaseTable):
         read = channels or (Channel(SCAN, 0, modality),)
-        interpolate = manifest.plan.missing_slices == "interpolate"
-        return Reading(cases_of_table(scans, read, interpolate=interpolate))
+        return Reading(cases_of_table(scans, read, interpolate=manifest.plan.interpolates))
     reading = Reading.of_path(scans, manifest.plan, modality)
     if channels:
         found = reading.found if scans.is_dir() else with_its_case(reading.found, channels, modality)

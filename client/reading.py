@@ -99,10 +99,9 @@ class Reading:
         """plan: says whether missing slices may be made up. nameless: DICOM that says no patient is read, too, for it
         does not matter whose it is. looked: called with the number of files looked at as the work goes on. Raises
         ConfigError for a wrong table."""
-        found = catalogue(
-            sources, secrets.token_bytes(32), interpolate=_interpolates(plan), nameless=nameless, looked=looked
-        )
-        return cls(found)
+        interpolate = plan is not None and plan.interpolates
+        secret = secrets.token_bytes(32)
+        return cls(catalogue(sources, secret, interpolate=interpolate, nameless=nameless, looked=looked))
 
     @classmethod
     def of_path(cls, path: Path, plan: PlanConfig, modality: Modality | None = None) -> "Reading":
@@ -114,7 +113,7 @@ class Reading:
         if not path.is_file():
             what = "is neither a folder nor a file" if path.exists() else "does not exist"
             raise ConfigError(f"{path}: {what}; give a folder of scans, or one file")
-        return cls(catalogue_one(path, modality, interpolate=_interpolates(plan)))
+        return cls(catalogue_one(path, modality, interpolate=plan.interpolates))
 
     def __len__(self) -> int:
         """Scans that look usable by their headers."""
@@ -179,10 +178,6 @@ def read_scans(sources: Sequence[DataSource], plan: PlanConfig | None = None) ->
 def report_looked(files: int) -> None:
     """For whoever watches a command."""
     progress.report(progress.Preparing("scans", files, 0))
-
-
-def _interpolates(plan: PlanConfig | None) -> bool:
-    return plan is not None and plan.missing_slices == "interpolate"
 
 
 def _origin(number: int, candidate: Candidate) -> Origin:

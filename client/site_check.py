@@ -107,7 +107,7 @@ def check(
     found = catalogue(
         sources,
         secrets.token_bytes(32),  # patients are told apart within this report, and never again
-        interpolate=plan.missing_slices == "interpolate",
+        interpolate=plan.interpolates,
         by_patient=by_patient,
         processes=processes,
         isolate=True,

@@ -371,7 +371,7 @@ def _names(task: _Task) -> list[Path]:
 
 def build(task: _Task) -> _Record:
     """Read and prepare all that one scan is made of, lay its mask beside it, and keep both. Raises ScanError."""
-    rank, interpolate = task.asked.task.rank, task.plan.missing_slices == "interpolate"
+    rank, interpolate = task.asked.task.rank, task.plan.interpolates
     scans = read_channels(task.scans, task.numbers, task.modalities, interpolate=interpolate)
     if other := next((scan.rank for scan in scans if scan.rank != rank), None):
         raise ScanError("other_rank", f"the scan is of rank {other}, the task of rank {rank}")

@@ -21,7 +21,7 @@ def shared_patients(
     """
     if study.privacy.mode == "patient":
         return
-    asked, interpolate = frozenset(used), study.plan.missing_slices == "interpolate"
+    asked, interpolate = frozenset(used), study.plan.interpolates
     for name, file in sites.items():
         try:
             site = Site(load_site(file), study, UNBEGUN)

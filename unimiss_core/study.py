@@ -28,7 +28,6 @@ TermWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
 """Of a term of the loss, beside one that counts 1. A sum in float32 has 24 bits: much further apart than this, one of
 the two rounds to nothing; and much larger products overflow, in bf16 as well."""
 
-
 COARSEST_MM, MOST_SIGMA, MOST_FACTOR = 100.0, 1e3, 100.0
 """Far beyond what any study means: time and memory grow with a grid's spacing and with a blur."""
 
@@ -48,6 +47,11 @@ class PlanConfig(Config):
     """Every other modality is clipped to these percentiles of the scan and mapped to [0, 1]."""
     missing_slices: Literal["refuse", "interpolate"] = "refuse"
     """What a gap in a series costs: the series, or up to 10% interpolated slices."""
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether missing slices may be made up."""
+        return self.missing_slices == "interpolate"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
